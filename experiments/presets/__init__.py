@@ -1,0 +1,1 @@
+"""The presets: sweeps written down as YAML."""

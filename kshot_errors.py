@@ -1,0 +1,69 @@
+"""Every exception that kshot raises on purpose, in one tree.
+
+    KshotError                      a failure; the command line prints its one line and exits 1
+    └── InputError                  what was given is wrong; exits 2
+        ├── UnknownNameError        a name that is not in a table (says the choices)
+        ├── DatasetError            a data set, its folder or its split cannot be used as asked
+        │   └── TooFewImagesError   a class has fewer images than the shots asked for
+        ├── ImageError              bytes that are no image, a broken or an oversized one
+        ├── PromptError             a prompt or a list of labels that cannot be asked
+        ├── ModelError              a model folder or name that cannot be loaded
+        ├── RequestError            a training or sampling request that does not fit the model
+        └── ResultsError            a results folder that cannot be written or holds another experiment
+
+A message is one line: it names the thing, the value, and the way out. This module knows nothing of the packages that
+raise from it, so that data, vlm and baselines can share it and still not know each other.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KshotError(Exception):
+    """Base of everything kshot raises on purpose: a failure that is not the input's fault."""
+
+    exit_status = 1
+
+
+class InputError(KshotError):
+    """Something that was given (an argument, a file, a request) is wrong."""
+
+    exit_status = 2
+
+
+class UnknownNameError(InputError):
+    """A name that its table does not have."""
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+        choices = list(choices)
+        near = get_close_matches(name, choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        super().__init__(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
+
+
+class DatasetError(InputError):
+    """A data set, its folder or its split cannot be used as asked."""
+
+
+class TooFewImagesError(DatasetError):
+    """A class has fewer distinct images than the shots asked for."""
+
+
+class ImageError(InputError):
+    """Bytes that are no image, or a broken, an unsupported or an oversized one."""
+
+
+class PromptError(InputError):
+    """A prompt or a list of labels that cannot be asked."""
+
+
+class ModelError(InputError):
+    """A model folder or name that cannot be loaded."""
+
+
+class RequestError(InputError):
+    """A training or sampling request that does not fit the model."""
+
+
+class ResultsError(InputError):
+    """A results folder that cannot be written or that holds another experiment."""

@@ -1,0 +1,97 @@
+"""The main job: teach a model to answer with the class name, then ask it. Knows no data set, no service in particular.
+
+An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import tinker
+from tinker import types
+
+from vlm.prompts import Prompt
+from vlm.scoring import score_choices
+from vlm.service import SamplingClient, TrainingClient
+
+
+class Labelled(Protocol):
+    """What a training or test example must have."""
+
+    @property
+    def image(self) -> bytes: ...
+    @property
+    def mirrored(self) -> bytes | None: ...
+    @property
+    def label(self) -> int: ...
+
+
+@runtime_checkable
+class BatchSampler(Protocol):
+    """A sampling client that answers many prompts in shared passes."""
+
+    def sample_batch(
+        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+    ) -> list[types.SampleResponse]: ...
+
+
+View = tuple[bytes, int]
+
+
+def batches(
+    examples: Sequence[Labelled], batch_size: int, steps: int, rng: np.random.Generator, *, hflip: float = 0.5
+) -> Iterator[list[View]]:
+    """`steps` batches of exactly `batch_size` (image, label) views: shuffled epochs end to end.
+
+    An example that has a mirrored image is shown mirrored with probability `hflip`. All choices come from `rng`.
+    """
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += rng.permutation(len(examples)).tolist()
+        taken, order = order[:batch_size], order[batch_size:]
+        flips = rng.random(batch_size) < hflip
+        yield [_view(examples[n], bool(flip)) for n, flip in zip(taken, flips, strict=True)]
+
+
+def _view(example: Labelled, flip: bool) -> View:
+    mirrored = example.mirrored if flip else None
+    return (example.image if mirrored is None else mirrored), example.label
+
+
+def fit(
+    client: TrainingClient,
+    examples: Sequence[Labelled],
+    prompt: Prompt,
+    *,
+    steps: int,
+    batch_size: int,
+    adam: types.AdamParams,
+    rng: np.random.Generator,
+) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
+    """Train `steps` optimizer steps; yields what each step answered. (seed, step) fixes order and flips."""
+    for batch in batches(examples, batch_size, steps, rng):
+        loss = client.forward_backward([prompt.datum(image, label) for image, label in batch], "cross_entropy")
+        step = client.optim_step(adam)  # both submitted before either is awaited
+        yield loss.result(), step.result()
+
+
+def predict(
+    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, method: str = "constrained"
+) -> np.ndarray:
+    """(images, classes) log-probabilities of the class names as answers (see `vlm.scoring.score_choices`)."""
+    return score_choices(sampler, [prompt.question(image) for image in images], prompt.choices, method)
+
+
+def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt) -> list[str]:
+    """The model's free answers after the prefill, greedily, to the end of the line.
+
+    At most as many tokens as the longest class name takes, and one more: no longer answer can be an exact match.
+    """
+    params: Any = types.SamplingParams(max_tokens=max(map(len, prompt.choices)) + 1, temperature=0.0, stop=["\n"])
+    prompts = [prompt.question(image) for image in images]
+    if isinstance(sampler, BatchSampler):
+        answers = sampler.sample_batch(prompts, params)
+    else:
+        answers = [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
+    return [prompt.tokenizer.decode(answer.sequences[0].tokens).strip() for answer in answers]

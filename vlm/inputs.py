@@ -1,0 +1,138 @@
+"""Builders of the SDK's types: image bytes and text become a `tinker.ModelInput`, an answer becomes a `tinker.Datum`.
+
+The next-token shift lives here and nowhere else. This module knows no question, no class and no model; of the model
+it takes only the `ImageRule`, which says how many tokens an image of a size becomes.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tinker
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tinker import types
+
+from kshot_errors import ImageError, ModelError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a 24-bit image of a quarter of a gigabyte
+CHUNK_FORMATS = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The pixels that the bytes of an image chunk stand for: RGB, upright, over white where it is transparent.
+
+    The size is checked before anything is decoded. Raises ImageError for what is no image, broken or over MAX_PIXELS.
+    """
+    image = _open(data)
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"image of {len(data)} bytes cannot be decoded: {error}; give a complete file") from error
+    return _rgb(image)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the line below is the limit
+            image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{len(data)} bytes are no image that Pillow knows; give PNG or JPEG bytes") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image is too large: {error}; the limit is {MAX_PIXELS:,} pixels") from error
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise ImageError(f"image of {size} pixels is over the limit of {MAX_PIXELS:,}; resize it first")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit greys: Pillow's own conversion clips instead of scaling
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageRule:
+    """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint."""
+
+    processor: "BaseImageProcessor"
+
+    @classmethod
+    def from_pretrained(cls, model: str) -> "ImageRule":
+        """The rule of a hub id or a local folder. Raises ModelError where no image processor is found there."""
+        from transformers import AutoImageProcessor
+
+        try:
+            return cls(AutoImageProcessor.from_pretrained(model))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {model!r} has no image processor: {str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the number of tokens of an image, in the processor's own terms (pixels)."""
+        p: Any = self.processor
+        size = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
+        return {"patch_size": p.patch_size, "merge_size": p.merge_size, **size}
+
+    def tokens(self, height: int, width: int) -> int:
+        """Positions that an image of this size takes in the sequence. Raises ImageError for extreme aspect ratios."""
+        processor: Any = self.processor
+        try:
+            return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+        except ValueError as error:
+            raise ImageError(f"image of {width}x{height} pixels: {error}") from error
+
+
+def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
+    """The chunk of an image in any format Pillow reads, with `expected_tokens` set.
+
+    Plain upright RGB JPEG and PNG bytes travel as they are, undecoded; anything else (alpha, palette, grey, 16 bit,
+    EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
+    Raises ImageError for bytes that are no image.
+    """
+    image: Image.Image = _open(data)
+    format = CHUNK_FORMATS.get(image.format or "")
+    if format is None or image.mode != "RGB" or image.has_transparency_data or _orientation(image) != 1:
+        image, buffer = open_image(data), io.BytesIO()
+        image.save(buffer, "PNG")
+        data, format = buffer.getvalue(), "png"
+    return types.ImageChunk(data=data, format=format, expected_tokens=rule.tokens(image.height, image.width))
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def model_input(*parts: types.ImageChunk | Sequence[int]) -> tinker.ModelInput:
+    """Image chunks and token ids, interleaved in the order given."""
+    chunks = [p if isinstance(p, types.ImageChunk) else types.EncodedTextChunk(tokens=list(p)) for p in parts]
+    return tinker.ModelInput(chunks=[c for c in chunks if c.length])
+
+
+def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
+    """Train `answer` (token ids) after `prompt`: the loss is on the answer's tokens alone.
+
+    With L = prompt + answer tokens, the model input holds the first L - 1 positions, `target_tokens[i]` is the token
+    that follows position i (0 at image positions and before the answer, where `weights` is 0), as the Tinker API
+    asks. Raises RequestError for an empty prompt or answer.
+    """
+    if not prompt.length or not answer:
+        raise RequestError("a datum needs a prompt and an answer of at least one token each")
+    before = prompt.length - 1
+    fed = model_input(*[c if isinstance(c, types.ImageChunk) else c.tokens for c in prompt.chunks], answer[:-1])
+    weights = [0.0] * before + [1.0] * len(answer)
+    return tinker.Datum(
+        model_input=fed, loss_fn_inputs={"target_tokens": [0] * before + list(answer), "weights": weights}
+    )

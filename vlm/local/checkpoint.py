@@ -1,0 +1,121 @@
+"""Checkpoints on disk, in PEFT's own layout: adapter_model.safetensors, adapter_config.json, optimizer, a record.
+
+`tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; nothing a name says
+leads out of it. Written to a temporary folder, then renamed. Knows no model in memory.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kshot_errors import ModelError, RequestError
+from vlm.local.model import LoraSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
+KINDS = ("weights", "sampler_weights")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved."""
+
+    base_model: str
+    spec: LoraSpec
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] | None = None
+    user_metadata: Mapping[str, str] | None = None
+
+
+def state_folder() -> Path:
+    """Where checkpoints go unless told otherwise: kshot below XDG_STATE_HOME or ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kshot"
+
+
+def path_of(run: str, kind: str, name: str) -> str:
+    """The tinker:// path. Raises RequestError for a name that could not be a folder's."""
+    if not _NAME.fullmatch(name):
+        raise RequestError(f"checkpoint name {name!r} must be letters, digits, '.', '_' or '-', at most 128")
+    return f"tinker://{run}/{kind}/{name}"
+
+
+def folder_of(state: Path, path: str) -> Path:
+    """The folder below `state` of a tinker:// path. Raises RequestError for anything that is none."""
+    parts = path.removeprefix("tinker://").split("/")
+    well_formed = path.startswith("tinker://") and len(parts) == 3 and parts[1] in KINDS
+    if not (well_formed and _RUN.fullmatch(parts[0]) and _NAME.fullmatch(parts[2])):
+        raise RequestError(f"{path!r} is no checkpoint path; it looks like tinker://<uuid>:train:<n>/weights/<name>")
+    return state / parts[0].replace(":", "_") / parts[1] / parts[2]
+
+
+def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Write a checkpoint. Raises RequestError where one of this name exists and `overwrite` is not set."""
+    target = folder_of(state, path)
+    if target.exists() and not overwrite:
+        raise RequestError(f"checkpoint {path} exists; give another name or overwrite=True")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
+        written = Path(temporary) / target.name
+        written.mkdir()
+        _write(written, checkpoint)
+        if target.exists():
+            target.rename(Path(temporary) / "replaced")
+        written.rename(target)
+
+
+def load(state: Path, path: str) -> Checkpoint:
+    """Read a checkpoint. Raises ModelError where there is none or it is damaged."""
+    source = folder_of(state, path)
+    if not source.is_dir():
+        raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
+    try:
+        record = json.loads((source / "kshot.json").read_text())
+        optimizer = source / "optimizer.safetensors"
+        return Checkpoint(
+            base_model=record["base_model"],
+            spec=LoraSpec(**record["lora"]),
+            weights=load_file(source / "adapter_model.safetensors"),
+            optimizer=load_file(optimizer) if optimizer.exists() else None,
+            user_metadata=record["user_metadata"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, `<parameter>.<moment>`; empty before its first step."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[n]}.{key}": value.clone() for n, values in state.items() for key, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, for parameters of the same order."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(".")
+        state.setdefault(names.index(name), {})[moment] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(dict(checkpoint.weights), folder / "adapter_model.safetensors")
+    config = checkpoint.spec.config()
+    config.base_model_name_or_path = checkpoint.base_model
+    config.save_pretrained(str(folder))
+    if checkpoint.optimizer is not None:
+        save_file(dict(checkpoint.optimizer), folder / "optimizer.safetensors")
+    record = {
+        "base_model": checkpoint.base_model,
+        "lora": asdict(checkpoint.spec),
+        "user_metadata": dict(checkpoint.user_metadata or {}),
+    }
+    (folder / "kshot.json").write_text(json.dumps(record, indent=2))

@@ -1,0 +1,143 @@
+"""Loading a Qwen3-VL checkpoint and giving it LoRA adapters. Knows no batches, losses or clients.
+
+The model is the stock transformers class with PEFT's LoRA layers put in place; several adapters live over one base.
+Only the patch embedding is computed differently: its Conv3d has a stride equal to its kernel, which makes it a matrix
+product, and as a product it is many times faster (pytorch#174051).
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from kshot_errors import ModelError, RequestError
+from vlm import nano
+from vlm.inputs import ImageRule
+
+MODELS = {nano.NAME: nano.folder}  # names that are neither a folder nor a hub id
+ALPHA = 32  # at any rank, as the Tinker API fixes it
+_TEXT = r".*language_model\.layers\.\d+\."
+TARGETS = {  # what each flag of create_lora_training_client trains: the text model only
+    "train_attn": _TEXT + r"self_attn\.(q|k|v|o)_proj",
+    "train_mlp": _TEXT + r"mlp\.(gate|up|down)_proj",
+    "train_unembed": r".*lm_head",
+}
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What a LoRA adapter covers; two adapters of one spec have the same tensors."""
+
+    rank: int = 32
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+
+    @property
+    def label(self) -> str:
+        """A name for the spec, fit for a module's name."""
+        flags = [flag for flag in TARGETS if getattr(self, flag)]
+        return "_".join([f"rank{self.rank}", *flags])
+
+    def config(self) -> LoraConfig:
+        """PEFT's configuration. Raises RequestError where nothing would be trained."""
+        targets = [pattern for flag, pattern in TARGETS.items() if getattr(self, flag)]
+        if self.rank < 1 or not targets:
+            raise RequestError(f"LoRA of rank {self.rank} on {len(targets)} kinds of layers trains nothing")
+        return LoraConfig(r=self.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules="|".join(targets))
+
+
+class LinearPatchEmbed(nn.Module):
+    """The patch embedding as a matrix product, with the stock module's own parameters and their names."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.proj: Any = stock.proj
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels x time x height x width) → (patches, hidden)."""
+        weight = self.proj.weight
+        return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+class Model:
+    """A checkpoint in memory: stock model, tokenizer, image rule, and the LoRA adapters over it."""
+
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        source = str(MODELS[name]()) if name in MODELS else name
+        self.name = name
+        self.stock = _load(name, source, dtype).to(device).eval().requires_grad_(False)
+        self.stock.model.visual.patch_embed = LinearPatchEmbed(self.stock.model.visual.patch_embed)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        self.rule = ImageRule.from_pretrained(source)
+        self._peft: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.stock.device
+
+    def add_adapter(self, adapter: str, spec: LoraSpec, seed: int) -> None:
+        """Put a fresh adapter (A random from `seed`, B zero: no change to the model) beside the others."""
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT warns that merging into a tied head needs care (a merged export unties it first), and asks the
+            # model a question that transformers has renamed.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            torch.manual_seed(seed)
+            if self._peft is None:
+                self._peft = get_peft_model(self.stock, spec.config(), adapter_name=adapter)
+            else:
+                self._peft.add_adapter(adapter, spec.config())
+        for parameter in self.parameters(adapter).values():
+            parameter.requires_grad_(True)
+
+    def has_adapter(self, adapter: str) -> bool:
+        return self._peft is not None and adapter in self._peft.peft_config
+
+    def use(self, adapter: str | None) -> None:
+        """Make one adapter (or, with None, the base model alone) the one that computes from here on."""
+        if self._peft is None:
+            return
+        if adapter is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(adapter)
+
+    def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters by name, in a fixed order."""
+        marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
+        return {n: p for n, p in self._peft.named_parameters() if any(m in n for m in marks)}
+
+    def weights(self, adapter: str) -> dict[str, Tensor]:
+        """A copy of the adapter's tensors under PEFT's own names, as PEFT stores them."""
+        state = get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
+        return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+    def set_weights(self, adapter: str, weights: dict[str, Tensor]) -> None:
+        """Put tensors that `weights` gave into an adapter of the same spec."""
+        result = set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
+        if result.unexpected_keys:
+            raise ModelError(f"checkpoint does not fit the adapter: {result.unexpected_keys[0]!r} has no place in it")
+
+
+def _load(name: str, source: str, dtype: torch.dtype | None) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        known = ", ".join(MODELS)
+        raise ModelError(
+            f"model {name!r} is neither {known}, nor a folder with a config.json, nor to be had from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type != "qwen3_vl":
+        raise ModelError(f"model {name!r} is of type {config.model_type!r}; this engine runs dense Qwen3-VL (qwen3_vl)")
+    try:
+        return Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype or config.dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error

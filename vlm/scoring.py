@@ -1,0 +1,77 @@
+"""`score_choices`: the exact distribution over a closed list of answers, on any service. Knows no images or classes.
+
+The local engine scores the whole trie in one forward pass. Every other service is asked through the SDK's
+`sample(..., target_prompt_logprobs=...)`, path by path: the same numbers, more requests. It never samples instead.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import tinker
+from tinker import types
+
+from vlm import labels
+from vlm.inputs import model_input
+from vlm.service import SamplingClient
+
+
+@runtime_checkable
+class TreeScorer(Protocol):
+    """A sampling client that can score a trie in one pass."""
+
+    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+        """(prompts, edges) log-probabilities, each softmax over the edge's siblings or the whole vocabulary."""
+
+
+def score_choices(
+    sampler: SamplingClient,
+    prompts: Sequence[tinker.ModelInput],
+    choices: Sequence[Sequence[int]],
+    method: str = "constrained",
+) -> np.ndarray:
+    """(prompts, choices) float32 log-probabilities of each choice's tokens after each prompt.
+
+    "constrained": the model restricted to the choices, each row sums to 1. "likelihood": the full sequence
+    likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
+    """
+    trie = labels.build(choices, method)
+    edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    scores = np.zeros((len(prompts), len(choices)), np.float64)
+    choice, edge = np.array(trie.pairs).T
+    np.add.at(scores.T, choice, edges.T[edge])
+    return scores.astype(np.float32)
+
+
+def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+    """The edges' log-probabilities, a request for each node that edges leave from."""
+    nodes = sorted({edge.node for edge in trie.edges})
+    futures = [[_ask(sampler, prompt, trie, node) for node in nodes] for prompt in prompts]
+    rows = []
+    for asked in futures:
+        answers = {node: _answer(trie, node, future) for node, future in zip(nodes, asked, strict=True)}
+        rows.append([answers[edge.node][edge.token] for edge in trie.edges])
+    return np.array(rows, np.float64).reshape(len(prompts), len(trie.edges))
+
+
+def _tokens(trie: labels.Trie, node: int) -> list[int]:
+    return [edge.token for edge in trie.edges if edge.node == node]
+
+
+def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: labels.Trie, node: int) -> Any:
+    """Log-probabilities of the node's children: the prompt, its path and any child to score it at."""
+    tokens = _tokens(trie, node)
+    chunks = [c if isinstance(c, types.ImageChunk) else c.tokens for c in prompt.chunks]
+    full = model_input(*chunks, [*trie.path(node), tokens[0]])
+    ids = np.full((full.length - 1, len(tokens)), -1, np.int64)
+    ids[-1] = tokens
+    target = types.TensorData(data=ids, dtype="int64", shape=list(ids.shape))
+    return sampler.sample(full, 1, types.SamplingParams(max_tokens=1), target_prompt_logprobs=target)
+
+
+def _answer(trie: labels.Trie, node: int, future: Any) -> dict[int, float]:
+    tokens = _tokens(trie, node)
+    values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
+    if trie.children:
+        values = values - np.logaddexp.reduce(values)
+    return dict(zip(tokens, values, strict=True))
