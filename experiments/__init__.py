@@ -1,1 +1,1 @@
-"""Experiments: cells, the sweep, metrics, figures, reports, the command line. The only composer of data, vlm and baselines."""
+"""Experiments: cells, the sweep, metrics, figures, reports, the command line. The one composer of the rest."""

@@ -26,7 +26,7 @@ _PUBLIC = {
     "image_chunk": "vlm.inputs",
     "model_input": "vlm.inputs",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,17 +60,10 @@ def _view(example: Labelled, flip: bool) -> View:
 
 
 def fit(
-    client: TrainingClient,
-    examples: Sequence[Labelled],
-    prompt: Prompt,
-    *,
-    steps: int,
-    batch_size: int,
-    adam: types.AdamParams,
-    rng: np.random.Generator,
+    client: TrainingClient, batches: Iterable[Sequence[View]], prompt: Prompt, adam: types.AdamParams
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
-    """Train `steps` optimizer steps; yields what each step answered. (seed, step) fixes order and flips."""
-    for batch in batches(examples, batch_size, steps, rng):
+    """One optimizer step a batch of (image, label) views; yields what each step answered."""
+    for batch in batches:
         loss = client.forward_backward([prompt.datum(image, label) for image, label in batch], "cross_entropy")
         step = client.optim_step(adam)  # both submitted before either is awaited
         yield loss.result(), step.result()

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tinker
@@ -17,12 +17,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tinker import types
 
 from kshot_errors import ImageError, ModelError, RequestError
+from vlm.models import source
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a 24-bit image of a quarter of a gigabyte
-CHUNK_FORMATS = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
+CHUNK_FORMATS: dict[str, Literal["png", "jpeg"]] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -71,11 +72,11 @@ class ImageRule:
 
     @classmethod
     def from_pretrained(cls, model: str) -> "ImageRule":
-        """The rule of a hub id or a local folder. Raises ModelError where no image processor is found there."""
+        """The rule of a model by name, hub id or folder. Raises ModelError where no image processor is found there."""
         from transformers import AutoImageProcessor
 
         try:
-            return cls(AutoImageProcessor.from_pretrained(model))
+            return cls(AutoImageProcessor.from_pretrained(source(model)))
         except (OSError, ValueError) as error:
             raise ModelError(f"model {model!r} has no image processor: {str(error).splitlines()[0]}") from error
 
@@ -115,10 +116,10 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def model_input(*parts: types.ImageChunk | Sequence[int]) -> tinker.ModelInput:
-    """Image chunks and token ids, interleaved in the order given."""
-    chunks = [p if isinstance(p, types.ImageChunk) else types.EncodedTextChunk(tokens=list(p)) for p in parts]
-    return tinker.ModelInput(chunks=[c for c in chunks if c.length])
+def model_input(*parts: types.ModelInputChunk | Sequence[int]) -> tinker.ModelInput:
+    """Chunks and lists of token ids, interleaved in the order given; empty lists leave no trace."""
+    chunks = [types.EncodedTextChunk(tokens=list(p)) if isinstance(p, Sequence) else p for p in parts]
+    return tinker.ModelInput(chunks=[c for c in chunks if not isinstance(c, types.EncodedTextChunk) or c.tokens])
 
 
 def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
@@ -131,8 +132,7 @@ def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
     if not prompt.length or not answer:
         raise RequestError("a datum needs a prompt and an answer of at least one token each")
     before = prompt.length - 1
-    fed = model_input(*[c if isinstance(c, types.ImageChunk) else c.tokens for c in prompt.chunks], answer[:-1])
-    weights = [0.0] * before + [1.0] * len(answer)
-    return tinker.Datum(
-        model_input=fed, loss_fn_inputs={"target_tokens": [0] * before + list(answer), "weights": weights}
-    )
+    targets = np.array([0] * before + list(answer), np.int64)
+    weights = np.array([0.0] * before + [1.0] * len(answer), np.float32)
+    fields = {"target_tokens": tinker.TensorData.from_numpy(targets), "weights": tinker.TensorData.from_numpy(weights)}
+    return tinker.Datum(model_input=model_input(*prompt.chunks, answer[:-1]), loss_fn_inputs=fields)

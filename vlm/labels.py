@@ -8,6 +8,7 @@ each node once, not once per choice. No choice may be a prefix of another: the e
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from kshot_errors import PromptError
 
@@ -75,7 +76,7 @@ def check(choices: Sequence[Sequence[int]]) -> None:
     if len(choices) < 2:
         raise PromptError(f"{len(choices)} choice(s) given; a choice needs at least two")
     ordered = sorted((tuple(choice), number) for number, choice in enumerate(choices))
-    for (first, a), (second, b) in zip(ordered, ordered[1:], strict=False):
+    for (first, a), (second, b) in pairwise(ordered):
         if second[: len(first)] == first:
             kind = "equals" if first == second else "is a prefix of"
             raise PromptError(f"choice {a} {kind} choice {b} in tokens; give distinct names, each with its end token")

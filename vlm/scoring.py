@@ -61,8 +61,7 @@ def _tokens(trie: labels.Trie, node: int) -> list[int]:
 def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: labels.Trie, node: int) -> Any:
     """Log-probabilities of the node's children: the prompt, its path and any child to score it at."""
     tokens = _tokens(trie, node)
-    chunks = [c if isinstance(c, types.ImageChunk) else c.tokens for c in prompt.chunks]
-    full = model_input(*chunks, [*trie.path(node), tokens[0]])
+    full = model_input(*prompt.chunks, [*trie.path(node), tokens[0]])
     ids = np.full((full.length - 1, len(tokens)), -1, np.int64)
     ids[-1] = tokens
     target = types.TensorData(data=ids, dtype="int64", shape=list(ids.shape))

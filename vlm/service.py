@@ -94,7 +94,7 @@ def connect(service: str = "local", *, state_dir: Path | None = None, api_key: s
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
-    given = {"base_url": base_url, "api_key": api_key}
+    given: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
     client: Any = tinker.ServiceClient(**{name: value for name, value in given.items() if value is not None})
     return client
 

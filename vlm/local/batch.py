@@ -113,7 +113,7 @@ def _positions(model: Model, ids: Tensor, lengths: list[int], is_image: Tensor, 
 
 
 def _encoder_output(images: Sequence[ImageFeatures]) -> BaseModelOutputWithDeepstackFeatures:
-    layers = [list(layer) for layer in zip(*(image.deepstack for image in images), strict=True)]
-    return BaseModelOutputWithDeepstackFeatures(
-        pooler_output=[image.embeds for image in images], deepstack_features=layers
-    )
+    # the stock forward takes a list with a tensor for each image, which its own annotations do not say
+    layers: Any = [list(layer) for layer in zip(*(image.deepstack for image in images), strict=True)]
+    embeds: Any = [image.embeds for image in images]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=embeds, deepstack_features=layers)

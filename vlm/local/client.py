@@ -6,8 +6,10 @@ forward_backward and optim_step before it waits for either.
 
 import secrets
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +24,8 @@ from vlm.labels import Trie
 from vlm.local import checkpoint, sampling, scoring
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import BASE, Engine, Run, Snapshot
-from vlm.local.model import MODELS, LoraSpec, Model
+from vlm.local.model import LoraSpec, Model
+from vlm.models import MODELS
 
 T = TypeVar("T")
 Submit = Callable[..., "AwaitableConcurrentFuture[Any]"]
@@ -101,11 +104,11 @@ class LocalServiceClient:
         model_id = f"{self._session}:train:{self._runs}"
         run = engine.start(f"run_{self._runs}", spec, secrets.randbits(31) if seed is None else seed)
         self._runs += 1
-        return LocalTrainingClient(engine, run, model_id, self._state, self._submit, user_metadata)
+        client = LocalTrainingClient(engine, run, model_id, self._state, self._submit, user_metadata)
+        weakref.finalize(client, _release, self._worker, engine, run)
+        return client
 
-    def _resume(
-        self, path: str, user_metadata: dict[str, str] | None, *, optimizer: bool
-    ) -> "LocalTrainingClient":
+    def _resume(self, path: str, user_metadata: dict[str, str] | None, *, optimizer: bool) -> "LocalTrainingClient":
         saved = checkpoint.load(self._state, path)
         client = self._start(saved.base_model, saved.spec, 0, user_metadata)
         client.restore(saved, path, optimizer=optimizer)
@@ -117,6 +120,12 @@ class LocalServiceClient:
             return LocalSamplingClient(self.engine(base_model), BASE, self._submit)
         saved = checkpoint.load(self._state, model_path)
         return LocalSamplingClient(self.engine(saved.base_model), Snapshot(saved.spec, saved.weights), self._submit)
+
+
+def _release(worker: ThreadPoolExecutor, engine: Engine, run: Run) -> None:
+    """A run that nobody can reach any more gives its memory back, after the requests it still has."""
+    with suppress(RuntimeError):  # the worker is shut down: so is everything it held
+        worker.submit(engine.end, run)
 
 
 class LocalTrainingClient:
@@ -184,9 +193,7 @@ class LocalTrainingClient:
 
     def save_weights_and_get_sampling_client(self) -> AwaitableConcurrentFuture["LocalSamplingClient"]:
         """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
-        return self._submit(
-            lambda: LocalSamplingClient(self._engine, self._engine.snapshot(self._run), self._submit)
-        )
+        return self._submit(lambda: LocalSamplingClient(self._engine, self._engine.snapshot(self._run), self._submit))
 
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""

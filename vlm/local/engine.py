@@ -53,6 +53,10 @@ class Engine:
         self.model.add_adapter(adapter, spec, seed)
         return Run(adapter, spec, torch.optim.AdamW(self.model.parameters(adapter).values()))
 
+    def end(self, trained: Run) -> None:
+        """Forget a run: its adapter, gradients and optimizer."""
+        self.model.drop_adapter(trained.adapter)
+
     def forward_backward(
         self,
         trained: Run,

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from kshot_errors import ModelError, RequestError
-from vlm import nano
 from vlm.inputs import ImageRule
+from vlm.models import source
 
-MODELS = {nano.NAME: nano.folder}  # names that are neither a folder nor a hub id
 ALPHA = 32  # at any rank, as the Tinker API fixes it
 _TEXT = r".*language_model\.layers\.\d+\."
 TARGETS = {  # what each flag of create_lora_training_client trains: the text model only
@@ -49,7 +48,8 @@ class LoraSpec:
         targets = [pattern for flag, pattern in TARGETS.items() if getattr(self, flag)]
         if self.rank < 1 or not targets:
             raise RequestError(f"LoRA of rank {self.rank} on {len(targets)} kinds of layers trains nothing")
-        return LoraConfig(r=self.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules="|".join(targets))
+        target = "|".join(targets)
+        return LoraConfig(r=self.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules=target)
 
 
 class LinearPatchEmbed(nn.Module):
@@ -69,12 +69,11 @@ class Model:
     """A checkpoint in memory: stock model, tokenizer, image rule, and the LoRA adapters over it."""
 
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        source = str(MODELS[name]()) if name in MODELS else name
-        self.name = name
-        self.stock = _load(name, source, dtype).to(device).eval().requires_grad_(False)
+        self.name, files = name, source(name)
+        self.stock = _load(name, files, dtype).to(device).eval().requires_grad_(False)
         self.stock.model.visual.patch_embed = LinearPatchEmbed(self.stock.model.visual.patch_embed)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        self.rule = ImageRule.from_pretrained(source)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(files)
+        self.rule = ImageRule.from_pretrained(name)
         self._peft: Any = None
 
     @property
@@ -95,6 +94,11 @@ class Model:
                 self._peft.add_adapter(adapter, spec.config())
         for parameter in self.parameters(adapter).values():
             parameter.requires_grad_(True)
+
+    def drop_adapter(self, adapter: str) -> None:
+        """Take an adapter and its memory away."""
+        self.use(None)
+        self._peft.delete_adapter(adapter)
 
     def has_adapter(self, adapter: str) -> bool:
         return self._peft is not None and adapter in self._peft.peft_config
@@ -121,23 +125,20 @@ class Model:
 
     def set_weights(self, adapter: str, weights: dict[str, Tensor]) -> None:
         """Put tensors that `weights` gave into an adapter of the same spec."""
-        result = set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
+        result: Any = set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
         if result.unexpected_keys:
             raise ModelError(f"checkpoint does not fit the adapter: {result.unexpected_keys[0]!r} has no place in it")
 
 
-def _load(name: str, source: str, dtype: torch.dtype | None) -> Any:
+def _load(name: str, files: str, dtype: torch.dtype | None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(files)
     except (OSError, ValueError) as error:
-        known = ", ".join(MODELS)
-        raise ModelError(
-            f"model {name!r} is neither {known}, nor a folder with a config.json, nor to be had from the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"model {name!r} is not to be had, from the hub or from this machine: {reason}") from error
     if config.model_type != "qwen3_vl":
         raise ModelError(f"model {name!r} is of type {config.model_type!r}; this engine runs dense Qwen3-VL (qwen3_vl)")
     try:
-        return Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype or config.dtype)
+        return Qwen3VLForConditionalGeneration.from_pretrained(files, dtype=dtype or config.dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -6,6 +6,7 @@ Prompts of one length run together, so no prompt is padded; the samples of one p
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tinker
@@ -62,20 +63,20 @@ def _text_length(chunk: types.ModelInputChunk, number: int) -> object:
 
 
 def _sample_group(engine: Engine, batch: Batch, asks: Sequence[Ask]) -> list[types.SampleResponse]:
-    cache = DynamicCache(config=engine.model.stock.config.text_config)
+    cache: Any = DynamicCache(config=engine.model.stock.config.text_config)
     hidden = run(engine.model, batch.ids, batch.positions, batch.images, cache=cache)
-    prompts = [_prompt_values(engine, ids, states, image, ask) for ids, states, image, ask in zip(
-        batch.ids, hidden, batch.is_image, asks, strict=True)]  # fmt: skip
-    repeat = torch.tensor([ask.num_samples for ask in asks])
-    owners = torch.arange(len(asks)).repeat_interleave(repeat).to(batch.ids.device)
+    writers = [[_Writer(engine, ask, number) for number in range(ask.num_samples)] for ask in asks]
+    repeats = torch.tensor([ask.num_samples for ask in asks], device=batch.ids.device)
+    owners = torch.arange(len(asks), device=batch.ids.device).repeat_interleave(repeats)
     cache.reorder_cache(owners)
-    logits = engine.head(hidden[:, -1])[owners]
-    sequences = _decode(engine, cache, logits, batch.next_position()[owners], [_Writer(engine, ask, n) for ask in asks
-                        for n in range(ask.num_samples)], batch.ids.shape[1])  # fmt: skip
-    taken = iter(sequences)
+    logits, position = engine.head(hidden[:, -1])[owners], batch.next_position()[owners]
+    _decode(engine, cache, logits, position, [writer for row in writers for writer in row], batch.ids.shape[1])
     return [
-        types.SampleResponse(sequences=[next(taken) for _ in range(ask.num_samples)], **values)
-        for ask, values in zip(asks, prompts, strict=True)
+        types.SampleResponse(
+            sequences=[writer.sequence() for writer in writers[row]],
+            **_prompt_values(engine, batch.ids[row], hidden[row], batch.is_image[row], ask),
+        )
+        for row, ask in enumerate(asks)
     ]
 
 
@@ -136,25 +137,24 @@ def _stops(stop: str | Sequence[str] | Sequence[int] | None, end: int) -> tuple[
 
 
 def _decode(
-    engine: Engine, cache: DynamicCache, logits: Tensor, position: Tensor, writers: list[_Writer], prompt_length: int
-) -> list[types.SampledSequence]:
-    room = engine.model.stock.config.text_config.max_position_embeddings - prompt_length
-    for _ in range(room):
+    engine: Engine, cache: Any, logits: Tensor, position: Tensor, writers: Sequence[_Writer], prompt_length: int
+) -> None:
+    """Let the writers write until each has stopped or the model's context is full."""
+    for _ in range(engine.model.stock.config.text_config.max_position_embeddings - prompt_length):
         tokens = [writer.take(row) for writer, row in zip(writers, logits, strict=True)]
         if all(writer.reason for writer in writers):
-            break
+            return
         ids = torch.tensor(tokens, device=logits.device)[:, None]
         hidden = run(engine.model, ids, position.expand(3, -1)[..., None], cache=cache)
         logits, position = engine.head(hidden[:, -1]), position + 1
-    return [writer.sequence() for writer in writers]
 
 
-def _prompt_values(engine: Engine, ids: Tensor, hidden: Tensor, is_image: Tensor, ask: Ask) -> dict[str, object]:
+def _prompt_values(engine: Engine, ids: Tensor, hidden: Tensor, is_image: Tensor, ask: Ask) -> dict[str, Any]:
     """The fields of SampleResponse about the prompt: hidden states (length, hidden) predict ids from position 1 on."""
     if not (ask.prompt_logprobs or ask.topk_prompt_logprobs or ask.targets is not None):
         return {}
     log_probs = engine.head(hidden[:-1]).log_softmax(-1).cpu()
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     if ask.prompt_logprobs:
         own = log_probs.gather(1, ids[1:, None].cpu())[:, 0].masked_fill(is_image[1:].cpu(), float("nan"))
         values["prompt_logprobs_np"] = np.concatenate([[np.nan], own.numpy()]).astype(np.float32)
@@ -171,6 +171,6 @@ def _targets(log_probs: Tensor, asked: types.TensorData) -> types.TensorData:
     ids = asked.to_torch(pad_value=-1)
     if ids.ndim != 2 or len(ids) != len(log_probs):
         shape = tuple(ids.shape)
-        raise RequestError(f"target_prompt_logprobs must have a row for each of {len(log_probs)} positions, got {shape}")
+        raise RequestError(f"target_prompt_logprobs must have {len(log_probs)} rows, one a position, got {shape}")
     values = log_probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
     return types.TensorData.from_torch(values)

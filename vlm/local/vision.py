@@ -22,7 +22,7 @@ CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image. grid: patches (time, height, width). embeds: (tokens, hidden). deepstack: the same, a tensor a layer."""
+    """One image. grid: patches (time, height, width). embeds: (tokens, hidden). deepstack: likewise, one a layer."""
 
     grid: tuple[int, int, int]
     embeds: Tensor

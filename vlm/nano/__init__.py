@@ -5,57 +5,43 @@ The weights of this version are SEEDED RANDOM numbers, made once into the user's
 """
 
 import hashlib
-import os
 import shutil
-import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
+from kshot_errors import ModelError
+from kshot_files import cache_folder, write_folder
+
 NAME = "kshot/nano-qwen3-vl"
+NOTE = f"{NAME} has seeded random weights: its accuracies show that the machinery runs and say nothing about Qwen3-VL."
 SEED = 0
+HERE = Path(__file__).parent
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def folder() -> Path:
-    """The model in hub layout, with its weights; written to the user's cache on first use."""
-    import torch
+    """The model in hub layout, with its weights; written to the user's cache on first use.
 
-    here = Path(__file__).parent
-    identity = hashlib.sha256(f"{SEED} {torch.__version__}".encode())
+    Its name changes with the files and with what draws the weights, so stale ones are never read. Raises ModelError
+    where the cache cannot be written.
+    """
+    identity = hashlib.sha256(f"{SEED} {version('torch')} {version('transformers')}".encode())
     for name in FILES:
-        identity.update((here / name).read_bytes())
-    target = cache() / f"nano-qwen3-vl-{identity.hexdigest()[:16]}"
-    if not target.exists():
-        _write(here, target)
-    return target
+        identity.update((HERE / name).read_bytes())
+    target = cache_folder() / f"nano-qwen3-vl-{identity.hexdigest()[:16]}"
+    try:
+        return write_folder(target, _fill)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror}; set KSHOT_CACHE to a writable folder") from error
 
 
-def cache() -> Path:
-    """kshot's folder in the user's cache: KSHOT_CACHE, or kshot below XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KSHOT_CACHE") or Path(base) / "kshot")
-
-
-def _write(here: Path, target: Path) -> None:
+def _fill(target: Path) -> None:
     import torch
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".nano-") as temporary:
-        for name in FILES:
-            shutil.copy(here / name, temporary)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(temporary))
-        model.save_pretrained(temporary)
-        for name in FILES:  # save_pretrained rewrote the configuration: the committed one stays the source
-            shutil.copy(here / name, temporary)
-        _publish(Path(temporary), target)
-
-
-def _publish(written: Path, target: Path) -> None:
-    try:
-        written.rename(target)
-        written.mkdir()  # so that the temporary folder's own clean-up finds it
-    except OSError:
-        if not target.exists():  # another process was first: the same bytes
-            raise
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(HERE))
+    model.save_pretrained(target)
+    for name in FILES:  # save_pretrained wrote a configuration of its own: the committed one stays the source
+        shutil.copy(HERE / name, target)

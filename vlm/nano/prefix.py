@@ -28,7 +28,8 @@ def prefix(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
 
 def main(path: str, size: str) -> None:
     with open(path, encoding="utf-8") as file:
-        json.dump(prefix(json.load(file), int(size)), sys.stdout, ensure_ascii=False, indent=None, separators=(",", ":"))
+        short = prefix(json.load(file), int(size))
+    json.dump(short, sys.stdout, ensure_ascii=False, separators=(",", ":"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Which examples are in the few shots, and which are in train and in test. Pure: no files, no global randomness.
+
+Every order is that of a SHA-256 of (seed, class name, image key). An image's rank in its class therefore depends on
+nothing else: not on the order of the rows, not on the other classes, not on the number of shots.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from data.core import Example
+from kshot_errors import InputError, TooFewImagesError
+
+
+def k_shot(
+    examples: Sequence[Example], classes: Sequence[str], shots: int, seed: int, *, allow_fewer: bool = False
+) -> list[int]:
+    """Indices into examples of the k-shot set: class by class, each class a prefix of its permutation for this seed.
+
+    The sets nest in shots. Rows with the same key and label are one image and count once (the first row is returned).
+    allow_fewer: a class with fewer images than shots gives all it has; a class with none is still an error.
+    Raises InputError if shots < 1; TooFewImagesError.
+    """
+    if shots < 1:
+        raise InputError(f"shots must be 1 or more, not {shots}")
+    rows: dict[int, dict[str, int]] = defaultdict(dict)
+    for index, example in enumerate(examples):
+        rows[example.label].setdefault(example.key, index)
+    chosen: list[int] = []
+    for label, name in enumerate(classes):
+        _check_count(name, len(rows[label]), shots, allow_fewer)
+        order = sorted(rows[label], key=partial(_rank, seed, name))
+        chosen += (rows[label][key] for key in order[:shots])
+    return chosen
+
+
+def stratified_split(
+    keys: Sequence[str],
+    labels: Sequence[str],
+    *,
+    test_size: Callable[[int], int],
+    seed: int,
+    groups: Sequence[str] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Row numbers of train and of test, both in row order.
+
+    keys, labels: identity and class name of each row. Rows of one class with one key are one image.
+    test_size: distinct images of a class → how many of them go to test, at most.
+    groups: name of each row's group (default: its key). Within a class a group is never divided; one that is larger
+        than the room left in test is passed over, so test may come out smaller than asked.
+    """
+    members: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for key, label, group in zip(keys, labels, groups or keys, strict=True):
+        members[label][group].add(key)
+    held_out = {
+        (label, key) for label, of_class in members.items() for key in _draw_test(label, of_class, test_size, seed)
+    }
+    test = [(label, key) in held_out for key, label in zip(keys, labels, strict=True)]
+    return [i for i, out in enumerate(test) if not out], [i for i, out in enumerate(test) if out]
+
+
+def _draw_test(label: str, groups: dict[str, set[str]], test_size: Callable[[int], int], seed: int) -> set[str]:
+    """The keys of one class that go to test: whole groups in ranked order, as long as they fit."""
+    room = test_size(len(set().union(*groups.values())))
+    drawn: set[str] = set()
+    for group in sorted(groups, key=partial(_rank, seed, label)):
+        if len(drawn | groups[group]) <= room:
+            drawn |= groups[group]
+    return drawn
+
+
+def _rank(seed: int, name: str, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}\0{key}".encode()).digest()
+
+
+def _check_count(name: str, count: int, shots: int, allow_fewer: bool) -> None:
+    if count >= shots or (allow_fewer and count > 0):
+        return
+    way_out = "take fewer shots or pass --allow-fewer" if count else "add images or drop the class"
+    images = "image" if count == 1 else "images"
+    raise TooFewImagesError(f"class {name!r} has {count} distinct train {images}, {shots} shots asked for; {way_out}")

@@ -1,0 +1,91 @@
+"""What a sweep is: the schema of presets and YAML files. Knows the names of settings, not what they do.
+
+Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from kshot_errors import InputError, UnknownNameError
+
+Shots = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Everything besides data set, method, shots and seed that a cell's numbers may depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "Qwen/Qwen3-VL-2B-Instruct"
+    backbone: str = "vit_base_patch14_dinov2.lvd142m"
+    max_side: PositiveInt = 480
+    limit_test: PositiveInt | None = None
+    split_seed: Seed = 0
+    allow_fewer: bool = False
+    views_per_class: PositiveInt = 160
+    batch_size: PositiveInt = 32
+    rank: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+class Sweep(BaseModel):
+    """A grid of cells: data sets x methods x shots x seeds under one set of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    datasets: Annotated[tuple[str, ...], Field(min_length=1)]
+    methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    settings: Settings = Settings()
+
+
+def presets() -> list[str]:
+    """The names of the sweeps that ship with kshot."""
+    names = [path.name for path in files("experiments.presets").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sweep:
+    """The sweep of a preset's name or a YAML file, with the values given on the command line put over it.
+
+    Raises UnknownNameError for a name that is neither, InputError for a value that is out of range or no setting.
+    """
+    content = read(preset)
+    content.update(overrides)
+    content["settings"] = {**(content.get("settings") or {}), **settings}
+    for field in ("datasets", "methods", "shots", "seeds"):
+        if isinstance(content.get(field), list | tuple):
+            content[field] = tuple(dict.fromkeys(content[field]))
+    try:
+        return Sweep(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where} = {first['input']!r}: {first['msg']}") from error
+
+
+def read(preset: str) -> dict[str, Any]:
+    """The content of a preset or a YAML file."""
+    if preset in presets():
+        text = (files("experiments.presets") / f"{preset}.yaml").read_text(encoding="utf-8")
+    elif preset.endswith((".yaml", ".yml")) and Path(preset).is_file():
+        text = Path(preset).read_text(encoding="utf-8")
+    else:
+        raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"])
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{preset} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{preset} holds no sweep: it must be a mapping with name, datasets, methods, shots, seeds")
+    return content

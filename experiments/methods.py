@@ -1,0 +1,190 @@
+"""The methods: a function and a row each. What a method needs comes in a Task; what it says goes out as an Outcome.
+
+Knows no folders and no metrics. Nothing here sees a test label.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.core import Example
+from experiments.config import Settings
+
+if TYPE_CHECKING:
+    from baselines.features import Encoder
+    from vlm.prompts import Prompt
+    from vlm.service import SamplingClient, ServiceClient
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: k labelled examples a class, the images to name, the class names, seed and settings.
+
+    hflip: probability of showing a training image mirrored. service, device: who computes, and on what.
+    """
+
+    classes: tuple[str, ...]
+    train: Sequence[Example]
+    test: Sequence[bytes]
+    seed: int
+    settings: Settings
+    hflip: float = 0.5
+    service: str = "local"
+    device: str = "cpu"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
+        return -(-self.settings.views_per_class * len(self.classes) // self.settings.batch_size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method says. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
+
+    answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
+    """
+
+    scores: np.ndarray
+    probabilities: bool
+    fit_seconds: float
+    predict_seconds: float
+    answers: Sequence[tuple[str, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the function, the settings its numbers depend on, whether it learns, and its relative cost in time."""
+
+    run: Callable[[Task], Outcome]
+    settings: tuple[str, ...]
+    learns: bool = True
+    cost: float = 1.0
+
+
+def vlm_zero_shot(task: Task) -> Outcome:
+    """The base model asked without training: the k = 0 point."""
+    sampler = _service(task).create_sampling_client(base_model=task.settings.model).result()
+    return _ask(sampler, task, fit_seconds=0.0)
+
+
+def vlm_lora(task: Task) -> Outcome:
+    """LoRA-tune the vision-language model to answer with the class name, then ask it."""
+    from tinker import types
+
+    from vlm.classifier import fit
+
+    start, s = time.perf_counter(), task.settings
+    client = _service(task).create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    prompt = _prompt(client, task)
+    adam = types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
+    for _ in fit(client, _batches(task), prompt, adam):
+        pass
+    sampler = client.save_weights_and_get_sampling_client().result()
+    return _ask(sampler, task, fit_seconds=time.perf_counter() - start)
+
+
+def dinov2_logreg(task: Task) -> Outcome:
+    """Frozen DINOv2 features with logistic regression."""
+    from baselines.linear import logistic_regression
+
+    encoder = _encoder(task.settings.backbone, task.device)
+    return _frozen(task, encoder.features, logistic_regression, probabilities=True)
+
+
+def pixel_knn(task: Task) -> Outcome:
+    """Nearest neighbour on raw pixels: the floor."""
+    from baselines.knn import nearest_neighbour, pixels
+
+    return _frozen(task, pixels, nearest_neighbour, probabilities=False)
+
+
+def dinov2_lora(task: Task) -> Outcome:
+    """LoRA and a linear head on DINOv2, on the very batches that `vlm_lora` sees."""
+    from baselines.lora import Adam, LoraClassifier
+
+    start, s = time.perf_counter(), task.settings
+    model = LoraClassifier(s.backbone, len(task.classes), rank=s.rank, seed=task.seed, device=task.device)
+    adam = Adam(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
+    for batch in _batches(task):
+        model.step([image for image, _ in batch], [label for _, label in batch], adam)
+    fitted = time.perf_counter()
+    scores = model.log_probs(task.test)
+    return Outcome(scores, True, fitted - start, time.perf_counter() - fitted)
+
+
+_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer")
+_TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+METHODS = {
+    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, "model"), learns=False),
+    "vlm-lora": Method(vlm_lora, (*_DATA, "model", *_TRAINED), cost=10.0),
+    "dinov2-logreg": Method(dinov2_logreg, (*_DATA, "backbone")),
+    "dinov2-lora": Method(dinov2_lora, (*_DATA, "backbone", *_TRAINED), cost=5.0),
+    "pixel-knn": Method(pixel_knn, _DATA),
+}
+
+
+@lru_cache(maxsize=1)
+def _local_service(device: str) -> "ServiceClient":
+    from vlm.local.client import LocalServiceClient
+
+    return LocalServiceClient(device=device)
+
+
+def _service(task: Task) -> Any:
+    """One local service a process, so that cells share the base model and the image features."""
+    from vlm.service import connect
+
+    return _local_service(task.device) if task.service == "local" else connect(task.service)
+
+
+@lru_cache(maxsize=1)
+def _encoder(backbone: str, device: str) -> "Encoder":
+    from baselines.features import Encoder
+
+    return Encoder(backbone, device=device)
+
+
+def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
+    """The batches of (image, label) that every method that trains sees: fixed by the seed."""
+    from vlm.classifier import batches
+
+    rng = np.random.default_rng(task.seed)
+    return batches(task.train, task.settings.batch_size, task.steps, rng, hflip=task.hflip)
+
+
+def _prompt(client: Any, task: Task) -> "Prompt":
+    from vlm.inputs import ImageRule
+    from vlm.prompts import Prompt
+
+    return Prompt(client.get_tokenizer(), ImageRule.from_pretrained(task.settings.model), task.classes)
+
+
+def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
+    from vlm.classifier import generate, predict
+
+    start, prompt = time.perf_counter(), _prompt(sampler, task)
+    scores = predict(sampler, task.test, prompt)
+    predict_seconds = time.perf_counter() - start
+    answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt)]
+    return Outcome(scores, True, fit_seconds, predict_seconds, answers)
+
+
+def _frozen(
+    task: Task,
+    features: Callable[[Sequence[bytes]], np.ndarray],
+    head: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
+    *,
+    probabilities: bool,
+) -> Outcome:
+    """Features of a frozen encoder and a head on them. The time of the head is prediction: it does both at once."""
+    start = time.perf_counter()
+    train, labels = features([e.image for e in task.train]), np.array([e.label for e in task.train])
+    test = features(task.test)
+    encoded = time.perf_counter()
+    scores = head(train, labels, test, len(task.classes))
+    return Outcome(scores, probabilities, encoded - start, time.perf_counter() - encoded)

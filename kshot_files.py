@@ -1,0 +1,59 @@
+"""Files that are complete or not there: written to a temporary name beside their place, then renamed. And the cache.
+
+Knows nothing of what is written. Like `kshot_errors` it stands below data, vlm, baselines and experiments.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+TEMPORARY = ".tmp"  # the end of every temporary name
+
+
+def cache_folder() -> Path:
+    """kshot's folder in the user's cache: KSHOT_CACHE, or kshot below XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("KSHOT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kshot"
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Write a file whole, replacing one that is there; returns its path. Raises OSError."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content)
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Make the folder `target` with what `fill` puts into it, unless it is there; returns it. Raises OSError.
+
+    Processes may do this side by side: the first to finish wins, and all must write the same.
+    """
+    if target.is_dir():
+        return target
+    temporary = _temporary(target)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what a killed writer left in `folder`; only its one writer may call this."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")

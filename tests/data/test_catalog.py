@@ -1,0 +1,80 @@
+"""The table: complete rows, names that resolve, and an import that costs nothing."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from data import catalog
+from data.core import Dataset
+from kshot_errors import DatasetError, UnknownNameError
+
+
+@pytest.mark.parametrize("name", catalog.DATASETS)
+def test_a_row_is_complete(name: str) -> None:
+    row = catalog.DATASETS[name]
+    assert row.name == name
+    assert all((row.title, row.licence, row.citation, row.url.startswith("https://"), row.protocol))
+    assert 0 <= row.hflip <= 0.5
+    module, function = row.loader.split(":")
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", catalog.DATASETS)
+def test_a_row_tells_the_truth(name: str, request: pytest.FixtureRequest) -> None:
+    row, dataset = catalog.DATASETS[name], request.getfixturevalue(name)
+    assert isinstance(dataset, Dataset)
+    assert dataset.name == name
+    assert dataset.classes == row.classes
+    assert len(dataset.train) == pytest.approx(row.train, rel=0.05)
+    assert len(dataset.test) == pytest.approx(row.test, rel=0.05)
+
+
+def test_a_mirrored_digit_is_no_digit() -> None:
+    assert (catalog.DATASETS["icons"].hflip, catalog.DATASETS["digits"].hflip) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", ["icon", "folder", "folder:", ""])
+def test_an_unknown_name(name: str) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown data set .*choose from: icons, digits, folder:PATH"):
+        catalog.load(name)
+
+
+def test_a_folder_has_a_row() -> None:
+    row = catalog.find("folder:some/where:else")
+    assert (row.name, row.location, row.hflip) == ("folder:some/where:else", "some/where:else", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("great_dane", "great dane"),
+        ("Faces-easy", "faces easy"),
+        ("AM General Hummer SUV 2000", "am general hummer suv 2000"),
+        ("  wild.cat__x ", "wild cat x"),
+    ],
+)
+def test_clean_name(raw: str, cleaned: str) -> None:
+    assert catalog.clean_name(raw) == cleaned
+
+
+def test_names_that_fall_together() -> None:
+    row = catalog.find("folder:x")
+    with pytest.raises(DatasetError, match=r"'wild_cat' and 'Wild-Cat' both read 'wild cat'"):
+        catalog._clean_classes(row, ["wild_cat", "dog", "Wild-Cat"])
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*(m for m in sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_the_table_costs_no_heavy_import() -> None:
+    heavy = {"numpy", "PIL", "sklearn", "pyarrow", "scipy", "torch", "pandas", "matplotlib"}
+    assert not heavy & modules_after("import data.catalog")
+
+
+def test_no_torch_and_no_sibling() -> None:
+    loaded = modules_after("import data.icons, data.digits, data.sources, data.images, data.fewshot")
+    assert not {"torch", "qtawesome", "vlm", "baselines", "experiments"} & loaded

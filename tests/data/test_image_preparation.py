@@ -1,0 +1,184 @@
+"""Images as they come from the world: every mode, every orientation, and what is no image at all."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from data.core import Example, content_key
+from data.images import open_image, prepare, prepare_all
+from kshot_errors import ImageError, InputError
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def scene(width: int = 40, height: int = 24) -> Image.Image:
+    """No symmetry: red to the right, green downwards, one blue corner."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None]
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    pixels[: height // 3, : width // 3, 2] = 255
+    return Image.fromarray(pixels)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    assert one.size == other.size
+    return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+def test_transparency_is_white() -> None:
+    image = scene().convert("RGBA")
+    image.putpixel((5, 5), (255, 0, 0, 0))
+    image.putpixel((6, 5), (0, 0, 0, 128))
+    opened = open_image(encode(image, "PNG"))
+    assert opened.mode == "RGB"
+    assert opened.getpixel((5, 5)) == (255, 255, 255)
+    assert opened.getpixel((6, 5)) == (127, 127, 127)
+    assert opened.getpixel((20, 20)) == scene().getpixel((20, 20))
+
+
+@pytest.mark.parametrize("alpha", [0, bytes([0, 255, 255])], ids=["one index", "a table"])
+def test_a_palette_with_transparency(alpha: object) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 10, 20, 1, 2, 3])
+    image.putpixel((0, 0), 0)
+    opened = open_image(encode(image, "PNG", transparency=alpha))
+    assert (opened.getpixel((0, 0)), opened.getpixel((1, 1))) == ((255, 255, 255), (200, 10, 20))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
+def test_grey_and_palette(mode: str) -> None:
+    image = scene().convert("L").convert(mode)
+    assert difference(open_image(encode(image, "PNG")), image.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bits_are_scaled_not_clipped(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    opened = open_image(encode(Image.fromarray(ramp), kind))
+    assert np.array_equal(np.asarray(opened)[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(kind: str) -> None:
+    opened = open_image(encode(scene(160, 96).convert("CMYK"), kind))
+    assert difference(opened, scene(160, 96)) < 4
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    opened = open_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert opened.getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_comes_out_upright(orientation: int) -> None:
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,  # stored turned left, shown turned right
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = scene().transpose(turns[orientation]) if orientation in turns else scene()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert difference(open_image(encode(stored, "PNG", exif=exif)), scene()) == 0
+    jpeg = encode(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+    assert difference(Image.open(io.BytesIO(prepare(jpeg))), scene()) < 8
+    assert 0x0112 not in Image.open(io.BytesIO(prepare(jpeg))).getexif()
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "file is empty"),
+        (b"a letter, not a picture", "not an image"),
+        (encode(scene(400, 300), "JPEG")[:3000], "broken image"),
+        (encode(scene(400, 300), "PNG")[:900], "broken image"),
+        (encode(scene(), "JPEG")[:20], "not an image|broken image"),
+        (bomb(10_000, 10_000), r"more than 89,478,485 pixels"),
+        (bomb(100_000, 100_000), r"more than 89,478,485 pixels"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+    ],
+    ids=["empty", "text", "short jpeg", "short png", "header", "large", "bomb", "float"],
+)
+def test_what_is_no_image(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=f"^cat/7.jpg: .*({reason})") as caught:
+        prepare(data, name="cat/7.jpg")
+    assert "\n" not in str(caught.value)
+
+
+def test_our_limit_holds_where_pillow_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ImageError, match="100000x100000 is more than"):
+        open_image(bomb(100_000, 100_000))
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", encode(scene(), "PNG")[:60], encode(scene(), "GIF")[:30]]))
+def test_no_bytes_raise_anything_else(data: bytes, head: bytes) -> None:
+    try:
+        opened = open_image(head + data)
+    except ImageError:
+        return
+    assert opened.mode == "RGB"
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60))
+def test_the_longest_side(width: int, height: int, max_side: int) -> None:
+    prepared = open_image(prepare(encode(scene(width, height), "PNG"), max_side=max_side))
+    longest = max(width, height)
+    if longest <= max_side:
+        assert prepared.size == (width, height)
+    else:
+        assert prepared.size == tuple(max(1, side * max_side // longest) for side in (width, height))
+
+
+def test_prepare_is_the_reference_rule() -> None:
+    photo = scene(1000, 707)
+    expected = encode(photo.resize((480, 339), Image.Resampling.LANCZOS), "JPEG")
+    assert prepare(encode(photo, "PNG")) == expected
+    mirrored = encode(ImageOps.mirror(photo.resize((480, 339), Image.Resampling.LANCZOS)), "JPEG")
+    assert prepare(encode(photo, "PNG"), mirrored=True) == mirrored
+
+
+@pytest.mark.parametrize("hflip", [True, False])
+def test_prepare_all(hflip: bool) -> None:
+    images = [encode(scene(20 + i, 30), "PNG") for i in range(12)]
+    examples = [Example(content_key(image), image, i % 3) for i, image in enumerate(images)]
+    prepared = prepare_all(examples, max_side=24, hflip=hflip)
+    assert [(e.key, e.label) for e in prepared] == [(e.key, e.label) for e in examples]
+    for before, after in zip(examples, prepared, strict=True):
+        assert after.image == prepare(before.image, max_side=24)
+        assert after.mirrored == (prepare(before.image, max_side=24, mirrored=True) if hflip else None)
+
+
+def test_prepare_all_names_the_broken_image() -> None:
+    with pytest.raises(ImageError, match="image deadbeef"):
+        prepare_all([Example("deadbeef", b"text", 0)], hflip=False)
+
+
+def test_max_side_below_one() -> None:
+    with pytest.raises(InputError, match="not 0"):
+        prepare(encode(scene(), "PNG"), max_side=0)

@@ -1,0 +1,60 @@
+"""kshot_files: files and folders that are complete or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from kshot_files import cache_folder, remove_unfinished, write_file, write_folder
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder() == Path("/a")
+    monkeypatch.delenv("KSHOT_CACHE")
+    assert cache_folder() == Path("/b/kshot")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/kshot")
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file(tmp_path / "a.json", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_file(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_whose_filling_fails_is_not_there(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_bytes(b"")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_folder(tmp_path / "model", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"late")
+        target.mkdir()
+        (target / "weights").write_bytes(b"first")
+
+    assert (write_folder(target, fill) / "weights").read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.json.0123.tmp", "a.json", ".lock", "b.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.json", "b.tmp"]
