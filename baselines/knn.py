@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 from baselines.inputs import check_features
-from baselines.pixels import decode
+from kshot_images import open_image
 
 # Distances held at a time: 32 MiB of float64.
 BLOCK = 1 << 22
@@ -22,7 +22,7 @@ def pixels(images: Sequence[bytes], side: int = 32) -> np.ndarray:
     Raises:
         ImageError: bytes that are no image.
     """
-    small = [np.asarray(decode(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    small = [np.asarray(open_image(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
     return np.array(small, np.float32).reshape(len(images), side * side * 3)
 
 

@@ -1,31 +1,15 @@
 """Image bytes to pixels: decode, resize to whole patches, keep what was decoded.
 
-Knows no model: the patch size is given, and normalisation is the backbone's. The bytes are expected to be prepared
-(upright, RGB, capped in size) by whoever made them; nothing is rotated, cropped or flipped here.
+Knows no model: the patch size is given, and normalisation is the backbone's. Nothing is cropped or flipped here.
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from kshot_errors import ImageError
-
-
-def decode(image: bytes) -> Image.Image:
-    """The RGB image in the bytes of a JPEG or PNG file.
-
-    Raises:
-        ImageError: the bytes are no such image, or a broken one.
-    """
-    try:
-        return Image.open(io.BytesIO(image), formats=("JPEG", "PNG")).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's message of an unknown file names only the address of a BytesIO.
-        reason = "neither" if isinstance(error, Image.UnidentifiedImageError) else f"a broken one ({error})"
-        raise ImageError(f"{len(image)} bytes that should be a JPEG or PNG image are {reason}: re-encode it") from error
+from kshot_images import open_image
 
 
 def whole_patches(side: int, patch: int) -> int:
@@ -38,7 +22,7 @@ def resized(image: bytes, patch: int, size: int | None = None) -> np.ndarray:
 
     Each side goes to its nearest multiple of `patch`; with `size` both sides become `size`, whatever the aspect.
     """
-    decoded = decode(image)
+    decoded = open_image(image)
     width, height = (whole_patches(side, patch) for side in decoded.size) if size is None else (size, size)
     # Pillow's bicubic filter widens with the reduction: it antialiases always.
     return np.asarray(decoded.resize((width, height), Image.Resampling.BICUBIC))

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from data.core import Dataset, Example, content_key
 from data.fewshot import stratified_split
-from data.images import open_image
 from kshot_errors import DatasetError, ImageError
 from kshot_files import cache_folder, write_file
+from kshot_images import open_image
 
 if TYPE_CHECKING:
     from data.catalog import Row
@@ -72,8 +72,10 @@ def load_folder(row: "Row", *, root: Path | None, split_seed: int) -> Dataset:
         raise DatasetError(f"{home} has one class ({classes[0]!r}); classification needs two or more class folders")
     given = files[0].split != ""
     train, test = _given_split(home, files) if given else _seeded_split(home, files, split_seed)
-    protocol = "given-split" if given else f"{row.protocol}-{split_seed}"
-    return Dataset(row.name, protocol, classes, _examples(train, classes), _examples(test, classes))
+    split = "given-split" if given else f"{row.protocol}-{split_seed}"
+    # Results may travel: they call the folder by its own name and tell it from namesakes by what is in it.
+    name, protocol = f"folder:{Path(os.path.abspath(home)).name}", f"{split}-{_fingerprint(files)}"
+    return Dataset(name, protocol, classes, _examples(train, classes), _examples(test, classes))
 
 
 def _read_folder(home: Path) -> list[ImageFile]:
@@ -142,6 +144,12 @@ def _read_image(home: Path, split: str, label: str, path: Path) -> ImageFile:
         raise ImageError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
     open_image(image, str(path))
     return ImageFile(path.relative_to(home).as_posix(), split, label, image, content_key(image))
+
+
+def _fingerprint(files: Sequence[ImageFile]) -> str:
+    """Of the images, their classes and their split; not of where the folder lies or what its files are called."""
+    lines = sorted(f"{file.split}\0{file.label}\0{file.key}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _refuse_twins(home: Path, files: Sequence[ImageFile]) -> None:

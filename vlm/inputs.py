@@ -5,7 +5,6 @@ it takes only the `ImageRule`, which says how many tokens an image of a size bec
 """
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,55 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tinker
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 from tinker import types
 
 from kshot_errors import ImageError, ModelError, RequestError
+from kshot_images import open_header, open_image
 from vlm.models import source
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
-MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a 24-bit image of a quarter of a gigabyte
 CHUNK_FORMATS: dict[str, Literal["png", "jpeg"]] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The pixels that the bytes of an image chunk stand for: RGB, upright, over white where it is transparent.
-
-    The size is checked before anything is decoded. Raises ImageError for what is no image, broken or over MAX_PIXELS.
-    """
-    image = _open(data)
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"image of {len(data)} bytes cannot be decoded: {error}; give a complete file") from error
-    return _rgb(image)
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the line below is the limit
-            image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{len(data)} bytes are no image that Pillow knows; give PNG or JPEG bytes") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image is too large: {error}; the limit is {MAX_PIXELS:,} pixels") from error
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width}x{image.height}"
-        raise ImageError(f"image of {size} pixels is over the limit of {MAX_PIXELS:,}; resize it first")
-    return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bit greys: Pillow's own conversion clips instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -103,7 +64,7 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
     Raises ImageError for bytes that are no image.
     """
-    image: Image.Image = _open(data)
+    image = open_header(data)
     format = CHUNK_FORMATS.get(image.format or "")
     if format is None or image.mode != "RGB" or image.has_transparency_data or _orientation(image) != 1:
         image, buffer = open_image(data), io.BytesIO()

@@ -17,8 +17,8 @@ from torchvision.transforms.functional import normalize, to_tensor
 from baselines import nano
 from baselines.backbone import _load, load
 from baselines.features import Encoder
-from baselines.pixels import decode
 from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
+from kshot_images import open_image
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_features_are_timms_cls_tokens(images: list[bytes]) -> None:
     vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True, dynamic_img_size=True).eval()
     features = Encoder(nano.NAME).features(images)
     for image, feature in zip(images, features, strict=True):
-        pixels = normalize(to_tensor(decode(image)), vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+        pixels = normalize(to_tensor(open_image(image)), vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
         with torch.inference_mode():
             expected = vit.forward_features(pixels[None])[0, 0].numpy()
         np.testing.assert_allclose(feature, expected, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data.core import Example, content_key
-from data.images import open_image, prepare, prepare_all
+from data.images import prepare, prepare_all
 from kshot_errors import ImageError, InputError
+from kshot_images import open_image
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def given_split(root: Path) -> None:
 def test_a_given_split(tmp_path: Path) -> None:
     given_split(tmp_path)
     dataset = load(tmp_path)
-    assert (dataset.classes, dataset.protocol) == (("cat", "dog"), "given-split")
+    assert dataset.classes == ("cat", "dog")
+    assert re.fullmatch(r"given-split-[0-9a-f]{12}", dataset.protocol)
     assert (len(dataset.train), len(dataset.test)) == (20, 6)
     assert dataset.test[0].image == picture(100)
     assert load(tmp_path, split_seed=1) == dataset
@@ -50,11 +52,34 @@ def test_a_given_split(tmp_path: Path) -> None:
 def test_a_seeded_split(tmp_path: Path) -> None:
     fill(tmp_path, "Great_Dane", "cat")
     dataset = load(tmp_path)
-    assert (dataset.classes, dataset.protocol) == (("great dane", "cat"), "seeded-split-0")
+    assert dataset.classes == ("great dane", "cat")
+    assert re.fullmatch(r"seeded-split-0-[0-9a-f]{12}", dataset.protocol)
     assert [e.label for e in dataset.test] == [0, 0, 1, 1]
     assert not {e.key for e in dataset.train} & {e.key for e in dataset.test}
     assert load(tmp_path) == dataset
     assert {e.key for e in load(tmp_path, split_seed=1).test} != {e.key for e in dataset.test}
+
+
+def test_a_folder_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "café <b>|", "cat", "dog")
+    (tmp_path / "x").mkdir()
+    here = load(tmp_path / "café <b>|")
+    assert here.name == "folder:café <b>|"
+    assert load(tmp_path / "x" / ".." / "café <b>|") == here
+    monkeypatch.chdir(tmp_path / "café <b>|")
+    assert load(Path(".")) == here
+
+
+def test_a_protocol_is_of_the_content(tmp_path: Path) -> None:
+    for side in "abcd":
+        fill(tmp_path / side / "photos", "cat", "dog")
+    (tmp_path / "b/photos/cat/0.png").rename(tmp_path / "b/photos/cat/zero.png")
+    (tmp_path / "c/photos/cat/0.png").rename(tmp_path / "c/photos/dog/zero.png")
+    (tmp_path / "d/photos/cat/0.png").write_bytes(picture(999))
+    a, b, c, d = (load(tmp_path / side / "photos") for side in "abcd")
+    assert a.name == b.name == c.name == d.name == "folder:photos"
+    assert a.protocol == b.protocol
+    assert len({a.protocol, c.protocol, d.protocol}) == 3
 
 
 def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:

@@ -80,15 +80,18 @@ def run(
 
 def _row(model: Model, each: tinker.ModelInput, images: Any) -> list[int]:
     row: list[int] = []
-    config = model.stock.config
+    after_image = False
     for chunk in each.chunks:
         if isinstance(chunk, types.ImageChunk):
-            row += [config.image_token_id] * next(images).tokens
+            if after_image:  # the stock positions take neighbours for one image
+                raise RequestError("two image chunks stand side by side; put text between them, as <|vision_end|> is")
+            row += [model.stock.config.image_token_id] * next(images).tokens
         elif isinstance(chunk, types.EncodedTextChunk):
             _check_tokens(model, chunk.tokens)
             row += chunk.tokens
         else:
             raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
+        after_image = isinstance(chunk, types.ImageChunk) or (after_image and not chunk.length)
     if not row:
         raise RequestError("a model input is empty; it needs at least one token")
     return row

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def load(state: Path, path: str) -> Checkpoint:
             optimizer=load_file(optimizer) if optimizer.exists() else None,
             user_metadata=record["user_metadata"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"checkpoint {path} is damaged: {error}") from error
 
 

@@ -7,9 +7,9 @@ forward_backward and optim_step before it waits for either.
 import secrets
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class LocalServiceClient:
         self._state, self._device = state_dir or checkpoint.state_folder(), device
         self._engines: dict[str, Engine] = {}
         self._session, self._runs = str(uuid.uuid4()), 0
+        self._abandoned: deque[tuple[Engine, str]] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kshot-engine")
 
     def create_lora_training_client(
@@ -94,8 +95,14 @@ class LocalServiceClient:
         self._worker.shutdown()
 
     def _submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[T]:
-        future: Future[T] = self._worker.submit(call, *args, **kwargs)
-        return AwaitableConcurrentFuture(future)
+        return AwaitableConcurrentFuture(self._worker.submit(self._run, partial(call, *args, **kwargs)))
+
+    def _run(self, call: Callable[[], T]) -> T:
+        """On the worker: first give back the memory of runs that nobody can reach any more, then do what was asked."""
+        while self._abandoned:
+            engine, adapter = self._abandoned.popleft()
+            engine.end(adapter)
+        return call()
 
     def _start(
         self, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None
@@ -104,9 +111,10 @@ class LocalServiceClient:
         model_id = f"{self._session}:train:{self._runs}"
         run = engine.start(f"run_{self._runs}", spec, secrets.randbits(31) if seed is None else seed)
         self._runs += 1
-        client = LocalTrainingClient(engine, run, model_id, self._state, self._submit, user_metadata)
-        weakref.finalize(client, _release, self._worker, engine, run)
-        return client
+        # A finalizer may run in the middle of anything, even of a submit: it takes no lock and leaves the rest to the
+        # worker. Requests that are still to run hold the run, so it outlives them.
+        weakref.finalize(run, self._abandoned.append, (engine, run.adapter))
+        return LocalTrainingClient(engine, run, model_id, self._state, self._submit, user_metadata)
 
     def _resume(self, path: str, user_metadata: dict[str, str] | None, *, optimizer: bool) -> "LocalTrainingClient":
         saved = checkpoint.load(self._state, path)
@@ -120,12 +128,6 @@ class LocalServiceClient:
             return LocalSamplingClient(self.engine(base_model), BASE, self._submit)
         saved = checkpoint.load(self._state, model_path)
         return LocalSamplingClient(self.engine(saved.base_model), Snapshot(saved.spec, saved.weights), self._submit)
-
-
-def _release(worker: ThreadPoolExecutor, engine: Engine, run: Run) -> None:
-    """A run that nobody can reach any more gives its memory back, after the requests it still has."""
-    with suppress(RuntimeError):  # the worker is shut down: so is everything it held
-        worker.submit(engine.end, run)
 
 
 class LocalTrainingClient:

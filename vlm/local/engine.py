@@ -53,9 +53,9 @@ class Engine:
         self.model.add_adapter(adapter, spec, seed)
         return Run(adapter, spec, torch.optim.AdamW(self.model.parameters(adapter).values()))
 
-    def end(self, trained: Run) -> None:
-        """Forget a run: its adapter, gradients and optimizer."""
-        self.model.drop_adapter(trained.adapter)
+    def end(self, adapter: str) -> None:
+        """Forget the run of this adapter: its weights and gradients."""
+        self.model.drop_adapter(adapter)
 
     def forward_backward(
         self,

@@ -96,9 +96,14 @@ class Model:
             parameter.requires_grad_(True)
 
     def drop_adapter(self, adapter: str) -> None:
-        """Take an adapter and its memory away."""
-        self.use(None)
-        self._peft.delete_adapter(adapter)
+        """Take an adapter and its memory away; with the last one go PEFT's layers."""
+        others = [name for name in self._peft.peft_config if name != adapter]
+        if others:
+            self._peft.set_adapter(others[0])  # PEFT keeps asking for the active one, so it must not be the one to go
+            self._peft.delete_adapter(adapter)
+        else:
+            self._peft.unload()
+            self._peft = None
 
     def has_adapter(self, adapter: str) -> bool:
         return self._peft is not None and adapter in self._peft.peft_config
@@ -114,9 +119,9 @@ class Model:
             self._peft.set_adapter(adapter)
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters by name, in a fixed order."""
-        marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
-        return {n: p for n, p in self._peft.named_parameters() if any(m in n for m in marks)}
+        """The adapter's own parameters in a fixed order, under the names that PEFT stores them by."""
+        mark = f".{adapter}."
+        return {n.replace(mark, "."): p for n, p in self._peft.named_parameters() if "lora_" in n and mark in n}
 
     def weights(self, adapter: str) -> dict[str, Tensor]:
         """A copy of the adapter's tensors under PEFT's own names, as PEFT stores them."""

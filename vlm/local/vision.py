@@ -14,7 +14,7 @@ from tinker import types
 from torch import Tensor
 
 from kshot_errors import RequestError
-from vlm.inputs import open_image
+from kshot_images import open_image
 from vlm.local.model import Model
 
 CACHE_BYTES = 1 << 30

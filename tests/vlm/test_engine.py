@@ -1,0 +1,385 @@
+"""The engine against plain transformers + PEFT, and its batches, runs and snapshots among themselves."""
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker import types
+
+from kshot_errors import ImageError, RequestError, UnknownNameError
+from tests.vlm.helpers import IMAGE, Pictured, stock_inputs
+from vlm import nano
+from vlm.classifier import batches, fit, predict
+from vlm.inputs import ImageRule
+from vlm.local.client import LocalServiceClient, LocalTrainingClient
+from vlm.local.model import LinearPatchEmbed
+from vlm.prompts import Prompt
+
+ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)
+
+
+def adapter_of(client: LocalTrainingClient) -> dict[str, torch.nn.Parameter]:
+    return client._engine.model.parameters(client._run.adapter)
+
+
+def disturb(client: LocalTrainingClient, seed: int = 0) -> None:
+    """Give B random values: at its zeros, A has no gradient and a wrong A would not be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter_of(client).items():
+        if ".lora_B." in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def plain_peft(client: LocalTrainingClient, stock: Any) -> Any:
+    """A stock model under stock PEFT with this run's adapter, loaded from what the client would save."""
+    import copy
+    import warnings
+
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    model = client._engine.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = get_peft_model(copy.deepcopy(stock), client._run.spec.config())
+    set_peft_model_state_dict(plain, model.weights(client._run.adapter))
+    return plain
+
+
+def plain_loss(plain: Any, data: list[tinker.Datum], rule: ImageRule) -> torch.Tensor:
+    """Σ −log p · weight of each datum in a forward pass of its own, all logits."""
+    total = torch.zeros(())
+    for datum in data:
+        log_probs = plain(**stock_inputs(datum.model_input, rule)).logits[0].float().log_softmax(-1)
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        picked = log_probs.gather(1, targets[:, None])[:, 0]
+        total = total - (picked * datum.loss_fn_inputs["weights"].to_torch()).sum()
+    return total
+
+
+def test_loss_and_gradients_equal_plain_transformers_and_peft(
+    client: LocalTrainingClient, stock: Any, mixed: list[tinker.Datum], rule: ImageRule
+) -> None:
+    disturb(client)
+    plain = plain_peft(client, stock)
+    expected = plain_loss(plain, mixed, rule)
+    expected.backward()
+    got = client.forward_backward(mixed, "cross_entropy").result().metrics["loss:sum"]
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+    theirs = {n.replace(".default.", "."): p for n, p in plain.named_parameters()}
+    ours = adapter_of(client)
+    assert len(ours) == 2 * (4 * 7 + 1)
+    for name, parameter in ours.items():
+        assert parameter.grad is not None
+        reference = theirs[name].grad
+        assert (parameter.grad - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
+
+
+def test_log_probs_come_back_where_they_belong(
+    client: LocalTrainingClient, stock: Any, mixed: list[tinker.Datum], rule: ImageRule
+) -> None:
+    weighted = client.forward_backward(mixed, "cross_entropy").result()
+    everywhere = client.forward(mixed, "cross_entropy").result()
+    assert weighted.metrics["loss:sum"] == pytest.approx(everywhere.metrics["loss:sum"], rel=1e-6)
+    for datum, some, full in zip(mixed, weighted.loss_fn_outputs, everywhere.loss_fn_outputs, strict=True):
+        weights = datum.loss_fn_inputs["weights"].to_numpy()
+        assert some["logprobs"].shape == full["logprobs"].shape == [datum.model_input.length]
+        assert some["logprobs"].to_numpy()[weights == 0] == pytest.approx(0.0)
+        assert some["logprobs"].to_numpy()[weights == 1] == pytest.approx(
+            full["logprobs"].to_numpy()[weights == 1], abs=1e-5
+        )
+        with torch.no_grad():
+            logits = stock(**stock_inputs(datum.model_input, rule)).logits[0]
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        reference = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        assert full["logprobs"].to_numpy() == pytest.approx(reference.numpy(), abs=1e-4)
+
+
+def test_batched_equals_single(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    disturb(client)
+    together = client.forward(mixed, "cross_entropy").result().loss_fn_outputs
+    alone = [client.forward([datum], "cross_entropy").result().loss_fn_outputs[0] for datum in mixed]
+    for one, other in zip(together, alone, strict=True):
+        assert one["logprobs"].to_numpy() == pytest.approx(other["logprobs"].to_numpy(), abs=2e-5)
+
+
+def test_one_batch_equals_its_halves_accumulated(service: LocalServiceClient, mixed: list[tinker.Datum]) -> None:
+    whole, halves = (service.create_lora_training_client(nano.NAME, rank=4, seed=1).result() for _ in range(2))
+    whole.forward_backward(mixed, "cross_entropy").result()
+    halves.forward_backward(mixed[:1], "cross_entropy").result()
+    halves.forward_backward(mixed[1:], "cross_entropy").result()
+    for one, other in zip(adapter_of(whole).values(), adapter_of(halves).values(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_scale_the_gradient(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    """A custom loss sends signed weights: the loss is linear in them."""
+    once = client.forward_backward(mixed[2:3], "cross_entropy").result().metrics["loss:sum"]
+    fields = dict(mixed[2].loss_fn_inputs)
+    fields["weights"] = tinker.TensorData.from_numpy(-2.5 * fields["weights"].to_numpy())
+    scaled = tinker.Datum(model_input=mixed[2].model_input, loss_fn_inputs=fields)
+    assert client.forward_backward([scaled], "cross_entropy").result().metrics["loss:sum"] == pytest.approx(-2.5 * once)
+
+
+@pytest.mark.parametrize(
+    "adam",
+    [
+        types.AdamParams(learning_rate=1e-2),
+        types.AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, grad_clip_norm=0.5),
+    ],
+)
+def test_steps_equal_adam_written_out(
+    client: LocalTrainingClient, mixed: list[tinker.Datum], adam: types.AdamParams
+) -> None:
+    """Two steps of Adam with decoupled weight decay and clipping by global norm (Loshchilov & Hutter 2019)."""
+    disturb(client)
+    names = list(adapter_of(client))
+    weights = {n: p.detach().double().clone() for n, p in adapter_of(client).items()}
+    first = {n: torch.zeros_like(w) for n, w in weights.items()}
+    second = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for step in (1, 2):
+        client.forward_backward(mixed, "cross_entropy").result()
+        gradients = {n: _gradient(p).double() for n, p in adapter_of(client).items()}
+        norm = torch.sqrt(torch.stack([g.square().sum() for g in gradients.values()]).sum())
+        scale = min(1.0, adam.grad_clip_norm / float(norm)) if adam.grad_clip_norm else 1.0
+        answer = client.optim_step(adam).result()
+        assert answer.metrics is not None
+        assert answer.metrics["grad_norm:mean"] == pytest.approx(float(norm), rel=1e-4)
+        for n in names:
+            g = gradients[n] * scale
+            first[n] = adam.beta1 * first[n] + (1 - adam.beta1) * g
+            second[n] = adam.beta2 * second[n] + (1 - adam.beta2) * g.square()
+            m, v = first[n] / (1 - adam.beta1**step), second[n] / (1 - adam.beta2**step)
+            weights[n] = weights[n] * (1 - adam.learning_rate * adam.weight_decay)
+            weights[n] = weights[n] - adam.learning_rate * m / (v.sqrt() + adam.eps)
+            assert torch.allclose(adapter_of(client)[n].double(), weights[n], atol=2e-5), n
+        weights = {n: p.detach().double().clone() for n, p in adapter_of(client).items()}
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.detach().clone()
+
+
+def test_the_loss_falls_and_the_model_answers(
+    client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    views = batches(examples, 12, 30, np.random.default_rng(0))
+    losses = [loss.metrics["loss:sum"] for loss, _ in fit(client, views, prompt, ADAM)]
+    assert losses[-1] < losses[0] / 20
+    sampler = client.save_weights_and_get_sampling_client().result()
+    log_probs = predict(sampler, [e.image for e in examples], prompt)
+    assert np.exp(log_probs).sum(1) == pytest.approx(np.ones(12))
+    assert (log_probs.argmax(1) == [e.label for e in examples]).mean() >= 0.9
+
+
+def test_seeds_reproduce_bit_for_bit(service: LocalServiceClient, prompt: Prompt, examples: list[Pictured]) -> None:
+    def trained(seed: int) -> list[float]:
+        client = service.create_lora_training_client(nano.NAME, rank=4, seed=seed).result()
+        views = batches(examples, 6, 3, np.random.default_rng(seed))
+        return [loss.metrics["loss:sum"] for loss, _ in fit(client, views, prompt, ADAM)]
+
+    assert trained(3) == trained(3)
+    assert trained(3) != trained(4)
+
+
+def test_interleaved_runs_of_different_rank_equal_each_alone(
+    service: LocalServiceClient, mixed: list[tinker.Datum]
+) -> None:
+    def start(rank: int) -> LocalTrainingClient:
+        return service.create_lora_training_client(nano.NAME, rank=rank, seed=rank).result()
+
+    def step(client: LocalTrainingClient, data: list[tinker.Datum]) -> float:
+        loss = client.forward_backward(data, "cross_entropy")
+        client.optim_step(ADAM)
+        return loss.result().metrics["loss:sum"]
+
+    alone = [[step(client, mixed[n : n + 2]) for n in (0, 1, 2)] for client in (start(2), start(8))]
+    a, b = start(2), start(8)
+    mingled = [(step(a, mixed[n : n + 2]), step(b, mixed[n : n + 2])) for n in (0, 1, 2)]
+    assert [list(losses) for losses in zip(*mingled, strict=True)] == alone
+
+
+def test_a_sampling_client_is_a_snapshot(
+    client: LocalTrainingClient, service: LocalServiceClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    images = [e.image for e in examples[:3]]
+    base = service.create_sampling_client(base_model=nano.NAME).result()
+    untouched = predict(base, images, prompt)
+    early = client.save_weights_and_get_sampling_client().result()
+    assert (predict(early, images, prompt) == untouched).all()  # B is zero: the adapter changes nothing yet
+    for _ in fit(client, batches(examples, 6, 3, np.random.default_rng(0)), prompt, ADAM):
+        pass
+    late = client.save_weights_and_get_sampling_client().result()
+    assert (predict(early, images, prompt) == untouched).all()
+    assert (predict(base, images, prompt) == untouched).all()
+    assert not np.allclose(predict(late, images, prompt), untouched)
+
+
+def test_requests_run_in_the_order_they_are_made(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    """The snapshot is asked for before the step has run, and sees it; the forward before it does not."""
+    before = client.forward(mixed, "cross_entropy")
+    client.forward_backward(mixed, "cross_entropy")
+    client.optim_step(ADAM)
+    after = client.forward(mixed, "cross_entropy")
+    assert after.result().metrics["loss:sum"] < before.result().metrics["loss:sum"]
+
+
+def test_a_second_epoch_runs_the_tower_zero_times(
+    client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    vision = client._engine.vision
+    data = [prompt.datum(e.image, e.label) for e in examples]
+    client.forward_backward(data, "cross_entropy").result()
+    seen = vision.forwards
+    client.forward_backward(data, "cross_entropy").result()
+    assert vision.forwards == seen
+
+
+def test_image_features_do_not_depend_on_their_company(
+    client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]
+) -> None:
+    from vlm.inputs import image_chunk
+    from vlm.local.vision import Vision
+
+    chunks = [image_chunk(e.image, rule) for e in examples]
+    model = client._engine.model
+    together, alone = Vision(model).features(chunks), [Vision(model).features([chunk])[0] for chunk in chunks]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.embeds, other.embeds)
+        assert all(torch.equal(a, b) for a, b in zip(one.deepstack, other.deepstack, strict=True))
+
+
+def test_the_feature_cache_is_bounded(client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]) -> None:
+    from vlm.inputs import image_chunk
+    from vlm.local.vision import Vision
+
+    chunks = [image_chunk(e.image, rule) for e in examples[::3]]  # of one size
+    vision = Vision(client._engine.model, cache_bytes=2 * Vision(client._engine.model).features(chunks[:1])[0].bytes)
+    for _ in range(2):
+        vision.features(chunks[:2])
+    assert vision.forwards == 2
+    vision.features(chunks[2:3])  # drops the oldest
+    vision.features(chunks[1:2])
+    assert vision.forwards == 3
+    vision.features(chunks[:1])
+    assert vision.forwards == 4
+
+
+def test_the_linear_patch_embedding_equals_the_convolution(stock: Any) -> None:
+    convolution = stock.model.visual.patch_embed
+    patches = torch.randn(10, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(LinearPatchEmbed(convolution)(patches), convolution(patches), atol=1e-5)
+
+
+def test_a_run_that_is_let_go_gives_its_adapter_back(service: LocalServiceClient) -> None:
+    client = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    model, adapter = client._engine.model, client._run.adapter
+    assert model.has_adapter(adapter)
+    del client
+    gc.collect()
+    service.create_sampling_client(base_model=nano.NAME).result()  # the worker has run what came before
+    assert not model.has_adapter(adapter)
+
+
+def test_requests_outlive_the_client_that_made_them(service: LocalServiceClient, mixed: list[tinker.Datum]) -> None:
+    futures = [
+        service.create_lora_training_client(nano.NAME, rank=2, seed=0).result().forward_backward(mixed, "cross_entropy")
+        for _ in range(3)
+    ]
+    gc.collect()
+    losses = [future.result().metrics["loss:sum"] for future in futures]
+    assert losses == losses[:1] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ({"train_mlp": False, "train_unembed": False}, {"self_attn"}),
+        ({"train_attn": False, "train_unembed": False}, {"mlp"}),
+        ({"train_attn": False, "train_mlp": False}, {"lm_head"}),
+        ({}, {"self_attn", "mlp", "lm_head"}),
+    ],
+)
+def test_the_flags_choose_what_is_trained(service: LocalServiceClient, flags: dict[str, bool], kinds: set[str]) -> None:
+    client = service.create_lora_training_client(nano.NAME, rank=3, seed=0, **flags).result()
+    names = list(adapter_of(client))
+    assert {k for k in ("self_attn", "mlp", "lm_head") if any(f".{k}." in n for n in names)} == kinds
+    assert not any("visual" in n for n in names)
+    assert all(p.requires_grad for p in adapter_of(client).values())
+
+
+def test_information_about_a_run(client: LocalTrainingClient) -> None:
+    info = client.get_info()
+    assert (info.model_data.model_name, info.lora_rank, info.is_lora) == (nano.NAME, 4, True)
+    assert ":train:" in client.model_id
+
+
+def ones(length: int, dtype: type = np.float32) -> tinker.TensorData:
+    return tinker.TensorData.from_numpy(np.ones(length, dtype))
+
+
+BAD: dict[str, dict[str, Any]] = {  # what is changed in a good datum, and what the error must name
+    "no targets": {"fields": None, "named": "target_tokens"},
+    "two lengths": {"fields": {"weights": ones(5)}, "named": "one length"},
+    "not the input's length": {
+        "fields": {"weights": ones(5), "target_tokens": ones(5, np.int64)},
+        "named": "5 entries",
+    },
+    "advantages": {"fields": {"advantages": ones(5)}, "named": "advantages"},
+    "zero weights": {"fields": {"weights": "zeros"}, "named": "weight is zero"},
+    "off the vocabulary": {"chunks": [types.EncodedTextChunk(tokens=[5, 4096])], "named": "4096"},
+    "a placeholder": {"chunks": [types.EncodedTextChunk(tokens=[5, IMAGE])], "named": "ImageChunk"},
+    "an audio chunk": {"chunks": [types.ImageAssetPointerChunk(location="a", format="png")], "named": "not supported"},
+    "side by side": {"chunks": "twice", "named": "side by side"},
+    "empty": {"chunks": [], "named": "at least one token"},
+    "miscounted image": {"expected_tokens": 17, "named": "Expected 17 tokens, got 16"},
+}
+
+
+def spoiled(good: tinker.Datum, change: dict[str, Any]) -> tinker.Datum:
+    fields = {**good.loss_fn_inputs, **(change.get("fields") or {})}
+    if fields["weights"] == "zeros":
+        fields["weights"] = tinker.TensorData.from_numpy(np.zeros(good.model_input.length, np.float32))
+    chunks = change.get("chunks", good.model_input.chunks)
+    if chunks == "twice":
+        chunks = [good.model_input.chunks[1]] * 2
+    if "expected_tokens" in change:
+        chunks = [types.ImageChunk(data=good.model_input.chunks[1].data, format="jpeg", expected_tokens=17)]  # type: ignore[union-attr]
+    if change.get("fields", {}) is None:
+        fields = {}
+    return tinker.Datum(model_input=tinker.ModelInput(chunks=chunks), loss_fn_inputs=fields)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_requests_that_do_not_fit_are_named(
+    kind: str, client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    datum = spoiled(prompt.datum(examples[0].image, 0), BAD[kind])
+    with pytest.raises(RequestError, match=BAD[kind]["named"]):
+        client.forward_backward([datum], "cross_entropy").result()
+
+
+def test_other_bad_requests_are_named(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    with pytest.raises(UnknownNameError, match="cross_entropy"):
+        client.forward_backward(mixed, "gspo").result()
+    with pytest.raises(RequestError, match="no configuration"):
+        client.forward_backward(mixed, "cross_entropy", {"clip": 0.1}).result()
+    with pytest.raises(RequestError, match="forward_backward first"):
+        client.optim_step(ADAM).result()
+    broken = tinker.ModelInput(chunks=[types.ImageChunk(data=b"no image", format="png")])
+    with pytest.raises(ImageError):
+        client.forward(
+            [tinker.Datum(model_input=broken, loss_fn_inputs=mixed[0].loss_fn_inputs)], "cross_entropy"
+        ).result()
+
+
+def test_creation_that_cannot_be_is_named(service: LocalServiceClient) -> None:
+    with pytest.raises(UnknownNameError, match="unknown model 'kshot/nano'"):
+        service.create_lora_training_client("kshot/nano").result()
+    with pytest.raises(RequestError, match="trains nothing"):
+        service.create_lora_training_client(nano.NAME, rank=0).result()

@@ -1,0 +1,139 @@
+"""Builders of the SDK's types: what an image chunk holds, how many tokens it counts, and the next-token shift."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tinker
+from PIL import Image
+from tinker import types
+
+from kshot_errors import ImageError, ModelError, RequestError, UnknownNameError
+from kshot_images import open_image
+from vlm import nano
+from vlm.inputs import ImageRule, datum, image_chunk, model_input
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def picture(mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    return encoded(picture(), "JPEG", exif=exif)
+
+
+def clear_palette() -> bytes:
+    return encoded(picture("P"), "PNG", transparency=3)
+
+
+UNUSUAL = {
+    "alpha": encoded(picture("RGBA").rotate(30)),
+    "grey with alpha": encoded(picture("LA").rotate(30)),
+    "palette": encoded(picture("P")),
+    "palette with a clear colour": clear_palette(),
+    "grey": encoded(picture("L")),
+    "black and white": encoded(picture("1")),
+    "16 bit": encoded(Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))),
+    "CMYK": encoded(picture("CMYK"), "JPEG"),
+    "on its side": turned(),
+    "WebP": encoded(picture(), "WEBP", lossless=True),
+    "GIF": encoded(picture("P"), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_images_become_plain_ones_with_the_same_pixels(kind: str, rule: ImageRule) -> None:
+    data = UNUSUAL[kind]
+    chunk = image_chunk(data, rule)
+    with Image.open(io.BytesIO(chunk.data)) as plain:
+        assert plain.mode == "RGB"
+        assert plain.format is not None
+        assert plain.format.lower() == chunk.format == "png"
+        assert (np.asarray(plain) == np.asarray(open_image(data))).all()
+        assert chunk.expected_tokens == rule.tokens(plain.height, plain.width)
+
+
+@pytest.mark.parametrize(("format", "name"), [("PNG", "png"), ("JPEG", "jpeg")])
+def test_plain_images_travel_as_they_are(format: str, name: str, rule: ImageRule) -> None:
+    data = encoded(picture(), format)
+    chunk = image_chunk(data, rule)
+    assert (chunk.data, chunk.format) == (data, name)
+
+
+@pytest.mark.parametrize(("width", "height"), [(224, 224), (400, 300), (480, 321), (64, 64), (30, 200), (1, 1)])
+def test_expected_tokens_equal_what_the_stock_processor_makes(width: int, height: int, rule: ImageRule) -> None:
+    made = rule.processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")
+    assert rule.tokens(height, width) == int(made["image_grid_thw"].prod()) // 4
+
+
+def test_expected_tokens_of_the_real_processor_settings() -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    size = {"shortest_edge": 65536, "longest_edge": 16777216}
+    real = ImageRule(Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size))
+    assert (real.tokens(224, 224), real.tokens(300, 400)) == (64, 108)  # as the hosted service counts them
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture("L"))[:-30], encoded(picture(), "JPEG")[:400]])
+def test_broken_bytes_are_an_image_error(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        open_image(data)
+
+
+def test_the_size_is_checked_before_anything_is_decoded(rule: ImageRule) -> None:
+    bomb = bytearray(encoded(Image.new("L", (1, 1))))
+    bomb[16:24] = (30_000).to_bytes(4, "big") * 2
+    crc = __import__("zlib").crc32(bytes(bomb[12:29]))
+    bomb[29:33] = crc.to_bytes(4, "big")
+    with pytest.raises(ImageError, match="more than 89,478,485 pixels"):
+        image_chunk(bytes(bomb), rule)
+
+
+def test_an_extreme_aspect_ratio_is_an_image_error(rule: ImageRule) -> None:
+    with pytest.raises(ImageError, match="900x2"):
+        image_chunk(encoded(Image.new("RGB", (900, 2))), rule)
+
+
+def test_the_rule_of_an_unknown_model_says_the_choices() -> None:
+    with pytest.raises(UnknownNameError, match=nano.NAME):
+        ImageRule.from_pretrained("kshot/nano-qwen3")
+    with pytest.raises(ModelError, match="no image processor"):
+        ImageRule.from_pretrained("nobody/no-such-model")
+
+
+def test_next_token_shift_and_weights(make_image: Callable[..., bytes], rule: ImageRule) -> None:
+    image = image_chunk(make_image(0), rule)
+    assert image.expected_tokens == 16
+    made = datum(model_input([11, 12], image, [13]), [21, 22, 23])
+    assert made.model_input.chunks == [
+        types.EncodedTextChunk(tokens=[11, 12]),
+        image,
+        types.EncodedTextChunk(tokens=[13]),
+        types.EncodedTextChunk(tokens=[21, 22]),
+    ]
+    # positions: 11 12 | 16 of the image | 13 → 21, 21 → 22, 22 → 23
+    assert made.loss_fn_inputs["target_tokens"].tolist() == [0] * 18 + [21, 22, 23]
+    assert made.loss_fn_inputs["weights"].tolist() == [0.0] * 18 + [1.0] * 3
+    assert made.model_input.length == 21
+
+
+def test_an_answer_of_one_token_adds_nothing_to_the_input() -> None:
+    made = datum(model_input([5, 6]), [7])
+    assert made.model_input == tinker.ModelInput.from_ints([5, 6])
+    assert made.loss_fn_inputs["target_tokens"].tolist() == [0, 7]
+
+
+def test_a_datum_needs_a_prompt_and_an_answer() -> None:
+    for parts in (([], [1]), ([1], [])):
+        with pytest.raises(RequestError):
+            datum(model_input(parts[0]), parts[1])

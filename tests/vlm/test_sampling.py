@@ -1,0 +1,215 @@
+"""Sampling and prompt log-probabilities against the stock model and its generate; scores against brute force."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker import types
+
+from kshot_errors import RequestError
+from tests.vlm.helpers import CLASSES, Pictured, stock_inputs
+from vlm import nano
+from vlm.classifier import generate, predict
+from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.local.client import LocalSamplingClient, LocalServiceClient
+from vlm.local.sampling import pick
+from vlm.prompts import Prompt
+from vlm.scoring import score_choices
+
+
+@pytest.fixture(scope="module")
+def sampler(service: LocalServiceClient) -> LocalSamplingClient:
+    return service.create_sampling_client(base_model=nano.NAME).result()
+
+
+@pytest.fixture(scope="module")
+def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
+    """Questions about images of three sizes, one about two images, one about none."""
+    encode = prompt.tokenizer.encode
+    first, second = (image_chunk(e.image, rule) for e in examples[:2])
+    two = model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
+    return [*(prompt.question(e.image) for e in examples[:5]), two, model_input(encode("Once upon a"))]
+
+
+def greedy(stock: Any, asked: tinker.ModelInput, rule: ImageRule, length: int) -> list[int]:
+    """What the stock model's own generate writes."""
+    inputs = stock_inputs(asked, rule)
+    made = stock.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    tokens: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+def test_greedy_tokens_equal_stock_generate(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    params = types.SamplingParams(max_tokens=12, temperature=0.0, stop=[])
+    expected = [greedy(stock, asked, rule, 12) for asked in prompts]
+    assert [r.sequences[0].tokens for r in sampler.sample_batch(prompts, params)] == expected
+    assert [sampler.sample(p, 1, params).result().sequences[0].tokens for p in prompts] == expected
+
+
+def test_the_log_probs_of_a_sample_are_the_models(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    params = types.SamplingParams(max_tokens=6, temperature=0.7, top_k=50, top_p=0.9, seed=3, stop=[])
+    sequence = sampler.sample(prompts[0], 1, params).result().sequences[0]
+    full = stock_inputs(model_input(*prompts[0].chunks, sequence.tokens), rule)
+    with torch.no_grad():
+        log_probs = stock(**full).logits[0].log_softmax(-1)
+    expected = [log_probs[prompts[0].length - 1 + n, token] for n, token in enumerate(sequence.tokens)]
+    assert sequence.logprobs == pytest.approx(torch.stack(expected).tolist(), abs=1e-4)
+
+
+def test_seeds_reproduce_and_samples_of_one_prompt_differ(
+    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]
+) -> None:
+    def tokens(seed: int) -> list[list[int]]:
+        params = types.SamplingParams(max_tokens=8, seed=seed, stop=[])
+        return [s.tokens for s in sampler.sample(prompts[0], 3, params).result().sequences]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+    assert len({tuple(t) for t in tokens(1)}) == 3
+
+
+def test_stop_tokens_strings_and_lengths(
+    sampler: LocalSamplingClient, prompt: Prompt, prompts: list[tinker.ModelInput]
+) -> None:
+    def write(stop: Any, max_tokens: int = 10) -> types.SampledSequence:
+        params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
+        return sampler.sample(prompts[0], 1, params).result().sequences[0]
+
+    free = write([])
+    assert (free.stop_reason, len(free.tokens)) == ("length", 10)
+    third = free.tokens[2]
+    by_id = write([third])
+    assert by_id.stop_reason == "stop"
+    assert by_id.tokens == free.tokens[: free.tokens.index(third) + 1]
+    text = prompt.tokenizer.decode(free.tokens)
+    by_string = write(text[2:4])
+    assert by_string.stop_reason == "stop"
+    assert text[2:4] in prompt.tokenizer.decode(by_string.tokens)
+    assert text[2:4] not in prompt.tokenizer.decode(by_string.tokens[:-1])
+
+
+def test_top_k_top_p_and_temperature_choose_from_what_they_say() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**params: Any) -> dict[int, float]:
+        made = [pick(logits, types.SamplingParams(**params), generator) for _ in range(4000)]
+        return {token: made.count(token) / 4000 for token in sorted(set(made))}
+
+    assert drawn(temperature=0.0) == {0: 1.0}
+    assert drawn() == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=0.03)
+    assert drawn(top_k=2) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.03)
+    assert drawn(top_p=0.6) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.03)  # 0.5 alone does not reach 0.6
+    assert drawn(top_p=0.5) == {0: 1.0}
+    flat = np.sqrt([0.5, 0.3, 0.15, 0.05])
+    assert drawn(temperature=2.0) == pytest.approx(dict(enumerate(flat / flat.sum())), abs=0.03)
+
+
+def test_prompt_log_probs_equal_the_stock_forward(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    for asked in prompts:
+        inputs = stock_inputs(asked, rule)
+        ids = inputs["input_ids"][0]
+        with torch.no_grad():
+            log_probs = stock(**inputs).logits[0].log_softmax(-1)
+        got = sampler.compute_logprobs(asked).result()
+        for position, value in enumerate(got):
+            if position == 0 or ids[position] == 4082:
+                assert value is None
+            else:
+                assert value == pytest.approx(log_probs[position - 1, ids[position]].item(), abs=1e-4)
+
+
+def test_top_and_target_log_probs_of_a_prompt(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    asked = prompts[0]
+    with torch.no_grad():
+        log_probs = stock(**stock_inputs(asked, rule)).logits[0].log_softmax(-1)
+    ids = torch.full((asked.length - 1, 2), -1, dtype=torch.int64)
+    ids[-1] = torch.tensor([17, 4000])
+    ids[3, 0] = 5
+    for target in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
+        params = types.SamplingParams(max_tokens=1)
+        answer = sampler.sample(asked, 1, params, topk_prompt_logprobs=3, target_prompt_logprobs=target).result()
+        assert answer.target_prompt_logprobs is not None
+        values = answer.target_prompt_logprobs.to_numpy()
+        assert values[-1] == pytest.approx(log_probs[-2, [17, 4000]].numpy(), abs=1e-4)
+        assert values[3] == pytest.approx([log_probs[3, 5].item(), 0.0], abs=1e-4)
+        assert answer.topk_prompt_logprobs is not None
+        first, second = answer.topk_prompt_logprobs[:2]
+        assert first is None
+        assert second is not None
+        assert [token for token, _ in second] == log_probs[0].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("method", ["constrained", "likelihood"])
+def test_scores_equal_a_forward_pass_for_each_label(
+    method: str, sampler: LocalSamplingClient, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
+) -> None:
+    """Among the labels: a word that begins another, one-token differences, and Unicode."""
+    got = predict(sampler, [e.image for e in examples[:3]], prompt, method)
+    for row, example in zip(got, examples, strict=False):
+        asked = prompt.question(example.image)
+        assert row == pytest.approx(brute_force(stock, asked, prompt.choices, rule, method), abs=1e-4)
+
+
+def brute_force(stock: Any, asked: tinker.ModelInput, choices: Any, rule: ImageRule, method: str) -> list[float]:
+    totals = []
+    for choice in choices:
+        with torch.no_grad():
+            logits = stock(**stock_inputs(model_input(*asked.chunks, choice), rule)).logits[0].double()
+        total = 0.0
+        for depth, token in enumerate(choice):
+            values = logits[asked.length - 1 + depth]
+            allowed = sorted({c[depth] for c in choices if c[:depth] == choice[:depth]})
+            among = values[allowed] if method == "constrained" else values
+            total += (values[token] - among.logsumexp(-1)).item()
+        totals.append(total)
+    return totals
+
+
+class OtherService:
+    """The same weights behind the SDK's `sample` alone, as every other service offers them."""
+
+    def __init__(self, inner: LocalSamplingClient) -> None:
+        self.sample = inner.sample
+
+
+@pytest.mark.parametrize("method", ["constrained", "likelihood"])
+def test_the_tree_equals_the_sdks_requests_path_by_path(
+    method: str, sampler: LocalSamplingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    asked = [prompt.question(e.image) for e in examples[:2]]
+    tree = score_choices(sampler, asked, prompt.choices, method)
+    paths = score_choices(OtherService(sampler), asked, prompt.choices, method)  # type: ignore[arg-type]
+    assert tree == pytest.approx(paths, abs=1e-4)
+
+
+def test_free_answers_are_the_greedy_line(
+    sampler: LocalSamplingClient, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
+) -> None:
+    images = [e.image for e in examples[:3]]
+    limit = max(len(prompt.tokenizer.encode(f" {name}\n")) for name in CLASSES) + 1
+    expected = [prompt.tokenizer.decode(greedy(stock, prompt.question(i), rule, limit)) for i in images]
+    got = generate(sampler, images, prompt)
+    assert got == [text.split("\n")[0].strip() for text in expected]
+    assert generate(OtherService(sampler), images, prompt) == got  # type: ignore[arg-type]
+
+
+def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]) -> None:
+    params = types.SamplingParams(max_tokens=1)
+    with pytest.raises(RequestError, match="num_samples"):
+        sampler.sample(prompts[0], 0, params)
+    with pytest.raises(RequestError, match="topk_sample_logprobs"):
+        sampler.sample(prompts[0], 1, params, topk_sample_logprobs=2)
+    short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
+    with pytest.raises(RequestError, match="rows"):
+        sampler.sample(prompts[0], 1, params, target_prompt_logprobs=short).result()

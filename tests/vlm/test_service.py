@@ -1,0 +1,124 @@
+"""connect: who answers the training API; the nano model's files; the main job on any service."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+
+import vlm
+from kshot_errors import ModelError, UnknownNameError
+from tests.vlm.helpers import Pictured
+from vlm import models, nano
+from vlm.classifier import batches
+from vlm.local.client import LocalServiceClient
+from vlm.nano.prefix import prefix
+
+GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer/tokenizer.json"
+
+
+def test_connect_says_who_can_be_asked(tmp_path: Path) -> None:
+    assert isinstance(vlm.connect("local", state_dir=tmp_path), LocalServiceClient)
+    with pytest.raises(UnknownNameError, match="local, tinker, http"):
+        vlm.connect("cloud")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://localhost:9", "http://[::1]:9"])
+def test_addresses_are_the_official_client(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    client = vlm.connect(address)
+    assert isinstance(client, tinker.ServiceClient)
+
+
+def test_the_service_names_its_models(service: LocalServiceClient) -> None:
+    names = [model.model_name for model in service.get_server_capabilities().supported_models]
+    assert names == [nano.NAME]
+
+
+def test_importing_the_package_brings_nothing_heavy() -> None:
+    code = "import sys, vlm, vlm.models; sys.exit(bool({'torch', 'transformers', 'tinker'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["kshot/other", "no such", "../x", "/nowhere", "a/b/c", "tests/vlm"])
+def test_what_can_be_no_model_is_refused_at_once(name: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown model '{name}'"):
+        models.check(name)
+
+
+def test_hub_ids_and_folders_may_be_models(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("Qwen/Qwen3-VL-2B-Instruct", str(tmp_path), nano.NAME):
+        models.check(name)
+
+
+def test_models_that_cannot_be_loaded_are_named(service: LocalServiceClient, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nobody/no-such-model"):
+        service.create_sampling_client(base_model="nobody/no-such-model").result()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match="'bert'"):
+        service.create_sampling_client(base_model=str(tmp_path)).result()
+    (tmp_path / "config.json").write_bytes((nano.HERE / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="cannot be loaded"):  # no weights
+        service.create_sampling_client(base_model=str(tmp_path)).result()
+
+
+def test_a_folder_in_hub_layout_is_a_model(service: LocalServiceClient) -> None:
+    client = service.create_sampling_client(base_model=str(nano.folder())).result()
+    assert client.get_tokenizer().decode(client.get_tokenizer().encode("star")) == "star"
+
+
+def test_the_nano_configuration_fits_its_tokenizer() -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(nano.folder()), AutoTokenizer.from_pretrained(nano.folder())
+    assert config.text_config.vocab_size == len(tokenizer) == 4096
+    ids = {
+        "<|image_pad|>": config.image_token_id,
+        "<|video_pad|>": config.video_token_id,
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+    }
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
+    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = "Naïve café, 日本! 12.5 <|im_start|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_nano_weights_are_seeded(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = (nano.folder() / "model.safetensors").read_bytes()
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    assert (nano.folder() / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.skipif(not GENUINE.exists(), reason="the genuine Qwen3 tokenizer is not beside this checkout")
+def test_the_nano_tokenizer_is_a_prefix_of_the_genuine_one() -> None:
+    genuine = json.loads(GENUINE.read_text(encoding="utf-8"))
+    assert prefix(genuine, 4096) == json.loads((nano.HERE / "tokenizer.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match="256 bytes"):
+        prefix(genuine, 100)
+
+
+def test_batches_are_shuffled_epochs_end_to_end() -> None:
+    examples = [Pictured(bytes([n]), n, bytes([n + 100])) for n in range(5)]
+    drawn = list(batches(examples, 4, 5, np.random.default_rng(0), hflip=0.5))
+    assert [len(batch) for batch in drawn] == [4] * 5
+    labels = [label for batch in drawn for _, label in batch]
+    assert [sorted(labels[n : n + 5]) for n in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4
+    assert len({tuple(labels[n : n + 5]) for n in range(0, 20, 5)}) > 1
+    flipped = [image[0] >= 100 for batch in drawn for image, _ in batch]
+    assert 0 < sum(flipped) < 20
+    assert drawn == list(batches(examples, 4, 5, np.random.default_rng(0), hflip=0.5))
+    assert drawn != list(batches(examples, 4, 5, np.random.default_rng(1), hflip=0.5))
+
+
+def test_images_without_a_mirror_are_never_flipped() -> None:
+    examples = [Pictured(b"a", 0), Pictured(b"b", 1)]
+    assert {image for batch in batches(examples, 4, 3, np.random.default_rng(0)) for image, _ in batch} == {b"a", b"b"}
+    mirrored = [Pictured(b"a", 0, b"c"), Pictured(b"b", 1, b"d")]
+    for probability, expected in ((0.0, {b"a", b"b"}), (1.0, {b"c", b"d"})):
+        drawn = batches(mirrored, 4, 3, np.random.default_rng(0), hflip=probability)
+        assert {image for batch in drawn for image, _ in batch} == expected
