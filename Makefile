@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check venv clean
+.PHONY: demo test check results venv clean
 
 demo: $(STAMP)
 	$(BIN)/kshot demo
@@ -15,6 +15,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The small results that are committed; predictions stay out of the repository.
+results: $(STAMP)
+	rm -rf results/demo
+	$(BIN)/kshot demo --out results/demo
 
 venv: $(STAMP)
 

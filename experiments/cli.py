@@ -3,7 +3,9 @@
 Nothing heavy is imported before a command needs it: `kshot --help` and `kshot data list` answer at once.
 """
 
+import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kshot_errors import InputError, KshotError, UnknownNameError
+from kshot_errors import InputError, KshotError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from experiments.config import Sweep
     from experiments.metrics import Score
+    from experiments.store import Results
     from experiments.sweep import Plan
 
 app = typer.Typer(
@@ -30,6 +35,7 @@ data_app = typer.Typer(name="data", help="The data sets.", no_args_is_help=True)
 app.add_typer(data_app)
 # Typer carries a click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
@@ -56,7 +62,7 @@ def sweep(
     backbone: Annotated[str | None, typer.Option("--backbone", help="DINOv2: a name or a timm name.")] = None,
     service: Annotated[str, typer.Option("--service", help="local, tinker or an http address.")] = "local",
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda with one worker.")] = "cpu",
-    limit_test: Annotated[int | None, typer.Option("--limit-test", help="Test on this many images.")] = None,
+    limit_test: Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")] = None,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a class has no k.")] = False,
     settings: Force = None,
     output: Out = None,
@@ -69,7 +75,7 @@ def sweep(
     given: dict[str, Any] = {"datasets": dataset, "methods": method, **numbers}
     overrides: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value}
     if dataset and preset == "demo":
-        overrides["name"] = "-".join(_file_name(name) for name in dataset)
+        overrides["name"] = "-".join(_file_name(name) for name in dict.fromkeys(dataset))
     chosen = {"model": model, "backbone": backbone, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
     values = {name: value for name, value in chosen.items() if value is not None}
     _run(load(preset, overrides, {**_pairs(settings), **values}), output, workers, service, device)
@@ -77,12 +83,14 @@ def sweep(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) -> None:
-    """Draw the figures and write the reports of a results folder anew, from its stored predictions."""
+    """Compute the metrics of a results folder from its stored predictions, draw the figures and write the reports."""
     from experiments.store import Results
 
     results = Results(folder)
     content = results.sweep()
     with results.writing():
+        if wrong := results.recompute():
+            out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
         paths = _report(results, content)
     _summary(content, results.cells())
     _print_paths(paths)
@@ -93,12 +101,12 @@ def list_data() -> None:
     """The data sets that can be named, with their sizes and licences."""
     from data.catalog import DATASETS
 
-    table = Table("name", "classes", "train", "test", "licence", "title", box=None, pad_edge=False)
+    table = _table(["name", "classes", "train", "test", "title and licence"])
     for row in DATASETS.values():
         classes = str(len(row.classes)) if row.classes else "?"
-        table.add_row(row.name, classes, str(row.train), str(row.test), row.licence, row.title)
-    table.add_row("folder:PATH", "?", "?", "?", "yours", "PATH/{train,test}/<class>/* or PATH/<class>/*")
-    out.print(table)
+        table.add_row(row.name, classes, str(row.train), str(row.test), f"{row.title}\n[dim]{row.licence}[/dim]\n")
+    table.add_row("folder:PATH", "?", "?", "?", "Your own: PATH/<class>/* or PATH/{train,test}/<class>/*")
+    out.print(table, soft_wrap=False)
 
 
 def main() -> None:
@@ -109,8 +117,12 @@ def main() -> None:
         _fail(str(error), error.exit_status)
     except UsageError as error:
         _fail(f"{error.format_message()} (see kshot --help)", InputError.exit_status)
+    except OSError as error:  # a disk that is full or gone
+        _fail(str(error), KshotError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; what was finished is kept, the same command goes on from there", 130)
+        status = INTERRUPTED
+    if status == INTERRUPTED:  # Typer turns Ctrl-C into this status from 0.26 on
+        _fail("stopped; what was finished is kept, the same command goes on from there", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -128,46 +140,48 @@ def _run(sweep: "Sweep", output: Path | None, workers: int | None, service: str 
     results = Results(output or Path("runs") / sweep.name)
     with results.writing():
         content = results.begin(planned.describe())
-        _execute(planned, results, workers if device == "cpu" else 1)
+        if planned.missing(results):
+            _execute(planned, results, workers if device == "cpu" else 1)
         paths = _report(results, content)
     _summary(content, results.cells())
-    for note in content["notes"]:
-        out.print(note, style="yellow", markup=False, highlight=False)
     _print_paths([results.folder, *paths])
 
 
-def _execute(planned: "Plan", results: Any, workers: int | None) -> None:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+def _execute(planned: "Plan", results: "Results", workers: int | None) -> None:
     from experiments.methods import METHODS
     from experiments.sweep import execute
 
-    done = sum(results.has(job.cell.key) for job in planned.jobs)
-    left = TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.description}", style="dim")
-    columns = TextColumn("cells"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), *left
-    total = sum(METHODS[job.cell.method].cost for job in planned.jobs if not results.has(job.cell.key))
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task("starting", total=total, count=f"{done}/{len(planned.jobs)}")
-        for job in execute(planned, results, workers):
+    missing, total = planned.missing(results), len(planned.jobs)
+    done, cost = total - len(missing), sum(METHODS[job.cell.method].cost for job in missing)
+    with _progress() as progress, closing(execute(planned, results, workers)) as jobs:
+        task = progress.add_task("starting", total=cost, count=f"{done}/{total}")
+        for job in jobs:
             done += 1
-            count = f"{done}/{len(planned.jobs)}"
-            progress.update(task, advance=METHODS[job.cell.method].cost, description=str(job), count=count)
+            name, count = f"{job.cell.method}, k={job.cell.shots}", f"{done}/{total}"
+            progress.update(task, advance=METHODS[job.cell.method].cost, description=name, count=count)
+            if not err.is_terminal:
+                err.print(f"{done}/{total} {job}", markup=False, highlight=False)
 
 
-def _report(results: Any, content: dict[str, Any]) -> list[Path]:
+def _progress() -> "Progress":
+    """A bar that fits into 80 columns; a log file gets a line a cell instead."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    texts = (TextColumn(text, style=style) for text, style in (("left", "none"), ("{task.description}", "dim")))
+    columns = TextColumn("cells"), BarColumn(16), TextColumn("{task.fields[count]}"), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), *texts, console=err, disable=not err.is_terminal)
+
+
+def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
     from experiments.report import write_report
+    from experiments.sweep import command
 
     with err.status("drawing the report"):
         cells, classes = results.cells(), content["classes"]
         images = {cell["dataset"]: results.predictions(cell["key"]).num_rows for cell in cells}
         counts = {dataset: len(names) for dataset, names in classes.items()}
-        return write_report(results.folder, content, cells, images, n_classes=counts)
+        described = {**content, "command": command(content)}
+        return write_report(results.folder, described, cells, images, n_classes=counts)
 
 
 def _summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
@@ -176,16 +190,28 @@ def _summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     for dataset in content["datasets"]:
         found = scores(cells, dataset)
         shots = sorted({k for row in found.values() for k in row})
-        table = Table("method", *(f"k={k}" for k in shots), title=f"{dataset}: accuracy in %, ± 95% over seeds")
+        table = _table(["method", *(f"k={k}" for k in shots)])
         for method in content["methods"]:
             table.add_row(method, *(_mean(found.get(method, {}).get(k)) for k in shots))
-        out.print(table)
+        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
+        out.print(table, soft_wrap=False)
+        out.print()
+    for note in content["notes"]:
+        out.print(note, style="yellow", markup=False, highlight=False)
+
+
+def _table(columns: list[str]) -> Table:
+    """A table in which only the last words of a row may wrap, never the name it begins with."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for n, column in enumerate(columns):
+        table.add_column(column, no_wrap=n == 0)
+    return table
 
 
 def _mean(score: "Score | None") -> str:
     if score is None:
         return ""
-    half = "" if score.half_width is None else f" ± {100 * score.half_width:.1f}"
+    half = "" if score.half_width is None else f"±{100 * score.half_width:.1f}"
     return f"{100 * score.mean:.1f}{half}"
 
 
@@ -206,12 +232,14 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
 def _pairs(settings: list[str] | None) -> dict[str, str]:
     from experiments.config import Settings
 
-    pairs = dict(text.partition("=")[::2] for text in settings or [])
-    for key in pairs:
-        if key not in Settings.model_fields:
-            raise UnknownNameError("setting", key, Settings.model_fields)
-    return pairs
+    for text in settings or []:
+        if "=" not in text:
+            names = ", ".join(Settings.model_fields)
+            raise InputError(f"--set {text!r} has no value; write it as KEY=VALUE with one of: {names}")
+    return dict(text.partition("=")[::2] for text in settings or [])
 
 
 def _file_name(dataset: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(dataset).name)
+    """A data set's part in the name of its sweep: the last part of a path, in letters that need no quotes."""
+    name = os.path.basename(os.path.abspath(dataset.partition(":")[2])) if ":" in dataset else dataset
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip("-.") or "folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from kshot_errors import InputError, UnknownNameError
 
@@ -19,7 +19,7 @@ Seed = Annotated[int, Field(ge=0)]
 class Settings(BaseModel):
     """Everything besides data set, method, shots and seed that a cell's numbers may depend on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = "Qwen/Qwen3-VL-2B-Instruct"
     backbone: str = "vit_base_patch14_dinov2.lvd142m"
@@ -41,12 +41,17 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # the default folder is runs/NAME
     datasets: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     settings: Settings = Settings()
+
+    @field_validator("datasets", "methods", "shots", "seeds")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
 
 
 def presets() -> list[str]:
@@ -58,34 +63,43 @@ def presets() -> list[str]:
 def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sweep:
     """The sweep of a preset's name or a YAML file, with the values given on the command line put over it.
 
-    Raises UnknownNameError for a name that is neither, InputError for a value that is out of range or no setting.
+    Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
-    content = read(preset)
-    content.update(overrides)
-    content["settings"] = {**(content.get("settings") or {}), **settings}
-    for field in ("datasets", "methods", "shots", "seeds"):
-        if isinstance(content.get(field), list | tuple):
-            content[field] = tuple(dict.fromkeys(content[field]))
+    content = {**read(preset), **overrides}
+    own = content.get("settings") or {}
+    content["settings"] = {**own, **settings} if isinstance(own, dict) else own
     try:
-        return Sweep(**content)
+        return Sweep.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where} = {first['input']!r}: {first['msg']}") from error
+        raise _explained(preset, error) from error
 
 
 def read(preset: str) -> dict[str, Any]:
     """The content of a preset or a YAML file."""
     if preset in presets():
-        text = (files("experiments.presets") / f"{preset}.yaml").read_text(encoding="utf-8")
-    elif preset.endswith((".yaml", ".yml")) and Path(preset).is_file():
-        text = Path(preset).read_text(encoding="utf-8")
+        path = files("experiments.presets") / f"{preset}.yaml"
+    elif preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
     else:
         raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"])
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{preset} cannot be read ({error.strerror}); presets are: {', '.join(presets())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{preset} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{preset} holds no sweep: it must be a mapping with name, datasets, methods, shots, seeds")
     return content
+
+
+def _explained(preset: str, error: ValidationError) -> InputError:
+    """The first complaint in one line; a name that is none comes first, for it may be why another is missing."""
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fields = Settings.model_fields if first["loc"][0] == "settings" else Sweep.model_fields
+        return UnknownNameError("setting", str(first["loc"][-1]), fields)
+    if first["type"] == "missing":
+        return InputError(f"{preset} does not say {where}; a sweep has: {', '.join(Sweep.model_fields)}")
+    return InputError(f"{where} = {first['input']!r}: {first['msg']}")

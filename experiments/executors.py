@@ -1,14 +1,18 @@
 """Who runs the cells: worker processes side by side on this machine. Knows nothing of what a cell computes.
 
 On a CPU every worker computes on one thread: the numbers of a cell then do not depend on how many run beside it. A
-worker ends itself when its parent is gone.
+worker lives no longer than the parent's end of a pipe: closing it stops a run at once, and so does the parent's death.
 """
 
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from kshot_errors import InputError, KshotError
@@ -18,36 +22,55 @@ R = TypeVar("R")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) -> Iterator[tuple[J, R]]:
+def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) -> Generator[tuple[J, R], None, None]:
     """(job, result) as they finish, with `workers` processes (default: one a core, at most one a job).
 
     run and jobs must be picklable. The first error ends the run: a KshotError comes out as itself, a worker that died
-    (out of memory, killed) as a KshotError that names the job.
+    (out of memory, killed) as a KshotError. However it ends, also when the iterator is closed, no worker is left.
     """
-    import multiprocessing
-
-    count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    count = min(workers or _cores(), len(jobs))
     if count == 0:
         return
     os.environ.update(dict.fromkeys(THREADS, "1"))  # read by the libraries when a worker starts
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin) as pool:
-        waiting: dict[Future[R], J] = {pool.submit(_call, run, job): job for job in jobs}
-        try:
-            yield from _finished(waiting)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    context = get_context("spawn")
+    watched, lifeline = context.Pipe(duplex=False)
+    with (
+        watched,
+        ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(watched,)) as pool,
+        lifeline,  # closed before the pool is waited for: what still runs then is not wanted
+    ):
+        with _interrupts_held_back():
+            waiting = {pool.submit(_call, run, job): job for job in jobs}
+        yield from _finished(waiting)
+        pool.shutdown()  # nothing runs: let the workers leave in peace
+
+
+def _cores() -> int:
+    """Those this process may use; where the system cannot tell (macOS), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Children born here never see Ctrl-C, which a terminal sends to all: the parent gets it, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _finished(waiting: dict[Future[R], J]) -> Iterator[tuple[J, R]]:
     while waiting:
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+        finished = wait(waiting, return_when=FIRST_COMPLETED).done
+        done = [future for future in waiting if future in finished]
+        for future in sorted(done, key=lambda future: future.exception() is not None):  # no result is lost to an error
             job = waiting.pop(future)
             try:
                 result = future.result()
             except BrokenProcessPool as error:
-                reason = f"a worker process died (out of memory?) while running {job}"
-                raise KshotError(f"{reason}; the same command goes on with the rest") from error
+                reason = f"a worker process died (killed? out of memory?) with {job} or a cell beside it"
+                raise KshotError(f"{reason}; finished cells are kept, the same command goes on from there") from error
             except _Failed as error:
                 raise error.restored() from error
             yield job, result
@@ -71,8 +94,9 @@ def _call(run: Callable[[J], R], job: J) -> R:
         raise _Failed(error.exit_status, str(error)) from None
 
 
-def _begin() -> None:
-    """In a new worker: one thread, no progress bars of its own, and a watch on the parent."""
+def _begin(watched: Connection) -> None:
+    """In a new worker: a watch on the parent, one thread, no progress bars of its own."""
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     import torch
     from transformers.utils import logging
@@ -80,14 +104,8 @@ def _begin() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    from multiprocessing import parent_process
-    from multiprocessing.connection import wait as wait_for
-
-    parent = parent_process()
-    if parent is not None:
-        wait_for([parent.sentinel])
+def _end_with(watched: Connection) -> None:
+    watched.poll(None)  # nothing is ever sent: it returns when the other end is closed
     os._exit(1)

@@ -19,6 +19,7 @@ from data.images import prepare_all
 from experiments.cell import Cell
 from experiments.config import Settings
 from experiments.methods import METHODS, Outcome, Task
+from kshot_errors import DatasetError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,6 +47,8 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
 
     cell, settings = job.cell, job.settings
     dataset = _prepared(job.source, settings.split_seed, settings.max_side, settings.limit_test)
+    if dataset.protocol != cell.protocol:
+        raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
     method = METHODS[cell.method]
     train = few_shot(dataset, cell.shots, cell.seed, settings) if method.learns else []
     images = [example.image for example in dataset.test]

@@ -5,20 +5,22 @@ One writer a folder, held by a lock that dies with its process.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from kshot_errors import ResultsError
+from kshot_errors import KshotError, ResultsError
 from kshot_files import remove_unfinished, write_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GROWING = ("datasets", "methods", "shots", "seeds")  # what a folder may gain from one run to the next
+GROWING = ("datasets", "methods", "shots", "seeds", "notes")  # what a folder may gain from one run to the next
+SWEEP_FIELDS = (*GROWING, "name", "settings", "protocols", "classes")
+CELL_FIELDS = ("key", "dataset", "protocol", "method", "shots", "seed", "settings", "metrics", "timings", "versions")
 
 
 class Results:
@@ -51,39 +53,54 @@ class Results:
         """Write sweep.json, joined with the one that is there; returns the joined one.
 
         Data sets, methods, shots and seeds may grow; raises ResultsError, with the difference, for any other change.
+        A folder without a finished cell takes any sweep.
         """
-        path = self.folder / "sweep.json"
-        old = self.sweep() if path.exists() else {}
-        _check_same(self.folder, old.get("settings", sweep["settings"]), sweep["settings"])
         joined = dict(sweep)
-        for field in GROWING:
-            joined[field] = _union(old.get(field, []), sweep[field])
-        joined["classes"] = {**old.get("classes", {}), **sweep["classes"]}
-        _write_json(path, joined)
+        if any((self.folder / "cells").glob("*.json")):
+            old = self.sweep()
+            self._check_same(old, sweep)
+            joined.update({field: _union(old[field], sweep[field]) for field in GROWING})
+            joined.update({field: {**old[field], **sweep[field]} for field in ("protocols", "classes")})
+        self._write_json("sweep.json", joined)
         return joined
 
     def sweep(self) -> dict[str, Any]:
         """The content of sweep.json. Raises ResultsError where there is none."""
-        return _read_json(self.folder / "sweep.json", f"{self.folder} holds no results")
+        missing = f"{self.folder} is no results folder; name one that kshot sweep wrote, or a new one with --out"
+        return _read_json(self.folder / "sweep.json", SWEEP_FIELDS, missing, "restore it or use another --out")
 
     def has(self, key: str) -> bool:
         return (self.folder / "cells" / f"{key}.json").exists()
 
     def add(self, record: Mapping[str, Any], predictions: "pa.Table") -> None:
-        """Store a finished cell."""
+        """Store a finished cell. Raises KshotError where the folder can no longer be written."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         buffer = pa.BufferOutputStream()
         pq.write_table(predictions, buffer)
-        write_file(self.folder / "predictions" / f"{record['key']}.parquet", buffer.getvalue().to_pybytes())
-        _write_json(self.folder / "cells" / f"{record['key']}.json", record)
+        self._write(f"predictions/{record['key']}.parquet", buffer.getvalue().to_pybytes())
+        self._write_json(f"cells/{record['key']}.json", record)
 
     def cells(self) -> list[dict[str, Any]]:
         """The records of all finished cells, in the order of data set, method, shots and seed."""
         paths = (self.folder / "cells").glob("*.json")
-        records = [_read_json(path, "a cell's record is missing") for path in paths]
+        again = "run the sweep again"
+        records = [_read_json(p, CELL_FIELDS, f"a record is gone; {again}", f"delete it and {again}") for p in paths]
         return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
+
+    def recompute(self) -> int:
+        """Compute the metrics of every finished cell anew from its predictions; how many records were wrong and are
+        rewritten. Loads no model."""
+        from experiments.metrics import metrics
+
+        wrong, classes = 0, self.sweep()["classes"]
+        for record in self.cells():
+            found = metrics(self.predictions(record["key"]), len(classes[record["dataset"]]))
+            if found != record["metrics"]:
+                self._write_json(f"cells/{record['key']}.json", {**record, "metrics": found})
+                wrong += 1
+        return wrong
 
     def predictions(self, key: str) -> "pa.Table":
         """The stored predictions of a cell. Raises ResultsError where they cannot be read."""
@@ -96,13 +113,28 @@ class Results:
         except (OSError, pa.ArrowInvalid) as error:
             raise ResultsError(f"{path} cannot be read; delete cells/{key}.json and run the sweep again") from error
 
+    def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        changed = _changes(old["settings"], new["settings"])
+        common = old["protocols"].keys() & new["protocols"].keys()
+        changed += _changes(*({f"images of {d}": each["protocols"][d] for d in common} for each in (old, new)))
+        if changed:
+            differences = f"holds results of another configuration ({'; '.join(changed)})"
+            raise ResultsError(f"{self.folder} {differences}; choose another folder with --out")
 
-def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    changed = [f"{k} {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed:
-        raise ResultsError(
-            f"{folder} holds results of another configuration ({'; '.join(changed)}); choose another folder with --out"
-        )
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        self._write(name, f"{text}\n".encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            write_file(self.folder / name, content)
+        except OSError as error:  # it could be written when the sweep began
+            reason = f"cannot write {self.folder / name}: {error.strerror}"
+            raise KshotError(f"{reason}; make room, then the same command goes on from there") from error
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [f"{k} {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
 
 def _union(old: list[Any], new: list[Any]) -> list[Any]:
@@ -110,16 +142,13 @@ def _union(old: list[Any], new: list[Any]) -> list[Any]:
     return sorted(both) if all(isinstance(each, int) for each in both) else both
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(path, f"{text}\n".encode())
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
+def _read_json(path: Path, fields: Sequence[str], missing: str, way_out: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ResultsError(f"{missing}: no readable {path.name} ({error.strerror})") from error
+        raise ResultsError(f"{missing} (no readable {path.name}: {error.strerror})") from error
     except ValueError as error:
-        raise ResultsError(f"{path} is damaged ({error}); delete it and run the sweep again") from error
+        raise ResultsError(f"{path} is damaged ({error}); {way_out}") from error
+    if absent := [field for field in fields if not isinstance(content, dict) or field not in content]:
+        raise ResultsError(f"{path} is damaged (no {absent[0]!r}); {way_out}")
     return content

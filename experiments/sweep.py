@@ -4,7 +4,8 @@ Knows no method and no model; what runs the cells is an executor.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from data import catalog
 from data.core import Dataset
 from experiments import executors
 from experiments.cell import Cell
-from experiments.config import Sweep
+from experiments.config import Sweep, load
 from experiments.methods import METHODS
 from experiments.run import Job, few_shot, run
 from experiments.store import Results
-from kshot_errors import UnknownNameError
+from kshot_errors import DatasetError, InputError, UnknownNameError
 from vlm import models, nano
 
 NOTES = {  # what a report must say of a model wherever its numbers stand
@@ -39,22 +40,19 @@ class Plan:
         names = [dataset.name for dataset in self.datasets.values()]
         return {
             "name": self.sweep.name,
-            "command": self._command(names),
             "datasets": names,
             "methods": list(self.sweep.methods),
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
             "settings": self.sweep.settings.model_dump(),
+            "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "notes": notes(self.sweep),
         }
 
-    def _command(self, names: list[str]) -> str:
-        sweep = self.sweep
-        options = [("--dataset", n) for n in names] + [("--method", m) for m in sweep.methods]
-        options += [("--shots", _list(sweep.shots)), ("--seeds", _list(sweep.seeds))]
-        options += [("--set", f"{k}={v}") for k, v in sweep.settings.model_dump(exclude_defaults=True).items()]
-        return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options)
+    def missing(self, results: Results) -> list[Job]:
+        """The jobs whose cells are not stored yet."""
+        return [job for job in self.jobs if not results.has(job.cell.key)]
 
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu") -> Plan:
@@ -63,9 +61,11 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu") -> Plan:
     for method in sweep.methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
+    _check_machine(service, device)
     if any("model" in METHODS[method].settings for method in sweep.methods) and service == "local":
         models.check(sweep.settings.model)
     datasets = {source: catalog.load(source, split_seed=sweep.settings.split_seed) for source in sweep.datasets}
+    _check_names(datasets)
     if any(METHODS[method].learns for method in sweep.methods):
         for dataset in datasets.values():
             for seed in sweep.seeds:
@@ -75,12 +75,21 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu") -> Plan:
     return Plan(sweep, datasets, jobs)
 
 
-def execute(planned: Plan, results: Results, workers: int | None = None) -> Iterator[Job]:
+def execute(planned: Plan, results: Results, workers: int | None = None) -> Generator[Job, None, None]:
     """Run and store what `results` lacks of the plan, yielding each job when it is stored."""
-    missing = [job for job in planned.jobs if not results.has(job.cell.key)]
-    for job, (record, table) in executors.local(run, missing, workers):
-        results.add(record, table)
-        yield job
+    with closing(executors.local(run, planned.missing(results), workers)) as finished:
+        for job, (record, table) in finished:
+            results.add(record, table)
+            yield job
+
+
+def command(content: Mapping[str, Any]) -> str:
+    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo."""
+    base = load("demo", {}, {}).settings.model_dump()
+    options = [("--dataset", name) for name in content["datasets"]] + [("--method", m) for m in content["methods"]]
+    options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
+    options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if v != base[k]]
+    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options)
 
 
 def notes(sweep: Sweep) -> list[str]:
@@ -88,6 +97,26 @@ def notes(sweep: Sweep) -> list[str]:
     used = {setting for method in sweep.methods for setting in METHODS[method].settings}
     chosen: Mapping[str, Any] = sweep.settings.model_dump()
     return [NOTES[kind][chosen[kind]] for kind in NOTES if kind in used and chosen[kind] in NOTES[kind]]
+
+
+def _check_machine(service: str, device: str) -> None:
+    if service not in ("local", "tinker") and not service.startswith(("http://", "https://")):
+        raise UnknownNameError("service", service, ["local", "tinker", "http://HOST:PORT"])
+    if device == "cpu":
+        return
+    import torch
+
+    if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available here; use --device cpu")
+
+
+def _check_names(datasets: Mapping[str, Dataset]) -> None:
+    """Results are told apart by the name of their data set; two folders may share theirs."""
+    first: dict[str, str] = {}
+    for source, dataset in datasets.items():
+        twin = first.setdefault(dataset.name, source)
+        if twin != source:
+            raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
 
 
 def _jobs(sweep: Sweep, source: str, dataset: Dataset, service: str, device: str) -> Iterator[Job]:
@@ -99,7 +128,3 @@ def _jobs(sweep: Sweep, source: str, dataset: Dataset, service: str, device: str
             settings = {key: values[key] for key in method.settings}
             cell = Cell(dataset.name, dataset.protocol, name, shots, seed, settings)
             yield Job(cell, sweep.settings, source, service, device)
-
-
-def _list(values: tuple[int, ...]) -> str:
-    return ",".join(map(str, values))

@@ -1,0 +1,61 @@
+"""The key of a cell: the same everywhere, and another one as soon as anything that its numbers depend on changes."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.cell import Cell
+from experiments.config import Settings, load
+from experiments.methods import METHODS
+from experiments.sweep import plan
+
+CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "limit_test": None})
+OTHER: dict[str, Any] = {
+    **{"model": "Qwen/other", "backbone": "other", "max_side": 99, "limit_test": 7, "split_seed": 7},
+    **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7},
+    **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7},
+}
+
+
+def test_the_key_is_a_hash_of_the_canonical_identity() -> None:
+    text = (
+        '{"dataset":"digits","method":"pixel-knn","protocol":"seeded-split-0","seed":1,'
+        '"settings":{"limit_test":null,"max_side":480},"shots":2}'
+    )
+    assert json.loads(text) == CELL.identity
+    assert CELL.key == hashlib.sha256(text.encode()).hexdigest()[:16] == "7cf386a256555c46"
+
+
+def test_every_part_is_in_the_key() -> None:
+    changes = [{"dataset": "icons"}, {"protocol": "x"}, {"method": "x"}, {"shots": 3}, {"seed": 3}, {"settings": {}}]
+    keys = [CELL.key, *(replace(CELL, **change).key for change in changes)]
+    assert len(set(keys)) == 7
+    assert replace(CELL, settings={"limit_test": None, "max_side": 480}).key == CELL.key
+
+
+def keys(photos: Path, settings: dict[str, Any], **where: str) -> dict[str, str]:
+    """Method → the key of its first cell."""
+    sweep = load("demo", {"datasets": (f"folder:{photos}",), "methods": tuple(METHODS), "shots": (1,)}, settings)
+    return {job.cell.method: job.cell.key for job in reversed(plan(sweep, **where).jobs)}
+
+
+@pytest.fixture(scope="module")
+def usual(photos: Path) -> dict[str, str]:
+    return keys(photos, {})
+
+
+@pytest.mark.parametrize("setting", Settings.model_fields)
+def test_a_key_depends_on_the_settings_of_its_method(photos: Path, usual: dict[str, str], setting: str) -> None:
+    changed = keys(photos, {setting: OTHER[setting]})
+    differ = {method for method in METHODS if changed[method] != usual[method]}
+    # another split seed is another protocol, which is part of every cell
+    assert differ == {method for method, row in METHODS.items() if setting in row.settings}
+    assert differ
+
+
+def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, str]) -> None:
+    assert keys(photos, {}, service="http://127.0.0.1:1") == usual

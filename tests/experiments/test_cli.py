@@ -1,0 +1,160 @@
+"""The command line: one line for what is wrong, nothing written then; what it prints; what it does not import."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+from experiments.run import Job
+from experiments.store import Results
+
+HEAVY = {"torch", "transformers", "tinker", "timm", "sklearn", "matplotlib", "pyarrow", "numpy"}
+Files = dict[str, Path]
+
+
+@pytest.fixture
+def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
+    """What the bad commands below talk about."""
+    broken = shutil.copytree(photos, tmp_path / "broken")
+    (broken / "a|b" / "3.png").write_bytes(b"\x89PNG no more")
+    texts = {"no.yaml": "a: [", "odd.yaml": "name: x\nshotz: [1]\n", "short.yaml": "name: x\n", "file": "text"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return {"photos": photos, "broken": broken, "here": tmp_path, "done": two_workers}
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("sweep --dataset digitz", ["unknown data set 'digitz' (did you mean 'digits'?)", "icons", "folder:PATH"]),
+        ("sweep --dataset folder:{here}/none", ["none is not a folder; give folder:PATH"]),
+        ("sweep --dataset folder:{broken}", ["broken/a|b/3.png: ", "replace or remove it"]),
+        ("sweep --method vlm-loar", ["unknown method 'vlm-loar' (did you mean 'vlm-lora'?)", "pixel-knn"]),
+        ("sweep --model nope", ["unknown model 'nope'", "kshot/nano-qwen3-vl", "a hub id such as"]),
+        ("sweep --model {here}", ["unknown model '{here}'", "a folder with config.json"]),
+        ("sweep --service there", ["unknown service 'there'", "local, tinker, http://HOST:PORT"]),
+        ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
+        ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "demo", "FILE.yaml"]),
+        ("sweep {here}/gone.yaml", ["gone.yaml cannot be read", "demo"]),
+        ("sweep {here}/no.yaml", ["no.yaml is not YAML: "]),
+        ("sweep {here}/odd.yaml", ["unknown setting 'shotz' (did you mean 'shots'?)"]),
+        ("sweep {here}/short.yaml", ["short.yaml does not say datasets"]),
+        ("sweep --set limit_test=0", ["settings.limit_test = '0': ", "greater than 0"]),
+        ("sweep --set rnak=4", ["unknown setting 'rnak' (did you mean 'rank'?)", "learning_rate"]),
+        ("sweep --set rank", ["--set 'rank' has no value; write it as KEY=VALUE", "batch_size"]),
+        ("sweep --limit-test 0", ["settings.limit_test = '0': ", "greater than 0"]),
+        ("sweep --limit-test x", ["settings.limit_test = 'x': ", "a valid integer"]),
+        ("sweep --shots 0", ["shots.0 = 0: ", "greater than or equal to 1"]),
+        ("sweep --shots -1", ["shots.0 = -1: ", "greater than or equal to 1"]),
+        ("sweep --shots a,b", ["--shots 'a,b' is not a list of whole numbers; write it as 1,2,4"]),
+        ("sweep --shots=", ["--shots '' is not a list"]),
+        ("sweep --seeds 0,-1", ["seeds.1 = -1: ", "greater than or equal to 0"]),
+        ("sweep --workers 0", ["'--workers'", "1", "--help"]),
+        ("sweep --shotz 1", ["--shotz", "--help"]),
+        ("sweep --dataset folder:{photos} --shots 9", ["class '<script>alert(1)' has 8", "9 shots", "--allow-fewer"]),
+        ("swep", ["No such command 'swep'", "--help"]),
+        ("sweep --dataset folder:{photos} --shots 1 --out {here}/file/x", ["cannot write to {here}/file/x", "--out"]),
+        ("sweep --dataset folder:{photos} --shots 1 --out /proc/x", ["cannot write to /proc/x", "--out"]),
+        (
+            "sweep --dataset folder:{photos} --shots 1 --out {done}",
+            ["configuration (batch_size 4 → 32", "--out"],
+        ),
+        ("report {here}", ["is no results folder", "sweep.json", "kshot sweep"]),
+        ("report {here}/none", ["none is no results folder"]),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    places: Files, kshot, ran: list[Job], monkeypatch: pytest.MonkeyPatch, command: str, parts: list[str]
+) -> None:
+    monkeypatch.chdir(places["here"])
+    before = {path: path.read_bytes() for folder in places.values() for path in folder.rglob("*") if path.is_file()}
+    said = kshot(*(word.format(**places) for word in command.split(" ")))
+    after = {path: path.read_bytes() for folder in places.values() for path in folder.rglob("*") if path.is_file()}
+    assert (said.status, said.out) == (2, "")
+    assert said.err.startswith("kshot: ")
+    assert said.err.endswith("\n")
+    assert said.err.count("\n") == 1
+    assert all(part.format(**places) in said.err for part in parts), said.err
+    assert (ran, after) == ([], before)
+
+
+def test_a_second_writer_is_sent_away(photos: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
+    with Results(tmp_path).writing():
+        said = kshot("sweep", "--dataset", f"folder:{photos}", "--shots", "1", "--out", tmp_path)
+    assert (said.status, said.err.count("\n"), ran) == (2, 1, [])
+    assert f"{tmp_path} is being written by another kshot; wait for it or use --out" in said.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (OSError(28, "No space left on device"), 1, "kshot: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "kshot: stopped; what was finished is kept, the same command goes on from there\n"),
+    ],
+)
+def test_failures_are_one_line(
+    kshot, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int, line: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert kshot("demo") == (status, "", line)
+
+
+def test_a_defect_is_not_hidden(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        kshot("demo")
+
+
+def test_what_a_sweep_prints_fits_into_80_columns(photos: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
+    methods = [word for method in ("vlm-zero-shot", "dinov2-logreg", "pixel-knn") for word in ("--method", method)]
+    limits = ("--shots", "1,2,3,4,5", "--seeds", "0,1", "--out", tmp_path / "out")
+    said = kshot("sweep", "--dataset", f"folder:{photos}", *methods, *limits)
+    lines = said.out.splitlines()
+    assert said.status == 0
+    assert max(len(line) for line in lines if line.startswith(("method", "vlm", "dinov2", "pixel"))) <= 80
+    assert [line.split()[0] for line in lines[1:5]] == ["method", "vlm-zero-shot", "dinov2-logreg", "pixel-knn"]
+    assert "…" not in said.out
+    assert sum("seeded random weights" in line for line in lines) == 2
+    assert lines[-1] == f"wrote {tmp_path}/out/report.html"
+    assert said.err.splitlines()[-1].startswith("21/21 ")
+    shown = kshot("report", tmp_path / "out")
+    assert shown.status == 0
+    assert [line for line in lines if line != f"wrote {tmp_path}/out"] == shown.out.splitlines()
+
+
+def test_the_list_of_data_fits_into_80_columns(kshot) -> None:
+    said = kshot("data", "list")
+    lines = said.out.splitlines()
+    assert said.status == 0
+    assert max(map(len, lines)) <= 80
+    assert "…" not in said.out
+    words = " ".join(said.out.split())
+    assert "PATH/{train,test}/<class>/*" in words
+    for name in ("icons", "digits", "folder:PATH"):
+        assert any(line.startswith(name) for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "list"], ["sweep", "--help"], ["nonsense"]])
+def test_the_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = f"import sys; from experiments import cli; sys.argv = ['kshot', *{arguments!r}]\n"
+    code += "try: cli.main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(cli, "_run", lambda sweep, *_: names.append(sweep.name))
+    monkeypatch.chdir(photos)
+    folders: list[str] = [f"folder:{photos}", "folder:.", "folder:./", f"folder:{photos}/", "folder:/"]
+    for dataset in folders:
+        assert kshot("sweep", "--dataset", dataset).status == 0
+    assert kshot("sweep", "--dataset", "digits", "--dataset", "icons", "--dataset", "digits").status == 0
+    assert kshot("demo").status == 0
+    assert names == [*["my--b-photos-é"] * 4, "folder", "digits-icons", "demo"]

@@ -1,0 +1,101 @@
+"""Presets and YAML files: what they hold, what may be put over them, what is wrong in one line."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from experiments.config import Settings, Sweep, load, presets
+from experiments.methods import METHODS
+from kshot_errors import InputError, UnknownNameError
+
+GOOD = "name: mine\ndatasets: [digits]\nmethods: [pixel-knn]\nshots: [1, 2, 2]\nseeds: [0]\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(content: str | bytes) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_loads(preset: str) -> None:
+    sweep = load(preset, {}, {})
+    assert sweep.name == preset
+    assert set(sweep.methods) <= METHODS.keys()
+    assert list(sweep.shots) == sorted(set(sweep.shots))
+
+
+def test_the_defaults_are_the_reference_protocol() -> None:
+    s = Settings()
+    assert (s.max_side, s.rank, s.learning_rate, s.batch_size, s.views_per_class) == (480, 32, 1e-4, 32, 160)
+    assert (s.beta1, s.beta2, s.eps, s.limit_test, s.allow_fewer) == (0.9, 0.95, 1e-8, None, False)
+
+
+def test_a_file_loads_and_what_is_given_goes_over_it(write) -> None:
+    path = write(GOOD + "settings: {rank: 8, batch_size: 2}\n")
+    assert load(path, {}, {}).shots == (1, 2)
+    sweep = load(path, {"shots": (4, 4, 8), "seeds": (1,)}, {"rank": "16", "limit_test": "5", "eps": "1e-6"})
+    assert (sweep.shots, sweep.seeds, sweep.datasets) == ((4, 8), (1,), ("digits",))
+    assert sweep.settings == Settings(rank=16, batch_size=2, limit_test=5, eps=1e-6)
+
+
+def test_a_sweep_does_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load("demo", {}, {}).settings.rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        ("- 1\n", "holds no sweep"),
+        ("", "holds no sweep"),
+        (GOOD + "shotz: [1]\n", r"unknown setting 'shotz' \(did you mean 'shots'\?\); choose from: name, datasets"),
+        (GOOD + "1: 2\n", "1"),
+        (GOOD + "settings: {ranks: 1}\n", r"unknown setting 'ranks' \(did you mean 'rank'\?\)"),
+        (GOOD + "settings: 3\n", "settings = 3"),
+        (GOOD.replace("shots", "#"), "does not say shots; a sweep has: name, datasets"),
+        (GOOD.replace("[1, 2, 2]", "[0]"), r"shots.0 = 0: .*greater than or equal to 1"),
+        (GOOD.replace("[1, 2, 2]", "[]"), r"shots = \[\]"),
+        (GOOD.replace("[1, 2, 2]", "[[1]]"), "shots.0"),
+        (GOOD.replace("[digits]", "digits"), "datasets = 'digits'"),
+        (GOOD.replace("mine", "../mine"), "name = '../mine'"),
+    ],
+)
+def test_a_file_that_is_wrong(write, content: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load(write(content), {}, {})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("limit_test", "0"), ("rank", "-1"), ("rank", "1.5"), ("learning_rate", "0"), ("learning_rate", "inf")],
+        *[("learning_rate", "nan"), ("beta2", "1"), ("allow_fewer", "maybe"), ("max_side", ""), ("split_seed", "-1")],
+    ],
+)
+def test_a_setting_out_of_range(key: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"settings\.{key} = '{value}': "):
+        load("demo", {}, {key: value})
+
+
+def test_names_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown preset 'demos' \(did you mean 'demo'\?\); .*FILE.yaml"):
+        load("demos", {}, {})
+    with pytest.raises(InputError, match=r"gone.yaml cannot be read \(No such file.*presets are: .*demo"):
+        load(str(tmp_path / "gone.yaml"), {}, {})
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'limit_tests' \(did you mean 'limit_test'\?\)"):
+        load("demo", {}, {"limit_tests": "3"})
+
+
+def test_the_settings_of_methods_are_settings() -> None:
+    for method in METHODS.values():
+        assert set(method.settings) <= Settings.model_fields.keys()
+    assert {"name", "datasets", "methods", "shots", "seeds", "settings"} == Sweep.model_fields.keys()

@@ -1,0 +1,149 @@
+"""A results folder: complete files, one writer, growth, and what it refuses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from experiments.metrics import metrics
+from experiments.store import Results
+from kshot_errors import KshotError, ResultsError
+
+SWEEP: dict[str, Any] = {
+    **{"name": "x", "datasets": ["a"], "methods": ["m"], "shots": [2], "seeds": [1], "notes": ["about m"]},
+    **{"settings": {"rank": 1}, "protocols": {"a": "p"}, "classes": {"a": ["one", "two"]}},
+}
+TABLE = pa.table(
+    {
+        **{"key": ["x", "y"], "label": [0, 1], "prediction": [0, 0], "top5": [[0, 1], [0, 1]]},
+        **{name: pa.nulls(2, pa.float32()) for name in ("label_log_prob", "answer_label")},
+        **{"top5_log_probs": pa.nulls(2, pa.list_(pa.float32())), "answer": pa.nulls(2, pa.string())},
+    }
+)
+
+
+def record(key: str = "k", **changes: Any) -> dict[str, Any]:
+    identity = {"dataset": "a", "protocol": "p", "method": "m", "shots": 2, "seed": 1, "settings": {"rank": 1}}
+    return {"key": key, **identity, "metrics": metrics(TABLE, 2), "timings": {}, "versions": {}, **changes}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """A folder with one cell."""
+    results = Results(tmp_path / "out")
+    with results.writing():
+        results.begin(SWEEP)
+        results.add(record(), TABLE)
+    return results
+
+
+def test_what_is_stored_comes_back(results: Results) -> None:
+    assert results.sweep() == SWEEP
+    assert results.cells() == [record()]
+    assert results.predictions("k").equals(TABLE)
+    assert (results.has("k"), results.has("other")) == (True, False)
+    assert not list(results.folder.rglob("*.tmp"))
+
+
+def test_a_folder_grows(results: Results) -> None:
+    more = {"datasets": ["b"], "methods": ["n", "m"], "shots": [1, 2], "seeds": [0], "notes": []}
+    joined = results.begin({**SWEEP, **more, "protocols": {"b": "q"}, "classes": {"b": ["three"]}})
+    assert (joined["datasets"], joined["methods"], joined["shots"], joined["seeds"]) == (
+        *(["a", "b"], ["m", "n"]),
+        *([1, 2], [0, 1]),
+    )
+    assert joined["notes"] == ["about m"]
+    assert joined["classes"] == {"a": ["one", "two"], "b": ["three"]}
+    assert results.sweep() == joined
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"settings": {"rank": 2}}, r"\(rank 1 → 2\)"),
+        ({"settings": {"rank": 1, "eps": 0.5}}, r"\(eps None → 0.5\)"),
+        ({"protocols": {"a": "q"}}, r"\(images of a 'p' → 'q'\)"),
+    ],
+)
+def test_another_configuration_is_refused(results: Results, change: dict[str, Any], difference: str) -> None:
+    before = (results.folder / "sweep.json").read_bytes()
+    with pytest.raises(ResultsError, match=rf"out holds results of another configuration {difference}; .*--out"):
+        results.begin({**SWEEP, **change})
+    assert (results.folder / "sweep.json").read_bytes() == before
+
+
+def test_a_folder_without_a_cell_takes_any_sweep(results: Results) -> None:
+    (results.folder / "cells/k.json").unlink()
+    assert results.begin({**SWEEP, "settings": {"rank": 2}})["settings"] == {"rank": 2}
+
+
+def test_one_writer(results: Results) -> None:
+    with results.writing(), pytest.raises(ResultsError, match=r"being written by another kshot"):
+        Results(results.folder).writing().__enter__()
+    with results.writing():
+        pass
+
+
+def test_what_a_killed_writer_left_is_removed(results: Results) -> None:
+    left = [results.folder / part / ".x.json.123.tmp" for part in ("", "cells", "predictions", "figures")]
+    for path in left:
+        path.write_text("{")
+    with results.writing():
+        assert not any(path.exists() for path in left)
+    assert results.cells() == [record()]
+
+
+def test_a_cell_is_there_with_its_predictions_or_not_at_all(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(KshotError, match=r"predictions/new.parquet: No space left .* the same command") as raised:
+        results.add(record("new"), TABLE)
+    assert raised.value.exit_status == 1
+    assert not results.has("new")
+
+
+@pytest.mark.parametrize("path", ["file/below", "/proc/kshot"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ResultsError, match=r"cannot write to .*; choose another folder with --out"):
+        Results(tmp_path / path).writing().__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
+def test_a_damaged_file_is_named(results: Results, content: str) -> None:
+    cell, sweep = results.folder / "cells/k.json", results.folder / "sweep.json"
+    for path, read, way_out in ((cell, results.cells, "delete it and run"), (sweep, results.sweep, "restore it or")):
+        path.write_text(content)
+        with pytest.raises(ResultsError, match=rf"{path} is damaged .*; {way_out}"):
+            read()
+
+
+def test_predictions_that_cannot_be_read(results: Results) -> None:
+    (results.folder / "predictions/k.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete cells/k.json"):
+        results.predictions("k")
+    shutil.rmtree(results.folder / "predictions")
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete cells/k.json"):
+        results.predictions("k")
+
+
+def test_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"nowhere is no results folder; name one that kshot sweep wrote"):
+        Results(tmp_path / "nowhere").sweep()
+
+
+def test_metrics_are_recomputed_where_they_are_wrong(results: Results) -> None:
+    wrong = record("w", metrics={**metrics(TABLE, 2), "accuracy": 1.0})
+    results.add(wrong, TABLE)
+    good = results.folder / "cells/k.json"
+    os.utime(good, ns=(1, 1))
+    assert results.recompute() == 1
+    assert json.loads((results.folder / "cells/w.json").read_text()) == record("w")
+    assert good.stat().st_mtime_ns == 1
+    assert results.recompute() == 0

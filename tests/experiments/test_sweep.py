@@ -1,0 +1,292 @@
+"""A sweep: the same numbers however it is run, nothing run twice, and nothing lost when something is killed."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from stored import files, numbers, rewrite
+
+from experiments.run import Job
+from experiments.store import Results
+
+CELLS = 17  # of the grid: one zero-shot, four methods x two shots x two seeds
+QUICK = ("--method", "pixel-knn", "--shots", "1")
+
+
+@pytest.fixture
+def copied(two_workers: Path, tmp_path: Path) -> Path:
+    """A results folder of the whole grid to do things to."""
+    return shutil.copytree(two_workers, tmp_path / "out")
+
+
+def test_one_worker_gives_the_same(grid: list[str], two_workers: Path, tmp_path: Path, kshot) -> None:
+    assert kshot(*grid, "--workers", "1", "--out", tmp_path / "out").status == 0
+    found, expected = numbers(tmp_path / "out"), numbers(two_workers)
+    assert len(found) == CELLS
+    assert found == expected
+    for name in (f"predictions/{key}.parquet" for key in found):
+        assert (tmp_path / "out" / name).read_bytes() == (two_workers / name).read_bytes()
+
+
+def test_this_process_gives_the_same(grid: list[str], two_workers: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
+    assert kshot(*reversed_methods(grid), "--out", tmp_path / "out").status == 0
+    assert len(ran) == CELLS
+    assert numbers(tmp_path / "out") == numbers(two_workers)
+
+
+def reversed_methods(grid: list[str]) -> list[str]:
+    """Another order of cells; shots and seeds in another order too."""
+    methods = [method for option, method in pairwise(grid) if option == "--method"]
+    swap = dict(zip(methods, reversed(methods), strict=True)) | {"1,2": "2,1", "0,1": "1,0"}
+    return [swap.get(argument, argument) for argument in grid]
+
+
+def test_a_rerun_starts_nothing(grid: list[str], copied: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(copied)
+    monkeypatch.setattr("experiments.executors.ProcessPoolExecutor", None)
+    said = kshot(*grid, "--out", copied)
+    after = files(copied)
+    assert (said.status, said.err) == (0, "")
+    assert before.keys() == after.keys()
+    for name in before:
+        same_time = name.startswith(("cells", "predictions"))
+        assert before[name][1] == after[name][1]
+        assert before[name][0] == after[name][0] or not same_time
+
+
+def test_a_folder_grows_by_what_is_new(photos: Path, tmp_path: Path, kshot, ran: list[Job], make_image) -> None:
+    def run(*arguments: str) -> list[str]:
+        ran.clear()
+        assert kshot("sweep", *QUICK, "--out", tmp_path / "out", *arguments).status == 0
+        return sorted(str(job) for job in ran)
+
+    name = f"folder:{photos.name}"
+    pets = tmp_path / "pets"
+    for n, path in enumerate(pets / kind / f"{i}.png" for kind in ("cat", "dog") for i in range(5)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_image(900 + n, 32, 32))
+    mine = ("--dataset", f"folder:{photos}")
+    assert run(*mine, "--seeds", "0") == [f"pixel-knn on {name}, 1 shots, seed 0"]
+    assert run(*mine, "--seeds", "0,2") == [f"pixel-knn on {name}, 1 shots, seed 2"]
+    assert run(*mine, "--seeds", "0", "--shots", "4") == [f"pixel-knn on {name}, 4 shots, seed 0"]
+    assert run(*mine, "--seeds", "0", "--method", "dinov2-logreg") == [f"dinov2-logreg on {name}, 1 shots, seed 0"]
+    assert run("--dataset", f"folder:{pets}", "--seeds", "2") == ["pixel-knn on folder:pets, 1 shots, seed 2"]
+    assert run(*mine, "--dataset", f"folder:{pets}", "--seeds", "2,0") == ["pixel-knn on folder:pets, 1 shots, seed 0"]
+    content = Results(tmp_path / "out").sweep()
+    assert content["datasets"] == [name, "folder:pets"]
+    assert (content["shots"], content["seeds"]) == ([1, 4], [0, 2])
+    assert content["methods"] == ["pixel-knn", "dinov2-logreg"]
+    assert "nano-dinov2 has seeded random weights" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [(("--set", "rank=8"), "rank 4 → 8"), (("--limit-test", "3"), "limit_test None → 3")],
+)
+def test_another_setting_is_refused(
+    grid: list[str], two_workers: Path, kshot, change: tuple[str, ...], difference: str
+) -> None:
+    before = files(two_workers)
+    said = kshot(*grid, *change, "--out", two_workers)
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert f"another configuration ({difference})" in said.err
+    assert files(two_workers) == before
+
+
+def test_another_folder_of_the_same_name_is_refused(photos: Path, copied: Path, tmp_path: Path, kshot) -> None:
+    twin = shutil.copytree(photos, tmp_path / "elsewhere" / photos.name)
+    sweep = ("sweep", "--dataset", f"folder:{twin}", *QUICK, "--seeds", "0", "--set", "views_per_class=4")
+    sweep += ("--set", "batch_size=4", "--set", "rank=4", "--out", copied)
+    assert kshot(*sweep).status == 0  # the same images: the same data set, wherever it lies
+    next(twin.rglob("*.png")).unlink()
+    said = kshot(*sweep)
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert f"images of folder:{photos.name} 'seeded-split-0-" in said.err
+    both = kshot("sweep", "--dataset", f"folder:{twin}", "--dataset", f"folder:{photos}", "--out", tmp_path / "new")
+    assert (both.status, both.err.count("\n")) == (2, 1)
+    assert "would both be called" in both.err
+
+
+def test_no_file_says_where_anything_lay(photos: Path, two_workers: Path) -> None:
+    for name, (_, content) in files(two_workers).items():
+        for place in (photos.parent, two_workers.parent, Path.cwd(), Path.home()):
+            assert str(place).encode() not in content, name
+    for record, table in numbers(two_workers).values():
+        assert record["dataset"] == f"folder:{photos.name}"
+        assert str(photos.parent) not in str(table.to_pydict())
+
+
+def test_odd_names_are_escaped(two_workers: Path) -> None:
+    assert Results(two_workers).sweep()["classes"] == {
+        "folder:my <b>photos|é": ["<script>alert(1)", "a|b", "café déjà vu"]
+    }
+    page, text = ((two_workers / name).read_text() for name in ("report.html", "report.md"))
+    assert "my &lt;b&gt;photos|é" in page
+    assert "my &lt;b&gt;photos\\|é" in text
+    outside = "".join(text.split("```")[::2])
+    assert not any("<script" in each or "<b>" in each for each in (page, outside))
+
+
+def test_the_report_recomputes_the_metrics(two_workers: Path, copied: Path) -> None:
+    record = Results(copied).cells()[0]
+    rewrite(copied / "cells" / f"{record['key']}.json", metrics={**record["metrics"], "accuracy": 0.123})
+    (copied / "report.md").write_text("old")
+    code = f"import sys; from experiments import cli; sys.argv = ['kshot', 'report', {str(copied)!r}]\n"
+    code += "try: cli.main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "tinker", "timm", "sklearn"} & set(done.stdout.splitlines()[-1].split())
+    assert "metrics of 1 cells" in done.stdout
+    assert numbers(copied) == numbers(two_workers)
+    assert files(copied)["report.md"][1] == files(two_workers)["report.md"][1]
+
+
+def test_the_command_in_the_report_runs_the_same_cells(
+    photos: Path, two_workers: Path, tmp_path: Path, kshot, ran: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (two_workers / "report.md").read_text()
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith("kshot sweep")))
+    monkeypatch.chdir(photos.parent)
+    before = files(two_workers)
+    assert kshot(*command[1:], "--out", two_workers).status == 0
+    assert not ran
+    assert {name: content for name, (_, content) in files(two_workers).items()} == {
+        name: content for name, (_, content) in before.items()
+    }
+
+
+def test_what_is_limited_is_in_the_record(photos: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
+    limits = ("--limit-test", "4", "--allow-fewer", "--shots", "100")
+    out = tmp_path / "out"
+    sweep = ("sweep", "--dataset", f"folder:{photos}", *QUICK, "--seeds", "0", *limits)
+    assert kshot(*sweep, "--out", out).status == 0
+    (record, table), *_ = numbers(out).values()
+    assert (record["shots"], record["settings"]["limit_test"], record["settings"]["allow_fewer"]) == (100, 4, True)
+    assert table.num_rows == 4
+    assert "| limit_test | 4 |" in (out / "report.md").read_text()
+
+
+# Killing: the console script in a session of its own, as a terminal would run it.
+
+
+class Sweep:
+    """A running `kshot sweep` and what can be done to it."""
+
+    def __init__(self, grid: list[str], out: Path) -> None:
+        self.out = out
+        command = [sys.executable, "-c", "from experiments.cli import main; main()", *grid, "--workers", "2"]
+        self.process = subprocess.Popen(
+            [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def until_a_cell_is_stored(self) -> None:
+        while not any(self.out.glob("cells/*.json")):
+            assert self.process.poll() is None
+            time.sleep(0.01)
+
+    def workers(self) -> list[int]:
+        """The process ids of the workers: of the parent's children those that run cells."""
+        return [pid for pid in children(self.process.pid) if "spawn_main" in command_line(pid)]
+
+    def ended(self) -> tuple[int, list[str]]:
+        """The exit status and the lines on stderr, less those that say a cell is done."""
+        _, text = self.process.communicate(timeout=30)
+        return self.process.returncode, [line for line in text.splitlines() if f"/{CELLS} " not in line]
+
+
+def children(parent: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*"):
+        if stat(int(path.name))[1:2] == [str(parent)]:
+            yield int(path.name)
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on of a process; nothing where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def alive(pid: int) -> bool:
+    return stat(pid)[:1] not in ([], ["Z"], ["X"])
+
+
+@pytest.fixture
+def start(grid: list[str], tmp_path: Path) -> Iterator[Callable[[], Sweep]]:
+    begun: list[Sweep] = []
+
+    def begin() -> Sweep:
+        begun.append(Sweep(grid, tmp_path / "out"))
+        return begun[-1]
+
+    yield begin
+    for sweep in begun:
+        if sweep.process.poll() is None:
+            os.killpg(sweep.process.pid, signal.SIGKILL)
+        sweep.process.communicate()
+
+
+def assert_the_rest_follows(grid: list[str], out: Path, expected: Path, kshot, ran: list[Job]) -> None:
+    """The finished cells are complete and stay; the same command runs the others, to the same results."""
+    kept = {name: at for name, at in files(out).items() if name.startswith("cells")}
+    assert 0 < len(kept) < CELLS
+    assert all(Results(out).predictions(record["key"]).num_rows for record in Results(out).cells())
+    assert kshot(*grid, "--out", out).status == 0
+    assert len(ran) == CELLS - len(kept)
+    assert files(out).items() >= kept.items()
+    assert numbers(out) == numbers(expected)
+    assert not list(out.rglob("*.tmp"))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@needs_proc
+def test_a_killed_parent(grid: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]) -> None:
+    sweep = start()
+    sweep.until_a_cell_is_stored()
+    workers = sweep.workers()
+    assert len(workers) == 2
+    os.kill(sweep.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+    assert_the_rest_follows(grid, sweep.out, two_workers, kshot, ran)
+
+
+@needs_proc
+def test_a_killed_worker(grid: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]) -> None:
+    sweep = start()
+    sweep.until_a_cell_is_stored()
+    one, other = sweep.workers()
+    os.kill(one, signal.SIGKILL)
+    status, lines = sweep.ended()
+    assert (status, len(lines)) == (1, 1)
+    assert "a worker process died" in lines[0]
+    assert not alive(other)
+    assert_the_rest_follows(grid, sweep.out, two_workers, kshot, ran)
+
+
+@needs_proc
+def test_an_interrupt(grid: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]) -> None:
+    sweep = start()
+    sweep.until_a_cell_is_stored()
+    workers = sweep.workers()
+    os.killpg(sweep.process.pid, signal.SIGINT)  # Ctrl-C reaches everyone
+    status, lines = sweep.ended()
+    assert (status, lines) == (130, ["kshot: stopped; what was finished is kept, the same command goes on from there"])
+    assert not any(map(alive, workers))
+    assert_the_rest_follows(grid, sweep.out, two_workers, kshot, ran)
