@@ -3,12 +3,14 @@
 Knows nothing of what is written. Like `kshot_errors` it stands below data, vlm, baselines and experiments.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
+WHOLE, BLOCKS, BLOCK = 16 << 20, 64, 4096  # bytes read whole; blocks read of more; bytes in a block
 TEMPORARY = ".tmp"  # the end of every temporary name
 
 
@@ -53,6 +55,25 @@ def remove_unfinished(folder: Path) -> None:
     """Take away what a killed writer left in `folder`; only its one writer may call this."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink()
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits for the files directly in a folder: their names, sizes and content.
+
+    Of a file beyond 16 MB, 64 blocks of 4 KB spread over it stand for the content: reading all of a large model would
+    take minutes, and other weights differ everywhere.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= WHOLE:
+                digest.update(file.read())
+            for n in range(BLOCKS if size > WHOLE else 0):
+                file.seek(n * (size - BLOCK) // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _temporary(path: Path) -> Path:

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from experiments.terminal import err, out, plain_table, print_paths, print_summary, progress_bar
 from kshot_errors import InputError, KshotError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from experiments.config import Sweep
-    from experiments.metrics import Score
     from experiments.store import Results
     from experiments.sweep import Plan
 
@@ -36,7 +32,6 @@ app.add_typer(data_app)
 # Typer carries a click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core).")]
@@ -92,8 +87,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
         if wrong := results.recompute():
             out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
         paths = _report(results, content)
-    _summary(content, results.cells())
-    _print_paths(paths)
+    print_summary(content, results.cells())
+    print_paths(paths)
 
 
 @data_app.command("list")
@@ -101,7 +96,7 @@ def list_data() -> None:
     """The data sets that can be named, with their sizes and licences."""
     from data.catalog import DATASETS
 
-    table = _table(["name", "classes", "train", "test", "title and licence"])
+    table = plain_table(["name", "classes", "train", "test", "title and licence"])
     for row in DATASETS.values():
         classes = str(len(row.classes)) if row.classes else "?"
         table.add_row(row.name, classes, str(row.train), str(row.test), f"{row.title}\n[dim]{row.licence}[/dim]\n")
@@ -143,8 +138,8 @@ def _run(sweep: "Sweep", output: Path | None, workers: int | None, service: str 
         if planned.missing(results):
             _execute(planned, results, workers if device == "cpu" else 1)
         paths = _report(results, content)
-    _summary(content, results.cells())
-    _print_paths([results.folder, *paths])
+    print_summary(content, results.cells())
+    print_paths([results.folder, *paths])
 
 
 def _execute(planned: "Plan", results: "Results", workers: int | None) -> None:
@@ -153,7 +148,7 @@ def _execute(planned: "Plan", results: "Results", workers: int | None) -> None:
 
     missing, total = planned.missing(results), len(planned.jobs)
     done, cost = total - len(missing), sum(METHODS[job.cell.method].cost for job in missing)
-    with _progress() as progress, closing(execute(planned, results, workers)) as jobs:
+    with progress_bar() as progress, closing(execute(planned, results, workers)) as jobs:
         task = progress.add_task("starting", total=cost, count=f"{done}/{total}")
         for job in jobs:
             done += 1
@@ -161,15 +156,6 @@ def _execute(planned: "Plan", results: "Results", workers: int | None) -> None:
             progress.update(task, advance=METHODS[job.cell.method].cost, description=name, count=count)
             if not err.is_terminal:
                 err.print(f"{done}/{total} {job}", markup=False, highlight=False)
-
-
-def _progress() -> "Progress":
-    """A bar that fits into 80 columns; a log file gets a line a cell instead."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    texts = (TextColumn(text, style=style) for text, style in (("left", "none"), ("{task.description}", "dim")))
-    columns = TextColumn("cells"), BarColumn(16), TextColumn("{task.fields[count]}"), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), *texts, console=err, disable=not err.is_terminal)
 
 
 def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
@@ -182,42 +168,6 @@ def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
         counts = {dataset: len(names) for dataset, names in classes.items()}
         described = {**content, "command": command(content)}
         return write_report(results.folder, described, cells, images, n_classes=counts)
-
-
-def _summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    from experiments.metrics import scores
-
-    for dataset in content["datasets"]:
-        found = scores(cells, dataset)
-        shots = sorted({k for row in found.values() for k in row})
-        table = _table(["method", *(f"k={k}" for k in shots)])
-        for method in content["methods"]:
-            table.add_row(method, *(_mean(found.get(method, {}).get(k)) for k in shots))
-        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
-        out.print(table, soft_wrap=False)
-        out.print()
-    for note in content["notes"]:
-        out.print(note, style="yellow", markup=False, highlight=False)
-
-
-def _table(columns: list[str]) -> Table:
-    """A table in which only the last words of a row may wrap, never the name it begins with."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for n, column in enumerate(columns):
-        table.add_column(column, no_wrap=n == 0)
-    return table
-
-
-def _mean(score: "Score | None") -> str:
-    if score is None:
-        return ""
-    half = "" if score.half_width is None else f"±{100 * score.half_width:.1f}"
-    return f"{100 * score.mean:.1f}{half}"
-
-
-def _print_paths(paths: list[Path]) -> None:
-    for path in paths:
-        out.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _numbers(name: str, text: str | None) -> list[int] | None:

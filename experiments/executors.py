@@ -19,7 +19,8 @@ from kshot_errors import InputError, KshotError
 
 J = TypeVar("J")
 R = TypeVar("R")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Read by the libraries when a worker starts: one thread to compute on, and one memory arena, which is enough for it.
+ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
 
 
 def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) -> Generator[tuple[J, R], None, None]:
@@ -31,7 +32,7 @@ def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) 
     count = min(workers or _cores(), len(jobs))
     if count == 0:
         return
-    os.environ.update(dict.fromkeys(THREADS, "1"))  # read by the libraries when a worker starts
+    os.environ.update(ENVIRONMENT)
     context = get_context("spawn")
     watched, lifeline = context.Pipe(duplex=False)
     with (

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from baselines import nano as nano_dinov2
 from data import catalog
 from data.core import Dataset
 from experiments import executors
@@ -18,13 +17,9 @@ from experiments.config import Sweep, load
 from experiments.methods import METHODS
 from experiments.run import Job, few_shot, run
 from experiments.store import Results
+from experiments.weights import notes, recorded, relevant
 from kshot_errors import DatasetError, InputError, UnknownNameError
-from vlm import models, nano
-
-NOTES = {  # what a report must say of a model wherever its numbers stand
-    "model": {nano.NAME: nano.NOTE},
-    "backbone": {nano_dinov2.NAME: nano_dinov2.NOTE},
-}
+from vlm import models
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,10 @@ class Plan:
             "methods": list(self.sweep.methods),
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
-            "settings": self.sweep.settings.model_dump(),
+            "settings": recorded(self.sweep.settings),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
-            "notes": notes(self.sweep),
+            "notes": notes(self.sweep.settings, {name for m in self.sweep.methods for name in METHODS[m].settings}),
         }
 
     def missing(self, results: Results) -> list[Job]:
@@ -88,15 +83,8 @@ def command(content: Mapping[str, Any]) -> str:
     base = load("demo", {}, {}).settings.model_dump()
     options = [("--dataset", name) for name in content["datasets"]] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
-    options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if v != base[k]]
+    options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if k in base and v != base[k]]
     return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options)
-
-
-def notes(sweep: Sweep) -> list[str]:
-    """The sentences a report must show because of the models that the sweep's methods use."""
-    used = {setting for method in sweep.methods for setting in METHODS[method].settings}
-    chosen: Mapping[str, Any] = sweep.settings.model_dump()
-    return [NOTES[kind][chosen[kind]] for kind in NOTES if kind in used and chosen[kind] in NOTES[kind]]
 
 
 def _check_machine(service: str, device: str) -> None:
@@ -120,11 +108,11 @@ def _check_names(datasets: Mapping[str, Dataset]) -> None:
 
 
 def _jobs(sweep: Sweep, source: str, dataset: Dataset, service: str, device: str) -> Iterator[Job]:
-    values = sweep.settings.model_dump()
+    values = recorded(sweep.settings)
     for name in sweep.methods:
         method = METHODS[name]
         grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
         for shots, seed in grid:
-            settings = {key: values[key] for key in method.settings}
+            settings = relevant(values, method.settings)
             cell = Cell(dataset.name, dataset.protocol, name, shots, seed, settings)
             yield Job(cell, sweep.settings, source, service, device)

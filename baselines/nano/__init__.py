@@ -18,6 +18,7 @@ NAME = "kshot/nano-dinov2"
 NOTE = f"{NAME} has seeded random weights: its accuracies show that the machinery runs and say nothing about DINOv2."
 CONFIG = Path(__file__).with_name("config.json")
 SEED = 0
+REVISION = f"random-{SEED}"
 
 
 def folder() -> Path:

@@ -15,6 +15,7 @@ from kshot_files import cache_folder, write_folder
 NAME = "kshot/nano-qwen3-vl"
 NOTE = f"{NAME} has seeded random weights: its accuracies show that the machinery runs and say nothing about Qwen3-VL."
 SEED = 0
+REVISION = f"random-{SEED}"
 HERE = Path(__file__).parent
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -1,0 +1,61 @@
+"""What a person sees in the terminal: progress, tables, paths. Knows no command and computes nothing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from experiments.metrics import Score
+
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+
+def progress_bar() -> "Progress":
+    """A bar that fits into 80 columns; a log file gets a line a cell instead."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    texts = (TextColumn(text, style=style) for text, style in (("left", "none"), ("{task.description}", "dim")))
+    columns = TextColumn("cells"), BarColumn(16), TextColumn("{task.fields[count]}"), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), *texts, console=err, disable=not err.is_terminal)
+
+
+def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """Accuracy by method and shots for each data set, and what must be said of the models."""
+    from experiments.metrics import scores
+
+    for dataset in content["datasets"]:
+        found = scores(cells, dataset)
+        shots = sorted({k for row in found.values() for k in row})
+        table = plain_table(["method", *(f"k={k}" for k in shots)])
+        for method in content["methods"]:
+            table.add_row(method, *(_mean(found.get(method, {}).get(k)) for k in shots))
+        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
+        out.print(table, soft_wrap=False)
+        out.print()
+    for note in content["notes"]:
+        out.print(note, style="yellow", markup=False, highlight=False)
+
+
+def plain_table(columns: list[str]) -> Table:
+    """A table in which only the last words of a row may wrap, never the name it begins with."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for n, column in enumerate(columns):
+        table.add_column(column, no_wrap=n == 0)
+    return table
+
+
+def _mean(score: "Score | None") -> str:
+    if score is None:
+        return ""
+    half = "" if score.half_width is None else f"±{100 * score.half_width:.1f}"
+    return f"{100 * score.mean:.1f}{half}"
+
+
+def print_paths(paths: list[Path]) -> None:
+    """What was written."""
+    for path in paths:
+        out.print(f"wrote {path}", markup=False, highlight=False)

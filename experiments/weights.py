@@ -1,0 +1,56 @@
+"""What results say of the models that made them: a name without a place, a revision, a warning where one is due.
+
+Knows the models that kshot ships; of a folder it reads the files, of a hub nothing.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from baselines import nano as nano_dinov2
+from experiments.config import Settings
+from kshot_files import fingerprint
+from vlm import nano
+
+
+class Shipped(NamedTuple):
+    """A model that comes with kshot. revision: changes with its weights. note: what a report must say of it."""
+
+    revision: str
+    note: str
+
+
+SHIPPED = {  # by the setting that names a model
+    "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
+    "backbone": {nano_dinov2.NAME: Shipped(nano_dinov2.REVISION, nano_dinov2.NOTE)},
+}
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """The settings as results state them, with `model_revision` and `backbone_revision`.
+
+    A model in a folder goes by the folder's name and a fingerprint of its files, wherever it lies; the revision of a
+    hub's model is null: the hub's newest at the time.
+    """
+    values = settings.model_dump()
+    for kind in SHIPPED:
+        values[kind], values[f"{kind}_revision"] = _named(kind, values[kind])
+    return values
+
+
+def relevant(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Of recorded settings those that are named, each model with its revision."""
+    wanted = {*names, *(f"{name}_revision" for name in names)}
+    return {key: value for key, value in values.items() if key in wanted}
+
+
+def notes(settings: Settings, used: set[str]) -> list[str]:
+    """The sentences a report must show because of the models that the settings in `used` name."""
+    chosen = settings.model_dump()
+    return [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
+
+
+def _named(kind: str, name: str) -> tuple[str, str | None]:
+    if name in SHIPPED[kind]:
+        return name, SHIPPED[kind][name].revision
+    folder = Path(name.removeprefix("local-dir:"))
+    return (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (name, None)
