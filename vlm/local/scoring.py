@@ -41,7 +41,7 @@ def _score_group(engine: Engine, batch: Batch, trie: Trie) -> Tensor:
         torch.cat([batch.ids, tokens], 1),
         torch.cat([batch.positions, after.expand(3, -1, -1)], 2),
         batch.images,
-        mask=tree_mask(length, trie.parents).to(device) if trie.tokens else None,
+        mask=tree_mask(length, trie.parents).to(device, engine.model.stock.dtype) if trie.tokens else None,
     )
     nodes = sorted({edge.node for edge in trie.edges})
     states = hidden[:, [length + node for node in nodes]]  # ROOT is -1: the prompt's last position
