@@ -51,6 +51,27 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
+def replace_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Make the folder `target` with what `fill` puts into it, in place of one that is there. Raises OSError; the old
+    one then stays."""
+    new, old = _temporary(target), _temporary(target)
+    new.mkdir(parents=True)
+    try:
+        fill(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
 def remove_unfinished(folder: Path) -> None:
     """Take away what a killed writer left in `folder`; only its one writer may call this."""
     for path in folder.glob(f".*{TEMPORARY}"):
@@ -61,7 +82,7 @@ def fingerprint(folder: Path) -> str:
     """16 hex digits for the files directly in a folder: their names, sizes and content.
 
     Of a file beyond 16 MB, 64 blocks of 4 KB spread over it stand for the content: reading all of a large model would
-    take minutes, and other weights differ everywhere.
+    take minutes. Weights of another training differ everywhere; an edit of a few tensors can go unseen.
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):

@@ -8,7 +8,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from kshot_errors import ImageError
 
@@ -16,6 +16,18 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB as RGB
 
 # Pillow warns above its limit and raises only above twice of it; its manual gives this line to make both an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether an opened image's pixels can be taken as they are stored: upright RGB without transparency.
+
+    Of a file whose EXIF data cannot be read that is not known, so it is not plain.
+    """
+    try:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # Pillow's readers raise a dozen unrelated types on bytes that are broken
+        return False
+    return upright and image.mode == "RGB" and not image.has_transparency_data
 
 
 def open_header(data: bytes, name: str = "image") -> Image.Image:

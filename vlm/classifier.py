@@ -4,7 +4,7 @@ An example is anything with `image` (encoded bytes), `mirrored` (the flipped ima
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tinker
@@ -77,14 +77,15 @@ def predict(
 
 
 def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt) -> list[str]:
-    """The model's free answers after the prefill, greedily, to the end of the line.
+    """The model's free answers after the prefill, greedily, to the end of the line or of the turn.
 
     At most as many tokens as the longest class name takes, and one more: no longer answer can be an exact match.
     """
-    params: Any = types.SamplingParams(max_tokens=max(map(len, prompt.choices)) + 1, temperature=0.0, stop=["\n"])
+    longest = max(map(len, prompt.choices)) + 1
+    params = types.SamplingParams(max_tokens=longest, temperature=0.0, stop=prompt.stops)
     prompts = [prompt.question(image) for image in images]
     if isinstance(sampler, BatchSampler):
         answers = sampler.sample_batch(prompts, params)
     else:
         answers = [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
-    return [prompt.tokenizer.decode(answer.sequences[0].tokens).strip() for answer in answers]
+    return [prompt.line(answer.sequences[0].tokens) for answer in answers]

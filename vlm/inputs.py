@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tinker
-from PIL import ExifTags, Image
 from tinker import types
 
 from kshot_errors import ImageError, ModelError, RequestError
-from kshot_images import open_header, open_image
+from kshot_images import is_plain, open_header, open_image
 from vlm.models import source
 
 if TYPE_CHECKING:
@@ -60,21 +59,17 @@ class ImageRule:
 def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     """The chunk of an image in any format Pillow reads, with `expected_tokens` set.
 
-    Plain upright RGB JPEG and PNG bytes travel as they are, undecoded; anything else (alpha, palette, grey, 16 bit,
+    Plain upright RGB JPEG and PNG bytes travel as they are; anything else (alpha, palette, grey, 16 bit,
     EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
     Raises ImageError for bytes that are no image.
     """
     image = open_header(data)
     format = CHUNK_FORMATS.get(image.format or "")
-    if format is None or image.mode != "RGB" or image.has_transparency_data or _orientation(image) != 1:
+    if format is None or not is_plain(image):
         image, buffer = open_image(data), io.BytesIO()
         image.save(buffer, "PNG")
         data, format = buffer.getvalue(), "png"
     return types.ImageChunk(data=data, format=format, expected_tokens=rule.tokens(image.height, image.width))
-
-
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def model_input(*parts: types.ModelInputChunk | Sequence[int]) -> tinker.ModelInput:

@@ -16,6 +16,7 @@ from vlm.inputs import ImageRule, datum, image_chunk, model_input
 
 QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
+TURN = "<|im_end|>"
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
 
 
@@ -49,7 +50,7 @@ class Prompt:
     def datum(self, image: bytes, label: int) -> tinker.Datum:
         """The training example: the assistant's whole turn is the target, as in the recipe."""
         before, after = self._around
-        answer = [*self._prefill, *self.choices[label], *self.tokenizer.encode("<|im_end|>")]
+        answer = [*self._prefill, *self.choices[label], *self.tokenizer.encode(TURN)]
         return datum(model_input(before, image_chunk(image, self.rule), after), answer)
 
     @cached_property
@@ -57,15 +58,26 @@ class Prompt:
         """label → the token ids that write the class name after the prefill, end of line included."""
         return tuple(tuple(self.tokenizer.encode(f" {name}{END}")) for name in self.classes)
 
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer: the end of its line, and of the turn."""
+        return [END, TURN]
+
+    def line(self, tokens: Sequence[int]) -> str:
+        """The answer that these tokens write: what stands before the first of `stops`, without the prefill."""
+        text = self.tokenizer.decode(list(tokens))
+        for stop in self.stops:
+            text = text.split(stop, 1)[0]
+        return text.strip().removeprefix(self.prefill).strip()
+
     def parse(self, answer: str) -> int:
-        """The label whose class name stands after the last colon of a generated answer, or -1: strict match."""
-        text = answer.rsplit(":", 1)[-1].strip()
-        return self.classes.index(text) if text in self.classes else -1
+        """The label whose class name is the answer, to the letter, or -1."""
+        return self.classes.index(answer) if answer in self.classes else -1
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         before = self.tokenizer.encode("<|im_start|>user\n<|vision_start|>")
-        after = f"<|vision_end|>{self.question_text}<|im_end|>\n<|im_start|>assistant\n"
+        after = f"<|vision_end|>{self.question_text}{TURN}\n<|im_start|>assistant\n"
         return before, self.tokenizer.encode(after)
 
     @cached_property

@@ -9,7 +9,8 @@ import tinker
 from tests.vlm.helpers import CLASSES, Pictured
 from vlm import nano
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient, LocalTrainingClient
+from vlm.local.client import LocalServiceClient
+from vlm.local.training_client import LocalTrainingClient
 from vlm.prompts import Prompt
 
 

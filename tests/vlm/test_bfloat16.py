@@ -42,6 +42,8 @@ def test_scoring_and_sampling(engines: tuple[Engine, Engine], prompt: Prompt, ex
     trie = labels.build(prompt.choices, "constrained")
     half, full = (score_tree(engine, BASE, asked, trie) for engine in engines)
     assert np.abs(half - full).max() < 0.2
+    tuned = engines[0].snapshot(engines[0].start("tuned", LoraSpec(rank=4), seed=0))
+    assert (score_tree(engines[0], tuned, asked, trie) == half).all()  # B is zero
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
     answers = sample(engines[0], BASE, [Ask(p, params, prompt_logprobs=True) for p in asked])
     assert [len(answer.sequences[0].tokens) for answer in answers] == [4] * 4

@@ -11,7 +11,8 @@ from kshot_errors import ModelError, RequestError
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.classifier import predict
-from vlm.local.client import LocalServiceClient, LocalTrainingClient
+from vlm.local.client import LocalServiceClient
+from vlm.local.training_client import LocalTrainingClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
@@ -164,6 +165,32 @@ def test_missing_damaged_and_foreign_checkpoints_are_named(
     other = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
     with pytest.raises(RequestError, match="create_training_client_from_state"):
         other.load_state(whole).result()
+
+
+def test_a_checkpoint_that_lacks_tensors_changes_nothing(
+    trained: LocalTrainingClient, service: LocalServiceClient, mixed: list[tinker.Datum], prompt: Prompt
+) -> None:
+    """Neither the run that loads it, nor a sampling client that shares its slot with the one that fails."""
+    from safetensors.torch import load_file, save_file
+
+    whole = trained.save_weights_for_sampler("whole").result().path
+    sampler = service.create_sampling_client(model_path=whole).result()
+    asked = mixed[2].model_input
+    before, sampled = log_probs(trained, mixed), sampler.compute_logprobs(asked).result()
+    for kind in ("sampler_weights", "weights"):
+        saved = trained.save_weights_for_sampler if kind == "sampler_weights" else trained.save_state
+        path = saved("lacking").result().path
+        file = next(service._state.rglob(f"{kind}/lacking")) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        first, *rest = tensors
+        save_file({**{name: tensors[name] for name in rest[3:]}, first: tensors[first][:1].contiguous()}, file)
+        with pytest.raises(ModelError, match="does not fit the adapter in 4 tensors"):
+            if kind == "weights":
+                trained.load_state(path).result()
+            else:
+                service.create_sampling_client(model_path=path).result().compute_logprobs(asked).result()
+    assert same(before, log_probs(trained, mixed))
+    assert sampler.compute_logprobs(asked).result() == sampled
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(

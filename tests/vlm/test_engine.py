@@ -14,8 +14,9 @@ from tests.vlm.helpers import IMAGE, Pictured, stock_inputs
 from vlm import nano
 from vlm.classifier import batches, fit, predict
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient, LocalTrainingClient
+from vlm.local.client import LocalServiceClient
 from vlm.local.model import LinearPatchEmbed
+from vlm.local.training_client import LocalTrainingClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)
@@ -336,7 +337,9 @@ BAD: dict[str, dict[str, Any]] = {  # what is changed in a good datum, and what 
     "a placeholder": {"chunks": [types.EncodedTextChunk(tokens=[5, IMAGE])], "named": "ImageChunk"},
     "an audio chunk": {"chunks": [types.ImageAssetPointerChunk(location="a", format="png")], "named": "not supported"},
     "side by side": {"chunks": "twice", "named": "side by side"},
-    "empty": {"chunks": [], "named": "at least one token"},
+    "empty": {"chunks": [], "named": "0 positions"},
+    "too long": {"chunks": [types.EncodedTextChunk(tokens=[5] * 4097)], "named": "4097 positions"},
+    "ignored target": {"fields": {"target_tokens": "-100"}, "named": "target -100"},
     "miscounted image": {"expected_tokens": 17, "named": "Expected 17 tokens, got 16"},
 }
 
@@ -345,6 +348,10 @@ def spoiled(good: tinker.Datum, change: dict[str, Any]) -> tinker.Datum:
     fields = {**good.loss_fn_inputs, **(change.get("fields") or {})}
     if fields["weights"] == "zeros":
         fields["weights"] = tinker.TensorData.from_numpy(np.zeros(good.model_input.length, np.float32))
+    if isinstance(fields["target_tokens"], str):  # torch would take -100 for "leave this one out"
+        targets = good.loss_fn_inputs["target_tokens"].to_numpy().copy()
+        targets[-1] = -100
+        fields["target_tokens"] = tinker.TensorData.from_numpy(targets)
     chunks = change.get("chunks", good.model_input.chunks)
     if chunks == "twice":
         chunks = [good.model_input.chunks[1]] * 2
@@ -371,6 +378,13 @@ def test_other_bad_requests_are_named(client: LocalTrainingClient, mixed: list[t
         client.forward_backward(mixed, "cross_entropy", {"clip": 0.1}).result()
     with pytest.raises(RequestError, match="forward_backward first"):
         client.optim_step(ADAM).result()
+    with pytest.raises(RequestError, match="one AdamParams"):
+        client.optim_step()
+    with pytest.raises(RequestError, match="one AdamParams"):
+        client.optim_step(types.DimuonParams(learning_rate=1e-3))
+    client.forward_backward(mixed, "cross_entropy").result()
+    with pytest.raises(RequestError, match="must not be negative"):
+        client.optim_step(types.AdamParams(grad_clip_norm=-1.0)).result()
     broken = tinker.ModelInput(chunks=[types.ImageChunk(data=b"no image", format="png")])
     with pytest.raises(ImageError):
         client.forward(

@@ -85,9 +85,17 @@ def test_expected_tokens_of_the_real_processor_settings() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture("L"))[:-30], encoded(picture(), "JPEG")[:400]])
-def test_broken_bytes_are_an_image_error(data: bytes) -> None:
+def test_broken_bytes_are_an_image_error(data: bytes, rule: ImageRule) -> None:
     with pytest.raises(ImageError):
         open_image(data)
+
+
+@pytest.mark.parametrize("cut", [20, 60, 200, -40])
+def test_broken_chunks_are_an_image_error_where_it_shows(cut: int, rule: ImageRule) -> None:
+    """A truncated JPEG may be found out only when it is decoded; no other error may come out of either."""
+    for data in (encoded(picture())[:cut], encoded(picture("L"))[:cut], turned()[:cut]):
+        with pytest.raises(ImageError):
+            open_image(image_chunk(data, rule).data)
 
 
 def test_the_size_is_checked_before_anything_is_decoded(rule: ImageRule) -> None:

@@ -55,20 +55,30 @@ def test_pieces_tokenise_as_the_whole_under_the_genuine_tokenizer(rule: ImageRul
 
 
 @pytest.mark.parametrize(
-    ("answer", "label"),
+    ("written", "label"),
     [
-        ("star", 0),
-        (" cart\n", 2),
-        ("The subject in this photo is: crocodile head", 4),
-        ("is: star: car", 1),
-        ("Star", -1),
-        ("a star", -1),
+        (" star\n", 0),
+        (" star<|im_end|>", 0),  # a base model ends its turn without a new line
+        (" star<|im_end|>\n<|im_start|>", 0),
+        (" cart\nwhatever follows", 2),
+        ("The subject in this photo is: crocodile head\n", 4),
+        (" crocodile", 3),
+        (" café ☕\n", 5),
+        (" is: star: car\n", -1),
+        (" Star\n", -1),
+        (" a star\n", -1),
         ("", -1),
-        ("crocodile hea", -1),
+        ("\nstar\n", -1),
+        (" crocodile hea", -1),
     ],
 )
-def test_answers_are_read_after_the_last_colon_exactly(prompt: Prompt, answer: str, label: int) -> None:
-    assert prompt.parse(answer) == label
+def test_answers_are_read_to_the_letter(prompt: Prompt, written: str, label: int) -> None:
+    assert prompt.parse(prompt.line(prompt.tokenizer.encode(written))) == label
+
+
+def test_a_class_name_may_hold_a_colon(prompt: Prompt, rule: ImageRule) -> None:
+    ratio = Prompt(prompt.tokenizer, rule, ("ratio 3:1", "1"))
+    assert ratio.parse(ratio.line(ratio.choices[0])) == 0
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "a"), ("a", ""), ("a", " "), ("a", "b\nc")])

@@ -1,5 +1,6 @@
 """connect: who answers the training API; the nano model's files; the main job on any service."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import pytest
 import tinker
 
 import vlm
-from kshot_errors import ModelError, UnknownNameError
+from kshot_errors import ModelError, RequestError, UnknownNameError
 from tests.vlm.helpers import Pictured
 from vlm import models, nano
 from vlm.classifier import batches
 from vlm.local.client import LocalServiceClient
+from vlm.local.sampling_client import LocalSamplingClient
+from vlm.local.training_client import LocalTrainingClient
 from vlm.nano.prefix import prefix
 
 GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer/tokenizer.json"
@@ -31,6 +34,45 @@ def test_addresses_are_the_official_client(address: str, monkeypatch: pytest.Mon
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     client = vlm.connect(address)
     assert isinstance(client, tinker.ServiceClient)
+
+
+SDK = {
+    LocalServiceClient: tinker.ServiceClient,
+    LocalTrainingClient: tinker.TrainingClient,
+    LocalSamplingClient: tinker.SamplingClient,
+}
+
+
+@pytest.mark.parametrize("ours", SDK)
+def test_methods_take_what_the_sdks_take_in_its_order(ours: type) -> None:
+    mine = {name: method for name, method in vars(ours).items() if not name.startswith("_") and callable(method)}
+    shared = [name for name in mine if hasattr(SDK[ours], name) and name != "close"]
+    assert len(shared) >= 4
+    for name in shared:
+        theirs = inspect.signature(getattr(SDK[ours], name)).parameters.values()
+        parameters = inspect.signature(mine[name]).parameters.values()
+        assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in theirs], name
+
+
+def test_options_that_only_the_hosted_service_has_are_refused(service: LocalServiceClient) -> None:
+    client = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    for call in (
+        lambda: client.save_state("x", 3600),
+        lambda: client.save_weights_for_sampler("x", ttl_seconds=3600),
+        lambda: client.load_state("x", "token"),
+        lambda: client.save_weights_and_get_sampling_client(kind="inflight"),
+        lambda: service.create_sampling_client(base_model=nano.NAME, record_stability_info=True),
+        lambda: service.create_lora_training_client(nano.NAME, optimizer=tinker.DimuonOptimizerConfig()),
+    ):
+        with pytest.raises(RequestError, match="not supported by the local service"):
+            call()
+
+
+def test_a_closed_service_says_so(tmp_path: Path) -> None:
+    service = LocalServiceClient(tmp_path)
+    service.close()
+    with pytest.raises(RequestError, match="connect again"):
+        service.create_sampling_client(base_model=nano.NAME)
 
 
 def test_the_service_names_its_models(service: LocalServiceClient) -> None:

@@ -92,18 +92,20 @@ def _row(model: Model, each: tinker.ModelInput, images: Any) -> list[int]:
         else:
             raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
         after_image = isinstance(chunk, types.ImageChunk) or (after_image and not chunk.length)
-    if not row:
-        raise RequestError("a model input is empty; it needs at least one token")
+    longest = model.stock.config.text_config.max_position_embeddings
+    if not 0 < len(row) <= longest:
+        raise RequestError(
+            f"a model input has {len(row)} positions; this model takes at least one token, at most {longest}"
+        )
     return row
 
 
 def _check_tokens(model: Model, tokens: Sequence[int]) -> None:
+    model.check_tokens(tokens)
     config = model.stock.config
-    for token in tokens:
-        if not 0 <= token < config.text_config.vocab_size:
-            raise RequestError(f"token {token} is outside the vocabulary of {config.text_config.vocab_size}")
-        if token in (config.image_token_id, config.video_token_id):
-            raise RequestError(f"token {token} is a placeholder for image features; give the image as an ImageChunk")
+    placeholder = next((t for t in tokens if t in (config.image_token_id, config.video_token_id)), None)
+    if placeholder is not None:
+        raise RequestError(f"token {placeholder} stands for image features; give the image as an ImageChunk")
 
 
 def _positions(model: Model, ids: Tensor, lengths: list[int], is_image: Tensor, images: list[ImageFeatures]) -> Tensor:

@@ -7,11 +7,9 @@ leads out of it. Written to a temporary folder, then renamed. Knows no model in 
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kshot_errors import ModelError, RequestError
+from kshot_files import replace_folder
 from vlm.local.model import LoraSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -63,14 +62,7 @@ def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = Fa
     target = folder_of(state, path)
     if target.exists() and not overwrite:
         raise RequestError(f"checkpoint {path} exists; give another name or overwrite=True")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / target.name
-        written.mkdir()
-        _write(written, checkpoint)
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        written.rename(target)
+    replace_folder(target, lambda folder: _write(folder, checkpoint))
 
 
 def load(state: Path, path: str) -> Checkpoint:
@@ -98,13 +90,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     return {f"{names[n]}.{key}": value.clone() for n, values in state.items() for key, value in values.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, for parameters of the same order."""
-    state: dict[int, dict[str, Any]] = {}
+def optimizer_state(names: list[str], tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What `optimizer_tensors` gave, by the parameters' numbers. Raises ModelError for an unknown parameter."""
+    state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
+        if name not in names:
+            raise ModelError(f"checkpoint does not fit the optimizer: {name!r} has no place in it")
         state.setdefault(names.index(name), {})[moment] = tensor
+    return state
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Put a state that `optimizer_state` gave in place of the optimizer's own, and forget gathered gradients."""
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ Runs and snapshots are LoRA adapters over the shared base. Gradients of a run ac
 optimizer step. The calls here are not thread-safe: one worker makes them, in order.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Engine:
 
     def __init__(self, model: Model) -> None:
         self.model, self.vision = model, Vision(model)
-        self._in_slot: dict[str, Snapshot] = {}
+        self._in_slot: dict[str, weakref.ref[Snapshot]] = {}
 
     def start(self, adapter: str, spec: LoraSpec, seed: int) -> Run:
         """A new run: a LoRA adapter initialised from `seed`."""
@@ -75,6 +76,8 @@ class Engine:
         if not data:
             raise RequestError("no data given; a forward pass needs at least one datum")
         fields = [fields_of(datum) for datum in data]
+        for field in fields:
+            self.model.check_tokens(field["target_tokens"].tolist(), "target")
         self.model.use(trained.adapter)
         with torch.set_grad_enabled(not forward_only):
             batch = self.collate([datum.model_input for datum in data])
@@ -93,11 +96,13 @@ class Engine:
     def optim_step(self, trained: Run, params: types.AdamParams) -> types.OptimStepResponse:
         """AdamW with these parameters on the gradients gathered since the last step, which are then cleared.
 
-        Raises RequestError where there are none: forward_backward comes first.
+        Raises RequestError where there are none (forward_backward comes first) and for negative parameters.
         """
         parameters = list(self.model.parameters(trained.adapter).values())
         if all(p.grad is None for p in parameters):
             raise RequestError("optim_step without gradients; call forward_backward first")
+        if params.grad_clip_norm < 0 or params.learning_rate < 0:
+            raise RequestError(f"grad_clip_norm and learning_rate must not be negative: {params}")
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         trained.optimizer.param_groups[0].update(
@@ -121,9 +126,11 @@ class Engine:
         slot = f"snapshot_{snapshot.spec.label}"
         if not self.model.has_adapter(slot):
             self.model.add_adapter(slot, snapshot.spec, seed=0)
-        if self._in_slot.get(slot) is not snapshot:
+        held = self._in_slot.get(slot)
+        if held is None or held() is not snapshot:
+            self._in_slot.pop(slot, None)  # while it is written, the slot is nobody's
             self.model.set_weights(slot, dict(snapshot.weights))
-            self._in_slot[slot] = snapshot
+            self._in_slot[slot] = weakref.ref(snapshot)
         self.model.use(slot)
 
     def collate(self, inputs: Sequence[tinker.ModelInput]) -> Batch:

@@ -16,34 +16,34 @@ from kshot_errors import RequestError, UnknownNameError
 Fields = Mapping[str, Tensor]
 
 
-def cross_entropy(log_probs: Tensor, fields: Fields, config: Mapping[str, Any]) -> Tensor:
+def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
     """Σ −log_prob · weight over the positions given: a sum, not a mean (Tinker API)."""
     return -(log_probs * fields["weights"]).sum()
 
 
-LOSSES: dict[str, Callable[[Tensor, Fields, Mapping[str, Any]], Tensor]] = {"cross_entropy": cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Fields], Tensor]] = {"cross_entropy": cross_entropy}
 
 
 def loss(name: str, config: Mapping[str, Any] | None) -> Callable[[Tensor, Fields], Tensor]:
-    """The loss of this name with its configuration bound. Raises UnknownNameError, RequestError for config keys."""
+    """The loss of this name. Raises UnknownNameError, and RequestError for a configuration: none of them takes one."""
     if name not in LOSSES:
         raise UnknownNameError("loss function", name, LOSSES)
     if config:
         raise RequestError(f"loss {name!r} takes no configuration, got {sorted(config)}")
-    return lambda log_probs, fields: LOSSES[name](log_probs, fields, {})
+    return LOSSES[name]
 
 
 def fields_of(datum: tinker.Datum) -> dict[str, Tensor]:
     """target_tokens (n,) int64 and weights (n,) float32 of a datum; weights default to one at every position.
 
-    Raises RequestError where a field is missing, unknown, or not as long as the model input (when that is known).
+    Raises RequestError where a field is missing or unknown, or the two are not vectors of one length.
     """
     inputs = datum.loss_fn_inputs
     if "target_tokens" not in inputs:
         raise RequestError(f"a datum lacks target_tokens; it has {sorted(inputs)}")
     unknown = sorted(set(inputs) - {"target_tokens", "weights"})
     if unknown:
-        raise RequestError(f"cross_entropy takes target_tokens and weights, the datum also has {unknown}")
+        raise RequestError(f"a datum takes target_tokens and weights, this one also has {unknown}")
     targets = inputs["target_tokens"].to_torch().long()
     weights = inputs["weights"].to_torch().float() if "weights" in inputs else torch.ones(len(targets))
     if targets.ndim != 1 or targets.shape != weights.shape:

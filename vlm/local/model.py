@@ -6,6 +6,7 @@ product, and as a product it is many times faster (pytorch#174051).
 """
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,10 +130,22 @@ class Model:
         return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
     def set_weights(self, adapter: str, weights: dict[str, Tensor]) -> None:
-        """Put tensors that `weights` gave into an adapter of the same spec."""
-        result: Any = set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
-        if result.unexpected_keys:
-            raise ModelError(f"checkpoint does not fit the adapter: {result.unexpected_keys[0]!r} has no place in it")
+        """Put tensors that `weights` gave into an adapter of the same spec. Raises ModelError, before anything is
+        changed, where names or shapes differ."""
+        here = {name: tensor.shape for name, tensor in self.weights(adapter).items()}
+        given = {name: tensor.shape for name, tensor in weights.items()}
+        wrong = sorted(name for name in {*here, *given} if here.get(name) != given.get(name))
+        if wrong:
+            first = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, not {here.get(wrong[0], 'to be there')}"
+            raise ModelError(f"checkpoint does not fit the adapter in {len(wrong)} tensors: {first}")
+        set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
+
+    def check_tokens(self, tokens: Iterable[int], what: str = "token") -> None:
+        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
+        size = self.stock.config.text_config.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise RequestError(f"{what} {token} is outside the vocabulary of {size}")
 
 
 def _load(name: str, files: str, dtype: torch.dtype | None) -> Any:

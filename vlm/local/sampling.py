@@ -37,12 +37,33 @@ class Ask:
 @torch.no_grad()
 def sample(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[types.SampleResponse]:
     """The answers, in order. Same asks in the same order → the same answers where each has a seed or temperature 0."""
+    for ask in asks:
+        _check(engine, ask)
     engine.use(snapshot)
     done: dict[int, types.SampleResponse] = {}
     for members in groups([ask.prompt for ask in asks]):
         batch = engine.collate([asks[n].prompt for n in members])
         done.update(zip(members, _sample_group(engine, batch, [asks[n] for n in members]), strict=True))
     return [done[n] for n in range(len(asks))]
+
+
+def _check(engine: Engine, ask: Ask) -> None:
+    """Raise RequestError for what cannot be sampled."""
+    p, vocabulary = ask.params, engine.model.stock.config.text_config.vocab_size
+    ranges = {
+        "num_samples": (ask.num_samples, 1, float("inf")),
+        "max_tokens": (1 if p.max_tokens is None else p.max_tokens, 1, float("inf")),
+        "temperature": (p.temperature, 0, float("inf")),
+        "top_p": (p.top_p, 1e-9, 1),
+        "top_k": (p.top_k, -1, float("inf")),
+        "seed": (p.seed or 0, 0, 2**63 - 1),
+        "topk_prompt_logprobs": (ask.topk_prompt_logprobs, 0, vocabulary),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
+    if ask.targets is not None:
+        engine.model.check_tokens((t for t in ask.targets.to_numpy(-1).flat if t != -1), "target_prompt_logprobs id")
 
 
 def groups(prompts: Sequence[tinker.ModelInput]) -> list[list[int]]:
@@ -87,9 +108,7 @@ class _Writer:
         self.params, self.tokens, self.log_probs = ask.params, list[int](), list[float]()
         self.reason: types.StopReason | None = None
         self._tokenizer = engine.model.tokenizer
-        self._generator = torch.Generator()
-        seed = ask.params.seed
-        _ = self._generator.seed() if seed is None else self._generator.manual_seed(seed + number)
+        self._generator = _generator(ask.params.seed, number)
         self._strings, self._ids = _stops(ask.params.stop, self._tokenizer.eos_token_id)
 
     def take(self, logits: Tensor) -> int:
@@ -115,6 +134,16 @@ class _Writer:
             tokens_np=np.array(self.tokens, np.int32),
             logprobs_np=np.array(self.log_probs, np.float32),
         )
+
+
+def _generator(seed: int | None, number: int) -> torch.Generator:
+    """Of the sample `number` of a request: from both, so that neighbouring seeds share no sample."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
+    return generator
 
 
 def pick(logits: Tensor, params: types.SamplingParams, generator: torch.Generator) -> int:

@@ -1,0 +1,154 @@
+"""One training run behind the SDK's `TrainingClient` methods. Knows no mathematics and no other run."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tinker
+from tinker import types
+from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
+
+from kshot_errors import RequestError
+from vlm.local import checkpoint
+from vlm.local.checkpoint import Checkpoint
+from vlm.local.engine import Engine, Run
+from vlm.local.sampling_client import LocalSamplingClient, refuse
+
+Submit = Callable[..., "AwaitableConcurrentFuture[Any]"]
+
+
+class LocalTrainingClient:
+    """One training run; meets `vlm.service.TrainingClient`. Requests run in the order they are made."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Run,
+        model_id: str,
+        state: Path,
+        submit: Submit,
+        user_metadata: Mapping[str, str] | None,
+    ) -> None:
+        self.model_id = model_id
+        self._engine, self._run, self._state, self._submit = engine, run, state, submit
+        self._user_metadata = user_metadata
+
+    def forward(
+        self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The loss and every position's log-probability, without a gradient."""
+        call = partial(self._engine.forward_backward, forward_only=True)
+        return self._submit(call, self._run, data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The loss and its gradient, which is added to what the run has gathered since its last step."""
+        return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
+
+    def optim_step(
+        self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
+    ) -> AwaitableConcurrentFuture[types.OptimStepResponse]:
+        """One AdamW step with the gathered gradients, which are then cleared. Takes one of its two arguments."""
+        given = [params for params in (optim_params, adam_params) if params is not None]
+        if len(given) != 1 or not isinstance(given[0], types.AdamParams):
+            raise RequestError(f"optim_step takes one AdamParams, got {given or 'none'}")
+        return self._submit(self._engine.optim_step, self._run, given[0])
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> AwaitableConcurrentFuture[types.SaveWeightsResponse]:
+        """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
+        refuse(ttl_seconds=ttl_seconds)
+        path = checkpoint.path_of(self.model_id, "weights", name)
+        return self._submit(self._save, path, overwrite, user_metadata)
+
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+        """Take the weights of a checkpoint; the optimizer starts anew."""
+        refuse(weights_access_token=weights_access_token)
+        return self._submit(self._load, path, optimizer=False)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+        """Take the weights and the optimizer of a checkpoint."""
+        refuse(weights_access_token=weights_access_token)
+        return self._submit(self._load, path, optimizer=True)
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
+    ) -> AwaitableConcurrentFuture[types.SaveWeightsForSamplerResponse]:
+        """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
+        refuse(ttl_seconds=ttl_seconds)
+        path = checkpoint.path_of(self.model_id, "sampler_weights", name)
+        return self._submit(self._save_for_sampler, path, user_metadata)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
+    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+        """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
+        refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
+        refuse(kind=None if kind == "snapshot" else kind)
+        return self._submit(lambda: LocalSamplingClient(self._engine, self._engine.snapshot(self._run), self._submit))
+
+    def get_tokenizer(self) -> Any:
+        """The stock tokenizer of the base model."""
+        return self._engine.model.tokenizer
+
+    def get_info(self) -> types.GetInfoResponse:
+        """Base model, run id and LoRA rank."""
+        model = self._engine.model
+        data = types.ModelData(arch=model.stock.config.model_type, model_name=model.name, tokenizer_id=model.name)
+        return types.GetInfoResponse(
+            model_data=data,
+            model_id=self.model_id,
+            is_lora=True,
+            lora_rank=self._run.spec.rank,
+            model_name=model.name,
+        )
+
+    def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
+        """Take a loaded checkpoint; to be called on the worker. Raises RequestError where it does not fit the run,
+        ModelError where its tensors do not; the run is then as it was."""
+        model = self._engine.model
+        if (saved.base_model, saved.spec) != (model.name, self._run.spec):
+            raise RequestError(
+                f"checkpoint {path} is {saved.spec} of {saved.base_model!r}, this run is {self._run.spec} of "
+                f"{model.name!r}; use create_training_client_from_state"
+            )
+        if optimizer and saved.optimizer is None:
+            raise RequestError(f"checkpoint {path} was saved without optimizer state; use load_state")
+        names = list(model.parameters(self._run.adapter))
+        state = checkpoint.optimizer_state(names, (saved.optimizer or {}) if optimizer else {})
+        model.set_weights(self._run.adapter, dict(saved.weights))
+        checkpoint.restore_optimizer(self._run.optimizer, state)
+
+    def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
+        self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
+        return types.LoadWeightsResponse(path=path)
+
+    def _save(self, path: str, overwrite: bool, metadata: Mapping[str, str] | None) -> types.SaveWeightsResponse:
+        names = list(self._engine.model.parameters(self._run.adapter))
+        tensors = checkpoint.optimizer_tensors(self._run.optimizer, names)
+        checkpoint.save(self._state, path, self._checkpoint(tensors, metadata), overwrite=overwrite)
+        return types.SaveWeightsResponse(path=path)
+
+    def _save_for_sampler(self, path: str, metadata: Mapping[str, str] | None) -> types.SaveWeightsForSamplerResponse:
+        checkpoint.save(self._state, path, self._checkpoint(None, metadata))
+        return types.SaveWeightsForSamplerResponse(path=path)
+
+    def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
+        model = self._engine.model
+        weights = model.weights(self._run.adapter)
+        return Checkpoint(model.name, self._run.spec, weights, optimizer, metadata or self._user_metadata)
