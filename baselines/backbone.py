@@ -71,6 +71,12 @@ def load(model: str, device: str = "cpu") -> Backbone:
     return _load(_source(model), device)
 
 
+def check(model: str) -> None:
+    """Raise, as `load` does, for a name that cannot be a backbone; loads and downloads nothing."""
+    if model != nano.NAME:
+        _source(model)
+
+
 def check_size(size: int | None, patch: int) -> None:
     """Raises InputError unless `size` pixels are whole patches."""
     if size is not None and (size <= 0 or size % patch):

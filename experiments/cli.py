@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="kshot",
     help="Few-shot image classification with a vision-language model that answers in text, against DINOv2 with a head.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(name="data", help="The data sets.", no_args_is_help=True)
+data_app = typer.Typer(name="data", help="The data sets.")
 app.add_typer(data_app)
 # Typer carries a click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -36,6 +35,22 @@ INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core).")]
 Force = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the sweep.")]
+
+
+@app.callback(invoke_without_command=True)
+@data_app.callback(invoke_without_command=True)
+def help_or_version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        out.print(f"kshot {installed('kshot')}", highlight=False)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False, highlight=False)
+        raise typer.Exit
 
 
 @app.command()
@@ -73,7 +88,10 @@ def sweep(
         overrides["name"] = "-".join(_file_name(name) for name in dict.fromkeys(dataset))
     chosen = {"model": model, "backbone": backbone, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
     values = {name: value for name, value in chosen.items() if value is not None}
-    _run(load(preset, overrides, {**_pairs(settings), **values}), output, workers, service, device)
+    pairs = _pairs(settings)
+    if twice := sorted(values.keys() & pairs.keys()):
+        raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")
+    _run(load(preset, overrides, {**pairs, **values}), output, workers, service, device)
 
 
 @app.command()
@@ -84,7 +102,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
     results = Results(folder)
     content = results.sweep()
     with results.writing():
-        if wrong := results.recompute():
+        if not results.has_predictions():
+            out.print(f"{folder} has no predictions: its metrics are taken as they are recorded", style="yellow")
+        elif wrong := results.recompute():
             out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
         paths = _report(results, content)
     print_summary(content, results.cells())
@@ -130,6 +150,8 @@ def _run(sweep: "Sweep", output: Path | None, workers: int | None, service: str 
     from experiments.store import Results
     from experiments.sweep import plan
 
+    if device != "cpu" and workers not in (None, 1):
+        raise InputError(f"--workers {workers} with --device {device}: one worker uses a device; leave --workers out")
     with err.status("reading the data"):
         planned = plan(sweep, service=service, device=device)
     results = Results(output or Path("runs") / sweep.name)
@@ -137,6 +159,8 @@ def _run(sweep: "Sweep", output: Path | None, workers: int | None, service: str 
         content = results.begin(planned.describe())
         if planned.missing(results):
             _execute(planned, results, workers if device == "cpu" else 1)
+        else:
+            err.print(f"all {len(planned.jobs)} cells are there: nothing to compute", highlight=False)
         paths = _report(results, content)
     print_summary(content, results.cells())
     print_paths([results.folder, *paths])
@@ -164,7 +188,7 @@ def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
 
     with err.status("drawing the report"):
         cells, classes = results.cells(), content["classes"]
-        images = {cell["dataset"]: results.predictions(cell["key"]).num_rows for cell in cells}
+        images = {cell["dataset"]: cell["test_images"] for cell in cells}
         counts = {dataset: len(names) for dataset, names in classes.items()}
         described = {**content, "command": command(content)}
         return write_report(results.folder, described, cells, images, n_classes=counts)

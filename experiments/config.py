@@ -54,6 +54,9 @@ class Sweep(BaseModel):
         return tuple(dict.fromkeys(values))
 
 
+MODELS = ("model", "backbone")  # the settings that name one
+
+
 def presets() -> list[str]:
     """The names of the sweeps that ship with kshot."""
     names = [path.name for path in files("experiments.presets").iterdir()]
@@ -63,11 +66,15 @@ def presets() -> list[str]:
 def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sweep:
     """The sweep of a preset's name or a YAML file, with the values given on the command line put over it.
 
+    A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
     Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
     content = {**read(preset), **overrides}
     own = content.get("settings") or {}
-    content["settings"] = {**own, **settings} if isinstance(own, dict) else own
+    if isinstance(own, dict):
+        if preset in presets() and any(settings.get(kind, own.get(kind)) != own.get(kind) for kind in MODELS):
+            own = {kind: own[kind] for kind in MODELS if kind in own}
+        content["settings"] = {**own, **settings}
     try:
         return Sweep.model_validate(content)
     except ValidationError as error:

@@ -4,7 +4,7 @@ Knows no folders and no metrics. Nothing here sees a test label.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -46,13 +46,14 @@ class Task:
 class Outcome:
     """What a method says. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
 
+    seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
+    has encoded or loaded costs nothing again.
     answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
     """
 
     scores: np.ndarray
     probabilities: bool
-    fit_seconds: float
-    predict_seconds: float
+    seconds: Mapping[str, float]
     answers: Sequence[tuple[str, int]] | None = None
 
 
@@ -68,7 +69,7 @@ class Method:
 
 def vlm_zero_shot(task: Task) -> Outcome:
     """The base model asked without training: the k = 0 point."""
-    sampler = _service(task).create_sampling_client(base_model=task.settings.model).result()
+    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
     return _ask(sampler, task, fit_seconds=0.0)
 
 
@@ -79,7 +80,9 @@ def vlm_lora(task: Task) -> Outcome:
     from vlm.classifier import fit
 
     start, s = time.perf_counter(), task.settings
-    client = _service(task).create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    client = (
+        _connected(task.service, task.device).create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    )
     prompt = _prompt(client, task)
     adam = types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
     for _ in fit(client, _batches(task), prompt, adam):
@@ -114,7 +117,7 @@ def dinov2_lora(task: Task) -> Outcome:
         model.step([image for image, _ in batch], [label for _, label in batch], adam)
     fitted = time.perf_counter()
     scores = model.log_probs(task.test)
-    return Outcome(scores, True, fitted - start, time.perf_counter() - fitted)
+    return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
 _DATA = ("max_side", "limit_test", "split_seed", "allow_fewer")
@@ -129,17 +132,11 @@ METHODS = {
 
 
 @lru_cache(maxsize=1)
-def _local_service(device: str) -> "ServiceClient":
-    from vlm.local.client import LocalServiceClient
-
-    return LocalServiceClient(device=device)
-
-
-def _service(task: Task) -> Any:
-    """One local service a process, so that cells share the base model and the image features."""
+def _connected(service: str, device: str) -> "ServiceClient":
+    """One service a process, so that cells share the base model and the image features."""
     from vlm.service import connect
 
-    return _local_service(task.device) if task.service == "local" else connect(task.service)
+    return connect(service, device=device) if service == "local" else connect(service)
 
 
 @lru_cache(maxsize=1)
@@ -169,9 +166,10 @@ def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
 
     start, prompt = time.perf_counter(), _prompt(sampler, task)
     scores = predict(sampler, task.test, prompt)
-    predict_seconds = time.perf_counter() - start
+    scored = time.perf_counter()
     answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt)]
-    return Outcome(scores, True, fit_seconds, predict_seconds, answers)
+    seconds = {"fit": fit_seconds, "predict": scored - start, "answer": time.perf_counter() - scored}
+    return Outcome(scores, True, seconds, answers)
 
 
 def _frozen(
@@ -181,10 +179,10 @@ def _frozen(
     *,
     probabilities: bool,
 ) -> Outcome:
-    """Features of a frozen encoder and a head on them. The time of the head is prediction: it does both at once."""
+    """Features of a frozen encoder and a head on them, which learns and predicts in one call: that counts as fit."""
     start = time.perf_counter()
-    train, labels = features([e.image for e in task.train]), np.array([e.label for e in task.train])
     test = features(task.test)
-    encoded = time.perf_counter()
+    tested = time.perf_counter()
+    train, labels = features([e.image for e in task.train]), np.array([e.label for e in task.train])
     scores = head(train, labels, test, len(task.classes))
-    return Outcome(scores, probabilities, encoded - start, time.perf_counter() - encoded)
+    return Outcome(scores, probabilities, {"fit": time.perf_counter() - tested, "predict": tested - start})

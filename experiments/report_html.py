@@ -51,7 +51,7 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 .notes p { margin: .3rem 0; }
 figure { margin: 1rem 0; padding: .5rem; background: #fff; border: 1px solid var(--line); border-radius: 6px;
   overflow-x: auto; }
-figure img { display: block; width: 100%; min-width: 30rem; max-width: 44rem; height: auto; margin: 0 auto; }
+figure img { display: block; width: 100%; max-width: 44rem; height: auto; margin: 0 auto; }
 .scroll { margin: 1rem 0; overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums; overflow-wrap: normal; }

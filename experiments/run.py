@@ -1,25 +1,22 @@
 """Run one cell: from the catalog row to a record and its predictions. Knows no results folder and no other cell.
 
-Called in a worker process; data sets stay loaded from cell to cell.
+Called in a worker process; data sets and prepared images stay there from cell to cell.
 """
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from data import catalog
 from data.core import Dataset, Example
 from data.fewshot import k_shot
 from data.images import prepare_all
-from experiments.cell import Cell
 from experiments.config import Settings
+from experiments.job import Job
 from experiments.methods import METHODS, Outcome, Task
-from kshot_errors import DatasetError
+from experiments.predictions import predictions
+from kshot_errors import DatasetError, KshotError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,49 +24,24 @@ if TYPE_CHECKING:
 VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "numpy", "pillow", "tinker")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A cell and what only this machine needs to run it. source: how the data set is named here, maybe a path."""
-
-    cell: Cell
-    settings: Settings
-    source: str
-    service: str = "local"
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return str(self.cell)
-
-
 def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
-    """(record, predictions) of a cell. Raises InputError for what is wrong with its data or settings."""
+    """(record, predictions) of a cell. Raises InputError for what is wrong with its data or settings, KshotError
+    where a remote service fails."""
     from experiments.metrics import metrics
 
-    cell, settings = job.cell, job.settings
-    dataset = _prepared(job.source, settings.split_seed, settings.max_side, settings.limit_test)
+    cell, dataset = job.cell, _dataset(job.source, job.settings.split_seed)
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
-    method = METHODS[cell.method]
-    train = few_shot(dataset, cell.shots, cell.seed, settings) if method.learns else []
-    images = [example.image for example in dataset.test]
-    task = Task(
-        classes=dataset.classes,
-        train=train,
-        test=images,
-        seed=cell.seed,
-        settings=settings,
-        hflip=catalog.find(job.source).hflip,
-        service=job.service,
-        device=job.device,
-    )
-    outcome = method.run(task)
-    table = predictions(dataset.test, outcome)
+    test = _test(job.source, job.settings)
+    outcome = _outcome(job, _task(job, dataset, test))
+    table = predictions(test, outcome)
     record = {
         "key": cell.key,
         **cell.identity,
+        "test_images": len(test),
         "metrics": metrics(table, len(dataset.classes)),
-        "timings": {"fit_seconds": round(outcome.fit_seconds, 3), "predict_seconds": round(outcome.predict_seconds, 3)},
-        "versions": versions(job.device),
+        "timings": {f"{name}_seconds": round(seconds, 3) for name, seconds in outcome.seconds.items()},
+        "versions": versions(job),
     }
     return record, table
 
@@ -80,52 +52,68 @@ def few_shot(dataset: Dataset, shots: int, seed: int, settings: Settings) -> lis
     return [dataset.train[n] for n in chosen]
 
 
-def predictions(test: Sequence[Example], outcome: Outcome) -> "pa.Table":
-    """One row a test image: key, label, prediction, the five best classes, log-probabilities and free answers.
-
-    Ties between scores go to the lower class index.
-    """
-    import pyarrow as pa
-
-    scores = outcome.scores
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    labels = np.array([example.label for example in test], np.int32)
-    columns: dict[str, tuple[Any, pa.DataType]] = {
-        "key": ([example.key for example in test], pa.string()),
-        "label": (labels, pa.int32()),
-        "prediction": (best[:, 0], pa.int32()),
-        "top5": (list(best), pa.list_(pa.int32())),
-        "top5_log_probs": (None, pa.list_(pa.float32())),
-        "label_log_prob": (None, pa.float32()),
-        "answer": (None, pa.string()),
-        "answer_label": (None, pa.int32()),
-    }
-    if outcome.probabilities:
-        columns["top5_log_probs"] = (list(np.take_along_axis(scores, best, 1)), pa.list_(pa.float32()))
-        columns["label_log_prob"] = (scores[np.arange(len(labels)), labels], pa.float32())
-    if outcome.answers is not None:
-        columns["answer"] = ([text for text, _ in outcome.answers], pa.string())
-        columns["answer_label"] = ([label for _, label in outcome.answers], pa.int32())
-    arrays = {n: pa.nulls(len(labels), t) if v is None else pa.array(v, t) for n, (v, t) in columns.items()}
-    return pa.table(arrays)
+def versions(job: Job) -> dict[str, str]:
+    """The versions of what the numbers come from, the kind of machine, and the kind of service that computed."""
+    machine = f"{platform.system()} {platform.machine()} {job.device}"
+    service = job.service if job.service in ("local", "tinker") else "remote"
+    numbers = {name: metadata.version(name) for name in VERSIONS}
+    return {"python": platform.python_version(), **numbers, "machine": machine, "service": service}
 
 
-def versions(device: str) -> dict[str, str]:
-    """The versions of what the numbers come from, and the kind of machine."""
-    machine = f"{platform.system()} {platform.machine()} {device}"
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in VERSIONS}, "machine": machine}
+def _task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
+    hflip = catalog.find(job.source).hflip
+    return Task(
+        classes=dataset.classes,
+        train=_train(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
+        test=[example.image for example in test],
+        seed=job.cell.seed,
+        settings=job.settings,
+        hflip=hflip,
+        service=job.service,
+        device=job.device,
+    )
+
+
+def _outcome(job: Job, task: Task) -> Outcome:
+    method = METHODS[job.cell.method]
+    if job.service == "local":
+        return method.run(task)
+    import tinker
+
+    try:
+        return method.run(task)
+    except tinker.TinkerError as error:
+        raise KshotError(f"service {job.service} failed with {job}: {error}") from error
+
+
+def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+    """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
+    seen = _seen(job.source, job.settings.split_seed, job.settings.max_side)
+    chosen = few_shot(dataset, job.cell.shots, job.cell.seed, job.settings)
+    new = [example for example in chosen if example.key not in seen]
+    prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
+    seen.update((example.key, example) for example in prepared)
+    return [seen[example.key] for example in chosen]
+
+
+def _test(source: str, settings: Settings) -> list[Example]:
+    return _prepared_test(source, settings.split_seed, settings.max_side, settings.limit_test)
 
 
 @lru_cache(maxsize=1)
-def _prepared(source: str, split_seed: int, max_side: int, limit_test: int | None) -> Dataset:
-    """The data set with every image as both sides of the comparison see it; training images also mirrored."""
-    dataset = catalog.load(source, split_seed=split_seed)
+def _dataset(source: str, split_seed: int) -> Dataset:
+    return catalog.load(source, split_seed=split_seed)
+
+
+@lru_cache(maxsize=1)
+def _seen(source: str, split_seed: int, max_side: int) -> dict[str, Example]:
+    """Prepared training examples of one data set by key; filled as cells ask for them."""
+    return {}
+
+
+@lru_cache(maxsize=1)
+def _prepared_test(source: str, split_seed: int, max_side: int, limit: int | None) -> list[Example]:
+    test = _dataset(source, split_seed).test
     # keys are hashes: the smallest are a sample that does not depend on the order of the rows
-    test = dataset.test if limit_test is None else sorted(dataset.test, key=lambda e: e.key)[:limit_test]
-    return Dataset(
-        dataset.name,
-        dataset.protocol,
-        dataset.classes,
-        prepare_all(dataset.train, max_side=max_side, hflip=catalog.find(source).hflip > 0),
-        prepare_all(test, max_side=max_side, hflip=False),
-    )
+    chosen = test if limit is None else sorted(test, key=lambda e: e.key)[:limit]
+    return prepare_all(chosen, max_side=max_side, hflip=False)

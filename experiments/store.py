@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 GROWING = ("datasets", "methods", "shots", "seeds", "notes")  # what a folder may gain from one run to the next
 SWEEP_FIELDS = (*GROWING, "name", "settings", "protocols", "classes")
-CELL_FIELDS = ("key", "dataset", "protocol", "method", "shots", "seed", "settings", "metrics", "timings", "versions")
+IDENTITY = ("key", "dataset", "protocol", "method", "shots", "seed", "settings")
+CELL_FIELDS = (*IDENTITY, "test_images", "metrics", "timings", "versions")
 
 
 class Results:
@@ -32,6 +33,10 @@ class Results:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for writing, made if it is not there. Raises ResultsError where that cannot be."""
+        if self._is_foreign():
+            raise ResultsError(
+                f"{self.folder} holds other things and no results; choose a new or empty folder with --out"
+            )
         try:
             for part in ("cells", "predictions", "figures"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
@@ -48,6 +53,13 @@ class Results:
             yield
         finally:
             lock.release()
+
+    def _is_foreign(self) -> bool:
+        """Whether the folder is somebody's: it has visible things in it that no sweep made."""
+        if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
+            return False
+        visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+        return not visible <= {"cells", "predictions", "figures"}
 
     def begin(self, sweep: Mapping[str, Any]) -> dict[str, Any]:
         """Write sweep.json, joined with the one that is there; returns the joined one.
@@ -70,7 +82,13 @@ class Results:
         return _read_json(self.folder / "sweep.json", SWEEP_FIELDS, missing, "restore it or use another --out")
 
     def has(self, key: str) -> bool:
-        return (self.folder / "cells" / f"{key}.json").exists()
+        """Whether a cell is finished: its record and its predictions are there."""
+        files = self.folder / "cells" / f"{key}.json", self.folder / "predictions" / f"{key}.parquet"
+        return all(file.exists() for file in files)
+
+    def has_predictions(self) -> bool:
+        """Whether any are there; committed results leave all of them out."""
+        return any((self.folder / "predictions").glob("*.parquet"))
 
     def add(self, record: Mapping[str, Any], predictions: "pa.Table") -> None:
         """Store a finished cell. Raises KshotError where the folder can no longer be written."""

@@ -9,13 +9,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from baselines import nano as nano_dinov2
 from data import catalog
 from data.core import Dataset
 from experiments import executors
 from experiments.cell import Cell
-from experiments.config import Sweep, load
+from experiments.config import MODELS, Sweep, load
+from experiments.job import Job
 from experiments.methods import METHODS
-from experiments.run import Job, few_shot, run
+from experiments.run import few_shot, run
 from experiments.store import Results
 from experiments.weights import notes, recorded, relevant
 from kshot_errors import DatasetError, InputError, UnknownNameError
@@ -42,8 +44,12 @@ class Plan:
             "settings": recorded(self.sweep.settings),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
-            "notes": notes(self.sweep.settings, {name for m in self.sweep.methods for name in METHODS[m].settings}),
+            "notes": self._notes(),
         }
+
+    def _notes(self) -> list[str]:
+        used = {name for method in self.sweep.methods for name in METHODS[method].settings}
+        return notes(self.sweep.settings, used)
 
     def missing(self, results: Results) -> list[Job]:
         """The jobs whose cells are not stored yet."""
@@ -52,13 +58,12 @@ class Plan:
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu") -> Plan:
     """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
-    UnknownNameError (data set, method, model), DatasetError, ImageError, TooFewImagesError."""
+    UnknownNameError (data set, method, model), ModelError, DatasetError, ImageError, TooFewImagesError."""
     for method in sweep.methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
     _check_machine(service, device)
-    if any("model" in METHODS[method].settings for method in sweep.methods) and service == "local":
-        models.check(sweep.settings.model)
+    _check_models(sweep, service)
     datasets = {source: catalog.load(source, split_seed=sweep.settings.split_seed) for source in sweep.datasets}
     _check_names(datasets)
     if any(METHODS[method].learns for method in sweep.methods):
@@ -79,23 +84,41 @@ def execute(planned: Plan, results: Results, workers: int | None = None) -> Gene
 
 
 def command(content: Mapping[str, Any]) -> str:
-    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo."""
-    base = load("demo", {}, {}).settings.model_dump()
-    options = [("--dataset", name) for name in content["datasets"]] + [("--method", m) for m in content["methods"]]
+    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo.
+
+    Where a folder of images lies is not recorded: its path is to be filled in.
+    """
+    models_of = {kind: content["settings"][kind] for kind in MODELS}
+    base = load("demo", {}, models_of).settings.model_dump()
+    base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
+    places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
+    options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
     options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if k in base and v != base[k]]
     return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options)
 
 
 def _check_machine(service: str, device: str) -> None:
-    if service not in ("local", "tinker") and not service.startswith(("http://", "https://")):
-        raise UnknownNameError("service", service, ["local", "tinker", "http://HOST:PORT"])
+    if service != "local":
+        from vlm.service import check
+
+        check(service)
     if device == "cpu":
         return
     import torch
 
     if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
         raise InputError(f"device {device!r} is not available here; use --device cpu")
+
+
+def _check_models(sweep: Sweep, service: str) -> None:
+    used = {name for method in sweep.methods for name in METHODS[method].settings}
+    if "model" in used and service == "local":
+        models.check(sweep.settings.model)
+    if "backbone" in used and sweep.settings.backbone != nano_dinov2.NAME:
+        from baselines.backbone import check
+
+        check(sweep.settings.backbone)
 
 
 def _check_names(datasets: Mapping[str, Dataset]) -> None:

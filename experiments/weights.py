@@ -19,6 +19,7 @@ class Shipped(NamedTuple):
     note: str
 
 
+FEWER = "Classes with fewer images than the shots took part with those they have (--allow-fewer)."
 SHIPPED = {  # by the setting that names a model
     "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
     "backbone": {nano_dinov2.NAME: Shipped(nano_dinov2.REVISION, nano_dinov2.NOTE)},
@@ -46,7 +47,8 @@ def relevant(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def notes(settings: Settings, used: set[str]) -> list[str]:
     """The sentences a report must show because of the models that the settings in `used` name."""
     chosen = settings.model_dump()
-    return [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
+    found = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
+    return [*found, FEWER] if settings.allow_fewer else found
 
 
 def _named(kind: str, name: str) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kshot_files import cache_folder, remove_unfinished, write_file, write_folder
+from kshot_files import cache_folder, fingerprint, remove_unfinished, replace_folder, write_file, write_folder
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +58,37 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
         (tmp_path / name).write_bytes(b"")
     remove_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.json", "b.tmp"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint"
+    for content in (b"old", b"new"):
+        replace_folder(target, lambda folder, content=content: (folder / "a").write_bytes(content))
+        assert (target / "a").read_bytes() == content
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if to == target and (path / "b").exists():
+            raise OSError("disk gone")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        replace_folder(target, lambda folder: (folder / "b").write_bytes(b""))
+    assert (target / "a").read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    import kshot_files
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "large").write_bytes(bytes(kshot_files.WHOLE + 1))
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path)
+    (tmp_path / ".hidden").write_text("x")
+    assert fingerprint(tmp_path) == first
+    with (tmp_path / "large").open("r+b") as file:
+        file.seek(kshot_files.WHOLE)
+        file.write(b"1")
+    assert fingerprint(tmp_path) != first

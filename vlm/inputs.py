@@ -85,6 +85,8 @@ def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
     that follows position i (0 at image positions and before the answer, where `weights` is 0), as the Tinker API
     asks. Raises RequestError for an empty prompt or answer.
     """
+    if any(isinstance(c, types.ImageChunk) and c.expected_tokens is None for c in prompt.chunks):
+        raise RequestError("an image chunk without expected_tokens has no length; vlm.image_chunk sets them")
     if not prompt.length or not answer:
         raise RequestError("a datum needs a prompt and an answer of at least one token each")
     before = prompt.length - 1

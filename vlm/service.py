@@ -4,16 +4,19 @@ Names, arguments and futures are those of the official SDK (`tinker`, Apache-2.0
 official client itself; "local" runs the engine in this process.
 """
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import tinker
 from tinker import types
 
-from kshot_errors import UnknownNameError
+from kshot_errors import RequestError, UnknownNameError
 
 T_co = TypeVar("T_co", covariant=True)
+SCHEMES = {"http": 80, "https": 443}
 LOOPBACK_KEY = "tml-local"  # the SDK insists on a key of this shape; a local server without keys takes any
 
 
@@ -76,21 +79,40 @@ class ServiceClient(Protocol):
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse: ...
 
 
-def connect(service: str = "local", *, state_dir: Path | None = None, api_key: str | None = None) -> ServiceClient:
+def connect(
+    service: str = "local", *, state_dir: Path | None = None, device: str = "cpu", api_key: str | None = None
+) -> ServiceClient:
     """The service client of "local" (this process), "tinker" (the hosted service) or an http address.
 
-    state_dir: where "local" keeps checkpoints (default: kshot's folder below the user's state home). api_key: for
-    remote services; on loopback it defaults to the key any local server takes. Raises UnknownNameError.
+    state_dir, device: of "local": where it keeps checkpoints (default: kshot's folder below the user's state home),
+    and what it computes on. api_key: of the others; on loopback it defaults to the key any local server takes.
+    Raises UnknownNameError for another name, RequestError for an option of the other kind.
     """
     if service == "local":
         from vlm.local.client import LocalServiceClient
 
-        return LocalServiceClient(state_dir)
+        if api_key is not None:
+            raise RequestError("api_key is for remote services; the local one has none")
+        return LocalServiceClient(state_dir, device)
+    if state_dir is not None or device != "cpu":
+        raise RequestError(f"state_dir and device are for the local service, not for {service!r}")
     if service == "tinker":
         return _official(None, api_key)
     if service.startswith(("http://", "https://")):
         return _official(service, api_key or (LOOPBACK_KEY if _on_loopback(service) else None))
     raise UnknownNameError("service", service, ["local", "tinker", "http://HOST:PORT"])
+
+
+def check(service: str, timeout: float = 3.0) -> None:
+    """Raise what `connect` would, and RequestError for an address where nobody listens: the SDK would go on asking."""
+    connect(service)
+    parts = urlsplit(service)
+    if parts.hostname is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, parts.port or SCHEMES[parts.scheme]), timeout).close()
+    except OSError as error:
+        raise RequestError(f"no server answers at {service} ({error.strerror or error}); start it first") from error
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
@@ -100,7 +122,5 @@ def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
 
 
 def _on_loopback(address: str) -> bool:
-    from urllib.parse import urlsplit
-
     host = urlsplit(address).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")

@@ -9,7 +9,7 @@ import pytest
 from stored import CLASSES
 
 from experiments import cli, executors
-from experiments.run import Job
+from experiments.job import Job
 
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")

@@ -15,7 +15,13 @@ from experiments.sweep import plan
 
 CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "limit_test": None})
 OTHER: dict[str, Any] = {
-    **{"model": "Qwen/other", "backbone": "other", "max_side": 99, "limit_test": 7, "split_seed": 7},
+    **{
+        "model": "Qwen/other",
+        "backbone": "vit_small_patch14_dinov2.lvd142m",
+        "max_side": 99,
+        "limit_test": 7,
+        "split_seed": 7,
+    },
     **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7},
     **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7},
 }
@@ -39,7 +45,9 @@ def test_every_part_is_in_the_key() -> None:
 
 def keys(photos: Path, settings: dict[str, Any], **where: str) -> dict[str, str]:
     """Method → the key of its first cell."""
-    sweep = load("demo", {"datasets": (f"folder:{photos}",), "methods": tuple(METHODS), "shots": (1,)}, settings)
+    demo = load("demo", {}, {}).settings.model_dump()  # all given: another model would bring other training settings
+    grid = {"datasets": (f"folder:{photos}",), "methods": tuple(METHODS), "shots": (1,)}
+    sweep = load("demo", grid, {**demo, **settings})
     return {job.cell.method: job.cell.key for job in reversed(plan(sweep, **where).jobs)}
 
 
@@ -58,4 +66,4 @@ def test_a_key_depends_on_the_settings_of_its_method(photos: Path, usual: dict[s
 
 
 def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, str]) -> None:
-    assert keys(photos, {}, service="http://127.0.0.1:1") == usual
+    assert keys(photos, {}, service="tinker") == usual

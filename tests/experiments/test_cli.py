@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from experiments import cli
-from experiments.run import Job
+from experiments.job import Job
 from experiments.store import Results
 
 HEAVY = {"torch", "transformers", "tinker", "timm", "sklearn", "matplotlib", "pyarrow", "numpy"}
@@ -36,6 +37,11 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --model nope", ["unknown model 'nope'", "kshot/nano-qwen3-vl", "a hub id such as"]),
         ("sweep --model {here}", ["unknown model '{here}'", "a folder with config.json"]),
         ("sweep --service there", ["unknown service 'there'", "local, tinker, http://HOST:PORT"]),
+        ("sweep --service http://127.0.0.1:9", ["no server answers at http://127.0.0.1:9", "start it first"]),
+        ("sweep --backbone resnet_dino", ["unknown model", "'resnet_dino'"]),
+        ("sweep --device cuda --workers 2", ["--workers 2 with --device cuda"]),
+        ("sweep --model nope --set model=other", ["model is given twice"]),
+        ("sweep --dataset folder:{photos} --shots 1 --out {photos}", ["holds other things and no results", "--out"]),
         ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
         ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "demo", "FILE.yaml"]),
         ("sweep {here}/gone.yaml", ["gone.yaml cannot be read", "demo"]),
@@ -158,3 +164,24 @@ def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatc
     assert kshot("sweep", "--dataset", "digits", "--dataset", "icons", "--dataset", "digits").status == 0
     assert kshot("demo").status == 0
     assert names == [*["my--b-photos-é"] * 4, "folder", "digits-icons", "demo"]
+
+
+def test_without_a_command_the_help_is_shown(kshot) -> None:
+    for words, named in ((), "sweep"), (("data",), "list"), (("--help",), "sweep"):
+        said = kshot(*words)
+        assert (said.status, said.err) == (0, "")
+        assert said.out.startswith("Usage: ")
+        assert named in said.out
+    assert kshot("--version").out == f"kshot {version('kshot')}\n"
+
+
+def test_results_without_predictions_are_reported_as_recorded(kshot, two_workers: Path, tmp_path: Path) -> None:
+    """As they are committed."""
+    ignored = shutil.ignore_patterns("*.parquet", "report.*", "*.png")
+    committed = shutil.copytree(two_workers, tmp_path / "committed", ignore=ignored)
+    said = kshot("report", committed)
+    assert said.status == 0
+    assert "has no predictions: its metrics are taken as they are recorded" in said.out
+    assert (committed / "report.html").exists()
+    done = Results(committed)
+    assert not any(done.has(cell["key"]) for cell in done.cells())  # a sweep into it would compute them again

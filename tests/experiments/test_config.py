@@ -99,3 +99,14 @@ def test_the_settings_of_methods_are_settings() -> None:
     for method in METHODS.values():
         assert set(method.settings) <= Settings.model_fields.keys()
     assert {"name", "datasets", "methods", "shots", "seeds", "settings"} == Sweep.model_fields.keys()
+
+
+def test_another_model_leaves_the_presets_training_settings_behind() -> None:
+    nano, recipe = load("demo", {}, {}).settings, Settings()
+    assert (nano.learning_rate, nano.views_per_class) == (0.003, 64)
+    for other in ({"model": "Qwen/Qwen3-VL-2B-Instruct"}, {"backbone": "vit_base_patch14_dinov2.lvd142m"}):
+        settings = load("demo", {}, other).settings
+        assert (settings.learning_rate, settings.views_per_class) == (recipe.learning_rate, recipe.views_per_class)
+        assert (settings.learning_rate, settings.views_per_class) == (1e-4, 160)
+    assert load("demo", {}, {"model": "a/b", "rank": 8, "learning_rate": 0.5}).settings.learning_rate == 0.5
+    assert load("demo", {}, {"model": nano.model, "backbone": nano.backbone}).settings == nano

@@ -33,7 +33,8 @@ def test_no_job_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(local(work, [])) == []
 
 
-def test_every_job_once_on_one_thread() -> None:
+def test_every_job_once_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")  # these tests set it themselves; a user's shell does not
     jobs = [("do", n) for n in range(5)]
     found = dict(local(work, jobs, workers=2))
     assert found == {job: (job[1], 1, "1") for job in jobs}

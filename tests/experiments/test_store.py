@@ -28,7 +28,8 @@ TABLE = pa.table(
 
 def record(key: str = "k", **changes: Any) -> dict[str, Any]:
     identity = {"dataset": "a", "protocol": "p", "method": "m", "shots": 2, "seed": 1, "settings": {"rank": 1}}
-    return {"key": key, **identity, "metrics": metrics(TABLE, 2), "timings": {}, "versions": {}, **changes}
+    measured = {"test_images": 2, "metrics": metrics(TABLE, 2), "timings": {}, "versions": {}}
+    return {"key": key, **identity, **measured, **changes}
 
 
 @pytest.fixture

@@ -105,6 +105,9 @@ class Engine:
             raise RequestError(f"grad_clip_norm and learning_rate must not be negative: {params}")
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not norm.isfinite():
+            trained.optimizer.zero_grad(set_to_none=True)
+            raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
         trained.optimizer.param_groups[0].update(
             lr=params.learning_rate,
             betas=(params.beta1, params.beta2),

@@ -49,4 +49,6 @@ def fields_of(datum: tinker.Datum) -> dict[str, Tensor]:
     if targets.ndim != 1 or targets.shape != weights.shape:
         shapes = f"{tuple(targets.shape)} and {tuple(weights.shape)}"
         raise RequestError(f"target_tokens and weights must be vectors of one length, got shapes {shapes}")
+    if not weights.isfinite().all():
+        raise RequestError("a weight is not a finite number; check what made the weights")
     return {"target_tokens": targets, "weights": weights}

@@ -153,7 +153,8 @@ def _load(name: str, files: str, dtype: torch.dtype | None) -> Any:
         config = AutoConfig.from_pretrained(files)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"model {name!r} is not to be had, from the hub or from this machine: {reason}") from error
+        way_out = "go online once so that the hub's files are cached, or give a folder"
+        raise ModelError(f"model {name!r} cannot be loaded ({reason}); {way_out}") from error
     if config.model_type != "qwen3_vl":
         raise ModelError(f"model {name!r} is of type {config.model_type!r}; this engine runs dense Qwen3-VL (qwen3_vl)")
     try:

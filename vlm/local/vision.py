@@ -61,7 +61,7 @@ class Vision:
         if chunk.expected_tokens not in (None, features.tokens):
             raise RequestError(
                 f"Expected {chunk.expected_tokens} tokens, got {features.tokens} from image: the client counted with "
-                f"other processor settings than this model's {self._model.rule.settings}"
+                f"other processor settings than this model's {self._model.rule.settings}; vlm.image_chunk counts them"
             )
 
     def _keep(self, key: bytes, features: ImageFeatures) -> None:
