@@ -10,13 +10,14 @@ from statistics import median
 from typing import Any
 
 from experiments.display import name
+from experiments.methods import METHODS
 from experiments.metrics import seeds_of
 from experiments.plot import ordered, style
 from experiments.report_blocks import Cell, Table
 from experiments.tables import NONE, Record
 
 Planned = tuple[str, str, int, int]  # dataset, method, shots, seed
-ZERO_SHOT = frozenset({"vlm-zero-shot"})  # planned once, at 0 shots, whatever the seeds
+ZERO_SHOT = {name for name, row in METHODS.items() if not row.learns}  # planned once, at 0 shots, whatever the seeds
 
 
 def facts_table(

@@ -20,8 +20,8 @@ def blocks(language: str) -> list[str]:
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     codes = blocks("python")
-    assert len(codes) == 1
-    exec(compile(codes[0], "README.md", "exec"), {})  # noqa: S102 - the point of the test
+    assert len(codes) == 2
+    exec(compile("\n".join(codes), "README.md", "exec"), {})  # noqa: S102 - the point of the test
     assert "loss:sum" in capsys.readouterr().out
 
 

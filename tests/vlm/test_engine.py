@@ -13,10 +13,11 @@ from kshot_errors import ImageError, RequestError, UnknownNameError
 from tests.vlm.helpers import IMAGE, Pictured, stock_inputs
 from vlm import nano
 from vlm.classifier import batches, fit, predict
-from vlm.inputs import ImageRule
+from vlm.inputs import ImageRule, image_chunk
 from vlm.local.client import LocalServiceClient
 from vlm.local.model import LinearPatchEmbed
 from vlm.local.training_client import LocalTrainingClient
+from vlm.local.vision import Vision
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)
@@ -244,9 +245,6 @@ def test_a_second_epoch_runs_the_tower_zero_times(
 def test_image_features_do_not_depend_on_their_company(
     client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]
 ) -> None:
-    from vlm.inputs import image_chunk
-    from vlm.local.vision import Vision
-
     chunks = [image_chunk(e.image, rule) for e in examples]
     model = client._engine.model
     together, alone = Vision(model).features(chunks), [Vision(model).features([chunk])[0] for chunk in chunks]
@@ -255,10 +253,17 @@ def test_image_features_do_not_depend_on_their_company(
         assert all(torch.equal(a, b) for a, b in zip(one.deepstack, other.deepstack, strict=True))
 
 
-def test_the_feature_cache_is_bounded(client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]) -> None:
-    from vlm.inputs import image_chunk
-    from vlm.local.vision import Vision
+def test_images_of_one_size_may_share_a_pass(client: LocalTrainingClient, examples: list[Pictured]) -> None:
+    """As they do where there is no need for equal bits."""
+    vision = Vision(client._engine.model)
+    shared = vision._grouped([vision._pixels(e.image) for e in examples])
+    for one, other in zip(shared, vision._encode([e.image for e in examples]), strict=True):
+        assert one.grid == other.grid
+        assert torch.allclose(one.embeds, other.embeds, atol=1e-4)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.deepstack, other.deepstack, strict=True))
 
+
+def test_the_feature_cache_is_bounded(client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]) -> None:
     chunks = [image_chunk(e.image, rule) for e in examples[::3]]  # of one size
     vision = Vision(client._engine.model, cache_bytes=2 * Vision(client._engine.model).features(chunks[:1])[0].bytes)
     for _ in range(2):

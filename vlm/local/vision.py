@@ -74,19 +74,24 @@ class Vision:
 
     @torch.no_grad()
     def _encode(self, images: Sequence[bytes]) -> list[ImageFeatures]:
-        processor = self._model.rule.processor
-        inputs = [processor(images=[open_image(data)], return_tensors="pt") for data in images]
         if self._model.device.type == "cpu":
-            return [f for i in inputs for f in self._tower(i["pixel_values"], i["image_grid_thw"])]
+            return [f for data in images for f in self._tower(**self._pixels(data))]
+        return self._grouped([self._pixels(data) for data in images])
+
+    def _grouped(self, inputs: Sequence[dict[str, Tensor]]) -> list[ImageFeatures]:
+        """Images of one size in one pass."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, one in enumerate(inputs):
-            groups.setdefault(tuple(one["image_grid_thw"][0].tolist()), []).append(number)
+            groups.setdefault(tuple(one["grids"][0].tolist()), []).append(number)
         done: dict[int, ImageFeatures] = {}
         for members in groups.values():
-            pixels = torch.cat([inputs[n]["pixel_values"] for n in members])
-            grids = torch.cat([inputs[n]["image_grid_thw"] for n in members])
-            done.update(zip(members, self._tower(pixels, grids), strict=True))
+            together = {name: torch.cat([inputs[n][name] for n in members]) for name in ("pixels", "grids")}
+            done.update(zip(members, self._tower(**together), strict=True))
         return [done[number] for number in range(len(inputs))]
+
+    def _pixels(self, data: bytes) -> dict[str, Tensor]:
+        made = self._model.rule.processor(images=[open_image(data)], return_tensors="pt")
+        return {"pixels": made["pixel_values"], "grids": made["image_grid_thw"]}
 
     def _tower(self, pixels: Tensor, grids: Tensor) -> list[ImageFeatures]:
         device = self._model.device
