@@ -9,13 +9,11 @@ import tinker
 import torch
 from tinker import types
 
-from kshot_errors import ImageError, RequestError, UnknownNameError
-from tests.vlm.helpers import IMAGE, Pictured, stock_inputs
+from tests.vlm.helpers import Pictured, stock_inputs
 from vlm import nano
 from vlm.classifier import batches, fit, predict
 from vlm.inputs import ImageRule, image_chunk
 from vlm.local.client import LocalServiceClient
-from vlm.local.model import LinearPatchEmbed
 from vlm.local.training_client import LocalTrainingClient
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
@@ -231,17 +229,6 @@ def test_requests_run_in_the_order_they_are_made(client: LocalTrainingClient, mi
     assert after.result().metrics["loss:sum"] < before.result().metrics["loss:sum"]
 
 
-def test_a_second_epoch_runs_the_tower_zero_times(
-    client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
-) -> None:
-    vision = client._engine.vision
-    data = [prompt.datum(e.image, e.label) for e in examples]
-    client.forward_backward(data, "cross_entropy").result()
-    seen = vision.forwards
-    client.forward_backward(data, "cross_entropy").result()
-    assert vision.forwards == seen
-
-
 def test_image_features_do_not_depend_on_their_company(
     client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]
 ) -> None:
@@ -251,35 +238,6 @@ def test_image_features_do_not_depend_on_their_company(
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.embeds, other.embeds)
         assert all(torch.equal(a, b) for a, b in zip(one.deepstack, other.deepstack, strict=True))
-
-
-def test_images_of_one_size_may_share_a_pass(client: LocalTrainingClient, examples: list[Pictured]) -> None:
-    """As they do where there is no need for equal bits."""
-    vision = Vision(client._engine.model)
-    shared = vision._grouped([vision._pixels(e.image) for e in examples])
-    for one, other in zip(shared, vision._encode([e.image for e in examples]), strict=True):
-        assert one.grid == other.grid
-        assert torch.allclose(one.embeds, other.embeds, atol=1e-4)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.deepstack, other.deepstack, strict=True))
-
-
-def test_the_feature_cache_is_bounded(client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]) -> None:
-    chunks = [image_chunk(e.image, rule) for e in examples[::3]]  # of one size
-    vision = Vision(client._engine.model, cache_bytes=2 * Vision(client._engine.model).features(chunks[:1])[0].bytes)
-    for _ in range(2):
-        vision.features(chunks[:2])
-    assert vision.forwards == 2
-    vision.features(chunks[2:3])  # drops the oldest
-    vision.features(chunks[1:2])
-    assert vision.forwards == 3
-    vision.features(chunks[:1])
-    assert vision.forwards == 4
-
-
-def test_the_linear_patch_embedding_equals_the_convolution(stock: Any) -> None:
-    convolution = stock.model.visual.patch_embed
-    patches = torch.randn(10, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(LinearPatchEmbed(convolution)(patches), convolution(patches), atol=1e-5)
 
 
 def test_a_run_that_is_let_go_gives_its_adapter_back(service: LocalServiceClient) -> None:
@@ -323,82 +281,3 @@ def test_information_about_a_run(client: LocalTrainingClient) -> None:
     info = client.get_info()
     assert (info.model_data.model_name, info.lora_rank, info.is_lora) == (nano.NAME, 4, True)
     assert ":train:" in client.model_id
-
-
-def ones(length: int, dtype: type = np.float32) -> tinker.TensorData:
-    return tinker.TensorData.from_numpy(np.ones(length, dtype))
-
-
-BAD: dict[str, dict[str, Any]] = {  # what is changed in a good datum, and what the error must name
-    "no targets": {"fields": None, "named": "target_tokens"},
-    "two lengths": {"fields": {"weights": ones(5)}, "named": "one length"},
-    "not the input's length": {
-        "fields": {"weights": ones(5), "target_tokens": ones(5, np.int64)},
-        "named": "5 entries",
-    },
-    "advantages": {"fields": {"advantages": ones(5)}, "named": "advantages"},
-    "zero weights": {"fields": {"weights": "zeros"}, "named": "weight is zero"},
-    "off the vocabulary": {"chunks": [types.EncodedTextChunk(tokens=[5, 4096])], "named": "4096"},
-    "a placeholder": {"chunks": [types.EncodedTextChunk(tokens=[5, IMAGE])], "named": "ImageChunk"},
-    "an audio chunk": {"chunks": [types.ImageAssetPointerChunk(location="a", format="png")], "named": "not supported"},
-    "side by side": {"chunks": "twice", "named": "side by side"},
-    "empty": {"chunks": [], "named": "0 positions"},
-    "too long": {"chunks": [types.EncodedTextChunk(tokens=[5] * 4097)], "named": "4097 positions"},
-    "ignored target": {"fields": {"target_tokens": "-100"}, "named": "target -100"},
-    "miscounted image": {"expected_tokens": 17, "named": "Expected 17 tokens, got 16"},
-}
-
-
-def spoiled(good: tinker.Datum, change: dict[str, Any]) -> tinker.Datum:
-    fields = {**good.loss_fn_inputs, **(change.get("fields") or {})}
-    if fields["weights"] == "zeros":
-        fields["weights"] = tinker.TensorData.from_numpy(np.zeros(good.model_input.length, np.float32))
-    if isinstance(fields["target_tokens"], str):  # torch would take -100 for "leave this one out"
-        targets = good.loss_fn_inputs["target_tokens"].to_numpy().copy()
-        targets[-1] = -100
-        fields["target_tokens"] = tinker.TensorData.from_numpy(targets)
-    chunks = change.get("chunks", good.model_input.chunks)
-    if chunks == "twice":
-        chunks = [good.model_input.chunks[1]] * 2
-    if "expected_tokens" in change:
-        chunks = [types.ImageChunk(data=good.model_input.chunks[1].data, format="jpeg", expected_tokens=17)]  # type: ignore[union-attr]
-    if change.get("fields", {}) is None:
-        fields = {}
-    return tinker.Datum(model_input=tinker.ModelInput(chunks=chunks), loss_fn_inputs=fields)
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_requests_that_do_not_fit_are_named(
-    kind: str, client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
-) -> None:
-    datum = spoiled(prompt.datum(examples[0].image, 0), BAD[kind])
-    with pytest.raises(RequestError, match=BAD[kind]["named"]):
-        client.forward_backward([datum], "cross_entropy").result()
-
-
-def test_other_bad_requests_are_named(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
-    with pytest.raises(UnknownNameError, match="cross_entropy"):
-        client.forward_backward(mixed, "gspo").result()
-    with pytest.raises(RequestError, match="no configuration"):
-        client.forward_backward(mixed, "cross_entropy", {"clip": 0.1}).result()
-    with pytest.raises(RequestError, match="forward_backward first"):
-        client.optim_step(ADAM).result()
-    with pytest.raises(RequestError, match="one AdamParams"):
-        client.optim_step()
-    with pytest.raises(RequestError, match="one AdamParams"):
-        client.optim_step(types.DimuonParams(learning_rate=1e-3))
-    client.forward_backward(mixed, "cross_entropy").result()
-    with pytest.raises(RequestError, match="must not be negative"):
-        client.optim_step(types.AdamParams(grad_clip_norm=-1.0)).result()
-    broken = tinker.ModelInput(chunks=[types.ImageChunk(data=b"no image", format="png")])
-    with pytest.raises(ImageError):
-        client.forward(
-            [tinker.Datum(model_input=broken, loss_fn_inputs=mixed[0].loss_fn_inputs)], "cross_entropy"
-        ).result()
-
-
-def test_creation_that_cannot_be_is_named(service: LocalServiceClient) -> None:
-    with pytest.raises(UnknownNameError, match="unknown model 'kshot/nano'"):
-        service.create_lora_training_client("kshot/nano").result()
-    with pytest.raises(RequestError, match="trains nothing"):
-        service.create_lora_training_client(nano.NAME, rank=0).result()
