@@ -5,6 +5,7 @@ standard library only, and a loader when its set is asked for, so that listing t
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,8 +18,11 @@ FOLDER = "folder:"
 
 
 def clean_name(name: str) -> str:
-    """The class name as text: `_ . -` become spaces, lower case, single spaces."""
-    return " ".join(re.sub(r"[_.\-]", " ", name).lower().split())
+    """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC).
+
+    Some file systems write é as two characters, tokenizers as one: an answer could then never equal its class.
+    """
+    return unicodedata.normalize("NFC", " ".join(re.sub(r"[_.\-]", " ", name).lower().split()))
 
 
 @dataclass(frozen=True)

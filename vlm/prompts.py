@@ -17,6 +17,7 @@ from vlm.inputs import ImageRule, datum, image_chunk, model_input
 QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
 TURN = "<|im_end|>"
+SPECIAL = "<|"  # begins the tokens that steer the model: no name may write one
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
 
 
@@ -39,8 +40,8 @@ class Prompt:
             twice = next(c for c in self.classes if self.classes.count(c) > 1)
             raise PromptError(f"class name {twice!r} stands twice; give every class its own name")
         for name in self.classes:
-            if not name.strip() or END in name:
-                raise PromptError(f"class name {name!r} cannot be an answer: it must be one non-empty line")
+            if not name.strip() or END in name or SPECIAL in name:
+                raise PromptError(f"class name {name!r} cannot be an answer: one non-empty line without {SPECIAL!r}")
 
     def question(self, image: bytes) -> tinker.ModelInput:
         """The prompt up to and with the prefill: the next token is the first of the class name."""

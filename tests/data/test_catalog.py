@@ -59,6 +59,11 @@ def test_clean_name(raw: str, cleaned: str) -> None:
     assert catalog.clean_name(raw) == cleaned
 
 
+def test_a_decomposed_name_is_composed() -> None:
+    """As folder names on some file systems are."""
+    assert catalog.clean_name("Cafe\u0301") == "caf\u00e9"
+
+
 def test_names_that_fall_together() -> None:
     row = catalog.find("folder:x")
     with pytest.raises(DatasetError, match=r"'wild_cat' and 'Wild-Cat' both read 'wild cat'"):

@@ -81,7 +81,7 @@ def test_a_class_name_may_hold_a_colon(prompt: Prompt, rule: ImageRule) -> None:
     assert ratio.parse(ratio.line(ratio.choices[0])) == 0
 
 
-@pytest.mark.parametrize("classes", [("a", "b", "a"), ("a", ""), ("a", " "), ("a", "b\nc")])
+@pytest.mark.parametrize("classes", [("a", "b", "a"), ("a", ""), ("a", " "), ("a", "b\nc"), ("a", "<|image_pad|>")])
 def test_names_that_cannot_be_answers_are_refused(prompt: Prompt, rule: ImageRule, classes: tuple[str, ...]) -> None:
     with pytest.raises(PromptError):
         Prompt(prompt.tokenizer, rule, classes)
