@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check results venv clean
+.PHONY: demo test check results pretrain venv clean
 
 demo: $(STAMP)
 	$(BIN)/kshot demo
@@ -20,6 +20,10 @@ check: $(STAMP)
 results: $(STAMP)
 	rm -rf results/demo
 	$(BIN)/kshot demo --out results/demo
+
+# The nano pair, from nothing; hours on a CPU.
+pretrain: $(STAMP)
+	$(BIN)/python -m experiments.pretrain_nano --work runs/pretrain-nano
 
 venv: $(STAMP)
 

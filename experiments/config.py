@@ -27,6 +27,7 @@ class Settings(BaseModel):
     limit_test: PositiveInt | None = None
     split_seed: Seed = 0
     allow_fewer: bool = False
+    shuffle_test: bool = False  # a control: each test image is shown in another's place
     views_per_class: PositiveInt = 160
     batch_size: PositiveInt = 32
     rank: PositiveInt = 32

@@ -120,7 +120,7 @@ def dinov2_lora(task: Task) -> Outcome:
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
-_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer")
+_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, "model"), learns=False),

@@ -8,6 +8,8 @@ from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data import catalog
 from data.core import Dataset, Example
 from data.fewshot import k_shot
@@ -52,6 +54,18 @@ def few_shot(dataset: Dataset, shots: int, seed: int, settings: Settings) -> lis
     return [dataset.train[n] for n in chosen]
 
 
+def shown(test: list[Example], job: Job) -> list[bytes]:
+    """What a method is shown: the test images, or for the control each test image in another's place."""
+    images = [example.image for example in test]
+    if not job.settings.shuffle_test:
+        return images
+    order = np.random.default_rng(job.cell.seed).permutation(len(images))
+    placed = list(images)
+    for here, there in zip(order, np.roll(order, 1), strict=True):  # one round: no image stays where it was
+        placed[here] = images[there]
+    return placed
+
+
 def versions(job: Job) -> dict[str, str]:
     """The versions of what the numbers come from, the kind of machine, and the kind of service that computed."""
     machine = f"{platform.system()} {platform.machine()} {job.device}"
@@ -65,7 +79,7 @@ def _task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
     return Task(
         classes=dataset.classes,
         train=_train(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
-        test=[example.image for example in test],
+        test=shown(test, job),
         seed=job.cell.seed,
         settings=job.settings,
         hflip=hflip,

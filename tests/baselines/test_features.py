@@ -61,8 +61,8 @@ def test_size_makes_squares(images: list[bytes], monkeypatch: pytest.MonkeyPatch
     Encoder(nano.NAME).features(images)
     Encoder(nano.NAME, size=32).features(images[:2])
     assert [tuple(shape)[2:] for shape in seen] == [(64, 64), (48, 96), (64, 64), (80, 32), (32, 32), (32, 32)]
-    with pytest.raises(InputError, match=r"size 40 .* multiple of 16"):
-        Encoder(nano.NAME, size=40)
+    with pytest.raises(InputError, match=r"size 44 .* multiple of 8"):
+        Encoder(nano.NAME, size=44)
 
 
 def test_broken_image_is_named() -> None:

@@ -1,52 +1,41 @@
-"""The nano model: made once, the same everywhere, loadable by timm alone."""
+"""The nano DINOv2 as it is shipped: small, safe to open, loadable by timm alone, and what its module says it is."""
 
 import hashlib
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 
 from baselines import nano
 from kshot_errors import ModelError
 
 
-def weights_hash(cache: str) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KSHOT_CACHE", cache)
-        return hashlib.sha256((nano.folder() / "model.safetensors").read_bytes()).hexdigest()
-
-
 def test_timm_loads_the_folder() -> None:
     vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True)
-    assert vit.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 17, 128)
+    assert vit.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 1 + 64, 128)
 
 
-def test_layout_and_fixed_weights(tmp_path: Path) -> None:
-    assert sorted(file.name for file in nano.folder().iterdir()) == ["config.json", "model.safetensors"]
-    assert weights_hash(str(tmp_path / "a")) == weights_hash(str(tmp_path / "b"))
+def test_the_weights_in_the_file_are_those_that_timm_computes_with() -> None:
+    vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True)
+    with safe_open(nano.folder() / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    assert stored.keys() == vit.state_dict().keys()
+    assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in stored.items())
 
 
-def test_folder_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    weights_hash(str(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
+def test_revision_and_size() -> None:
+    weights = (nano.HERE / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest()[:12] == nano.REVISION
+    assert len(weights) <= 8 * 2**20
 
 
-def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        assert len(set(pool.map(weights_hash, [str(tmp_path)] * 2))) == 1
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set KSHOT_CACHE"):
+def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano, "HERE", tmp_path)
+    with pytest.raises(ModelError, match="install kshot again"):
         nano.folder()
 
 

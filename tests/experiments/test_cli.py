@@ -66,7 +66,7 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --dataset folder:{photos} --shots 1 --out /proc/x", ["cannot write to /proc/x", "--out"]),
         (
             "sweep --dataset folder:{photos} --shots 1 --out {done}",
-            ["configuration (batch_size 4 → 32", "--out"],
+            ["configuration (batch_size 4 → 8", "--out"],
         ),
         ("report {here}", ["is no results folder", "sweep.json", "kshot sweep"]),
         ("report {here}/none", ["none is no results folder"]),
@@ -126,7 +126,7 @@ def test_what_a_sweep_prints_fits_into_80_columns(photos: Path, tmp_path: Path, 
     assert max(len(line) for line in lines if line.startswith(("method", "vlm", "dinov2", "pixel"))) <= 80
     assert [line.split()[0] for line in lines[1:5]] == ["method", "vlm-zero-shot", "dinov2-logreg", "pixel-knn"]
     assert "…" not in said.out
-    assert sum("seeded random weights" in line for line in lines) == 2
+    assert sum("learnt from drawings of icons alone" in line for line in lines) == 2
     assert lines[-1] == f"wrote {tmp_path}/out/report.html"
     assert said.err.splitlines()[-1].startswith("21/21 ")
     shown = kshot("report", tmp_path / "out")

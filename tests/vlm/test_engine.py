@@ -168,12 +168,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 def test_the_loss_falls_and_the_model_answers(
     client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
 ) -> None:
-    views = batches(examples, 12, 30, np.random.default_rng(0))
+    views = batches(examples, 12, 60, np.random.default_rng(0))
     losses = [loss.metrics["loss:sum"] for loss, _ in fit(client, views, prompt, ADAM)]
     assert losses[-1] < losses[0] / 20
     sampler = client.save_weights_and_get_sampling_client().result()
     log_probs = predict(sampler, [e.image for e in examples], prompt)
-    assert np.exp(log_probs).sum(1) == pytest.approx(np.ones(12))
+    assert np.exp(log_probs).sum(1) == pytest.approx(np.ones(12), rel=1e-5)  # float32
     assert (log_probs.argmax(1) == [e.label for e in examples]).mean() >= 0.9
 
 

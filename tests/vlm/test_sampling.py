@@ -67,7 +67,7 @@ def test_seeds_reproduce_and_samples_of_one_prompt_differ(
     sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]
 ) -> None:
     def tokens(seed: int) -> list[list[int]]:
-        params = types.SamplingParams(max_tokens=8, seed=seed, stop=[])
+        params = types.SamplingParams(max_tokens=8, seed=seed, stop=[], temperature=2.0)
         return [s.tokens for s in sampler.sample(prompts[0], 3, params).result().sequences]
 
     assert tokens(1) == tokens(1)

@@ -1,5 +1,6 @@
 """connect: who answers the training API; the nano model's files; the main job on any service."""
 
+import hashlib
 import inspect
 import json
 import subprocess
@@ -130,10 +131,22 @@ def test_the_nano_configuration_fits_its_tokenizer() -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_nano_weights_are_seeded(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = (nano.folder() / "model.safetensors").read_bytes()
-    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
-    assert (nano.folder() / "model.safetensors").read_bytes() == first
+def test_the_nano_weights_are_small_and_those_its_module_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = (nano.folder() / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest()[:12] == nano.REVISION
+    assert len(weights) <= 16 * 2**20
+    monkeypatch.setattr(nano, "HERE", tmp_path)
+    with pytest.raises(ModelError, match="install kshot again"):
+        nano.folder()
+
+
+def test_the_stock_classes_load_the_nano_model_whole() -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, info = AutoModelForImageTextToText.from_pretrained(nano.folder(), output_loading_info=True)
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert not any(info.values()), info
+    assert type(AutoProcessor.from_pretrained(nano.folder())).__name__ == "Qwen3VLProcessor"
 
 
 @pytest.mark.skipif(not GENUINE.exists(), reason="the genuine Qwen3 tokenizer is not beside this checkout")
