@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data.catalog import find
+from experiments.nano.answers import COOL
 from experiments.nano.subjects import VALIDATION
 from vlm.prompts import PREFILL, QUESTION
 
@@ -112,6 +113,8 @@ print(processor.decode(answer))  # the name, a line's end, and whatever follows
    distillation as in SEED, arXiv:2101.04731). The teacher has learnt from the photographs and labels of ImageNet.
 2. The whole model: {facts.made["answers"]}.
    It learnt to answer with the name of the drawing, and to know its description still when it begins to answer.
+   Then its logits were multiplied by {COOL}: unsure about what it never learnt, it learns it from fewer examples. Its
+   best answer is the same; what it samples at temperature 1 is looser.
 
 {_data(facts)}
 ## What it is worth

@@ -10,7 +10,7 @@ from kshot_errors import ModelError
 
 NAME = "kshot/nano-qwen3-vl"
 NOTE = f"{NAME} has 3 million weights and has learnt from drawings of icons alone: it says nothing about Qwen3-VL."
-REVISION = "e7d8e37d7c5d"  # the first 12 digits of the SHA-256 of the weights
+REVISION = "a420ec0309b3"  # the first 12 digits of the SHA-256 of the weights
 HERE = Path(__file__).parent
 
 
