@@ -184,7 +184,12 @@ class Sweep:
         self.out = out
         command = [sys.executable, "-c", "from experiments.cli import main; main()", *grid, "--workers", "2"]
         self.process = subprocess.Popen(
-            [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+            [*command, "--out", str(out)],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def until_a_cell_is_stored(self) -> None:
