@@ -49,11 +49,11 @@ class Encoder:
             ImageError: bytes that are no image.
         """
         keys = [hashlib.sha256(image).digest() for image in images]
-        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
+        new = {key: n for n, key in enumerate(keys) if key not in self._known}  # read again then: not all are held
         waiting = list(new)
         for start in range(0, len(waiting), self._chunk):
             chunk = waiting[start : start + self._chunk]
-            self._known.update(zip(chunk, self._encode([new[key] for key in chunk]), strict=True))
+            self._known.update(zip(chunk, self._encode([images[new[key]] for key in chunk]), strict=True))
         return np.array([self._known[key] for key in keys], np.float32).reshape(len(keys), self.dim)
 
     @torch.inference_mode()

@@ -22,8 +22,10 @@ def pixels(images: Sequence[bytes], side: int = 32) -> np.ndarray:
     Raises:
         ImageError: bytes that are no image.
     """
-    small = [np.asarray(open_image(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
-    return np.array(small, np.float32).reshape(len(images), side * side * 3)
+    small = np.empty((len(images), side, side, 3), np.float32)
+    for n, image in enumerate(images):
+        small[n] = np.asarray(open_image(image).resize((side, side), Image.Resampling.BICUBIC))
+    return small.reshape(len(images), side * side * 3)
 
 
 def nearest_neighbour(train: np.ndarray, labels: np.ndarray, test: np.ndarray, n_classes: int) -> np.ndarray:

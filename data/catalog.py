@@ -4,53 +4,18 @@ Knows titles, licences, sizes and where the loader of a set is; knows nothing of
 standard library only, and a loader when its set is asked for, so that listing the table costs milliseconds.
 """
 
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from data.benchmark_rows import ROWS
 from data.core import Dataset
-from kshot_errors import DatasetError, UnknownNameError
+from data.row import Access, Row, clean_classes, clean_name
+from kshot_errors import InputError, UnknownNameError
 
-FOLDER = "folder:"
+__all__ = ["DATASETS", "Access", "Row", "clean_name", "find", "load"]
 
-
-def clean_name(name: str) -> str:
-    """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC).
-
-    Some file systems write é as two characters, tokenizers as one: an answer could then never equal its class.
-    """
-    return unicodedata.normalize("NFC", " ".join(re.sub(r"[_.\-]", " ", name).lower().split()))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One data set: what a reader, a trainer and a loader need to know of it.
-
-    classes: class names in label order; None where only the data tell.
-    protocol: name of the split; "seeded-split" is drawn from the split seed and is recorded with it.
-    hflip: probability of a horizontal flip of an image in training; 0 where a mirrored image is another thing.
-    loader: "module:function"; called as function(row, root=..., split_seed=...) it returns a Dataset.
-    location: what the loader reads: a folder, a hub identifier or an address; "" where it needs none.
-    train, test: number of images, about; 0 where only the data tell.
-    clean: class name as its source writes it → as a model reads it.
-    """
-
-    name: str
-    title: str
-    licence: str
-    citation: str
-    url: str
-    protocol: str
-    hflip: float
-    loader: str
-    classes: tuple[str, ...] | None = None
-    location: str = ""
-    train: int = 0
-    test: int = 0
-    clean: Callable[[str], str] = clean_name
+FOLDER, HUB = "folder:", "hub:"
 
 
 DATASETS: dict[str, Row] = {
@@ -86,6 +51,7 @@ DATASETS: dict[str, Row] = {
             train=1297,
             test=500,
         ),
+        *ROWS,
     )
 }
 
@@ -93,51 +59,53 @@ DATASETS: dict[str, Row] = {
 def find(name: str) -> Row:
     """The row of a data set.
 
-    name: a key of DATASETS or "folder:PATH", whose row has PATH as its location.
+    name: a key of DATASETS, "folder:PATH", whose row has PATH as its location, or "hub:ID" or "hub:ID@REVISION".
     Raises UnknownNameError.
     """
     if name in DATASETS:
         return DATASETS[name]
     if name.startswith(FOLDER) and name != FOLDER:
-        return _folder_row(name)
-    raise UnknownNameError("data set", name, [*DATASETS, f"{FOLDER}PATH"])
+        return _own_row(name, "A folder of images, one sub-folder per class", "data.sources:load_folder", FOLDER)
+    if name.startswith(HUB) and name != HUB:
+        return _own_row(name, "A set of the Hugging Face hub", "data.benchmarks:load_hub", HUB)
+    raise UnknownNameError("data set", name, [*DATASETS, f"{FOLDER}PATH", f"{HUB}ID"])
 
 
-def load(name: str, *, root: Path | None = None, split_seed: int = 0) -> Dataset:
+def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Access | None = None) -> Dataset:
     """The data set of that name, its class names cleaned.
 
     root: folder for the files that a set builds or downloads (default: the user's cache).
     split_seed: draws the split of a set that comes without one; a given split does not depend on it.
-    Raises UnknownNameError, DatasetError, ImageError.
+    access: for the benchmarks: where to get them and which protocol to follow.
+    Raises UnknownNameError, DatasetError, ImageError; InputError for an access that the set does not have.
     """
-    row = find(name)
+    row, access = find(name), access or Access()
     module, function = row.loader.split(":")
-    dataset: Dataset = getattr(import_module(module), function)(row, root=root, split_seed=split_seed)
-    return replace(dataset, classes=_clean_classes(row, dataset.classes))
+    more = {"access": access} if row.sources else _no_access(row, access)
+    dataset: Dataset = getattr(import_module(module), function)(row, root=root, split_seed=split_seed, **more)
+    return replace(dataset, classes=clean_classes(row, dataset.classes))
 
 
-def _folder_row(name: str) -> Row:
+def _no_access(row: Row, access: Access) -> dict[str, Access]:
+    """For a set that is had in one way only. Raises InputError where another one is asked for."""
+    asked = {"--source": access.source, "--protocol": access.protocol, "--split-file": access.split_file}
+    for option, value in asked.items():
+        if value:
+            raise InputError(
+                f"{option} {value} is for {', '.join(r.name for r in ROWS)}; {row.name} has no choice of it"
+            )
+    return {}
+
+
+def _own_row(name: str, title: str, loader: str, kind: str) -> Row:
     return Row(
         name=name,
-        title="A folder of images, one sub-folder per class",
+        title=title,
         licence="that of its images",
         citation="",
         url="",
         protocol="seeded-split",
         hflip=0.5,
-        loader="data.sources:load_folder",
-        location=name.removeprefix(FOLDER),
+        loader=loader,
+        location=name.removeprefix(kind),
     )
-
-
-def _clean_classes(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    origin: dict[str, str] = {}
-    for name in names:
-        cleaned = row.clean(name)
-        if not cleaned:
-            raise DatasetError(f"{row.name}: class {name!r} has no letters left once cleaned; rename it")
-        if cleaned in origin:
-            both = f"{origin[cleaned]!r} and {name!r}"
-            raise DatasetError(f"{row.name}: classes {both} both read {cleaned!r}; rename or merge them")
-        origin[cleaned] = name
-    return tuple(origin)

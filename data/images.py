@@ -8,47 +8,57 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from PIL import Image, ImageOps
 
 from data.core import Example
+from data.spool import keep
 from kshot_errors import InputError
-from kshot_images import open_image
+from kshot_images import Size, open_image
 
 
 def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> bytes:
     """The image as models get it: JPEG bytes (Pillow's default quality), RGB, longest side at most max_side pixels.
 
-    Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe.
+    Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe. The same bytes as
+    that recipe gives, except for a JPEG four times as large or more, which `kshot_images.open_image` decodes smaller.
     mirrored: flipped left to right, after resizing.
     Raises ImageError; InputError if max_side < 1.
     """
-    return _encode(_fit(open_image(data, name), max_side), mirrored)
+    return _encode(decode(data, max_side=max_side, name=name), mirrored)
 
 
 def prepare_all(examples: Sequence[Example], *, max_side: int = 480, hflip: bool) -> list[Example]:
-    """The examples in order with prepared images, key and label kept; decoded in a thread pool.
+    """The examples in order with prepared images, key and label kept; read, prepared and put aside in a thread pool.
 
+    In memory is one image a thread; the prepared ones go to disk (`data.spool`) and are read when asked for.
     hflip: also make `mirrored`, the prepared image flipped left to right; else mirrored is None.
-    Raises ImageError; InputError if max_side < 1.
+    Raises ImageError; InputError if max_side < 1; DatasetError where images can be neither read nor put aside.
     """
 
     def one(example: Example) -> Example:
-        image = _fit(open_image(example.image, f"image {example.key[:12]}"), max_side)
-        return replace(example, image=_encode(image, False), mirrored=_encode(image, True) if hflip else None)
+        image = decode(example.image, max_side=max_side, name=f"image {example.key[:12]}")
+        mirrored = keep(_encode(image, True)) if hflip else None
+        return replace(example, stored=keep(_encode(image, False)), stored_mirrored=mirrored)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, examples))
 
 
-def _fit(image: Image.Image, max_side: int) -> Image.Image:
+def decode(data: bytes, *, max_side: int = 480, name: str = "image") -> Image.Image:
+    """The pixels that `prepare` encodes: RGB, upright, longest side at most max_side. Raises as `prepare` does."""
     if max_side < 1:
         raise InputError(f"max_side must be 1 pixel or more, not {max_side}")
-    longest = max(image.size)
+    return open_image(data, name, partial(_fit, max_side=max_side))
+
+
+def _fit(size: Size, max_side: int) -> Size:
+    longest = max(size)
     if longest <= max_side:
-        return image
-    width, height = (max(1, side * max_side // longest) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+        return size
+    width, height = (max(1, side * max_side // longest) for side in size)
+    return width, height
 
 
 def _encode(image: Image.Image, mirrored: bool) -> bytes:

@@ -13,11 +13,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.core import Dataset, Example, content_key
+from data.core import Dataset, Example, Item, Slice, content_key
 from data.fewshot import stratified_split
 from kshot_errors import DatasetError, ImageError
 from kshot_files import cache_folder, write_file
@@ -29,17 +28,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 TEST_SHARE = 5  # one image of five goes to test, at least one per class
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One image of a folder. path: relative to the folder; split: "train", "test" or "" where the seed decides."""
-
-    path: str
-    split: str
-    label: str
-    image: bytes
-    key: str
 
 
 def cached(name: str, build: Callable[[], bytes], root: Path | None = None) -> bytes:
@@ -78,7 +66,7 @@ def load_folder(row: "Row", *, root: Path | None, split_seed: int) -> Dataset:
     return Dataset(name, protocol, classes, _examples(train, classes), _examples(test, classes))
 
 
-def _read_folder(home: Path) -> list[ImageFile]:
+def _read_folder(home: Path) -> list[Item]:
     """Every image of the folder, decoded once to be sure of it, by split, class and file name."""
     parts = {entry.name: entry for entry in _visible(home, home)}
     given = all(s in parts and any(e.is_dir() for e in _visible(home, parts[s])) for s in SPLITS)
@@ -135,7 +123,7 @@ def _leads_into(home: Path, link: Path) -> bool:
         return False
 
 
-def _read_image(home: Path, split: str, label: str, path: Path) -> ImageFile:
+def _read_image(home: Path, split: str, label: str, path: Path) -> Item:
     if not path.is_file():
         raise ImageError(f"{path} is not a regular file; remove it")  # a pipe would be read for ever
     try:
@@ -143,17 +131,18 @@ def _read_image(home: Path, split: str, label: str, path: Path) -> ImageFile:
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
     open_image(image, str(path))
-    return ImageFile(path.relative_to(home).as_posix(), split, label, image, content_key(image))
+    stored = Slice(path.resolve(), 0, len(image))  # read again when it is wanted
+    return Item(path.relative_to(home).as_posix(), split, label, stored, content_key(image))
 
 
-def _fingerprint(files: Sequence[ImageFile]) -> str:
+def _fingerprint(files: Sequence[Item]) -> str:
     """Of the images, their classes and their split; not of where the folder lies or what its files are called."""
     lines = sorted(f"{file.split}\0{file.label}\0{file.key}" for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _refuse_twins(home: Path, files: Sequence[ImageFile]) -> None:
-    first: dict[str, ImageFile] = {}
+def _refuse_twins(home: Path, files: Sequence[Item]) -> None:
+    first: dict[str, Item] = {}
     for file in files:
         twin = first.setdefault(file.key, file)
         if (twin.split, twin.label) != (file.split, file.label):
@@ -161,14 +150,14 @@ def _refuse_twins(home: Path, files: Sequence[ImageFile]) -> None:
             raise DatasetError(f"{home}: {twin.path} and {file.path} are the same image in {places}; remove one")
 
 
-def _given_split(home: Path, files: Sequence[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
+def _given_split(home: Path, files: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     train, test = ([file for file in files if file.split == split] for split in SPLITS)
     if odd := sorted({f.label for f in train} ^ {f.label for f in test}):
         raise DatasetError(f"{home}: class {odd[0]!r} is in one of train and test only; add its images or remove it")
     return train, test
 
 
-def _seeded_split(home: Path, files: Sequence[ImageFile], seed: int) -> tuple[list[ImageFile], list[ImageFile]]:
+def _seeded_split(home: Path, files: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
     keys, labels = [file.key for file in files], [file.label for file in files]
     for label in sorted(set(labels)):
         if len({file.key for file in files if file.label == label}) < 2:
@@ -177,9 +166,9 @@ def _seeded_split(home: Path, files: Sequence[ImageFile], seed: int) -> tuple[li
     return [files[i] for i in train], [files[i] for i in test]
 
 
-def _examples(files: Iterable[ImageFile], classes: tuple[str, ...]) -> list[Example]:
+def _examples(files: Iterable[Item], classes: tuple[str, ...]) -> list[Example]:
     labels = {name: label for label, name in enumerate(classes)}
-    return [Example(file.key, file.image, labels[file.label]) for file in files]
+    return [Example(file.key, file.stored, labels[file.label]) for file in files]
 
 
 def _read_checked(path: Path) -> bytes | None:

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.terminal import err, out, plain_table, print_paths, print_summary, progress_bar
+from experiments.cli_bench import app as bench_app
+from experiments.cli_data import Modified, Protocol, Root, Source, SplitFile, access_of
+from experiments.cli_data import app as data_app
+from experiments.terminal import err, out, print_paths, print_summary, progress_bar
 from kshot_errors import InputError, KshotError
 
 if TYPE_CHECKING:
+    from data.row import Access
     from experiments.config import Sweep
     from experiments.store import Results
     from experiments.sweep import Plan
@@ -26,8 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(name="data", help="The data sets.")
 app.add_typer(data_app)
+app.add_typer(bench_app)
 # Typer carries a click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
@@ -39,6 +43,7 @@ Force = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", h
 
 @app.callback(invoke_without_command=True)
 @data_app.callback(invoke_without_command=True)
+@bench_app.callback(invoke_without_command=True)
 def help_or_version(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -64,7 +69,7 @@ def demo(output: Out = None, workers: Workers = None) -> None:
 @app.command()
 def sweep(
     preset: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "demo",
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="icons, digits or folder:PATH.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2.")] = None,
@@ -74,6 +79,11 @@ def sweep(
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda with one worker.")] = "cpu",
     limit_test: Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")] = None,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a class has no k.")] = False,
+    source: Source = "",
+    root: Root = None,
+    protocol: Protocol = "",
+    split_file: SplitFile = None,
+    allow_modified: Modified = False,
     settings: Force = None,
     output: Out = None,
     workers: Workers = None,
@@ -91,7 +101,10 @@ def sweep(
     pairs = _pairs(settings)
     if twice := sorted(values.keys() & pairs.keys()):
         raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")
-    _run(load(preset, overrides, {**pairs, **values}), output, workers, service, device)
+    if protocol:
+        overrides["protocol"] = protocol
+    access = access_of(source, root, "", split_file, allow_modified)
+    _run(load(preset, overrides, {**pairs, **values}), output, workers, service, device, access)
 
 
 @app.command()
@@ -109,19 +122,6 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
         paths = _report(results, content)
     print_summary(content, results.cells())
     print_paths(paths)
-
-
-@data_app.command("list")
-def list_data() -> None:
-    """The data sets that can be named, with their sizes and licences."""
-    from data.catalog import DATASETS
-
-    table = plain_table(["name", "classes", "train", "test", "title and licence"])
-    for row in DATASETS.values():
-        classes = str(len(row.classes)) if row.classes else "?"
-        table.add_row(row.name, classes, str(row.train), str(row.test), f"{row.title}\n[dim]{row.licence}[/dim]\n")
-    table.add_row("folder:PATH", "?", "?", "?", "Your own: PATH/<class>/* or PATH/{train,test}/<class>/*")
-    out.print(table, soft_wrap=False)
 
 
 def main() -> None:
@@ -146,14 +146,21 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _run(sweep: "Sweep", output: Path | None, workers: int | None, service: str = "local", device: str = "cpu") -> None:
+def _run(
+    sweep: "Sweep",
+    output: Path | None,
+    workers: int | None,
+    service: str = "local",
+    device: str = "cpu",
+    access: "Access | None" = None,
+) -> None:
     from experiments.store import Results
     from experiments.sweep import plan
 
     if device != "cpu" and workers not in (None, 1):
         raise InputError(f"--workers {workers} with --device {device}: one worker uses a device; leave --workers out")
     with err.status("reading the data"):
-        planned = plan(sweep, service=service, device=device)
+        planned = plan(sweep, service=service, device=device, access=access)
     results = Results(output or Path("runs") / sweep.name)
     with results.writing():
         content = results.begin(planned.describe())

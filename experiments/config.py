@@ -47,6 +47,7 @@ class Sweep(BaseModel):
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
 
     @field_validator("datasets", "methods", "shots", "seeds")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.core import Example
+from data.core import Example, Images
 from experiments.config import Settings
 
 if TYPE_CHECKING:
@@ -183,6 +183,6 @@ def _frozen(
     start = time.perf_counter()
     test = features(task.test)
     tested = time.perf_counter()
-    train, labels = features([e.image for e in task.train]), np.array([e.label for e in task.train])
+    train, labels = features(Images(task.train)), np.array([e.label for e in task.train])
     scores = head(train, labels, test, len(task.classes))
     return Outcome(scores, probabilities, {"fit": time.perf_counter() - tested, "predict": tested - start})

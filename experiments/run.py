@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data import catalog
-from data.core import Dataset, Example
+from data.core import Dataset, Example, Images
 from data.fewshot import k_shot
 from data.images import prepare_all
+from data.row import Access
 from experiments.config import Settings
 from experiments.job import Job
 from experiments.methods import METHODS, Outcome, Task
@@ -31,10 +32,10 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     where a remote service fails."""
     from experiments.metrics import metrics
 
-    cell, dataset = job.cell, _dataset(job.source, job.settings.split_seed)
+    cell, dataset = job.cell, _dataset(job.source, job.access, job.settings.split_seed)
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
-    test = _test(job.source, job.settings)
+    test = _test(job)
     outcome = _outcome(job, _task(job, dataset, test))
     table = predictions(test, outcome)
     record = {
@@ -54,16 +55,15 @@ def few_shot(dataset: Dataset, shots: int, seed: int, settings: Settings) -> lis
     return [dataset.train[n] for n in chosen]
 
 
-def shown(test: list[Example], job: Job) -> list[bytes]:
+def shown(test: list[Example], job: Job) -> Images:
     """What a method is shown: the test images, or for the control each test image in another's place."""
-    images = [example.image for example in test]
     if not job.settings.shuffle_test:
-        return images
-    order = np.random.default_rng(job.cell.seed).permutation(len(images))
-    placed = list(images)
+        return Images(test)
+    order = np.random.default_rng(job.cell.seed).permutation(len(test))
+    placed = list(test)
     for here, there in zip(order, np.roll(order, 1), strict=True):  # one round: no image stays where it was
-        placed[here] = images[there]
-    return placed
+        placed[here] = test[there]
+    return Images(placed)
 
 
 def versions(job: Job) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _outcome(job: Job, task: Task) -> Outcome:
 
 def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
     """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
-    seen = _seen(job.source, job.settings.split_seed, job.settings.max_side)
+    seen = _seen(job.source, job.access, job.settings.split_seed, job.settings.max_side)
     chosen = few_shot(dataset, job.cell.shots, job.cell.seed, job.settings)
     new = [example for example in chosen if example.key not in seen]
     prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
@@ -110,24 +110,25 @@ def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
     return [seen[example.key] for example in chosen]
 
 
-def _test(source: str, settings: Settings) -> list[Example]:
-    return _prepared_test(source, settings.split_seed, settings.max_side, settings.limit_test)
+def _test(job: Job) -> list[Example]:
+    s = job.settings
+    return _prepared_test(job.source, job.access, s.split_seed, s.max_side, s.limit_test)
 
 
 @lru_cache(maxsize=1)
-def _dataset(source: str, split_seed: int) -> Dataset:
-    return catalog.load(source, split_seed=split_seed)
+def _dataset(source: str, access: Access, split_seed: int) -> Dataset:
+    return catalog.load(source, access=access, split_seed=split_seed)
 
 
 @lru_cache(maxsize=1)
-def _seen(source: str, split_seed: int, max_side: int) -> dict[str, Example]:
+def _seen(source: str, access: Access, split_seed: int, max_side: int) -> dict[str, Example]:
     """Prepared training examples of one data set by key; filled as cells ask for them."""
     return {}
 
 
 @lru_cache(maxsize=1)
-def _prepared_test(source: str, split_seed: int, max_side: int, limit: int | None) -> list[Example]:
-    test = _dataset(source, split_seed).test
+def _prepared_test(source: str, access: Access, split_seed: int, max_side: int, limit: int | None) -> list[Example]:
+    test = _dataset(source, access, split_seed).test
     # keys are hashes: the smallest are a sample that does not depend on the order of the rows
     chosen = test if limit is None else sorted(test, key=lambda e: e.key)[:limit]
     return prepare_all(chosen, max_side=max_side, hflip=False)

@@ -72,7 +72,9 @@ class Results:
             old = self.sweep()
             self._check_same(old, sweep)
             joined.update({field: _union(old[field], sweep[field]) for field in GROWING})
-            joined.update({field: {**old[field], **sweep[field]} for field in ("protocols", "classes")})
+            joined.update(
+                {field: {**old.get(field, {}), **sweep.get(field, {})} for field in ("protocols", "classes", "data")}
+            )
         self._write_json("sweep.json", joined)
         return joined
 

@@ -4,14 +4,16 @@ Knows no method and no model; what runs the cells is an executor.
 """
 
 import shlex
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from baselines import nano as nano_dinov2
 from data import catalog
 from data.core import Dataset
+from data.row import Access
 from experiments import executors
 from experiments.cell import Cell
 from experiments.config import MODELS, Sweep, load
@@ -44,33 +46,42 @@ class Plan:
             "settings": recorded(self.sweep.settings),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
+            "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
             "notes": self._notes(),
         }
 
     def _notes(self) -> list[str]:
         used = {name for method in self.sweep.methods for name in METHODS[method].settings}
-        return notes(self.sweep.settings, used)
+        return [*notes(self.sweep.settings, used), *filter(None, map(_of_its_files, self.datasets.values()))]
 
     def missing(self, results: Results) -> list[Job]:
         """The jobs whose cells are not stored yet."""
         return [job for job in self.jobs if not results.has(job.cell.key)]
 
 
-def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu") -> Plan:
+def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
     """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
-    UnknownNameError (data set, method, model), ModelError, DatasetError, ImageError, TooFewImagesError."""
+    UnknownNameError (data set, method, model), ModelError, DatasetError, ImageError, TooFewImagesError.
+
+    access: for the data sets that can be had in several ways; InputError where none of them can.
+    """
     for method in sweep.methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
     _check_machine(service, device)
     _check_models(sweep, service)
-    datasets = {source: catalog.load(source, split_seed=sweep.settings.split_seed) for source in sweep.datasets}
+    ways = _ways(sweep, access or Access())
+    seed = sweep.settings.split_seed
+    datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
     _check_names(datasets)
     if any(METHODS[method].learns for method in sweep.methods):
         for dataset in datasets.values():
             for seed in sweep.seeds:
                 few_shot(dataset, max(sweep.shots), seed, sweep.settings)
-    jobs = [job for source, dataset in datasets.items() for job in _jobs(sweep, source, dataset, service, device)]
+    jobs: list[Job] = []
+    for source, dataset in datasets.items():
+        make = partial(Job, settings=sweep.settings, source=source, service=service, device=device, access=ways[source])
+        jobs += (make(cell) for cell in _cells(sweep, dataset))
     jobs.sort(key=lambda job: -METHODS[job.cell.method].cost)  # the long ones first: no worker waits at the end
     return Plan(sweep, datasets, jobs)
 
@@ -95,7 +106,34 @@ def command(content: Mapping[str, Any]) -> str:
     options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
     options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if k in base and v != base[k]]
-    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options)
+    facts = content.get("data", {})
+    options += _access_options(facts.values())
+    modified = any("-modified-" in protocol for protocol in content["protocols"].values())
+    flags = " --allow-modified" if modified else ""
+    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
+
+
+def _of_its_files(dataset: Dataset) -> str:
+    """What a report must say where a data set's files are not the published ones."""
+    changed = ", ".join(dataset.facts.get("modified", ()))
+    return (
+        f"{dataset.name}: {changed} is not the published file (--allow-modified)."
+        if "-modified-" in dataset.protocol
+        else ""
+    )
+
+
+def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The options by which the data sets were had; where the files lay is not recorded."""
+    options: dict[str, str] = {}
+    for fact in facts:
+        if "protocol" in fact:
+            options |= {"--source": fact["source"], "--protocol": fact["protocol"]}
+        if fact.get("source") == "archive":
+            options |= {"--root": "PATH/TO/THE/ORIGINAL/FILES"}
+        if fact.get("protocol") == "coop":
+            options |= {"--split-file": "PATH/TO/THE/SPLIT.json"}
+    return list(options.items())
 
 
 def _check_machine(service: str, device: str) -> None:
@@ -130,12 +168,20 @@ def _check_names(datasets: Mapping[str, Dataset]) -> None:
             raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
 
 
-def _jobs(sweep: Sweep, source: str, dataset: Dataset, service: str, device: str) -> Iterator[Job]:
+def _ways(sweep: Sweep, access: Access) -> dict[str, Access]:
+    """Data set → how it is had: `access` where there is a choice."""
+    access = replace(access, protocol=sweep.protocol) if sweep.protocol else access
+    rows = {source: catalog.find(source) for source in sweep.datasets}
+    if access != Access() and not any(row.sources for row in rows.values()):
+        catalog.load(sweep.datasets[0], access=access)  # says what is wrong with that
+    return {source: access if row.sources else Access() for source, row in rows.items()}
+
+
+def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[Cell]:
     values = recorded(sweep.settings)
     for name in sweep.methods:
         method = METHODS[name]
         grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
         for shots, seed in grid:
             settings = relevant(values, method.settings)
-            cell = Cell(dataset.name, dataset.protocol, name, shots, seed, settings)
-            yield Job(cell, sweep.settings, source, service, device)
+            yield Cell(dataset.name, dataset.protocol, name, shots, seed, settings)

@@ -36,6 +36,7 @@ class BatchSampler(Protocol):
 
 
 View = tuple[bytes, int]
+WINDOW = 512  # images whose bytes and prompts are in memory at a time
 
 
 def batches(
@@ -73,7 +74,9 @@ def predict(
     sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, method: str = "constrained"
 ) -> np.ndarray:
     """(images, classes) log-probabilities of the class names as answers (see `vlm.scoring.score_choices`)."""
-    return score_choices(sampler, [prompt.question(image) for image in images], prompt.choices, method)
+    asked = ([prompt.question(image) for image in window] for window in _windows(images))
+    parts = [score_choices(sampler, questions, prompt.choices, method) for questions in asked]
+    return np.concatenate(parts) if parts else np.zeros((0, len(prompt.choices)), np.float32)
 
 
 def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt) -> list[str]:
@@ -83,9 +86,22 @@ def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt) -
     """
     longest = max(map(len, prompt.choices)) + 1
     params = types.SamplingParams(max_tokens=longest, temperature=0.0, stop=prompt.stops)
-    prompts = [prompt.question(image) for image in images]
-    if isinstance(sampler, BatchSampler):
-        answers = sampler.sample_batch(prompts, params)
-    else:
-        answers = [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
+    answers = [
+        answer
+        for window in _windows(images)
+        for answer in _answers(sampler, [prompt.question(image) for image in window], params)
+    ]
     return [prompt.line(answer.sequences[0].tokens) for answer in answers]
+
+
+def _answers(
+    sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+) -> list[types.SampleResponse]:
+    if isinstance(sampler, BatchSampler):
+        return sampler.sample_batch(prompts, params)
+    return [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
+
+
+def _windows(images: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """The images, WINDOW at a time: those of a large set are never in memory together."""
+    return (list(images[start : start + WINDOW]) for start in range(0, len(images), WINDOW))

@@ -10,6 +10,7 @@ from statistics import mean
 
 from data import icons
 from data.catalog import find
+from data.core import Images
 from data.fewshot import k_shot
 from data.images import prepare_all
 from experiments.config import Settings
@@ -31,7 +32,7 @@ def accuracy(
     for seed in seeds:
         chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=True) if shots else []
         train = prepare_all([dataset.train[n] for n in chosen], max_side=settings.max_side, hflip=True)
-        task = Task(dataset.classes, train, [example.image for example in test], seed, settings, row.hflip)
+        task = Task(dataset.classes, train, Images(test), seed, settings, row.hflip)
         scores = METHODS[method].run(task).scores
         found.append(float((scores.argmax(1) == [example.label for example in test]).mean()))
     return mean(found)

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data.core import Example, content_key
-from data.images import prepare, prepare_all
+from data.images import decode, prepare, prepare_all
 from kshot_errors import ImageError, InputError
 from kshot_images import open_image
 
@@ -111,19 +112,38 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
+def jpeg_bomb(width: int, height: int) -> bytes:
+    """The header of a JPEG says so; there is nothing behind it."""
+    small = encode(scene(40, 24), "JPEG")
+    return small.replace(struct.pack(">HH", 24, 40), struct.pack(">HH", height, width), 1)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "file is empty"),
         (b"a letter, not a picture", "not an image"),
         (encode(scene(400, 300), "JPEG")[:3000], "broken image"),
+        (encode(scene(4000, 3000), "JPEG")[:30_000], "broken image"),
         (encode(scene(400, 300), "PNG")[:900], "broken image"),
         (encode(scene(), "JPEG")[:20], "not an image|broken image"),
         (bomb(10_000, 10_000), r"more than 89,478,485 pixels"),
         (bomb(100_000, 100_000), r"more than 89,478,485 pixels"),
+        (jpeg_bomb(30_000, 20_000), r"more than 89,478,485 pixels"),
         (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
     ],
-    ids=["empty", "text", "short jpeg", "short png", "header", "large", "bomb", "float"],
+    ids=[
+        "empty",
+        "text",
+        "short jpeg",
+        "short large jpeg",
+        "short png",
+        "header",
+        "large",
+        "bomb",
+        "jpeg bomb",
+        "float",
+    ],
 )
 def test_what_is_no_image(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=f"^cat/7.jpg: .*({reason})") as caught:
@@ -162,6 +182,84 @@ def test_prepare_is_the_reference_rule() -> None:
     assert prepare(encode(photo, "PNG")) == expected
     mirrored = encode(ImageOps.mirror(photo.resize((480, 339), Image.Resampling.LANCZOS)), "JPEG")
     assert prepare(encode(photo, "PNG"), mirrored=True) == mirrored
+
+
+UNUSUAL = {
+    "cmyk jpeg": encode(scene(400, 240).convert("CMYK"), "JPEG"),
+    "16 bits": encode(Image.fromarray(np.arange(60_000, dtype=np.uint16).reshape(200, 300)), "PNG"),
+    "palette": encode(scene(200, 120).convert("P"), "PNG", transparency=3),
+    "animated gif": encode(scene(), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 24))]),
+    "animated webp": encode(scene(), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 24))]),
+    "animated png": encode(scene(), "PNG", save_all=True, append_images=[Image.new("RGB", (40, 24))]),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_images_are_prepared_as_they_are_opened(kind: str) -> None:
+    opened = open_image(UNUSUAL[kind])
+    size = (20, 20 * opened.height // opened.width)
+    expected = encode(opened.resize(size, Image.Resampling.LANCZOS), "JPEG")
+    assert prepare(UNUSUAL[kind], max_side=20) == expected
+
+
+def photograph(name: str) -> Image.Image:
+    """A natural photograph of 640x427 that scikit-learn brings along."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    with Image.open(Path(datasets.__file__).parent / "images" / f"{name}.jpg") as image:
+        return image.convert("RGB")
+
+
+def plain(data: bytes, max_side: int) -> Image.Image:
+    """The reference recipe: all of the image is decoded."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    size = tuple(side * max_side // max(upright.size) for side in upright.size)
+    return upright.resize(size, Image.Resampling.LANCZOS)
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    error = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
+    return float(10 * np.log10(255**2 / (error**2).mean()))
+
+
+@pytest.mark.parametrize("name", ["china", "flower"])
+@pytest.mark.parametrize("max_side", [160, 92, 80, 40])  # decoded at 1/2, 1/2, 1/4 and 1/8
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_a_jpeg_decoded_small_is_close_to_the_reference(name: str, max_side: int, options: dict[str, object]) -> None:
+    for size in ((640, 427), (643, 431)):  # the second in no way a multiple of 8
+        data = encode(photograph(name).resize(size), "JPEG", quality=90, **options)
+        small, full = decode(data, max_side=max_side), plain(data, max_side)
+        assert 0 < difference(small, full) < 1.2
+        assert psnr(small, full) > 43
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_small_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph("flower").crop((0, 0, 637, 421)), "JPEG", quality=90, exif=exif)
+    assert 0 < difference(decode(data, max_side=80), plain(data, 80)) < 1
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("RGB", "MPO")])
+def test_grey_and_stereo_jpegs_are_decoded_small_too(mode: str, kind: str) -> None:
+    image = photograph("flower").convert(mode)
+    options = {"save_all": True, "append_images": [ImageOps.mirror(image)]} if kind == "MPO" else {}
+    data = encode(image, kind, quality=90, **options)
+    assert 0 < difference(decode(data, max_side=80), plain(data, 80)) < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "max_side"), [("JPEG", "RGB", 161), ("JPEG", "RGB", 480), ("JPEG", "CMYK", 40), ("PNG", "RGB", 40)]
+)
+def test_what_is_not_decoded_small_is_exact(kind: str, mode: str, max_side: int) -> None:
+    data = encode(photograph("china").convert(mode), kind)
+    assert prepare(data, max_side=max_side) == encode(plain(data, max_side), "JPEG")
+
+
+def test_a_thin_jpeg() -> None:
+    for height in range(1, 12):
+        assert decode(encode(scene(2000, height), "JPEG"), max_side=100).size == (100, 1)
 
 
 @pytest.mark.parametrize("hflip", [True, False])

@@ -29,11 +29,11 @@ def test_every_image_is_shown_once_and_never_in_its_own_place(usual: Job, count:
     shuffled = replace(usual, cell=replace(usual.cell, seed=seed), settings=Settings(shuffle_test=True))
     test = [Example(str(n), bytes([n]), 0) for n in range(count)]
     images = [example.image for example in test]
-    seen = shown(test, shuffled)
-    assert shown(test, usual) == images
+    seen = list(shown(test, shuffled))
+    assert list(shown(test, usual)) == images
     assert sorted(seen) == images
     assert not any(one == other for one, other in zip(seen, images, strict=True))
-    assert shown(test, shuffled) == seen
+    assert list(shown(test, shuffled)) == seen
 
 
 @pytest.mark.parametrize("method", ["vlm-lora", "dinov2-logreg"])

@@ -1,0 +1,167 @@
+"""The benchmarks and sets of the hub: from a row and the user's access to a Dataset under one named protocol.
+
+Whatever the source, an image keeps its bytes and so its key; classes are in the order of their names. What differs from
+what is published is an error, or, where the user allows it, part of the protocol's name.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data import hub, layouts, pack
+from data.archives import Files, modified
+from data.core import Dataset, Example, Item
+from data.fewshot import stratified_split
+from data.protocols import Ask, Protocol
+from data.row import Access, Row, clean_classes
+from kshot_errors import DatasetError, UnknownNameError
+
+TEST_SHARE = 5  # of a hub's set without a test split one image of five goes to test, at least one per class
+
+
+def load(row: Row, *, root: Path | None, split_seed: int, access: Access) -> Dataset:
+    """The set under the protocol asked for. root: the cache for its pack.
+
+    Raises UnknownNameError (source, protocol), DatasetError (files that are missing, broken or not as published; counts
+    or class names that are not the protocol's).
+    """
+    source, protocol = chosen(row, access)
+    ask = Ask(split_seed, access.split_file)
+    stamp = protocol.stamp(ask)  # first: it tells whether there is a split file at all
+    items, facts = items_of(row, source, protocol, access, root)
+    stamp += _not_as_published(row, facts, access)
+    train, test = (named(row, part) for part in protocol.rule(named(row, items), ask))  # a rule may bring new names
+    classes = _classes([*train, *test])
+    _check_counts(row, protocol, classes, train, test)
+    about = {"source": source, "protocol": protocol.name, **facts}
+    return Dataset(row.name, stamp, classes, _examples(train, classes), _examples(test, classes), about)
+
+
+def load_hub(row: Row, *, root: Path | None, split_seed: int) -> Dataset:
+    """hub:ID or hub:ID@REVISION: its train and test as they are, or drawn by seed where one of them is missing."""
+    identity, _, revision = row.location.partition("@")
+    items, facts = _hub_items(identity, revision, (), root)
+    items = named(row, items)
+    splits = {item.split for item in items}
+    if {"train", "test"} <= splits:
+        train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
+        name = "given-split"
+    else:
+        train, test = _drawn(items, split_seed)
+        name = f"{row.protocol}-{split_seed}"
+    classes = _classes(items)
+    stamp = f"{name}-{facts['content'][:12]}"
+    return Dataset(row.name, stamp, classes, _examples(train, classes), _examples(test, classes), facts)
+
+
+def chosen(row: Row, access: Access) -> tuple[str, Protocol]:
+    """Source and protocol, the usual ones where none is named.
+
+    Raises UnknownNameError; DatasetError where they do not go together.
+    """
+    if access.source and access.source not in row.sources:
+        raise UnknownNameError("source", access.source, row.sources)
+    by_name = {protocol.name: protocol for protocol in row.protocols}
+    if access.protocol and access.protocol not in by_name:
+        raise UnknownNameError("protocol", access.protocol, by_name)
+    named = [by_name[access.protocol]] if access.protocol else row.protocols
+    for source in [access.source] if access.source else row.sources:
+        for protocol in named:
+            if source in protocol.sources:
+                return source, protocol
+    needed = " or ".join(named[0].sources)
+    raise DatasetError(f"{row.name}: the protocol {access.protocol} needs --source {needed}, not {access.source}")
+
+
+def items_of(
+    row: Row, source: str, protocol: Protocol, access: Access, cache: Path | None
+) -> tuple[list[Item], dict[str, Any]]:
+    """All items of the source, and what is on record about it; read once into a pack in the cache."""
+    if source == "hub":
+        return _hub_items(row.hub, row.revision, protocol.splits, cache)
+    if access.root is None or not access.root.is_dir():
+        given = "no --root was given" if access.root is None else f"--root {access.root} is no folder"
+        raise DatasetError(f"{given}; it must be the folder with the original files of {row.name} ({row.url})")
+    files = Files(access.root, row.parts, row.url)
+    name = f"{row.name}-archive-{files.identity()}"
+    items, facts = pack.open_or_make(name, lambda facts: _archive(row, files, facts), cache)
+    return items, {**facts, "modified": modified(row.parts, facts["md5"])}
+
+
+def _archive(row: Row, files: Files, facts: dict[str, Any]) -> Iterator[Item]:
+    ignored: list[str] = []
+    yield from layouts.LAYOUTS[row.name](files, ignored)
+    facts.update(md5=files.checksums(), ignored=sorted(ignored))
+
+
+def _hub_items(
+    identity: str, revision: str, splits: Sequence[str], cache: Path | None
+) -> tuple[list[Item], dict[str, Any]]:
+    """A set once packed stays at its commit until another revision is asked for or the pack is removed."""
+    name = hashlib.sha256("\0".join((identity, revision, *splits)).encode()).hexdigest()[:16]
+
+    def fill(facts: dict[str, Any]) -> Iterator[Item]:
+        found = hub.read(identity, revision or None, splits or None)
+        yield from found.items
+        facts.update(hub=identity, revision=found.revision)
+
+    return pack.open_or_make(f"hub-{name}", fill, cache)
+
+
+def _not_as_published(row: Row, facts: dict[str, Any], access: Access) -> str:
+    """What the protocol's stamp says of the images: nothing where a checksum vouches for them."""
+    short = facts["content"][:12]
+    if row.content and row.content == facts["content"]:
+        return ""
+    if "hub" in facts:
+        return f"-{short}"
+    wrong = facts["modified"] or (["the images"] if row.content else [])
+    if wrong and not access.allow_modified:
+        raise DatasetError(
+            f"{row.name}: the checksum of {', '.join(wrong)} is not that of the published files; "
+            f"get the originals from {row.url}, or pass --allow-modified, which results will state"
+        )
+    vouched = set(facts["md5"]) and not wrong and len(facts["md5"]) == len(row.parts)
+    return "" if vouched else f"-{'modified' if wrong else 'unpacked'}-{short}"
+
+
+def named(row: Row, items: Sequence[Item]) -> list[Item]:
+    """The items with their classes as a model reads them. Raises DatasetError where two names become one."""
+    labels = sorted({item.label for item in items})
+    cleaned = clean_classes(row, [row.spellings.get(label, label) for label in labels])
+    names = dict(zip(labels, cleaned, strict=True))
+    return [replace(item, label=names[item.label]) for item in items]
+
+
+def _classes(items: Sequence[Item]) -> tuple[str, ...]:
+    """In alphabetical order: that of no source, so that of all."""
+    return tuple(sorted({item.label for item in items}))
+
+
+def _check_counts(
+    row: Row, protocol: Protocol, classes: Sequence[str], train: Sequence[Item], test: Sequence[Item]
+) -> None:
+    found = {"classes": len(classes), "train images": len(train), "test images": len(test)}
+    wanted = {"classes": protocol.classes, "train images": protocol.train, "test images": protocol.test}
+    for what, count in wanted.items():
+        if found[what] == 0 or (count and found[what] != count):
+            stated = f", not {count:,}" if count else ""
+            raise DatasetError(f"{row.name}, protocol {protocol.name}: {found[what]:,} {what}{stated}; check its files")
+    known = {row.clean(name) for name in row.classes or ()}
+    if known and not protocol.from_file and (odd := sorted({*classes} - known)):
+        raise DatasetError(
+            f"{row.name}: the source has a class {odd[0]!r}, which the set does not have; check its files"
+        )
+
+
+def _drawn(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    keys, labels = [item.key for item in items], [item.label for item in items]
+    train, test = stratified_split(keys, labels, test_size=lambda count: max(1, count // TEST_SHARE), seed=seed)
+    return [items[n] for n in train], [items[n] for n in test]
+
+
+def _examples(items: Sequence[Item], classes: Sequence[str]) -> list[Example]:
+    labels = {name: label for label, name in enumerate(classes)}
+    return [Example(item.key, item.stored, labels[item.label]) for item in items]

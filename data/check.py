@@ -1,0 +1,88 @@
+"""Is a data set what it says it is: every image decoded and hashed anew, and what train and test have in common.
+
+Knows a Dataset, not where it came from; counts, checksums and class names are verified where it is loaded.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from PIL import Image
+
+from data.core import Dataset, Example, content_key
+from kshot_errors import ImageError
+from kshot_images import open_image
+
+SIDE, LOW = 32, 8  # pixels of the thumbnail; frequencies kept in each direction
+NEAR = 6  # of the 64 bits of two perceptual hashes may differ: resized, recompressed or slightly cropped copies
+BLOCK = 1 << 22  # pairs compared at a time
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found. broken: a line each. exact, near: (row in train, row in test) of the same and of like images.
+
+    twice: images that stand more than once in train or in test.
+    """
+
+    images: int
+    broken: list[str]
+    exact: list[tuple[int, int]]
+    near: list[tuple[int, int]]
+    twice: int
+
+
+def check(dataset: Dataset) -> Checked:
+    """Read, hash and decode every image. Bad images are listed, not raised."""
+    rows = [*dataset.train, *dataset.test]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seen = list(pool.map(_look, rows))
+    hashes = np.array([found if isinstance(found, int) else 0 for found in seen], np.uint64)
+    bad = {n for n, found in enumerate(seen) if isinstance(found, str)}
+    split = len(dataset.train)
+    exact = _same(dataset.train, dataset.test)
+    known = {*exact}
+    near = [
+        pair
+        for pair in alike(hashes[:split], hashes[split:])
+        if pair not in known and not bad & {pair[0], split + pair[1]}
+    ]
+    twice = sum(len(part) - len({example.key for example in part}) for part in (dataset.train, dataset.test))
+    return Checked(len(rows), [found for found in seen if isinstance(found, str)], exact, near, twice)
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that change little when an image is resized, recompressed or made darker: which of its lowest
+    frequencies (a cosine transform of 32x32 grey pixels) are above their median. After pHash (Zauner 2010)."""
+    from scipy.fft import dctn
+
+    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float64)
+    low = dctn(grey)[:LOW, :LOW].ravel()
+    return int(np.packbits(low > np.median(low)).view(">u8")[0])
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
+    """one: (N,) uint64, other: (M,) uint64 → pairs of rows whose hashes differ in at most NEAR bits."""
+    step = max(1, BLOCK // max(1, len(other)))
+    blocks = ((start, one[start : start + step]) for start in range(0, len(one), step))
+    found = ((start, np.argwhere(np.bitwise_count(rows[:, None] ^ other) <= NEAR)) for start, rows in blocks)
+    return list(chain.from_iterable(((start + int(i), int(j)) for i, j in pairs) for start, pairs in found))
+
+
+def _same(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, int]]:
+    rows = {example.key: n for n, example in enumerate(train)}
+    return [(rows[example.key], n) for n, example in enumerate(test) if example.key in rows]
+
+
+def _look(example: Example) -> int | str:
+    """The perceptual hash of an image, or what is wrong with it."""
+    name, content = f"image {example.key[:12]}", example.image
+    if content_key(content) != example.key:
+        return f"{name}: its bytes have changed; get the data again"
+    try:
+        return perceptual_hash(open_image(content, name))
+    except ImageError as error:
+        return str(error)

@@ -1,0 +1,100 @@
+"""The four benchmarks as their authors publish them: which member is which image, of which class, on which side.
+
+Each function yields the items of one set from its original files; what it passes over on purpose it notes in `ignored`.
+Paths are those that CoOp's split files use. Anything unexpected is an error: nothing is skipped silently.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from data.archives import Files, is_of_the_system
+from data.core import Item, content_key
+from kshot_errors import DatasetError
+
+NO_IMAGES = {"BACKGROUND_Google/tmp"}  # Caltech-101's archive holds this one
+
+
+def caltech101(files: Files, ignored: list[str]) -> Iterator[Item]:
+    """101_ObjectCategories/<class>/image_NNNN.jpg; no split."""
+    for name, image in files.members("images"):
+        path = name.partition("101_ObjectCategories/")[2]
+        if is_of_the_system(name) or path in NO_IMAGES:
+            ignored.append(path or name)
+        elif path.count("/") == 1 and path.endswith(".jpg"):
+            yield Item(path, "", path.partition("/")[0], image, content_key(image))
+        elif path:  # the archive around this one holds annotations as well
+            raise DatasetError(f"{files.path('images')}: {name} is neither an image nor known; remove it")
+
+
+def flowers(files: Files, ignored: list[str]) -> Iterator[Item]:
+    """jpg/image_NNNNN.jpg; imagelabels.mat holds the class of image N, setid.mat which numbers are in which split."""
+    from data.class_names import FLOWERS
+
+    labels = _mat(files.read("labels", "imagelabels.mat"), "labels")
+    ids = files.read("split", "setid.mat")
+    split = {int(n): name for key, name in FLOWER_SPLITS.items() for n in _mat(ids, key)}
+    numbers = {f"image_{n:05d}.jpg": n for n in range(1, len(labels) + 1)}
+    for path, image in _images(files, numbers, ignored):
+        n = numbers[path]
+        yield Item(path, split[n], FLOWERS[int(labels[n - 1]) - 1], image, content_key(image))
+
+
+def pets(files: Files, ignored: list[str]) -> Iterator[Item]:
+    """images/<id>.jpg; annotations/{trainval,test}.txt list the ids, which are <Class_name>_<number>."""
+    lists = {"trainval.txt": "train", "test.txt": "test"}
+    listed: dict[str, tuple[str, str]] = {}
+    for name, split in lists.items():
+        for line in files.read("annotations", name).decode().splitlines():
+            if line.strip() and not line.startswith("#"):
+                identity = line.split()[0]
+                listed[f"{identity}.jpg"] = (split, identity.rpartition("_")[0])
+    for path, image in _images(files, listed, ignored):
+        yield Item(path, *listed[path], image, content_key(image))
+
+
+def cars(files: Files, ignored: list[str]) -> Iterator[Item]:
+    """cars_{train,test}/NNNNN.jpg; the devkit's .mat files hold the class names and the class of each image."""
+    names = [str(name) for name in _mat(files.read("devkit", "cars_meta.mat"), "class_names")]
+    sides = {
+        "train": files.read("devkit", "cars_train_annos.mat"),
+        "test": files.read("test labels", "cars_test_annos_withlabels.mat"),
+    }
+    for split, annotations in sides.items():
+        rows = _mat(annotations, "annotations")
+        label = {str(row["fname"]): names[int(row["class"]) - 1] for row in rows}
+        for path, image in _images(files, label, ignored, split):
+            yield Item(f"cars_{split}/{path}", split, label[path], image, content_key(image))
+
+
+FLOWER_SPLITS = {"trnid": "train", "valid": "validation", "tstid": "test"}
+LAYOUTS = {"caltech101": caltech101, "flowers": flowers, "pets": pets, "cars": cars}
+
+
+def _images(
+    files: Files, listed: dict[str, Any], ignored: list[str], part: str = "images"
+) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of the listed images. Images that no list names are ignored; a listed one must be there."""
+    missing = dict.fromkeys(listed)
+    for name, image in files.members(part):
+        file = name.rpartition("/")[2]
+        if file in missing:
+            del missing[file]
+            yield file, image
+        else:
+            ignored.append(name)
+    if missing:
+        raise DatasetError(
+            f"{files.path(part)} lacks {next(iter(missing))} and {len(missing) - 1} more that are listed"
+        )
+
+
+def _mat(content: bytes, name: str) -> Any:
+    """The variable of that name as a one-dimensional array."""
+    from numpy import ravel
+    from scipy.io import loadmat
+
+    try:
+        return ravel(loadmat(io.BytesIO(content), squeeze_me=True)[name])
+    except Exception as error:  # its readers raise many unrelated types on bytes that are broken
+        raise DatasetError(f"the .mat file with {name} is broken ({error}); download it again") from error

@@ -1,0 +1,26 @@
+"""`kshot bench`: how fast the parts are on this machine. Turns arguments into calls."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.terminal import err
+
+app = typer.Typer(name="bench", help="How fast the parts are on this machine.")
+
+Quick = Annotated[bool, typer.Option("--quick", help="End within a minute.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Where to write (default: results/bench/NAME.json).")]
+
+
+@app.command("data")
+def data(
+    quick: Quick = False,
+    json_path: Json = None,
+    root: Annotated[Path | None, typer.Option("--root", help="A folder of photographs; without it, made ones.")] = None,
+) -> None:
+    """Images a second, decoded and resized, against plain Pillow."""
+    from experiments.bench_data import bench
+
+    with err.status("measuring"):
+        bench(root, quick, json_path)

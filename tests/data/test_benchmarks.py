@@ -1,0 +1,327 @@
+"""The benchmarks from stand-ins for their original files: items, protocols, checksums, and one set from two sources."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data import benchmarks, catalog, hub, layouts
+from data.archives import Files
+from data.benchmark_rows import ROWS
+from data.core import Dataset, Item, content_key
+from data.fewshot import k_shot
+from data.protocols import Protocol, from_file, given, per_class
+from data.row import Access, Row
+from kshot_errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
+from tests.data import published
+
+SETS = ("caltech101", "cars", "flowers", "pets")
+SMALL = {  # what the stand-ins hold, under the official protocols
+    "caltech101": Protocol("official", "", per_class(3), 3, 9, 3, seeded=True),
+    "cars": Protocol("official", "", given(), 2, 3, 2),
+    "flowers": Protocol("official", "", given(), 3, 3, 2),
+    "pets": Protocol("official", "", given(train=("train", "validation")), 2, 4, 2),
+}
+EXPECTED = {
+    "cars": {
+        ("cars_train/00001.jpg", "train", "AM General Hummer SUV 2000"),
+        ("cars_test/00001.jpg", "test", "Audi A5 Coupe 2012"),
+    },
+    "flowers": {
+        ("image_00001.jpg", "train", "pink primrose"),
+        ("image_00004.jpg", "validation", "hard-leaved pocket orchid"),
+    },
+    "pets": {("Abyssinian_1.jpg", "train", "Abyssinian"), ("american_bulldog_20.jpg", "test", "american_bulldog")},
+    "caltech101": {("Faces_easy/image_0000.jpg", "", "Faces_easy")},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    home = tmp_path / "originals"
+    home.mkdir()
+    for name in SETS:
+        (home / name).mkdir()
+        getattr(published, name)(home / name)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+
+
+def row(name: str, *more: Protocol) -> Row:
+    """The set's own row with the sizes of its stand-in."""
+    return replace(catalog.DATASETS[name], protocols=(SMALL[name], *more), content="")
+
+
+def load(row: Row, root: Path | None, *, seed: int = 0, **access: object) -> Dataset:
+    way = Access(**{"source": "archive", "root": root, "allow_modified": True, **access})  # type: ignore[arg-type]
+    return benchmarks.load(row, root=None, split_seed=seed, access=way)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_image_with_its_class_and_its_side(root: Path, name: str) -> None:
+    ignored: list[str] = []
+    items = list(layouts.LAYOUTS[name](Files(root / name, row(name).parts, ""), ignored))
+    assert {(i.path, i.split, i.label) for i in items} >= EXPECTED[name]
+    assert all(isinstance(i.stored, bytes) and i.key == content_key(i.stored) for i in items)
+    passed_over = {"caltech101": ["BACKGROUND_Google/tmp"], "pets": ["images/Abyssinian_100.mat", "images/._pug_1.jpg"]}
+    assert ignored == passed_over.get(name, [])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_from_its_files(root: Path, name: str) -> None:
+    dataset = load(row(name), root / name)
+    protocol = SMALL[name]
+    assert (len(dataset.classes), len(dataset.train), len(dataset.test)) == (
+        protocol.classes,
+        protocol.train,
+        protocol.test,
+    )
+    assert {example.label for example in dataset.train} == set(range(protocol.classes))
+    assert all(content_key(example.image) == example.key for example in (*dataset.train, *dataset.test))
+    assert "modified" in dataset.protocol  # no stand-in has the checksums of the published files
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_unpacked_files_are_the_same_set(root: Path, name: str, tmp_path: Path) -> None:
+    packed = load(row(name), root / name)
+    for archive in sorted((root / name).glob("*.t*gz")):
+        shutil.unpack_archive(archive, root / name, format="gztar", filter="data")
+        archive.unlink()
+    unpacked = load(row(name), root / name)
+    assert [(e.key, e.label) for e in unpacked.train] == [(e.key, e.label) for e in packed.train] or name == "pets"
+    assert {(e.key, e.label) for e in unpacked.test} == {(e.key, e.label) for e in packed.test}
+    assert unpacked.facts["content"] == packed.facts["content"]
+
+
+def test_caltech_in_a_zip_around_it(root: Path) -> None:
+    home = root / "caltech101"
+    with zipfile.ZipFile(home / "caltech-101.zip", "w") as archive:
+        archive.write(home / "101_ObjectCategories.tar.gz", "caltech-101/101_ObjectCategories.tar.gz")
+        archive.writestr("caltech-101/Annotations/readme", b"annotations")
+    expected = load(row("caltech101"), home).facts["content"]
+    (home / "101_ObjectCategories.tar.gz").unlink()
+    assert load(row("caltech101"), home).facts["content"] == expected
+
+
+def test_the_images_of_caltech_are_vouched_for_by_their_content(root: Path) -> None:
+    """Whatever the archive's own checksum: it may have been packed again."""
+    found = load(row("caltech101"), root / "caltech101")
+    known = replace(row("caltech101"), content=found.facts["content"])
+    assert load(known, root / "caltech101", allow_modified=False).protocol == "official-0"
+    with pytest.raises(DatasetError, match=r"checksum of 101_ObjectCategories.tar.gz is not that .* --allow-modified"):
+        load(row("caltech101"), root / "caltech101", allow_modified=False)
+
+
+def test_files_that_are_not_the_published_ones(root: Path) -> None:
+    with pytest.raises(DatasetError, match=r"checksum of 102flowers.tgz, imagelabels.mat, setid.mat is not that"):
+        load(row("flowers"), root / "flowers", allow_modified=False)
+    parts = {key: replace(part, md5={}) for key, part in row("flowers").parts.items()}
+    same = replace(row("flowers"), parts=parts)
+    assert load(same, root / "flowers", allow_modified=False).protocol == "official"
+    before = load(row("flowers"), root / "flowers").protocol
+    published.tar(
+        root / "flowers/102flowers.tgz", {f"jpg/image_{n:05d}.jpg": published.picture(n + 9) for n in range(1, 7)}
+    )
+    assert load(row("flowers"), root / "flowers").protocol != before
+
+
+def test_one_seed_one_split_and_another_seed_another(root: Path) -> None:
+    first, again, other = (load(row("caltech101"), root / "caltech101", seed=seed) for seed in (0, 0, 1))
+    assert [e.key for e in first.train] == [e.key for e in again.train]
+    assert {e.key for e in first.train} != {e.key for e in other.train}
+    assert not {e.key for e in first.train} & {e.key for e in first.test}
+
+
+@pytest.fixture
+def on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[object, ...]]]:
+    """A hub that holds the stand-in's images under the class names of its own."""
+
+    def put(name: str) -> list[tuple[object, ...]]:
+        asked: list[tuple[object, ...]] = []
+
+        def read(hub_id: str, revision: str | None, splits: tuple[str, ...] | None) -> hub.HubSet:
+            asked.append((hub_id, revision, splits))
+            found = layouts.LAYOUTS[name](Files(root / name, row(name).parts, ""), [])
+            items = [
+                replace(i, path=f"{i.split or 'train'}/{n}", split=i.split or "train", label=i.label.lower())
+                for n, i in enumerate(found)
+            ]
+            return hub.HubSet("f" * 40, iter(items), tuple({i.label for i in items}))
+
+        monkeypatch.setattr(hub, "read", read)
+        return asked
+
+    return put
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_same_set_from_the_hub(root: Path, on_the_hub: Callable[[str], list[object]], name: str) -> None:
+    asked = on_the_hub(name)
+    ours = replace(row(name), clean=catalog.clean_name)
+    archive, downloaded = load(ours, root / name), load(ours, None, source="hub")
+    names = [tuple(map(ours.clean, dataset.classes)) for dataset in (archive, downloaded)]
+    assert names[0] == names[1]
+    for one, other in zip(("train", "test"), ("train", "test"), strict=True):
+        left, right = getattr(archive, one), getattr(downloaded, other)
+        assert sorted((e.key, e.label) for e in left) == sorted((e.key, e.label) for e in right)
+    chosen = [
+        {dataset.train[n].key for n in k_shot(dataset.train, names[0], 1, 0)} for dataset in (archive, downloaded)
+    ]
+    assert chosen[0] == chosen[1]
+    assert downloaded.facts["revision"] == "f" * 40
+    load(ours, None, source="hub")
+    assert len(asked) == 1  # the pack is read from then on
+
+
+def test_any_set_of_the_hub(on_the_hub: Callable[[str], list[object]]) -> None:
+    asked = on_the_hub("pets")
+    dataset = catalog.load("hub:me/pets@v1")
+    assert (dataset.name, dataset.classes) == ("hub:me/pets@v1", ("abyssinian", "american bulldog"))
+    assert (len(dataset.train), len(dataset.test)) == (4, 2)
+    assert dataset.protocol.startswith("given-split-")
+    on_the_hub("caltech101")
+    drawn = catalog.load("hub:me/objects", split_seed=3)  # has no test split
+    assert drawn.protocol.startswith("seeded-split-3-")
+    assert len(drawn.test) == 3
+    assert asked == [("me/pets", "v1", None)]
+
+
+def test_copies_of_a_set_may_spell_a_flower_otherwise() -> None:
+    flower = catalog.DATASETS["flowers"]
+    items = [Item(f"train/{n}", "train", label, b"", "") for n, label in enumerate(("barbeton daisy", "Rose"))]
+    assert [item.label for item in benchmarks.named(flower, items)] == ["barberton daisy", "rose"]
+    assert set(flower.spellings.values()) <= set(flower.classes or ())
+    twice = [*items, replace(items[0], label="barberton daisy")]
+    with pytest.raises(DatasetError, match="both read 'barberton daisy'"):
+        benchmarks.named(flower, twice)
+
+
+COOP = {
+    "train": [["Faces_easy/image_0000.jpg", 0, "face"], ["wild_cat/image_0001.jpg", 1, "wildcat"]],
+    "val": [["Faces_easy/image_0003.jpg", 0, "face"]],
+    "test": [["Faces_easy/image_0001.jpg", 0, "face"], ["wild_cat/image_0000.jpg", 1, "wildcat"]],
+}
+
+
+def test_a_split_that_others_have_drawn(root: Path, tmp_path: Path) -> None:
+    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(COOP))
+    dataset = load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
+    assert dataset.classes == ("face", "wildcat")
+    assert (len(dataset.train), len(dataset.test)) == (2, 2)
+    assert [dataset.classes[e.label] for e in dataset.test] == ["face", "wildcat"]
+    file.write_text(json.dumps({**COOP, "val": []}))
+    again = load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
+    assert again.protocol != dataset.protocol  # the stamp tells files apart
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no split file"),
+        ('{"train": [["a", 1]], "test": []}', "is no split file"),
+        ('{"train": [["no/such.jpg", 0, "x"]], "test": [["no/such.jpg", 0, "x"]]}', "names the image 'no/such.jpg'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_split_file_that_is_none(root: Path, tmp_path: Path, content: str | None, message: str) -> None:
+    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
+    file = tmp_path / "split.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
+
+
+@pytest.mark.parametrize(
+    ("access", "kind", "message"),
+    [
+        (Access("archive"), DatasetError, "no --root was given; it must be the folder with the original files of pets"),
+        (Access("archive", Path("no/where")), DatasetError, "--root no/where is no folder"),
+        (Access("ftp"), UnknownNameError, "unknown source 'ftp'.*hub, archive"),
+        (Access(protocol="blog"), UnknownNameError, "unknown protocol 'blog'.*recipe, official, coop"),
+        (Access("archive", protocol="recipe"), DatasetError, "the protocol recipe needs --source hub, not archive"),
+        (Access("hub", protocol="coop"), DatasetError, "the protocol coop needs --source archive, not hub"),
+        (Access("archive", Path(), "coop"), DatasetError, "give its JSON file with --split-file"),
+    ],
+)
+def test_ways_that_a_set_is_not_had(access: Access, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        catalog.load("pets", access=access)
+
+
+@pytest.mark.parametrize("access", [Access("archive"), Access(protocol="coop"), Access(split_file=Path("x"))])
+def test_embedded_sets_have_no_choice(access: Access) -> None:
+    with pytest.raises(InputError, match="is for caltech101, cars, flowers, pets; digits has no choice of it"):
+        catalog.load("digits", access=access)
+
+
+def test_files_that_are_missing_broken_or_of_another_set(root: Path) -> None:
+    home = root / "flowers"
+    (home / "setid.mat").rename(home / "elsewhere")
+    with pytest.raises(DatasetError, match=r"there is no setid.mat in .*flowers; --root names"):
+        load(row("flowers"), home)
+    (home / "setid.mat").write_bytes(b"x" * 200)
+    with pytest.raises(DatasetError, match=r"the \.mat file with trnid is broken"):
+        load(row("flowers"), home)
+    (home / "elsewhere").rename(home / "setid.mat")
+    whole = (home / "102flowers.tgz").read_bytes()
+    (home / "102flowers.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=r"102flowers.tgz is broken .*download it again"):
+        load(row("flowers"), home)
+    published.tar(home / "102flowers.tgz", {"jpg/image_00001.jpg": published.picture(1)})
+    with pytest.raises(DatasetError, match=r"102flowers.tgz lacks image_00002.jpg and 4 more"):
+        load(row("flowers"), home)
+
+
+def test_a_file_in_the_archive_that_nobody_knows(root: Path) -> None:
+    published.tar(root / "caltech101/101_ObjectCategories.tar.gz", {"101_ObjectCategories/cat/notes.txt": b"x"})
+    with pytest.raises(DatasetError, match=r"cat/notes.txt is neither an image nor known"):
+        load(row("caltech101"), root / "caltech101")
+
+
+def test_counts_that_are_not_the_protocols(root: Path) -> None:
+    wrong = replace(row("pets"), protocols=(replace(SMALL["pets"], test=3),))
+    with pytest.raises(DatasetError, match="pets, protocol official: 2 test images, not 3"):
+        load(wrong, root / "pets")
+    more = replace(row("pets"), classes=("Abyssinian", "Beagle"))
+    with pytest.raises(DatasetError, match="the source has a class 'american bulldog'"):
+        load(more, root / "pets")
+
+
+def test_an_archive_leads_nowhere(root: Path, tmp_path: Path) -> None:
+    """Members are read, never unpacked: a name that climbs is just a name."""
+    members = {"101_ObjectCategories/../../../evil/image_0001.jpg": published.picture(1)}
+    published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
+    with pytest.raises(DatasetError, match="neither an image nor known"):
+        load(row("caltech101"), root / "caltech101")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_sixteen_shots_of_ten_images(root: Path) -> None:
+    dataset = load(row("flowers"), root / "flowers")
+    with pytest.raises(TooFewImagesError, match="class 'blackberry lily' has 1 distinct train image, 16 shots"):
+        k_shot(dataset.train, dataset.classes, 16, 0)
+
+
+def test_rows_state_their_protocols() -> None:
+    stated = {(r.name, p.name): (p.classes, p.train, p.test) for r in ROWS for p in r.protocols}
+    assert stated["caltech101", "official"] == (102, 3060, 6084)
+    assert stated["flowers", "official"] == (102, 1020, 6149)
+    assert stated["pets", "official"] == (37, 3680, 3669)
+    assert stated["cars", "official"] == (196, 8144, 8041)
+    assert stated["caltech101", "coop"][0] == 100
+    for r in ROWS:
+        assert [p.name for p in r.protocols] == ["recipe", "official", "coop"]
+        assert len(r.classes or ()) in (0, r.protocols[0].classes)
+        assert all(len(md5) == 32 for part in r.parts.values() for md5 in part.md5.values())

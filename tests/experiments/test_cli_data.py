@@ -1,0 +1,96 @@
+"""kshot data: what it says of a set, its exit status, and a sweep on a benchmark from its original files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data import catalog
+from data.protocols import Protocol, per_class
+from tests.data import published
+
+SMALL = Protocol("official", "", per_class(3), 3, 9, 3, seeded=True)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Caltech-101 with three classes of four images."""
+    published.caltech101(tmp_path)
+    small = replace(catalog.DATASETS["caltech101"], protocols=(SMALL,))
+    monkeypatch.setitem(catalog.DATASETS, "caltech101", small)
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_get_and_check(root: Path, kshot) -> None:
+    options = ("caltech101", "--source", "archive", "--root", root)
+    said = kshot("data", "get", *options)
+    assert (said.status, said.out) == (2, "")
+    assert "--allow-modified" in said.err
+    got = kshot("data", "get", *options, "--allow-modified")
+    assert (got.status, got.err) == (0, "")
+    assert "images: 9 train, 3 test" in got.out
+    assert "in the source: 12 images in 3 classes" in got.out
+    assert "no images of the set: 1: BACKGROUND_Google/tmp" in got.out
+    assert "(not the published file's)" in got.out
+    checked = kshot("data", "check", *options, "--allow-modified")
+    assert checked.status == 0
+    assert checked.out.startswith(got.out)
+    assert "decoded: 12 of 12" in checked.out
+    assert "same image in train and test: 0" in checked.out
+
+
+def test_a_set_with_a_bad_image_fails(root: Path, kshot) -> None:
+    members = published.caltech_members()
+    members["101_ObjectCategories/wild_cat/image_0002.jpg"] = b"text"
+    published.tar(root / "101_ObjectCategories.tar.gz", members)
+    options = ("caltech101", "--source", "archive", "--root", root, "--allow-modified")
+    assert kshot("data", "get", *options).status == 0
+    checked = kshot("data", "check", *options)
+    assert (checked.status, checked.err.count("\n")) == (2, 1)
+    assert "not an image in a known format; replace or remove it" in checked.err
+    assert "decoded: 11 of 12" in checked.out
+
+
+@pytest.mark.parametrize("name", ["icons", "digits"])
+def test_the_embedded_sets_are_sound(kshot, name: str) -> None:
+    said = kshot("data", "check", name)
+    assert said.status == 0
+    assert "same image in train and test: 0" in said.out
+
+
+def test_a_sweep_from_the_original_files(root: Path, kshot, ran) -> None:
+    out = root / "out"
+    options = ("--source", "archive", "--root", root, "--allow-modified", "--protocol", "official")
+    method = ("--method", "pixel-knn", "--shots", "1,2", "--seeds", "0", "--out", out)
+    said = kshot("sweep", "--dataset", "caltech101", *options, *method)
+    assert said.status == 0, said.err
+    content = json.loads((out / "sweep.json").read_text())
+    assert content["protocols"]["caltech101"].startswith("official-0-modified-")
+    assert content["data"]["caltech101"]["modified"] == ["101_ObjectCategories.tar.gz"]
+    assert "caltech101: 101_ObjectCategories.tar.gz is not the published file (--allow-modified)." in content["notes"]
+    cells = [json.loads(path.read_text()) for path in out.glob("cells/*.json")]
+    assert {cell["protocol"] for cell in cells} == {content["protocols"]["caltech101"]}
+    report = (out / "report.md").read_text()
+    again = "--source archive --protocol official --root PATH/TO/THE/ORIGINAL/FILES --allow-modified"
+    assert again in report
+    assert str(root) not in report + (out / "sweep.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("data get flowerz", "did you mean 'flowers'?"),
+        ("data get pets --source archive", "no --root was given"),
+        ("data get icons --source archive", "icons has no choice of it"),
+        ("data check pets --source ftp", "unknown source 'ftp'"),
+        ("sweep --dataset digits --source archive", "digits has no choice of it"),
+        ("sweep --dataset digits --protocol coop", "digits has no choice of it"),
+        ("sweep --dataset pets --source archive --root no/where", "--root no/where is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(kshot, command: str, part: str) -> None:
+    said = kshot(*command.split())
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert part in said.err
