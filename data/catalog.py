@@ -4,7 +4,7 @@ Knows titles, licences, sizes and where the loader of a set is; knows nothing of
 standard library only, and a loader when its set is asked for, so that listing the table costs milliseconds.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -88,12 +88,11 @@ def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Ac
 
 def _no_access(row: Row, access: Access) -> dict[str, Access]:
     """For a set that is had in one way only. Raises InputError where another one is asked for."""
-    asked = {"--source": access.source, "--protocol": access.protocol, "--split-file": access.split_file}
-    for option, value in asked.items():
-        if value:
-            raise InputError(
-                f"{option} {value} is for {', '.join(r.name for r in ROWS)}; {row.name} has no choice of it"
-            )
+    others = ", ".join(other.name for other in ROWS)
+    for field in fields(Access):
+        if value := getattr(access, field.name):
+            option = f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise InputError(f"{option} is for {others}; {row.name} has no choice of it")
     return {}
 
 

@@ -260,7 +260,16 @@ def test_ways_that_a_set_is_not_had(access: Access, kind: type[Exception], messa
         catalog.load("pets", access=access)
 
 
-@pytest.mark.parametrize("access", [Access("archive"), Access(protocol="coop"), Access(split_file=Path("x"))])
+@pytest.mark.parametrize(
+    "access",
+    [
+        Access("archive"),
+        Access(root=Path("x")),
+        Access(protocol="coop"),
+        Access(split_file=Path("x")),
+        Access(allow_modified=True),
+    ],
+)
 def test_embedded_sets_have_no_choice(access: Access) -> None:
     with pytest.raises(InputError, match="is for caltech101, cars, flowers, pets; digits has no choice of it"):
         catalog.load("digits", access=access)

@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import CUT, RESET, HubRepo, serve
 
+from data import hub
+from kshot_errors import DatasetError
+
 ROOT = Path(__file__).parents[2]
 CLASSES = ("cat", "dog", "eel")
 COMMIT_OF_NOTHING = "0" * 40
@@ -268,3 +271,19 @@ def test_a_refusal_is_one_line_that_names_the_set_and_the_way_out(story: Story, 
     assert "\n" not in answer["text"]
     assert REFUSED[name][0] in answer["text"]
     assert all(word in answer["text"] for word in words), answer
+
+
+def test_of_several_columns_the_ones_of_the_usual_names() -> None:
+    from datasets import ClassLabel, Image, Value
+
+    features = {
+        "mask": Image(),
+        "image": Image(),
+        "species": ClassLabel(names=["cat"]),
+        "label": ClassLabel(names=["pug"]),
+    }
+    assert hub._columns("me/pets", features) == hub.Columns("image", "label", ("pug",))
+    one = {"photo": Image(), "breed": ClassLabel(names=["pug"]), "note": Value("string")}
+    assert hub._columns("me/pets", one) == hub.Columns("photo", "breed", ("pug",))
+    with pytest.raises(DatasetError, match=r"me/pets has the columns .*not one Image and one ClassLabel"):
+        hub._columns("me/pets", {**one, "kind": ClassLabel(names=["cat"])})

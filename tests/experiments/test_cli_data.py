@@ -94,3 +94,20 @@ def test_bad_input_is_one_line(kshot, command: str, part: str) -> None:
     said = kshot(*command.split())
     assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
     assert part in said.err
+
+
+def test_long_and_foreign_class_names(tmp_path: Path, kshot, ran, make_image) -> None:
+    """As long as a file system allows, in other scripts, with markup, decomposed: as they read, composed, and safe."""
+    names = ("a" * 250, "日本語の花", "cafe\u0301", "<script>alert(1)", "x & 'y' \"z\" | %s {0}")
+    for c, name in enumerate(names):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for n in range(3):
+            (tmp_path / "photos" / name / f"<b>{n}.png").write_bytes(make_image(10 * c + n))
+    methods = ("--method", "vlm-zero-shot", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
+    said = kshot("sweep", "--dataset", f"folder:{tmp_path / 'photos'}", *methods, "--out", tmp_path / "out")
+    assert said.status == 0, said.err
+    (classes,) = json.loads((tmp_path / "out/sweep.json").read_text())["classes"].values()
+    assert set(classes) == {*names[:2], "caf\u00e9", *names[3:]}
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<b>" not in page
