@@ -6,11 +6,13 @@ Knows nothing of what is written. Like `kshot_errors` it stands below data, vlm,
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 WHOLE, BLOCKS, BLOCK = 16 << 20, 64, 4096  # bytes read whole; blocks read of more; bytes in a block
+STALE = 3600  # seconds
 TEMPORARY = ".tmp"  # the end of every temporary name
 
 
@@ -76,6 +78,17 @@ def remove_unfinished(folder: Path) -> None:
     """Take away what a killed writer left in `folder`; only its one writer may call this."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink()
+
+
+def remove_stale(target: Path) -> None:
+    """Take away what killed makers of the folder `target` left beside it: what nobody has written to for an hour."""
+    for path in target.parent.glob(f".{target.name}.*{TEMPORARY}"):
+        try:
+            newest = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+        except OSError:  # its maker has just finished
+            continue
+        if time.time() - newest > STALE:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(folder: Path) -> str:

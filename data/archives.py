@@ -5,6 +5,7 @@ unpacked to disk, so no name in an archive can lead anywhere. Knows no data set.
 import hashlib
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import IO, Any
 from kshot_errors import DatasetError
 
 MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
-BLOCK = 1 << 20
+HEADER = 1 << 20  # bytes; likewise the longest name
 SYSTEM = (".", "Thumbs.db", "desktop.ini")  # how the names of a system's own files begin
 
 
@@ -57,12 +58,12 @@ class Files:
             else:
                 with path.open("rb") as file:
                     yield from _of_tar(file, path)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
             raise DatasetError(f"{path} is broken ({error}); download it again") from error
 
     def read(self, part: str, name: str) -> bytes:
         """The file of that name, wherever it stands in the part; the part itself where that is the file."""
-        if (path := self.path(part)).name == name:
+        if (path := self.path(part)).name == name and path.is_file():
             return path.read_bytes()
         for member, content in self.members(part):
             if member.rpartition("/")[2] == name:
@@ -78,7 +79,7 @@ class Files:
         digest = hashlib.sha256()
         for path in (self.path(part) for part in self.parts):
             for file in [path] if path.is_file() else sorted(path.rglob("*")):
-                stat = file.stat()
+                stat = file.lstat()
                 digest.update(f"{file.relative_to(path.parent)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -98,17 +99,28 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise DatasetError(f"the link {path} leads out of {folder}; put the file itself there")
+        if path.is_symlink() and not path.exists():
+            raise DatasetError(f"the link {path} leads nowhere; remove it")
         if path.is_file():
             _check_size(path, path.stat().st_size)
             yield path.relative_to(folder.parent).as_posix(), path.read_bytes()
 
 
 def _of_tar(file: IO[bytes], where: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
             if member.isfile() and (opened := archive.extractfile(member)):
                 _check_size(where / member.name, member.size)
                 yield member.name.removeprefix("./"), opened.read()
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose long names are of a sane length: tarfile reads them whole, before anything else is known."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) and self.size > HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def _of_zip(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -47,7 +47,7 @@ ROWS = (
                 },
             )
         },
-        content="2e360aee3333c8b17eab29e7341883b7a11d5a17b9d1eeb0bdc23310b69c01e0",
+        content="16173827d4a2d8dad71a8630fa04c24a2b9ff05c08a4decaad5779586db1f2a8",
         protocols=(
             _recipe(102),
             Protocol(

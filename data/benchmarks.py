@@ -12,7 +12,7 @@ from typing import Any
 
 from data import hub, layouts, pack
 from data.archives import Files, modified
-from data.core import Dataset, Example, Item
+from data.core import Dataset, Example, Item, digest
 from data.fewshot import stratified_split
 from data.protocols import Ask, Protocol
 from data.row import Access, Row, clean_classes
@@ -31,11 +31,14 @@ def load(row: Row, *, root: Path | None, split_seed: int, access: Access) -> Dat
     ask = Ask(split_seed, access.split_file)
     stamp = protocol.stamp(ask)  # first: it tells whether there is a split file at all
     items, facts = items_of(row, source, protocol, access, root)
-    stamp += _not_as_published(row, facts, access)
-    train, test = (named(row, part) for part in protocol.rule(named(row, items), ask))  # a rule may bring new names
+    every = named(row, items)
+    facts["content"] = digest((item.label, item.key) for item in every)
+    doubt = _doubt(row, protocol, facts, access)
+    train, test = (named(row, part) for part in protocol.rule(every, ask))  # a rule may bring new names
     classes = _classes([*train, *test])
     _check_counts(row, protocol, classes, train, test)
-    about = {"source": source, "protocol": protocol.name, **facts}
+    stamp += doubt and f"{doubt}-{fingerprint(train, test)}"
+    about = {"source": source, "protocol": protocol.name, **facts, "shared": _shared(train, test)}
     return Dataset(row.name, stamp, classes, _examples(train, classes), _examples(test, classes), about)
 
 
@@ -52,27 +55,45 @@ def load_hub(row: Row, *, root: Path | None, split_seed: int) -> Dataset:
         train, test = _drawn(items, split_seed)
         name = f"{row.protocol}-{split_seed}"
     classes = _classes(items)
-    stamp = f"{name}-{facts['content'][:12]}"
-    return Dataset(row.name, stamp, classes, _examples(train, classes), _examples(test, classes), facts)
+    stamp, about = f"{name}-{fingerprint(train, test)}", {**facts, "shared": _shared(train, test)}
+    return Dataset(row.name, stamp, classes, _examples(train, classes), _examples(test, classes), about)
+
+
+def fingerprint(train: Sequence[Item], test: Sequence[Item]) -> str:
+    """12 hex digits for all that results depend on: the images, their classes and their sides; not for the source."""
+    sides = (("train", train), ("test", test))
+    return digest((side, item.label, item.key) for side, items in sides for item in items)[:12]
 
 
 def chosen(row: Row, access: Access) -> tuple[str, Protocol]:
-    """Source and protocol, the usual ones where none is named.
+    """Source and protocol, the usual ones where none is named; the source of a --root is the archive.
 
-    Raises UnknownNameError; DatasetError where they do not go together.
+    Raises UnknownNameError; DatasetError where they do not go together, or with what else is asked for.
     """
-    if access.source and access.source not in row.sources:
-        raise UnknownNameError("source", access.source, row.sources)
+    source = access.source or ("archive" if access.root else "")
+    if source and source not in row.sources:
+        raise UnknownNameError("source", source, row.sources)
     by_name = {protocol.name: protocol for protocol in row.protocols}
     if access.protocol and access.protocol not in by_name:
         raise UnknownNameError("protocol", access.protocol, by_name)
     named = [by_name[access.protocol]] if access.protocol else row.protocols
-    for source in [access.source] if access.source else row.sources:
-        for protocol in named:
-            if source in protocol.sources:
-                return source, protocol
-    needed = " or ".join(named[0].sources)
-    raise DatasetError(f"{row.name}: the protocol {access.protocol} needs --source {needed}, not {access.source}")
+    pairs = [(s, p) for s in ([source] if source else row.sources) for p in named if s in p.sources]
+    if not pairs:
+        needed = " or ".join(named[0].sources)
+        raise DatasetError(f"{row.name}: the protocol {access.protocol} needs --source {needed}, not {source}")
+    _refuse_idle_options(row, *pairs[0], access)
+    return pairs[0]
+
+
+def _refuse_idle_options(row: Row, source: str, protocol: Protocol, access: Access) -> None:
+    idle = {
+        "--root": access.root and source == "hub",
+        "--allow-modified": access.allow_modified and source == "hub",
+        "--split-file": access.split_file and not protocol.from_file,
+    }
+    if wrong := [option for option, is_idle in idle.items() if is_idle]:
+        how = f"source {source}" if wrong[0] != "--split-file" else f"protocol {protocol.name}"
+        raise DatasetError(f"{row.name}: {wrong[0]} has no meaning with {how}; leave it out or choose another")
 
 
 def items_of(
@@ -110,21 +131,26 @@ def _hub_items(
     return pack.open_or_make(f"hub-{name}", fill, cache)
 
 
-def _not_as_published(row: Row, facts: dict[str, Any], access: Access) -> str:
-    """What the protocol's stamp says of the images: nothing where a checksum vouches for them."""
-    short = facts["content"][:12]
-    if row.content and row.content == facts["content"]:
+def _doubt(row: Row, protocol: Protocol, facts: dict[str, Any], access: Access) -> str:
+    """What the protocol's stamp says of the files: nothing where a checksum vouches for all that it uses of them."""
+    if row.content == facts["content"] and protocol.seeded:  # it vouches for images and classes, not for a split
         return ""
     if "hub" in facts:
-        return f"-{short}"
+        return "-hub"
     wrong = facts["modified"] or (["the images"] if row.content else [])
     if wrong and not access.allow_modified:
         raise DatasetError(
             f"{row.name}: the checksum of {', '.join(wrong)} is not that of the published files; "
             f"get the originals from {row.url}, or pass --allow-modified, which results will state"
         )
-    vouched = set(facts["md5"]) and not wrong and len(facts["md5"]) == len(row.parts)
-    return "" if vouched else f"-{'modified' if wrong else 'unpacked'}-{short}"
+    if wrong:
+        return "-modified"
+    return "" if len(facts["md5"]) == len(row.parts) else "-unpacked"
+
+
+def _shared(train: Sequence[Item], test: Sequence[Item]) -> int:
+    """How many images are on both sides."""
+    return len({item.key for item in train} & {item.key for item in test})
 
 
 def named(row: Row, items: Sequence[Item]) -> list[Item]:

@@ -5,7 +5,7 @@ so a set of any size costs its index.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -51,6 +51,11 @@ Stored = bytes | Readable
 def content(stored: Stored) -> bytes:
     """The bytes, wherever they are kept."""
     return stored if isinstance(stored, bytes) else stored.read()
+
+
+def digest(lines: Iterable[Sequence[str]]) -> str:
+    """64 hex digits for these lines of words, in whatever order they come."""
+    return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

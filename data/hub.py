@@ -230,7 +230,7 @@ def _plain(hub_id: str, revision: str | None, error: Exception) -> KshotError:
         case errors.LocalEntryNotFoundError() | errors.CachedRepoTreeNotFoundError() | httpx.HTTPError():
             return KshotError(
                 f"the hub cannot be reached ({_reason(error)}) and its cache does not hold all of {hub_id}; try again, "
-                "set HF_ENDPOINT to a mirror, or use --source archive"
+                "set HF_ENDPOINT to a mirror, or use --source archive where the set has one"
             )
         case EmptyDatasetError() | DataFilesNotFoundError():
             return DatasetError(f"{hub_id} has no files of {', '.join(FORMATS)}; try revision refs/convert/parquet")

@@ -12,9 +12,9 @@ from functools import partial
 
 from PIL import Image, ImageOps
 
-from data.core import Example
+from data.core import Example, Slice, content_key
 from data.spool import keep
-from kshot_errors import InputError
+from kshot_errors import DatasetError, InputError
 from kshot_images import Size, open_image
 
 
@@ -38,12 +38,21 @@ def prepare_all(examples: Sequence[Example], *, max_side: int = 480, hflip: bool
     """
 
     def one(example: Example) -> Example:
-        image = decode(example.image, max_side=max_side, name=f"image {example.key[:12]}")
+        image = decode(_checked(example), max_side=max_side, name=f"image {example.key[:12]}")
         mirrored = keep(_encode(image, True)) if hflip else None
         return replace(example, stored=keep(_encode(image, False)), stored_mirrored=mirrored)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, examples))
+
+
+def _checked(example: Example) -> bytes:
+    """The image. Raises DatasetError where it is not the one that the example was made of."""
+    image = example.image
+    if content_key(image) != example.key:
+        where = f" in {example.stored.path}" if isinstance(example.stored, Slice) else ""
+        raise DatasetError(f"image {example.key[:12]}{where} has changed; delete that file, or get the data again")
+    return image
 
 
 def decode(data: bytes, *, max_side: int = 480, name: str = "image") -> Image.Image:

@@ -5,7 +5,7 @@ Paths are those that CoOp's split files use. Anything unexpected is an error: no
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.archives import Files, is_of_the_system
@@ -37,7 +37,9 @@ def flowers(files: Files, ignored: list[str]) -> Iterator[Item]:
     numbers = {f"image_{n:05d}.jpg": n for n in range(1, len(labels) + 1)}
     for path, image in _images(files, numbers, ignored):
         n = numbers[path]
-        yield Item(path, split[n], FLOWERS[int(labels[n - 1]) - 1], image, content_key(image))
+        if n not in split:
+            raise DatasetError(f"setid.mat has image {n} in no split; download it again")
+        yield Item(path, split[n], _class(FLOWERS, labels[n - 1], "imagelabels.mat"), image, content_key(image))
 
 
 def pets(files: Files, ignored: list[str]) -> Iterator[Item]:
@@ -45,7 +47,7 @@ def pets(files: Files, ignored: list[str]) -> Iterator[Item]:
     lists = {"trainval.txt": "train", "test.txt": "test"}
     listed: dict[str, tuple[str, str]] = {}
     for name, split in lists.items():
-        for line in files.read("annotations", name).decode().splitlines():
+        for line in files.read("annotations", name).decode(errors="replace").splitlines():
             if line.strip() and not line.startswith("#"):
                 identity = line.split()[0]
                 listed[f"{identity}.jpg"] = (split, identity.rpartition("_")[0])
@@ -62,7 +64,7 @@ def cars(files: Files, ignored: list[str]) -> Iterator[Item]:
     }
     for split, annotations in sides.items():
         rows = _mat(annotations, "annotations")
-        label = {str(row["fname"]): names[int(row["class"]) - 1] for row in rows}
+        label = {str(row["fname"]): _class(names, row["class"], "the devkit") for row in rows}
         for path, image in _images(files, label, ignored, split):
             yield Item(f"cars_{split}/{path}", split, label[path], image, content_key(image))
 
@@ -81,12 +83,23 @@ def _images(
         if file in missing:
             del missing[file]
             yield file, image
+        elif file in listed:
+            raise DatasetError(f"{files.path(part)} has {file} twice, the second time as {name}; remove one")
         else:
             ignored.append(name)
     if missing:
         raise DatasetError(
             f"{files.path(part)} lacks {next(iter(missing))} and {len(missing) - 1} more that are listed"
         )
+
+
+def _class(names: Sequence[str], number: Any, where: str) -> str:
+    """The class of that number, from 1 on."""
+    if not 1 <= int(number) <= len(names):
+        raise DatasetError(
+            f"{where} has a class {int(number)}, but classes go from 1 to {len(names)}; get the original"
+        )
+    return names[int(number) - 1]
 
 
 def _mat(content: bytes, name: str) -> Any:

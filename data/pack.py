@@ -4,47 +4,48 @@ A compressed archive can only be read from its beginning, a pack anywhere: so im
 for. Knows nothing of archives, hubs or protocols; what `facts` says is for the record.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.core import Item, Slice, content, content_key
 from kshot_errors import DatasetError
-from kshot_files import cache_folder, write_folder
+from kshot_files import cache_folder, remove_stale, replace_folder, write_folder
 
-VERSION = 1  # raise it when what is in a pack changes
+VERSION = 2  # raise it when what is in a pack changes
 IMAGES, INDEX, FACTS = "images.bin", "index.parquet", "facts.json"
 COLUMNS = ("path", "split", "label", "key", "offset", "length")
 
 Fill = Callable[[dict[str, Any]], Iterator[Item]]
 
 
+class _ReadError(Exception):
+    """What went wrong while `fill` read its source, on its way past the handler of errors of writing."""
+
+
 def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list[Item], dict[str, Any]]:
     """The items, whose images lie in the pack of that name, and its facts; `fill` yields them where there is no pack.
 
     fill: called with a dictionary to which it adds the facts while it yields. name: must change with the content.
+    A pack that is damaged is made anew.
     Raises DatasetError where the cache cannot be written, and whatever fill raises: then nothing is left behind.
     """
     folder = (cache or cache_folder()) / f"{name}-{VERSION}"
     try:
-        write_folder(folder, lambda target: _write(target, fill))
-        return _items(folder), json.loads((folder / FACTS).read_bytes())
+        if (found := _opened(folder)) is not None:
+            return found
+        remove_stale(folder)
+        (replace_folder if folder.exists() else write_folder)(folder, lambda target: _write(target, fill))
+        found = _opened(folder)
+    except _ReadError as error:
+        raise error.__cause__ or error from None
     except OSError as error:
         raise DatasetError(f"cannot write {folder} ({error.strerror}); set KSHOT_CACHE to another folder") from error
-
-
-def made(name: str, cache: Path | None = None) -> Path | None:
-    """The folder of that pack, if there is one."""
-    folder = (cache or cache_folder()) / f"{name}-{VERSION}"
-    return folder if folder.is_dir() else None
-
-
-def digest(keys: Iterable[str]) -> str:
-    """What images a set holds, in whatever order and under whatever names: the SHA-256 of their sorted keys, in hex."""
-    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    if found is None:
+        raise DatasetError(f"{folder} was damaged as soon as it was written; set KSHOT_CACHE to another disk")
+    return found
 
 
 def _write(folder: Path, fill: Fill) -> None:
@@ -54,21 +55,44 @@ def _write(folder: Path, fill: Fill) -> None:
     facts: dict[str, Any] = {}
     rows: list[tuple[str, str, str, str, int, int]] = []
     with (folder / IMAGES).open("wb") as images:
-        for item in fill(facts):
+        for item in _read(fill, facts):
             image = content(item.stored)
-            rows.append((item.path, item.split, item.label, content_key(image), images.tell(), len(image)))
+            rows.append(
+                (_text(item.path), item.split, _text(item.label), content_key(image), images.tell(), len(image))
+            )
             images.write(image)
     splits = Counter(row[1] for row in rows)
     facts.update(images=len(rows), labels=len({row[2] for row in rows}), splits=dict(sorted(splits.items())))
-    facts["content"] = digest(row[3] for row in rows)
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / INDEX)
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _items(folder: Path) -> list[Item]:
+def _read(fill: Fill, facts: dict[str, Any]) -> Iterator[Item]:
+    try:
+        yield from fill(facts)
+    except Exception as error:
+        raise _ReadError from error
+
+
+def _text(name: str) -> str:
+    """A name that is not UTF-8 in its archive as text that can be written."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _opened(folder: Path) -> tuple[list[Item], dict[str, Any]] | None:
+    """The items and facts of a pack that is whole, as far as sizes tell; None for any other."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table, images = pq.read_table(folder / INDEX), folder / IMAGES
-    rows = zip(*(table[name].to_pylist() for name in COLUMNS), strict=True)
-    return [Item(path, split, label, Slice(images, start, size), key) for path, split, label, key, start, size in rows]
+    images = folder / IMAGES
+    try:
+        table, facts = pq.read_table(folder / INDEX), json.loads((folder / FACTS).read_bytes())
+        rows = list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
+        if images.stat().st_size != sum(row[-1] for row in rows) or facts["images"] != len(rows):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+    return [
+        Item(path, split, label, Slice(images, start, size), key) for path, split, label, key, start, size in rows
+    ], facts

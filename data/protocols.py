@@ -6,6 +6,7 @@ images each must give is in the catalog.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,8 +84,11 @@ def from_file(items: Sequence[Item], ask: Ask) -> Split:
     archive's images. Raises DatasetError where there is no file, it is no such JSON, or it names an image that the
     source does not have.
     """
-    by_path = {item.path: item for item in items}
-    train, test = ([_listed(by_path, entry, ask.split_file) for entry in part] for part in _parts(ask.split_file))
+    by_path, parts = {item.path: item for item in items}, _parts(ask.split_file)
+    paths = Counter(str(entry[0]) for part in parts for entry in part)
+    if twice := [path for path, count in paths.items() if count > 1]:
+        raise DatasetError(f"{ask.split_file} lists the image {twice[0]!r} more than once; mend the file")
+    train, test = ([_listed(by_path, entry, ask.split_file) for entry in part] for part in parts)
     return train, test
 
 
@@ -98,8 +102,10 @@ def _listed(by_path: dict[str, Item], entry: Sequence[object], file: Path | None
 def _parts(file: Path | None) -> tuple[list[list[object]], list[list[object]]]:
     content = json.loads(_read(file))
     parts = [content.get(part) if isinstance(content, dict) else None for part in ("train", "test")]
-    entries = [entry for part in parts for entry in part or [None]]
-    if not all(isinstance(entry, list) and len(entry) == 3 for entry in entries):
+    entries = [entry for part in parts for entry in (part if isinstance(part, list) else [part])]
+    if not all(
+        isinstance(e, list) and len(e) == 3 and isinstance(e[0], str) and isinstance(e[2], str) for e in entries
+    ):
         raise DatasetError(f'{file} is no split file; it must be {{"train": [[path, label, class], ...], "test": ...}}')
     return parts[0] or [], parts[1] or []
 
@@ -116,6 +122,6 @@ def _read(file: Path | None) -> bytes:
         json.loads(content)
     except OSError as error:
         raise DatasetError(f"split file {file} cannot be read ({error.strerror}); check --split-file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"split file {file} is not JSON ({error}); check --split-file") from error
     return content

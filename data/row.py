@@ -49,7 +49,7 @@ class Row:
     sources: where it can be had, the usual one first; () where it comes with kshot or is the user's folder.
     hub, revision: hub identifier and commit; "" is the newest, and the commit it resolved to is recorded.
     parts: its original files. protocols: the named ways to use it, the usual one first.
-    content: `pack.digest` of its images as they were published, "" where it is not known.
+    content: `core.digest` of (class, key) of its images as they were published, "" where it is not known.
     spellings: other ways in which sources write a class name → the one in `classes`.
     """
 

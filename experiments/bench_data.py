@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.core import Example, Slice, Stored, content
+from data.core import Example, Slice, Stored, content, content_key
 from data.images import decode, prepare_all
 from experiments.bench import FOLDER, finish, in_turn, result, row
 from kshot_errors import DatasetError
@@ -50,7 +50,7 @@ def run(root: Path | None, quick: bool) -> dict[str, Any]:
 
 def _photographs(images: Sequence[Stored], rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Images a second, read and decoded to MAX_SIDE, and prepared."""
-    examples = [Example(str(n), stored, 0) for n, stored in enumerate(images)]
+    examples = [Example(content_key(content(stored)), stored, 0) for stored in images]
     tasks: dict[str, Callable[[], object]] = {
         f"decode and resize to {MAX_SIDE}": lambda: _each(_ours, images, THREADS),
         "the same in plain Pillow": lambda: _each(_plain, images, THREADS),

@@ -4,6 +4,7 @@ Called in a worker process; data sets and prepared images stay there from cell t
 """
 
 import platform
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,8 @@ def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
     new = [example for example in chosen if example.key not in seen]
     prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
     seen.update((example.key, example) for example in prepared)
-    return [seen[example.key] for example in chosen]
+    # An image that stands in two classes is prepared once and keeps the label of the example that asks for it.
+    return [replace(seen[example.key], label=example.label) for example in chosen]
 
 
 def _test(job: Job) -> list[Example]:

@@ -52,7 +52,8 @@ class Plan:
 
     def _notes(self) -> list[str]:
         used = {name for method in self.sweep.methods for name in METHODS[method].settings}
-        return [*notes(self.sweep.settings, used), *filter(None, map(_of_its_files, self.datasets.values()))]
+        of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
+        return [*notes(self.sweep.settings, used), *of_files]
 
     def missing(self, results: Results) -> list[Job]:
         """The jobs whose cells are not stored yet."""
@@ -113,14 +114,13 @@ def command(content: Mapping[str, Any]) -> str:
     return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
 
 
-def _of_its_files(dataset: Dataset) -> str:
-    """What a report must say where a data set's files are not the published ones."""
-    changed = ", ".join(dataset.facts.get("modified", ()))
-    return (
-        f"{dataset.name}: {changed} is not the published file (--allow-modified)."
-        if "-modified-" in dataset.protocol
-        else ""
-    )
+def _of_its_files(dataset: Dataset) -> Iterator[str]:
+    """What a report must say of a data set's files."""
+    if "-modified-" in dataset.protocol:
+        changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
+        yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
+    if shared := dataset.facts.get("shared"):
+        yield f"{dataset.name}: images that are in both train and test: {shared}."
 
 
 def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import spool
-from data.core import Example
+from data.core import Example, content_key
 from data.images import prepare_all
 from data.spool import keep
 from kshot_errors import DatasetError
@@ -89,7 +89,8 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prepared_images_are_put_aside(folder: Path, make_image: Callable[..., bytes]) -> None:
-    (prepared,) = prepare_all([Example("key", make_image(0), 0)], hflip=True)
+    image = make_image(0)
+    (prepared,) = prepare_all([Example(content_key(image), image, 0)], hflip=True)
     assert isinstance(prepared.stored, spool.Kept)
     assert isinstance(prepared.stored_mirrored, spool.Kept)
     assert prepared.image != prepared.mirrored
@@ -102,7 +103,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.core import Example, Slice
+from data.core import Example, Slice, content_key
 from data.images import prepare_all
 
 
@@ -118,7 +119,7 @@ with path.open("wb") as file:
         pixels = np.asarray(smooth) + rng.normal(0, 30, (180, 240, 3))
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=93)
-        examples.append(Example(str(n), Slice(path, file.tell(), len(buffer.getvalue())), n))
+        examples.append(Example(content_key(buffer.getvalue()), Slice(path, file.tell(), len(buffer.getvalue())), n))
         file.write(buffer.getvalue())
 before = peak("VmRSS:")
 prepared = prepare_all(examples * 2500, hflip=False)
