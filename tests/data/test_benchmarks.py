@@ -1,9 +1,6 @@
 """The benchmarks from stand-ins for their original files: items, protocols, checksums, and one set from two sources."""
 
-import json
-import os
 import shutil
-import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,21 +13,13 @@ from scipy.io import savemat
 from data import benchmarks, catalog, hub, layouts
 from data.archives import Files
 from data.benchmark_rows import ROWS
-from data.core import Dataset, Item, content_key
+from data.core import Item, content_key
 from data.fewshot import k_shot
-from data.images import prepare_all
-from data.protocols import Protocol, from_file, given, per_class
-from data.row import Access, Row
+from data.row import Access
 from kshot_errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
 from tests.data import published
+from tests.data.published import SETS, SMALL, load, row
 
-SETS = ("caltech101", "cars", "flowers", "pets")
-SMALL = {  # what the stand-ins hold, under the official protocols
-    "caltech101": Protocol("official", "", per_class(3), 3, 9, 3, seeded=True),
-    "cars": Protocol("official", "", given(), 2, 3, 2),
-    "flowers": Protocol("official", "", given(), 3, 3, 2),
-    "pets": Protocol("official", "", given(train=("train", "validation")), 2, 4, 2),
-}
 EXPECTED = {
     "cars": {
         ("cars_train/00001.jpg", "train", "AM General Hummer SUV 2000"),
@@ -43,32 +32,6 @@ EXPECTED = {
     "pets": {("Abyssinian_1.jpg", "train", "Abyssinian"), ("american_bulldog_20.jpg", "test", "american_bulldog")},
     "caltech101": {("Faces_easy/image_0000.jpg", "", "Faces_easy")},
 }
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    home = tmp_path / "originals"
-    home.mkdir()
-    for name in SETS:
-        (home / name).mkdir()
-        getattr(published, name)(home / name)
-    return home
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-
-
-def row(name: str, *more: Protocol) -> Row:
-    """The set's own row with the sizes of its stand-in."""
-    return replace(catalog.DATASETS[name], protocols=(SMALL[name], *more), content="")
-
-
-def load(row: Row, root: Path | None, *, seed: int = 0, **access: object) -> Dataset:
-    usual = {"source": "archive", "root": root, "allow_modified": root is not None}
-    way = Access(**{**usual, **access})  # type: ignore[arg-type]
-    return benchmarks.load(row, root=None, split_seed=seed, access=way)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -210,45 +173,6 @@ def test_copies_of_a_set_may_spell_a_flower_otherwise() -> None:
         benchmarks.named(flower, twice)
 
 
-COOP = {
-    "train": [["Faces_easy/image_0000.jpg", 0, "face"], ["wild_cat/image_0001.jpg", 1, "wildcat"]],
-    "val": [["Faces_easy/image_0003.jpg", 0, "face"]],
-    "test": [["Faces_easy/image_0001.jpg", 0, "face"], ["wild_cat/image_0000.jpg", 1, "wildcat"]],
-}
-
-
-def test_a_split_that_others_have_drawn(root: Path, tmp_path: Path) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
-    file = tmp_path / "split.json"
-    file.write_text(json.dumps(COOP))
-    dataset = load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
-    assert dataset.classes == ("face", "wildcat")
-    assert (len(dataset.train), len(dataset.test)) == (2, 2)
-    assert [dataset.classes[e.label] for e in dataset.test] == ["face", "wildcat"]
-    file.write_text(json.dumps({**COOP, "val": []}))
-    again = load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
-    assert again.protocol != dataset.protocol  # the stamp tells files apart
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "is no split file"),
-        ('{"train": [["a", 1]], "test": []}', "is no split file"),
-        ('{"train": [["no/such.jpg", 0, "x"]], "test": []}', "names the image 'no/such.jpg'"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_split_file_that_is_none(root: Path, tmp_path: Path, content: str | None, message: str) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
-    file = tmp_path / "split.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(DatasetError, match=message):
-        load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
-
-
 @pytest.mark.parametrize(
     ("access", "kind", "message"),
     [
@@ -281,30 +205,6 @@ def test_embedded_sets_have_no_choice(access: Access) -> None:
         catalog.load("digits", access=access)
 
 
-def test_files_that_are_missing_broken_or_of_another_set(root: Path) -> None:
-    home = root / "flowers"
-    (home / "setid.mat").rename(home / "elsewhere")
-    with pytest.raises(DatasetError, match=r"there is no setid.mat in .*flowers; --root names"):
-        load(row("flowers"), home)
-    (home / "setid.mat").write_bytes(b"x" * 200)
-    with pytest.raises(DatasetError, match=r"the \.mat file with trnid is broken"):
-        load(row("flowers"), home)
-    (home / "elsewhere").rename(home / "setid.mat")
-    whole = (home / "102flowers.tgz").read_bytes()
-    (home / "102flowers.tgz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DatasetError, match=r"102flowers.tgz is broken .*download it again"):
-        load(row("flowers"), home)
-    published.tar(home / "102flowers.tgz", {"jpg/image_00001.jpg": published.picture(1)})
-    with pytest.raises(DatasetError, match=r"102flowers.tgz lacks image_00002.jpg and 4 more"):
-        load(row("flowers"), home)
-
-
-def test_a_file_in_the_archive_that_nobody_knows(root: Path) -> None:
-    published.tar(root / "caltech101/101_ObjectCategories.tar.gz", {"101_ObjectCategories/cat/notes.txt": b"x"})
-    with pytest.raises(DatasetError, match=r"cat/notes.txt is neither an image nor known"):
-        load(row("caltech101"), root / "caltech101")
-
-
 def test_counts_that_are_not_the_protocols(root: Path) -> None:
     wrong = replace(row("pets"), protocols=(replace(SMALL["pets"], test=3),))
     with pytest.raises(DatasetError, match="pets, protocol official: 2 test images, not 3"):
@@ -312,15 +212,6 @@ def test_counts_that_are_not_the_protocols(root: Path) -> None:
     more = replace(row("pets"), classes=("Abyssinian", "Beagle"))
     with pytest.raises(DatasetError, match="the source has a class 'american bulldog'"):
         load(more, root / "pets")
-
-
-def test_an_archive_leads_nowhere(root: Path, tmp_path: Path) -> None:
-    """Members are read, never unpacked: a name that climbs is just a name."""
-    members = {"101_ObjectCategories/../../../evil/image_0001.jpg": published.picture(1)}
-    published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
-    with pytest.raises(DatasetError, match="neither an image nor known"):
-        load(row("caltech101"), root / "caltech101")
-    assert not list(tmp_path.rglob("evil"))
 
 
 def test_sixteen_shots_of_ten_images(root: Path) -> None:
@@ -369,20 +260,6 @@ def test_the_right_photographs_under_wrong_classes_are_not_the_published_set(roo
         load(known, root / "caltech101", allow_modified=False)
 
 
-@pytest.mark.parametrize("number", [0, 103])
-def test_a_class_number_that_is_none(root: Path, number: int) -> None:
-    savemat(root / "flowers/imagelabels.mat", {"labels": np.array([[1, 1, 2, 2, number, 102]], np.uint8)})
-    with pytest.raises(DatasetError, match=f"imagelabels.mat has a class {number}, but classes go from 1 to 102"):
-        load(row("flowers"), root / "flowers")
-
-
-def test_an_image_that_stands_there_twice(root: Path) -> None:
-    members = {f"jpg/image_{n:05d}.jpg": published.picture(n) for n in range(1, 7)}
-    published.tar(root / "flowers/102flowers.tgz", {"backup/image_00001.jpg": published.picture(9), **members})
-    with pytest.raises(DatasetError, match=r"has image_00001.jpg twice, the second time as jpg/image_00001.jpg"):
-        load(row("flowers"), root / "flowers")
-
-
 def test_images_that_train_and_test_share_are_on_record(root: Path) -> None:
     pictures = {f"jpg/image_{n:05d}.jpg": published.picture(min(n, 5)) for n in range(1, 7)}  # 6 (train) is 5 (test)
     published.tar(root / "flowers/102flowers.tgz", pictures)
@@ -404,69 +281,3 @@ def test_an_option_without_a_meaning_is_refused(access: dict[str, object], optio
 
 def test_a_root_is_that_of_the_archive(root: Path) -> None:
     assert load(row("pets"), root / "pets", source="").facts["source"] == "archive"
-
-
-@pytest.mark.parametrize("file", ["images.bin", "index.parquet", "facts.json"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "short"])
-def test_a_damaged_pack_is_made_anew(root: Path, tmp_path: Path, file: str, damage: str) -> None:
-    before = load(row("pets"), root / "pets")
-    (path,) = (tmp_path / "cache").glob(f"pets-archive-*/{file}")
-    whole = path.read_bytes()
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes(whole[: len(whole) // 2] if damage == "short" else b"")
-    after = load(row("pets"), root / "pets")
-    assert path.read_bytes() == whole
-    assert [e.image for e in after.train] == [e.image for e in before.train]
-
-
-def test_an_image_that_has_changed_in_the_pack_is_not_used(root: Path, tmp_path: Path) -> None:
-    dataset = load(row("pets"), root / "pets")
-    (path,) = (tmp_path / "cache").glob("pets-archive-*/images.bin")
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(DatasetError, match=rf"in {path} has changed; delete that file"):
-        prepare_all(dataset.train, hflip=False)
-
-
-def test_what_killed_readers_left_is_taken_away(root: Path, tmp_path: Path) -> None:
-    load(row("pets"), root / "pets")
-    (pack,) = (tmp_path / "cache").glob("pets-archive-*")
-    old, young = (pack.with_name(f".{pack.name}.{n}.tmp") for n in (1, 2))
-    for left in (old, young):
-        left.mkdir()
-        (left / "images.bin").write_bytes(b"x")
-    for path in (old / "images.bin", old):
-        os.utime(path, (0, 0))
-    shutil.rmtree(pack)
-    load(row("pets"), root / "pets")
-    assert (old.exists(), young.exists()) == (False, True)
-
-
-def test_a_header_that_would_fill_the_memory(root: Path) -> None:
-    path = root / "caltech101/101_ObjectCategories.tar.gz"
-    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * (2 << 20)}):
-        pass
-    with pytest.raises(DatasetError, match=r"is broken \(a header of 2,\d+,\d+ bytes\); download it again"):
-        load(row("caltech101"), root / "caltech101")
-
-
-def test_a_name_that_is_not_utf8(root: Path) -> None:
-    members = {**published.caltech_members(), "101_ObjectCategories/wild_cat/image_9\udce9.jpg": published.picture(77)}
-    published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
-    small = replace(SMALL["caltech101"], test=4)
-    assert len(load(replace(row("caltech101"), protocols=(small,)), root / "caltech101").test) == 4
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({**COOP, "test": COOP["train"]}, "lists the image 'Faces_easy/image_0000.jpg' more than once"),
-        ({**COOP, "train": 5}, "is no split file"),
-        ({**COOP, "train": [["Faces_easy/image_0000.jpg", 0, None]]}, "is no split file"),
-    ],
-)
-def test_a_split_file_that_contradicts_itself(root: Path, tmp_path: Path, content: object, message: str) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
-    (tmp_path / "split.json").write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match=message):
-        load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=tmp_path / "split.json")
