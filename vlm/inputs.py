@@ -36,7 +36,7 @@ class ImageRule:
         from transformers import AutoImageProcessor
 
         try:
-            return cls(AutoImageProcessor.from_pretrained(source(model)))
+            return cls(AutoImageProcessor.from_pretrained(source(model), trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise ModelError(f"model {model!r} has no image processor: {str(error).splitlines()[0]}") from error
 

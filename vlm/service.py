@@ -80,22 +80,31 @@ class ServiceClient(Protocol):
 
 
 def connect(
-    service: str = "local", *, state_dir: Path | None = None, device: str = "cpu", api_key: str | None = None
+    service: str = "local",
+    *,
+    state_dir: Path | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    train_vision: bool = False,
+    features: Path | None = None,
+    api_key: str | None = None,
 ) -> ServiceClient:
     """The service client of "local" (this process), "tinker" (the hosted service) or an http address.
 
-    state_dir, device: of "local": where it keeps checkpoints (default: kshot's folder below the user's state home),
-    and what it computes on. api_key: of the others; on loopback it defaults to the key any local server takes.
-    Raises UnknownNameError for another name, RequestError for an option of the other kind.
+    Of "local" alone: state_dir, where it keeps checkpoints (default: kshot's folder below the user's state home);
+    device, what it computes on ("auto" spreads a model over all GPUs); dtype, "float32" or "bfloat16" (default: the
+    checkpoint's); train_vision, whether LoRA covers the vision tower too, beside what each run says; features, a folder
+    that keeps image features for later processes. api_key: of the others; on loopback it defaults to the key any local
+    server takes. Raises UnknownNameError for another name, RequestError for an option of the other kind.
     """
+    local = {"state_dir": state_dir, "dtype": dtype, "train_vision": train_vision, "features": features}
+    given = [name for name, value in local.items() if value] + ["device"] * (device != "cpu")
     if service == "local":
-        from vlm.local.client import LocalServiceClient
-
         if api_key is not None:
             raise RequestError("api_key is for remote services; the local one has none")
-        return LocalServiceClient(state_dir, device)
-    if state_dir is not None or device != "cpu":
-        raise RequestError(f"state_dir and device are for the local service, not for {service!r}")
+        return _local(state_dir, device, dtype, train_vision=train_vision, features=features)
+    if given:
+        raise RequestError(f"{', '.join(given)}: for the local service, not for {service!r}")
     if service == "tinker":
         return _official(None, api_key)
     if service.startswith(("http://", "https://")):
@@ -113,6 +122,17 @@ def check(service: str, timeout: float = 3.0) -> None:
         socket.create_connection((parts.hostname, parts.port or SCHEMES[parts.scheme]), timeout).close()
     except OSError as error:
         raise RequestError(f"no server answers at {service} ({error.strerror or error}); start it first") from error
+
+
+def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:
+    import torch
+
+    from vlm.local.client import LocalServiceClient
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UnknownNameError("dtype", str(dtype), [name for name in dtypes if name])
+    return LocalServiceClient(state_dir, device, dtypes[dtype], **options)
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:

@@ -1,13 +1,18 @@
-"""What the tests of vlm share beside fixtures: class names, an example, and the stock forward's inputs."""
+"""What the tests of vlm share beside fixtures: class names, an example, and the same by transformers and PEFT alone."""
 
+import copy
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import tinker
 import torch
+from peft import get_peft_model, set_peft_model_state_dict
 from tinker import types
 
 from kshot_images import open_image
 from vlm.inputs import ImageRule
+from vlm.local.training_client import LocalTrainingClient
 
 IMAGE = 4082  # the nano tokenizer's <|image_pad|>
 CLASSES = ("star", "car", "cart", "crocodile", "crocodile head", "café ☕")
@@ -39,3 +44,41 @@ def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule) -> dict[str, t
         inputs["image_grid_thw"] = torch.cat([i["image_grid_thw"] for i in images])
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     return inputs
+
+
+def adapter_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
+    """PEFT's name → a view of the run's tensor."""
+    return {name: tensor.detach() for name, tensor in client._run.adapter.named().items()}
+
+
+def gradients_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
+    return client._run.gradients()
+
+
+def disturb(client: LocalTrainingClient, seed: int = 0) -> None:
+    """Give B random values: at its zeros, A has no gradient and a wrong A would not be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in adapter_of(client).items():
+        if ".lora_B." in name:
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+
+
+def plain_peft(client: LocalTrainingClient, stock: Any) -> Any:
+    """A stock model under stock PEFT with this run's adapter, loaded from what the client would save."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = get_peft_model(copy.deepcopy(stock), client._run.adapter.layout.config())
+    found = set_peft_model_state_dict(plain, adapter_of(client))
+    assert not found.unexpected_keys
+    return plain
+
+
+def plain_loss(plain: Any, data: list[tinker.Datum], rule: ImageRule) -> torch.Tensor:
+    """Σ −log p · weight of each datum in a forward pass of its own, all logits."""
+    total = torch.zeros(())
+    for datum in data:
+        log_probs = plain(**stock_inputs(datum.model_input, rule)).logits[0].float().log_softmax(-1)
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        picked = log_probs.gather(1, targets[:, None])[:, 0]
+        total = total - (picked * datum.loss_fn_inputs["weights"].to_torch()).sum()
+    return total

@@ -29,7 +29,6 @@ BAD: dict[str, dict[str, Any]] = {  # what is changed in a good datum, and what 
         "named": "5 entries",
     },
     "advantages": {"fields": {"advantages": ones(5)}, "named": "advantages"},
-    "zero weights": {"fields": {"weights": "zeros"}, "named": "weight is zero"},
     "off the vocabulary": {"chunks": [types.EncodedTextChunk(tokens=[5, 4096])], "named": "4096"},
     "a placeholder": {"chunks": [types.EncodedTextChunk(tokens=[5, IMAGE])], "named": "ImageChunk"},
     "an audio chunk": {"chunks": [types.ImageAssetPointerChunk(location="a", format="png")], "named": "not supported"},
@@ -43,8 +42,6 @@ BAD: dict[str, dict[str, Any]] = {  # what is changed in a good datum, and what 
 
 def spoiled(good: tinker.Datum, change: dict[str, Any]) -> tinker.Datum:
     fields = {**good.loss_fn_inputs, **(change.get("fields") or {})}
-    if fields["weights"] == "zeros":
-        fields["weights"] = tinker.TensorData.from_numpy(np.zeros(good.model_input.length, np.float32))
     if isinstance(fields["target_tokens"], str):  # torch would take -100 for "leave this one out"
         targets = good.loss_fn_inputs["target_tokens"].to_numpy().copy()
         targets[-1] = -100

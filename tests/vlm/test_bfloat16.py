@@ -8,8 +8,9 @@ from tinker import types
 
 from tests.vlm.helpers import Pictured
 from vlm import labels, nano
+from vlm.local.adapter import LoraSpec
 from vlm.local.engine import BASE, Engine
-from vlm.local.model import LoraSpec, Model
+from vlm.local.model import Model
 from vlm.local.sampling import Ask, sample
 from vlm.local.scoring import score_tree
 from vlm.prompts import Prompt
@@ -25,13 +26,11 @@ def engines() -> tuple[Engine, Engine]:
 def test_training(engines: tuple[Engine, Engine], mixed: list[tinker.Datum]) -> None:
     losses = []
     for engine in engines:
-        run = engine.start("run", LoraSpec(rank=4), seed=0)
-        assert all(p.dtype == torch.float32 for p in engine.model.parameters("run").values())
+        run = engine.start(LoraSpec(rank=4), seed=0)
+        assert all(t.dtype == torch.float32 for t in run.adapter.named().values())
         for _ in range(5):
             losses.append(engine.forward_backward(run, mixed, "cross_entropy", None).metrics["loss:sum"])
             engine.optim_step(run, types.AdamParams(learning_rate=1e-2, eps=1e-8))
-        snapshot = engine.snapshot(run)
-        assert snapshot.weights is not None
     assert losses[0] == pytest.approx(losses[5], rel=0.02)
     assert losses[4] < losses[0] / 2
     assert losses[9] < losses[5] / 2
@@ -42,7 +41,7 @@ def test_scoring_and_sampling(engines: tuple[Engine, Engine], prompt: Prompt, ex
     trie = labels.build(prompt.choices, "constrained")
     half, full = (score_tree(engine, BASE, asked, trie) for engine in engines)
     assert np.abs(half - full).max() < 0.2
-    tuned = engines[0].snapshot(engines[0].start("tuned", LoraSpec(rank=4), seed=0))
+    tuned = engines[0].snapshot(engines[0].start(LoraSpec(rank=4), seed=0).adapter)
     assert (score_tree(engines[0], tuned, asked, trie) == half).all()  # B is zero
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
     answers = sample(engines[0], BASE, [Ask(p, params, prompt_logprobs=True) for p in asked])

@@ -115,7 +115,7 @@ def test_an_extreme_aspect_ratio_is_an_image_error(rule: ImageRule) -> None:
 def test_the_rule_of_an_unknown_model_says_the_choices() -> None:
     with pytest.raises(UnknownNameError, match=nano.NAME):
         ImageRule.from_pretrained("kshot/nano-qwen3")
-    with pytest.raises(ModelError, match="no image processor"):
+    with pytest.raises(ModelError, match="nobody/no-such-model"):
         ImageRule.from_pretrained("nobody/no-such-model")
 
 

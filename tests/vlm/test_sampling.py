@@ -14,8 +14,8 @@ from vlm import nano
 from vlm.classifier import generate, predict
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local.client import LocalServiceClient
-from vlm.local.sampling import pick
 from vlm.local.sampling_client import LocalSamplingClient
+from vlm.local.writing import pick
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kshot_errors import ModelError, RequestError
 from kshot_files import replace_folder
-from vlm.local.model import LoraSpec
+from vlm.local.adapter import LoraSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
@@ -27,11 +26,15 @@ KINDS = ("weights", "sampler_weights")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved."""
+    """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved.
+
+    experts: whether the base model has experts, which PEFT's configuration must name.
+    """
 
     base_model: str
     spec: LoraSpec
     weights: Mapping[str, Tensor]
+    experts: bool = False
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
 
@@ -77,6 +80,7 @@ def load(state: Path, path: str) -> Checkpoint:
             base_model=record["base_model"],
             spec=LoraSpec(**record["lora"]),
             weights=load_file(source / "adapter_model.safetensors"),
+            experts=record["experts"],
             optimizer=load_file(optimizer) if optimizer.exists() else None,
             user_metadata=record["user_metadata"],
         )
@@ -84,32 +88,9 @@ def load(state: Path, path: str) -> Checkpoint:
         raise ModelError(f"checkpoint {path} is damaged: {error}") from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, `<parameter>.<moment>`; empty before its first step."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[n]}.{key}": value.clone() for n, values in state.items() for key, value in values.items()}
-
-
-def optimizer_state(names: list[str], tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """What `optimizer_tensors` gave, by the parameters' numbers. Raises ModelError for an unknown parameter."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, moment = key.rpartition(".")
-        if name not in names:
-            raise ModelError(f"checkpoint does not fit the optimizer: {name!r} has no place in it")
-        state.setdefault(names.index(name), {})[moment] = tensor
-    return state
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Put a state that `optimizer_state` gave in place of the optimizer's own, and forget gathered gradients."""
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    optimizer.zero_grad(set_to_none=True)
-
-
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(dict(checkpoint.weights), folder / "adapter_model.safetensors")
-    config = checkpoint.spec.config()
+    config = checkpoint.spec.config(experts=checkpoint.experts)
     config.base_model_name_or_path = checkpoint.base_model
     config.save_pretrained(str(folder))
     if checkpoint.optimizer is not None:
@@ -117,6 +98,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     record = {
         "base_model": checkpoint.base_model,
         "lora": asdict(checkpoint.spec),
+        "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
     }
     (folder / "kshot.json").write_text(json.dumps(record, indent=2))

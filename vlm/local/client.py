@@ -4,43 +4,52 @@ One worker thread runs the requests of a service in the order they were made, so
 forward_backward and optim_step before it waits for either.
 """
 
-import logging
 import secrets
 import uuid
-import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot_errors import RequestError
 from vlm.local import checkpoint
-from vlm.local.engine import BASE, Engine, Snapshot
-from vlm.local.model import LoraSpec, Model
+from vlm.local.adapter import Adapter, LoraSpec
+from vlm.local.engine import BASE, Engine
+from vlm.local.model import Model
 from vlm.local.sampling_client import LocalSamplingClient, refuse
 from vlm.local.training_client import LocalTrainingClient
+from vlm.local.vision import Vision
 from vlm.models import MODELS
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 class LocalServiceClient:
     """Training and sampling on models of this process; meets `vlm.service.ServiceClient`.
 
-    state_dir: where checkpoints are written and found. device: where models are put.
+    state_dir: where checkpoints are written and found. device: where models are put ("auto": spread over all GPUs).
+    dtype: what they compute in; None is the checkpoint's own. train_vision: whether LoRA covers the vision tower too.
+    features: a folder that keeps image features between processes, or None.
     """
 
-    def __init__(self, state_dir: Path | None = None, device: str = "cpu") -> None:
-        self._state, self._device = state_dir or checkpoint.state_folder(), device
+    def __init__(
+        self,
+        state_dir: Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        train_vision: bool = False,
+        features: Path | None = None,
+    ) -> None:
+        self._state, self._device, self._dtype = state_dir or checkpoint.state_folder(), device, dtype
+        self._train_vision, self._features = train_vision, features
         self._engines: dict[str, Engine] = {}
         self._session, self._runs = str(uuid.uuid4()), 0
-        self._abandoned: deque[tuple[Engine, str]] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kshot-engine")
 
     def create_lora_training_client(
@@ -56,7 +65,7 @@ class LocalServiceClient:
     ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
         """A future of a new training run on `base_model`; the LoRA weights are initialised from `seed`."""
         refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
-        spec = LoraSpec(rank, train_mlp, train_attn, train_unembed)
+        spec = LoraSpec(rank, train_mlp, train_attn, train_unembed, self._train_vision)
         return self._submit(self._start, base_model, spec, seed, user_metadata)
 
     def create_training_client_from_state(
@@ -107,23 +116,14 @@ class LocalServiceClient:
 
     def _submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[T]:
         try:
-            return AwaitableConcurrentFuture(self._worker.submit(self._run, partial(call, *args, **kwargs)))
+            return AwaitableConcurrentFuture(self._worker.submit(partial(call, *args, **kwargs)))
         except RuntimeError as error:
             raise RequestError("the service is closed; connect again") from error
 
-    def _run(self, call: Callable[[], T]) -> T:
-        """On the worker: first give back the memory of what nobody can reach any more, then do what was asked."""
-        while self._abandoned:
-            engine, adapter = self._abandoned.popleft()
-            try:
-                engine.end(adapter)
-            except Exception:  # it is nobody's request: say so and go on
-                log.exception("adapter %s could not be released", adapter)
-        return call()
-
     def _engine(self, base_model: str) -> Engine:
         if base_model not in self._engines:
-            self._engines[base_model] = Engine(Model(base_model, self._device))
+            model = Model(base_model, self._device, self._dtype)
+            self._engines[base_model] = Engine(model, Vision(model, disk=self._features))
         return self._engines[base_model]
 
     def _start(
@@ -131,11 +131,8 @@ class LocalServiceClient:
     ) -> LocalTrainingClient:
         engine = self._engine(base_model)
         model_id = f"{self._session}:train:{self._runs}"
-        run = engine.start(f"run_{self._runs}", spec, secrets.randbits(31) if seed is None else seed)
+        run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
         self._runs += 1
-        # A finalizer may run in the middle of anything, even of a submit: it takes no lock and leaves the rest to the
-        # worker. Requests that are still to run hold the run, so it outlives them.
-        weakref.finalize(run, self._abandoned.append, (engine, run.adapter))
         return LocalTrainingClient(engine, run, model_id, self._state, self._submit, user_metadata)
 
     def _resume(
@@ -152,4 +149,6 @@ class LocalServiceClient:
         if base_model is not None:
             return LocalSamplingClient(self._engine(base_model), BASE, self._submit)
         saved = checkpoint.load(self._state, model_path or "")
-        return LocalSamplingClient(self._engine(saved.base_model), Snapshot(saved.spec, saved.weights), self._submit)
+        engine = self._engine(saved.base_model)
+        adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
+        return LocalSamplingClient(engine, engine.snapshot(adapter), self._submit)

@@ -1,42 +1,41 @@
 """One base model and everything that is trained and sampled on it. Knows no futures, names of paths, or classes.
 
-Runs and snapshots are LoRA adapters over the shared base. Gradients of a run accumulate in its adapter until its
-optimizer step. The calls here are not thread-safe: one worker makes them, in order.
+Runs and snapshots are LoRA adapters over the shared base. Gradients of a run accumulate until its optimizer step. The
+calls here are not thread-safe: one worker makes them, in order.
 """
 
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tinker
 import torch
 from tinker import types
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from kshot_errors import RequestError
-from vlm.local.batch import Batch, collate, run
-from vlm.local.losses import fields_of, loss
-from vlm.local.model import LoraSpec, Model
+from vlm.local.adapter import Adapter, Factors, LoraSpec
+from vlm.local.attention import Causal
+from vlm.local.batch import Batch, Encode, collate
+from vlm.local.lora import linear
+from vlm.local.losses import Fields, Loss, fields_of, loss
+from vlm.local.model import Model
+from vlm.local.run import Run
 from vlm.local.vision import Vision
 
-
-@dataclass
-class Run:
-    """A training run: its adapter's name and spec, and the optimizer over the adapter's parameters."""
-
-    adapter: str
-    spec: LoraSpec
-    optimizer: torch.optim.AdamW
+CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
+LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
+PACK = 4096  # positions in one pass, a datum at least
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Fixed weights to sample from: tensors of an adapter, or the bare base model where `weights` is None."""
+    """Fixed weights to sample from: an adapter's, or the bare base model where `factors` is None."""
 
-    spec: LoraSpec | None = None
-    weights: Mapping[str, Tensor] | None = None
+    factors: Factors | None = None
 
 
 BASE = Snapshot()
@@ -45,22 +44,20 @@ BASE = Snapshot()
 class Engine:
     """Forward passes, gradients and optimizer steps on one model."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.vision = model, Vision(model)
-        self._in_slot: dict[str, weakref.ref[Snapshot]] = {}
+    def __init__(self, model: Model, vision: Vision | None = None) -> None:
+        self.model, self.vision = model, vision or Vision(model)
 
-    def start(self, adapter: str, spec: LoraSpec, seed: int) -> Run:
+    def start(self, spec: LoraSpec, seed: int) -> Run:
         """A new run: a LoRA adapter initialised from `seed`."""
-        self.model.add_adapter(adapter, spec, seed)
-        return Run(adapter, spec, torch.optim.AdamW(self.model.parameters(adapter).values()))
+        return Run(Adapter.fresh(self.model.layout(spec), seed), self.model.dtype)
 
-    def end(self, adapter: str) -> None:
-        """Forget the run of this adapter: its weights and gradients."""
-        self.model.drop_adapter(adapter)
+    def snapshot(self, adapter: Adapter) -> Snapshot:
+        """The adapter's numbers as they are now."""
+        return Snapshot(adapter.copy().factors(self.model.dtype))
 
     def forward_backward(
         self,
-        trained: Run,
+        run: Run,
         data: Sequence[tinker.Datum],
         loss_fn: str,
         config: Mapping[str, Any] | None,
@@ -69,107 +66,179 @@ class Engine:
     ) -> types.ForwardBackwardOutput:
         """The loss of `data` and, unless `forward_only`, its gradient, added to the run's.
 
-        Log-probabilities come back for every position when `forward_only`; else the head runs only where the weight
-        is not zero, and the other positions hold 0.
+        Log-probabilities come back for every position, except for cross_entropy's gradient: there the head runs only
+        where the weight is not 0, and the other positions hold 0. A request that does not fit changes nothing; a pass
+        that fails (out of memory) drops what the run has gathered, so that no step is made with a part.
         """
-        compute = loss(loss_fn, config)
-        if not data:
-            raise RequestError("no data given; a forward pass needs at least one datum")
-        fields = [fields_of(datum) for datum in data]
-        for field in fields:
-            self.model.check_tokens(field["target_tokens"].tolist(), "target")
-        self.model.use(trained.adapter)
+        chosen = loss(loss_fn, config)
+        everything = forward_only or chosen.about_samples
+        items = [_Item.of(number, datum, chosen, everything=everything) for number, datum in enumerate(data)]
+        self._check(items)
+        total, outputs = 0.0, list[tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only):
-            batch = self.collate([datum.model_input for datum in data])
-            scored = _scored(fields, batch.lengths, everything=forward_only)
-            rows, columns = _indices(scored)
-            hidden = run(self.model, batch.ids, batch.positions, batch.images)[rows, columns]
-            picked = {name: torch.cat([f[name][c] for f, c in zip(fields, scored, strict=True)]) for name in fields[0]}
-            picked = {name: tensor.to(hidden.device) for name, tensor in picked.items()}
-            log_probs = -cross_entropy(self.head(hidden), picked["target_tokens"], reduction="none")
-            total = compute(log_probs, picked)
-            if not forward_only:
-                total.backward()
-        outputs = _per_datum(log_probs.detach().float().cpu(), scored, batch.lengths)
-        return types.ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": float(total.detach())})
+            for pack, batch in self._batches(items, run.factors):
+                log_probs = self._log_probs(run.factors, pack, batch)
+                value = chosen(log_probs, _fields(pack, log_probs.device))
+                if not forward_only:
+                    run.add(value.backward)
+                total += float(value.detach())
+                outputs += _per_datum(log_probs, pack)
+        return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in outputs], {"loss:sum": total})
 
-    def optim_step(self, trained: Run, params: types.AdamParams) -> types.OptimStepResponse:
-        """AdamW with these parameters on the gradients gathered since the last step, which are then cleared.
+    def forward_backward_custom(
+        self, run: Run, data: Sequence[tinker.Datum], loss_fn: CustomLoss
+    ) -> types.ForwardBackwardOutput:
+        """The gradient of any function of the data's log-probabilities, added to the run's (see the SDK).
 
-        Raises RequestError where there are none (forward_backward comes first) and for negative parameters.
+        loss_fn(data, log_probs) gets for each datum a float32 vector, one a position, and gives a 0-d loss and metrics.
+        One pack is one pass; the passes of several are run again for the gradient, so that their graphs are not in
+        memory together. Raises RequestError where the loss has no finite gradient; what `loss_fn` raises goes through.
         """
-        parameters = list(self.model.parameters(trained.adapter).values())
-        if all(p.grad is None for p in parameters):
-            raise RequestError("optim_step without gradients; call forward_backward first")
-        if params.grad_clip_norm < 0 or params.learning_rate < 0:
-            raise RequestError(f"grad_clip_norm and learning_rate must not be negative: {params}")
-        limit = params.grad_clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if not norm.isfinite():
-            trained.optimizer.zero_grad(set_to_none=True)
-            raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
-        trained.optimizer.param_groups[0].update(
-            lr=params.learning_rate,
-            betas=(params.beta1, params.beta2),
-            eps=params.eps,
-            weight_decay=params.weight_decay,
-        )
-        trained.optimizer.step()
-        trained.optimizer.zero_grad(set_to_none=True)
-        return types.OptimStepResponse(metrics={"grad_norm:mean": float(norm)})
+        plain = loss("cross_entropy", None)
+        items = [_Item.of(number, _targets_only(d), plain, everything=True) for number, d in enumerate(data)]
+        self._check(items)
+        packs = list(_packs(items))
+        with torch.set_grad_enabled(len(packs) == 1):
+            passes = [self._log_probs(run.factors, pack, self._batch(pack, run.factors)) for pack in packs]
+        outputs = [each for pack, log_probs in zip(packs, passes, strict=True) for each in _per_datum(log_probs, pack)]
+        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in outputs])
+        for pack, log_probs in zip(packs, passes, strict=True):
+            with torch.enable_grad():
+                again = (
+                    log_probs if len(packs) == 1 else self._log_probs(run.factors, pack, self._batch(pack, run.factors))
+                )
+            run.add(partial(again.backward, torch.cat([slopes[item.number] for item in pack]).to(again)))
+        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, outputs, strict=True))
+        metrics = {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate}
+        return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in outputs], metrics)
 
-    def snapshot(self, trained: Run) -> Snapshot:
-        return Snapshot(trained.spec, self.model.weights(trained.adapter))
+    def optim_step(self, run: Run, params: types.AdamParams) -> types.OptimStepResponse:
+        """AdamW with these parameters on the gradients gathered since the last step; raises as `Run.step`."""
+        return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
 
-    def use(self, snapshot: Snapshot) -> None:
-        """Make a snapshot the weights that compute. Snapshots of one spec take turns in one adapter slot."""
-        if snapshot.spec is None or snapshot.weights is None:
-            self.model.use(None)
-            return
-        slot = f"snapshot_{snapshot.spec.label}"
-        if not self.model.has_adapter(slot):
-            self.model.add_adapter(slot, snapshot.spec, seed=0)
-        held = self._in_slot.get(slot)
-        if held is None or held() is not snapshot:
-            self._in_slot.pop(slot, None)  # while it is written, the slot is nobody's
-            self.model.set_weights(slot, dict(snapshot.weights))
-            self._in_slot[slot] = weakref.ref(snapshot)
-        self.model.use(slot)
+    def prefetch(self, inputs: Sequence[tinker.ModelInput]) -> None:
+        """Begin to decode the images that a coming request will need. From any thread; raises nothing about images."""
+        self.vision.prefetch([chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)])
 
-    def collate(self, inputs: Sequence[tinker.ModelInput]) -> Batch:
-        return collate(self.model, self.vision, inputs)
+    def collate(self, inputs: Sequence[tinker.ModelInput], factors: Factors | None) -> Batch:
+        """The packed batch of these inputs, images as the tower sees them with the adapter, if that covers it."""
+        return collate(self.model, self._encode(factors), inputs)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., vocabulary) logits in float32 of hidden states (..., hidden)."""
-        return self.model.stock.lm_head(hidden).float()
+    def _encode(self, factors: Factors | None) -> Encode:
+        if factors is None or not factors.spec.train_vision:
+            return self.vision.features
+        return partial(self.vision.live, linear=partial(_tower_linear, factors))
+
+    def _check(self, items: Sequence["_Item"]) -> None:
+        if not items:
+            raise RequestError("no data given; a forward pass needs at least one datum")
+        for item in items:
+            self.model.check_tokens(item.fields["target_tokens"].tolist(), "target")
+
+    def _batches(self, items: Sequence["_Item"], factors: Factors) -> Iterator[tuple[Sequence["_Item"], Batch]]:
+        """The items in packs of at most PACK positions, each with its batch. All are made before the first is run, so
+        that a bad one stops them all, unless the tower is trained: its graphs would be in memory together."""
+        made = ((pack, self._batch(pack, factors)) for pack in _packs(items))
+        return made if factors.spec.train_vision else iter(list(made))
+
+    def _batch(self, pack: Sequence["_Item"], factors: Factors) -> Batch:
+        batch = self.collate([item.given for item in pack], factors)
+        for item, length in zip(pack, batch.rows.lengths, strict=True):
+            if item.length != length:
+                raise RequestError(
+                    f"datum {item.number}: target_tokens has {item.length} entries, its model input {length} positions "
+                    "(an image counts its tokens)"
+                )
+        return batch
+
+    def _log_probs(self, factors: Factors, pack: Sequence["_Item"], batch: Batch) -> Tensor:
+        """(scored,) float32 log-probabilities of the targets at the pack's scored positions, in order."""
+        if not any(len(item.scored) for item in pack):
+            return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
+        starts = [sum(batch.rows.lengths[:row]) for row in range(len(pack))]
+        places = torch.cat([item.scored + start for item, start in zip(pack, starts, strict=True)])
+        places = places.to(self.model.device)
+        hidden = self.model.text.hidden(batch.given, Causal(batch.rows, places), factors, places)
+        targets = torch.cat([item.fields["target_tokens"][item.scored] for item in pack]).to(hidden.device)
+        score = partial(self._score, factors)
+        step = max(1, LOGITS // self.model.config.text_config.vocab_size)
+        if len(places) <= step:
+            return score(hidden, targets)
+        parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
+
+    def _score(self, factors: Factors, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model.text.logits(hidden, factors)
+        return -cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
-def _scored(fields: Sequence[Mapping[str, Tensor]], lengths: Sequence[int], *, everything: bool) -> list[Tensor]:
-    """For each datum the positions whose log-probability is computed."""
-    for row, (field, length) in enumerate(zip(fields, lengths, strict=True)):
-        if len(field["target_tokens"]) != length:
-            raise RequestError(
-                f"datum {row}: target_tokens has {len(field['target_tokens'])} entries, its model input {length} "
-                "positions (an image counts its tokens)"
-            )
-    if everything:
-        return [torch.arange(length) for length in lengths]
-    scored = [field["weights"].nonzero()[:, 0] for field in fields]
-    if not sum(len(each) for each in scored):
-        raise RequestError("every weight is zero; a gradient needs at least one weighted position")
-    return scored
+@dataclass(frozen=True)
+class _Item:
+    """A datum as the loss reads it. scored: the positions whose log-probability is computed."""
+
+    number: int
+    given: tinker.ModelInput
+    fields: Fields
+    scored: Tensor
+
+    @classmethod
+    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, everything: bool) -> "_Item":
+        fields = fields_of(datum, chosen)
+        scored = torch.arange(len(fields["target_tokens"])) if everything else chosen.scored(fields).nonzero()[:, 0]
+        return cls(number, datum.model_input, fields, scored)
+
+    @property
+    def length(self) -> int:
+        return len(self.fields["target_tokens"])
 
 
-def _indices(scored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    rows = [torch.full_like(columns, row) for row, columns in enumerate(scored)]
-    return torch.cat(rows), torch.cat(list(scored))
+def _packs(items: Sequence[_Item]) -> Iterator[list[_Item]]:
+    pack: list[_Item] = []
+    for item in items:
+        if pack and sum(each.length for each in pack) + item.length > PACK:
+            yield pack
+            pack = []
+        pack.append(item)
+    yield pack
 
 
-def _per_datum(
-    log_probs: Tensor, scored: Sequence[Tensor], lengths: Sequence[int]
-) -> list[dict[str, tinker.TensorData]]:
-    parts = log_probs.split([len(columns) for columns in scored])
-    full = [torch.zeros(length) for length in lengths]
-    for each, columns, part in zip(full, scored, parts, strict=True):
-        each[columns] = part
-    return [{"logprobs": tinker.TensorData.from_torch(each)} for each in full]
+def _targets_only(datum: tinker.Datum) -> tinker.Datum:
+    """What a custom loss's passes read: its other fields are the loss's own affair."""
+    fields = datum.loss_fn_inputs
+    return replace(datum, loss_fn_inputs={name: fields[name] for name in ("target_tokens",) if name in fields})
+
+
+def _slopes(
+    loss_fn: CustomLoss, data: list[tinker.Datum], log_probs: list[Tensor]
+) -> tuple[float, dict[str, float], list[Tensor]]:
+    """Value and metrics of a custom loss, and its gradient for each datum's log-probabilities."""
+    leaves = [each.clone().requires_grad_() for each in log_probs]
+    with torch.enable_grad():
+        value, metrics = loss_fn(data, leaves)
+        value.backward()
+    slopes = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    if len(slopes) < len(leaves):
+        raise RequestError("the custom loss does not depend on the log-probabilities of every datum")
+    if not all(slope.isfinite().all() for slope in slopes):
+        raise RequestError("the gradient of the custom loss is not finite; nothing was gathered")
+    return float(value.detach().sum()), dict(metrics), slopes
+
+
+def _fields(pack: Sequence[_Item], device: torch.device) -> dict[str, Tensor]:
+    """The pack's fields at its scored positions."""
+    names = pack[0].fields
+    return {name: torch.cat([item.fields[name][item.scored] for item in pack]).to(device) for name in names}
+
+
+def _per_datum(log_probs: Tensor, pack: Sequence[_Item]) -> list[tinker.TensorData]:
+    """(length,) for each datum: the log-probabilities where they are scored, else 0."""
+    parts = log_probs.detach().float().cpu().split([len(item.scored) for item in pack])
+    full = [torch.zeros(item.length).index_copy_(0, item.scored, part) for item, part in zip(pack, parts, strict=True)]
+    return [tinker.TensorData.from_torch(each) for each in full]
+
+
+def _tower_linear(factors: Factors, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer of the tower with the adapter's part."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = linear(flat, layer.weight, layer.bias, factors.pair(f"model.visual.{name}"), factors.scale)
+    return out.view(*x.shape[:-1], -1)

@@ -1,10 +1,17 @@
 """Loss functions of the Tinker API, on log-probabilities of target tokens. Knows no model.
 
-A loss is a function of (log_probs, fields) → a sum over positions; LOSSES is the table. Other names of the SDK are a
-named error, never another loss.
+A loss is a sum over positions of a function of the position's log-probability and of the datum's fields there; LOSSES
+is the table. Definitions, names and defaults are those of the Tinker API's documentation
+(https://tinker-docs.thinkingmachines.ai/tinker/losses). Other names of the SDK are a named error, never another loss.
+
+`log_probs` below are log p of the target tokens under the model that is trained, `logprobs` log q under the model that
+sampled them, in nats; log_probs and fields are vectors over the same positions.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import tinker
@@ -17,38 +24,174 @@ Fields = Mapping[str, Tensor]
 
 
 def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
-    """Σ −log_prob · weight over the positions given: a sum, not a mean (Tinker API)."""
+    """Σ −log p · weight: a sum, not a mean (Tinker API). Weights may be negative."""
     return -(log_probs * fields["weights"]).sum()
 
 
-LOSSES: dict[str, Callable[[Tensor, Fields], Tensor]] = {"cross_entropy": cross_entropy}
+def importance_sampling(log_probs: Tensor, fields: Fields) -> Tensor:
+    """Σ −p/q · advantage: REINFORCE, corrected for samples of another policy (Tinker API)."""
+    return -(_log_ratio(log_probs, fields).exp() * fields["advantages"]).sum()
 
 
-def loss(name: str, config: Mapping[str, Any] | None) -> Callable[[Tensor, Fields], Tensor]:
-    """The loss of this name. Raises UnknownNameError, and RequestError for a configuration: none of them takes one."""
+def ppo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_high_threshold: float) -> Tensor:
+    """Σ −min(r · advantage, clip(r, low, high) · advantage), r = p/q (Schulman et al. 2017; Tinker API).
+
+    The thresholds bound the ratio itself: 0.8 and 1.2, not 0.2 twice.
+    """
+    # The minimum is the ratio cut above where the advantage is positive, below where it is negative. It is cut before
+    # exp: cut after it, a ratio that overflows would have the gradient 0 · ∞ in place of 0.
+    log_ratio, advantages = _log_ratio(log_probs, fields), fields["advantages"]
+    above, below = log_ratio.clamp(max=_log(clip_high_threshold)), log_ratio.clamp(min=_log(clip_low_threshold))
+    return -(torch.where(advantages > 0, above, below).exp() * advantages).sum()
+
+
+def cispo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_high_threshold: float) -> Tensor:
+    """Σ −clip(r, low, high) · log p · advantage, r = p/q without a gradient (MiniMax-M1, Chen et al. 2025; Tinker API).
+
+    A clipped position keeps its gradient, unlike in ppo.
+    """
+    coefficients = _log_ratio(log_probs, fields).detach().exp().clamp(clip_low_threshold, clip_high_threshold)
+    return -(coefficients * log_probs * fields["advantages"]).sum()
+
+
+def dro(log_probs: Tensor, fields: Fields, *, beta: float) -> Tensor:
+    """Σ −(log p · advantage − ½ · beta · (log p − log q)²) (Richemond et al. 2024; Tinker API).
+
+    The penalty counts at every position, whatever its advantage, as published.
+    """
+    penalty = 0.5 * beta * (log_probs - fields["logprobs"]).square()
+    return -(log_probs * fields["advantages"] - penalty).sum()
+
+
+def _log_ratio(log_probs: Tensor, fields: Fields) -> Tensor:
+    """log p/q; 0 where the advantage is 0, lest a ratio that overflows there makes the sum 0 · ∞."""
+    return torch.where(fields["advantages"] != 0, log_probs - fields["logprobs"], 0.0)
+
+
+def _log(threshold: float) -> float:
+    return math.log(threshold) if threshold > 0 else -math.inf
+
+
+def _weighted(fields: Fields) -> Tensor:
+    return fields["weights"] != 0
+
+
+def _advantaged(fields: Fields, **_: float) -> Tensor:
+    return fields["advantages"] != 0
+
+
+def _penalised(fields: Fields, *, beta: float) -> Tensor:
+    return torch.ones_like(fields["advantages"], dtype=torch.bool) if beta else _advantaged(fields)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES, and with its configuration filled in the loss that `loss` returns."""
+
+    name: str
+    function: Callable[..., Tensor]
+    counts: Callable[..., Tensor]
+    required: tuple[str, ...] = ()
+    optional: Mapping[str, float] = field(default_factory=dict)  # a field and its value where the datum lacks it
+    config: Mapping[str, float] = field(default_factory=dict)  # a key and its default; NaN: there is none
+
+    @property
+    def about_samples(self) -> bool:
+        """Whether it reads sampled sequences, whose log-probabilities are then of interest at every position."""
+        return "logprobs" in self.required
+
+    def __call__(self, log_probs: Tensor, fields: Fields) -> Tensor:
+        """The sum (0-d) over the positions given, differentiable in log_probs: (n,) nats, as every field is (n,)."""
+        return self.function(log_probs, fields, **self.config)
+
+    def scored(self, fields: Fields) -> Tensor:
+        """(n,) bool: the positions whose log-probability the value or the gradient depends on."""
+        return self.counts(fields, **self.config)
+
+
+_SAMPLED = ("logprobs", "advantages")
+_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+LOSSES: dict[str, Loss] = {
+    row.name: row
+    for row in (
+        Loss("cross_entropy", cross_entropy, _weighted, optional={"weights": 1.0}),
+        Loss("importance_sampling", importance_sampling, _advantaged, _SAMPLED),
+        Loss("ppo", ppo, _advantaged, _SAMPLED, config=_CLIP),
+        Loss("cispo", cispo, _advantaged, _SAMPLED, config=_CLIP),
+        # The documentation names no default for beta, and implementations differ by two orders of magnitude.
+        Loss("dro", dro, _penalised, _SAMPLED, config={"beta": math.nan}),
+    )
+}
+
+
+def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
+    """The loss of this name, configured as in the SDK's `loss_fn_config`.
+
+    Raises UnknownNameError, and RequestError for a key that the loss does not take, one that is missing, a value that
+    is no finite number of at least 0, and a low threshold above the high one.
+    """
     if name not in LOSSES:
         raise UnknownNameError("loss function", name, LOSSES)
-    if config:
-        raise RequestError(f"loss {name!r} takes no configuration, got {sorted(config)}")
-    return LOSSES[name]
+    row, given = LOSSES[name], config or {}
+    unknown = sorted(set(given) - set(row.config))
+    if unknown:
+        takes = f"takes {sorted(row.config)} in its configuration" if row.config else "takes no configuration"
+        raise RequestError(f"loss {name!r} {takes}, got {unknown}")
+    values = {key: _number(name, key, given[key]) if key in given else default for key, default in row.config.items()}
+    for key in (key for key, value in values.items() if math.isnan(value)):
+        raise RequestError(f"loss {name!r} has no default {key}; give one: loss_fn_config={{{key!r}: 0.05}}")
+    if "clip_low_threshold" in values and values["clip_low_threshold"] > values["clip_high_threshold"]:
+        raise RequestError(f"loss {name!r} has clip_low_threshold above clip_high_threshold: {values}")
+    return replace(row, config=values)
 
 
-def fields_of(datum: tinker.Datum) -> dict[str, Tensor]:
-    """target_tokens (n,) int64 and weights (n,) float32 of a datum; weights default to one at every position.
+def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> dict[str, Tensor]:
+    """What a loss reads of a datum: target_tokens (n,) int64, and its other fields (n,) float32 each.
 
-    Raises RequestError where a field is missing or unknown, or the two are not vectors of one length.
+    An optional field that is not given holds its default at every position: weights are ones.
+
+    Raises RequestError where a field is missing or unknown, is no vector of the targets' length, or holds a number
+    that is not finite, and where target_tokens are not integers.
     """
     inputs = datum.loss_fn_inputs
-    if "target_tokens" not in inputs:
-        raise RequestError(f"a datum lacks target_tokens; it has {sorted(inputs)}")
-    unknown = sorted(set(inputs) - {"target_tokens", "weights"})
+    names = ("target_tokens", *chosen.required, *chosen.optional)
+    missing = [name for name in names if name not in inputs and name not in chosen.optional]
+    if missing:
+        raise RequestError(f"a datum lacks {', '.join(missing)}, which {chosen.name} reads; it has {sorted(inputs)}")
+    unknown = sorted(set(inputs) - set(names))
     if unknown:
-        raise RequestError(f"a datum takes target_tokens and weights, this one also has {unknown}")
-    targets = inputs["target_tokens"].to_torch().long()
-    weights = inputs["weights"].to_torch().float() if "weights" in inputs else torch.ones(len(targets))
-    if targets.ndim != 1 or targets.shape != weights.shape:
-        shapes = f"{tuple(targets.shape)} and {tuple(weights.shape)}"
-        raise RequestError(f"target_tokens and weights must be vectors of one length, got shapes {shapes}")
-    if not weights.isfinite().all():
-        raise RequestError("a weight is not a finite number; check what made the weights")
-    return {"target_tokens": targets, "weights": weights}
+        raise RequestError(f"{chosen.name} reads {', '.join(names)} of a datum, this one also has {unknown}; drop them")
+    targets = _vector("target_tokens", inputs["target_tokens"])
+    if targets.dtype != torch.int64:
+        raise RequestError(f"target_tokens must be integers (int64), got {inputs['target_tokens'].dtype}")
+    fields = {name: _vector(name, inputs[name]).float() for name in names[1:] if name in inputs}
+    for name, values in fields.items():
+        _check(name, values, len(targets))
+    defaults = {name: torch.full(targets.shape, value) for name, value in chosen.optional.items()}
+    return {"target_tokens": targets, **defaults, **fields}
+
+
+def _number(name: str, key: str, value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise RequestError(f"{key} of loss {name!r} must be a finite number of at least 0, got {value!r}")
+    return number
+
+
+def _vector(name: str, data: tinker.TensorData) -> Tensor:
+    if data.sparse_crow_indices is not None or data.to_numpy().ndim != 1:
+        raise RequestError(f"{name} must be a vector, one number per position, got shape {data.shape}")
+    return data.to_torch()
+
+
+def _check(name: str, values: Tensor, length: int) -> None:
+    if len(values) != length:
+        raise RequestError(
+            f"{name} has {len(values)} entries and target_tokens {length}; the fields of a datum must be of one length"
+        )
+    wrong = (~values.isfinite()).nonzero()[:, 0].tolist()
+    if wrong:
+        raise RequestError(f"{name} at position {wrong[0]} is {float(values[wrong[0]])}, not a finite number; check it")

@@ -52,6 +52,7 @@ class LocalSamplingClient:
             topk_prompt_logprobs,
             target_prompt_logprobs,
         )
+        self._engine.prefetch([prompt])
         return self._submit(lambda: sampling.sample(self._engine, self._snapshot, [ask])[0])
 
     def compute_logprobs(
@@ -60,6 +61,7 @@ class LocalSamplingClient:
         """Each position's log-probability given those before it; None at position 0 and at image positions."""
         refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
         ask = sampling.Ask(prompt, types.SamplingParams(max_tokens=1), prompt_logprobs=True)
+        self._engine.prefetch([prompt])
         return self._submit(lambda: sampling.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs)
 
     def sample_batch(
@@ -67,10 +69,12 @@ class LocalSamplingClient:
     ) -> list[types.SampleResponse]:
         """One sample after each prompt, in shared passes: the same answers as one by one, sooner."""
         asks = [sampling.Ask(prompt, params) for prompt in prompts]
+        self._engine.prefetch(prompts)
         return self._submit(sampling.sample, self._engine, self._snapshot, asks).result()
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
+        self._engine.prefetch(prompts)
         return self._submit(scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
 
     def get_tokenizer(self) -> Any:

@@ -1,64 +1,59 @@
-"""Every choice in one forward pass: the trie's nodes appended to the prompt under a tree attention mask.
+"""Every choice in one forward pass: the trie's nodes appended to the prompt, each seeing its own path.
 
 A node sees the prompt, its ancestors and itself, and stands at the position its depth gives it. Knows no choices as
 text and no clients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tinker
 import torch
 from torch import Tensor
 
-from vlm.labels import ROOT, Trie
-from vlm.local.batch import Batch, run
-from vlm.local.engine import Engine, Snapshot
-from vlm.local.sampling import groups
+from vlm.labels import Trie
+from vlm.local.attention import Tree
+from vlm.local.batch import Batch
+from vlm.local.engine import LOGITS, Engine, Snapshot
+from vlm.local.text import Positions
 
-LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
+ROWS = 64  # prompts in one pass
 
 
 @torch.no_grad()
 def score_tree(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
     """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
-    engine.use(snapshot)
-    scores = np.empty((len(prompts), len(trie.edges)), np.float32)
-    for members in groups(prompts):
-        batch = engine.collate([prompts[n] for n in members])
-        scores[members] = _score_group(engine, batch, trie).cpu().numpy()
-    return scores
+    parts = [_score(engine, snapshot, together, trie).cpu().numpy() for together in _passes(prompts)]
+    return np.concatenate(parts) if parts else np.empty((0, len(trie.edges)), np.float32)
 
 
-def _score_group(engine: Engine, batch: Batch, trie: Trie) -> Tensor:
-    rows, length = batch.ids.shape
-    device = batch.ids.device
-    tokens = torch.tensor(trie.tokens, dtype=torch.long, device=device).expand(rows, -1)
-    depths = torch.tensor(trie.depths, dtype=torch.long, device=device)
-    after = batch.next_position()[:, None] + depths
-    hidden = run(
-        engine.model,
-        torch.cat([batch.ids, tokens], 1),
-        torch.cat([batch.positions, after.expand(3, -1, -1)], 2),
-        batch.images,
-        mask=tree_mask(length, trie.parents).to(device, engine.model.stock.dtype) if trie.tokens else None,
+def _passes(prompts: Sequence[tinker.ModelInput]) -> Iterator[Sequence[tinker.ModelInput]]:
+    return (prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS))
+
+
+def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> Tensor:
+    batch = engine.collate(prompts, snapshot.factors)
+    nodes = sorted({edge.node for edge in trie.edges})  # ROOT is the first
+    tree = Tree(batch.rows, trie.parents, nodes)
+    states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
+    states = states.view(len(prompts), len(nodes), -1)
+    step = max(1, LOGITS // (len(nodes) * engine.model.config.text_config.vocab_size))
+    logits = (engine.model.text.logits(part.flatten(0, 1), snapshot.factors) for part in states.split(step))
+    return torch.cat([_edges(part.view(-1, len(nodes), part.shape[-1]), nodes, trie) for part in logits])
+
+
+def _with_nodes(batch: Batch, trie: Trie) -> Positions:
+    """The batch's positions, and behind them the nodes of each row."""
+    given, device = batch.given, batch.given.ids.device
+    tokens = torch.tensor(trie.tokens, dtype=torch.long, device=device).repeat(batch.rows.count)
+    after = batch.next_place[:, None] + torch.tensor(trie.depths, dtype=torch.long, device=device)
+    return Positions(
+        torch.cat([given.ids, tokens]),
+        torch.cat([given.places, after.flatten().expand(3, -1)], 1),
+        given.images,
+        given.embeds,
+        given.deepstack,
     )
-    nodes = sorted({edge.node for edge in trie.edges})
-    states = hidden[:, [length + node for node in nodes]]  # ROOT is -1: the prompt's last position
-    step = max(1, LOGITS // (len(nodes) * engine.model.stock.config.text_config.vocab_size))
-    return torch.cat([_edges(engine.head(part), nodes, trie) for part in states.split(step)])
-
-
-def tree_mask(length: int, parents: Sequence[int]) -> Tensor:
-    """(1, 1, n, n) additive mask for a prompt of `length` tokens followed by the nodes of a tree."""
-    size = length + len(parents)
-    seen = torch.ones(size, size, dtype=torch.bool).tril()
-    seen[length:, length:] = False
-    for node, parent in enumerate(parents):
-        if parent != ROOT:
-            seen[length + node, length:] = seen[length + parent, length:]
-        seen[length + node, length + node] = True
-    return torch.zeros(size, size).masked_fill(~seen, float("-inf"))[None, None]
 
 
 def _edges(logits: Tensor, nodes: Sequence[int], trie: Trie) -> Tensor:

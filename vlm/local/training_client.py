@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tinker
 from tinker import types
@@ -11,8 +11,10 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot_errors import RequestError
 from vlm.local import checkpoint
+from vlm.local.adapter import Adapter
 from vlm.local.checkpoint import Checkpoint
-from vlm.local.engine import Engine, Run
+from vlm.local.engine import CustomLoss, Engine
+from vlm.local.run import Run
 from vlm.local.sampling_client import LocalSamplingClient, refuse
 
 Submit = Callable[..., "AwaitableConcurrentFuture[Any]"]
@@ -39,13 +41,32 @@ class LocalTrainingClient:
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and every position's log-probability, without a gradient."""
         call = partial(self._engine.forward_backward, forward_only=True)
+        self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(call, self._run, data, loss_fn, loss_fn_config)
 
     def forward_backward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and its gradient, which is added to what the run has gathered since its last step."""
+        self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self,
+        data: list[tinker.Datum],
+        loss_fn: CustomLoss,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The gradient of any function of the log-probabilities, added to what the run has gathered (see the SDK).
+
+        loss_fn(data, log_probs) runs on the service's worker; log_probs are float32 vectors that require gradients, one
+        a datum and as long as it, and it returns a 0-d loss and a dict of metrics.
+        """
+        refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
+        if not callable(loss_fn):
+            raise RequestError(f"a custom loss must be callable, got {loss_fn!r}; loss handles need the hosted service")
+        return self._submit(self._engine.forward_backward_custom, self._run, data, loss_fn)
 
     def optim_step(
         self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
@@ -100,7 +121,7 @@ class LocalTrainingClient:
         """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
         refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
         refuse(kind=None if kind == "snapshot" else kind)
-        return self._submit(lambda: LocalSamplingClient(self._engine, self._engine.snapshot(self._run), self._submit))
+        return self._submit(self._sampler)
 
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
@@ -109,46 +130,48 @@ class LocalTrainingClient:
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
         model = self._engine.model
-        data = types.ModelData(arch=model.stock.config.model_type, model_name=model.name, tokenizer_id=model.name)
+        data = types.ModelData(arch=model.config.model_type, model_name=model.name, tokenizer_id=model.name)
         return types.GetInfoResponse(
             model_data=data,
             model_id=self.model_id,
             is_lora=True,
-            lora_rank=self._run.spec.rank,
+            lora_rank=self._run.adapter.layout.spec.rank,
             model_name=model.name,
         )
 
     def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
         """Take a loaded checkpoint; to be called on the worker. Raises RequestError where it does not fit the run,
         ModelError where its tensors do not; the run is then as it was."""
-        model = self._engine.model
-        if (saved.base_model, saved.spec) != (model.name, self._run.spec):
+        model, layout = self._engine.model, self._run.adapter.layout
+        if (saved.base_model, saved.spec) != (model.name, layout.spec):
             raise RequestError(
-                f"checkpoint {path} is {saved.spec} of {saved.base_model!r}, this run is {self._run.spec} of "
+                f"checkpoint {path} is {saved.spec} of {saved.base_model!r}, this run is {layout.spec} of "
                 f"{model.name!r}; use create_training_client_from_state"
             )
         if optimizer and saved.optimizer is None:
             raise RequestError(f"checkpoint {path} was saved without optimizer state; use load_state")
-        names = list(model.parameters(self._run.adapter))
-        state = checkpoint.optimizer_state(names, (saved.optimizer or {}) if optimizer else {})
-        model.set_weights(self._run.adapter, dict(saved.weights))
-        checkpoint.restore_optimizer(self._run.optimizer, state)
+        self._run.restore(Adapter.of(layout, saved.weights), (saved.optimizer or {}) if optimizer else {})
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
         return types.LoadWeightsResponse(path=path)
 
     def _save(self, path: str, overwrite: bool, metadata: Mapping[str, str] | None) -> types.SaveWeightsResponse:
-        names = list(self._engine.model.parameters(self._run.adapter))
-        tensors = checkpoint.optimizer_tensors(self._run.optimizer, names)
-        checkpoint.save(self._state, path, self._checkpoint(tensors, metadata), overwrite=overwrite)
+        checkpoint.save(
+            self._state, path, self._checkpoint(self._run.optimizer_tensors(), metadata), overwrite=overwrite
+        )
         return types.SaveWeightsResponse(path=path)
 
     def _save_for_sampler(self, path: str, metadata: Mapping[str, str] | None) -> types.SaveWeightsForSamplerResponse:
         checkpoint.save(self._state, path, self._checkpoint(None, metadata))
         return types.SaveWeightsForSamplerResponse(path=path)
 
+    def _sampler(self) -> LocalSamplingClient:
+        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._submit)
+
     def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
-        model = self._engine.model
-        weights = model.weights(self._run.adapter)
-        return Checkpoint(model.name, self._run.spec, weights, optimizer, metadata or self._user_metadata)
+        layout = self._run.adapter.layout
+        weights = {name: tensor.detach().clone() for name, tensor in self._run.adapter.named().items()}
+        return Checkpoint(
+            self._engine.model.name, layout.spec, weights, layout.experts, optimizer, metadata or self._user_metadata
+        )

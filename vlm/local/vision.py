@@ -1,105 +1,149 @@
-"""Image features: bytes of an image chunk → what the frozen vision tower says of it, cached by content. Knows no text.
+"""Image features: bytes of an image chunk → what the vision tower says of it, cached by content. Knows no text.
 
-Exact as long as no LoRA touches the tower. On a CPU every image is its own forward pass: features are then a function
-of the image alone, bit for bit, whatever else was asked for with it; elsewhere images of one size share a pass.
+Exact as long as no LoRA touches the tower; with LoRA on it, `live` computes them anew. On a CPU every image is its own
+forward pass: features are then a function of the image alone, bit for bit, whatever else was asked for with it;
+elsewhere images of one size share a pass.
 """
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from tinker import types
-from torch import Tensor
 
 from kshot_errors import RequestError
-from kshot_images import open_image
+from vlm.local.feature_cache import ImageFeatures, Layers, MemoryCache, memory_limit
+from vlm.local.feature_files import DISK_BYTES, DiskCache, fingerprint
 from vlm.local.model import Model
+from vlm.local.pixels import Patches, PixelLoader, spare_threads
+from vlm.local.tower import Linear, plain, tower
 
-CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One image. grid: patches (time, height, width). embeds: (tokens, hidden). deepstack: likewise, one a layer."""
-
-    grid: tuple[int, int, int]
-    embeds: Tensor
-    deepstack: tuple[Tensor, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.embeds)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.embeds, *self.deepstack))
+PASS_PATCHES = 1 << 15  # of images that share a pass: activations of about 1 GB in the largest tower in bfloat16
 
 
 class Vision:
-    """The tower of one model with its cache: least recently used images go first, beyond `cache_bytes`."""
+    """The tower of one model with its caches.
 
-    def __init__(self, model: Model, cache_bytes: int = CACHE_BYTES) -> None:
-        self._model, self._limit, self._held = model, cache_bytes, 0
-        self._cache: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+    cache_bytes: of features in the host's memory; a quarter of it, at most 16 GiB, unless given. Least recently used
+        ones go first.
+    disk: a folder that keeps features for later processes, up to disk_bytes.
+    threads: that decode ahead (`prefetch`); as many as the machine can spare unless given.
+    Raises ModelError where the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache_bytes: int | None = None,
+        disk: Path | None = None,
+        *,
+        disk_bytes: int = DISK_BYTES,
+        threads: int | None = None,
+    ) -> None:
+        self._model = model
+        self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
+        known = partial(fingerprint, self._visual, model.rule.processor)
+        self._disk = None if disk is None else DiskCache(disk, known, disk_bytes)
+        self._pixels = PixelLoader(model.rule, spare_threads(model.device) if threads is None else threads)
         self.forwards = 0  # images that went through the tower
 
-    def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
-        """The features of each chunk, in order. Raises ImageError for broken bytes and RequestError where
-        `expected_tokens` is given and differs from what this model's processor makes of the image."""
-        keys = [hashlib.sha256(chunk.data).digest() for chunk in chunks]
-        found = {key: self._cache[key] for key in keys if key in self._cache}
-        missing = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if key not in found}
-        found.update(zip(missing, self._encode([chunk.data for chunk in missing.values()]), strict=True))
-        for key, chunk in zip(keys, chunks, strict=True):
-            self._check(chunk, found[key])
-            self._keep(key, found[key])
-        return [found[key] for key in keys]
+    def prefetch(self, chunks: Iterable[types.ImageChunk]) -> None:
+        """Begin to decode the images that a later `features` or `live` will ask for. From any thread; raises nothing
+        about images; does nothing where no thread is spare or too many wait already."""
+        for chunk in chunks if self._pixels.threads else ():
+            key = _key(chunk)
+            if key not in self._memory and not (self._disk and key in self._disk):
+                self._pixels.start(key, chunk.data)
 
-    def _check(self, chunk: types.ImageChunk, features: ImageFeatures) -> None:
-        if chunk.expected_tokens not in (None, features.tokens):
+    def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
+        """The features of each chunk, in order, on the model's device. Raises ImageError for broken bytes and
+        RequestError where `expected_tokens` is given and differs from what this model's processor makes of the
+        image."""
+        images = {_key(chunk): chunk for chunk in chunks}
+        found = {key: layers for key in images if (layers := self._known(key))}
+        found |= self._encode({key: chunk.data for key, chunk in images.items() if key not in found})
+        ready = {key: layers.features(self._model.device) for key, layers in found.items()}
+        for chunk in chunks:
+            self._check(chunk, ready[_key(chunk)].tokens)
+        return [ready[_key(chunk)] for chunk in chunks]
+
+    def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
+        """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
+        images = {_key(chunk): chunk.data for chunk in chunks}
+        patches = {key: self._pixels.take(key, data) for key, data in images.items()}
+        for chunk in chunks:
+            self._check(chunk, self._tokens(patches[_key(chunk)]))
+        ready: dict[bytes, ImageFeatures] = {}
+        for keys in _groups(patches):
+            layers = self._run([patches[key] for key in keys], linear)
+            ready |= {key: each.features(self._model.device) for key, each in zip(keys, layers, strict=True)}
+        return [ready[_key(chunk)] for chunk in chunks]
+
+    @property
+    def _visual(self) -> Any:
+        return self._model.stock.model.visual
+
+    def _known(self, key: bytes) -> Layers | None:
+        layers = self._memory.get(key)
+        if layers is None and self._disk and (layers := self._disk.get(key)):
+            self._memory.put(key, layers.kept())
+        if layers is not None:
+            self._pixels.drop(key)
+        return layers
+
+    @torch.inference_mode(False)  # kept for passes with gradients too
+    @torch.no_grad()
+    def _encode(self, images: dict[bytes, bytes], together: bool | None = None) -> dict[bytes, Layers]:
+        """Through the tower and into the caches. together: images of one size in one pass; unless on a CPU."""
+        if together if together is not None else self._model.device.type != "cpu":
+            patches = {key: self._pixels.take(key, data) for key, data in images.items()}
+            passes = [{key: patches[key] for key in keys} for keys in _groups(patches)]
+            done = {k: v for each in passes for k, v in zip(each, self._run([*each.values()]), strict=True)}
+        else:
+            done = {key: self._run([self._pixels.take(key, data)])[0] for key, data in images.items()}
+        for key, layers in done.items():
+            self._keep(key, layers.kept())
+        return done
+
+    def _keep(self, key: bytes, layers: Layers) -> None:
+        self._pixels.drop(key)  # other requests may wait for it
+        self._memory.put(key, layers)
+        if self._disk:
+            self._disk.put(key, layers)
+
+    def _run(self, images: Sequence[Patches], linear: Linear = plain) -> list[Layers]:
+        """Images of one grid, in one pass."""
+        grid = images[0].grid
+        pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
+        embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
+        self.forwards += len(images)
+        return [Layers(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
+
+    def _tokens(self, patches: Patches) -> int:
+        return len(patches.pixels) // self._visual.spatial_merge_size**2
+
+    def _check(self, chunk: types.ImageChunk, tokens: int) -> None:
+        if chunk.expected_tokens not in (None, tokens):
             raise RequestError(
-                f"Expected {chunk.expected_tokens} tokens, got {features.tokens} from image: the client counted with "
+                f"Expected {chunk.expected_tokens} tokens, got {tokens} from image: the client counted with "
                 f"other processor settings than this model's {self._model.rule.settings}; vlm.image_chunk counts them"
             )
 
-    def _keep(self, key: bytes, features: ImageFeatures) -> None:
-        if key not in self._cache:
-            self._held += features.bytes
-        self._cache[key] = features
-        self._cache.move_to_end(key)
-        while self._held > self._limit:
-            self._held -= self._cache.popitem(last=False)[1].bytes
 
-    @torch.no_grad()
-    def _encode(self, images: Sequence[bytes]) -> list[ImageFeatures]:
-        if self._model.device.type == "cpu":
-            return [f for data in images for f in self._tower(**self._pixels(data))]
-        return self._grouped([self._pixels(data) for data in images])
+def _key(chunk: types.ImageChunk) -> bytes:
+    return hashlib.sha256(chunk.data).digest()
 
-    def _grouped(self, inputs: Sequence[dict[str, Tensor]]) -> list[ImageFeatures]:
-        """Images of one size in one pass."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for number, one in enumerate(inputs):
-            groups.setdefault(tuple(one["grids"][0].tolist()), []).append(number)
-        done: dict[int, ImageFeatures] = {}
-        for members in groups.values():
-            together = {name: torch.cat([inputs[n][name] for n in members]) for name in ("pixels", "grids")}
-            done.update(zip(members, self._tower(**together), strict=True))
-        return [done[number] for number in range(len(inputs))]
 
-    def _pixels(self, data: bytes) -> dict[str, Tensor]:
-        made = self._model.rule.processor(images=[open_image(data)], return_tensors="pt")
-        return {"pixels": made["pixel_values"], "grids": made["image_grid_thw"]}
-
-    def _tower(self, pixels: Tensor, grids: Tensor) -> list[ImageFeatures]:
-        device = self._model.device
-        out = self._model.stock.get_image_features(pixels.to(device), grids.to(device), return_dict=True)
-        self.forwards += len(grids)
-        grid = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-        layers = zip(*out.deepstack_features, strict=True) if out.deepstack_features else [()] * len(grid)
-        return [  # clones, because a view would keep the whole pass in memory
-            ImageFeatures(g, e.clone(), tuple(d.clone() for d in ds))
-            for g, e, ds in zip(grid, out.pooler_output, layers, strict=True)
-        ]
+def _groups(patches: dict[bytes, Patches]) -> list[list[bytes]]:
+    """Keys of images of one grid, as many as may share a pass."""
+    by_grid: dict[tuple[int, int, int], list[bytes]] = {}
+    for key, each in patches.items():
+        by_grid.setdefault(each.grid, []).append(key)
+    groups = []
+    for keys in by_grid.values():
+        size = max(1, PASS_PATCHES // len(patches[keys[0]].pixels))
+        groups += [keys[n : n + size] for n in range(0, len(keys), size)]
+    return groups

@@ -1,0 +1,102 @@
+"""Checkpoints in hub layout to load: the nano model in parts, a tiny mixture of experts; and a hub that serves models.
+
+with serve_models({"owner/name": HubRepo(files)}) as hub: ...    # as tests.data.hub_server's serve, for models
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.data import hub_server
+from vlm import nano
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "rope_parameters": ROPE,
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 8,
+    "num_position_embeddings": 64,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
+}
+TOKENS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+
+
+def sharded(folder: Path) -> Path:
+    """The nano model, its weights in several files, with all its other files."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    Qwen3VLForConditionalGeneration.from_pretrained(nano.folder()).save_pretrained(folder, max_shard_size="4MB")
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano.folder() / name, folder / name)
+    return folder
+
+
+def experts(folder: Path) -> Any:
+    """Save a tiny random mixture of experts, whose head is not tied, and give it back."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {**TEXT, "tie_word_embeddings": False}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **TOKENS)
+    model = Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy in which files can be damaged."""
+    return Path(shutil.copytree(folder, to / "copy", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+
+
+def with_weights(folder: Path, change: Mapping[str, Tensor | None]) -> None:
+    """Put tensors into model.safetensors, or (None) take them out."""
+    tensors: dict[str, Tensor | None] = {**load_file(folder / "model.safetensors"), **change}
+    save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+def with_config(folder: Path, **change: object) -> None:
+    """Set entries of config.json, or (None) take them out."""
+    written = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+
+
+class _ModelHandler(hub_server._Handler):
+    """Models are asked for as sets are, under other paths."""
+
+    def parse_request(self) -> bool:
+        understood = super().parse_request()
+        if understood:
+            path = self.path.replace("/api/models/", "/api/datasets/")
+            self.path = f"/datasets{path}" if re.match(r"/(?!api/)[^/]+/[^/]+/resolve/", path) else path
+        return understood
+
+
+@contextmanager
+def serve_models(repos: Mapping[str, hub_server.HubRepo]) -> Iterator[hub_server.Hub]:
+    with hub_server.serve(repos) as hub:
+        hub.RequestHandlerClass = _ModelHandler
+        yield hub

@@ -1,0 +1,181 @@
+"""Adapters of dense models and of experts, with and without the vision tower, against stock transformers and PEFT."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinker
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from tinker import types
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+from kshot_errors import RequestError
+from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft, stock_inputs
+from vlm import nano
+from vlm.classifier import predict
+from vlm.inputs import ImageRule
+from vlm.local.adapter import LoraSpec
+from vlm.local.client import LocalServiceClient
+from vlm.local.training_client import LocalTrainingClient
+from vlm.prompts import Prompt
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
+ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of the nano model's sizes with random weights: dense, and with experts (in all layers but one; its head
+    untied)."""
+    sizes = AutoConfig.from_pretrained(nano.folder())
+    parts = {name: getattr(sizes, name).to_dict() for name in ("text_config", "vision_config")}
+    for part in parts.values():
+        part.pop("model_type")
+    ids = {key: value for key, value in sizes.to_dict().items() if key.endswith("_token_id")}
+    text = {**parts["text_config"], **EXPERTS, "mlp_only_layers": [1], "tie_word_embeddings": False}
+    sparse = Qwen3VLMoeConfig(**{**parts, "text_config": text}, tie_word_embeddings=False, **ids)
+    made = {"dense": Qwen3VLForConditionalGeneration, "sparse": Qwen3VLMoeForConditionalGeneration}
+    return {
+        kind: _saved(made[kind](config), tmp_path_factory.mktemp(kind))
+        for kind, config in {"dense": sizes, "sparse": sparse}.items()
+    }
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(tensor, std=0.09, generator=generator)
+        assert tensor.isfinite().all(), name
+    model.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano.folder() / name, folder / name)
+    return folder
+
+
+Start = Callable[[str, bool], LocalTrainingClient]
+
+
+@pytest.fixture(scope="module")
+def start(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """A new run on the dense or the sparse model, with or without LoRA on the tower."""
+    services = {
+        vision: LocalServiceClient(tmp_path_factory.mktemp("state"), train_vision=vision) for vision in (False, True)
+    }
+
+    def make(kind: str, vision: bool) -> LocalTrainingClient:
+        return services[vision].create_lora_training_client(str(folders[kind]), rank=4, seed=3).result()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path]) -> Callable[[str], Any]:
+    def load(kind: str) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(folders[kind]).eval()
+
+    return load
+
+
+KINDS = pytest.mark.parametrize(("kind", "vision"), [(k, v) for k in ("dense", "sparse") for v in (False, True)])
+
+
+@KINDS
+def test_loss_and_gradients_equal_stock_peft(
+    kind: str, vision: bool, start: Start, plain: Any, mixed: list[tinker.Datum], rule: ImageRule
+) -> None:
+    client = start(kind, vision)
+    disturb(client)
+    theirs = plain_peft(client, plain(kind))
+    assert set(get_peft_model_state_dict(theirs, save_embedding_layers=False)) == set(adapter_of(client))
+    expected = plain_loss(theirs, mixed, rule)
+    expected.backward()
+    got = client.forward_backward(mixed, "cross_entropy").result().metrics["loss:sum"]
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+    parameters = {n.replace(".default.", "."): p for n, p in theirs.named_parameters()}
+    for name, gradient in gradients_of(client).items():
+        reference = parameters[name].grad
+        assert (gradient - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
+    touched = [name for name in adapter_of(client) if ".visual." in name]
+    assert len(touched) == (2 * 4 * 4 if vision else 0)
+    assert not any(".mlp.gate." in name for name in adapter_of(client))  # the router is never trained
+
+
+@KINDS
+def test_the_files_load_in_stock_peft_and_merged_too(
+    kind: str, vision: bool, start: Start, plain: Any, mixed: list[tinker.Datum], rule: ImageRule
+) -> None:
+    client = start(kind, vision)
+    disturb(client)
+    client.save_state("peft").result()
+    folder = next(p for p in client._state.rglob(f"{client.model_id.replace(':', '_')}/weights/peft"))
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        base = plain(kind)
+        if kind == "dense":  # merging into a tied head would change the embeddings
+            base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
+            base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
+        loaded = PeftModel.from_pretrained(base, folder)
+        before = plain_loss(loaded, mixed, rule).item()
+        after = plain_loss(loaded.merge_and_unload(), mixed, rule).item()
+    ours = client.forward(mixed, "cross_entropy").result().metrics["loss:sum"]
+    assert before == pytest.approx(ours, rel=1e-5)
+    assert after == pytest.approx(ours, rel=1e-4)
+
+
+@KINDS
+def test_training_goes_on_from_a_checkpoint_and_samples_what_it_learnt(
+    kind: str, vision: bool, start: Start, prompt: Prompt, examples: list[Pictured], mixed: list[tinker.Datum]
+) -> None:
+    client = start(kind, vision)
+
+    def step(client: LocalTrainingClient) -> float:
+        loss = client.forward_backward(mixed, "cross_entropy")
+        client.optim_step(ADAM).result()
+        return loss.result().metrics["loss:sum"]
+
+    losses = [step(client) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    path = client.save_state("resume").result().path
+    again = [step(client) for _ in range(2)]
+    client.load_state_with_optimizer(path).result()
+    assert [step(client) for _ in range(2)] == again
+    sampler = client.save_weights_and_get_sampling_client().result()
+    images = [e.image for e in examples[:3]]
+    one_pass = predict(sampler, images, prompt, "likelihood")
+    for row, image in zip(one_pass, images, strict=True):  # the SDK's own way, from compute_logprobs of each answer
+        for score, choice in zip(row, prompt.choices, strict=True):
+            question = prompt.question(image)
+            full = tinker.ModelInput(chunks=[*question.chunks, types.EncodedTextChunk(tokens=list(choice))])
+            log_probs = sampler.compute_logprobs(full).result()[question.length :]
+            assert score == pytest.approx(sum(v for v in log_probs if v is not None), abs=1e-3)
+
+
+def test_an_expert_model_samples_as_stock_generate(start: Start, plain: Any, prompt: Prompt, rule: ImageRule) -> None:
+    from tests.vlm.helpers import CLASSES
+
+    client, stock = start("sparse", False), plain("sparse")
+    sampler = client.save_weights_and_get_sampling_client().result()
+    asked = tinker.ModelInput(chunks=[types.EncodedTextChunk(tokens=prompt.tokenizer.encode(" ".join(CLASSES)))])
+    inputs = stock_inputs(asked, rule)
+    made = stock.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    params = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
+    answer = sampler.sample(asked, 1, params).result().sequences[0].tokens
+    assert answer == made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_an_adapter_that_trains_nothing_is_an_error() -> None:
+    with pytest.raises(RequestError, match="trains nothing"):
+        LoraSpec(rank=4, train_mlp=False, train_attn=False, train_unembed=False)

@@ -1,0 +1,316 @@
+"""Losses and their gradients against the published formulas written out in numpy, their laws, and bad requests."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tinker import types
+from torch import Tensor
+
+from kshot_errors import RequestError, UnknownNameError
+from vlm.local.losses import LOSSES, Loss, fields_of, loss
+
+Arrays = Mapping[str, np.ndarray]
+NARROW = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05}
+WIDE = {"clip_low_threshold": 0.0, "clip_high_threshold": 1e30}
+CASES: list[tuple[str, dict[str, float]]] = [
+    ("cross_entropy", {}),
+    ("importance_sampling", {}),
+    ("ppo", {}),
+    ("ppo", NARROW),
+    ("ppo", {"clip_low_threshold": 0.0, "clip_high_threshold": 0.0}),
+    ("ppo", {"clip_high_threshold": 3.0}),
+    ("cispo", {}),
+    ("cispo", NARROW),
+    ("cispo", {"clip_low_threshold": 0.0}),
+    ("dro", {"beta": 0.05}),
+    ("dro", {"beta": 2}),
+    ("dro", {"beta": 0.0}),
+]
+each_case = pytest.mark.parametrize(("name", "config"), CASES)
+
+
+def published(
+    name: str, log_probs: np.ndarray, fields: Arrays, config: Mapping[str, float], still: np.ndarray
+) -> float:
+    """The documentation's formulas; `still` are the log-probabilities where a gradient is stopped."""
+    if name == "cross_entropy":
+        return float((-log_probs * fields["weights"]).sum())
+    sampled, advantages = fields["logprobs"], fields["advantages"]
+    low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
+    ratio = np.exp(log_probs - sampled)
+    if name == "importance_sampling":
+        objective = ratio * advantages
+    elif name == "ppo":
+        objective = np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
+    elif name == "cispo":
+        objective = np.clip(np.exp(still - sampled), low, high) * log_probs * advantages
+    else:
+        objective = log_probs * advantages - 0.5 * config["beta"] * (log_probs - sampled) ** 2
+    return float(-objective.sum())
+
+
+def slopes(name: str, log_probs: np.ndarray, fields: Arrays, config: Mapping[str, float]) -> np.ndarray:
+    """The gradient of the published formula by central differences."""
+    step = 1e-5
+    moves = step * np.eye(len(log_probs))
+    ends = [[published(name, log_probs + s * move, fields, config, log_probs) for s in (1, -1)] for move in moves]
+    return np.array([(up - down) / (2 * step) for up, down in ends])
+
+
+def evaluate(chosen: Loss, log_probs: np.ndarray, fields: Arrays) -> tuple[float, np.ndarray]:
+    """Value and gradient in float64."""
+    leaf = torch.tensor(log_probs, dtype=torch.float64, requires_grad=True)
+    value = chosen(leaf, tensors(fields))
+    assert value.shape == ()
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.item(), gradient.numpy()
+
+
+def tensors(fields: Arrays) -> dict[str, Tensor]:
+    return {name: torch.tensor(values) for name, values in fields.items()}
+
+
+@st.composite
+def problems(draw: st.DrawFn, on_policy: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """log_probs, and the fields of every loss, at 1 to 6 positions; ratios away from the thresholds of CASES."""
+    n = draw(st.integers(1, 6))
+    nats, signed = st.floats(-3.0, 0.0), st.sampled_from([0.0, -2.0, -0.3, 0.7, 1.0, 3.0])
+    log_probs, sampled = (np.array(draw(st.lists(nats, min_size=n, max_size=n))) for _ in range(2))
+    weights, advantages = (np.array(draw(st.lists(signed, min_size=n, max_size=n))) for _ in range(2))
+    sampled = log_probs.copy() if on_policy else sampled
+    thresholds = np.array([value for _, config in CASES for value in config.values()] + [0.8, 1.2])
+    assume(np.abs(np.exp(log_probs - sampled)[:, None] - thresholds).min() > 1e-3)
+    return log_probs, {"weights": weights, "logprobs": sampled, "advantages": advantages}
+
+
+@each_case
+@given(problem=problems())
+@settings(deadline=None, max_examples=40)
+def test_value_and_gradient_are_the_published_ones(
+    name: str, config: dict[str, float], problem: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+    log_probs, fields = problem
+    value, gradient = evaluate(loss(name, config), log_probs, fields)
+    assert value == pytest.approx(published(name, log_probs, fields, config, log_probs), rel=1e-9, abs=1e-12)
+    assert gradient == pytest.approx(slopes(name, log_probs, fields, config), rel=1e-5, abs=1e-6)
+
+
+@each_case
+@given(problem=problems())
+@settings(deadline=None, max_examples=20)
+def test_only_scored_positions_matter(
+    name: str, config: dict[str, float], problem: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+    log_probs, fields = problem
+    chosen = loss(name, config)
+    where = chosen.scored(tensors(fields)).numpy()
+    assert where.dtype == np.bool_
+    value, gradient = evaluate(chosen, log_probs, fields)
+    some, slope = evaluate(chosen, log_probs[where], {key: values[where] for key, values in fields.items()})
+    assert some == pytest.approx(value, rel=1e-12, abs=1e-12)
+    assert slope == pytest.approx(gradient[where])
+    assert not gradient[~where].any()
+
+
+@each_case
+@given(problem=problems(), cut=st.integers(0, 6))
+@settings(deadline=None, max_examples=20)
+def test_parts_add_up(
+    name: str, config: dict[str, float], problem: tuple[np.ndarray, dict[str, np.ndarray]], cut: int
+) -> None:
+    """A sum, not a mean: gradients of batches accumulate."""
+    log_probs, fields = problem
+    chosen = loss(name, config)
+    whole, _ = evaluate(chosen, log_probs, fields)
+    parts = [
+        evaluate(chosen, log_probs[part], {key: values[part] for key, values in fields.items()})[0]
+        for part in (slice(cut), slice(cut, None))
+    ]
+    assert sum(parts) == pytest.approx(whole, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("importance_sampling", {}), ("ppo", {}), ("cispo", {}), ("dro", {"beta": 0.5})]
+)
+@given(problem=problems(on_policy=True))
+@settings(deadline=None, max_examples=20)
+def test_on_policy_all_are_the_policy_gradient(
+    name: str, config: dict[str, float], problem: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+    log_probs, fields = problem
+    _, gradient = evaluate(loss(name, config), log_probs, fields)
+    assert gradient == pytest.approx(-fields["advantages"], rel=1e-12)
+
+
+@given(problem=problems())
+@settings(deadline=None, max_examples=40)
+def test_ppo_within_its_thresholds_is_importance_sampling(problem: tuple[np.ndarray, dict[str, np.ndarray]]) -> None:
+    log_probs, fields = problem
+    plain = evaluate(loss("importance_sampling", None), log_probs, fields)
+    clipped = evaluate(loss("ppo", WIDE), log_probs, fields)
+    assert clipped[0] == pytest.approx(plain[0])
+    assert clipped[1] == pytest.approx(plain[1])
+
+
+@given(problem=problems())
+@settings(deadline=None, max_examples=40)
+def test_where_ppo_clips_its_gradient_ends_and_cispos_stays(problem: tuple[np.ndarray, dict[str, np.ndarray]]) -> None:
+    log_probs, fields = problem
+    ratio, advantages = np.exp(log_probs - fields["logprobs"]), fields["advantages"]
+    clipped = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    _, gradient = evaluate(loss("ppo", None), log_probs, fields)
+    assert gradient == pytest.approx(np.where(clipped, 0.0, -ratio * advantages))
+    _, gradient = evaluate(loss("cispo", None), log_probs, fields)
+    assert gradient == pytest.approx(-np.clip(ratio, 0.8, 1.2) * advantages)
+
+
+@given(problem=problems())
+@settings(deadline=None, max_examples=20)
+def test_dro_without_a_penalty_is_cross_entropy_weighted_by_advantages(
+    problem: tuple[np.ndarray, dict[str, np.ndarray]],
+) -> None:
+    log_probs, fields = problem
+    got = evaluate(loss("dro", {"beta": 0}), log_probs, fields)
+    expected = evaluate(loss("cross_entropy", None), log_probs, {"weights": fields["advantages"]})
+    assert got[0] == pytest.approx(expected[0])
+    assert got[1] == pytest.approx(expected[1])
+
+
+@given(problem=problems(), factors=st.tuples(st.floats(-4, 4), st.floats(-4, 4)))
+@settings(deadline=None, max_examples=20)
+def test_cross_entropy_is_linear_in_its_weights(
+    problem: tuple[np.ndarray, dict[str, np.ndarray]], factors: tuple[float, float]
+) -> None:
+    log_probs, fields = problem
+    one, other = fields["weights"], fields["advantages"]
+    chosen = loss("cross_entropy", {})
+    values = [evaluate(chosen, log_probs, {"weights": weights})[0] for weights in (one, other)]
+    mixed, _ = evaluate(chosen, log_probs, {"weights": factors[0] * one + factors[1] * other})
+    assert mixed == pytest.approx(factors[0] * values[0] + factors[1] * values[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo"])
+def test_ratios_that_overflow_where_they_do_not_count_leave_the_loss_finite(name: str) -> None:
+    """float32, a ratio of e^200: at advantage 0, and at a clipped position of ppo and cispo."""
+    log_probs = torch.tensor([-0.5, -1.0, -1.0], requires_grad=True)
+    last = 0.0 if name == "importance_sampling" else 1.0
+    fields = {"logprobs": torch.tensor([-0.5, -200.0, -201.0]), "advantages": torch.tensor([2.0, 0.0, last])}
+    value = loss(name, None)(log_probs, fields)
+    value.backward()
+    assert value.isfinite()
+    assert log_probs.grad is not None
+    slope = -1.2 if name == "cispo" else 0.0
+    assert log_probs.grad.tolist() == pytest.approx([-2.0, 0.0, slope])
+
+
+def test_scored_positions() -> None:
+    fields = {"weights": torch.tensor([0.0, -1.0, 2.0]), "advantages": torch.tensor([0.5, 0.0, -1.0])}
+    assert loss("cross_entropy", None).scored(fields).tolist() == [False, True, True]
+    for name in ("importance_sampling", "ppo", "cispo"):
+        assert loss(name, None).scored(fields).tolist() == [True, False, True]
+    assert loss("dro", {"beta": 0.05}).scored(fields).tolist() == [True, True, True]
+    assert loss("dro", {"beta": 0.0}).scored(fields).tolist() == [True, False, True]
+
+
+def test_configurations_and_their_defaults() -> None:
+    default = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    for name in ("ppo", "cispo"):
+        assert loss(name, None).config == loss(name, {}).config == default
+        assert loss(name, {"clip_high_threshold": np.float32(2)}).config == {**default, "clip_high_threshold": 2.0}
+        assert loss(name, {"clip_low_threshold": 1.2}).config["clip_low_threshold"] == 1.2
+    assert loss("dro", {"beta": 1}).config == {"beta": 1.0}
+    assert loss("cross_entropy", {}).config == loss("importance_sampling", None).config == {}
+    assert LOSSES["ppo"].config == default  # the table is as it was
+
+
+BAD_CONFIGS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
+    "a key of none": ("cross_entropy", {"clip": 0.1}, "takes no configuration, got \\['clip'\\]"),
+    "a key of another": ("ppo", {"beta": 0.1}, "'clip_high_threshold'.*got \\['beta'\\]"),
+    "a text": ("ppo", {"clip_low_threshold": "0.8"}, "clip_low_threshold of loss 'ppo' .* got '0.8'"),
+    "a truth": ("dro", {"beta": True}, "got True"),
+    "nothing": ("dro", {"beta": None}, "got None"),
+    "not a number": ("dro", {"beta": math.nan}, "beta of loss 'dro' must be a finite number .* got nan"),
+    "infinite": ("cispo", {"clip_high_threshold": math.inf}, "got inf"),
+    "huge": ("dro", {"beta": 10**400}, "beta of loss 'dro' must be a finite"),
+    "negative": ("dro", {"beta": -0.1}, "at least 0, got -0.1"),
+    "negative threshold": ("cispo", {"clip_low_threshold": -0.2}, "at least 0, got -0.2"),
+    "low above high": ("ppo", {"clip_low_threshold": 1.3, "clip_high_threshold": 1.2}, "above clip_high_threshold"),
+    "low above the default": ("cispo", {"clip_low_threshold": 1.3}, "above clip_high_threshold.*1.2"),
+    "an offset for a threshold": ("ppo", {"clip_high_threshold": 0.2}, "above clip_high_threshold"),
+    "no beta": ("dro", None, "no default beta.*loss_fn_config"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONFIGS)
+def test_bad_configurations_are_named(kind: str) -> None:
+    name, config, named = BAD_CONFIGS[kind]
+    with pytest.raises(RequestError, match=named):
+        loss(name, config)
+
+
+@pytest.mark.parametrize("name", [*get_args(types.LossFnType), "nll", "PPO", ""])
+def test_other_names_are_never_another_loss(name: str) -> None:
+    if name in ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro"):
+        assert LOSSES[name].name == name
+    else:
+        with pytest.raises(UnknownNameError, match="choose from: cross_entropy, importance_sampling, ppo, cispo, dro"):
+            loss(name, None)
+
+
+def datum(**fields: Any) -> tinker.Datum:
+    return tinker.Datum(model_input=tinker.ModelInput.from_ints([5, 6, 7]), loss_fn_inputs=fields)
+
+
+def test_fields_have_one_length_and_the_dtypes_of_the_losses() -> None:
+    targets = [6, 7, 2]
+    for given_weights in ({}, {"weights": [1, 1, 1]}, {"weights": np.ones(3)}):
+        fields = fields_of(datum(target_tokens=targets, **given_weights))
+        assert fields["target_tokens"].tolist() == targets
+        assert fields["target_tokens"].dtype == torch.int64
+        assert fields["weights"].tolist() == [1.0, 1.0, 1.0]
+        assert fields["weights"].dtype == torch.float32
+    sampled = {"logprobs": [0.0, -0.5, -2.0], "advantages": np.array([0, 1, -1])}
+    for name in ("importance_sampling", "ppo", "cispo", "dro"):
+        fields = fields_of(datum(target_tokens=torch.tensor(targets), **sampled), LOSSES[name])
+        assert {key: values.dtype for key, values in fields.items()} == {
+            "target_tokens": torch.int64,
+            "logprobs": torch.float32,
+            "advantages": torch.float32,
+        }
+        assert fields["advantages"].tolist() == [0.0, 1.0, -1.0]
+
+
+GOOD = {"target_tokens": [6, 7, 2], "logprobs": [0.0, -0.5, -2.0], "advantages": [0.0, 1.0, -1.0]}
+BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no targets": ("cross_entropy", {"weights": [1.0]}, "lacks target_tokens, .* it has \\['weights'\\]"),
+    "no logprobs, no advantages": ("ppo", {"target_tokens": [1]}, "lacks logprobs, advantages, which ppo reads"),
+    "weights of none": ("dro", {**GOOD, "weights": [1.0] * 3}, "dro reads .* also has \\['weights'\\]; drop them"),
+    "a mask": ("ppo", {**GOOD, "mask": np.ones(3)}, "also has \\['mask'\\]"),
+    "thresholds of positions": (
+        "ppo",
+        {**GOOD, "clip_low_threshold": [0.8] * 3},
+        "also has \\['clip_low_threshold'\\]",
+    ),
+    "short": ("cispo", {**GOOD, "logprobs": [0.0, -1.0]}, "logprobs has 2 entries and target_tokens 3.*one length"),
+    "long": ("cross_entropy", {"target_tokens": [1], "weights": [1.0] * 2}, "weights has 2 entries"),
+    "not finite": ("ppo", {**GOOD, "logprobs": [0.0, math.nan, -1.0]}, "logprobs at position 1 is nan"),
+    "infinite": ("ppo", {**GOOD, "advantages": [0.0, 1.0, -math.inf]}, "advantages at position 2 is -inf"),
+    "top-K": ("cross_entropy", {"target_tokens": [[1, 2], [3, 4]]}, "target_tokens must be a vector.*\\[2, 2\\]"),
+    "a scalar": ("ppo", {**GOOD, "advantages": np.array(1.0)}, "advantages must be a vector"),
+    "sparse": ("cross_entropy", {"target_tokens": torch.eye(9, 9).long()}, "target_tokens must be a vector"),
+    "fractional targets": ("cross_entropy", {"target_tokens": np.array([1.5])}, "must be integers .*float32"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FIELDS)
+def test_bad_fields_are_named(kind: str) -> None:
+    name, fields, named = BAD_FIELDS[kind]
+    with pytest.raises(RequestError, match=named):
+        fields_of(datum(**fields), LOSSES[name])

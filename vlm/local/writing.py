@@ -1,0 +1,119 @@
+"""Sequences as they are written: which token comes next, its log-probability, and when to stop. Knows no model."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tinker import types
+from torch import Tensor
+
+LIKELY = 1024  # tokens that are sorted before the whole vocabulary is
+
+
+class Writer:
+    """One sequence as it grows. number: of the sample in its request."""
+
+    def __init__(self, tokenizer: Any, params: types.SamplingParams, number: int) -> None:
+        self.params, self.tokens, self.log_probs = params, list[int](), list[float]()
+        self.reason: types.StopReason | None = None
+        self._tokenizer, self._generator = tokenizer, _generator(params.seed, number)
+        self._strings, self._ids = _stops(params.stop, tokenizer.eos_token_id)
+        self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
+
+    def write(self, token: int, log_prob: float) -> None:
+        """Append a token; its log-probability is the model's, before any filter."""
+        self.tokens.append(token)
+        self.log_probs.append(log_prob)
+        if token in self._ids or (self._strings and self._text_stops()):
+            self.reason = "stop"
+        elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
+            self.reason = "length"
+
+    def draw(self, logits: Tensor) -> int:
+        """A token from (vocabulary,) logits by the request's temperature, top-k, top-p and generator."""
+        return pick(logits, self.params, self._generator)
+
+    def sequence(self) -> types.SampledSequence:
+        """The sequence in the SDK's terms; one that the model's context cut off ends by length."""
+        return types.SampledSequence(
+            stop_reason=self.reason or "length",
+            sequence_id=str(uuid.uuid4()),
+            tokens_np=np.array(self.tokens, np.int32),
+            logprobs_np=np.array(self.log_probs, np.float32),
+        )
+
+    def _text_stops(self) -> bool:
+        text = self._tokenizer.decode(self.tokens[-self._tail :])
+        return any(stop in text for stop in self._strings)
+
+
+def advance(writers: Sequence[Writer], logits: Tensor) -> list[int]:
+    """Every writer's next token, written, from (writers, vocabulary) float32 logits."""
+    best = logits.argmax(-1).tolist()
+    greedy = [writer.params.temperature == 0 for writer in writers]
+    tokens = [b if g else w.draw(row) for w, row, b, g in zip(writers, logits, best, greedy, strict=True)]
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    for writer, token, log_prob in zip(writers, tokens, (chosen - logits.logsumexp(-1)).tolist(), strict=True):
+        writer.write(token, log_prob)
+    return tokens
+
+
+def pick(logits: Tensor, params: types.SamplingParams, generator: torch.Generator) -> int:
+    """A token from (vocabulary,) logits: the largest at temperature 0, else drawn after top-k and top-p."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.float().cpu() / params.temperature
+    probs, tokens = _candidates(scaled, params.top_k, params.top_p)
+    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
+
+
+def _candidates(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Weights and tokens to draw from, likeliest first unless all may be drawn."""
+    size = len(scaled)
+    if top_k <= 0 and top_p >= 1:
+        return scaled.softmax(-1), torch.arange(size)
+    kept = min(top_k, size) if top_k > 0 else size
+    first = _ordered(scaled, min(kept, LIKELY))
+    whole = scaled.logsumexp(-1) if top_k <= 0 and size > LIKELY else None
+    probs, tokens = _nucleus(*first, whole, top_p)
+    if len(probs) < len(first[0]) or len(first[0]) == kept:
+        return probs, tokens
+    return _nucleus(*_ordered(scaled, kept), whole, top_p)  # the likeliest ones have too little mass
+
+
+def _ordered(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values and their tokens; among equal values the lower token first."""
+    if count < len(scaled):
+        values, _ = scaled.topk(count)
+        at = (scaled >= values[-1]).nonzero()[:, 0]
+        scaled, at = scaled[at], at
+    else:
+        at = torch.arange(len(scaled))
+    values, order = scaled.sort(descending=True, stable=True)
+    return values[:count], at[order[:count]]
+
+
+def _nucleus(values: Tensor, tokens: Tensor, whole: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set whose mass reaches top_p (Holtzman et al. 2020): always the first. whole: the log of all mass,
+    where it is not that of `values`."""
+    probs = values.softmax(-1) if whole is None else (values - whole).exp()
+    kept = int((probs.cumsum(-1) - probs < top_p).sum()) if top_p < 1 else len(probs)
+    return probs[:kept], tokens[:kept]
+
+
+def _generator(seed: int | None, number: int) -> torch.Generator:
+    """Of the sample `number` of a request: from both, so that neighbouring seeds share no sample."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
+    return generator
+
+
+def _stops(stop: str | Sequence[str] | Sequence[int] | None, end: int) -> tuple[list[str], set[int]]:
+    """Stop strings and stop tokens. None stops at the tokenizer's end token, an empty list nowhere (SDK)."""
+    given: list[str | int] = [end] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    return [s for s in given if isinstance(s, str)], {s for s in given if isinstance(s, int)}
