@@ -23,7 +23,8 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether an opened image's pixels can be taken as they are stored: upright RGB without transparency.
+    """Whether an opened image's pixels can be taken as they are stored: upright, without transparency, RGB or 8-bit
+    grey, which everybody turns into the same RGB.
 
     Of a file whose EXIF data cannot be read that is not known, so it is not plain.
     """
@@ -31,7 +32,7 @@ def is_plain(image: Image.Image) -> bool:
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # Pillow's readers raise a dozen unrelated types on bytes that are broken
         return False
-    return upright and image.mode == "RGB" and not image.has_transparency_data
+    return upright and image.mode in ("RGB", "L") and not image.has_transparency_data
 
 
 def open_header(data: bytes, name: str = "image") -> Image.Image:

@@ -41,7 +41,7 @@ def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) 
         ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(watched,)) as pool,
         lifeline,  # closed before the pool is waited for: what still runs then is not wanted
     ):
-        with _interrupts_held_back():
+        with interrupts_held_back():
             waiting = {pool.submit(_call, run, job): job for job in jobs}
         yield from _finished(waiting)
         pool.shutdown()  # nothing runs: let the workers leave in peace
@@ -53,7 +53,7 @@ def _cores() -> int:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     """Children born here never see Ctrl-C, which a terminal sends to all: the parent gets it, and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -98,7 +98,7 @@ def _call(run: Callable[[J], R], job: J) -> R:
 
 def _begin(watched: Connection) -> None:
     """In a new worker: a watch on the parent, one thread, no progress bars of its own."""
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    threading.Thread(target=end_with, args=(watched,), daemon=True).start()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     import torch
     from transformers.utils import logging
@@ -109,6 +109,7 @@ def _begin(watched: Connection) -> None:
     getLogger("huggingface_hub").setLevel(CRITICAL)  # its retries; what they end in is reported in one line
 
 
-def _end_with(watched: Connection) -> None:
+def end_with(watched: Connection) -> None:
+    """End this process with the other end of the pipe, whatever it is doing."""
     watched.poll(None)  # nothing is ever sent: it returns when the other end is closed
     os._exit(1)

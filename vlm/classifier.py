@@ -64,9 +64,12 @@ def fit(
     client: TrainingClient, batches: Iterable[Sequence[View]], prompt: Prompt, adam: types.AdamParams
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
     """One optimizer step a batch of (image, label) views; yields what each step answered."""
-    for batch in batches:
-        loss = client.forward_backward([prompt.datum(image, label) for image, label in batch], "cross_entropy")
+    made = ([prompt.datum(image, label) for image, label in batch] for batch in batches)
+    data = next(made, None)
+    while data is not None:
+        loss = client.forward_backward(data, "cross_entropy")
         step = client.optim_step(adam)  # both submitted before either is awaited
+        data = next(made, None)  # the next batch is made while the service works on this one
         yield loss.result(), step.result()
 
 

@@ -59,7 +59,7 @@ class ImageRule:
 def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     """The chunk of an image in any format Pillow reads, with `expected_tokens` set.
 
-    Plain upright RGB JPEG and PNG bytes travel as they are; anything else (alpha, palette, grey, 16 bit,
+    Plain upright JPEG and PNG bytes, RGB or 8-bit grey, travel as they are; anything else (alpha, palette, 16 bit,
     EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
     Raises ImageError for bytes that are no image.
     """

@@ -51,13 +51,18 @@ class Prompt:
     def datum(self, image: bytes, label: int) -> tinker.Datum:
         """The training example: the assistant's whole turn is the target, as in the recipe."""
         before, after = self._around
-        answer = [*self._prefill, *self.choices[label], *self.tokenizer.encode(TURN)]
-        return datum(model_input(before, image_chunk(image, self.rule), after), answer)
+        return datum(model_input(before, image_chunk(image, self.rule), after), self._answers[label])
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """label → the token ids that write the class name after the prefill, end of line included."""
         return tuple(tuple(self.tokenizer.encode(f" {name}{END}")) for name in self.classes)
+
+    @cached_property
+    def _answers(self) -> tuple[list[int], ...]:
+        """label → the assistant's whole turn."""
+        turn = self.tokenizer.encode(TURN)
+        return tuple([*self._prefill, *choice, *turn] for choice in self.choices)
 
     @property
     def stops(self) -> list[str]:

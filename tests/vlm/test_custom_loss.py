@@ -21,7 +21,8 @@ def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-4) for name in one)
+    """To 1e-4 of a tensor's largest number: of positions that cancel, float32 keeps no more."""
+    return all((one[n] - other[n]).abs().max() <= 1e-4 * other[n].abs().max() + 1e-6 for n in one)
 
 
 def squared(data: list[tinker.Datum], log_probs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:

@@ -41,7 +41,6 @@ UNUSUAL = {
     "grey with alpha": encoded(picture("LA").rotate(30)),
     "palette": encoded(picture("P")),
     "palette with a clear colour": clear_palette(),
-    "grey": encoded(picture("L")),
     "black and white": encoded(picture("1")),
     "16 bit": encoded(Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))),
     "CMYK": encoded(picture("CMYK"), "JPEG"),
@@ -63,9 +62,10 @@ def test_unusual_images_become_plain_ones_with_the_same_pixels(kind: str, rule: 
         assert chunk.expected_tokens == rule.tokens(plain.height, plain.width)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize(("format", "name"), [("PNG", "png"), ("JPEG", "jpeg")])
-def test_plain_images_travel_as_they_are(format: str, name: str, rule: ImageRule) -> None:
-    data = encoded(picture(), format)
+def test_plain_images_travel_as_they_are(format: str, name: str, mode: str, rule: ImageRule) -> None:
+    data = encoded(picture(mode), format)
     chunk = image_chunk(data, rule)
     assert (chunk.data, chunk.format) == (data, name)
 

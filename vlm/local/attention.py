@@ -8,6 +8,7 @@ and values (positions, key heads, dim), the answer (queries, heads x dim). Knows
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -36,11 +37,11 @@ class Rows:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths, self.count, self.longest, self.device = list(lengths), len(lengths), max(lengths), device
         self.even = min(lengths) == self.longest
-        sizes = torch.tensor(self.lengths, device=device)
-        starts = sizes.cumsum(0) - sizes
-        self.row = torch.arange(self.count, device=device).repeat_interleave(sizes)  # (positions,) whose row it is
-        self.column = torch.arange(len(self.row), device=device) - starts[self.row]
-        self.place = self.row * self.longest + self.column  # where a position stands in the padded rows
+        row = np.repeat(np.arange(self.count), self.lengths)
+        column = np.arange(len(row)) - (np.cumsum(self.lengths) - self.lengths)[row]
+        self.row = torch.from_numpy(row).to(device)  # (positions,) whose row it is
+        self.column = torch.from_numpy(column).to(device)
+        self.place = torch.from_numpy(row * self.longest + column).to(device)  # where it stands in the padded rows
 
     def pad(self, packed: Tensor) -> Tensor:
         """(positions, heads, dim) → (rows, heads, longest, dim)."""

@@ -4,8 +4,9 @@ Rows stand one after the other without padding. M-RoPE positions are those of th
 three axes, an image's tokens spread over (time, height, width), and what follows goes on after the largest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import tinker
@@ -53,40 +54,38 @@ def collate(model: Model, encode: Encode, inputs: Sequence[tinker.ModelInput]) -
     images = encode([chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)])
     remaining = iter(images)
     rows = [_row(model, each, remaining) for each in inputs]
-    longest = model.config.text_config.max_position_embeddings
-    for ids, _ in rows:
-        if not 0 < len(ids) <= longest:
-            raise RequestError(
-                f"a model input has {len(ids)} positions; this model takes at least one token, at most {longest}"
-            )
-    ids = np.concatenate([ids for ids, _ in rows])
-    places = np.concatenate([places for _, places in rows], 1)
-    after = torch.tensor([int(places.max()) + 1 for _, places in rows], device=model.device)
-    given = _positions(model, torch.from_numpy(ids), torch.from_numpy(places), images)
-    return Batch(Rows([len(ids) for ids, _ in rows], model.device), given, after)
+    lengths = [len(ids) for ids, _, _ in rows]
+    wrong = next((length for length in lengths if not 0 < length <= model.context), None)
+    if wrong is not None:
+        raise RequestError(
+            f"a model input has {wrong} positions; this model takes at least one token, at most {model.context}"
+        )
+    ids = np.array([token for ids, _, _ in rows for token in ids], np.int64)
+    given = _positions(model, ids, np.concatenate([places for _, places, _ in rows], 1), images)
+    after = torch.tensor([after for _, _, after in rows], device=model.device)
+    return Batch(Rows(lengths, model.device), given, after)
 
 
-def _positions(model: Model, ids: Tensor, places: Tensor, images: Sequence[ImageFeatures]) -> Positions:
-    ids, places = ids.to(model.device), places.to(model.device)
+def _positions(model: Model, ids: np.ndarray, places: np.ndarray, images: Sequence[ImageFeatures]) -> Positions:
+    device = model.device
+    packed = torch.from_numpy(ids).to(device), torch.from_numpy(places).to(device)
     if not images:
-        return Positions(ids, places)
-    where = (ids == model.config.image_token_id).nonzero()[:, 0]
-    embeds = torch.cat([image.embeds for image in images]).to(model.device)
+        return Positions(*packed)
+    where = torch.from_numpy(np.flatnonzero(ids == model.image_token)).to(device)
+    embeds = torch.cat([image.embeds for image in images]).to(device)
     layers = zip(*(image.deepstack for image in images), strict=True)
-    deepstack = [torch.cat(layer).to(model.device) for layer in layers]
-    return Positions(ids, places, where, embeds, deepstack)
+    return Positions(*packed, where, embeds, [torch.cat(layer).to(device) for layer in layers])
 
 
 def _check(model: Model, each: tinker.ModelInput) -> None:
-    placeholders = (model.config.image_token_id, model.config.video_token_id)
     after_image = False
     for chunk in each.chunks:
         if isinstance(chunk, types.EncodedTextChunk):
             model.check_tokens(chunk.tokens)
-            placeholder = next((token for token in placeholders if token in chunk.tokens), None)
+            placeholder = next((token for token in model.placeholders if token in chunk.tokens), None)
             if placeholder is not None:
                 raise RequestError(f"token {placeholder} stands for image features; give the image as an ImageChunk")
-            after_image = after_image and not chunk.length
+            after_image = after_image and not chunk.tokens
         elif not isinstance(chunk, types.ImageChunk):
             raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
         elif after_image:  # the stock positions take neighbours for one image
@@ -95,18 +94,30 @@ def _check(model: Model, each: tinker.ModelInput) -> None:
             after_image = True
 
 
-def _row(model: Model, each: tinker.ModelInput, images: "object") -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (length,) and M-RoPE positions (3, length) of one input."""
-    ids, places, start = [np.zeros(0, np.int64)], [np.zeros((3, 0), np.int64)], 0
-    merge = model.config.vision_config.spatial_merge_size
+def _row(model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]) -> tuple[list[int], np.ndarray, int]:
+    """Token ids, M-RoPE positions (3, length), and the position that comes after them, of one input."""
+    ids, places, start = list[int](), [np.zeros((3, 0), np.int64)], 0
     for chunk in each.chunks:
-        if isinstance(chunk, types.ImageChunk):
-            time, height, width = next(images).grid  # type: ignore[call-overload]
-            spread = np.indices((time, height // merge, width // merge)).reshape(3, -1)
-            ids.append(np.full(spread.shape[1], model.config.image_token_id, np.int64))
+        if isinstance(chunk, types.EncodedTextChunk):
+            ids += chunk.tokens
+            places.append(_line(len(chunk.tokens)) + start)
+            start += len(chunk.tokens)
         else:
-            ids.append(np.array(chunk.tokens, np.int64))  # type: ignore[union-attr]
-            spread = np.broadcast_to(np.arange(len(ids[-1])), (3, len(ids[-1])))
-        places.append(spread + start)
-        start = int(places[-1].max(initial=start - 1)) + 1
-    return np.concatenate(ids), np.concatenate(places, 1)
+            time, height, width = next(images).grid
+            spread = _spread(time, height // model.merge, width // model.merge)
+            ids += [model.image_token] * spread.shape[1]
+            places.append(spread + start)
+            start += max(time, height // model.merge, width // model.merge)
+    return ids, np.concatenate(places, 1), start
+
+
+@lru_cache(maxsize=256)
+def _line(length: int) -> np.ndarray:
+    """(3, length): text counts up on all three axes."""
+    return np.arange(length)[None].repeat(3, 0)
+
+
+@lru_cache(maxsize=256)
+def _spread(time: int, height: int, width: int) -> np.ndarray:
+    """(3, tokens): an image's tokens by time, row and column."""
+    return np.indices((time, height, width)).reshape(3, -1)

@@ -161,7 +161,7 @@ class Engine:
         hidden = self.model.text.hidden(batch.given, Causal(batch.rows, places), factors, places)
         targets = torch.cat([item.fields["target_tokens"][item.scored] for item in pack]).to(hidden.device)
         score = partial(self._score, factors)
-        step = max(1, LOGITS // self.model.config.text_config.vocab_size)
+        step = max(1, LOGITS // self.model.vocabulary)
         if len(places) <= step:
             return score(hidden, targets)
         parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient

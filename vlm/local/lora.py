@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from vlm.local.adapter import Pair
 
+SMALL = 1 << 20  # numbers in a weight that is worth having twice: with its delta, as one product instead of many
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None, scale: float, residual: Tensor | None = None
@@ -21,11 +23,19 @@ def linear(
     """(n, out): x W^T + bias + residual, and for each part of the outputs scale · x A^T B^T (Hu et al. 2021).
 
     x: (n, in). weight: (out, in), frozen: the rows of the parts one after the other. residual: (n, out).
+    Where a pass is long and the layer small, the delta is added to the weight once for all positions.
     """
     if pair is None:
         return _frozen(x, weight, bias, residual)
     a, bs = pair
-    return _Linear.apply(x, weight, bias, residual, a, scale, *bs)
+    way = _Merged if _worth_merging(x, weight) else _Beside
+    return way.apply(x, weight, bias, residual, a, scale, *bs)
+
+
+def _worth_merging(x: Tensor, weight: Tensor) -> bool:
+    """By operations; in float32 alone, as a sum in another type would lose the small delta."""
+    out, into = weight.shape
+    return weight.dtype == torch.float32 and weight.numel() <= SMALL and len(x) * (out + into) >= 2 * out * into
 
 
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -35,7 +45,9 @@ def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return out if bias is None else out + bias
 
 
-class _Linear(torch.autograd.Function):
+class _Beside(torch.autograd.Function):
+    """The narrow products beside the frozen one."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -70,6 +82,41 @@ class _Linear(torch.autograd.Function):
         narrow = inner.chunk(len(bs), 1)
         to_bs = ((part.t() @ each).mul_(ctx.scale) for part, each in zip(parts, narrow, strict=True))
         return to_x, None, None, to_residual, back.t() @ x, None, *to_bs
+
+
+class _Merged(torch.autograd.Function):
+    """The same with W + scale · B A as the weight: its gradient is one product, from which those of A and B follow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        a: Tensor,
+        scale: float,
+        *bs: Tensor,
+    ) -> Tensor:
+        merged = weight.clone()
+        for part, each, b in zip(merged.split([len(b) for b in bs]), a.chunk(len(bs)), bs, strict=True):
+            part.addmm_(b, each, alpha=scale)
+        ctx.save_for_backward(x, merged, a, *bs)
+        ctx.scale = scale
+        return _frozen(x, merged, bias, residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, merged, a, *bs = ctx.saved_tensors
+        to_x = gradient @ merged if ctx.needs_input_grad[0] else None
+        to_residual = gradient if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[4]:
+            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
+        parts = (gradient.t() @ x).mul_(ctx.scale).split([len(b) for b in bs])
+        to_a = torch.cat([b.t() @ part for b, part in zip(bs, parts, strict=True)])
+        to_bs = (part @ each.t() for part, each in zip(parts, a.chunk(len(bs)), strict=True))
+        return to_x, None, None, to_residual, to_a, None, *to_bs
 
 
 def _parts(whole: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:

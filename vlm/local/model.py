@@ -3,7 +3,7 @@
 Several adapters live over one of these; it knows none of them, and no batches, losses or clients.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,12 @@ from vlm.models import source
 
 
 class Model:
-    """A checkpoint in memory. device: where inputs go and hidden states come from; dtype: None is the checkpoint's."""
+    """A checkpoint in memory.
+
+    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
+    vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
+    image_token, placeholders: the id at image positions, and all ids that no text may hold.
+    """
 
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         self.name = name
@@ -28,28 +33,22 @@ class Model:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source(name), trust_remote_code=False)
         self.rule = ImageRule.from_pretrained(name)
         self.layout = lru_cache(maxsize=None)(self._layout)
+        config = self.stock.config  # asking it takes long, and is done for every token
+        self.vocabulary: int = config.text_config.vocab_size
+        self.context: int = config.text_config.max_position_embeddings
+        self.merge: int = config.vision_config.spatial_merge_size
+        self.image_token: int = config.image_token_id
+        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id)
+        self.kind: str = config.model_type
+        embeddings = self.stock.model.language_model.embed_tokens.weight
+        self.device: torch.device = embeddings.device
+        self.dtype: torch.dtype = embeddings.dtype
 
-    @property
-    def config(self) -> Any:
-        """The stock configuration."""
-        return self.stock.config
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.stock.model.language_model.embed_tokens.weight.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.stock.model.language_model.embed_tokens.weight.dtype
-        return dtype
-
-    def check_tokens(self, tokens: Iterable[int], what: str = "token") -> None:
+    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
         """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
-        size = self.config.text_config.vocab_size
-        for token in tokens:
-            if not 0 <= token < size:
-                raise RequestError(f"{what} {token} is outside the vocabulary of {size}")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
+            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
 
     def _layout(self, spec: LoraSpec) -> Layout:
         """Where everything is in an adapter of a spec."""

@@ -49,7 +49,9 @@ class Run:
     def forget(self) -> None:
         """Drop the gathered gradients."""
         self._gathered = False
-        for gradient in (*map(_gradient, self._masters.values()), *self._gradients.values()):
+        for gradient in map(_gradient, self._masters.values()):
+            gradient.zero_()
+        for gradient in self._gradients.values() if self._dtype != torch.float32 else ():
             gradient.zero_()
 
     def step(self, params: types.AdamParams) -> float:

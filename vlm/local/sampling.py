@@ -54,7 +54,7 @@ def sample(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[type
 
 def _check(engine: Engine, ask: Ask) -> None:
     """Raise RequestError for what cannot be sampled."""
-    p, vocabulary = ask.params, engine.model.config.text_config.vocab_size
+    p, vocabulary = ask.params, engine.model.vocabulary
     ranges = {
         "num_samples": (ask.num_samples, 1, float("inf")),
         "max_tokens": (1 if p.max_tokens is None else p.max_tokens, 1, float("inf")),
@@ -68,7 +68,9 @@ def _check(engine: Engine, ask: Ask) -> None:
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
     if ask.targets is not None:
-        engine.model.check_tokens((t for t in ask.targets.to_numpy(-1).flat if t != -1), "target_prompt_logprobs id")
+        engine.model.check_tokens(
+            [int(t) for t in ask.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
+        )
 
 
 def _passes(asks: Sequence[Ask]) -> Iterator[list[Ask]]:
@@ -109,7 +111,7 @@ def _decode(
     engine: Engine, snapshot: Snapshot, cache: Cache, logits: Tensor, place: Tensor, writers: Sequence[Sequence[Writer]]
 ) -> None:
     """Let the writers write until each has stopped or the model's context is full. logits, place: of each prompt."""
-    context = engine.model.config.text_config.max_position_embeddings
+    context = engine.model.context
     going = [writer for each in writers for writer in each]
     owners = torch.tensor([row for row, each in enumerate(writers) for _ in each], device=place.device)
     tokens = torch.tensor(advance(going, logits[owners]), device=place.device)

@@ -37,7 +37,7 @@ def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInp
     tree = Tree(batch.rows, trie.parents, nodes)
     states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
     states = states.view(len(prompts), len(nodes), -1)
-    step = max(1, LOGITS // (len(nodes) * engine.model.config.text_config.vocab_size))
+    step = max(1, LOGITS // (len(nodes) * engine.model.vocabulary))
     logits = (engine.model.text.logits(part.flatten(0, 1), snapshot.factors) for part in states.split(step))
     return torch.cat([_edges(part.view(-1, len(nodes), part.shape[-1]), nodes, trie) for part in logits])
 

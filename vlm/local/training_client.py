@@ -130,7 +130,7 @@ class LocalTrainingClient:
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
         model = self._engine.model
-        data = types.ModelData(arch=model.config.model_type, model_name=model.name, tokenizer_id=model.name)
+        data = types.ModelData(arch=model.kind, model_name=model.name, tokenizer_id=model.name)
         return types.GetInfoResponse(
             model_data=data,
             model_id=self.model_id,

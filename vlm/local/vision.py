@@ -62,13 +62,14 @@ class Vision:
         """The features of each chunk, in order, on the model's device. Raises ImageError for broken bytes and
         RequestError where `expected_tokens` is given and differs from what this model's processor makes of the
         image."""
-        images = {_key(chunk): chunk for chunk in chunks}
+        keys = [_key(chunk) for chunk in chunks]
+        images = dict(zip(keys, chunks, strict=True))
         found = {key: layers for key in images if (layers := self._known(key))}
         found |= self._encode({key: chunk.data for key, chunk in images.items() if key not in found})
         ready = {key: layers.features(self._model.device) for key, layers in found.items()}
-        for chunk in chunks:
-            self._check(chunk, ready[_key(chunk)].tokens)
-        return [ready[_key(chunk)] for chunk in chunks]
+        for key, chunk in zip(keys, chunks, strict=True):
+            self._check(chunk, ready[key].tokens)
+        return [ready[key] for key in keys]
 
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
