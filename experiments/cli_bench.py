@@ -24,3 +24,20 @@ def data(
 
     with err.status("measuring"):
         bench(root, quick, json_path)
+
+
+@app.command("train")
+def train(
+    quick: Quick = False,
+    json_path: Json = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="A folder of class folders; without it, made ones.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    shape: Annotated[str, typer.Option("--shape", help="nano, or with cuda random weights: 2B, 4B, 8B.")] = "nano",
+) -> None:
+    """Training examples a second, against plain transformers + PEFT and TRL."""
+    from experiments.bench_train import bench
+
+    with err.status("measuring"):
+        bench(root, quick, json_path, device, shape)

@@ -4,9 +4,10 @@ The next-token shift lives here and nowhere else. This module knows no question,
 it takes only the `ImageRule`, which says how many tokens an image of a size becomes.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +22,20 @@ from vlm.models import source
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
-CHUNK_FORMATS: dict[str, Literal["png", "jpeg"]] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
+Format = Literal["png", "jpeg"]
+KNOWN = 1 << 16  # headers that a rule remembers: training shows the same images again and again
+CHUNK_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
 
 
 @dataclass(frozen=True)
 class ImageRule:
-    """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint."""
+    """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint.
+
+    known: SHA-256 of an image that travels as it is → its format and tokens.
+    """
 
     processor: "BaseImageProcessor"
+    known: dict[bytes, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_pretrained(cls, model: str) -> "ImageRule":
@@ -63,13 +70,25 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
     Raises ImageError for bytes that are no image.
     """
+    digest = hashlib.sha256(data).digest()
+    format, tokens = rule.known.get(digest) or _read_header(data, rule)
+    if format is None:
+        buffer = io.BytesIO()
+        open_image(data).save(buffer, "PNG")
+        data, format = buffer.getvalue(), "png"
+    elif len(rule.known) < KNOWN:
+        rule.known[digest] = format, tokens
+    return types.ImageChunk(data=data, format=format, expected_tokens=tokens)
+
+
+def _read_header(data: bytes, rule: ImageRule) -> tuple[Format | None, int]:
+    """The format in which an image can travel as it is, or None, and its tokens."""
     image = open_header(data)
     format = CHUNK_FORMATS.get(image.format or "")
     if format is None or not is_plain(image):
-        image, buffer = open_image(data), io.BytesIO()
-        image.save(buffer, "PNG")
-        data, format = buffer.getvalue(), "png"
-    return types.ImageChunk(data=data, format=format, expected_tokens=rule.tokens(image.height, image.width))
+        width, height = open_image(data).size
+        return None, rule.tokens(height, width)
+    return format, rule.tokens(image.height, image.width)
 
 
 def model_input(*parts: types.ModelInputChunk | Sequence[int]) -> tinker.ModelInput:
@@ -90,7 +109,8 @@ def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
     if not prompt.length or not answer:
         raise RequestError("a datum needs a prompt and an answer of at least one token each")
     before = prompt.length - 1
-    targets = np.array([0] * before + list(answer), np.int64)
-    weights = np.array([0.0] * before + [1.0] * len(answer), np.float32)
+    targets = np.zeros(before + len(answer), np.int64)
+    weights = np.zeros(before + len(answer), np.float32)
+    targets[before:], weights[before:] = answer, 1.0
     fields = {"target_tokens": tinker.TensorData.from_numpy(targets), "weights": tinker.TensorData.from_numpy(weights)}
     return tinker.Datum(model_input=model_input(*prompt.chunks, answer[:-1]), loss_fn_inputs=fields)

@@ -232,3 +232,35 @@ def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompt
     short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
     with pytest.raises(RequestError, match="rows"):
         sampler.sample(prompts[0], 1, params, target_prompt_logprobs=short).result()
+
+
+def test_prompt_values_in_parts_equal_those_at_once(
+    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of a long prompt are never in memory together."""
+    asked = prompts[5]
+    ids = torch.full((asked.length - 1, 3), -1)
+    ids[::2] = torch.tensor([5, 6, 7])
+    targets = types.TensorData.from_torch(ids)
+
+    def values() -> tuple[Any, ...]:
+        answer = sampler.sample(
+            asked,
+            1,
+            types.SamplingParams(max_tokens=1, seed=0),
+            include_prompt_logprobs=True,
+            topk_prompt_logprobs=2,
+            target_prompt_logprobs=targets,
+        ).result()
+        assert answer.target_prompt_logprobs is not None
+        assert answer.topk_prompt_logprobs is not None
+        tops = [[token for token, _ in top] for top in answer.topk_prompt_logprobs if top]
+        return answer.prompt_logprobs, tops, answer.target_prompt_logprobs.to_numpy()
+
+    own, tops, chosen = values()
+    monkeypatch.setattr("vlm.local.sampling.LOGITS", 7 * 4096)
+    again, tops_again, chosen_again = values()
+    assert tops_again == tops
+    assert chosen_again == pytest.approx(chosen, abs=1e-4)
+    assert [v is None for v in again] == [v is None for v in own]
+    assert [v for v in again if v is not None] == pytest.approx([v for v in own if v is not None], abs=1e-4)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tinker
 import torch
 from tinker import types
@@ -232,9 +233,13 @@ def _fields(pack: Sequence[_Item], device: torch.device) -> dict[str, Tensor]:
 
 def _per_datum(log_probs: Tensor, pack: Sequence[_Item]) -> list[tinker.TensorData]:
     """(length,) for each datum: the log-probabilities where they are scored, else 0."""
-    parts = log_probs.detach().float().cpu().split([len(item.scored) for item in pack])
-    full = [torch.zeros(item.length).index_copy_(0, item.scored, part) for item, part in zip(pack, parts, strict=True)]
-    return [tinker.TensorData.from_torch(each) for each in full]
+    values, answers, start = log_probs.detach().float().cpu().numpy(), list[tinker.TensorData](), 0
+    for item in pack:
+        full, end = np.zeros(item.length, np.float32), start + len(item.scored)
+        full[item.scored.numpy()] = values[start:end]
+        answers.append(tinker.TensorData.from_numpy(full))
+        start = end
+    return answers
 
 
 def _tower_linear(factors: Factors, name: str, layer: nn.Linear, x: Tensor) -> Tensor:

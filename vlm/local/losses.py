@@ -182,9 +182,11 @@ def _number(name: str, key: str, value: Any) -> float:
 
 
 def _vector(name: str, data: tinker.TensorData) -> Tensor:
-    if data.sparse_crow_indices is not None or data.to_numpy().ndim != 1:
-        raise RequestError(f"{name} must be a vector, one number per position, got shape {data.shape}")
-    return data.to_torch()
+    vector = None if data.sparse_crow_indices is not None else data.to_torch()
+    if vector is None or vector.ndim != 1:
+        shape = data.shape
+        raise RequestError(f"{name} must be a vector, a number per position, got shape {shape}; top-K is not built")
+    return vector
 
 
 def _check(name: str, values: Tensor, length: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kshot_errors import RequestError
 from vlm.local.attention import Cache, Filling, Next
-from vlm.local.engine import Engine, Snapshot
+from vlm.local.engine import LOGITS, Engine, Snapshot
 from vlm.local.text import Positions
 from vlm.local.writing import Writer, advance
 
@@ -135,28 +135,41 @@ def _prompt_values(
     engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: Tensor, ask: Ask
 ) -> dict[str, Any]:
     """The fields of SampleResponse about the prompt: hidden states (length, hidden) predict ids from position 1 on."""
-    log_probs = _log_probs(engine, snapshot, hidden[:-1])
+    targets = None if ask.targets is None else _wanted(ask.targets, len(ids) - 1)
+    parts = list(_scored(engine, snapshot, hidden[:-1], ids[1:], ask.topk_prompt_logprobs, targets))
+    own, tops, chosen = ([value for part in parts for value in part[n]] for n in range(3))
     values: dict[str, Any] = {}
     if ask.prompt_logprobs:
-        own = log_probs.gather(1, ids[1:, None].cpu())[:, 0].masked_fill(is_image[1:].cpu(), float("nan"))
-        values["prompt_logprobs_np"] = np.concatenate([[np.nan], own.numpy()]).astype(np.float32)
+        unscored = np.concatenate([[True], is_image[1:].cpu().numpy()])
+        values["prompt_logprobs_np"] = np.where(unscored, np.nan, [np.nan, *own]).astype(np.float32)
     if ask.topk_prompt_logprobs:
-        top = log_probs.topk(ask.topk_prompt_logprobs)
-        rows = [list(zip(i, v, strict=True)) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-        values["_topk_prompt_logprobs_list"] = [None, *rows]
-    if ask.targets is not None:
-        values["target_prompt_logprobs"] = _targets(log_probs, ask.targets)
+        values["_topk_prompt_logprobs_list"] = [None, *tops]
+    if targets is not None:
+        values["target_prompt_logprobs"] = types.TensorData.from_numpy(np.array(chosen, np.float32))
     return values
 
 
-def _log_probs(engine: Engine, snapshot: Snapshot, hidden: Tensor) -> Tensor:
-    return engine.model.text.logits(hidden, snapshot.factors).log_softmax(-1).cpu()
+def _scored(
+    engine: Engine, snapshot: Snapshot, hidden: Tensor, ids: Tensor, top: int, targets: Tensor | None
+) -> Iterator[tuple[list[float], list[list[tuple[int, float]]], list[list[float]]]]:
+    """For each position its own token's log-probability, its `top` likeliest tokens and its targets', in parts that
+    keep the logits within LOGITS numbers."""
+    step = max(1, LOGITS // engine.model.vocabulary)
+    for start in range(0, len(hidden), step):
+        end = start + step
+        logits = engine.model.text.logits(hidden[start:end], snapshot.factors)
+        log_probs = logits.log_softmax(-1)
+        own = log_probs.gather(1, ids[start:end, None].to(log_probs.device))[:, 0]
+        best = log_probs.topk(top)
+        tops = [list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        asked = targets[start:end].to(log_probs.device) if targets is not None else ids.new_zeros(len(own), 0)
+        chosen = log_probs.gather(1, asked.clamp(min=0)).masked_fill(asked < 0, 0.0)
+        yield own.tolist(), tops, chosen.tolist()
 
 
-def _targets(log_probs: Tensor, asked: types.TensorData) -> types.TensorData:
+def _wanted(asked: types.TensorData, rows: int) -> Tensor:
+    """The ids to score, (rows, any number), -1 where none is. Raises RequestError for another number of rows."""
     ids = asked.to_torch(pad_value=-1)
-    if ids.ndim != 2 or len(ids) != len(log_probs):
-        shape = tuple(ids.shape)
-        raise RequestError(f"target_prompt_logprobs must have {len(log_probs)} rows, one a position, got {shape}")
-    values = log_probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
-    return types.TensorData.from_torch(values)
+    if ids.ndim != 2 or len(ids) != rows:
+        raise RequestError(f"target_prompt_logprobs must have {rows} rows, one a position, got {tuple(ids.shape)}")
+    return ids

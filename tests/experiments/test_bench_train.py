@@ -1,0 +1,234 @@
+"""The benchmark of training on a case small enough for a test: what it counts, what it refuses, and what it writes."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from multiprocessing import get_start_method
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tinker
+import torch
+
+from experiments import bench_train, bench_train_peers, bench_train_rows
+from experiments.bench_train_case import Case, Outcome, Plan, check_inputs, found, made, order, prompt_of
+from experiments.bench_train_children import children
+from experiments.bench_train_flops import text, tower, work_of
+from experiments.bench_train_ours import ours, step_pairs
+from experiments.bench_train_peers import PLAIN, plain
+from experiments.bench_train_rows import OURS
+from experiments.bench_train_shapes import Shape, write
+from experiments.bench_train_turns import Answer, training
+from kshot_errors import DatasetError, InputError, KshotError
+from vlm import nano
+
+TINY = Plan(classes=2, shots=1, batch=2, epochs=3, rounds=1)
+TOY = Shape((64, 2, 4, 2, 16, 96), (32, 2, 2, 48), (0,), tied=False, mrope=(4, 2, 2), vocabulary=4096)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    """Two photographs, three epochs of one step, and a first adapter."""
+    return with_adapter(nano.NAME, tmp_path)
+
+
+def with_adapter(model: str, state: Path) -> Case:
+    classes, photographs = made(TINY, np.random.default_rng(0))
+    batches = order(TINY, np.random.default_rng(1))
+    return bench_train._with_adapter(Case(model, "cpu", classes, photographs, batches, state))
+
+
+def losses(contestant: Any, case: Case) -> list[float]:
+    with contestant(case) as train:
+        return train().losses
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of seconds, a peak that is known, and no TRL (it has tests of its own)."""
+    monkeypatch.setattr(bench_train, "QUICK", TINY)
+    monkeypatch.setattr(bench_train, "PAIRS", 5)
+    monkeypatch.setattr(bench_train, "peers", lambda _: {PLAIN: plain})
+    monkeypatch.setattr(bench_train, "peak", lambda *_: [1e12, 2e12])
+
+
+@pytest.mark.usefixtures("small")
+def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_train.bench(None, True, tmp_path / "train.json")
+    record = json.loads((tmp_path / "train.json").read_text())
+    assert record["ratios"].keys() == {"vs_plain", "step_over_model", "gemm_share"}
+    rows = {row["name"]: row for row in record["rows"]}
+    assert rows[OURS]["unit"] == rows[PLAIN]["unit"] == "examples/s"
+    assert record["ratios"]["vs_plain"] == pytest.approx(rows[OURS]["median"] / rows[PLAIN]["median"])
+    needed = rows["needed operations"]
+    flops = sum(needed["flops"].values())
+    assert needed["median"] * 1e9 == pytest.approx(flops * rows[OURS]["median"] / (2 * 3))
+    assert record["ratios"]["gemm_share"] == pytest.approx(needed["median"] * 1e9 / 2e12)
+    assert rows["images through our tower, first epoch"]["median"] == 2
+    assert rows["images through our tower, all epochs"]["median"] == 2
+    assert rows[f"loss apart from {PLAIN}"]["median"] < 1e-4
+    assert all(rows[f"peak memory, {name}"]["median"] > 100 for name in (OURS, PLAIN))
+    steps, alone = rows["step"]["values"], rows["model alone"]["values"]
+    assert len(steps) == len(alone) == 5
+    times = [step / model for step, model in zip(steps, alone, strict=True)]
+    assert record["ratios"]["step_over_model"] == pytest.approx(sorted(times)[2])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*rows, "gemm_share", "TRL is not installed, so vs_trl is left out"])
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="trl is not installed (pip install trl==1.16.0)")
+def test_everybody_trains_the_same(case: Case) -> None:
+    """Equal losses at every step, though they move: so do the weights. TRL checks its tokens and labels by itself."""
+    contestants = {OURS: ours, **bench_train_peers.peers([0])}
+    got = {name: losses(contestant, case) for name, contestant in contestants.items()}
+    assert len(got) == 3
+    for theirs in got.values():
+        assert theirs == pytest.approx(got[OURS], abs=1e-5)
+    assert got[OURS][0] - got[OURS][-1] > 0.01
+
+
+def test_a_made_up_shape_trains_like_the_stock_model(tmp_path: Path) -> None:
+    case = with_adapter(str(write(tmp_path / "model", TOY, "cpu")), tmp_path / "state")
+    assert losses(ours, case) == pytest.approx(losses(plain, case), abs=1e-5)
+
+
+def test_other_labels_are_noticed(case: Case) -> None:
+    from transformers import AutoProcessor
+
+    batch, processor = case.batches[0], AutoProcessor.from_pretrained(nano.folder())
+    inputs = bench_train_peers._inputs(case, processor, batch)
+    check_inputs(case, batch, inputs, processor.image_token_id)
+    inputs["labels"][0, -1] = 7
+    with pytest.raises(KshotError, match="is not the same training example for everybody"):
+        check_inputs(case, batch, inputs, processor.image_token_id)
+
+
+@pytest.mark.usefixtures("small")
+def test_other_losses_are_noticed(case: Case) -> None:
+    outcomes = {OURS: Outcome([1.0, 1.0, 1.1], [2, 2, 2]), PLAIN: Outcome([1.0, 1.0, 1.0])}
+    answers = {name: [Answer(1.0, outcome, 1)] for name, outcome in outcomes.items()}
+    with pytest.raises(KshotError, match=r"at step 3 our loss is 0.1 from that of 'plain .*: not the same training"):
+        bench_train.record(case, TINY, answers, [(1.0, 1.0)])
+
+
+def test_an_image_that_is_encoded_again_is_noticed() -> None:
+    with pytest.raises(KshotError, match="encoded 1 images again after the first epoch"):
+        bench_train_rows.tower([2, 2, 3], 1)
+
+
+def test_an_answer_has_seconds_losses_and_memory(case: Case) -> None:
+    answer = training(plain, replace(case, batches=case.batches[:1]))
+    assert answer.seconds > 0
+    assert len(answer.outcome.losses) == 1
+    assert answer.peak > 100e6
+
+
+def test_a_step_alone_is_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model alone has the gradient of a step: only then is its time that of a step's arithmetic."""
+    from vlm.local.run import Run
+
+    norms, step = list[float](), Run.step
+
+    def kept(run: Run, params: tinker.types.AdamParams) -> float:
+        norms.append(step(run, params.model_copy(update={"learning_rate": 0.0})))
+        return norms[-1]
+
+    monkeypatch.setattr(Run, "step", kept)
+    assert all(min(pair) > 0 for pair in step_pairs(case, 3))
+    assert norms == pytest.approx(2 * (1 + 3) * [norms[0]], rel=1e-4)
+
+
+def test_children_tell_and_end() -> None:
+    """What they raise comes in one line, a death as well, and none is left, busy or not."""
+    with children(["one", "two"]) as started:
+        one, two = started["one"], started["two"]
+        ids = [child.begin(os.getpid) for child in (one, two)]
+        processes = [psutil.Process(answer()) for answer in ids]
+        assert len({os.getpid(), *(process.pid for process in processes)}) == 3
+        assert one.ask(torch.get_num_threads) == torch.get_num_threads()
+        assert one.ask(get_start_method) == get_start_method()
+        with pytest.raises(InputError, match="unknown shape '3B'"):
+            one.ask(bench_train._check, "cpu", "3B")
+        with pytest.raises(KshotError, match=r"^'one' failed: ValueError: invalid literal for int.*: 'a\\nb'$"):
+            one.ask(int, "a\nb")
+        two.begin(time.sleep, 600)
+        for _ in range(2):
+            with pytest.raises(KshotError, match="the process of 'one' died"):
+                one.ask(os._exit, 1)
+    assert not any(process.is_running() for process in processes)
+
+
+def test_the_operations_are_those_that_torch_counts(case: Case) -> None:
+    """Against torch's own counter on stock modules, which multiply out the whole attention matrix and all logits."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = replace(case, batches=(case.batches[0][:1],))
+    model, processor = bench_train_peers._start(one), bench_train_peers._processor(one)
+    model.set_attn_implementation("eager")
+    inputs = bench_train_peers._inputs(one, processor, one.batches[0])
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    work, config = work_of(one), model.config
+    length = inputs["input_ids"].shape[1]  # the stock program also goes through the last token
+    counted = text(config.text_config, replace(work, lengths=[length], answers=length), 32)
+    counted["attention"] *= 2 * length / (length + 1)
+    total = sum(counted.values()) + tower(config.vision_config, work.patches)
+    assert counter.get_total_flops() == pytest.approx(total, rel=1e-3)
+
+
+def test_a_folder_is_chosen_from_by_seed(photos: Path) -> None:
+    plan = Plan(classes=3, shots=4, batch=4, epochs=1, rounds=1)
+    classes, shots = found(photos, plan, np.random.default_rng(0))
+    assert shots == found(photos, plan, np.random.default_rng(0))[1] != found(photos, plan, np.random.default_rng(1))[1]
+    assert len(set(shots)) == 12
+    assert [label for _, label in shots] == [n // 4 for n in range(12)]
+    assert len(classes) == 3
+    with pytest.raises(DatasetError, match="has 3 of the 4 folders of at least 4 photographs"):
+        found(photos, replace(plan, classes=4), np.random.default_rng(0))
+    with pytest.raises(DatasetError, match="has 0 of the 3 folders"):
+        found(photos / "missing", plan, np.random.default_rng(0))
+
+
+def test_an_epoch_shows_everything_once() -> None:
+    plan = Plan(classes=4, shots=2, batch=4, epochs=3, rounds=1)
+    batches = order(plan, np.random.default_rng(0))
+    epochs = [sum(batches[n : n + 2], ()) for n in range(0, len(batches), 2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    assert len(set(epochs)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "3B"], "unknown shape '3B'"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--shape", "2B"], "--shape 2B would take hours on a CPU"),
+    ],
+)
+def test_what_cannot_be_measured(kshot: Callable[..., Any], arguments: Sequence[str], message: str) -> None:
+    said = kshot("bench", "train", *arguments)
+    assert said.status == 2
+    assert message in said.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(kshot: Callable[..., Any]) -> None:
+    said = kshot("bench", "train", "--device", "cuda")
+    assert said.status == 2
+    assert "sees no CUDA device" in said.err
+
+
+def test_the_prompt_is_ours(case: Case) -> None:
+    """The words that peers are given are those of vlm.prompts."""
+    from experiments.bench_train_case import ASKED
+
+    tokenizer = prompt_of(case).tokenizer
+    before, after = prompt_of(case)._around
+    image = tokenizer.encode("<|image_pad|>")
+    assert tokenizer.encode(ASKED) == [*before, *image, *after]
