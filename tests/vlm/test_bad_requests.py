@@ -77,8 +77,18 @@ def test_other_bad_requests_are_named(client: LocalTrainingClient, mixed: list[t
     with pytest.raises(RequestError, match="one AdamParams"):
         client.optim_step(types.DimuonParams(learning_rate=1e-3))
     client.forward_backward(mixed, "cross_entropy").result()
-    with pytest.raises(RequestError, match="must not be negative"):
-        client.optim_step(types.AdamParams(grad_clip_norm=-1.0)).result()
+    bad: list[dict[str, float]] = [
+        {"grad_clip_norm": -1.0},
+        {"grad_clip_norm": float("nan")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"beta1": 1.0},
+        {"beta2": 1.5},
+        {"eps": 0.0},
+    ]
+    for wrong in bad:
+        with pytest.raises(RequestError, match=f"{next(iter(wrong))} = "):
+            client.optim_step(types.AdamParams(**wrong)).result()
     broken = tinker.ModelInput(chunks=[types.ImageChunk(data=b"no image", format="png")])
     with pytest.raises(ImageError):
         client.forward(
@@ -89,5 +99,8 @@ def test_other_bad_requests_are_named(client: LocalTrainingClient, mixed: list[t
 def test_creation_that_cannot_be_is_named(service: LocalServiceClient) -> None:
     with pytest.raises(UnknownNameError, match="unknown model 'kshot/nano'"):
         service.create_lora_training_client("kshot/nano").result()
+    for seed in (-1, 2**64, 1.5):
+        with pytest.raises(RequestError, match="seed"):
+            service.create_lora_training_client(nano.NAME, seed=seed)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="trains nothing"):
         service.create_lora_training_client(nano.NAME, rank=0).result()

@@ -69,7 +69,15 @@ def test_custom_losses_that_cannot_be(client: LocalTrainingClient, mixed: list[t
     def broken(*_: Any) -> tuple[torch.Tensor, dict[str, float]]:
         raise ZeroDivisionError("mine")
 
+    def constant(*_: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.ones(()), {}
+
+    def asks_itself(*_: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        return client.forward(mixed, "cross_entropy").result(), {}  # type: ignore[return-value]
+
     for loss, error, named in (
+        (constant, RequestError, "depends on the log-probabilities"),
+        (asks_itself, RequestError, "its own service"),
         (first_only, RequestError, "every datum"),
         (infinite, RequestError, "not finite"),
         (broken, ZeroDivisionError, "mine"),

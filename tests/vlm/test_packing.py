@@ -15,7 +15,7 @@ from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local import engine as engine_module
 from vlm.local.attention import Causal, Rows, ancestors
-from vlm.local.batch import collate
+from vlm.local.batch import collate, groups
 from vlm.local.client import LocalServiceClient
 from vlm.local.training_client import LocalTrainingClient
 from vlm.prompts import Prompt
@@ -154,6 +154,46 @@ def test_a_pass_that_fails_drops_what_was_gathered(
         client.forward_backward(mixed, "cross_entropy").result()
     with pytest.raises(RequestError, match="forward_backward first"):
         client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+
+
+def test_a_later_pass_that_fails_drops_the_first_ones_part(
+    client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a pipeline: the step that was submitted behind the request must not take a part for the whole."""
+    monkeypatch.setattr(engine_module, "PACK", 60)
+    whole, calls = engine_module.Engine._log_probs, []
+
+    def second_fails(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("no memory left")
+        return whole(*args)
+
+    monkeypatch.setattr(engine_module.Engine, "_log_probs", second_fails)
+    loss = client.forward_backward(mixed, "cross_entropy")
+    step = client.optim_step(types.AdamParams(learning_rate=1e-3))
+    with pytest.raises(MemoryError):
+        loss.result()
+    with pytest.raises(RequestError, match="forward_backward first"):
+        step.result()
+
+
+def test_the_callers_list_may_change_after_the_call(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    alone = client.forward(mixed, "cross_entropy").result().metrics
+    data = list(mixed)
+    client.forward_backward(mixed, "cross_entropy")  # keeps the worker busy
+    future = client.forward(data, "cross_entropy")
+    data.clear()
+    assert future.result().metrics == alone
+
+
+def test_rows_of_one_length_go_together() -> None:
+    """A long row beside short ones would make padding of most of a pass."""
+    assert groups([10, 500, 10, 10], 8, 4096) == [[0, 2, 3], [1]]
+    assert groups([5, 5, 5], 2, 4096) == [[0, 1], [2]]
+    assert groups([100, 90, 80], 8, 200) == [[2, 1], [0]]
+    assert groups([5000], 8, 4096) == [[0]]
+    assert groups([], 8, 4096) == []
 
 
 def test_weights_that_are_all_zero_give_a_gradient_of_zero(

@@ -15,7 +15,7 @@ from vlm.classifier import generate, predict
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local.client import LocalServiceClient
 from vlm.local.sampling_client import LocalSamplingClient
-from vlm.local.writing import pick
+from vlm.local.writing import _candidates, pick
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 
@@ -232,6 +232,53 @@ def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompt
     short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
     with pytest.raises(RequestError, match="rows"):
         sampler.sample(prompts[0], 1, params, target_prompt_logprobs=short).result()
+
+
+def test_more_samples_than_a_pass_has_rows(
+    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = types.SamplingParams(max_tokens=4, temperature=1.0, seed=3, stop=[])
+    whole = [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences]
+    monkeypatch.setattr("vlm.local.sampling.ROWS", 2)
+    assert [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences] == whole
+    assert len({tuple(tokens) for tokens in whole}) > 1
+
+
+def test_the_nucleus_of_many_tokens_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the likeliest tokens are sorted at first; what comes out does not depend on how many those are."""
+    logits = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    for top_k, top_p in ((-1, 0.5), (2000, 0.5), (4000, 0.9), (-1, 0.999), (30, 0.9)):
+        order = logits.argsort(descending=True)
+        probs = logits[order[: top_k if top_k > 0 else None]].double().softmax(-1)
+        size = int((probs.cumsum(-1) - probs < top_p).sum())
+        for likely in (16, 1024):
+            monkeypatch.setattr("vlm.local.writing.LIKELY", likely)
+            kept, tokens = _candidates(logits.double(), top_k, top_p)
+            assert tokens.tolist() == order[:size].tolist()
+            assert torch.allclose(kept / kept.sum(), probs[:size] / probs[:size].sum())
+
+
+def test_tiny_temperatures_are_nearly_greedy_and_empty_stops_are_refused(
+    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]
+) -> None:
+    greedy, tiny = (types.SamplingParams(max_tokens=3, temperature=t, seed=0, stop=[]) for t in (0.0, 1e-40))
+    answers = [sampler.sample(prompts[0], 1, params).result().sequences[0].tokens for params in (greedy, tiny)]
+    assert answers[0] == answers[1]
+    for stop in ("", ["a", ""]):
+        with pytest.raises(RequestError, match="empty text"):
+            sampler.sample(prompts[0], 1, types.SamplingParams(max_tokens=3, stop=stop)).result()
+
+
+def test_scores_in_parts_equal_those_at_once(
+    sampler: LocalSamplingClient, prompt: Prompt, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither logits nor masks of many nodes are in memory together."""
+    for method in ("constrained", "likelihood"):
+        whole = score_choices(sampler, prompts[:4], prompt.choices, method)
+        with monkeypatch.context() as patch:
+            patch.setattr("vlm.local.scoring.LOGITS", 3 * 4096)
+            patch.setattr("vlm.local.scoring.MASK", 3000)
+            assert score_choices(sampler, prompts[:4], prompt.choices, method) == pytest.approx(whole, abs=1e-4)
 
 
 def test_prompt_values_in_parts_equal_those_at_once(

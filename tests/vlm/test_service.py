@@ -104,8 +104,17 @@ def test_models_that_cannot_be_loaded_are_named(service: LocalServiceClient, tmp
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match="'bert'"):
         service.create_sampling_client(base_model=str(tmp_path)).result()
-    (tmp_path / "config.json").write_bytes((nano.HERE / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((nano.HERE / name).read_bytes())
     with pytest.raises(ModelError, match="cannot be loaded"):  # no weights
+        service.create_sampling_client(base_model=str(tmp_path)).result()
+
+
+def test_a_folder_without_a_tokenizer_is_named(service: LocalServiceClient, tmp_path: Path) -> None:
+    """transformers would make an empty one, and every prompt with it."""
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((nano.folder() / name).read_bytes())
+    with pytest.raises(ModelError, match="tokenizer"):
         service.create_sampling_client(base_model=str(tmp_path)).result()
 
 

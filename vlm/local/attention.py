@@ -137,16 +137,14 @@ class Cache:
         """Take a layer's padded keys and values."""
         self._layers[layer] = (k, v)
 
-    def choose(self, rows: Tensor, room: int) -> None:
-        """Go on with these rows (repeated where they stand twice) and space for one more position in each; where the
-        cache is full it grows by `room` positions."""
-        full = int(self.lengths[rows].max()) >= self.capacity
-        same = len(rows) == len(self.lengths) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+    def chosen(self, rows: Tensor, room: int) -> "Cache":
+        """A cache of these rows (repeated where they stand twice), with `room` for more positions if they fill it."""
+        other = Cache(self.lengths[rows].tolist(), self.lengths.device)
+        room = room if int(other.lengths.max()) >= self.capacity else 0
         for layer, pair in self._layers.items():
-            chosen = pair if same else tuple(t.index_select(0, rows.to(t.device)) for t in pair)
-            k, v = (functional.pad(t, (0, 0, 0, room)) if full else t for t in chosen)
-            self._layers[layer] = (k, v)
-        self.lengths = self.lengths[rows]
+            k, v = (functional.pad(t.index_select(0, rows.to(t.device)), (0, 0, 0, room)) for t in pair)
+            other.put(layer, k, v)
+        return other
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one position behind each row; gives the layer's keys and values. k, v: (rows, key heads, dim)."""

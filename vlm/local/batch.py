@@ -66,6 +66,27 @@ def collate(model: Model, encode: Encode, inputs: Sequence[tinker.ModelInput]) -
     return Batch(Rows(lengths, model.device), given, after)
 
 
+def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]:
+    """The numbers of the rows that go through together, by length: at most `rows`, at most `positions` when padded to
+    the longest and at most twice those there are, one row at least."""
+    made, total = list[list[int]](), 0
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length, together = lengths[number], made[-1] if made else []
+        padded = (len(together) + 1) * length  # in this order the last one is the longest
+        if not together or len(together) == rows or padded > min(positions, 2 * (total + length)):
+            made.append(together := [])
+            total = 0
+        together.append(number)
+        total += length
+    return made
+
+
+def length_of(each: tinker.ModelInput) -> int:
+    """The positions of an input, as far as they are known before its images are decoded."""
+    sizes = ((c.expected_tokens or 0) if isinstance(c, types.ImageChunk) else c.length for c in each.chunks)
+    return sum(sizes)
+
+
 def _positions(model: Model, ids: np.ndarray, places: np.ndarray, images: Sequence[ImageFeatures]) -> Positions:
     device = model.device
     packed = torch.from_numpy(ids).to(device), torch.from_numpy(places).to(device)

@@ -64,7 +64,8 @@ def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = Fa
     """Write a checkpoint. Raises RequestError where one of this name exists and `overwrite` is not set."""
     target = folder_of(state, path)
     if target.exists() and not overwrite:
-        raise RequestError(f"checkpoint {path} exists; give another name or overwrite=True")
+        or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""
+        raise RequestError(f"checkpoint {path} exists; give another name{or_so}")
     replace_folder(target, lambda folder: _write(folder, checkpoint))
 
 

@@ -5,6 +5,7 @@ forward_backward and optim_step before it waits for either.
 """
 
 import secrets
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ class LocalServiceClient:
         self._train_vision, self._features = train_vision, features
         self._engines: dict[str, Engine] = {}
         self._session, self._runs = str(uuid.uuid4()), 0
+        self._worker_thread: int | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kshot-engine")
 
     def create_lora_training_client(
@@ -65,6 +67,8 @@ class LocalServiceClient:
     ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
         """A future of a new training run on `base_model`; the LoRA weights are initialised from `seed`."""
         refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
+        if not (seed is None or (isinstance(seed, int) and 0 <= seed < 2**63)):
+            raise RequestError(f"seed {seed!r} must be a whole number from 0 to 2^63 - 1, or None for a random one")
         spec = LoraSpec(rank, train_mlp, train_attn, train_unembed, self._train_vision)
         return self._submit(self._start, base_model, spec, seed, user_metadata)
 
@@ -115,10 +119,17 @@ class LocalServiceClient:
         self._worker.shutdown()
 
     def _submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[T]:
+        if self._worker_thread == threading.get_ident():
+            raise RequestError("a custom loss cannot ask its own service: the answer would wait for the loss itself")
         try:
-            return AwaitableConcurrentFuture(self._worker.submit(partial(call, *args, **kwargs)))
+            return AwaitableConcurrentFuture(self._worker.submit(partial(self._call, call, *args, **kwargs)))
         except RuntimeError as error:
             raise RequestError("the service is closed; connect again") from error
+
+    def _call(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """On the worker."""
+        self._worker_thread = threading.get_ident()
+        return call(*args, **kwargs)
 
     def _engine(self, base_model: str) -> Engine:
         if base_model not in self._engines:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kshot_errors import RequestError
 from vlm.local.adapter import Adapter, Factors, LoraSpec
 from vlm.local.attention import Causal
-from vlm.local.batch import Batch, Encode, collate
+from vlm.local.batch import Batch, Encode, collate, groups
 from vlm.local.lora import linear
 from vlm.local.losses import Fields, Loss, fields_of, loss
 from vlm.local.model import Model
@@ -68,23 +68,24 @@ class Engine:
         """The loss of `data` and, unless `forward_only`, its gradient, added to the run's.
 
         Log-probabilities come back for every position, except for cross_entropy's gradient: there the head runs only
-        where the weight is not 0, and the other positions hold 0. A request that does not fit changes nothing; a pass
-        that fails (out of memory) drops what the run has gathered, so that no step is made with a part.
+        where the weight is not 0, and the other positions hold 0. A request that does not fit changes nothing; where
+        a pass fails after another one (out of memory; with a trained tower also a bad datum), what the run has
+        gathered is dropped, so that no step is made with a part.
         """
         chosen = loss(loss_fn, config)
         everything = forward_only or chosen.about_samples
         items = [_Item.of(number, datum, chosen, everything=everything) for number, datum in enumerate(data)]
         self._check(items)
-        total, outputs = 0.0, list[tinker.TensorData]()
-        with torch.set_grad_enabled(not forward_only):
+        total, outputs = 0.0, dict[int, tinker.TensorData]()
+        with torch.set_grad_enabled(not forward_only), run.request():
             for pack, batch in self._batches(items, run.factors):
                 log_probs = self._log_probs(run.factors, pack, batch)
                 value = chosen(log_probs, _fields(pack, log_probs.device))
                 if not forward_only:
                     run.add(value.backward)
                 total += float(value.detach())
-                outputs += _per_datum(log_probs, pack)
-        return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in outputs], {"loss:sum": total})
+                outputs |= _per_datum(log_probs, pack)
+        return _output([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
         self, run: Run, data: Sequence[tinker.Datum], loss_fn: CustomLoss
@@ -98,20 +99,22 @@ class Engine:
         plain = loss("cross_entropy", None)
         items = [_Item.of(number, _targets_only(d), plain, everything=True) for number, d in enumerate(data)]
         self._check(items)
-        packs = list(_packs(items))
-        with torch.set_grad_enabled(len(packs) == 1):
-            passes = [self._log_probs(run.factors, pack, self._batch(pack, run.factors)) for pack in packs]
-        outputs = [each for pack, log_probs in zip(packs, passes, strict=True) for each in _per_datum(log_probs, pack)]
-        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in outputs])
-        for pack, log_probs in zip(packs, passes, strict=True):
-            with torch.enable_grad():
-                again = (
-                    log_probs if len(packs) == 1 else self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                )
-            run.add(partial(again.backward, torch.cat([slopes[item.number] for item in pack]).to(again)))
-        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, outputs, strict=True))
-        metrics = {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate}
-        return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in outputs], metrics)
+        packs = _packs(items)
+        once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
+        with torch.set_grad_enabled(once):
+            for pack in packs:
+                log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
+                outputs |= _per_datum(log_probs, pack)
+        answers = [outputs[item.number] for item in items]
+        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in answers])
+        with torch.enable_grad(), run.request():
+            for pack in packs:
+                if not once:
+                    log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
+                slope = torch.cat([slopes[item.number] for item in pack]).to(log_probs)
+                run.add(partial(log_probs.backward, slope))
+        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, answers, strict=True))
+        return _output(answers, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
 
     def optim_step(self, run: Run, params: types.AdamParams) -> types.OptimStepResponse:
         """AdamW with these parameters on the gradients gathered since the last step; raises as `Run.step`."""
@@ -156,10 +159,9 @@ class Engine:
         """(scored,) float32 log-probabilities of the targets at the pack's scored positions, in order."""
         if not any(len(item.scored) for item in pack):
             return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
-        starts = [sum(batch.rows.lengths[:row]) for row in range(len(pack))]
-        places = torch.cat([item.scored + start for item, start in zip(pack, starts, strict=True)])
-        places = places.to(self.model.device)
-        hidden = self.model.text.hidden(batch.given, Causal(batch.rows, places), factors, places)
+        places = _places(pack, batch.rows.lengths).to(self.model.device)
+        wanted = None if len(places) == len(batch.given.ids) else places
+        hidden = self.model.text.hidden(batch.given, Causal(batch.rows, wanted), factors, wanted)
         targets = torch.cat([item.fields["target_tokens"][item.scored] for item in pack]).to(hidden.device)
         score = partial(self._score, factors)
         step = max(1, LOGITS // self.model.vocabulary)
@@ -193,14 +195,19 @@ class _Item:
         return len(self.fields["target_tokens"])
 
 
-def _packs(items: Sequence[_Item]) -> Iterator[list[_Item]]:
-    pack: list[_Item] = []
-    for item in items:
-        if pack and sum(each.length for each in pack) + item.length > PACK:
-            yield pack
-            pack = []
-        pack.append(item)
-    yield pack
+def _packs(items: Sequence[_Item]) -> list[list[_Item]]:
+    """The items by length, in packs of at most PACK positions, each datum at least in one of its own."""
+    return [[items[n] for n in members] for members in groups([item.length for item in items], len(items), PACK)]
+
+
+def _places(pack: Sequence[_Item], lengths: Sequence[int]) -> Tensor:
+    """(scored,) the scored positions in the pack."""
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    return torch.cat([item.scored + start for item, start in zip(pack, starts, strict=True)])
+
+
+def _output(answers: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
+    return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in answers], metrics)
 
 
 def _targets_only(datum: tinker.Datum) -> tinker.Datum:
@@ -216,6 +223,8 @@ def _slopes(
     leaves = [each.clone().requires_grad_() for each in log_probs]
     with torch.enable_grad():
         value, metrics = loss_fn(data, leaves)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise RequestError("a custom loss must be one number that depends on the log-probabilities it was given")
         value.backward()
     slopes = [leaf.grad for leaf in leaves if leaf.grad is not None]
     if len(slopes) < len(leaves):
@@ -231,13 +240,13 @@ def _fields(pack: Sequence[_Item], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.cat([item.fields[name][item.scored] for item in pack]).to(device) for name in names}
 
 
-def _per_datum(log_probs: Tensor, pack: Sequence[_Item]) -> list[tinker.TensorData]:
-    """(length,) for each datum: the log-probabilities where they are scored, else 0."""
-    values, answers, start = log_probs.detach().float().cpu().numpy(), list[tinker.TensorData](), 0
+def _per_datum(log_probs: Tensor, pack: Sequence[_Item]) -> dict[int, tinker.TensorData]:
+    """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
+    values, answers, start = log_probs.detach().float().cpu().numpy(), dict[int, tinker.TensorData](), 0
     for item in pack:
         full, end = np.zeros(item.length, np.float32), start + len(item.scored)
         full[item.scored.numpy()] = values[start:end]
-        answers.append(tinker.TensorData.from_numpy(full))
+        answers[item.number] = tinker.TensorData.from_numpy(full)
         start = end
     return answers
 

@@ -24,6 +24,7 @@ KINDS = {  # model_type → the stock class
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
+IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -39,10 +40,24 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
     dtype = dtype or _dtype(config, tensors)
+    if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
+        raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(place) for place in places]
     device_map = placement.device_map(name, dtype, size, tied, places, free)
     return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The stock tokenizer of a name, folder or hub id. Raises as `load` does, also where its files are missing or are
+    those of another kind of model: transformers would make an empty one."""
+    folder = Path(models.source(name))
+    _, config = _read_config(name, folder)
+    with _errors_of(name), _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN or not tokenizer.encode("a"):
+        raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
+    return tokenizer
 
 
 def _read_config(name: str, folder: Path) -> tuple[Any, Any]:

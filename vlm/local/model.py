@@ -5,17 +5,14 @@ Several adapters live over one of these; it knows none of them, and no batches, 
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from kshot_errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.local.adapter import Layout, LoraSpec
-from vlm.local.loading import load
+from vlm.local.loading import load, load_tokenizer
 from vlm.local.text import Text
-from vlm.models import source
 
 
 class Model:
@@ -27,10 +24,9 @@ class Model:
     """
 
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        self.name = name
+        self.name, self.tokenizer = name, load_tokenizer(name)  # first: what is small fails before what is large
         self.stock = load(name, device, dtype)
         self.text = Text(self.stock)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source(name), trust_remote_code=False)
         self.rule = ImageRule.from_pretrained(name)
         self.layout = lru_cache(maxsize=None)(self._layout)
         config = self.stock.config  # asking it takes long, and is done for every token

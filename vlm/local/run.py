@@ -4,7 +4,9 @@ Weights, gradients and moments are flat float32 buffers. A model of another dtyp
 its own, whose gradients are added to the float32 ones after each pass.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from tinker import types
@@ -20,26 +22,36 @@ class Run:
     """A training run over a model that computes in `dtype`."""
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.adapter, self._dtype, self._gathered = adapter, dtype, False
+        self.adapter, self._dtype, self._gathered, self._begun = adapter, dtype, False, False
         self._masters = {device: nn.Parameter(flat) for device, flat in adapter.flats.items()}
         for master in self._masters.values():
             master.grad = torch.zeros_like(master)
         self._optimizer = torch.optim.AdamW(self._masters.values(), fused=True)
-        self._copies = self._gradients = {device: m.detach() for device, m in self._masters.items()}
         if dtype == torch.float32:
+            self._copies = {device: m.detach() for device, m in self._masters.items()}
             self._gradients = {device: _gradient(m) for device, m in self._masters.items()}
         else:
             self._copies = {device: m.detach().to(dtype) for device, m in self._masters.items()}
             self._gradients = {device: torch.zeros_like(copy) for device, copy in self._copies.items()}
         self.factors = Factors(adapter.layout, self._copies, self._gradients)
 
-    def add(self, backward: Callable[[], None]) -> None:
-        """Run a backward pass and gather its gradients. Where it fails, nothing stays gathered."""
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around the passes of one request: its gradients are gathered whole. Where a later one fails, all that is
+        gathered is dropped, so that no step is made with a part; a request that fails before its first changes nothing.
+        """
+        self._begun = False
         try:
-            backward()
+            yield
         except BaseException:
-            self.forget()
+            if self._begun:
+                self.forget()
             raise
+
+    def add(self, backward: Callable[[], None]) -> None:
+        """Run a backward pass and gather its gradients."""
+        self._begun = True
+        backward()
         self._gathered = True
         if self._dtype != torch.float32:
             for device, master in self._masters.items():
@@ -57,13 +69,12 @@ class Run:
     def step(self, params: types.AdamParams) -> float:
         """AdamW (Loshchilov & Hutter 2019) on the gathered gradients, which are then cleared. Returns their norm.
 
-        Raises RequestError where there are none, for negative parameters, and for gradients that are not finite, which
-        are cleared.
+        Raises RequestError where there are none, for parameters out of range, and for gradients that are not finite,
+        which are cleared.
         """
         if not self._gathered:
             raise RequestError("optim_step without gradients; call forward_backward first")
-        if params.grad_clip_norm < 0 or params.learning_rate < 0:
-            raise RequestError(f"grad_clip_norm and learning_rate must not be negative: {params}")
+        _check(params)
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
         if not norm.isfinite():
@@ -107,7 +118,7 @@ class Run:
             master.detach().copy_(adapter.flats[device])
             self._optimizer.state.pop(master, None)
             if moments:
-                step = optimizer["step"].to(device if device.type != "cpu" else "cpu").clone()
+                step = optimizer["step"].to(device).clone()
                 own = {moment: flats[device] for moment, flats in moments.items()}
                 self._optimizer.state[master] = {"step": step, **own}
         self.forget()
@@ -117,6 +128,18 @@ class Run:
         if self._dtype != torch.float32:
             for device, master in self._masters.items():
                 self._copies[device].copy_(master)
+
+
+def _check(params: types.AdamParams) -> None:
+    """Raise RequestError for parameters that would make weights NaN or turn a step around."""
+    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+        if not 0 <= getattr(params, name) < math.inf:
+            raise RequestError(f"{name} = {getattr(params, name)} must not be negative, nor infinite")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(params, name) < 1:
+            raise RequestError(f"{name} = {getattr(params, name)} must be at least 0 and below 1")
+    if not 0 < params.eps < math.inf:  # where a gradient is 0, so is its moment: 0 / 0
+        raise RequestError(f"eps = {params.eps} must be above 0; the Tinker API's default is 1e-12")
 
 
 def _gradient(master: nn.Parameter) -> Tensor:

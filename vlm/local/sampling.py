@@ -16,11 +16,13 @@ from torch import Tensor
 
 from kshot_errors import RequestError
 from vlm.local.attention import Cache, Filling, Next
+from vlm.local.batch import groups, length_of
 from vlm.local.engine import LOGITS, Engine, Snapshot
 from vlm.local.text import Positions
 from vlm.local.writing import Writer, advance
 
 ROWS = 64  # sequences in one pass
+POSITIONS = 1 << 15  # of prompts in one pass
 ROOM = 64  # positions by which the cache grows
 
 
@@ -46,10 +48,11 @@ def sample(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[type
     """The answers, in order. Same asks in the same order → the same answers where each has a seed or temperature 0."""
     for ask in asks:
         _check(engine, ask)
-    done: list[types.SampleResponse] = []
-    for together in _passes(asks):
-        done += _sample_together(engine, snapshot, together)
-    return done
+    done: dict[int, types.SampleResponse] = {}
+    for members in groups([length_of(ask.prompt) for ask in asks], ROWS, POSITIONS):
+        answers = _sample_together(engine, snapshot, [asks[n] for n in members])
+        done |= zip(members, answers, strict=True)
+    return [done[n] for n in range(len(asks))]
 
 
 def _check(engine: Engine, ask: Ask) -> None:
@@ -64,6 +67,8 @@ def _check(engine: Engine, ask: Ask) -> None:
         "seed": (p.seed or 0, 0, 2**63 - 1),
         "topk_prompt_logprobs": (ask.topk_prompt_logprobs, 0, vocabulary),
     }
+    if (isinstance(p.stop, str) and not p.stop) or (isinstance(p.stop, list) and "" in p.stop):
+        raise RequestError("stop holds an empty text, which stands everywhere; leave it out")
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
@@ -71,18 +76,6 @@ def _check(engine: Engine, ask: Ask) -> None:
         engine.model.check_tokens(
             [int(t) for t in ask.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
         )
-
-
-def _passes(asks: Sequence[Ask]) -> Iterator[list[Ask]]:
-    """The asks, ROWS sequences at a time, an ask at least."""
-    together: list[Ask] = []
-    for ask in asks:
-        if together and sum(each.num_samples for each in together) + ask.num_samples > ROWS:
-            yield together
-            together = []
-        together.append(ask)
-    if together:
-        yield together
 
 
 def _sample_together(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[types.SampleResponse]:
@@ -110,25 +103,32 @@ def _sample_together(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) ->
 def _decode(
     engine: Engine, snapshot: Snapshot, cache: Cache, logits: Tensor, place: Tensor, writers: Sequence[Sequence[Writer]]
 ) -> None:
-    """Let the writers write until each has stopped or the model's context is full. logits, place: of each prompt."""
-    context = engine.model.context
-    going = [writer for each in writers for writer in each]
-    owners = torch.tensor([row for row, each in enumerate(writers) for _ in each], device=place.device)
-    tokens = torch.tensor(advance(going, logits[owners]), device=place.device)
+    """Let the writers of each prompt write, ROWS at a time. logits, place: of each prompt."""
+    owners = [(row, writer) for row, each in enumerate(writers) for writer in each]
+    for start in range(0, len(owners), ROWS):
+        rows, going = zip(*owners[start : start + ROWS], strict=True)
+        chosen = torch.tensor(rows, device=place.device)
+        _write(engine, snapshot, cache.chosen(chosen, ROOM), logits[chosen.to(logits.device)], place[chosen], going)
+
+
+def _write(
+    engine: Engine, snapshot: Snapshot, cache: Cache, logits: Tensor, place: Tensor, going: Sequence[Writer]
+) -> None:
+    """Until each has stopped or the model's context is full: one row of the cache, logits and place each."""
+    lengths = cache.lengths.tolist()
     while True:
-        full = (cache.lengths[owners] >= context).tolist()
-        kept = [n for n, writer in enumerate(going) if writer.reason is None and not full[n]]
+        tokens = advance(going, logits)
+        kept = [n for n, w in enumerate(going) if w.reason is None and lengths[n] < engine.model.context]
         if not kept:
             return
-        going, chosen = [going[n] for n in kept], torch.tensor(kept, device=place.device)
-        tokens, owners = tokens[chosen], owners[chosen]
-        cache.choose(owners, ROOM)
-        place = place[owners]
-        owners = torch.arange(len(going), device=place.device)
-        given = Positions(tokens, place.expand(3, -1))
+        if len(kept) < len(going) or max(lengths[n] for n in kept) >= cache.capacity:
+            chosen = torch.tensor(kept, device=place.device)
+            cache, place = cache.chosen(chosen, ROOM), place[chosen]
+        going, lengths = [going[n] for n in kept], [lengths[n] + 1 for n in kept]
+        given = Positions(torch.tensor([tokens[n] for n in kept], device=place.device), place.expand(3, -1))
         hidden = engine.model.text.hidden(given, Next(cache), snapshot.factors)
+        logits = engine.model.text.logits(hidden, snapshot.factors)
         cache.lengths, place = cache.lengths + 1, place + 1
-        tokens = torch.tensor(advance(going, engine.model.text.logits(hidden, snapshot.factors)), device=place.device)
 
 
 def _prompt_values(
@@ -145,7 +145,9 @@ def _prompt_values(
     if ask.topk_prompt_logprobs:
         values["_topk_prompt_logprobs_list"] = [None, *tops]
     if targets is not None:
-        values["target_prompt_logprobs"] = types.TensorData.from_numpy(np.array(chosen, np.float32))
+        values["target_prompt_logprobs"] = types.TensorData.from_numpy(
+            np.array(chosen, np.float32).reshape(targets.shape)
+        )
     return values
 
 
@@ -162,7 +164,8 @@ def _scored(
         own = log_probs.gather(1, ids[start:end, None].to(log_probs.device))[:, 0]
         best = log_probs.topk(top)
         tops = [list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        asked = targets[start:end].to(log_probs.device) if targets is not None else ids.new_zeros(len(own), 0)
+        asked = (torch.zeros(len(hidden), 0, dtype=torch.long) if targets is None else targets)[start:end]
+        asked = asked.to(log_probs.device)
         chosen = log_probs.gather(1, asked.clamp(min=0)).masked_fill(asked < 0, 0.0)
         yield own.tolist(), tops, chosen.tolist()
 

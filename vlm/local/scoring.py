@@ -4,31 +4,34 @@ A node sees the prompt, its ancestors and itself, and stands at the position its
 text and no clients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tinker
 import torch
 from torch import Tensor
 
-from vlm.labels import Trie
+from vlm.labels import Edge, Trie
 from vlm.local.attention import Tree
-from vlm.local.batch import Batch
+from vlm.local.batch import Batch, groups, length_of
 from vlm.local.engine import LOGITS, Engine, Snapshot
 from vlm.local.text import Positions
 
 ROWS = 64  # prompts in one pass
+POSITIONS = 1 << 15  # of prompts and nodes in one pass
+MASK = 1 << 26  # numbers in the mask of one pass
 
 
 @torch.no_grad()
 def score_tree(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
     """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
-    parts = [_score(engine, snapshot, together, trie).cpu().numpy() for together in _passes(prompts)]
-    return np.concatenate(parts) if parts else np.empty((0, len(trie.edges)), np.float32)
-
-
-def _passes(prompts: Sequence[tinker.ModelInput]) -> Iterator[Sequence[tinker.ModelInput]]:
-    return (prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS))
+    scores = np.empty((len(prompts), len(trie.edges)), np.float32)
+    size = len(trie.tokens)
+    lengths = [length_of(prompt) + size for prompt in prompts]
+    rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
+    for members in groups(lengths, max(1, rows), POSITIONS):
+        scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
+    return scores
 
 
 def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> Tensor:
@@ -37,9 +40,16 @@ def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInp
     tree = Tree(batch.rows, trie.parents, nodes)
     states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
     states = states.view(len(prompts), len(nodes), -1)
-    step = max(1, LOGITS // (len(nodes) * engine.model.vocabulary))
-    logits = (engine.model.text.logits(part.flatten(0, 1), snapshot.factors) for part in states.split(step))
-    return torch.cat([_edges(part.view(-1, len(nodes), part.shape[-1]), nodes, trie) for part in logits])
+    scores = torch.empty(len(prompts), len(trie.edges))
+    most = max(1, LOGITS // engine.model.vocabulary)  # states whose logits may be in memory together
+    for first in range(0, len(nodes), most):
+        some = nodes[first : first + most]
+        edges = [n for n, edge in enumerate(trie.edges) if edge.node in set(some)]
+        for start in range(0, len(prompts), step := max(1, most // len(some))):
+            part = states[start : start + step, first : first + most]
+            logits = engine.model.text.logits(part.flatten(0, 1), snapshot.factors).view(*part.shape[:2], -1)
+            scores[start : start + step, edges] = _edges(logits, some, trie, [trie.edges[n] for n in edges]).cpu()
+    return scores
 
 
 def _with_nodes(batch: Batch, trie: Trie) -> Positions:
@@ -56,11 +66,11 @@ def _with_nodes(batch: Batch, trie: Trie) -> Positions:
     )
 
 
-def _edges(logits: Tensor, nodes: Sequence[int], trie: Trie) -> Tensor:
-    """(rows, edges) log-probabilities from (rows, nodes, vocabulary) logits."""
+def _edges(logits: Tensor, nodes: Sequence[int], trie: Trie, edges: Sequence[Edge]) -> Tensor:
+    """(rows, edges) log-probabilities of the edges that leave from `nodes`, from (rows, nodes, vocabulary) logits."""
     column = {node: n for n, node in enumerate(nodes)}
-    tokens = torch.tensor([edge.token for edge in trie.edges], device=logits.device)
-    at = torch.tensor([column[edge.node] for edge in trie.edges], device=logits.device)
+    tokens = torch.tensor([edge.token for edge in edges], device=logits.device)
+    at = torch.tensor([column[edge.node] for edge in edges], device=logits.device)
     if trie.children:
         totals = [logits[:, column[node], list(trie.children[node])].logsumexp(-1) for node in nodes]
     else:

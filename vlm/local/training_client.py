@@ -40,7 +40,7 @@ class LocalTrainingClient:
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and every position's log-probability, without a gradient."""
-        call = partial(self._engine.forward_backward, forward_only=True)
+        call, data = partial(self._engine.forward_backward, forward_only=True), list(data)
         self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(call, self._run, data, loss_fn, loss_fn_config)
 
@@ -48,6 +48,7 @@ class LocalTrainingClient:
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and its gradient, which is added to what the run has gathered since its last step."""
+        data = list(data)  # the caller's may change before its turn comes
         self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
 
@@ -66,6 +67,8 @@ class LocalTrainingClient:
         refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
         if not callable(loss_fn):
             raise RequestError(f"a custom loss must be callable, got {loss_fn!r}; loss handles need the hosted service")
+        data = list(data)
+        self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(self._engine.forward_backward_custom, self._run, data, loss_fn)
 
     def optim_step(

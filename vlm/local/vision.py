@@ -53,8 +53,8 @@ class Vision:
     def prefetch(self, chunks: Iterable[types.ImageChunk]) -> None:
         """Begin to decode the images that a later `features` or `live` will ask for. From any thread; raises nothing
         about images; does nothing where no thread is spare or too many wait already."""
-        for chunk in chunks if self._pixels.threads else ():
-            key = _key(chunk)
+        images = {_key(chunk): chunk for chunk in chunks} if self._pixels.threads else {}
+        for key, chunk in images.items():
             if key not in self._memory and not (self._disk and key in self._disk):
                 self._pixels.start(key, chunk.data)
 

@@ -9,6 +9,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
+ROUNDING = 1e-9  # of a sum of probabilities: a set that reaches top_p but for it has reached it
 LIKELY = 1024  # tokens that are sorted before the whole vocabulary is
 
 
@@ -51,9 +52,10 @@ class Writer:
 
 def advance(writers: Sequence[Writer], logits: Tensor) -> list[int]:
     """Every writer's next token, written, from (writers, vocabulary) float32 logits."""
-    best = logits.argmax(-1).tolist()
-    greedy = [writer.params.temperature == 0 for writer in writers]
-    tokens = [b if g else w.draw(row) for w, row, b, g in zip(writers, logits, best, greedy, strict=True)]
+    tokens = logits.argmax(-1).tolist()
+    drawn = [n for n, writer in enumerate(writers) if writer.params.temperature]
+    for n, row in zip(drawn, logits[drawn].cpu() if drawn else (), strict=True):
+        tokens[n] = writers[n].draw(row)
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     for writer, token, log_prob in zip(writers, tokens, (chosen - logits.logsumexp(-1)).tolist(), strict=True):
         writer.write(token, log_prob)
@@ -64,23 +66,25 @@ def pick(logits: Tensor, params: types.SamplingParams, generator: torch.Generato
     """A token from (vocabulary,) logits: the largest at temperature 0, else drawn after top-k and top-p."""
     if params.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.float().cpu() / params.temperature
+    scaled = (logits.double().cpu() - logits.max().item()) / params.temperature  # at most 0: no temperature overflows
     probs, tokens = _candidates(scaled, params.top_k, params.top_p)
-    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
+    mass = probs.cumsum(-1)
+    drawn = torch.searchsorted(mass, torch.rand((), generator=generator, dtype=torch.float64) * mass[-1], right=True)
+    return int(tokens[min(int(drawn), len(tokens) - 1)])
 
 
 def _candidates(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Weights and tokens to draw from, likeliest first unless all may be drawn."""
-    size = len(scaled)
-    if top_k <= 0 and top_p >= 1:
-        return scaled.softmax(-1), torch.arange(size)
-    kept = min(top_k, size) if top_k > 0 else size
-    first = _ordered(scaled, min(kept, LIKELY))
-    whole = scaled.logsumexp(-1) if top_k <= 0 and size > LIKELY else None
-    probs, tokens = _nucleus(*first, whole, top_p)
-    if len(probs) < len(first[0]) or len(first[0]) == kept:
-        return probs, tokens
-    return _nucleus(*_ordered(scaled, kept), whole, top_p)  # the likeliest ones have too little mass
+    kept = min(top_k, len(scaled)) if top_k > 0 else len(scaled)
+    if kept == len(scaled) and top_p >= 1:
+        return scaled.softmax(-1), torch.arange(len(scaled))
+    if top_k <= 0 and kept > LIKELY:  # the likeliest ones may do
+        values, tokens = _ordered(scaled, LIKELY)
+        probs, tokens = _nucleus((values - scaled.logsumexp(-1)).exp(), tokens, top_p)
+        if len(probs) < LIKELY:
+            return probs, tokens
+    values, tokens = _ordered(scaled, kept)
+    return _nucleus(values.softmax(-1), tokens, top_p)
 
 
 def _ordered(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -95,12 +99,10 @@ def _ordered(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:count], at[order[:count]]
 
 
-def _nucleus(values: Tensor, tokens: Tensor, whole: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest set whose mass reaches top_p (Holtzman et al. 2020): always the first. whole: the log of all mass,
-    where it is not that of `values`."""
-    probs = values.softmax(-1) if whole is None else (values - whole).exp()
-    kept = int((probs.cumsum(-1) - probs < top_p).sum()) if top_p < 1 else len(probs)
-    return probs[:kept], tokens[:kept]
+def _nucleus(probs: Tensor, tokens: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set whose mass reaches top_p (Holtzman et al. 2020): always the first."""
+    kept = int((probs.cumsum(-1) - probs < top_p - ROUNDING).sum()) if top_p < 1 else len(probs)
+    return probs[: max(1, kept)], tokens[: max(1, kept)]
 
 
 def _generator(seed: int | None, number: int) -> torch.Generator:
