@@ -99,12 +99,12 @@ def _model_alone(client: Any, data: Data, device: str) -> float:
 
     Follows `Engine.forward_backward` and knows its parts.
     """
-    from vlm.local.engine import _fields, _Item
+    from vlm.local.engine import _Item
     from vlm.local.losses import loss
 
     engine, run, chosen = client._engine, client._run, loss("cross_entropy", None)
     items = [_Item.of(number, datum, chosen, everything=False) for number, datum in enumerate(data)]
-    packs = [(pack, batch, _fields(pack, engine.model.device)) for pack, batch in engine._batches(items, run.factors)]
+    packs = [(pack, batch, pack.fields(engine.model.device)) for pack, batch in engine._batches(items, run.factors)]
     synchronize(device)
     start = perf_counter()
     for pack, batch, fields in packs:

@@ -16,7 +16,7 @@ from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
 from vlm.local import feature_cache, feature_files
-from vlm.local.feature_cache import Layers, memory_limit
+from vlm.local.feature_cache import ImageFeatures, memory_limit
 from vlm.local.feature_files import DiskCache, fingerprint
 from vlm.local.vision import Vision
 
@@ -34,8 +34,8 @@ def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
     return [image_chunk(e.image, rule) for e in examples[:3]]
 
 
-def layers(seed: int = 0) -> Layers:
-    return Layers((1, 4, 4), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(seed)))
+def layers(seed: int = 0) -> ImageFeatures:
+    return ImageFeatures((1, 4, 4), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(seed)))
 
 
 def cache(folder: Path, limit: int = 1 << 20) -> DiskCache:

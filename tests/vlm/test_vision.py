@@ -65,7 +65,7 @@ def test_images_of_one_size_may_share_a_pass(
     shared = together._encode({vision._key(chunk): chunk.data for chunk in chunks}, together=True)
     assert passes == [3, 1, 2, 2, 1, 1, 1, 1]
     for chunk, other in zip(chunks, alone, strict=True):
-        one = shared[vision._key(chunk)].features(model.device)
+        one = shared[vision._key(chunk)]
         assert one.grid == other.grid
         assert torch.allclose(one.embeds, other.embeds, atol=1e-4)
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.deepstack, other.deepstack, strict=True))

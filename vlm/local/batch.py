@@ -93,9 +93,8 @@ def _positions(model: Model, ids: np.ndarray, places: np.ndarray, images: Sequen
     if not images:
         return Positions(*packed)
     where = torch.from_numpy(np.flatnonzero(ids == model.image_token)).to(device)
-    embeds = torch.cat([image.embeds for image in images]).to(device)
-    layers = zip(*(image.deepstack for image in images), strict=True)
-    return Positions(*packed, where, embeds, [torch.cat(layer).to(device) for layer in layers])
+    values = torch.cat([image.values for image in images], 1).to(device)
+    return Positions(*packed, where, values[0], values[1:])
 
 
 def _check(model: Model, each: tinker.ModelInput) -> None:

@@ -6,7 +6,7 @@ calls here are not thread-safe: one worker makes them, in order.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,11 @@ class Engine:
         with torch.set_grad_enabled(not forward_only), run.request():
             for pack, batch in self._batches(items, run.factors):
                 log_probs = self._log_probs(run.factors, pack, batch)
-                value = chosen(log_probs, _fields(pack, log_probs.device))
+                value = chosen(log_probs, pack.fields(log_probs.device))
                 if not forward_only:
                     run.add(value.backward)
                 total += float(value.detach())
-                outputs |= _per_datum(log_probs, pack)
+                outputs |= pack.answers(log_probs)
         return _output([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
@@ -104,14 +104,14 @@ class Engine:
         with torch.set_grad_enabled(once):
             for pack in packs:
                 log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                outputs |= _per_datum(log_probs, pack)
+                outputs |= pack.answers(log_probs)
         answers = [outputs[item.number] for item in items]
         value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in answers])
         with torch.enable_grad(), run.request():
             for pack in packs:
                 if not once:
                     log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                slope = torch.cat([slopes[item.number] for item in pack]).to(log_probs)
+                slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
                 run.add(partial(log_probs.backward, slope))
         surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, answers, strict=True))
         return _output(answers, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
@@ -139,15 +139,15 @@ class Engine:
         for item in items:
             self.model.check_tokens(item.fields["target_tokens"].tolist(), "target")
 
-    def _batches(self, items: Sequence["_Item"], factors: Factors) -> Iterator[tuple[Sequence["_Item"], Batch]]:
+    def _batches(self, items: Sequence["_Item"], factors: Factors) -> Iterator[tuple["_Pack", Batch]]:
         """The items in packs of at most PACK positions, each with its batch. All are made before the first is run, so
         that a bad one stops them all, unless the tower is trained: its graphs would be in memory together."""
         made = ((pack, self._batch(pack, factors)) for pack in _packs(items))
         return made if factors.spec.train_vision else iter(list(made))
 
-    def _batch(self, pack: Sequence["_Item"], factors: Factors) -> Batch:
-        batch = self.collate([item.given for item in pack], factors)
-        for item, length in zip(pack, batch.rows.lengths, strict=True):
+    def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
+        batch = self.collate([item.given for item in pack.items], factors)
+        for item, length in zip(pack.items, batch.rows.lengths, strict=True):
             if item.length != length:
                 raise RequestError(
                     f"datum {item.number}: target_tokens has {item.length} entries, its model input {length} positions "
@@ -155,14 +155,14 @@ class Engine:
                 )
         return batch
 
-    def _log_probs(self, factors: Factors, pack: Sequence["_Item"], batch: Batch) -> Tensor:
+    def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch) -> Tensor:
         """(scored,) float32 log-probabilities of the targets at the pack's scored positions, in order."""
-        if not any(len(item.scored) for item in pack):
+        if not len(pack.places):
             return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
-        places = _places(pack, batch.rows.lengths).to(self.model.device)
+        places = pack.places.to(self.model.device)
         wanted = None if len(places) == len(batch.given.ids) else places
         hidden = self.model.text.hidden(batch.given, Causal(batch.rows, wanted), factors, wanted)
-        targets = torch.cat([item.fields["target_tokens"][item.scored] for item in pack]).to(hidden.device)
+        targets = pack.scored("target_tokens").to(hidden.device)
         score = partial(self._score, factors)
         step = max(1, LOGITS // self.model.vocabulary)
         if len(places) <= step:
@@ -182,28 +182,56 @@ class _Item:
     number: int
     given: tinker.ModelInput
     fields: Fields
-    scored: Tensor
+    scored: np.ndarray
 
     @classmethod
     def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, everything: bool) -> "_Item":
         fields = fields_of(datum, chosen)
-        scored = torch.arange(len(fields["target_tokens"])) if everything else chosen.scored(fields).nonzero()[:, 0]
-        return cls(number, datum.model_input, fields, scored)
+        counts = np.ones(len(fields["target_tokens"]), bool) if everything else chosen.scored(fields).numpy()
+        return cls(number, datum.model_input, fields, np.flatnonzero(counts))
 
     @property
     def length(self) -> int:
         return len(self.fields["target_tokens"])
 
 
-def _packs(items: Sequence[_Item]) -> list[list[_Item]]:
+@dataclass(frozen=True)
+class _Pack:
+    """Items that go through together."""
+
+    items: Sequence[_Item]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [item.length for item in self.items]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(scored,) the scored positions in the pack."""
+        starts = np.cumsum([0, *self.lengths[:-1]])
+        parts = [item.scored + start for item, start in zip(self.items, starts, strict=True)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def scored(self, name: str) -> Tensor:
+        """(scored,) a field at these positions."""
+        return torch.cat([item.fields[name] for item in self.items])[self.places]
+
+    def fields(self, device: torch.device) -> dict[str, Tensor]:
+        """All fields at these positions."""
+        return {name: self.scored(name).to(device) for name in self.items[0].fields}
+
+    def answers(self, log_probs: Tensor) -> dict[int, tinker.TensorData]:
+        """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
+        full = np.zeros(sum(self.lengths), np.float32)
+        full[self.places.numpy()] = log_probs.detach().float().cpu().numpy()
+        parts = np.split(full, np.cumsum(self.lengths)[:-1])
+        return {item.number: tinker.TensorData.from_numpy(part) for item, part in zip(self.items, parts, strict=True)}
+
+
+def _packs(items: Sequence[_Item]) -> list[_Pack]:
     """The items by length, in packs of at most PACK positions, each datum at least in one of its own."""
-    return [[items[n] for n in members] for members in groups([item.length for item in items], len(items), PACK)]
-
-
-def _places(pack: Sequence[_Item], lengths: Sequence[int]) -> Tensor:
-    """(scored,) the scored positions in the pack."""
-    starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    return torch.cat([item.scored + start for item, start in zip(pack, starts, strict=True)])
+    by_length = groups([item.length for item in items], len(items), PACK)
+    return [_Pack([items[n] for n in members]) for members in by_length]
 
 
 def _output(answers: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
@@ -232,23 +260,6 @@ def _slopes(
     if not all(slope.isfinite().all() for slope in slopes):
         raise RequestError("the gradient of the custom loss is not finite; nothing was gathered")
     return float(value.detach().sum()), dict(metrics), slopes
-
-
-def _fields(pack: Sequence[_Item], device: torch.device) -> dict[str, Tensor]:
-    """The pack's fields at its scored positions."""
-    names = pack[0].fields
-    return {name: torch.cat([item.fields[name][item.scored] for item in pack]).to(device) for name in names}
-
-
-def _per_datum(log_probs: Tensor, pack: Sequence[_Item]) -> dict[int, tinker.TensorData]:
-    """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
-    values, answers, start = log_probs.detach().float().cpu().numpy(), dict[int, tinker.TensorData](), 0
-    for item in pack:
-        full, end = np.zeros(item.length, np.float32), start + len(item.scored)
-        full[item.scored.numpy()] = values[start:end]
-        answers[item.number] = tinker.TensorData.from_numpy(full)
-        start = end
-    return answers
 
 
 def _tower_linear(factors: Factors, name: str, layer: nn.Linear, x: Tensor) -> Tensor:

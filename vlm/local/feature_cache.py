@@ -12,38 +12,41 @@ from vlm.local.placement import group_free_bytes
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image. grid: patches (time, height, width). embeds: (tokens, hidden). deepstack: likewise, one a layer."""
+    """One image. grid: patches (time, height, width).
 
-    grid: tuple[int, int, int]
-    embeds: Tensor
-    deepstack: tuple[Tensor, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.embeds)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.embeds, *self.deepstack))
-
-
-@dataclass(frozen=True)
-class Layers:
-    """An image's features in one piece: (1 + deepstack layers, tokens, hidden), the embeds first."""
+    values: (1 + deepstack layers, tokens, hidden), the embeds first.
+    """
 
     grid: tuple[int, int, int]
     values: Tensor
 
-    def features(self, device: torch.device) -> ImageFeatures:
-        """As the text model takes them, on its device."""
-        embeds, *deepstack = self.values.to(device)
-        return ImageFeatures(self.grid, embeds, tuple(deepstack))
+    @property
+    def embeds(self) -> Tensor:
+        """(tokens, hidden)"""
+        return self.values[0]
 
-    def kept(self) -> "Layers":
+    @property
+    def deepstack(self) -> tuple[Tensor, ...]:
+        """(tokens, hidden), one a layer."""
+        return tuple(self.values[1:])
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return self.values.nbytes
+
+    def on(self, device: torch.device) -> "ImageFeatures":
+        """The same on a device."""
+        return self if self.values.device == device else ImageFeatures(self.grid, self.values.to(device))
+
+    def kept(self) -> "ImageFeatures":
         """On the host, in memory of its own: a view would keep a whole pass, or a padded file, alive."""
         host = self.values.cpu()
         whole = host.untyped_storage().nbytes() == host.nbytes
-        return Layers(self.grid, host if whole else host.clone())
+        return ImageFeatures(self.grid, host if whole else host.clone())
 
 
 def memory_limit() -> int:
@@ -56,17 +59,17 @@ class MemoryCache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
-        self._cache: OrderedDict[bytes, Layers] = OrderedDict()
+        self._cache: OrderedDict[bytes, ImageFeatures] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._cache
 
-    def get(self, key: bytes) -> Layers | None:
+    def get(self, key: bytes) -> ImageFeatures | None:
         if key in self._cache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
-    def put(self, key: bytes, layers: Layers) -> None:
+    def put(self, key: bytes, layers: ImageFeatures) -> None:
         self._held += layers.values.nbytes
         if key in self._cache:
             self._held -= self._cache.pop(key).values.nbytes

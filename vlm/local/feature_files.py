@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kshot_errors import ModelError
 from kshot_files import STALE, write_file
-from vlm.local.feature_cache import Layers
+from vlm.local.feature_cache import ImageFeatures
 
 FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
 DISK_BYTES = 32 << 30
@@ -59,7 +59,7 @@ class DiskCache:
         """Where the features of the image with this SHA-256 are or would be."""
         return self._place / key.hex()[:2] / f"{key.hex()}.safetensors"
 
-    def get(self, key: bytes) -> Layers | None:
+    def get(self, key: bytes) -> ImageFeatures | None:
         """None where there is no file, or a damaged one."""
         path = self.path(key)
         try:
@@ -70,7 +70,7 @@ class DiskCache:
             os.utime(path)
         return layers
 
-    def put(self, key: bytes, layers: Layers) -> None:
+    def put(self, key: bytes, layers: ImageFeatures) -> None:
         """Write the file, over one that is there. A full disk is a warning: the run does not need the file."""
         content, path = _encode(layers), self.path(key)
         try:
@@ -134,17 +134,17 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _encode(layers: Layers) -> bytes:
+def _encode(layers: ImageFeatures) -> bytes:
     tensors = {"grid": torch.tensor(layers.grid), "values": layers.values.contiguous()}
     check = torch.frombuffer(bytearray.fromhex(_digest(tensors)), dtype=torch.uint8)
     return safetensors.torch.save({**tensors, "sha256": check})
 
 
-def _decode(content: bytes) -> Layers:
+def _decode(content: bytes) -> ImageFeatures:
     """Raises SafetensorError, KeyError, TypeError, ValueError or RuntimeError for anything but what `_encode` made."""
     tensors = safetensors.torch.load(content)
     check = bytes(tensors.pop("sha256").tolist())
     if check.hex() != _digest(tensors):
         raise ValueError("the content is not what was written")
     time_, height, width = tensors["grid"].tolist()
-    return Layers((time_, height, width), tensors["values"])
+    return ImageFeatures((time_, height, width), tensors["values"])

@@ -164,11 +164,14 @@ def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> di
     targets = _vector("target_tokens", inputs["target_tokens"])
     if targets.dtype != torch.int64:
         raise RequestError(f"target_tokens must be integers (int64), got {inputs['target_tokens'].dtype}")
-    fields = {name: _vector(name, inputs[name]).float() for name in names[1:] if name in inputs}
-    for name, values in fields.items():
-        _check(name, values, len(targets))
-    defaults = {name: torch.full(targets.shape, value) for name, value in chosen.optional.items()}
-    return {"target_tokens": targets, **defaults, **fields}
+    fields = {"target_tokens": targets}
+    for name in names[1:]:
+        if name in inputs:
+            fields[name] = _vector(name, inputs[name]).float()
+            _check(name, fields[name], len(targets))
+        else:
+            fields[name] = torch.full(targets.shape, chosen.optional[name])
+    return fields
 
 
 def _number(name: str, key: str, value: Any) -> float:

@@ -31,7 +31,7 @@ class Positions:
     places: Tensor
     images: Tensor | None = None
     embeds: Tensor | None = None
-    deepstack: Sequence[Tensor] = ()
+    deepstack: Sequence[Tensor] | Tensor = ()
 
 
 class Text:

@@ -15,7 +15,7 @@ import torch
 from tinker import types
 
 from kshot_errors import RequestError
-from vlm.local.feature_cache import ImageFeatures, Layers, MemoryCache, memory_limit
+from vlm.local.feature_cache import ImageFeatures, MemoryCache, memory_limit
 from vlm.local.feature_files import DISK_BYTES, DiskCache, fingerprint
 from vlm.local.model import Model
 from vlm.local.pixels import Patches, PixelLoader, spare_threads
@@ -66,7 +66,7 @@ class Vision:
         images = dict(zip(keys, chunks, strict=True))
         found = {key: layers for key in images if (layers := self._known(key))}
         found |= self._encode({key: chunk.data for key, chunk in images.items() if key not in found})
-        ready = {key: layers.features(self._model.device) for key, layers in found.items()}
+        ready = {key: layers.on(self._model.device) for key, layers in found.items()}
         for key, chunk in zip(keys, chunks, strict=True):
             self._check(chunk, ready[key].tokens)
         return [ready[key] for key in keys]
@@ -80,14 +80,14 @@ class Vision:
         ready: dict[bytes, ImageFeatures] = {}
         for keys in _groups(patches):
             layers = self._run([patches[key] for key in keys], linear)
-            ready |= {key: each.features(self._model.device) for key, each in zip(keys, layers, strict=True)}
+            ready |= {key: each.on(self._model.device) for key, each in zip(keys, layers, strict=True)}
         return [ready[_key(chunk)] for chunk in chunks]
 
     @property
     def _visual(self) -> Any:
         return self._model.stock.model.visual
 
-    def _known(self, key: bytes) -> Layers | None:
+    def _known(self, key: bytes) -> ImageFeatures | None:
         layers = self._memory.get(key)
         if layers is None and self._disk and (layers := self._disk.get(key)):
             self._memory.put(key, layers.kept())
@@ -97,7 +97,7 @@ class Vision:
 
     @torch.inference_mode(False)  # kept for passes with gradients too
     @torch.no_grad()
-    def _encode(self, images: dict[bytes, bytes], together: bool | None = None) -> dict[bytes, Layers]:
+    def _encode(self, images: dict[bytes, bytes], together: bool | None = None) -> dict[bytes, ImageFeatures]:
         """Through the tower and into the caches. together: images of one size in one pass; unless on a CPU."""
         if together if together is not None else self._model.device.type != "cpu":
             patches = {key: self._pixels.take(key, data) for key, data in images.items()}
@@ -109,19 +109,19 @@ class Vision:
             self._keep(key, layers.kept())
         return done
 
-    def _keep(self, key: bytes, layers: Layers) -> None:
+    def _keep(self, key: bytes, layers: ImageFeatures) -> None:
         self._pixels.drop(key)  # other requests may wait for it
         self._memory.put(key, layers)
         if self._disk:
             self._disk.put(key, layers)
 
-    def _run(self, images: Sequence[Patches], linear: Linear = plain) -> list[Layers]:
+    def _run(self, images: Sequence[Patches], linear: Linear = plain) -> list[ImageFeatures]:
         """Images of one grid, in one pass."""
         grid = images[0].grid
         pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
         embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
         self.forwards += len(images)
-        return [Layers(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
+        return [ImageFeatures(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
 
     def _tokens(self, patches: Patches) -> int:
         return len(patches.pixels) // self._visual.spatial_merge_size**2
