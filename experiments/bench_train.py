@@ -34,7 +34,7 @@ from vlm.service import connect
 NANO = "nano"
 FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
 QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
-PAIRS = 40  # of steps with and without what is around the model
+PAIRS = 30  # of steps with and without what is around the model, in every round: they differ by little
 PACKAGES = ("accelerate", "numpy", "peft", "pillow", "tinker", "torch", "transformers")
 NO_TRL = "TRL is not installed, so vs_trl is left out; install it with: pip install trl==1.16.0"
 
@@ -72,7 +72,7 @@ def compare(case: Case, plan: Plan, contestants: Mapping[str, Contestant]) -> di
     with children(contestants) as started:
         begun = _with_adapter(case)  # meanwhile they import
         answers = turns(started, contestants, begun, plan.rounds)
-        pairs = started[OURS].ask(step_pairs, begun, PAIRS)
+        pairs = started[OURS].ask(step_pairs, begun, PAIRS * plan.rounds)
     return record(begun, plan, answers, pairs)
 
 

@@ -77,15 +77,15 @@ def _step(client: Any, data: Data, made: Iterator[Data]) -> tuple[float, Data | 
 def step_pairs(case: Case, count: int) -> list[tuple[float, float]]:
     """Seconds of a step of `fit`, and of the model alone on the same data on the same thread, `count` times.
 
-    An epoch before them makes every image known. Who begins changes: the second finds the data in the caches.
+    An epoch before them makes every image known. Who begins is drawn: the second finds the data in the caches.
     """
-    pairs = []
+    pairs, first = [], np.random.default_rng(SEED).random(case.epoch + count) < 0.5
     with _client(case) as (client, prompt):
         made = _made(prompt, case, cycle(case.batches))
         data = next(made)
         for number in range(case.epoch + count):
             alone = partial(client._submit, _model_alone, client, data, case.device)
-            before = alone().result() if number % 2 else None
+            before = alone().result() if first[number] else None
             start = perf_counter()
             _, coming = _step(client, data, made)
             spent = perf_counter() - start

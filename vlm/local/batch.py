@@ -116,28 +116,28 @@ def _check(model: Model, each: tinker.ModelInput) -> None:
 
 def _row(model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]) -> tuple[list[int], np.ndarray, int]:
     """Token ids, M-RoPE positions (3, length), and the position that comes after them, of one input."""
-    ids, places, start = list[int](), [np.zeros((3, 0), np.int64)], 0
+    ids, shape = list[int](), list[int | tuple[int, int, int]]()
     for chunk in each.chunks:
         if isinstance(chunk, types.EncodedTextChunk):
             ids += chunk.tokens
-            places.append(_line(len(chunk.tokens)) + start)
-            start += len(chunk.tokens)
+            shape.append(len(chunk.tokens))
         else:
-            time, height, width = next(images).grid
-            spread = _spread(time, height // model.merge, width // model.merge)
-            ids += [model.image_token] * spread.shape[1]
-            places.append(spread + start)
-            start += max(time, height // model.merge, width // model.merge)
-    return ids, np.concatenate(places, 1), start
+            image = next(images)
+            ids += [model.image_token] * image.tokens
+            shape.append(image.grid)
+    return ids, *_places(tuple(shape), model.merge)
 
 
-@lru_cache(maxsize=256)
-def _line(length: int) -> np.ndarray:
-    """(3, length): text counts up on all three axes."""
-    return np.arange(length)[None].repeat(3, 0)
-
-
-@lru_cache(maxsize=256)
-def _spread(time: int, height: int, width: int) -> np.ndarray:
-    """(3, tokens): an image's tokens by time, row and column."""
-    return np.indices((time, height, width)).reshape(3, -1)
+@lru_cache(maxsize=4096)  # most prompts have one of few shapes
+def _places(shape: tuple[int | tuple[int, int, int], ...], merge: int) -> tuple[np.ndarray, int]:
+    """M-RoPE positions (3, length), and the one after them, of text chunks (their lengths) and images (their grids)."""
+    places, start = [np.zeros((3, 0), np.int64)], 0
+    for part in shape:
+        if isinstance(part, int):  # text counts up on all three axes
+            places.append(np.arange(start, start + part)[None].repeat(3, 0))
+            start += part
+        else:  # an image's tokens spread by time, row and column
+            size = part[0], part[1] // merge, part[2] // merge
+            places.append(start + np.indices(size).reshape(3, -1))
+            start += max(size)
+    return np.concatenate(places, 1), start

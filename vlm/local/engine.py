@@ -7,6 +7,7 @@ calls here are not thread-safe: one worker makes them, in order.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ class _Pack:
     @cached_property
     def places(self) -> Tensor:
         """(scored,) the scored positions in the pack."""
-        starts = np.cumsum([0, *self.lengths[:-1]])
+        starts = [0, *accumulate(self.lengths[:-1])]
         parts = [item.scored + start for item, start in zip(self.items, starts, strict=True)]
         return torch.from_numpy(np.concatenate(parts))
 
@@ -224,8 +225,8 @@ class _Pack:
         """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
         full = np.zeros(sum(self.lengths), np.float32)
         full[self.places.numpy()] = log_probs.detach().float().cpu().numpy()
-        parts = np.split(full, np.cumsum(self.lengths)[:-1])
-        return {item.number: tinker.TensorData.from_numpy(part) for item, part in zip(self.items, parts, strict=True)}
+        parts = pairwise([0, *accumulate(self.lengths)])
+        return {i.number: tinker.TensorData.from_numpy(full[a:b]) for i, (a, b) in zip(self.items, parts, strict=True)}
 
 
 def _packs(items: Sequence[_Item]) -> list[_Pack]:
