@@ -12,6 +12,7 @@ from tinker import types
 
 from kshot_images import open_image
 from vlm.inputs import ImageRule
+from vlm.local.sampling_client import LocalSamplingClient
 from vlm.local.training_client import LocalTrainingClient
 
 IMAGE = 4082  # the nano tokenizer's <|image_pad|>
@@ -25,6 +26,13 @@ class Pictured:
     image: bytes
     label: int
     mirrored: bytes | None = None
+
+
+class OtherService:
+    """The same weights behind the SDK's `sample` alone, as every other service offers them."""
+
+    def __init__(self, inner: LocalSamplingClient) -> None:
+        self.sample = inner.sample
 
 
 def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule) -> dict[str, torch.Tensor]:

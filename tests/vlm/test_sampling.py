@@ -9,15 +9,14 @@ import torch
 from tinker import types
 
 from kshot_errors import RequestError
-from tests.vlm.helpers import CLASSES, Pictured, stock_inputs
+from tests.vlm.helpers import CLASSES, OtherService, Pictured, stock_inputs
 from vlm import nano
-from vlm.classifier import generate, predict
+from vlm.classifier import generate
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local.client import LocalServiceClient
 from vlm.local.sampling_client import LocalSamplingClient
 from vlm.local.writing import _candidates, pick
 from vlm.prompts import Prompt
-from vlm.scoring import score_choices
 
 
 @pytest.fixture(scope="module")
@@ -151,49 +150,6 @@ def test_top_and_target_log_probs_of_a_prompt(
         assert [token for token, _ in second] == log_probs[0].topk(3).indices.tolist()
 
 
-@pytest.mark.parametrize("method", ["constrained", "likelihood"])
-def test_scores_equal_a_forward_pass_for_each_label(
-    method: str, sampler: LocalSamplingClient, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
-) -> None:
-    """Among the labels: a word that begins another, one-token differences, and Unicode."""
-    got = predict(sampler, [e.image for e in examples[:3]], prompt, method)
-    for row, example in zip(got, examples, strict=False):
-        asked = prompt.question(example.image)
-        assert row == pytest.approx(brute_force(stock, asked, prompt.choices, rule, method), abs=1e-4)
-
-
-def brute_force(stock: Any, asked: tinker.ModelInput, choices: Any, rule: ImageRule, method: str) -> list[float]:
-    totals = []
-    for choice in choices:
-        with torch.no_grad():
-            logits = stock(**stock_inputs(model_input(*asked.chunks, choice), rule)).logits[0].double()
-        total = 0.0
-        for depth, token in enumerate(choice):
-            values = logits[asked.length - 1 + depth]
-            allowed = sorted({c[depth] for c in choices if c[:depth] == choice[:depth]})
-            among = values[allowed] if method == "constrained" else values
-            total += (values[token] - among.logsumexp(-1)).item()
-        totals.append(total)
-    return totals
-
-
-class OtherService:
-    """The same weights behind the SDK's `sample` alone, as every other service offers them."""
-
-    def __init__(self, inner: LocalSamplingClient) -> None:
-        self.sample = inner.sample
-
-
-@pytest.mark.parametrize("method", ["constrained", "likelihood"])
-def test_the_tree_equals_the_sdks_requests_path_by_path(
-    method: str, sampler: LocalSamplingClient, prompt: Prompt, examples: list[Pictured]
-) -> None:
-    asked = [prompt.question(e.image) for e in examples[:2]]
-    tree = score_choices(sampler, asked, prompt.choices, method)
-    paths = score_choices(OtherService(sampler), asked, prompt.choices, method)  # type: ignore[arg-type]
-    assert tree == pytest.approx(paths, abs=1e-4)
-
-
 def test_free_answers_are_the_greedy_line(
     sampler: LocalSamplingClient, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
 ) -> None:
@@ -267,18 +223,6 @@ def test_tiny_temperatures_are_nearly_greedy_and_empty_stops_are_refused(
     for stop in ("", ["a", ""]):
         with pytest.raises(RequestError, match="empty text"):
             sampler.sample(prompts[0], 1, types.SamplingParams(max_tokens=3, stop=stop)).result()
-
-
-def test_scores_in_parts_equal_those_at_once(
-    sampler: LocalSamplingClient, prompt: Prompt, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither logits nor masks of many nodes are in memory together."""
-    for method in ("constrained", "likelihood"):
-        whole = score_choices(sampler, prompts[:4], prompt.choices, method)
-        with monkeypatch.context() as patch:
-            patch.setattr("vlm.local.scoring.LOGITS", 3 * 4096)
-            patch.setattr("vlm.local.scoring.MASK", 3000)
-            assert score_choices(sampler, prompts[:4], prompt.choices, method) == pytest.approx(whole, abs=1e-4)
 
 
 def test_prompt_values_in_parts_equal_those_at_once(
