@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command needs it: `kshot --help` and `kshot data list` answer at once.
 """
 
-import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,9 @@ import typer
 from experiments.cli_bench import app as bench_app
 from experiments.cli_data import Modified, Protocol, Root, Source, SplitFile, access_of
 from experiments.cli_data import app as data_app
+from experiments.cli_options import file_name, numbers, pairs
+from experiments.cli_predict import predict
+from experiments.cli_train import train, zero_shot
 from experiments.terminal import err, out, print_paths, print_summary, progress_bar
 from kshot_errors import InputError, KshotError
 
@@ -38,6 +40,14 @@ INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core).")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="recipe, or '{image}QUESTION => ANSWER {label}'; repeat to compare."),
+]
+LossName = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text or closed-set.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
+]
 Force = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the sweep.")]
 
 
@@ -75,6 +85,9 @@ def sweep(
     seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Qwen3-VL: a name, a folder or a hub id.")] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help="DINOv2: a name or a timm name.")] = None,
+    prompt: Prompts = None,
+    loss: LossName = None,
+    calibration: Calibration = None,
     service: Annotated[str, typer.Option("--service", help="local, tinker or an http address.")] = "local",
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda with one worker.")] = "cpu",
     limit_test: Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")] = None,
@@ -91,20 +104,21 @@ def sweep(
     """Run a grid of data sets, methods, shots and seeds; the same command continues one that was stopped."""
     from experiments.config import load
 
-    numbers = {"shots": _numbers("shots", shots), "seeds": _numbers("seeds", seeds)}
-    given: dict[str, Any] = {"datasets": dataset, "methods": method, **numbers}
+    grid = {"shots": numbers("shots", shots), "seeds": numbers("seeds", seeds)}
+    given: dict[str, Any] = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     overrides: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value}
     if dataset and preset == "demo":
-        overrides["name"] = "-".join(_file_name(name) for name in dict.fromkeys(dataset))
+        overrides["name"] = "-".join(file_name(name) for name in dict.fromkeys(dataset))
     chosen = {"model": model, "backbone": backbone, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    chosen |= {"loss": loss, "calibration": calibration}
     values = {name: value for name, value in chosen.items() if value is not None}
-    pairs = _pairs(settings)
-    if twice := sorted(values.keys() & pairs.keys()):
+    single = pairs(settings)
+    if twice := sorted({*values, *(["prompt"] if prompt else [])} & single.keys()):
         raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")
     if protocol:
         overrides["protocol"] = protocol
     access = access_of(source, root, "", split_file, allow_modified)
-    _run(load(preset, overrides, {**pairs, **values}), output, workers, service, device, access)
+    _run(load(preset, overrides, {**single, **values}), output, workers, service, device, access)
 
 
 @app.command()
@@ -122,6 +136,11 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
         paths = _report(results, content)
     print_summary(content, results.cells())
     print_paths(paths)
+
+
+app.command("train")(train)
+app.command("predict")(predict)
+app.command("zero-shot")(zero_shot)
 
 
 def main() -> None:
@@ -199,28 +218,3 @@ def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
         counts = {dataset: len(names) for dataset, names in classes.items()}
         described = {**content, "command": command(content)}
         return write_report(results.folder, described, cells, images, n_classes=counts)
-
-
-def _numbers(name: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--{name} {text!r} is not a list of whole numbers; write it as 1,2,4") from error
-
-
-def _pairs(settings: list[str] | None) -> dict[str, str]:
-    from experiments.config import Settings
-
-    for text in settings or []:
-        if "=" not in text:
-            names = ", ".join(Settings.model_fields)
-            raise InputError(f"--set {text!r} has no value; write it as KEY=VALUE with one of: {names}")
-    return dict(text.partition("=")[::2] for text in settings or [])
-
-
-def _file_name(dataset: str) -> str:
-    """A data set's part in the name of its sweep: the last part of a path, in letters that need no quotes."""
-    name = os.path.basename(os.path.abspath(dataset.partition(":")[2])) if ":" in dataset else dataset
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip("-.") or "folder"

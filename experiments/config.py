@@ -5,7 +5,7 @@ Defaults are the reference protocol (the official vlm_classifier recipe); a pres
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
@@ -35,6 +35,10 @@ class Settings(BaseModel):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
+    prompt: str = "recipe"  # a preset or a template, see vlm.prompts
+    answer_tokens: PositiveInt = 128  # of a free answer, at most
+    loss: Literal["text", "closed-set"] = "text"
+    calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
 
 
 class Sweep(BaseModel):
@@ -47,10 +51,16 @@ class Sweep(BaseModel):
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    prompts: tuple[str, ...] = ()  # phrasings of the question to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
 
-    @field_validator("datasets", "methods", "shots", "seeds")
+    @property
+    def phrasings(self) -> tuple[str, ...]:
+        """Every prompt that is asked, one at least."""
+        return self.prompts or (self.settings.prompt,)
+
+    @field_validator("datasets", "methods", "shots", "seeds", "prompts")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(values))

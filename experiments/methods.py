@@ -5,7 +5,7 @@ Knows no folders and no metrics. Nothing here sees a test label.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from experiments.config import Settings
 if TYPE_CHECKING:
     from baselines.features import Encoder
     from vlm.prompts import Prompt
-    from vlm.service import SamplingClient, ServiceClient
+    from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Task:
     """What a method is given: k labelled examples a class, the images to name, the class names, seed and settings.
 
     hflip: probability of showing a training image mirrored. service, device: who computes, and on what.
+    validation: labelled images to choose settings on, where any are chosen; none of them is in train or test.
     """
 
     classes: tuple[str, ...]
@@ -35,6 +36,7 @@ class Task:
     hflip: float = 0.5
     service: str = "local"
     device: str = "cpu"
+    validation: Sequence[Example] = ()
 
     @property
     def steps(self) -> int:
@@ -49,12 +51,14 @@ class Outcome:
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
     has encoded or loaded costs nothing again.
     answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
+    chosen: settings that were chosen on the validation images, and what was chosen.
     """
 
     scores: np.ndarray
     probabilities: bool
     seconds: Mapping[str, float]
     answers: Sequence[tuple[str, int]] | None = None
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Method:
     settings: tuple[str, ...]
     learns: bool = True
     cost: float = 1.0
+    zero_shot: str | None = None
 
 
 def vlm_zero_shot(task: Task) -> Outcome:
@@ -75,20 +80,24 @@ def vlm_zero_shot(task: Task) -> Outcome:
 
 def vlm_lora(task: Task) -> Outcome:
     """LoRA-tune the vision-language model to answer with the class name, then ask it."""
+    start, s, service = time.perf_counter(), task.settings, _connected(task.service, task.device)
+    client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    for _ in fit_lora(client, task):
+        pass
+    sampler = client.save_weights_and_get_sampling_client().result()
+    return _ask(sampler, task, fit_seconds=time.perf_counter() - start)
+
+
+def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
+    """Train a new run on the task's shots; yields the loss of each step, a training image on average."""
     from tinker import types
 
     from vlm.classifier import fit
 
-    start, s = time.perf_counter(), task.settings
-    client = (
-        _connected(task.service, task.device).create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
-    )
-    prompt = _prompt(client, task)
+    s = task.settings
     adam = types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
-    for _ in fit(client, _batches(task), prompt, adam):
-        pass
-    sampler = client.save_weights_and_get_sampling_client().result()
-    return _ask(sampler, task, fit_seconds=time.perf_counter() - start)
+    for answer, _ in fit(client, _batches(task), prompt_of(client, task), adam, s.loss):
+        yield answer.metrics["loss:sum"] / s.batch_size
 
 
 def dinov2_logreg(task: Task) -> Outcome:
@@ -122,9 +131,10 @@ def dinov2_lora(task: Task) -> Outcome:
 
 _DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+_ASKED = ("model", "prompt", "answer_tokens", "calibration")
 METHODS = {
-    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, "model"), learns=False),
-    "vlm-lora": Method(vlm_lora, (*_DATA, "model", *_TRAINED), cost=10.0),
+    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_ASKED), learns=False),
+    "vlm-lora": Method(vlm_lora, (*_DATA, *_ASKED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
     "dinov2-logreg": Method(dinov2_logreg, (*_DATA, "backbone")),
     "dinov2-lora": Method(dinov2_lora, (*_DATA, "backbone", *_TRAINED), cost=5.0),
     "pixel-knn": Method(pixel_knn, _DATA),
@@ -154,22 +164,43 @@ def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
     return batches(task.train, task.settings.batch_size, task.steps, rng, hflip=task.hflip)
 
 
-def _prompt(client: Any, task: Task) -> "Prompt":
+def prompt_of(client: Any, task: Task) -> "Prompt":
+    """The question that the task's settings ask, with the tokenizer of this client."""
     from vlm.inputs import ImageRule
-    from vlm.prompts import Prompt
+    from vlm.prompts import Prompt, template
 
-    return Prompt(client.get_tokenizer(), ImageRule.from_pretrained(task.settings.model), task.classes)
+    rule = ImageRule.from_pretrained(task.settings.model)
+    return Prompt(client.get_tokenizer(), rule, task.classes, template(task.settings.prompt))
 
 
 def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
+    from vlm.calibration import calibrated
     from vlm.classifier import generate, predict
 
-    start, prompt = time.perf_counter(), _prompt(sampler, task)
-    scores = predict(sampler, task.test, prompt)
+    start, prompt = time.perf_counter(), prompt_of(sampler, task)
+    prior, chosen = _prior(sampler, task, prompt)
+    scores = calibrated(predict(sampler, task.test, prompt), prior)
     scored = time.perf_counter()
-    answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt)]
+    answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt, task.settings.answer_tokens)]
     seconds = {"fit": fit_seconds, "predict": scored - start, "answer": time.perf_counter() - scored}
-    return Outcome(scores, True, seconds, answers)
+    return Outcome(scores, True, seconds, answers, chosen)
+
+
+def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.ndarray, dict[str, str]]:
+    """The log prior that the scores are corrected by, and what was chosen. Without labelled images, at zero-shot,
+    nothing can be chosen and the scores stay as they are."""
+    from vlm.calibration import NONE, PRIORS, choose, prior
+    from vlm.classifier import predict
+
+    name: str = task.settings.calibration
+    if name != "validated":
+        return prior(name, sampler, prompt), {}
+    if not task.validation:
+        return prior(NONE, sampler, prompt), {}
+    priors = {each: prior(each, sampler, prompt) for each in (NONE, *PRIORS)}
+    labels = np.array([example.label for example in task.validation])
+    name = choose(predict(sampler, Images(task.validation), prompt), labels, priors)
+    return priors[name], {"calibration": name}
 
 
 def _frozen(

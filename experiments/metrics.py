@@ -1,13 +1,13 @@
-"""What a table of predictions is worth: accuracy and its relatives, intervals over seeds, paired differences.
+"""What a table of predictions is worth: accuracy and its relatives, what is taken for what, scores over seeds.
 
 It does not know models, data sets or folders: a predictions table (one row per test image) or a list of cell records
-comes in, plain numbers go out. Shares are fractions in [0, 1]; log-probabilities are natural. None stands for "has no
-meaning here" and for what JSON cannot hold (an infinite NLL), so that every result is valid JSON.
+comes in, plain numbers go out; how sure these are is computed in `intervals`. Shares are fractions in [0, 1];
+log-probabilities are natural. None stands for "has no meaning here" and for what JSON cannot hold (an infinite NLL), so
+that every result is valid JSON.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,28 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from experiments.intervals import Score, summary, wilson
 from kshot_errors import ResultsError
 
 COLUMNS = ("key", "label", "prediction", "top5", "top5_log_probs", "label_log_prob", "answer", "answer_label")
 ECE_BINS = 15
-RESAMPLES = 10_000
+# The metrics that are a share of the test images; the others have no Wilson interval.
+SHARES = {"accuracy", "accuracy_strict", "accuracy_constrained", "top5", "unparseable"}
 
 
-class Score(NamedTuple):
-    """A metric over the seeds of one (method, shots): mean, 95% half-width (None without one), number of seeds."""
+class Confusion(NamedTuple):
+    """Images of class `label` that were named `prediction`: how many, and their share of the label's images."""
 
-    mean: float
-    half_width: float | None
-    n: int
-
-
-class Difference(NamedTuple):
-    """Accuracy of a minus accuracy of b (fractions), its 95% interval, the two-sided p of "no difference"."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
+    label: int
+    prediction: int
+    images: int
+    share: float
 
 
 def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
@@ -64,16 +58,20 @@ def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
     }
 
 
-def summary(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of one value per seed and the half-width of its 95% Student-t interval; None with a single seed."""
-    if not values:
-        raise ResultsError("no values to summarise: give one per seed")
-    if len(values) == 1:
-        return float(values[0]), None
-    from scipy.special import stdtrit  # a tenth of the import time of scipy.stats
+def confusions(table: pa.Table, limit: int) -> list[Confusion]:
+    """The pairs of a label and another class that was predicted for it, most frequent first, at most `limit` of them.
 
-    n = len(values)
-    return fmean(values), float(stdtrit(n - 1, 0.975)) * stdev(values) / n**0.5
+    Pairs that are as frequent go by label, then by prediction. None where every image was named right.
+    """
+    label, prediction = table["label"].to_numpy(), table["prediction"].to_numpy()
+    wrong = prediction != label
+    pairs, counts = np.unique(np.stack([label[wrong], prediction[wrong]], axis=1), axis=0, return_counts=True)
+    of_class = np.bincount(label)
+    worst = np.argsort(-counts, kind="stable")[:limit]  # np.unique has sorted them by label and prediction
+    return [
+        Confusion(int(a), int(b), int(n), float(n / of_class[a]))
+        for (a, b), n in zip(pairs[worst], counts[worst], strict=True)
+    ]
 
 
 def scores(cells: Sequence[Mapping[str, Any]], dataset: str, metric: str = "accuracy") -> dict[str, dict[int, Score]]:
@@ -81,15 +79,15 @@ def scores(cells: Sequence[Mapping[str, Any]], dataset: str, metric: str = "accu
 
     Left out rather than averaged over the rest: an NLL is missing because it is infinite, so the rest would flatter.
     """
-    groups: dict[tuple[str, int], list[float | None]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
         if cell["dataset"] == dataset:
-            groups[cell["method"], cell["shots"]].append(cell["metrics"].get(metric))
+            groups[cell["method"], cell["shots"]].append(cell)
     result: dict[str, dict[int, Score]] = defaultdict(dict)
-    for (method, shots), values in sorted(groups.items()):
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            result[method][shots] = _score(known, shots)
+    for (method, shots), group in sorted(groups.items()):
+        known = [value for cell in group if (value := cell["metrics"].get(metric)) is not None]
+        if len(known) == len(group):
+            result[method][shots] = _score(known, shots, group[0].get("test_images") if metric in SHARES else None)
     return dict(result)
 
 
@@ -97,26 +95,6 @@ def seeds_of(cells: Sequence[Mapping[str, Any]], dataset: str) -> set[int]:
     """The seeds behind a data set's means; that of zero-shot cells counts only where there is nothing else."""
     seeds = {(cell["seed"], cell["shots"] > 0) for cell in cells if cell["dataset"] == dataset}
     return {seed for seed, drawn in seeds if drawn} or {seed for seed, _ in seeds}
-
-
-def bootstrap_difference(table_a: pa.Table, table_b: pa.Table, seed: int) -> Difference:
-    """Paired bootstrap over test images of accuracy(a) - accuracy(b): percentile interval, two-sided p.
-
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 16; 10,000 resamples, p smoothed by
-    one so that it is never 0. Raises ResultsError unless both tables hold the same images with the same labels.
-    """
-    (keys_a, right_a), (keys_b, right_b) = _by_key(table_a), _by_key(table_b)
-    if keys_a != keys_b:
-        raise ResultsError(f"cannot pair predictions: {_mismatch(keys_a, keys_b)}")
-    gain = right_a.astype(int) - right_b.astype(int)
-    n = len(gain)
-    # A resample's difference depends only on how many +1, 0 and -1 it drew: three counts instead of n indices.
-    shares = [np.mean(gain == value) for value in (1, 0, -1)]
-    draws = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)
-    differences = (draws[:, 0] - draws[:, 2]) / n
-    low, high = np.quantile(differences, [0.025, 0.975])
-    tail = min(np.sum(differences <= 0), np.sum(differences >= 0))
-    return Difference(float(gain.mean()), float(low), float(high), min(1.0, 2 * (1 + int(tail)) / (1 + RESAMPLES)))
 
 
 def _check(table: pa.Table, n_classes: int) -> None:
@@ -197,25 +175,9 @@ def _first(lists: pa.ChunkedArray) -> NDArray[Any]:
     return pc.list_element(lists, 0).to_numpy()
 
 
-def _score(values: Sequence[float], shots: int) -> Score:
+def _score(values: Sequence[float], shots: int, images: int | None) -> Score:
     mean, half_width = summary(values)
     # Zero-shot cells draw no training images: equal values over seeds are one measurement, not a certainty of ± 0.
-    if shots == 0 and len(set(values)) == 1:
-        return Score(values[0], None, 1)
+    if len(values) == 1 or (shots == 0 and len(set(values)) == 1):
+        return Score(values[0], None, 1, None if images is None else wilson(values[0], images))
     return Score(mean, half_width, len(values))
-
-
-def _by_key(table: pa.Table) -> tuple[list[tuple[str, int]], NDArray[np.bool_]]:
-    """(key, label) pairs in order, and whether each was right. Twin images share a key; their labels may differ."""
-    if not table.num_rows:
-        raise ResultsError("predictions are empty: nothing to pair")
-    table = table.sort_by([("key", "ascending"), ("label", "ascending")])
-    pairs = list(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
-    return pairs, table["prediction"].to_numpy() == table["label"].to_numpy()
-
-
-def _mismatch(pairs_a: list[tuple[str, int]], pairs_b: list[tuple[str, int]]) -> str:
-    odd = set(pairs_a) ^ set(pairs_b)
-    if {key for key, _ in pairs_a} == {key for key, _ in pairs_b} and odd:
-        return f"different labels for image {min(odd)[0]!r}"
-    return f"different test images ({len(pairs_a)} and {len(pairs_b)}, {len({key for key, _ in odd})} not in both)"

@@ -8,13 +8,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.display import name
-from experiments.metrics import Score, scores, seeds_of
-from experiments.plot import figure, ordered, style
+from experiments.intervals import Score
+from experiments.metrics import scores, seeds_of
+from experiments.plot import figure
 from experiments.report_blocks import Block, Command, Heading, Notes, Paragraph, Picture
 from experiments.report_html import page
 from experiments.report_markdown import markdown
-from experiments.tables import Record, accuracy_table, differences_table, metrics_table, percent
-from experiments.tables_run import Planned, all_planned, facts_table, missing_table, settings_table, timings_table
+from experiments.series import by_prompt, method_of, prompt_of
+from experiments.styles import ordered, style
+from experiments.tables import Record, accuracy_table, metrics_table, percent, text_table
+from experiments.tables_run import (
+    Planned,
+    all_planned,
+    facts_table,
+    missing_table,
+    prompts_table,
+    settings_table,
+    timings_table,
+)
+from experiments.tables_stored import confusion_tables, differences_table
 from kshot_files import write_file
 
 NAMED = 3  # how many methods a sentence names before it counts
@@ -32,11 +44,13 @@ def write_report(
     """Write figures/<data set>.png and .svg, report.md and report.html into the folder; return their paths.
 
     `sweep` and `cells` are the contents of sweep.json and cells/*.json. `n_images` and `n_classes` are test images and
-    classes by data set. `planned` lists the cells that should be there; by default the full grid of `sweep`. Data sets
-    without a cell are listed as missing, nothing more. Paired differences appear if the folder holds the predictions.
-    Raises ResultsError when predictions that should be of the same images are not.
+    classes by data set. `planned` lists the cells that should be there, of series where there are (see `by_prompt`);
+    by default the full grid of `sweep`. Data sets without a cell are listed as missing, nothing more. Paired
+    differences and confusions appear if the folder holds the predictions. Raises ResultsError when predictions that
+    should be of the same images are not, and for a cell or a prediction that does not fit the sweep.
     """
     n_classes = n_classes or {}
+    sweep, cells = by_prompt(sweep, cells)
     cells = sorted(cells, key=lambda cell: (cell["dataset"], cell["method"], cell["shots"], cell["seed"]))
     run = [dataset for dataset in sweep["datasets"] if any(cell["dataset"] == dataset for cell in cells)]
     files = {d: figure(cells, d, folder / "figures", n_classes=n_classes.get(d)) for d in run}
@@ -45,7 +59,8 @@ def write_report(
         Heading(1, title),
         *(Paragraph(headline(cells, dataset)) for dataset in run),
         *([Notes(tuple(sweep["notes"]))] if sweep.get("notes") else []),
-        *(block for dataset in run for block in _dataset(folder, cells, dataset, files[dataset])),
+        *([prompts] if (prompts := prompts_table(sweep)) else []),
+        *(block for dataset in run for block in _dataset(folder, sweep, cells, dataset, files[dataset])),
         *_appendix(sweep, cells, n_images, n_classes, all_planned(sweep, cells) if planned is None else planned),
     ]
     texts = {"report.md": markdown(blocks), "report.html": page(title, blocks)}
@@ -54,11 +69,15 @@ def write_report(
 
 
 def headline(cells: Sequence[Record], dataset: str) -> str:
-    """One sentence: what was compared, what was best at the smallest and the largest shots, and how sure that is."""
+    """One sentence: what was compared, what was best at the smallest and the largest shots, and how sure that is.
+
+    The methods of the cells may be series (see `by_prompt`).
+    """
     table = scores(cells, dataset)
+    methods, prompts = {method_of(m) for m in table}, {prompt_of(m) for m in table} - {None}
     shots = sorted({k for row in table.values() for k in row if k})
-    seeds = _count(len(seeds_of(cells, dataset)), "seed")
-    opening = f"{_count(len(table), 'method')} {'was' if len(table) == 1 else 'were'} compared on {name(dataset)}"
+    seeds = _count(len(seeds_of(cells, dataset)), "seed") + (f", {_count(len(prompts), 'prompt')}" if prompts else "")
+    opening = f"{_count(len(methods), 'method')} {'was' if len(methods) == 1 else 'were'} compared on {name(dataset)}"
     blind = [f"{style(m).title} reaches {_share(table[m][0])}" for m in ordered(table) if 0 in table[m]]
     without = [f"with no example at all, {_and(blind)}"] if blind else []
     ends = [f"at {k} per class, {_lead(table, k)}" for k in dict.fromkeys([*shots[:1], *shots[-1:]])]
@@ -81,7 +100,7 @@ def _lead(table: Mapping[str, Mapping[int, Score]], shots: int) -> str:
 
 def _hedge(column: Mapping[str, Score], leaders: Sequence[str], rivals: Sequence[str]) -> str:
     if column[leaders[0]].half_width is None:
-        return " (one seed, so without an interval)"
+        return " (one seed, so without an interval over seeds)"
     near = [style(m).title for m in rivals if any(_overlap(column[leader], column[m]) for leader in leaders)]
     if not near:
         return ", with a 95% interval above all others"
@@ -91,10 +110,13 @@ def _hedge(column: Mapping[str, Score], leaders: Sequence[str], rivals: Sequence
 
 
 def _overlap(best: Score, other: Score) -> bool:
-    return best.mean - (best.half_width or 0) <= other.mean + (other.half_width or 0)
+    (low, _), (_, high) = (score.interval or (score.mean, score.mean) for score in (best, other))
+    return low <= high
 
 
-def _dataset(folder: Path, cells: Sequence[Record], dataset: str, files: Sequence[Path]) -> Iterator[Block]:
+def _dataset(
+    folder: Path, sweep: Record, cells: Sequence[Record], dataset: str, files: Sequence[Path]
+) -> Iterator[Block]:
     png, svg = files
     yield Heading(2, name(dataset))
     alt = (
@@ -102,10 +124,13 @@ def _dataset(folder: Path, cells: Sequence[Record], dataset: str, files: Sequenc
     )
     yield Picture(svg.read_bytes(), f"figures/{png.name}", alt)
     yield accuracy_table(cells, dataset)
+    if answers := text_table(cells, dataset):
+        yield answers
     yield metrics_table(cells, dataset)
-    differences = differences_table(folder, cells, dataset)
-    if differences:
+    if differences := differences_table(folder, cells, dataset):
         yield differences
+    if classes := sweep.get("classes", {}).get(dataset):
+        yield from confusion_tables(folder, cells, dataset, classes)
 
 
 def _appendix(
@@ -131,6 +156,7 @@ def _appendix(
 
 
 def _share(score: Score) -> str:
+    score = score._replace(over_images=None)  # brackets would have to be explained
     return f"{percent(score)} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 

@@ -25,6 +25,7 @@ from kshot_errors import DatasetError, KshotError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+VALIDATION = 4  # images a class, at most
 VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "numpy", "pillow", "tinker")
 
 
@@ -37,7 +38,7 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
     test = _test(job)
-    outcome = _outcome(job, _task(job, dataset, test))
+    outcome = _outcome(job, task(job, dataset, test))
     table = predictions(test, outcome)
     record = {
         "key": cell.key,
@@ -46,6 +47,7 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
         "metrics": metrics(table, len(dataset.classes)),
         "timings": {f"{name}_seconds": round(seconds, 3) for name, seconds in outcome.seconds.items()},
         "versions": versions(job),
+        **({"chosen": dict(outcome.chosen)} if outcome.chosen else {}),
     }
     return record, table
 
@@ -54,6 +56,17 @@ def few_shot(dataset: Dataset, shots: int, seed: int, settings: Settings) -> lis
     """The k labelled examples a class. Raises TooFewImagesError unless settings.allow_fewer."""
     chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=settings.allow_fewer)
     return [dataset.train[n] for n in chosen]
+
+
+def validation(dataset: Dataset, shots: int, seed: int, settings: Settings) -> list[Example]:
+    """The labelled examples on which settings are chosen, if any are: min(shots, VALIDATION) of each class, the next
+    ones of the permutation that the k shots come from (as CoOp does, Zhou et al. 2022). Raises TooFewImagesError where
+    a class has no more, unless settings.allow_fewer."""
+    if settings.calibration != "validated":
+        return []
+    more = shots + min(shots, VALIDATION)
+    taken = {example.key for example in few_shot(dataset, shots, seed, settings)}
+    return [example for example in few_shot(dataset, more, seed, settings) if example.key not in taken]
 
 
 def shown(test: list[Example], job: Job) -> Images:
@@ -75,7 +88,8 @@ def versions(job: Job) -> dict[str, str]:
     return {"python": platform.python_version(), **numbers, "machine": machine, "service": service}
 
 
-def _task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
+def task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
+    """What the cell's method is given. Raises TooFewImagesError, ImageError."""
     hflip = catalog.find(job.source).hflip
     return Task(
         classes=dataset.classes,
@@ -86,25 +100,36 @@ def _task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
         hflip=hflip,
         service=job.service,
         device=job.device,
+        validation=_validation(job, dataset, hflip),
     )
 
 
-def _outcome(job: Job, task: Task) -> Outcome:
+def _outcome(job: Job, given: Task) -> Outcome:
     method = METHODS[job.cell.method]
     if job.service == "local":
-        return method.run(task)
+        return method.run(given)
     import tinker
 
     try:
-        return method.run(task)
+        return method.run(given)
     except tinker.TinkerError as error:
         raise KshotError(f"service {job.service} failed with {job}: {error}") from error
 
 
 def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
     """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
+    return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
+
+
+def _validation(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+    method = METHODS[job.cell.method]
+    if not method.learns or "calibration" not in method.settings:
+        return []
+    return _prepared(job, validation(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
+
+
+def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
     seen = _seen(job.source, job.access, job.settings.split_seed, job.settings.max_side)
-    chosen = few_shot(dataset, job.cell.shots, job.cell.seed, job.settings)
     new = [example for example in chosen if example.key not in seen]
     prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
     seen.update((example.key, example) for example in prepared)

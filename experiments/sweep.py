@@ -16,10 +16,10 @@ from data.core import Dataset
 from data.row import Access
 from experiments import executors
 from experiments.cell import Cell
-from experiments.config import MODELS, Sweep, load
+from experiments.config import MODELS, Settings, Sweep, load
 from experiments.job import Job
 from experiments.methods import METHODS
-from experiments.run import few_shot, run
+from experiments.run import few_shot, run, validation
 from experiments.store import Results
 from experiments.weights import notes, recorded, relevant
 from kshot_errors import DatasetError, InputError, UnknownNameError
@@ -43,17 +43,22 @@ class Plan:
             "methods": list(self.sweep.methods),
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
-            "settings": recorded(self.sweep.settings),
+            "settings": {**recorded(self.sweep.settings), **self._prompt()},
+            **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
             "notes": self._notes(),
         }
 
+    def _prompt(self) -> dict[str, Any]:
+        """What the setting `prompt` was, all of them where several were asked."""
+        asked = list(self.sweep.phrasings)
+        return {"prompt": asked if len(asked) > 1 else asked[0]}
+
     def _notes(self) -> list[str]:
-        used = {name for method in self.sweep.methods for name in METHODS[method].settings}
         of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
-        return [*notes(self.sweep.settings, used), *of_files]
+        return [*notes(self.sweep.settings, _used(self.sweep)), *of_files]
 
     def missing(self, results: Results) -> list[Job]:
         """The jobs whose cells are not stored yet."""
@@ -62,7 +67,7 @@ class Plan:
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
     """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
-    UnknownNameError (data set, method, model), ModelError, DatasetError, ImageError, TooFewImagesError.
+    UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError.
 
     access: for the data sets that can be had in several ways; InputError where none of them can.
     """
@@ -71,6 +76,7 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
             raise UnknownNameError("method", method, METHODS)
     _check_machine(service, device)
     _check_models(sweep, service)
+    _check_prompts(sweep, service)
     ways = _ways(sweep, access or Access())
     seed = sweep.settings.split_seed
     datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
@@ -79,10 +85,11 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
         for dataset in datasets.values():
             for seed in sweep.seeds:
                 few_shot(dataset, max(sweep.shots), seed, sweep.settings)
+                validation(dataset, max(sweep.shots), seed, sweep.settings)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
-        make = partial(Job, settings=sweep.settings, source=source, service=service, device=device, access=ways[source])
-        jobs += (make(cell) for cell in _cells(sweep, dataset))
+        make = partial(Job, source=source, service=service, device=device, access=ways[source])
+        jobs += (make(cell, settings) for cell, settings in _cells(sweep, dataset))
     jobs.sort(key=lambda job: -METHODS[job.cell.method].cost)  # the long ones first: no worker waits at the end
     return Plan(sweep, datasets, jobs)
 
@@ -106,7 +113,10 @@ def command(content: Mapping[str, Any]) -> str:
     places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
     options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
-    options += [("--set", f"{k}={v}") for k, v in content["settings"].items() if k in base and v != base[k]]
+    changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
+    asked = changed.pop("prompt", [])
+    options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]
+    options += [("--set", f"{k}={v}") for k, v in changed.items()]
     facts = content.get("data", {})
     options += _access_options(facts.values())
     modified = any("-modified-" in protocol for protocol in content["protocols"].values())
@@ -150,7 +160,7 @@ def _check_machine(service: str, device: str) -> None:
 
 
 def _check_models(sweep: Sweep, service: str) -> None:
-    used = {name for method in sweep.methods for name in METHODS[method].settings}
+    used = _used(sweep)
     if "model" in used and service == "local":
         models.check(sweep.settings.model)
     if "backbone" in used and sweep.settings.backbone != nano_dinov2.NAME:
@@ -177,11 +187,31 @@ def _ways(sweep: Sweep, access: Access) -> dict[str, Access]:
     return {source: access if row.sources else Access() for source, row in rows.items()}
 
 
-def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[Cell]:
-    values = recorded(sweep.settings)
-    for name in sweep.methods:
-        method = METHODS[name]
-        grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
-        for shots, seed in grid:
-            settings = relevant(values, method.settings)
-            yield Cell(dataset.name, dataset.protocol, name, shots, seed, settings)
+def _check_prompts(sweep: Sweep, service: str) -> None:
+    used = _used(sweep)
+    if "prompt" in used:
+        from vlm.prompts import template
+
+        for text in sweep.phrasings:
+            template(text)
+    if "loss" in used and sweep.settings.loss == "closed-set" and service == "tinker":
+        raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
+
+
+def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
+    """Each cell with the settings it is run under."""
+    for text in sweep.phrasings:
+        settings = sweep.settings.model_copy(update={"prompt": text})
+        values = recorded(settings)
+        for name in sweep.methods:
+            method = METHODS[name]
+            if "prompt" not in method.settings and text != sweep.phrasings[0]:
+                continue
+            grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
+            named = relevant(values, method.settings)
+            yield from ((Cell(dataset.name, dataset.protocol, name, k, s, named), settings) for k, s in grid)
+
+
+def _used(sweep: Sweep) -> set[str]:
+    """The settings that any of the methods reads."""
+    return {name for method in sweep.methods for name in METHODS[method].settings}

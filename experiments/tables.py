@@ -1,19 +1,21 @@
-"""The tables of what came out: accuracy, the other metrics, paired differences. Cell records in, tables out.
+"""The tables of what came out: accuracy, answers in text, the other metrics. Cell records in, tables out.
 
-It does not know Markdown or HTML, and of the results folder only where predictions lie.
+It does not know Markdown or HTML, nor a results folder.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from experiments.metrics import Difference, Score, bootstrap_difference, scores
-from experiments.plot import ordered, style
+from experiments.intervals import Score
+from experiments.metrics import scores
 from experiments.report_blocks import Cell, Table
+from experiments.series import from_zero, method_of, zero_shot_of
+from experiments.styles import ordered, style
 
 Record = Mapping[str, Any]
+Scores = Mapping[str, Mapping[int, Score]]  # {series: {shots: score}}
 NONE = "\N{EN DASH}"
+TEXT = ("accuracy_constrained", "accuracy_strict", "unparseable")  # the metrics of answers in text
 
 # metric: (header, factor, decimals, whether more is better)
 METRICS = {
@@ -29,22 +31,58 @@ METRICS = {
 
 
 def percent(score: Score) -> str:
-    """`45.2 ± 3.1`, or `45.2` where there is no interval."""
-    return _number(score, 100, 1)
+    """`45.2 ± 3.1` over seeds, `4.6 [3.1, 6.6]` over test images, or `45.2` where there is no interval."""
+    if score.over_images is None:
+        return _number(score, 100, 1)
+    low, high = score.over_images
+    return f"{100 * score.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def accuracy_table(cells: Sequence[Record], dataset: str) -> Table:
     """Accuracy by method and shots; a mean over fewer seeds than others have says over how many."""
-    table = scores(cells, dataset)
+    measured = scores(cells, dataset)
+    table = from_zero(measured)
     shots = sorted({k for row in table.values() for k in row})
-    most = max(score.n for row in table.values() for score in row.values())
+    shown = [score for row in table.values() for score in row.values()]
+    most = max(score.n for score in shown)
     columns = [_best({m: row[k].mean for m, row in table.items() if k in row}, more=True) for k in shots]
     rows = [
         (Cell(style(m).title), *(_field(table[m], k, m in best, most) for k, best in zip(shots, columns, strict=True)))
         for m in ordered(table)
     ]
-    caption = "Accuracy in percent by labelled examples per class: mean ± half-width of the 95% Student-t interval"
-    return Table(f"{caption} over seeds; the best of a column is bold.", ("method", *map(str, shots)), tuple(rows))
+    caption = f"Accuracy in percent by labelled examples per class: {_intervals(shown)}; the best of a column is bold."
+    return Table(caption + _untuned(measured, table), ("method", *map(str, shots)), tuple(rows))
+
+
+def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
+    """What the methods that answer in text wrote, at every shots; None where there is no such method.
+
+    A zero-shot method that another one tunes has its row there, at 0.
+    """
+    measured = {metric: scores(cells, dataset, metric) for metric in TEXT}
+    found = {metric: from_zero(table) for metric, table in measured.items()}
+    constrained = found["accuracy_constrained"]
+    tuned = {zero_shot_of(series) for series in constrained}
+    rows = [
+        (Cell(style(series).title), Cell(str(k)), *(_percent(found[metric].get(series, {}).get(k)) for metric in TEXT))
+        for series in ordered(constrained)
+        if series not in tuned
+        for k in sorted(constrained[series])
+    ]
+    if not rows:
+        return None
+    shown = [score for table in measured.values() for row in table.values() for score in row.values()]
+    calibrated = any(cell["settings"].get("calibration", "none") != "none" for cell in cells)
+    limits = {cell["settings"]["answer_tokens"] for cell in cells if "answer_tokens" in cell["settings"]}
+    limit = f", of at most {' or '.join(map(str, sorted(limits)))} tokens," if limits else ","
+    caption = (
+        f"Answers in text, in percent, by labelled examples per class (k): {_intervals(shown)}. Constrained: the model "
+        f"restricted to the class names, by its exact posterior{' as calibrated' if calibrated else ''}, ties to the "
+        f"lower label. Strict: the model's greedy free answer{limit} is the class name, after its last colon (the rule "
+        "of the official recipe). Unparseable: the free answers that name no class."
+    )
+    caption += _untuned(measured["accuracy_constrained"], constrained)
+    return Table(caption, ("method", "k", *(METRICS[metric][0] for metric in TEXT)), tuple(rows))
 
 
 def metrics_table(cells: Sequence[Record], dataset: str) -> Table:
@@ -74,29 +112,6 @@ def metrics_table(cells: Sequence[Record], dataset: str) -> Table:
     )
 
 
-def differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Table | None:
-    """The leader at the largest shots against the others: paired bootstrap over test images, on the first common seed.
-
-    None when fewer than two methods have predictions in the folder. Raises ResultsError when their images differ.
-    """
-    largest = largest_shots(cells, dataset)
-    runs: dict[str, dict[int, Path]] = defaultdict(dict)
-    for cell in cells:
-        path = folder / "predictions" / f"{cell['key']}.parquet"
-        if cell["dataset"] == dataset and cell["shots"] == largest and path.exists():
-            runs[cell["method"]][cell["seed"]] = path
-    if len(runs) < 2:
-        return None
-    means = {m: row[largest].mean for m, row in scores(cells, dataset).items() if m in runs}
-    leader = max(ordered(means), key=means.__getitem__)
-    rows = [_difference_row(m, runs[leader], runs[m]) for m in ordered(runs) if m != leader]
-    caption = (
-        f"{style(leader).title} minus each other method at {largest} labelled examples per class, in points of "
-        "accuracy: paired bootstrap over the test images of one seed, not corrected for the number of comparisons."
-    )
-    return Table(caption, ("method", "seed", "difference", "95% interval", "p"), tuple(rows))
-
-
 def largest_shots(cells: Sequence[Record], dataset: str) -> int:
     """The most labelled examples per class that any cell of the data set had."""
     return max(cell["shots"] for cell in cells if cell["dataset"] == dataset)
@@ -109,9 +124,34 @@ def _field(row: Mapping[int, Score], shots: int, best: bool, most: int) -> Cell:
     return Cell(percent(row[shots]) + few, best)
 
 
+def _percent(score: Score | None) -> Cell:
+    return Cell(NONE if score is None else percent(score))
+
+
 def _metric_field(metric: str, score: Score | None, best: bool) -> Cell:
     _, factor, decimals, _ = METRICS[metric]
     return Cell(NONE) if score is None else Cell(_number(score, factor, decimals), best)
+
+
+def _intervals(shown: Sequence[Score]) -> str:
+    """What a number of the table is, for its caption; of each kind of interval only where one is shown."""
+    over_images = any(score.over_images for score in shown)
+    over_seeds = any(score.half_width is not None for score in shown) or not over_images
+    said = {
+        "mean ± half-width of the 95% Student-t interval over seeds": over_seeds,
+        "where there is a single run, in brackets the 95% Wilson score interval over test images": over_images,
+    }
+    return "; ".join(text for text, shows in said.items() if shows)
+
+
+def _untuned(measured: Scores, table: Scores) -> str:
+    """Which methods begin at 0 with the value of another, for a caption."""
+    begun = {
+        style(method_of(series)).title: style(method_of(untuned)).title
+        for series in ordered(table)
+        if 0 in table[series].keys() - measured[series].keys() and (untuned := zero_shot_of(series))
+    }
+    return "".join(f" {title} at 0 is {untuned}: the model before it is tuned." for title, untuned in begun.items())
 
 
 def _number(score: Score, factor: int, decimals: int) -> str:
@@ -125,22 +165,3 @@ def _best(means: Mapping[str, float], *, more: bool) -> set[str]:
         return set()
     top = max(means.values()) if more else min(means.values())
     return {method for method, mean in means.items() if mean == top}
-
-
-def _difference_row(method: str, leader: Mapping[int, Path], other: Mapping[int, Path]) -> tuple[Cell, ...]:
-    common = sorted(leader.keys() & other.keys())
-    if not common:
-        return (Cell(style(method).title), *[Cell(NONE)] * 4)
-    found = _difference(leader[common[0]], other[common[0]])
-    interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    p = f"{found.p:.3f}" if found.p >= 0.001 else "<0.001"
-    texts = (style(method).title, str(common[0]), f"{100 * found.difference:+.1f}", interval, p)
-    return tuple(map(Cell, texts))
-
-
-def _difference(path_a: Path, path_b: Path) -> Difference:
-    from pyarrow import parquet
-
-    columns = ["key", "label", "prediction"]
-    table_a, table_b = (parquet.read_table(path, columns=columns) for path in (path_a, path_b))
-    return bootstrap_difference(table_a, table_b, seed=0)

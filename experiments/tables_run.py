@@ -1,4 +1,4 @@
-"""The tables of how it was run: data sets, times, settings, versions, and the cells still missing.
+"""The tables of how it was run: data sets, prompts, times, settings, versions, and the cells still missing.
 
 Cell records and sweep.json in, tables out; it does not know what the numbers mean, nor Markdown or HTML.
 """
@@ -12,11 +12,12 @@ from typing import Any
 from experiments.display import name
 from experiments.methods import METHODS
 from experiments.metrics import seeds_of
-from experiments.plot import ordered, style
 from experiments.report_blocks import Cell, Table
+from experiments.series import by_prompt, method_of
+from experiments.styles import ordered, style
 from experiments.tables import NONE, Record
 
-Planned = tuple[str, str, int, int]  # dataset, method, shots, seed
+Planned = tuple[str, str, int, int]  # dataset, method or series, shots, seed
 ZERO_SHOT = {name for name, row in METHODS.items() if not row.learns}  # planned once, at 0 shots, whatever the seeds
 
 
@@ -35,6 +36,13 @@ def facts_table(
         for dataset in sweep["datasets"]
     ]
     return Table("What was run.", ("data set", "classes", "test images", "seeds", "cells"), tuple(rows))
+
+
+def prompts_table(sweep: Record) -> Table | None:
+    """The prompts by the numbers that name them; None where there are not several."""
+    prompts = sweep.get("prompts", ())
+    rows = [(Cell(str(number)), Cell(text)) for number, text in enumerate(prompts, 1)]
+    return Table("Prompts.", ("prompt", "text"), tuple(rows)) if len(rows) > 1 else None
 
 
 def timings_table(cells: Sequence[Record]) -> Table:
@@ -72,11 +80,13 @@ def missing_table(planned: Iterable[Planned], cells: Sequence[Record]) -> Table 
 
 
 def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
-    """The full grid of the sweep. A zero-shot method counts once a data set: under the seed it ran with, else 0."""
-    plan = []
+    """The full grid of the sweep, a method that asks with each of its prompts. A zero-shot method counts once a data
+    set and prompt: under the seed it ran with, else 0."""
+    sweep, cells = by_prompt(sweep, cells)
+    plan: list[Planned] = []
     for dataset in sweep["datasets"]:
         for method in sweep["methods"]:
-            if method in ZERO_SHOT:
+            if method_of(method) in ZERO_SHOT:
                 run = [c["seed"] for c in cells if c["dataset"] == dataset and c["method"] == method]
                 plan.append((dataset, method, 0, min(run, default=0)))
             else:

@@ -9,7 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from experiments.metrics import Score
+    from experiments.intervals import Score
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
@@ -24,18 +24,24 @@ def progress_bar() -> "Progress":
 
 
 def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    """Accuracy by method and shots for each data set, and what must be said of the models."""
+    """Accuracy by method (and prompt, of several) and shots for each data set, and what must be said of the models."""
     from experiments.metrics import scores
+    from experiments.series import by_prompt, from_zero, method_of, prompt_of
 
+    sweep, records = by_prompt(content, cells)
     for dataset in content["datasets"]:
-        found = scores(cells, dataset)
+        found = from_zero(scores(records, dataset))
         shots = sorted({k for row in found.values() for k in row})
         table = plain_table(["method", *(f"k={k}" for k in shots)])
-        for method in content["methods"]:
-            table.add_row(method, *(_mean(found.get(method, {}).get(k)) for k in shots))
+        for series in sweep["methods"]:
+            title = method_of(series) + (f" #{number}" if (number := prompt_of(series)) else "")  # 80 columns are few
+            table.add_row(title, *(_mean(found.get(series, {}).get(k)) for k in shots))
         out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
         out.print(table, soft_wrap=False)
         out.print()
+    prompts = content.get("prompts", ())
+    for number, text in enumerate(prompts if len(prompts) > 1 else (), 1):
+        out.print(f"#{number}: prompt {text}", markup=False, highlight=False)
     for note in content["notes"]:
         out.print(note, style="yellow", markup=False, highlight=False)
 

@@ -21,6 +21,7 @@ class Shipped(NamedTuple):
 
 FEWER = "Classes with fewer images than the shots took part with those they have (--allow-fewer)."
 SHUFFLED = "A control: each test image was shown in another's place (shuffle_test), so accuracy should be at chance."
+VALIDATED = "The VLM's calibration was chosen on more labelled training images: as many as shots, at most 4 a class."
 SHIPPED = {  # by the setting that names a model
     "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
     "backbone": {nano_dinov2.NAME: Shipped(nano_dinov2.REVISION, nano_dinov2.NOTE)},
@@ -49,7 +50,12 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     """The sentences a report must show because of the models that the settings in `used` name."""
     chosen = settings.model_dump()
     found = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
-    return [*found, *([FEWER] if settings.allow_fewer else []), *([SHUFFLED] if settings.shuffle_test else [])]
+    said = {
+        FEWER: settings.allow_fewer,
+        SHUFFLED: settings.shuffle_test,
+        VALIDATED: "calibration" in used and settings.calibration == "validated",
+    }
+    return [*found, *(note for note, due in said.items() if due)]
 
 
 def _named(kind: str, name: str) -> tuple[str, str | None]:

@@ -3,15 +3,16 @@
 An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tinker
 from tinker import types
 
+from kshot_errors import UnknownNameError
 from vlm.prompts import Prompt
-from vlm.scoring import score_choices
+from vlm.scoring import score_and_decode, score_choices
 from vlm.service import SamplingClient, TrainingClient
 
 
@@ -36,6 +37,11 @@ class BatchSampler(Protocol):
 
 
 View = tuple[bytes, int]
+LOSSES: dict[str, tuple[str, Callable[[Prompt, bytes, int], tinker.Datum]]] = {
+    "text": ("cross_entropy", Prompt.datum),  # write the answer, token by token, as the recipe trains
+    "closed-set": ("closed_set", Prompt.closed_datum),  # choose among the class names; of our services alone
+}
+ANSWER = 128  # tokens of a free answer, at most: the official recipe's
 WINDOW = 512  # images whose bytes and prompts are in memory at a time
 
 
@@ -61,16 +67,26 @@ def _view(example: Labelled, flip: bool) -> View:
 
 
 def fit(
-    client: TrainingClient, batches: Iterable[Sequence[View]], prompt: Prompt, adam: types.AdamParams
+    client: TrainingClient,
+    batches: Iterable[Sequence[View]],
+    prompt: Prompt,
+    adam: types.AdamParams,
+    loss: str = "text",
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
-    """One optimizer step a batch of (image, label) views; yields what each step answered."""
-    made = ([prompt.datum(image, label) for image, label in batch] for batch in batches)
+    """One optimizer step a batch of (image, label) views; yields what each step answered. loss: a row of LOSSES.
+
+    Raises UnknownNameError for another loss.
+    """
+    if loss not in LOSSES:
+        raise UnknownNameError("loss", loss, LOSSES)
+    loss_fn, example = LOSSES[loss]
+    made = ([example(prompt, image, label) for image, label in batch] for batch in batches)
     data = next(made, None)
     while data is not None:
-        loss = client.forward_backward(data, "cross_entropy")
+        answer = client.forward_backward(data, loss_fn)
         step = client.optim_step(adam)  # both submitted before either is awaited
         data = next(made, None)  # the next batch is made while the service works on this one
-        yield loss.result(), step.result()
+        yield answer.result(), step.result()
 
 
 def predict(
@@ -82,19 +98,30 @@ def predict(
     return np.concatenate(parts) if parts else np.zeros((0, len(prompt.choices)), np.float32)
 
 
-def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt) -> list[str]:
-    """The model's free answers after the prefill, greedily, to the end of the line or of the turn.
+def predict_and_decode(
+    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `predict` gives, and from the same pass (images,) the labels that constrained decoding writes, the likeliest
+    token at every step. The likeliest label may be another."""
+    asked = ([prompt.question(image) for image in window] for window in _windows(images))
+    parts = [score_and_decode(sampler, questions, prompt.choices) for questions in asked]
+    if not parts:
+        return np.zeros((0, len(prompt.choices)), np.float32), np.zeros(0, np.int64)
+    scores, greedy = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(greedy)
 
-    At most as many tokens as the longest class name takes, and one more: no longer answer can be an exact match.
-    """
-    longest = max(map(len, prompt.choices)) + 1
-    params = types.SamplingParams(max_tokens=longest, temperature=0.0, stop=prompt.stops)
+
+def generate(
+    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER
+) -> list[str]:
+    """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
+    params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
     answers = [
         answer
         for window in _windows(images)
         for answer in _answers(sampler, [prompt.question(image) for image in window], params)
     ]
-    return [prompt.line(answer.sequences[0].tokens) for answer in answers]
+    return [prompt.text(answer.sequences[0].tokens) for answer in answers]
 
 
 def _answers(

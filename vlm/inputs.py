@@ -7,7 +7,7 @@ it takes only the `ImageRule`, which says how many tokens an image of a size bec
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from tinker import types
 
 from kshot_errors import ImageError, ModelError, RequestError
 from kshot_images import is_plain, open_header, open_image
+from vlm.labels import Branch
 from vlm.models import source
 
 if TYPE_CHECKING:
@@ -104,6 +105,32 @@ def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
     that follows position i (0 at image positions and before the answer, where `weights` is 0), as the Tinker API
     asks. Raises RequestError for an empty prompt or answer.
     """
+    return _datum(prompt, answer, np.ones(len(answer), np.float32))
+
+
+def closed_datum(prompt: tinker.ModelInput, choice: Sequence[int], branches: Sequence[Branch]) -> tinker.Datum:
+    """Train the choice of `choice` among others after `prompt`, for the loss "closed_set".
+
+    The loss is on the tokens at its branches; `candidates`, a sparse (positions, most) matrix of int64, holds in the
+    row of each the tokens that may stand there. Raises RequestError for an empty prompt or choice.
+    """
+    answer = choice[: branches[-1].place + 1]  # what follows is certain
+    weights = np.zeros(len(answer), np.float32)
+    weights[[branch.place for branch in branches]] = 1.0
+    made = _datum(prompt, answer, weights)
+    rows = np.zeros(made.model_input.length, np.int64)
+    rows[[prompt.length - 1 + branch.place for branch in branches]] = [len(b.candidates) for b in branches]
+    candidates = tinker.TensorData(
+        data=np.concatenate([branch.candidates for branch in branches]),
+        dtype="int64",
+        shape=[len(rows), int(rows.max())],
+        sparse_crow_indices=[0, *rows.cumsum().tolist()],
+        sparse_col_indices=[n for branch in branches for n in range(len(branch.candidates))],
+    )
+    return replace(made, loss_fn_inputs={**made.loss_fn_inputs, "candidates": candidates})
+
+
+def _datum(prompt: tinker.ModelInput, answer: Sequence[int], loss_weights: np.ndarray) -> tinker.Datum:
     if any(isinstance(c, types.ImageChunk) and c.expected_tokens is None for c in prompt.chunks):
         raise RequestError("an image chunk without expected_tokens has no length; vlm.image_chunk sets them")
     if not prompt.length or not answer:
@@ -111,6 +138,6 @@ def datum(prompt: tinker.ModelInput, answer: Sequence[int]) -> tinker.Datum:
     before = prompt.length - 1
     targets = np.zeros(before + len(answer), np.int64)
     weights = np.zeros(before + len(answer), np.float32)
-    targets[before:], weights[before:] = answer, 1.0
+    targets[before:], weights[before:] = answer, loss_weights
     fields = {"target_tokens": tinker.TensorData.from_numpy(targets), "weights": tinker.TensorData.from_numpy(weights)}
     return tinker.Datum(model_input=model_input(*prompt.chunks, answer[:-1]), loss_fn_inputs=fields)

@@ -10,9 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
 from kshot_errors import PromptError
 
 ROOT = -1  # the last position of the prompt
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A token of a choice at which others part from it: its place in the choice, and which tokens may stand there."""
+
+    place: int
+    candidates: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,35 @@ def build(choices: Sequence[Sequence[int]], method: str) -> Trie:
         trie.pairs.extend((number, edges.setdefault(step, len(edges))) for step in steps)
     trie.edges.extend(edges)
     return trie
+
+
+def branches(choices: Sequence[Sequence[int]]) -> tuple[tuple[Branch, ...], ...]:
+    """choice → its branches, from the first on: log P(choice) of `constrained` is the sum over them of the token's
+    log-probability among the candidates. Raises PromptError as `build` does."""
+    check(choices)
+    children = _children(choices)
+    return tuple(
+        tuple(Branch(n, among) for n in range(len(c)) if len(among := children[tuple(c[:n])]) > 1) for c in choices
+    )
+
+
+def greedy(trie: Trie, edges: np.ndarray) -> np.ndarray:
+    """(rows,) choices that are written by always taking the likeliest child, from the (rows, edges) log-probabilities
+    of a `constrained` trie: what token-by-token constrained decoding gives. Not always the likeliest choice: a node
+    may be likelier than any other and its best leaf not. Ties go to the lower token."""
+    found = np.zeros((len(edges), 1 + max(choice for choice, _ in trie.pairs)), bool)
+    best: dict[int, list[int]] = {}
+    for number, edge in sorted(enumerate(trie.edges), key=lambda each: each[1].token):
+        best.setdefault(edge.node, []).append(number)
+    taken = np.zeros(edges.shape, bool)
+    for numbers in best.values():
+        taken[np.arange(len(edges)), np.array(numbers)[edges[:, numbers].argmax(1)]] = True
+    steps: dict[int, list[int]] = {}
+    for choice, number in trie.pairs:
+        steps.setdefault(choice, []).append(number)
+    for choice, numbers in steps.items():
+        found[:, choice] = taken[:, numbers].all(1)
+    return found.argmax(1)
 
 
 def check(choices: Sequence[Sequence[int]]) -> None:

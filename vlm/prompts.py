@@ -1,9 +1,12 @@
 """The question, written once: how an image is asked about, what the answer looks like, and how an answer is read.
 
-The words are those of the official vlm_classifier recipe. Class names come in as they are to be written (their
-clean-up belongs to the data set). This module knows no model and no data set.
+A template is two lines of text with a slot each; the preset "recipe" has the words of the official vlm_classifier
+recipe, whose way of reading an answer holds for all. Class names come in as they are to be written (their clean-up
+belongs to the data set). This module knows no model and no data set.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +15,73 @@ from typing import Any
 import tinker
 
 from kshot_errors import PromptError
-from vlm.inputs import ImageRule, datum, image_chunk, model_input
+from vlm import labels
+from vlm.inputs import ImageRule, closed_datum, datum, image_chunk, model_input
 
 QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
+IMAGE, LABEL = "{image}", "{label}"
+BETWEEN = "=>"  # question and answer of a template that is written as one line
 TURN = "<|im_end|>"
 SPECIAL = "<|"  # begins the tokens that steer the model: no name may write one
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
+
+
+@dataclass(frozen=True)
+class Template:
+    """The user's turn, with {image} where the image stands, and the assistant's line, with {label} for the class name.
+
+    Raises PromptError where a slot is missing, stands twice or on the other side, where there is another one, and for
+    tokens that steer the model.
+    """
+
+    question: str = f"{IMAGE}{QUESTION}"
+    answer: str = f"{PREFILL} {LABEL}"
+
+    def __post_init__(self) -> None:
+        for what, text, slot in (("question", self.question, IMAGE), ("answer", self.answer, LABEL)):
+            found = re.findall(r"\{[^{}]*\}", text)
+            if found != [slot]:
+                has = f"has {', '.join(found)}" if found else "has none"
+                raise PromptError(f"the {what} {text!r} of a prompt must hold {slot} once and no other slot; it {has}")
+            if SPECIAL in text:
+                raise PromptError(f"the {what} {text!r} of a prompt writes {SPECIAL!r}, which steers the model")
+        if END in self.answer:
+            raise PromptError(f"the answer {self.answer!r} of a prompt must be one line")
+
+    @property
+    def prefill(self) -> str:
+        """What stands before the class name, without the space between: that is part of the name's first token."""
+        return self.answer.partition(LABEL)[0].rstrip(" ")
+
+    @property
+    def lead(self) -> str:
+        """The space between prefill and class name."""
+        return self.answer.partition(LABEL)[0][len(self.prefill) :]
+
+    @property
+    def tail(self) -> str:
+        """What stands after the class name on its line."""
+        return self.answer.partition(LABEL)[2]
+
+    def __str__(self) -> str:
+        return f"{self.question} {BETWEEN} {self.answer}"
+
+
+RECIPE = Template()
+PRESETS = {"recipe": RECIPE}
+
+
+def template(text: str) -> Template:
+    """The template of a preset's name, or of a line "QUESTION => ANSWER" with {image} in the first and {label} in the
+    second part. Raises PromptError for anything else, and as Template does."""
+    if text in PRESETS:
+        return PRESETS[text]
+    question, between, answer = text.partition(BETWEEN)
+    if not between:
+        form = f"'{IMAGE}What is this? {BETWEEN} It is a {LABEL}'"
+        raise PromptError(f"prompt {text!r} is neither a preset ({', '.join(PRESETS)}) nor a template such as {form}")
+    return Template(question.strip(), answer.strip())
 
 
 @dataclass(frozen=True)
@@ -32,12 +95,12 @@ class Prompt:
     tokenizer: Any
     rule: ImageRule
     classes: tuple[str, ...]
-    question_text: str = QUESTION
-    prefill: str = PREFILL
+    template: Template = RECIPE
 
     def __post_init__(self) -> None:
-        if len(set(self.classes)) < len(self.classes):
-            twice = next(c for c in self.classes if self.classes.count(c) > 1)
+        composed = [unicodedata.normalize("NFC", name) for name in self.classes]  # as Qwen's tokenizer reads them
+        if len(set(composed)) < len(composed):
+            twice = next(name for name in composed if composed.count(name) > 1)
             raise PromptError(f"class name {twice!r} stands twice; give every class its own name")
         for name in self.classes:
             if not name.strip() or END in name or SPECIAL in name:
@@ -48,15 +111,29 @@ class Prompt:
         before, after = self._around
         return model_input(before, image_chunk(image, self.rule), [*after, *self._prefill])
 
+    def without_image(self) -> tinker.ModelInput:
+        """The same question with no image in it: what the model would answer blindly."""
+        asked = self.template.question.replace(IMAGE, "").strip()
+        return model_input(self.tokenizer.encode(f"{_USER}{asked}{_ASSISTANT}"), self._prefill)
+
     def datum(self, image: bytes, label: int) -> tinker.Datum:
         """The training example: the assistant's whole turn is the target, as in the recipe."""
         before, after = self._around
         return datum(model_input(before, image_chunk(image, self.rule), after), self._answers[label])
 
+    def closed_datum(self, image: bytes, label: int) -> tinker.Datum:
+        """The training example for the loss "closed_set": the choice among the class names alone, token by token."""
+        return closed_datum(self.question(image), self.choices[label], self._branches[label])
+
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """label → the token ids that write the class name after the prefill, end of line included."""
-        return tuple(tuple(self.tokenizer.encode(f" {name}{END}")) for name in self.classes)
+        lead, tail = self.template.lead, self.template.tail
+        return tuple(tuple(self.tokenizer.encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
+
+    @cached_property
+    def _branches(self) -> tuple[tuple[labels.Branch, ...], ...]:
+        return labels.branches(self.choices)
 
     @cached_property
     def _answers(self) -> tuple[list[int], ...]:
@@ -64,28 +141,48 @@ class Prompt:
         turn = self.tokenizer.encode(TURN)
         return tuple([*self._prefill, *choice, *turn] for choice in self.choices)
 
-    @property
-    def stops(self) -> list[str]:
-        """The texts that end an answer: the end of its line, and of the turn."""
-        return [END, TURN]
+    @cached_property
+    def stops(self) -> list[int]:
+        """The token that ends an answer: that of the turn."""
+        return list(self.tokenizer.encode(TURN))
 
-    def line(self, tokens: Sequence[int]) -> str:
-        """The answer that these tokens write: what stands before the first of `stops`, without the prefill."""
-        text = self.tokenizer.decode(list(tokens))
-        for stop in self.stops:
-            text = text.split(stop, 1)[0]
-        return text.strip().removeprefix(self.prefill).strip()
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that these tokens write: what stands before the end of the turn."""
+        return str(self.tokenizer.decode(list(tokens))).split(TURN, 1)[0].strip()
 
     def parse(self, answer: str) -> int:
-        """The label whose class name is the answer, to the letter, or -1."""
-        return self.classes.index(answer) if answer in self.classes else -1
+        """The label whose class name the answer is, or -1 where it is none.
+
+        The recipe's rule: what follows the last colon, in lower case, equals the class name. Besides, an answer may be
+        a class name that holds a colon; and names that differ in case alone are told apart by it.
+        """
+        whole = answer.strip().removeprefix(self.template.prefill).strip()
+        for read in (whole, answer.rpartition(":")[2].strip()):
+            name = read.removesuffix(self.template.tail).strip()
+            for known, key in ((self._labels, name), (self._lower, name.lower())):
+                if key in known:
+                    return known[key]
+        return -1
+
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @cached_property
+    def _lower(self) -> dict[str, int]:
+        """In lower case, as far as that tells names apart."""
+        lower = [name.lower() for name in self.classes]
+        return {name: label for label, name in enumerate(lower) if lower.count(name) == 1}
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        before = self.tokenizer.encode("<|im_start|>user\n<|vision_start|>")
-        after = f"<|vision_end|>{self.question_text}{TURN}\n<|im_start|>assistant\n"
-        return before, self.tokenizer.encode(after)
+        before, after = self.template.question.split(IMAGE)
+        encode = self.tokenizer.encode
+        return encode(f"{_USER}{before}<|vision_start|>"), encode(f"<|vision_end|>{after}{_ASSISTANT}")
 
     @cached_property
     def _prefill(self) -> Sequence[int]:
-        return self.tokenizer.encode(self.prefill)
+        return self.tokenizer.encode(self.template.prefill)
+
+
+_USER, _ASSISTANT = "<|im_start|>user\n", f"{TURN}\n<|im_start|>assistant\n"

@@ -36,11 +36,30 @@ def score_choices(
     likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
     """
     trie = labels.build(choices, method)
-    edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
-    scores = np.zeros((len(prompts), len(choices)), np.float64)
+    return _summed(trie, _edges(sampler, prompts, trie))
+
+
+def score_and_decode(
+    sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], choices: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The constrained scores, and from the same pass (prompts,) the choice that token-by-token constrained decoding
+    writes after each prompt (see `labels.greedy`). Raises as `score_choices` does."""
+    trie = labels.build(choices, "constrained")
+    edges = _edges(sampler, prompts, trie)
+    return _summed(trie, edges), labels.greedy(trie, edges)
+
+
+def _summed(trie: labels.Trie, edges: np.ndarray) -> np.ndarray:
+    """(prompts, choices) float32 from (prompts, edges)."""
     choice, edge = np.array(trie.pairs).T
+    scores = np.zeros((len(edges), choice.max() + 1), np.float64)
     np.add.at(scores.T, choice, edges.T[edge])
     return scores.astype(np.float32)
+
+
+def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+    """(prompts, edges) log-probabilities."""
+    return sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
 
 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:

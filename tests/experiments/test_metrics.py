@@ -1,7 +1,6 @@
 """Metrics against scikit-learn, numpy and known numbers."""
 
 import json
-from statistics import mean
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    top_k_accuracy_score,
+)
 
-from experiments.metrics import Difference, Score, bootstrap_difference, metrics, scores, seeds_of, summary
+from experiments.intervals import Score
+from experiments.metrics import confusions, metrics, scores, seeds_of
 from kshot_errors import ResultsError
 
 NAMES = {
@@ -137,18 +143,22 @@ def test_refuses_empty_and_incomplete_predictions():
         metrics(table.drop_columns(["top5"]), 8)
 
 
-def test_summary_is_the_t_interval():
-    values = [0.5, 0.6, 0.7, 0.62]
-    low, high = stats.t.interval(0.95, 3, loc=mean(values), scale=stats.sem(values))
-    middle, half = summary(values)
-    assert (middle - half, middle + half) == pytest.approx((low, high))
-    assert summary([1, 2, 3])[1] == pytest.approx(4.302652729749 / 3**0.5)  # t(0.975, 2), from a printed table
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60), st.integers(1, 25))
+def test_confusions_are_the_largest_entries_off_the_diagonal(rows, limit):
+    label, guess = zip(*rows, strict=True)
+    matrix = confusion_matrix(label, guess, labels=range(5))
+    expected = sorted(
+        (-matrix[a, b], a, b, matrix[a, b] / matrix[a].sum())
+        for a in range(5)
+        for b in range(5)
+        if a != b and matrix[a, b]
+    )
+    found = confusions(predictions(label, prediction=guess), limit)
+    assert found == [(a, b, -n, pytest.approx(share)) for n, a, b, share in expected[:limit]]
 
 
-def test_summary_of_one_seed_has_no_interval():
-    assert summary([0.4]) == (0.4, None)
-    with pytest.raises(ResultsError):
-        summary([])
+def test_confusions_of_what_is_right_are_none():
+    assert confusions(predictions([0, 1], prediction=[0, 1]), 10) == []
 
 
 def test_scores_group_by_method_and_shots():
@@ -169,52 +179,18 @@ def test_scores_group_by_method_and_shots():
     assert "a" not in scores(cells, "x", "nll")  # one of its seeds is infinite
 
 
+def test_a_single_run_has_an_interval_over_test_images():
+    values = {"accuracy": 0.3, "mean_per_class": 0.4}
+    cell = {"dataset": "x", "method": "a", "shots": 0, "test_images": 50, "metrics": values}
+    interval = tuple(stats.binomtest(15, 50).proportion_ci(method="wilson"))
+    for cells in ([cell | {"seed": 0}], [cell | {"seed": 0}, cell | {"seed": 1}]):  # of zero shots, two are one
+        assert scores(cells, "x")["a"][0] == (0.3, None, 1, pytest.approx(interval))
+    assert scores([cell | {"seed": 0}], "x", "mean_per_class")["a"][0] == (0.4, None, 1, None)  # no share of images
+    drawn = scores([cell | {"shots": 1, "seed": seed} for seed in (0, 1)], "x")["a"][1]
+    assert drawn == (0.3, 0.0, 2, None)
+
+
 def test_seeds_of_counts_drawn_sets():
     cells = [{"dataset": "x", "shots": k, "seed": s} for k, s in [(0, 0), (1, 3), (4, 3), (1, 4)]]
     assert seeds_of(cells, "x") == {3, 4}
     assert seeds_of(cells[:1], "x") == {0}
-
-
-def paired(n: int, share: float, seed: int) -> pa.Table:
-    label = np.arange(n) % 8
-    wrong = np.random.default_rng(seed).random(n) > share
-    return predictions(label, prediction=np.where(wrong, (label + 1) % 8, label))
-
-
-def test_bootstrap_of_identical_tables_is_zero():
-    assert bootstrap_difference(paired(100, 0.7, 0), paired(100, 0.7, 0), seed=1) == Difference(0, 0, 0, 1)
-
-
-def test_bootstrap_of_a_clear_difference_excludes_zero():
-    found = bootstrap_difference(paired(400, 0.9, 0), paired(400, 0.6, 1), seed=1)
-    assert 0.2 < found.low < found.difference < found.high < 0.4
-    assert found.p < 0.001
-    swapped = bootstrap_difference(paired(400, 0.6, 1), paired(400, 0.9, 0), seed=1)
-    assert swapped.high < 0
-    assert swapped.difference == -found.difference
-
-
-def test_bootstrap_interval_is_that_of_resampled_images():
-    a, b = paired(200, 0.8, 2), paired(200, 0.75, 3)
-    gain = (a["prediction"].to_numpy() == a["label"].to_numpy()) * 1.0 - (
-        b["prediction"].to_numpy() == b["label"].to_numpy()
-    )
-    draws = np.random.default_rng(5).choice(gain, (10_000, 200)).mean(axis=1)
-    found = bootstrap_difference(a, b, seed=1)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.01)
-
-
-def test_bootstrap_is_reproducible_and_ignores_row_order():
-    a, b = paired(100, 0.8, 2), paired(100, 0.7, 3)
-    shuffled = b.take(np.random.default_rng(0).permutation(100))
-    assert bootstrap_difference(a, b, seed=4) == bootstrap_difference(a, shuffled, seed=4)
-    assert bootstrap_difference(a, b, seed=4) != bootstrap_difference(a, b, seed=5)
-
-
-def test_bootstrap_refuses_other_images():
-    a = paired(100, 0.8, 2)
-    with pytest.raises(ResultsError, match="different test images"):
-        bootstrap_difference(a, a.slice(1), seed=0)
-    relabelled = a.set_column(1, "label", pa.array([5, *a["label"].to_pylist()[1:]], pa.int32()))
-    with pytest.raises(ResultsError, match="different labels for image '0000'"):
-        bootstrap_difference(a, relabelled, seed=0)

@@ -12,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from scipy import stats
+from sklearn.metrics import confusion_matrix
 
 from experiments.display import file_stem, name, without_paths
-from experiments.plot import STYLES, figure, ordered, style
+from experiments.plot import figure
 from experiments.report import headline, write_report
+from experiments.styles import STYLES, ordered, style
 from experiments.tables import NONE
 from kshot_errors import ResultsError
 
@@ -124,7 +127,7 @@ def test_markdown_has_the_numbers(tmp_path):
     text = text.replace(NONE, "-")
     # Half-width: t(0.975, 2) * 0.02 / sqrt(3) = 0.0497
     assert "| method | 0 | 1 | 4 |\n| --- | ---: | ---: | ---: |" in text
-    assert "| VLM + LoRA | - | 32.0 ± 5.0 | **82.0 ± 5.0** |" in text
+    assert "| VLM + LoRA | 25.0 | 32.0 ± 5.0 | **82.0 ± 5.0** |" in text  # begins where the model is not tuned yet
     assert "| pixel kNN | - | **33.0 ± 5.0** | 42.0 ± 5.0 |" in text
     assert "| VLM zero-shot | 25.0 | - | - |" in text
     assert "| icons | 40 | 120 | 3 | 13 |" in text
@@ -146,7 +149,7 @@ def test_headline_says_the_best_and_doubts_what_overlaps():
 
 def test_headline_of_one_seed_and_of_one_method():
     one = [c for c in grid() if c["seed"] == 0 and c["shots"] == 4]
-    assert "(one seed, so without an interval)" in headline(one, "icons")
+    assert "(one seed, so without an interval over seeds)" in headline(one, "icons")
     assert headline(one[:1], "icons").startswith("1 method was compared on icons with 4 labelled examples per class")
     zero = [c for c in grid() if c["shots"] == 0]
     assert "with no labelled examples per class (1 seed): with no example at all, VLM" in headline(zero, "icons")
@@ -174,17 +177,105 @@ def test_no_cells_at_all(tmp_path):
     Page(page)
 
 
-def test_paired_differences_when_predictions_are_there(tmp_path):
-    (tmp_path / "predictions").mkdir()
-    label = np.arange(200) % 10
-    for c in grid():
-        right = np.arange(200) < 200 * c["metrics"]["accuracy"]
-        columns = {"key": [str(i) for i in range(200)], "label": label, "prediction": np.where(right, label, 99)}
-        parquet.write_table(pa.table(columns), tmp_path / "predictions" / f"{c['key']}.parquet")
+def test_a_curve_begins_at_nothing_only_where_that_was_run(tmp_path):
+    text, _ = written(tmp_path, SWEEP, [c for c in grid() if c["shots"]])
+    assert "| method | 1 | 4 |" in text
+    assert "| VLM + LoRA | 32.0 ± 5.0 | **82.0 ± 5.0** |" in text
+    assert "before it is tuned" not in text
+
+
+def test_answers_in_text_at_every_shots(tmp_path):
     text, _ = written(tmp_path, SWEEP, grid())
-    row = re.search(r"\| pixel kNN \| 0 \| \+40\.0 \| \+(\S+) to \+(\S+) \| &lt;0\.001 \|", text)
+    assert "| method | k | constrained % | strict % | unparseable % |" in text
+    assert "| VLM + LoRA | 0 | 25.0 | 12.5 | 5.0 |\n| VLM + LoRA | 1 | 32.0 ± 5.0 | 16.0 ± 2.5 | 5.0 ± 0.0 |" in text
+    assert "VLM + LoRA at 0 is VLM zero-shot: the model before it is tuned." in text
+    assert "| VLM zero-shot | 0 |" not in text  # one row is enough
+    assert "exact posterior, ties" in text
+    calibrated, _ = written(tmp_path, SWEEP, [c | {"settings": {"calibration": "pmi"}} for c in grid()])
+    assert "exact posterior as calibrated, ties" in calibrated
+    alone, _ = written(tmp_path, SWEEP, [c for c in grid() if c["method"] != "vlm-lora"])
+    assert "| VLM zero-shot | 0 | 25.0 | 12.5 | 5.0 |" in alone
+    none, _ = written(tmp_path, SWEEP, [c for c in grid() if c["method"] == "pixel-knn"])
+    assert "Answers in text" not in none
+
+
+def test_a_single_run_has_its_interval_over_images(tmp_path):
+    cells = [c | {"test_images": 120} for c in grid()]
+    text, _ = written(tmp_path, SWEEP, cells)
+    low, high = stats.binomtest(30, 120).proportion_ci(method="wilson")
+    interval = f"25.0 \\[{100 * low:.1f}, {100 * high:.1f}\\]"
+    assert f"| VLM zero-shot | {interval} |" in text
+    assert f"| VLM + LoRA | {interval} | 32.0 ± 5.0 | **82.0 ± 5.0** |" in text
+    assert text.count("95% Wilson score interval") == 2
+    assert "±" in text.partition("Wilson")[0]
+    assert headline(cells, "icons") == headline(grid(), "icons")
+    plain, _ = written(tmp_path, SWEEP, grid())
+    assert "Wilson" not in plain
+
+
+def stored(folder: Path, cells: list[dict], classes: int = 10) -> None:
+    """Predictions of 200 images: right from the first on as often as the record says, else the next class."""
+    (folder / "predictions").mkdir()
+    label = np.arange(200) % classes
+    for c in cells:
+        right = np.arange(200) < round(200 * c["metrics"]["accuracy"])
+        wrong = (label + 1 + (np.arange(200) % 3 > 0)) % classes
+        columns = {"key": [str(i) for i in range(200)], "label": label, "prediction": np.where(right, label, wrong)}
+        parquet.write_table(pa.table(columns), folder / "predictions" / f"{c['key']}.parquet")
+
+
+def test_paired_differences_when_predictions_are_there(tmp_path):
+    stored(tmp_path, grid())
+    text, _ = written(tmp_path, SWEEP, grid())
+    assert "(pixel kNN at 1, VLM + LoRA at 4) minus each other" in text
+    assert re.search(r"\| VLM \+ LoRA \| 1 \| 3 \| \+1.0 \| ", text)
+    row = re.search(r"\| pixel kNN \| 4 \| 3 \| \+40\.0 \| \+(\S+) to \+(\S+) \| &lt;0\.001 \|", text)
     assert row
     assert 30 < float(row[1]) < 40 < float(row[2]) < 50
+
+
+def test_paired_differences_count_the_common_seeds(tmp_path):
+    cells = [c for c in grid() if c["method"] != "vlm-zero-shot" and (c["method"], c["seed"]) != ("pixel-knn", 1)]
+    stored(tmp_path, cells)
+    assert "| pixel kNN | 4 | 2 | +40.0 |" in written(tmp_path, SWEEP, cells)[0]
+    apart = [c for c in cells if (c["method"] == "pixel-knn") == (c["seed"] == 2)]
+    text, _ = written(tmp_path, SWEEP, apart)
+    assert f"| pixel kNN | 4 | 0 | {NONE} | {NONE} | {NONE} |" in text
+
+
+def test_confusions_have_names_and_counts(tmp_path):
+    names = [f"kind {n}" for n in range(10)]
+    sweep = SWEEP | {"classes": {"icons": names}}
+    stored(tmp_path, grid())
+    text, _ = written(tmp_path, sweep, grid())
+    assert text.count("the most frequent confusions") == 1  # the VLM is the best
+    runs = [parquet.read_table(tmp_path / "predictions" / f"vlm-lora-4-{seed}.parquet") for seed in range(3)]
+    label, guess = (np.concatenate([run[name] for run in runs]) for name in ("label", "prediction"))
+    matrix = confusion_matrix(label, guess)
+    worst = sorted((-matrix[a, b], a, b) for a in range(10) for b in range(10) if a != b)[:10]
+    rows = [f"| kind {a} | kind {b} | {-n} | {100 * -n / 60:.1f} |" for n, a, b in worst]
+    assert "| class | taken for | images | % of the class |\n| --- | ---: | ---: | ---: |\n" + "\n".join(rows) in text
+    knn = [c for c in grid() if c["method"] != "vlm-lora" or c["shots"] == 1]
+    both, _ = written(tmp_path, sweep, knn)
+    assert re.findall(r"(.*) at k = 4: the most frequent confusions", both) == ["pixel kNN"]
+    better = [c | {"metrics": c["metrics"] | {"accuracy": 0.1}} if c["method"] == "vlm-lora" else c for c in grid()]
+    both, _ = written(tmp_path, sweep, better)
+    assert re.findall(r"(.*) at k = 4: the most frequent confusions", both) == ["pixel kNN", "VLM + LoRA"]
+
+
+def test_no_confusions_without_predictions_names_or_mistakes(tmp_path):
+    sweep = SWEEP | {"classes": {"icons": [f"kind {n}" for n in range(10)]}}
+    assert "confusions" not in written(tmp_path, sweep, grid())[0]
+    perfect = [cell("vlm-lora", 4, seed, 1.0) for seed in range(3)]
+    stored(tmp_path, perfect)
+    assert "confusions" not in written(tmp_path, sweep, perfect)[0]
+    assert "confusions" not in written(tmp_path, SWEEP, perfect)[0]
+
+
+def test_confusions_refuse_a_class_without_a_name(tmp_path):
+    stored(tmp_path, grid())
+    with pytest.raises(ResultsError, match="there are 3 class names"):
+        written(tmp_path, SWEEP | {"classes": {"icons": ["a", "b", "c"]}}, grid())
 
 
 def test_html_is_whole_and_asks_for_nothing(tmp_path):
@@ -233,13 +324,27 @@ def test_second_write_gives_the_same_bytes(tmp_path):
         [cell("vlm-zero-shot", 0, 0, 1.0)],
         [cell("made-up", 1, s, 0.0) for s in (0, 1)],
         [c for c in grid() if c["method"] != "vlm-lora" or c["shots"] == 1],
+        [cell("vlm-zero-shot", 0, 0, a) | {"test_images": 10} for a in (0.0, 1.0)],
+        [cell("vlm-lora", 1, 0, a) | {"test_images": 3} for a in (0.0,)],
     ],
-    ids=["one seed", "zero-shot only", "unknown method", "gaps"],
+    ids=["one seed", "zero-shot only", "unknown method", "gaps", "two zero-shot runs", "none right"],
 )
 def test_figure_of_little(tmp_path, cells):
     png, svg = figure(cells, "icons", tmp_path / "deep" / "er", n_classes=10)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
+
+
+def test_a_curve_is_drawn_from_the_model_untuned_on(tmp_path):
+    """The lines of the SVG in the colour of VLM + LoRA: from 0 to the gap, and from the gap to 1."""
+    colour = style("vlm-lora").colour.lower()
+    counts = []
+    for number, cells in enumerate((grid(), [c for c in grid() if c["shots"]])):
+        _, svg = figure(cells, "icons", tmp_path / str(number))
+        counts.append(
+            len(re.findall(rf'<path d="[^"]*" clip-path="[^"]*" style="fill: none; stroke: {colour}', svg.read_text()))
+        )
+    assert counts[0] - counts[1] == 2
 
 
 def test_figure_of_a_name_in_another_script_and_of_nothing(tmp_path):

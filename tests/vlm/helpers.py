@@ -35,14 +35,14 @@ class OtherService:
         self.sample = inner.sample
 
 
-def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule) -> dict[str, torch.Tensor]:
-    """What the stock forward takes for one model input, made by the stock image processor."""
+def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule, image: int = IMAGE) -> dict[str, torch.Tensor]:
+    """What the stock forward takes for one model input, made by the stock image processor. image: <|image_pad|>."""
     ids: list[int] = []
     images = []
     for chunk in datum_input.chunks:
         if isinstance(chunk, types.ImageChunk):
             images.append(rule.processor(images=[open_image(chunk.data)], return_tensors="pt"))
-            ids += [IMAGE] * chunk.length
+            ids += [image] * chunk.length
         else:
             assert isinstance(chunk, types.EncodedTextChunk)
             ids += chunk.tokens
@@ -50,7 +50,7 @@ def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule) -> dict[str, t
     if images:
         inputs["pixel_values"] = torch.cat([i["pixel_values"] for i in images])
         inputs["image_grid_thw"] = torch.cat([i["image_grid_thw"] for i in images])
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).int()
     return inputs
 
 

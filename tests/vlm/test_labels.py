@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tinker import types
 
 from kshot_errors import PromptError
-from vlm.labels import ROOT, build
-from vlm.scoring import score_choices
+from vlm.labels import ROOT, build, greedy
+from vlm.scoring import score_and_decode, score_choices
 
 VOCABULARY = 7
 END = 6
@@ -79,6 +79,28 @@ def test_both_scores_equal_brute_force(names: list[list[int]], seed: int) -> Non
     assert np.exp(constrained).sum() == pytest.approx(1.0)
     likelihood = score_choices(model, asked, choices, "likelihood")
     assert likelihood[0] == pytest.approx([model.likelihood(prompt, c) for c in choices], abs=1e-4)
+
+
+@given(choices_of, st.integers(0, 5))
+def test_greedy_writes_the_likeliest_token_that_begins_a_choice(names: list[list[int]], seed: int) -> None:
+    model, prompt = ToyModel(seed), [1, 2, 3]
+    choices = [(*name, END) for name in names]
+    written: tuple[int, ...] = ()
+    while written not in choices:
+        allowed = sorted({c[len(written)] for c in choices if c[: len(written)] == written})
+        values = model.next([*prompt, *written])
+        written = (*written, max(allowed, key=lambda token: values[token]))
+    scores, got = score_and_decode(model, [tinker.ModelInput.from_ints(prompt)] * 2, choices)
+    assert scores == pytest.approx(score_choices(model, [tinker.ModelInput.from_ints(prompt)] * 2, choices))
+    assert got.tolist() == [choices.index(written)] * 2
+
+
+def test_greedy_may_miss_the_likeliest_choice() -> None:
+    trie = build([(1, 3, END), (1, 4, END), (2, END)], "constrained")
+    edges = {1: 0.6, 2: 0.4, 3: 0.5, 4: 0.5}
+    log_probs = np.log([[edges[edge.token] for edge in trie.edges]])
+    assert greedy(trie, log_probs).tolist() == [0]  # 0.3, while the last choice has 0.4
+    assert greedy(trie, np.zeros((0, len(trie.edges)))).tolist() == []
 
 
 @given(choices_of)

@@ -69,12 +69,13 @@ def test_bad_configurations_are_named(kind: str) -> None:
         loss(name, config)
 
 
-@pytest.mark.parametrize("name", [*get_args(types.LossFnType), "nll", "PPO", ""])
+@pytest.mark.parametrize("name", [*get_args(types.LossFnType), "closed_set", "nll", "PPO", ""])
 def test_other_names_are_never_another_loss(name: str) -> None:
-    if name in ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro"):
+    known = ("cross_entropy", "closed_set", "importance_sampling", "ppo", "cispo", "dro")
+    if name in known:
         assert LOSSES[name].name == name
     else:
-        with pytest.raises(UnknownNameError, match="choose from: cross_entropy, importance_sampling, ppo, cispo, dro"):
+        with pytest.raises(UnknownNameError, match=f"choose from: {', '.join(known)}"):
             loss(name, None)
 
 

@@ -8,7 +8,7 @@ from tinker import types
 from kshot_errors import PromptError
 from tests.vlm.helpers import CLASSES, Pictured
 from vlm.inputs import ImageRule
-from vlm.prompts import Prompt
+from vlm.prompts import PREFILL, QUESTION, RECIPE, Prompt, template
 
 GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer"
 
@@ -57,28 +57,33 @@ def test_pieces_tokenise_as_the_whole_under_the_genuine_tokenizer(rule: ImageRul
 @pytest.mark.parametrize(
     ("written", "label"),
     [
-        (" star\n", 0),
+        (" star\n<|im_end|>", 0),
         (" star<|im_end|>", 0),  # a base model ends its turn without a new line
         (" star<|im_end|>\n<|im_start|>", 0),
-        (" cart\nwhatever follows", 2),
         ("The subject in this photo is: crocodile head\n", 4),
         (" crocodile", 3),
         (" café ☕\n", 5),
-        (" is: star: car\n", -1),
-        (" Star\n", -1),
+        (" Star\n", 0),  # the recipe reads in lower case
+        (" is: star: car\n", 1),  # what follows the last colon
+        ("It looks like: a\nsubject: cart", 2),
+        (" cart\nwhatever follows", -1),
         (" a star\n", -1),
         ("", -1),
-        ("\nstar\n", -1),
+        ("star:", -1),
         (" crocodile hea", -1),
     ],
 )
-def test_answers_are_read_to_the_letter(prompt: Prompt, written: str, label: int) -> None:
-    assert prompt.parse(prompt.line(prompt.tokenizer.encode(written))) == label
+def test_answers_are_read_as_the_recipe_reads_them(prompt: Prompt, written: str, label: int) -> None:
+    answer = prompt.text(prompt.tokenizer.encode(written))
+    assert prompt.parse(answer) == label
+    read = answer.split(":")[-1].strip().lower()  # the rule itself
+    assert (CLASSES.index(read) if read in CLASSES else -1) == label
 
 
-def test_a_class_name_may_hold_a_colon(prompt: Prompt, rule: ImageRule) -> None:
-    ratio = Prompt(prompt.tokenizer, rule, ("ratio 3:1", "1"))
-    assert ratio.parse(ratio.line(ratio.choices[0])) == 0
+def test_names_with_colons_and_names_that_differ_in_case(prompt: Prompt, rule: ImageRule) -> None:
+    odd = Prompt(prompt.tokenizer, rule, ("ratio 3:1", "1", "Polish", "polish", "Turkey"))
+    written = ["ratio 3:1", "1", "Polish", "polish", "turkey", "POLISH", "ratio: 1"]
+    assert [odd.parse(answer) for answer in written] == [0, 1, 2, 3, 4, -1, 1]
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "a"), ("a", ""), ("a", " "), ("a", "b\nc"), ("a", "<|image_pad|>")])
@@ -90,3 +95,61 @@ def test_names_that_cannot_be_answers_are_refused(prompt: Prompt, rule: ImageRul
 def test_every_choice_ends_its_line(prompt: Prompt) -> None:
     for name, choice in zip(CLASSES, prompt.choices, strict=True):
         assert prompt.tokenizer.decode(choice) == f" {name}\n"
+
+
+def test_a_template_of_ones_own(prompt: Prompt, rule: ImageRule, examples: list[Pictured]) -> None:
+    asked = template("Look: {image} What animal is it? => It is a {label}.")
+    own = Prompt(prompt.tokenizer, rule, CLASSES, asked)
+    assert text_of(own, own.question(examples[0].image).chunks) == (
+        "<|im_start|>user\nLook: <|vision_start|>IMAGE<|vision_end|> What animal is it?<|im_end|>\n"
+        "<|im_start|>assistant\nIt is a"
+    )
+    targets, weights = (
+        own.datum(examples[0].image, 3).loss_fn_inputs[k].tolist() for k in ("target_tokens", "weights")
+    )
+    trained = [t for t, w in zip(targets, weights, strict=True) if w]
+    assert own.tokenizer.decode(trained) == "It is a crocodile.\n<|im_end|>"
+    assert own.parse("It is a cart.") == 2
+    assert str(asked) == "Look: {image} What animal is it? => It is a {label}."
+    assert template(str(asked)) == asked
+
+
+def test_an_answer_may_be_the_name_alone(prompt: Prompt, rule: ImageRule, examples: list[Pictured]) -> None:
+    bare = Prompt(prompt.tokenizer, rule, CLASSES, template("{image}One word: => {label}"))
+    assert text_of(bare, bare.question(examples[0].image).chunks).endswith("<|im_start|>assistant\n")
+    assert bare.tokenizer.decode(bare.choices[1]) == "car\n"
+    assert bare.parse("Car\n") == 1
+
+
+def test_the_recipe_is_a_preset(prompt: Prompt) -> None:
+    assert template("recipe") == RECIPE == prompt.template
+    assert str(RECIPE) == f"{{image}}{QUESTION} => {PREFILL} {{label}}"
+
+
+def test_the_question_without_an_image(prompt: Prompt, rule: ImageRule) -> None:
+    assert text_of(prompt, prompt.without_image().chunks) == (
+        "<|im_start|>user\nWhat is the name of the subject in this photo?<|im_end|>\n"
+        "<|im_start|>assistant\nThe subject in this photo is:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("What is this? => It is a {label}", "must hold {image} once"),
+        ("{image}{image}What? => {label}", "has {image}, {image}"),
+        ("{image}What is this? => It is a cat", "must hold {label} once"),
+        ("{image}{label}? => It is a {label}", "no other slot"),
+        ("{image}What? => {class}", "has {class}"),
+        ("{image}What? => {label} {name}", "has {label}, {name}"),
+        ("{image}What is this?", "neither a preset (recipe) nor a template"),
+        ("recipee", "neither a preset"),
+        ("", "neither a preset"),
+        ("{image}<|im_end|>What? => {label}", "steers the model"),
+        ("{image}What? => It is\na {label}", "must be one line"),
+    ],
+)
+def test_templates_that_cannot_be_asked_are_refused(text: str, says: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        template(text)
+    assert says in str(caught.value)

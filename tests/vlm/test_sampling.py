@@ -9,7 +9,7 @@ import torch
 from tinker import types
 
 from kshot_errors import RequestError
-from tests.vlm.helpers import CLASSES, OtherService, Pictured, stock_inputs
+from tests.vlm.helpers import OtherService, Pictured, stock_inputs
 from vlm import nano
 from vlm.classifier import generate
 from vlm.inputs import ImageRule, image_chunk, model_input
@@ -150,15 +150,22 @@ def test_top_and_target_log_probs_of_a_prompt(
         assert [token for token, _ in second] == log_probs[0].topk(3).indices.tolist()
 
 
-def test_free_answers_are_the_greedy_line(
-    sampler: LocalSamplingClient, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
+def test_free_answers_are_greedy_and_end_with_the_turn(
+    sampler: LocalSamplingClient,
+    stock: Any,
+    prompt: Prompt,
+    examples: list[Pictured],
+    rule: ImageRule,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = [e.image for e in examples[:3]]
-    limit = max(len(prompt.tokenizer.encode(f" {name}\n")) for name in CLASSES) + 1
-    expected = [prompt.tokenizer.decode(greedy(stock, prompt.question(i), rule, limit)) for i in images]
-    got = generate(sampler, images, prompt)
-    assert got == [text.split("\n")[0].split("<|im_end|>")[0].strip() for text in expected]
-    assert generate(OtherService(sampler), images, prompt) == got  # type: ignore[arg-type]
+    written = [greedy(stock, prompt.question(image), rule, 24) for image in images]
+    whole = [prompt.tokenizer.decode(tokens).split("<|im_end|>")[0].strip() for tokens in written]
+    assert generate(sampler, images, prompt, 24) == whole
+    assert generate(OtherService(sampler), images, prompt, 24) == whole  # type: ignore[arg-type]
+    monkeypatch.setitem(vars(prompt), "stops", [written[0][5]])  # as if this token ended the turn
+    first = written[0][: written[0].index(written[0][5]) + 1]
+    assert generate(sampler, images[:1], prompt, 24) == [prompt.tokenizer.decode(first).strip()]
 
 
 def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]) -> None:

@@ -1,15 +1,17 @@
 """Checkpoints on disk, in PEFT's own layout: adapter_model.safetensors, adapter_config.json, optimizer, a record.
 
 `tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; nothing a name says
-leads out of it. Written to a temporary folder, then renamed. Knows no model in memory.
+leads out of it. Written to a temporary folder, then renamed. A folder of this layout can be read wherever it lies.
+Knows no model in memory.
 """
 
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,8 @@ from vlm.local.adapter import LoraSpec
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
 KINDS = ("weights", "sampler_weights")
+WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
+CONFIG = "adapter_config.json"  # PEFT's; written for others, never read here
 
 
 @dataclass(frozen=True)
@@ -74,32 +78,67 @@ def load(state: Path, path: str) -> Checkpoint:
     source = folder_of(state, path)
     if not source.is_dir():
         raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
+    return _read(source, f"checkpoint {path}", source / OPTIMIZER)
+
+
+def load_folder(folder: Path) -> Checkpoint:
+    """Read the adapter in a folder of this layout, wherever it lies, without optimizer. Raises ModelError where there
+    is none or it is damaged."""
+    if not folder.is_dir():
+        raise ModelError(f"adapter {folder} is no folder; give one that kshot train wrote")
+    if not (folder / RECORD).is_file():
+        raise ModelError(
+            f"adapter {folder} has no {RECORD}; only adapters that kshot wrote can be read: train it again"
+        )
+    found = _read(folder, f"adapter {folder}")
+    if not all(tensor.float().isfinite().all() for tensor in found.weights.values()):
+        raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
+    return found
+
+
+def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     try:
-        record = json.loads((source / "kshot.json").read_text())
-        optimizer = source / "optimizer.safetensors"
+        record = json.loads((source / RECORD).read_text(encoding="utf-8"))
         return Checkpoint(
-            base_model=record["base_model"],
-            spec=LoraSpec(**record["lora"]),
-            weights=load_file(source / "adapter_model.safetensors"),
+            base_model=_text(record["base_model"]),
+            spec=_spec(record["lora"]),
+            weights=load_file(source / WEIGHTS),
             experts=record["experts"],
-            optimizer=load_file(optimizer) if optimizer.exists() else None,
+            optimizer=load_file(optimizer) if optimizer and optimizer.exists() else None,
             user_metadata=record["user_metadata"],
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"checkpoint {path} is damaged: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
+def _spec(values: Any) -> LoraSpec:
+    """The recorded spec, each value of the kind it was written as. Raises TypeError for others."""
+    spec = LoraSpec(**values)
+    for field in fields(LoraSpec):
+        value = getattr(spec, field.name)
+        if type(value) is not type(field.default):
+            raise TypeError(f"{field.name} is {value!r}")
+    return spec
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(dict(checkpoint.weights), folder / "adapter_model.safetensors")
+    save_file(dict(checkpoint.weights), folder / WEIGHTS)
     config = checkpoint.spec.config(experts=checkpoint.experts)
     config.base_model_name_or_path = checkpoint.base_model
     config.save_pretrained(str(folder))
     if checkpoint.optimizer is not None:
-        save_file(dict(checkpoint.optimizer), folder / "optimizer.safetensors")
+        save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)
     record = {
         "base_model": checkpoint.base_model,
         "lora": asdict(checkpoint.spec),
         "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
     }
-    (folder / "kshot.json").write_text(json.dumps(record, indent=2))
+    (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")

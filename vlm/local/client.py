@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,10 @@ import torch
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
-from kshot_errors import RequestError
+from kshot_errors import ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
 from vlm.local.adapter import Adapter, LoraSpec
+from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import BASE, Engine
 from vlm.local.model import Model
 from vlm.local.sampling_client import LocalSamplingClient, refuse
@@ -35,7 +37,8 @@ class LocalServiceClient:
 
     state_dir: where checkpoints are written and found. device: where models are put ("auto": spread over all GPUs).
     dtype: what they compute in; None is the checkpoint's own. train_vision: whether LoRA covers the vision tower too.
-    features: a folder that keeps image features between processes, or None.
+    features: a folder that keeps image features between processes, or None. cache_bytes: how much memory they may
+    take in this one; None is a quarter of the machine's, at most 16 GiB.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class LocalServiceClient:
         *,
         train_vision: bool = False,
         features: Path | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self._state, self._device, self._dtype = state_dir or checkpoint.state_folder(), device, dtype
-        self._train_vision, self._features = train_vision, features
+        self._train_vision, self._features, self._cache_bytes = train_vision, features, cache_bytes
         self._engines: dict[str, Engine] = {}
         self._session, self._runs = str(uuid.uuid4()), 0
         self._worker_thread: int | None = None
@@ -109,6 +113,16 @@ class LocalServiceClient:
             raise RequestError("create_sampling_client takes either model_path or base_model")
         return self._submit(self._sampler, model_path, base_model)
 
+    def create_sampling_client_from_folder(
+        self, folder: Path, base_model: str | None = None
+    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+        """A future of a client on the adapter in a folder of the checkpoint layout, wherever it lies.
+
+        base_model: the model under another name than the recorded one, as where its folder was moved. Not of the SDK,
+        and for callers in this process alone: it reads what folder it is told, so no request from outside may reach it.
+        """
+        return self._submit(self._from_folder, Path(folder), base_model)
+
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """The models with names of their own; any Qwen3-VL folder or hub id works besides."""
         models = [types.SupportedModel(model_name=name) for name in MODELS]
@@ -134,7 +148,7 @@ class LocalServiceClient:
     def _engine(self, base_model: str) -> Engine:
         if base_model not in self._engines:
             model = Model(base_model, self._device, self._dtype)
-            self._engines[base_model] = Engine(model, Vision(model, disk=self._features))
+            self._engines[base_model] = Engine(model, Vision(model, self._cache_bytes, self._features))
         return self._engines[base_model]
 
     def _start(
@@ -159,7 +173,24 @@ class LocalServiceClient:
     def _sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         if base_model is not None:
             return LocalSamplingClient(self._engine(base_model), BASE, self._submit)
-        saved = checkpoint.load(self._state, model_path or "")
+        return self._adapted(checkpoint.load(self._state, model_path or ""))
+
+    def _from_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
+        saved = checkpoint.load_folder(folder)
+        name = base_model or saved.base_model
+        try:
+            self._engine(name)
+        except UnknownNameError as error:
+            if base_model is not None:
+                raise
+            way_out = "say with base_model (--model) where it is"
+            raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
+        try:
+            return self._adapted(replace(saved, base_model=name))
+        except ModelError as error:
+            raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
+
+    def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
         engine = self._engine(saved.base_model)
         adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
         return LocalSamplingClient(engine, engine.snapshot(adapter), self._submit)

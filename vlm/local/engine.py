@@ -19,11 +19,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from kshot_errors import RequestError
+from vlm.local import closed_set
 from vlm.local.adapter import Adapter, Factors, LoraSpec
 from vlm.local.attention import Causal
 from vlm.local.batch import Batch, Encode, collate, groups
+from vlm.local.closed_set import Candidates, candidates_of, joined
 from vlm.local.lora import linear
-from vlm.local.losses import Fields, Loss, fields_of, loss
+from vlm.local.losses import CANDIDATES, Fields, Loss, fields_of, loss
 from vlm.local.model import Model
 from vlm.local.run import Run
 from vlm.local.vision import Vision
@@ -68,13 +70,13 @@ class Engine:
     ) -> types.ForwardBackwardOutput:
         """The loss of `data` and, unless `forward_only`, its gradient, added to the run's.
 
-        Log-probabilities come back for every position, except for cross_entropy's gradient: there the head runs only
-        where the weight is not 0, and the other positions hold 0. A request that does not fit changes nothing; where
-        a pass fails after another one (out of memory; with a trained tower also a bad datum), what the run has
-        gathered is dropped, so that no step is made with a part.
+        Log-probabilities come back for every position, except for closed_set and for cross_entropy's gradient: there
+        the head runs only where the weight is not 0, and the other positions hold 0. A request that does not fit
+        changes nothing; where a pass fails after another one (out of memory; with a trained tower also a bad datum),
+        what the run has gathered is dropped, so that no step is made with a part.
         """
         chosen = loss(loss_fn, config)
-        everything = forward_only or chosen.about_samples
+        everything = (forward_only or chosen.about_samples) and not chosen.closed
         items = [_Item.of(number, datum, chosen, everything=everything) for number, datum in enumerate(data)]
         self._check(items)
         total, outputs = 0.0, dict[int, tinker.TensorData]()
@@ -139,6 +141,8 @@ class Engine:
             raise RequestError("no data given; a forward pass needs at least one datum")
         for item in items:
             self.model.check_tokens(item.fields["target_tokens"].tolist(), "target")
+            if item.candidates is not None:
+                self.model.check_tokens(item.candidates.tokens.tolist(), "candidate")
 
     def _batches(self, items: Sequence["_Item"], factors: Factors) -> Iterator[tuple["_Pack", Batch]]:
         """The items in packs of at most PACK positions, each with its batch. All are made before the first is run, so
@@ -164,6 +168,8 @@ class Engine:
         wanted = None if len(places) == len(batch.given.ids) else places
         hidden = self.model.text.hidden(batch.given, Causal(batch.rows, wanted), factors, wanted)
         targets = pack.scored("target_tokens").to(hidden.device)
+        if (candidates := pack.candidates) is not None:
+            return closed_set.log_probs(self.model.text, hidden, targets, candidates, factors)
         score = partial(self._score, factors)
         step = max(1, LOGITS // self.model.vocabulary)
         if len(places) <= step:
@@ -178,18 +184,23 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Item:
-    """A datum as the loss reads it. scored: the positions whose log-probability is computed."""
+    """A datum as the loss reads it. scored: the positions whose log-probability is computed, among `candidates` if the
+    loss is a closed one."""
 
     number: int
     given: tinker.ModelInput
     fields: Fields
     scored: np.ndarray
+    candidates: Candidates | None = None
 
     @classmethod
     def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, everything: bool) -> "_Item":
         fields = fields_of(datum, chosen)
         counts = np.ones(len(fields["target_tokens"]), bool) if everything else chosen.scored(fields).numpy()
-        return cls(number, datum.model_input, fields, np.flatnonzero(counts))
+        targets, scored, candidates = fields["target_tokens"].numpy(), np.flatnonzero(counts), None
+        if chosen.closed:
+            candidates = candidates_of(datum.loss_fn_inputs[CANDIDATES], targets, scored)
+        return cls(number, datum.model_input, fields, scored, candidates)
 
     @property
     def length(self) -> int:
@@ -216,6 +227,12 @@ class _Pack:
     def scored(self, name: str) -> Tensor:
         """(scored,) a field at these positions."""
         return torch.cat([item.fields[name] for item in self.items])[self.places]
+
+    @property
+    def candidates(self) -> Candidates | None:
+        """Of a closed loss: the candidates at the scored positions."""
+        parts = [item.candidates for item in self.items if item.candidates is not None]
+        return joined(parts, [len(item.scored) for item in self.items]) if parts else None
 
     def fields(self, device: torch.device) -> dict[str, Tensor]:
         """All fields at these positions."""

@@ -2,7 +2,8 @@
 
 A loss is a sum over positions of a function of the position's log-probability and of the datum's fields there; LOSSES
 is the table. Definitions, names and defaults are those of the Tinker API's documentation
-(https://tinker-docs.thinkingmachines.ai/tinker/losses). Other names of the SDK are a named error, never another loss.
+(https://tinker-docs.thinkingmachines.ai/tinker/losses), but for `closed_set`, which is ours. Other names of the SDK are
+a named error, never another loss.
 
 `log_probs` below are log p of the target tokens under the model that is trained, `logprobs` log q under the model that
 sampled them, in nats; log_probs and fields are vectors over the same positions.
@@ -21,6 +22,7 @@ from torch import Tensor
 from kshot_errors import RequestError, UnknownNameError
 
 Fields = Mapping[str, Tensor]
+CANDIDATES = "candidates"  # see vlm.local.closed_set
 
 
 def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
@@ -94,6 +96,7 @@ class Loss:
     required: tuple[str, ...] = ()
     optional: Mapping[str, float] = field(default_factory=dict)  # a field and its value where the datum lacks it
     config: Mapping[str, float] = field(default_factory=dict)  # a key and its default; NaN: there is none
+    closed: bool = False  # whether log-probabilities are among the candidates that a datum names, not all tokens
 
     @property
     def about_samples(self) -> bool:
@@ -115,6 +118,7 @@ LOSSES: dict[str, Loss] = {
     row.name: row
     for row in (
         Loss("cross_entropy", cross_entropy, _weighted, optional={"weights": 1.0}),
+        Loss("closed_set", cross_entropy, _weighted, optional={"weights": 1.0}, closed=True),
         Loss("importance_sampling", importance_sampling, _advantaged, _SAMPLED),
         Loss("ppo", ppo, _advantaged, _SAMPLED, config=_CLIP),
         Loss("cispo", cispo, _advantaged, _SAMPLED, config=_CLIP),
@@ -146,7 +150,8 @@ def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
 
 
 def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> dict[str, Tensor]:
-    """What a loss reads of a datum: target_tokens (n,) int64, and its other fields (n,) float32 each.
+    """What a loss reads of a datum: target_tokens (n,) int64, and its other fields (n,) float32 each (the candidates of
+    a closed loss are not among them).
 
     An optional field that is not given holds its default at every position: weights are ones.
 
@@ -154,7 +159,8 @@ def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> di
     that is not finite, and where target_tokens are not integers.
     """
     inputs = datum.loss_fn_inputs
-    names = ("target_tokens", *chosen.required, *chosen.optional)
+    vectors = ("target_tokens", *chosen.required, *chosen.optional)
+    names = (*vectors, *([CANDIDATES] if chosen.closed else []))
     missing = [name for name in names if name not in inputs and name not in chosen.optional]
     if missing:
         raise RequestError(f"a datum lacks {', '.join(missing)}, which {chosen.name} reads; it has {sorted(inputs)}")
@@ -165,7 +171,7 @@ def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> di
     if targets.dtype != torch.int64:
         raise RequestError(f"target_tokens must be integers (int64), got {inputs['target_tokens'].dtype}")
     fields = {"target_tokens": targets}
-    for name in names[1:]:
+    for name in vectors[1:]:
         if name in inputs:
             fields[name] = _vector(name, inputs[name]).float()
             _check(name, fields[name], len(targets))

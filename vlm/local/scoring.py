@@ -1,17 +1,19 @@
 """Every choice in one forward pass: the trie's nodes appended to the prompt, each seeing its own path.
 
-A node sees the prompt, its ancestors and itself, and stands at the position its depth gives it. Knows no choices as
-text and no clients.
+A node sees the prompt, its ancestors and itself, and stands at the position its depth gives it. The head computes the
+edges' tokens alone, in float32; the whole vocabulary only where the softmax is over it. Knows no choices as text and no
+clients.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import tinker
 import torch
 from torch import Tensor
 
-from vlm.labels import Edge, Trie
+from vlm.labels import Trie
 from vlm.local.attention import Tree
 from vlm.local.batch import Batch, groups, length_of
 from vlm.local.engine import LOGITS, Engine, Snapshot
@@ -26,30 +28,59 @@ MASK = 1 << 26  # numbers in the mask of one pass
 def score_tree(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
     """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
     scores = np.empty((len(prompts), len(trie.edges)), np.float32)
-    size = len(trie.tokens)
+    size, edges = len(trie.tokens), _Edges(trie)
     lengths = [length_of(prompt) + size for prompt in prompts]
     rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
     for members in groups(lengths, max(1, rows), POSITIONS):
-        scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
+        scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie, edges).cpu().numpy()
     return scores
 
 
-def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> Tensor:
+class _Edges:
+    """The edges as indices. nodes: those that edges leave from, ROOT first; node, token: (edges,) columns in `nodes`
+    and `tokens`."""
+
+    def __init__(self, trie: Trie) -> None:
+        nodes, self.node = np.unique([edge.node for edge in trie.edges], return_inverse=True)
+        tokens, self.token = np.unique([edge.token for edge in trie.edges], return_inverse=True)
+        self.nodes, self.tokens = nodes.tolist(), torch.from_numpy(tokens)
+
+    @cached_property
+    def siblings(self) -> Tensor:
+        """(nodes, most) the edges that leave from each node, filled up with the number of edges."""
+        counts = np.bincount(self.node)
+        table = np.full((len(counts), counts.max()), len(self.node))
+        order = np.argsort(self.node, kind="stable")
+        table[self.node[order], np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)] = order
+        return torch.from_numpy(table)
+
+
+def _score(
+    engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie, edges: _Edges
+) -> Tensor:
     batch = engine.collate(prompts, snapshot.factors)
-    nodes = sorted({edge.node for edge in trie.edges})  # ROOT is the first
-    tree = Tree(batch.rows, trie.parents, nodes)
+    tree = Tree(batch.rows, trie.parents, edges.nodes)
     states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
-    states = states.view(len(prompts), len(nodes), -1)
-    scores = torch.empty(len(prompts), len(trie.edges))
-    most = max(1, LOGITS // engine.model.vocabulary)  # states whose logits may be in memory together
-    for first in range(0, len(nodes), most):
-        some = nodes[first : first + most]
-        edges = [n for n, edge in enumerate(trie.edges) if edge.node in set(some)]
-        for start in range(0, len(prompts), step := max(1, most // len(some))):
-            part = states[start : start + step, first : first + most]
-            logits = engine.model.text.logits(part.flatten(0, 1), snapshot.factors).view(*part.shape[:2], -1)
-            scores[start : start + step, edges] = _edges(logits, some, trie, [trie.edges[n] for n in edges]).cpu()
-    return scores
+    values = _values(engine, snapshot, states.view(len(prompts), len(edges.nodes), -1), edges)
+    node = torch.from_numpy(edges.node).to(values.device)
+    if trie.children:
+        padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)
+        totals = padded[:, edges.siblings.to(values.device)].logsumexp(-1)
+    else:
+        step = max(1, LOGITS // engine.model.vocabulary)  # states whose logits may be in memory together
+        parts = [engine.model.text.logits(part, snapshot.factors).logsumexp(-1) for part in states.split(step)]
+        totals = torch.cat(parts).view(len(prompts), -1)
+    return values - totals[:, node]
+
+
+def _values(engine: Engine, snapshot: Snapshot, states: Tensor, edges: _Edges) -> Tensor:
+    """(rows, edges) logits of the edges' tokens from (rows, nodes, hidden) states."""
+    step = max(1, LOGITS // (len(edges.nodes) * len(edges.tokens)))
+    parts = []
+    for part in states.split(step):
+        logits = engine.model.text.logits(part.flatten(0, 1), snapshot.factors, edges.tokens)
+        parts.append(logits.view(*part.shape[:2], -1)[:, edges.node, edges.token])
+    return torch.cat(parts)
 
 
 def _with_nodes(batch: Batch, trie: Trie) -> Positions:
@@ -64,15 +95,3 @@ def _with_nodes(batch: Batch, trie: Trie) -> Positions:
         given.embeds,
         given.deepstack,
     )
-
-
-def _edges(logits: Tensor, nodes: Sequence[int], trie: Trie, edges: Sequence[Edge]) -> Tensor:
-    """(rows, edges) log-probabilities of the edges that leave from `nodes`, from (rows, nodes, vocabulary) logits."""
-    column = {node: n for n, node in enumerate(nodes)}
-    tokens = torch.tensor([edge.token for edge in edges], device=logits.device)
-    at = torch.tensor([column[edge.node] for edge in edges], device=logits.device)
-    if trie.children:
-        totals = [logits[:, column[node], list(trie.children[node])].logsumexp(-1) for node in nodes]
-    else:
-        totals = [logits[:, column[node]].logsumexp(-1) for node in nodes]
-    return logits[:, at, tokens] - torch.stack(totals, 1)[:, at]

@@ -1,0 +1,259 @@
+"""kshot train: the cell's own adapter, in a folder that is complete or not there; kshot zero-shot."""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from stored import CLASSES, files
+from tinker import types
+from trained import TINY, train
+
+from data.core import Images
+from experiments import run
+from experiments import train as training
+from experiments.config import load
+from experiments.job import Job
+from experiments.run import run as run_cell
+from experiments.store import Results
+from experiments.sweep import plan
+from experiments.train import planned
+from kshot_errors import InputError
+from tests.vlm.checkpoints import sharded
+from vlm import nano
+from vlm.classifier import predict
+from vlm.inputs import ImageRule, datum, model_input
+from vlm.local.client import LocalServiceClient
+from vlm.prompts import Prompt, template
+
+PARTS = ["adapter_config.json", "adapter_model.safetensors", "classifier.json", "kshot.json"]
+HEAVY = {"torch", "transformers", "tinker", "timm", "sklearn", "matplotlib", "pyarrow", "numpy"}
+SETTINGS = dict(pair.split("=") for pair in TINY if "=" in pair)
+
+
+@pytest.fixture(scope="module")
+def adapter(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(photos, tmp_path_factory.mktemp("trained") / "new/adapter", "--seed", "1")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[LocalServiceClient]:
+    client = LocalServiceClient(tmp_path / "state")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def words(photos: Path) -> list[str]:
+    return ["train", "--dataset", f"folder:{photos}", "--shots", "2", *TINY]
+
+
+def test_the_folder_says_what_it_answers_and_where_it_came_from(adapter: Path, photos: Path) -> None:
+    assert sorted(path.name for path in adapter.iterdir()) == PARTS
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+    card = json.loads((adapter / "classifier.json").read_text(encoding="utf-8"))
+    question, answer = "What is the name of the subject in this photo?", "The subject in this photo is: {label}"
+    assert card["prompt"] == f"{{image}}{question} => {answer}"
+    assert (set(card["classes"]), card["max_side"], card["base_model"]) == (set(CLASSES), 40, nano.NAME)
+    trained = card["trained"]
+    assert (trained["dataset"], trained["shots"], trained["seed"]) == (f"folder:{photos.name}", 2, 1)
+    assert trained["settings"]["learning_rate"] == 0.003  # the demo's
+    assert (trained["settings"]["rank"], trained["settings"]["model_revision"]) == (4, nano.REVISION)
+    assert trained["versions"]["kshot"]
+    assert str(photos.parent) not in (adapter / "classifier.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("more", [{}, {"loss": "closed-set", "prompt": "{image}Which? => A {label}."}])
+def test_it_is_the_adapter_of_the_sweeps_cell(
+    photos: Path, tmp_path: Path, service: LocalServiceClient, more: dict[str, str]
+) -> None:
+    """The same key, images, batches and numbers: every log-probability is equal."""
+    options = [word for name, value in more.items() for word in (f"--{name}", value)]
+    folder = train(photos, tmp_path / "adapter", "--seed", "1", *options)
+    grid = {"datasets": [f"folder:{photos}"], "methods": ["vlm-lora"], "shots": [2], "seeds": [1]}
+    (job,) = plan(load("demo", grid, SETTINGS | more)).jobs
+    job_here, _ = planned(f"folder:{photos}", 2, 1, SETTINGS | more)
+    assert job_here.cell == job.cell
+    _, table = run_cell(job)
+    card = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+    sampler = service.create_sampling_client_from_folder(folder).result()
+    rule = ImageRule.from_pretrained(nano.NAME)
+    prompt = Prompt(sampler.get_tokenizer(), rule, tuple(card["classes"]), template(card["prompt"]))
+    scores = predict(sampler, Images(run._test(job)), prompt)
+    expected = np.array(table["top5_log_probs"].to_pylist(), np.float32)
+    assert (np.take_along_axis(scores, np.array(table["top5"].to_pylist()), 1) == expected).all()
+    assert scores.argmax(1).tolist() == table["prediction"].to_pylist()
+
+
+def test_it_loads_in_stock_peft(adapter: Path, service: LocalServiceClient) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import Qwen3VLForConditionalGeneration
+
+    sampler = service.create_sampling_client_from_folder(adapter).result()
+    asked = datum(model_input(sampler.get_tokenizer().encode("The subject is")), sampler.get_tokenizer().encode(" a"))
+    tokens = [*asked.model_input.to_ints(), asked.loss_fn_inputs["target_tokens"].to_torch().tolist()[-1]]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        plain = PeftModel.from_pretrained(Qwen3VLForConditionalGeneration.from_pretrained(nano.folder()), adapter)
+        logits = plain(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = [float(logits[n, token]) for n, token in enumerate(tokens[1:])]
+    found = sampler.compute_logprobs(tinker.ModelInput(chunks=[types.EncodedTextChunk(tokens=tokens)])).result()
+    assert found[1:] == pytest.approx(expected, abs=1e-4)
+
+
+def test_progress_goes_to_stderr(words: list[str], tmp_path: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = kshot(*words, "--out", tmp_path / "a")
+    assert said.status == 0
+    assert said.out.splitlines()[0].startswith(nano.NAME)
+    assert said.out.splitlines()[1:] == [f"wrote {tmp_path}/a"]
+    lines = said.err.splitlines()
+    assert lines[0].startswith("training vlm-lora on folder:")
+    assert [line.split(" loss ")[0] for line in lines[1:]] == ["step 1/3", "step 3/3"]
+    assert all(float(line.split(" loss ")[1]) > 0 for line in lines[1:])
+
+
+def test_a_folder_of_models_is_recorded_where_it_is(
+    words: list[str], tmp_path: Path, kshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    sharded(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert kshot(*words, "--model", "model", "--out", "a").status == 0
+    assert json.loads(Path("a/kshot.json").read_text())["base_model"] == f"{tmp_path}/model"
+    assert json.loads(Path("a/classifier.json").read_text())["trained"]["settings"]["model"] == "model"
+
+
+def test_an_adapter_is_replaced_only_by_force(adapter: Path, words: list[str], tmp_path: Path, kshot) -> None:
+    target = tmp_path / "adapter"
+    target.mkdir()
+    assert kshot(*words, "--out", target).status == 0  # empty
+    before = files(target)
+    said = kshot(*words, "--out", target)
+    assert (said.status, said.out, said.err.count("\n"), files(target)) == (2, "", 1, before)
+    assert "holds an adapter; give another folder, or --force to replace it" in said.err
+    assert kshot(*words, "--seed", "2", "--out", target, "--force").status == 0
+    assert json.loads((target / "classifier.json").read_text(encoding="utf-8"))["trained"]["seed"] == 2
+    (target / "notes.txt").write_text("mine")
+    said = kshot(*words, "--out", target, "--force")
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "holds other things (notes.txt); give a new or empty folder" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("at", ["step", "write"])
+def test_what_fails_leaves_the_old_adapter_and_nothing_else(
+    photos: Path, tmp_path: Path, words: list[str], kshot, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    target = train(photos, tmp_path / "adapter")
+    before = files(target)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "fit_lora" if at == "step" else "_card", fail)
+    said = kshot(*words, "--out", target, "--force")
+    assert (said.status, said.err.splitlines()[-1]) == (1, "kshot: [Errno 28] No space left on device")
+    assert files(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_ctrl_c_writes_nothing(words: list[str], tmp_path: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit_lora", stopped)
+    said = kshot(*words, "--out", tmp_path / "adapter")
+    assert (said.status, said.out) == (130, "")
+    assert said.err.splitlines()[-1] == "kshot: stopped; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_filled_meanwhile_is_kept(photos: Path, tmp_path: Path) -> None:
+    job, dataset = planned(f"folder:{photos}", 2, 0, SETTINGS)
+    steps = training.train(job, dataset, tmp_path / "adapter")
+    next(steps)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/mine").write_text("mine")
+    with pytest.raises(InputError, match="holds other things"):
+        list(steps)
+    assert (tmp_path / "adapter/mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("--dataset digitz --shots 1", ["unknown data set 'digitz' (did you mean 'digits'?)"]),
+        ("--dataset digits", ["--shots"]),
+        ("--dataset digits --shots 0", ["--shots"]),
+        ("--shots 1", ["--dataset"]),
+        ("--dataset {photos} --shots 9", ["9 shots asked for", "--allow-fewer"]),
+        ("--dataset {photos} --shots 1 --model nope", ["unknown model 'nope'", nano.NAME]),
+        ("--dataset {photos} --shots 1 --prompt what", ["prompt 'what' is neither a preset (recipe"]),
+        ("--dataset {photos} --shots 1 --loss nll", ["loss = 'nll'", "closed-set"]),
+        ("--dataset {photos} --shots 1 --set rnak=4", ["unknown setting 'rnak' (did you mean 'rank'?)"]),
+        ("--dataset {photos} --shots 1 --set rank", ["--set 'rank' has no value"]),
+        ("--dataset {photos} --shots 1 --loss text --set loss=text", ["loss is given twice"]),
+        ("--dataset {photos} --shots 1 --set calibration=pmi", ["calibration is for sweeps, which test"]),
+        ("--dataset {photos} --shots 1 --set limit_test=3", ["limit_test is for sweeps, which test"]),
+        ("--dataset {photos} --shots 1 --device tpu", ["device 'tpu' is not available here"]),
+        ("--dataset digits --shots 1 --protocol coop", ["digits has no choice of it"]),
+        ("--dataset {photos} --shots 1 --out {here}/file", ["--out {here}/file is a file; give another folder"]),
+        ("--dataset {photos} --shots 1 --out {here}/file/x", ["cannot write to {here}/file/x", "--out"]),
+        ("--dataset {photos} --shots 1 --out /proc/x", ["cannot write to /proc/x", "--out"]),
+        ("--dataset {photos} --shots 1 --out {here}", ["--out {here} holds other things (file)"]),
+    ],
+)
+def test_bad_input_is_one_line(photos: Path, tmp_path: Path, kshot, options: str, parts: list[str]) -> None:
+    (tmp_path / "file").write_text("text")
+    places = {"photos": f"folder:{photos}", "here": str(tmp_path)}
+    given = [word.format(**places) for word in options.split(" ")]
+    out = [] if "--out" in given else ["--out", tmp_path / "adapter"]
+    said = kshot("train", *given, *out)
+    lines = [line for line in said.err.splitlines() if not line.startswith("training ")]
+    assert (said.status, said.out, len(lines)) == (2, "", 1), said
+    assert lines[0].startswith("kshot: ")
+    assert all(part.format(**places) in lines[0] for part in parts), lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_zero_shot_is_a_sweep_of_one_method(
+    photos: Path, tmp_path: Path, kshot, ran: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = kshot("zero-shot", "--dataset", f"folder:{photos}")
+    assert said.status == 0, said.err
+    assert [job.cell.method for job in ran] == ["vlm-zero-shot"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "zero-shot-my--b-photos-é"
+    (record,) = Results(folder).cells()
+    accuracy = f"{100 * record['metrics']['accuracy']:.1f}"
+    assert ["vlm-zero-shot", accuracy] in [line.split() for line in said.out.splitlines()]
+    assert f"wrote runs/{folder.name}" in said.out
+    assert kshot("zero-shot", "--dataset", "digitz").status == 2
+
+
+def test_training_uses_one_thread_on_a_cpu_and_gives_the_others_back() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    try:
+        with training._as_a_worker("cpu"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "zero-shot"])
+def test_help_answers_at_once(command: str) -> None:
+    code = f"import sys; from experiments import cli; sys.argv = ['kshot', '{command}', '--help']\n"
+    code += "try: cli.main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith(f"Usage: kshot {command}")
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())

@@ -1,0 +1,160 @@
+"""Intervals against scipy, and paired differences against a bootstrap that draws images one by one."""
+
+from statistics import mean
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from experiments.intervals import RESAMPLES, Difference, Score, bootstrap_difference, summary, wilson
+from kshot_errors import ResultsError
+
+
+def table(keys: list[str], label: ArrayLike, prediction: ArrayLike) -> pa.Table:
+    """What a bootstrap reads of a predictions table."""
+    return pa.table({"key": keys, "label": pa.array(label, pa.int32()), "prediction": pa.array(prediction, pa.int32())})
+
+
+def test_summary_is_the_t_interval():
+    values = [0.5, 0.6, 0.7, 0.62]
+    low, high = stats.t.interval(0.95, 3, loc=mean(values), scale=stats.sem(values))
+    middle, half = summary(values)
+    assert (middle - half, middle + half) == pytest.approx((low, high))
+    assert summary([1, 2, 3])[1] == pytest.approx(4.302652729749 / 3**0.5)  # t(0.975, 2), from a printed table
+
+
+def test_summary_of_one_seed_has_no_interval():
+    assert summary([0.4]) == (0.4, None)
+    with pytest.raises(ResultsError):
+        summary([])
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 570), (26, 570), (570, 570), (1, 3), (4000, 8041)])
+def test_wilson_agrees_with_scipy(right, n):
+    expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_of_a_printed_example():
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe (1998), table I, method 3
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_and_is_symmetric(case):
+    right, n = case
+    low, high = wilson(right / n, n)
+    assert 0 <= low <= right / n <= high <= 1
+    assert low < high
+    assert wilson((n - right) / n, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.5, 0), (-0.1, 10), (1.1, 10), (float("nan"), 10)])
+def test_wilson_refuses_what_is_no_share(share, n):
+    with pytest.raises(ResultsError, match="no share of test images"):
+        wilson(share, n)
+
+
+def test_the_interval_of_a_score_is_the_one_it_has():
+    assert Score(0.5, 0.1, 3).interval == pytest.approx((0.4, 0.6))
+    assert Score(0.5, None, 1, (0.3, 0.7)).interval == (0.3, 0.7)
+    assert Score(0.5, None, 1).interval is None
+
+
+def paired(n: int, share: float, seed: int) -> pa.Table:
+    label = np.arange(n) % 8
+    wrong = np.random.default_rng(seed).random(n) > share
+    return table([f"{i:04}" for i in range(n)], label, np.where(wrong, (label + 1) % 8, label))
+
+
+def test_bootstrap_of_identical_tables_is_zero():
+    assert bootstrap_difference([paired(100, 0.7, 0)], [paired(100, 0.7, 0)], seed=1) == Difference(0, 0, 0, 1)
+
+
+def test_bootstrap_of_a_clear_difference_excludes_zero():
+    found = bootstrap_difference([paired(400, 0.9, 0)], [paired(400, 0.6, 1)], seed=1)
+    assert 0.2 < found.low < found.difference < found.high < 0.4
+    assert found.p < 0.001
+    swapped = bootstrap_difference([paired(400, 0.6, 1)], [paired(400, 0.9, 0)], seed=1)
+    assert swapped.high < 0
+    assert swapped.difference == -found.difference
+
+
+def test_bootstrap_interval_is_that_of_resampled_images():
+    a, b = paired(200, 0.8, 2), paired(200, 0.75, 3)
+    gain = (a["prediction"].to_numpy() == a["label"].to_numpy()) * 1.0 - (
+        b["prediction"].to_numpy() == b["label"].to_numpy()
+    )
+    draws = np.random.default_rng(5).choice(gain, (10_000, 200)).mean(axis=1)
+    found = bootstrap_difference([a], [b], seed=1)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.01)
+
+
+def test_bootstrap_is_reproducible_and_ignores_row_order():
+    a, b = paired(100, 0.8, 2), paired(100, 0.7, 3)
+    shuffled = b.take(np.random.default_rng(0).permutation(100))
+    assert bootstrap_difference([a], [b], seed=4) == bootstrap_difference([a], [shuffled], seed=4)
+    assert bootstrap_difference([a], [b], seed=4) != bootstrap_difference([a], [b], seed=5)
+
+
+def test_bootstrap_refuses_other_images():
+    a = paired(100, 0.8, 2)
+    with pytest.raises(ResultsError, match="different test images"):
+        bootstrap_difference([a], [a.slice(1)], seed=0)
+    relabelled = a.set_column(1, "label", pa.array([5, *a["label"].to_pylist()[1:]], pa.int32()))
+    with pytest.raises(ResultsError, match="different labels for image '0000'"):
+        bootstrap_difference([a], [relabelled], seed=0)
+
+
+def test_bootstrap_over_seeds_is_that_of_resampled_images():
+    runs_a = [paired(150, share, seed) for share, seed in ((0.85, 2), (0.82, 4), (0.79, 6))]
+    runs_b = [paired(150, share, seed) for share, seed in ((0.75, 3), (0.7, 5), (0.7, 7))]
+    right = [sum((t["prediction"].to_numpy() == t["label"].to_numpy()) * 1 for t in runs) for runs in (runs_a, runs_b)]
+    gain, rng = right[0] - right[1], np.random.default_rng(5)  # of three seeds: whole numbers tie where thirds may not
+    draws = np.array([gain[rng.integers(0, 150, 150)].sum() for _ in range(20_000)])
+    found = bootstrap_difference(runs_a, runs_b, seed=1)
+    assert found.difference == pytest.approx(gain.mean() / 3)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws / 450, [0.025, 0.975])), abs=0.005)
+    assert 0.01 < found.p < 0.2
+    assert found.p == pytest.approx(2 * min(np.mean(draws <= 0), np.mean(draws >= 0)), abs=0.02)
+
+
+@given(st.integers(1, 4), st.integers(0, 100))
+def test_a_run_that_is_there_several_times_counts_once(times, seed):
+    a, b = paired(40, 0.8, seed), paired(40, 0.6, seed + 1)
+    once, often = bootstrap_difference([a], [b], seed=1), bootstrap_difference([a] * times, [b] * times, seed=1)
+    assert often == pytest.approx(once)
+
+
+def test_seeds_that_differ_by_chance_make_the_interval_smaller():
+    one = bootstrap_difference([paired(300, 0.7, 0)], [paired(300, 0.7, 10)], seed=1)
+    five = bootstrap_difference(
+        [paired(300, 0.7, s) for s in range(5)], [paired(300, 0.7, 10 + s) for s in range(5)], 1
+    )
+    assert five.high - five.low < 0.6 * (one.high - one.low)
+
+
+def test_bootstrap_p_is_never_zero():
+    found = bootstrap_difference([paired(50, 1.0, 0)], [paired(50, 0.0, 0)], seed=1)
+    assert found == Difference(1, 1, 1, 2 / (1 + RESAMPLES))
+
+
+def test_twins_are_paired_whatever_their_order():
+    keys, label = ["a", "a", "b"], [0, 1, 0]
+    one, other = table(keys, label, [0, 0, 0]), table(keys[::-1], label[::-1], [0, 0, 0])
+    assert bootstrap_difference([one], [other], seed=0) == Difference(0, 0, 0, 1)
+
+
+def test_bootstrap_refuses_other_images_in_a_later_seed_and_runs_without_a_partner():
+    a = paired(100, 0.8, 2)
+    with pytest.raises(ResultsError, match="different test images"):
+        bootstrap_difference([a, a], [a, a.slice(1)], seed=0)
+    with pytest.raises(ResultsError, match="cannot pair 2 runs with 1"):
+        bootstrap_difference([a, a], [a], seed=0)
+    with pytest.raises(ResultsError, match="cannot pair 0 runs with 0"):
+        bootstrap_difference([], [], seed=0)
+    with pytest.raises(ResultsError, match="empty"):
+        bootstrap_difference([a.slice(0, 0)], [a.slice(0, 0)], seed=0)
