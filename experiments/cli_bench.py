@@ -41,3 +41,22 @@ def train(
 
     with err.status("measuring"):
         bench(root, quick, json_path, device, shape)
+
+
+@app.command("score")
+def score(
+    quick: Quick = False,
+    json_path: Json = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="A folder of class folders; without it, made ones.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="A folder or model: its vocabulary, with random weights.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Seconds per image for the exact posterior over class names, against other ways to get one."""
+    from experiments.bench_score import bench
+
+    with err.status("measuring"):
+        bench(root, quick, json_path, tokenizer, device)

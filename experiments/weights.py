@@ -21,6 +21,7 @@ class Shipped(NamedTuple):
 
 FEWER = "Classes with fewer images than the shots took part with those they have (--allow-fewer)."
 SHUFFLED = "A control: each test image was shown in another's place (shuffle_test), so accuracy should be at chance."
+CLOSED = "LoRA learnt to choose among the class names alone (closed-set): free answers were not trained."
 VALIDATED = "The VLM's calibration was chosen on more labelled training images: as many as shots, at most 4 a class."
 SHIPPED = {  # by the setting that names a model
     "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
@@ -53,6 +54,7 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     said = {
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
+        CLOSED: "loss" in used and settings.loss == "closed-set",
         VALIDATED: "calibration" in used and settings.calibration == "validated",
     }
     return [*found, *(note for note, due in said.items() if due)]

@@ -4,13 +4,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = ["--limit-test", "20", "--set", "views_per_class=1"]
+SMALL = {  # what is put behind a command
+    "sweep": ["--limit-test", "20", "--set", "views_per_class=1"],
+    "train": ["--set", "views_per_class=1"],
+    "zero-shot": ["--limit-test", "20"],
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -39,13 +44,15 @@ def test_the_make_targets_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_commands_run(tmp_path: Path) -> None:
+def test_the_commands_run(tmp_path: Path, make_image: Callable[..., bytes]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(make_image(0, 40, 30, format="JPEG"))
     ours = [words[1:] for words in commands() if words[0] == "kshot"]
     assert ["demo"] in ours
     assert ["data", "list"] in ours
     for words in ours:
         given = ["sweep", "demo"] if words == ["demo"] else words  # the demo is that sweep, and takes no such options
-        small = [*given, *SMALL] if given[0] == "sweep" else given
+        small = [*given, *SMALL.get(given[0], [])]
         done = subprocess.run(
             [sys.executable, "-c", "from experiments.cli import main; main()", *small],
             cwd=tmp_path,

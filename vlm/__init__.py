@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm.inputs import image_chunk as image_chunk
     from vlm.inputs import model_input as model_input
     from vlm.prompts import Prompt as Prompt
+    from vlm.prompts import template as template
     from vlm.scoring import score_choices as score_choices
     from vlm.service import connect as connect
 
@@ -21,6 +22,7 @@ _PUBLIC = {
     "connect": "vlm.service",
     "score_choices": "vlm.scoring",
     "Prompt": "vlm.prompts",
+    "template": "vlm.prompts",
     "ImageRule": "vlm.inputs",
     "datum": "vlm.inputs",
     "image_chunk": "vlm.inputs",

@@ -63,6 +63,7 @@ def test_the_closed_set_is_a_loss_of_its_own(sweep: Any, photos: Path, tmp_path:
     assert said.status == 0, said.err
     assert [c["settings"].get("loss") for c in cells] == [None, "closed-set", None]
     one = ("--method", "vlm-lora", "--shots", "1", "--seeds", "0", *TINY)
+    assert "free answers were not trained" in (tmp_path / "out" / "report.md").read_text()
     again = kshot("sweep", "--dataset", f"folder:{photos}", *one, "--out", tmp_path / "text")
     assert again.status == 0
     text = Results(tmp_path / "text").cells()[0]
