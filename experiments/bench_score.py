@@ -2,9 +2,9 @@
 
 Against what it cannot do without (the prompts' own forward pass) and what else people do: a forward pass for each
 label, with and without a cache of the prompt, and generating an answer. All score the same photographs with the same
-adapter, in turn, on one thread of one process; that scores agree is part of the result. Images are `new` (decoded, and
-seen by the vision tower) or `known` (its features are there, and only the text model works). Loading and tuning are
-nobody's time.
+adapter, in turn, called from one thread of this process; that scores agree is part of the result. Images are `new`
+(decoded, and seen by the vision tower) or `known` (its features are there, and only the text model works). Loading and
+tuning are nobody's time.
 """
 
 import tempfile

@@ -111,9 +111,7 @@ def predict_and_decode(
     return np.concatenate(scores), np.concatenate(greedy)
 
 
-def generate(
-    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER
-) -> list[str]:
+def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
     answers = [

@@ -160,7 +160,8 @@ def _scored(
     for start in range(0, len(hidden), step):
         end = start + step
         logits = engine.model.text.logits(hidden[start:end], snapshot.factors)
-        log_probs = logits.log_softmax(-1)
+        # not log_softmax: of 150,000 float32 logits that may be 2e-4 off on a CPU, and logsumexp is not
+        log_probs = logits - logits.logsumexp(-1, keepdim=True)
         own = log_probs.gather(1, ids[start:end, None].to(log_probs.device))[:, 0]
         best = log_probs.topk(top)
         tops = [list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
