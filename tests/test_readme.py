@@ -2,17 +2,19 @@
 
 import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from experiments import cli, executors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # what is put behind a command
-    "sweep": ["--limit-test", "20", "--set", "views_per_class=1"],
+    "sweep": ["--limit-test", "20", "--set", "views_per_class=1", "--shots", "1", "--seeds", "0"],
     "train": ["--set", "views_per_class=1"],
     "zero-shot": ["--limit-test", "20"],
 }
@@ -44,23 +46,30 @@ def test_the_make_targets_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_commands_run(tmp_path: Path, make_image: Callable[..., bytes]) -> None:
+def in_this_process(run: Callable[[Any], Any], jobs: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
+    """In place of worker processes, each of which would import everything anew."""
+    return ((job, run(job)) for job in jobs)
+
+
+def test_the_commands_run(
+    tmp_path: Path,
+    make_image: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(make_image(0, 40, 30, format="JPEG"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(executors, "local", in_this_process)
     ours = [words[1:] for words in commands() if words[0] == "kshot"]
     assert ["demo"] in ours
     assert ["data", "list"] in ours
     for words in ours:
         given = ["sweep", "demo"] if words == ["demo"] else words  # the demo is that sweep, and takes no such options
-        small = [*given, *SMALL.get(given[0], [])]
-        done = subprocess.run(
-            [sys.executable, "-c", "from experiments.cli import main; main()", *small],
-            cwd=tmp_path,
-            env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, (small, done.stderr)
+        monkeypatch.setattr(sys, "argv", ["kshot", *given, *SMALL.get(given[0], [])])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "runs/demo/report.html").exists()
     assert (tmp_path / "runs/digits/figures/digits.svg").exists()
 

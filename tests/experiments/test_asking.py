@@ -76,7 +76,6 @@ def test_the_closed_set_is_a_loss_of_its_own(sweep: Any, photos: Path, tmp_path:
 def test_calibration_corrects_the_scores_and_not_the_answers(calibration: str, sweep: Any, tmp_path: Path) -> None:
     _, plain = sweep()
     before = {c["method"]: Results(tmp_path / "out").predictions(c["key"]) for c in plain}
-    said, _ = sweep()
     (tmp_path / "out").rename(tmp_path / "plain")
     said, cells = sweep("--calibration", calibration)
     assert said.status == 0, said.err
