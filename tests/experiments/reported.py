@@ -1,0 +1,83 @@
+"""What the tests of reports share: a sweep, its cells with made-up accuracies, and the report written of them."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+from experiments.report import write_report
+
+NASTY = f"folder:/home/lovelace/<script>alert(1)|{'x' * 90}"
+SWEEP = {
+    "name": "demo",
+    "datasets": ["icons"],
+    "methods": ["vlm-zero-shot", "vlm-lora", "pixel-knn"],
+    "shots": [1, 4],
+    "seeds": [0, 1, 2],
+    "settings": {"root": "/home/lovelace/my data", "adam": {"lr": 1e-4, "betas": [0.9, 0.95]}},
+    "notes": ["The nano models have <random> weights."],
+    "command": "kshot sweep demo --root /home/lovelace/data --shots 1,4",
+}
+ACCURACY = {
+    ("vlm-zero-shot", 0): [0.25],
+    ("vlm-lora", 1): [0.30, 0.32, 0.34],
+    ("vlm-lora", 4): [0.80, 0.82, 0.84],
+    ("pixel-knn", 1): [0.31, 0.33, 0.35],
+    ("pixel-knn", 4): [0.40, 0.42, 0.44],
+}
+
+
+class Page(HTMLParser):
+    """Tags in order with attributes; complains when they do not nest."""
+
+    EMPTY = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.tags if found == tag]
+
+
+def cell(method: str, shots: int, seed: int, accuracy: float, dataset: str = "icons") -> dict:
+    answers = method in ("vlm-lora", "vlm-zero-shot")
+    return {
+        "key": f"{method}-{shots}-{seed}",
+        "dataset": dataset,
+        "protocol": "kshot",
+        "method": method,
+        "shots": shots,
+        "seed": seed,
+        "settings": {},
+        "metrics": {
+            "accuracy": accuracy,
+            "accuracy_strict": accuracy / 2 if answers else None,
+            "accuracy_constrained": accuracy if answers else None,
+            "top5": 0.9,
+            "mean_per_class": accuracy,
+            "nll": 1.5 if answers else None,
+            "ece": 0.1 if answers else None,
+            "unparseable": 0.05 if answers else None,
+        },
+        "timings": {"fit_seconds": 2.0 + seed, "predict_seconds": 0.5},
+        "versions": {"python": "3.11.2", "torch": "2.15.0"},
+    }
+
+
+def grid(dataset: str = "icons") -> list[dict]:
+    return [cell(m, k, seed, a, dataset) for (m, k), row in ACCURACY.items() for seed, a in enumerate(row)]
+
+
+def written(folder: Path, sweep: dict, cells: list[dict], **more) -> tuple[str, str]:
+    write_report(folder, sweep, cells, {"icons": 120}, **more)
+    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
