@@ -76,7 +76,7 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
             raise UnknownNameError("method", method, METHODS)
     _check_machine(service, device)
     _check_models(sweep, service)
-    _check_prompts(sweep, service)
+    _check_asking(sweep, service)
     ways = _ways(sweep, access or Access())
     seed = sweep.settings.split_seed
     datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
@@ -187,7 +187,7 @@ def _ways(sweep: Sweep, access: Access) -> dict[str, Access]:
     return {source: access if row.sources else Access() for source, row in rows.items()}
 
 
-def _check_prompts(sweep: Sweep, service: str) -> None:
+def _check_asking(sweep: Sweep, service: str) -> None:
     used = _used(sweep)
     if "prompt" in used:
         from vlm.prompts import template
@@ -196,6 +196,11 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
             template(text)
     if "loss" in used and sweep.settings.loss == "closed-set" and service == "tinker":
         raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
+    asking = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
+    if asking and sweep.settings.calibration == "validated" and not any(method.learns for method in asking):
+        raise InputError(
+            "calibration validated chooses on labelled images, and zero-shot has none; give contextual, pmi or none"
+        )
 
 
 def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:

@@ -1,5 +1,6 @@
 """A small set of images in a folder with odd names, the command line in this process, and sweeps run once for all."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from stored import CLASSES
+from trained import train
 
 from experiments import cli, executors
 from experiments.job import Job
@@ -79,3 +81,28 @@ def two_workers(grid: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main()
     return out
+
+
+@pytest.fixture(scope="session")
+def adapter(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the photos' classes."""
+    return train(photos, tmp_path_factory.mktemp("trained") / "adapter")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., bytes]) -> Path:
+    """Images of several sizes and formats, and two that are none."""
+    home = tmp_path_factory.mktemp("asked")
+    (home / "sub").mkdir()
+    for n, name in enumerate(("a.png", "b.jpg", "sub/c.webp", "sub/d.png")):
+        format = {".jpg": "JPEG", ".webp": "WEBP"}.get(Path(name).suffix, "PNG")
+        (home / name).write_bytes(make_image(50 + n, 48 + 16 * n, 40, format))
+    (home / "photo.txt").write_text("no image")
+    (home / "sub/cut.png").write_bytes((home / "a.png").read_bytes()[:200])
+    return home
+
+
+@pytest.fixture
+def images(folder: Path, tmp_path: Path) -> Path:
+    """The images alone."""
+    return Path(shutil.copytree(folder, tmp_path / "images", ignore=shutil.ignore_patterns("*.txt", "cut.png")))

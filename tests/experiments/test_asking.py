@@ -138,3 +138,10 @@ def test_what_cannot_be_asked_is_refused_at_the_start(
     said, cells = sweep(*options)
     assert (said.status, said.err.count("\n"), ran, cells) == (2, 1, [], [])
     assert says in said.err
+
+
+def test_a_choice_without_labelled_images_is_refused(photos: Path, tmp_path: Path, kshot: Any) -> None:
+    where = ("--dataset", f"folder:{photos}", "--out", tmp_path / "out")
+    said = kshot("zero-shot", *where, "--calibration", "validated")
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "zero-shot has none; give contextual, pmi or none" in said.err

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from stored import CLASSES
-from trained import train
 
 from data.images import prepare
 from experiments import predict as predicting
@@ -24,30 +20,6 @@ from vlm.prompts import Prompt, template
 
 ROOT = Path(__file__).parents[2]
 FOUR = ("a star", "a cat", "a house", "a cat in a house", "été")
-
-
-@pytest.fixture(scope="module")
-def adapter(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(photos, tmp_path_factory.mktemp("trained") / "adapter")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., bytes]) -> Path:
-    """Images of several sizes and formats, and two that are none."""
-    home = tmp_path_factory.mktemp("asked")
-    (home / "sub").mkdir()
-    for n, name in enumerate(("a.png", "b.jpg", "sub/c.webp", "sub/d.png")):
-        format = {".jpg": "JPEG", ".webp": "WEBP"}.get(Path(name).suffix, "PNG")
-        (home / name).write_bytes(make_image(50 + n, 48 + 16 * n, 40, format))
-    (home / "photo.txt").write_text("no image")
-    (home / "sub/cut.png").write_bytes((home / "a.png").read_bytes()[:200])
-    return home
-
-
-@pytest.fixture
-def images(folder: Path, tmp_path: Path) -> Path:
-    """The images alone."""
-    return Path(shutil.copytree(folder, tmp_path / "images", ignore=shutil.ignore_patterns("*.txt", "cut.png")))
 
 
 @pytest.fixture
@@ -264,80 +236,3 @@ def test_names_that_would_steer_a_terminal(adapter: Path, images: Path, kshot) -
     assert said.err.startswith(f"kshot: {images}/y\\x1b.txt: ")
     (answer,) = parsed(kshot("predict", images / name, "--adapter", adapter, "--json").out)
     assert answer["image"] == f"{images}/{name}"
-
-
-def test_a_checkpoint_without_class_names(adapter: Path, images: Path, kshot, tmp_path: Path) -> None:
-    bare = Path(shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("classifier.json")))
-    said = kshot("predict", images / "a.png", "--adapter", bare)
-    assert (said.status, said.err.count("\n")) == (2, 1)
-    assert "has no classifier.json; give them with --class NAME" in said.err
-    assert kshot("predict", images / "a.png", "--adapter", bare, *classes(*FOUR)).status == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ("", ["no model is given; give --adapter DIR, or --model NAME with class names"]),
-        ("--adapter {here}/none", ["adapter {here}/none is no folder", "kshot train"]),
-        ("--adapter {images}", ["{images} has no classifier.json", "--class NAME"]),
-        ("--adapter {images} --class a --class b", ["{images} has no kshot.json; only adapters that kshot wrote"]),
-        ("--adapter", ["--adapter"]),
-        ("--adapter {damaged}", ["classifier.json is damaged (classes: "]),
-        ("--adapter {adapter} --model nope", ["unknown model 'nope'"]),
-        ("--adapter {adapter} --prompt what", ["prompt 'what' is neither a preset (recipe"]),
-        ("--adapter {adapter} --prompt {{image}}a=>b", ["must hold {{label}} once"]),
-        ("--adapter {adapter} --method best", ["unknown method 'best'", "constrained, likelihood"]),
-        ("--adapter {adapter} --class a --class a", ["class name 'a' stands twice"]),
-        ("--adapter {adapter} --class a", ["there is one class, 'a'; a choice needs two or more"]),
-        ("--adapter {adapter} --class= --class a", ["class name '' cannot be an answer"]),
-        ("--adapter {adapter} --class a --classes {here}/names", ["given twice, with --class and with --classes"]),
-        ("--adapter {adapter} --classes {here}/none", ["--classes {here}/none cannot be read (No such file"]),
-        ("--adapter {adapter} --classes {images}/a.png", ["a.png is no text in UTF-8"]),
-        ("--adapter {adapter} --classes {here}/empty", ["empty holds no class name; write one a line"]),
-        ("--adapter {adapter} --top 0", ["--top"]),
-        ("--adapter {adapter} --max-side 0", ["--max-side"]),
-        ("--adapter {adapter} --device tpu", ["device 'tpu'"]),
-        ("--model kshot/nano-qwen3-vl", ["a model has no class names of its own", "--classes FILE"]),
-        ("--model nope --class a --class b", ["unknown model 'nope'"]),
-        ("--adapter {adapter} - -", ["standard input (-) is given twice"]),
-    ],
-)
-def test_bad_input_is_one_line(
-    adapter: Path, images: Path, tmp_path: Path, kshot, options: str, parts: list[str]
-) -> None:
-    (tmp_path / "names").write_text("a\nb\n")
-    (tmp_path / "empty").write_text("\n")
-    shutil.copytree(adapter, tmp_path / "damaged")
-    (tmp_path / "damaged/classifier.json").write_text('{"prompt": "recipe", "max_side": 1, "base_model": "x"}')
-    places = {"here": tmp_path, "images": images, "adapter": adapter, "damaged": tmp_path / "damaged"}
-    said = kshot("predict", images / "a.png", *(word.format(**places) for word in options.split(" ") if word))
-    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1), said
-    assert all(part.format(**places) in said.err for part in parts), said.err
-
-
-def test_no_image_is_asked_for(adapter: Path, kshot) -> None:
-    said = kshot("predict", "--adapter", adapter)
-    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
-
-
-def start(*words: object, **how: Any) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", "from experiments.cli import main; main()", "predict", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
-
-
-def test_as_a_program_a_reader_that_goes_away_is_no_error(adapter: Path, images: Path) -> None:
-    with start(images, "--adapter", adapter) as running:
-        assert running.stdout
-        assert running.stderr
-        running.stdout.close()
-        assert running.stderr.read() == b""
-    assert running.returncode == 141
-
-
-def test_as_a_program_with_an_image_on_standard_input(adapter: Path, images: Path) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    with start("-", "--adapter", adapter, stdin=subprocess.PIPE, env=environment) as running:
-        out, err = running.communicate((images / "a.png").read_bytes())
-    assert (running.returncode, err) == (0, b"")
-    assert out.startswith(b"-\n  0.")
-    assert b"caf\\xe9 d\\xe9j\\xe0 vu" in out

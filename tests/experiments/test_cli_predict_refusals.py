@@ -1,0 +1,89 @@
+"""kshot predict: what it refuses, in one line each, and how it ends as a program of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_checkpoint_without_class_names(adapter: Path, images: Path, kshot, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("classifier.json")))
+    said = kshot("predict", images / "a.png", "--adapter", bare)
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "has no classifier.json; give them with --class NAME" in said.err
+    assert kshot("predict", images / "a.png", "--adapter", bare, "--class", "a star", "--class", "a cat").status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("", ["no model is given; give --adapter DIR, or --model NAME with class names"]),
+        ("--adapter {here}/none", ["adapter {here}/none is no folder", "kshot train"]),
+        ("--adapter {images}", ["{images} has no classifier.json", "--class NAME"]),
+        ("--adapter {images} --class a --class b", ["{images} has no kshot.json; only adapters that kshot wrote"]),
+        ("--adapter", ["--adapter"]),
+        ("--adapter {damaged}", ["classifier.json is damaged (classes: "]),
+        ("--adapter {adapter} --model nope", ["unknown model 'nope'"]),
+        ("--adapter {adapter} --prompt what", ["prompt 'what' is neither a preset (recipe"]),
+        ("--adapter {adapter} --prompt {{image}}a=>b", ["must hold {{label}} once"]),
+        ("--adapter {adapter} --method best", ["unknown method 'best'", "constrained, likelihood"]),
+        ("--adapter {adapter} --class a --class a", ["class name 'a' stands twice"]),
+        ("--adapter {adapter} --class a", ["there is one class, 'a'; a choice needs two or more"]),
+        ("--adapter {adapter} --class= --class a", ["class name '' cannot be an answer"]),
+        ("--adapter {adapter} --class a --classes {here}/names", ["given twice, with --class and with --classes"]),
+        ("--adapter {adapter} --classes {here}/none", ["--classes {here}/none cannot be read (No such file"]),
+        ("--adapter {adapter} --classes {images}/a.png", ["a.png is no text in UTF-8"]),
+        ("--adapter {adapter} --classes {here}/empty", ["empty holds no class name; write one a line"]),
+        ("--adapter {adapter} --top 0", ["--top"]),
+        ("--adapter {adapter} --max-side 0", ["--max-side"]),
+        ("--adapter {adapter} --device tpu", ["device 'tpu'"]),
+        ("--model kshot/nano-qwen3-vl", ["a model has no class names of its own", "--classes FILE"]),
+        ("--model nope --class a --class b", ["unknown model 'nope'"]),
+        ("--adapter {adapter} - -", ["standard input (-) is given twice"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    adapter: Path, images: Path, tmp_path: Path, kshot, options: str, parts: list[str]
+) -> None:
+    (tmp_path / "names").write_text("a\nb\n")
+    (tmp_path / "empty").write_text("\n")
+    shutil.copytree(adapter, tmp_path / "damaged")
+    (tmp_path / "damaged/classifier.json").write_text('{"prompt": "recipe", "max_side": 1, "base_model": "x"}')
+    places = {"here": tmp_path, "images": images, "adapter": adapter, "damaged": tmp_path / "damaged"}
+    said = kshot("predict", images / "a.png", *(word.format(**places) for word in options.split(" ") if word))
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1), said
+    assert all(part.format(**places) in said.err for part in parts), said.err
+
+
+def test_no_image_is_asked_for(adapter: Path, kshot) -> None:
+    said = kshot("predict", "--adapter", adapter)
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+
+
+def start(*words: object, **how: Any) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", "from experiments.cli import main; main()", "predict", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def test_as_a_program_a_reader_that_goes_away_is_no_error(adapter: Path, images: Path) -> None:
+    with start(images, "--adapter", adapter) as running:
+        assert running.stdout
+        assert running.stderr
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+def test_as_a_program_with_an_image_on_standard_input(adapter: Path, images: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with start("-", "--adapter", adapter, stdin=subprocess.PIPE, env=environment) as running:
+        out, err = running.communicate((images / "a.png").read_bytes())
+    assert (running.returncode, err) == (0, b"")
+    assert out.startswith(b"-\n  0.")
+    assert b"caf\\xe9 d\\xe9j\\xe0 vu" in out
