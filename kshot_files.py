@@ -91,14 +91,15 @@ def remove_stale(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fingerprint(folder: Path) -> str:
-    """16 hex digits for the files directly in a folder: their names, sizes and content.
+def fingerprint(place: Path) -> str:
+    """16 hex digits for a file, or for the files directly in a folder: their names, sizes and content.
 
     Of a file beyond 16 MB, 64 blocks of 4 KB spread over it stand for the content: reading all of a large model would
     take minutes. Weights of another training differ everywhere; an edit of a few tensors can go unseen.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    inside = place.iterdir() if place.is_dir() else [place]
+    for path in sorted(path for path in inside if path.is_file() and not path.name.startswith(".")):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:

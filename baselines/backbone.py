@@ -1,4 +1,4 @@
-"""A DINOv2 backbone by name: find it, load it once per process, turn pixels into its CLS token.
+"""A backbone of timm by name, folder or file: find it, load it once per process, turn pixels into its feature.
 
 Knows neither heads nor training. The loaded module is shared by everything that asks for it, frozen and in eval mode:
 who wants to add to it takes `copy`, which shares the weights.
@@ -10,128 +10,237 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
+from torch import Tensor, nn
 
-from baselines import nano
+from baselines import nano, weights
 from kshot_errors import InputError, ModelError, UnknownNameError
+
+TRANSFORMERS = (VisionTransformer, Eva)  # those that take any number of patches: their position embedding is resampled
+STRIDE = 32  # of a convolutional network that does not state its own
+
+
+class Tokens(NamedTuple):
+    """What a readout joins: the CLS tokens of the last `blocks` blocks, and with `mean` the mean of the last one's
+    patch tokens; all after the final norm."""
+
+    blocks: int
+    mean: bool
+
+
+# The linear evaluation of DINOv2 tries these four (Oquab et al. 2023, arXiv:2304.07193, and its published code).
+READOUTS = {
+    "cls": Tokens(1, mean=False),
+    "cls+mean": Tokens(1, mean=True),
+    "last4": Tokens(4, mean=False),
+    "last4+mean": Tokens(4, mean=True),
+}
+POOLED = "pooled"  # what timm's own classifier of the model reads: for models without a CLS token
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A vision transformer with what its input needs.
+    """A model of timm with what its input needs.
 
     Attributes:
-        vit: timm's module, frozen, without a head; takes any input of whole patches.
-        patch: side of a patch, pixels.
+        name: as it was asked for.
+        module: timm's module, frozen, without a head.
+        readout: a row of READOUTS, or POOLED.
+        patch: both sides of the input are multiples of so many pixels.
+        fixed: (height, width) in pixels where the input has one size alone, else None.
         mean, std: (3, 1, 1), of pixels scaled to 0..1.
     """
 
-    vit: VisionTransformer
+    name: str
+    module: nn.Module
+    readout: str
     patch: int
-    mean: torch.Tensor
-    std: torch.Tensor
+    fixed: tuple[int, int] | None
+    mean: Tensor
+    std: Tensor
 
     @property
     def dim(self) -> int:
         """Length of a feature."""
-        return int(self.vit.num_features)
+        module: Any = self.module
+        if self.readout == POOLED:
+            return int(getattr(module, "head_hidden_size", module.num_features))
+        blocks, mean = READOUTS[self.readout]
+        return int(module.num_features) * (blocks + mean)
 
-    def copy(self) -> VisionTransformer:
+    def copy(self) -> nn.Module:
         """The module again, to add adapters to; its parameters are the same tensors, not copies."""
-        return copy.deepcopy(self.vit, {id(p): p for p in self.vit.parameters()})
+        return copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
 
-    def normalised(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
+    def check_size(self, size: int | None) -> None:
+        """Raises InputError unless images of `size` pixels, square, can go in; None is each image's own size."""
+        if self.fixed is not None and (size, size) != self.fixed:
+            height, width = self.fixed
+            asked = "images of their own sizes were asked for" if size is None else f"{size} pixels were asked for"
+            way_out = f"give image size {height}" if height == width else "use another model: kshot makes squares"
+            raise InputError(
+                f"model {self.name!r} has a fixed position embedding and takes {height}x{width} pixels alone, "
+                f"{asked}; {way_out}"
+            )
+        if size is not None and (size <= 0 or size % self.patch):
+            raise InputError(
+                f"image size {size} is no multiple of {self.patch}, the patch size of model {self.name!r}; "
+                f"give a multiple of {self.patch}"
+            )
+
+    def normalised(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """(B, 3, H, W) float32 on the backbone's device, of B arrays (H, W, 3) uint8 of one size."""
         batch = torch.from_numpy(np.stack(pixels)).to(self.mean.device).permute(0, 3, 1, 2)
         return (batch.float() / 255 - self.mean) / self.std
 
+    def features(self, module: nn.Module, batch: Tensor) -> Tensor:
+        """(B, dim): what `readout` takes of `module` (this one or a copy of it with adapters) on normalised pixels."""
+        vit: Any = module
+        if self.readout == POOLED:
+            pooled: Tensor = vit(batch)
+            return pooled
+        blocks, mean = READOUTS[self.readout]
+        states = _last_blocks(vit, batch, blocks)
+        parts = [prefix[:, 0] for _, prefix in states] + ([states[-1][0].mean(dim=1)] if mean else [])
+        return torch.cat(parts, dim=1)
 
-def cls_tokens(vit: VisionTransformer, batch: torch.Tensor) -> torch.Tensor:
-    """(B, D): the CLS token after the final norm, DINOv2's image feature (Oquab et al. 2023, arXiv:2304.07193)."""
-    return vit.forward_features(batch)[:, 0]
 
-
-def load(model: str, device: str = "cpu") -> Backbone:
-    """The backbone `model`: "kshot/nano-dinov2", a folder in timm's hub layout (with or without "local-dir:"),
-    "hf-hub:OWNER/NAME", or the name of a vision transformer in timm, whose weights come from the hub.
+def load(model: str, device: str = "cpu", readout: str = "cls") -> Backbone:
+    """The backbone `model`: "kshot/nano-dinov2"; a folder in the hub layout of timm (with or without "local-dir:") or
+    of transformers; a file of DINOv2 weights (see `baselines.weights`); "hf-hub:OWNER/NAME" or any name of timm, whose
+    weights come from the hub.
 
     Raises:
-        UnknownNameError: timm has no vision transformer of this name.
-        ModelError: the folder or the weights cannot be loaded, or the model has no CLS token.
+        UnknownNameError: timm has no model of this name; no such readout.
+        ModelError: the folder or the weights cannot be loaded, or the model has no CLS token for this readout.
         InputError: the device is not there.
     """
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise InputError(f"device {device!r} is not available here; use device 'cpu'")
-    return _load(_source(model), device)
+    return _backbone(model, _module(_source(model), device), device, readout)
 
 
-def check(model: str) -> None:
-    """Raise, as `load` does, for a name that cannot be a backbone; loads and downloads nothing."""
-    if model != nano.NAME:
-        _source(model)
+def check(model: str, readout: str = "cls", size: int | None = None) -> None:
+    """Raise what `load` and `Backbone.check_size` would, before a start. Downloads nothing: of a model that only the
+    hub knows nothing is checked; of timm's models all but the weights; local files are read whole."""
+    source = _source(model)
+    if source.kind == "timm" and not source.name.startswith("hf-hub:"):
+        with torch.device("meta"):
+            module = _created(source.name, pretrained=False)
+        _backbone(model, module, "cpu", readout).check_size(size)
+    elif source.kind == "weights":
+        _backbone(model, _module(source, "cpu"), "cpu", readout).check_size(size)
 
 
-def check_size(size: int | None, patch: int) -> None:
-    """Raises InputError unless `size` pixels are whole patches."""
-    if size is not None and (size <= 0 or size % patch):
-        raise InputError(f"size {size} is no multiple of the model's patch size {patch}; give a multiple of {patch}")
+class Source(NamedTuple):
+    """Where a module comes from. kind: "timm" (name: what timm calls it) or "weights" (name: a path)."""
+
+    kind: str
+    name: str
+
+
+def _backbone(name: str, module: nn.Module, device: str, readout: str) -> Backbone:
+    if readout not in READOUTS and readout != POOLED:
+        raise UnknownNameError("readout", readout, [*READOUTS, POOLED])
+    if readout != POOLED and not _has_tokens(module):
+        raise ModelError(f"model {name!r} has no CLS token after a final norm; use a DINOv2 model or readout {POOLED}")
+    config = resolve_model_data_config(module)
+    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    patch, fixed = _input(module)
+    return Backbone(name, module, readout, patch, fixed, mean, std)
+
+
+def _has_tokens(module: Any) -> bool:
+    known = isinstance(module, TRANSFORMERS)
+    return known and module.cls_token is not None and not isinstance(module.norm, nn.Identity)
+
+
+def _input(module: Any) -> tuple[int, tuple[int, int] | None]:
+    """Of which number of pixels the sides are multiples, and the one size (height, width) that goes in, if any."""
+    if isinstance(module, TRANSFORMERS):
+        return int(module.patch_embed.patch_size[0]), None
+    embed = getattr(module, "patch_embed", None)
+    if module.pretrained_cfg.get("fixed_input_size", False) or getattr(embed, "strict_img_size", False):
+        height, width = getattr(embed, "img_size", None) or module.pretrained_cfg["input_size"][1:]
+        return 1, (height, width)
+    stages = getattr(module, "feature_info", None) or [{"reduction": STRIDE}]
+    return int(stages[-1]["reduction"]), None
+
+
+def _last_blocks(vit: Any, batch: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:
+    """(patch tokens, prefix tokens) after each of the last `blocks` blocks and the final norm."""
+    if blocks == 1:
+        tokens, prefix = vit.forward_features(batch), vit.num_prefix_tokens
+        return [(tokens[:, prefix:], tokens[:, :prefix])]
+    wanted = {"return_prefix_tokens": True, "norm": True, "output_fmt": "NLC", "intermediates_only": True}
+    states: list[tuple[Tensor, Tensor]] = vit.forward_intermediates(batch, indices=blocks, **wanted)
+    return states
 
 
 # Two: a sweep compares at most a small and a large one, and a ViT-L has 1.2 GB.
 @lru_cache(maxsize=2)
-def _load(source: str, device: str) -> Backbone:
-    vit = _create(source)
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or isinstance(vit.norm, torch.nn.Identity):
-        raise ModelError(f"model {source!r} has no CLS token after a final norm; use a DINOv2 model of timm")
-    vit.requires_grad_(False).eval().to(device)
-    config = resolve_model_data_config(vit)
-    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return Backbone(vit, vit.patch_embed.patch_size[0], mean, std)
+def _module(source: Source, device: str) -> nn.Module:
+    if source.kind == "weights":
+        module: nn.Module = weights.vision_transformer(Path(source.name))
+    else:
+        module = _downloaded(source.name)
+    return module.requires_grad_(False).eval().to(device)
 
 
-def _create(source: str) -> torch.nn.Module:
+def _downloaded(name: str) -> nn.Module:
     # timm draws random weights before it loads the real ones.
     with torch.random.fork_rng(devices=[]):
         try:
-            return timm.create_model(source, pretrained=True, num_classes=0, dynamic_img_size=True)
+            return _created(name, pretrained=True)
         except Exception as error:  # timm, safetensors and the hub's client have no common exception
             way_out = (
                 "its config.json and model.safetensors must be of one architecture of timm"
-                if source.startswith("local-dir:")
-                else "weights come from the Hugging Face hub: go online once, or give a local folder in timm's layout"
+                if name.startswith("local-dir:")
+                else "weights come from the Hugging Face hub: go online once, or give a local folder or file of weights"
             )
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
-            raise ModelError(f"cannot load model {source!r} ({reason}); {way_out}") from error
+            raise ModelError(f"cannot load model {name!r} ({reason}); {way_out}") from error
 
 
-def _source(model: str) -> str:
-    """The name under which timm loads `model`."""
+def _created(name: str, *, pretrained: bool) -> nn.Module:
+    """timm's module; a transformer that can resample its position embedding is told to."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # of another family: its constructor has no such argument
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _source(model: str) -> Source:
     if model == nano.NAME:
-        return f"local-dir:{nano.folder()}"
-    folder = Path(model.removeprefix("local-dir:"))
-    if model.startswith("local-dir:") or folder.is_dir():
-        return _folder_source(folder)
+        return Source("timm", f"local-dir:{nano.folder()}")
+    path = Path(model.removeprefix("local-dir:"))
+    if weights.is_weights(path):
+        return Source("weights", str(path.resolve()))
+    if model.startswith("local-dir:") or path.is_dir():
+        return Source("timm", _timm_folder(path))
     if not model.startswith("hf-hub:"):
         _check_known(model)
-    return model
+    return Source("timm", model)
 
 
-def _folder_source(folder: Path) -> str:
+def _timm_folder(folder: Path) -> str:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ModelError(f"model folder {str(folder)!r} has no {name}; give a folder in timm's hub layout")
+            raise ModelError(f"model folder {str(folder)!r} has no {name}; give a folder in the hub layout")
     return f"local-dir:{folder.resolve()}"
 
 
 def _check_known(model: str) -> None:
-    tagged = timm.list_models(module="vision_transformer", pretrained=True)
-    if model not in tagged and model not in timm.list_models(module="vision_transformer"):
+    tagged = timm.list_models(pretrained=True)
+    if model not in tagged and model not in timm.list_models():
         names = [nano.NAME, *tagged]
-        near = get_close_matches(model, names, n=5) or [name for name in names if "dinov2" in name]
-        raise UnknownNameError("model (a folder, or a vision transformer of timm)", model, near)
+        near = get_close_matches(model, names, n=5) or [name for name in names if "patch14_dinov2" in name]
+        raise UnknownNameError("model (a folder, a file of weights, or a model of timm)", model, near)

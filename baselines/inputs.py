@@ -1,11 +1,28 @@
-"""What every head requires of its features and labels, checked in one place.
+"""What every head requires of its features and labels, checked in one place, and what a fitted head is.
 
-Knows no head. There is no argument for test labels, here or in any head: nothing can be chosen on them.
+Knows no head. Nothing that fits has an argument for test images or their labels: nothing can be chosen on them.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from kshot_errors import InputError
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head that has learnt.
+
+    scores: (M, D) features → (M, n_classes) scores, higher is better; -inf for classes without a training image.
+        Raises InputError for features that do not fit or are not finite.
+    chosen: what was chosen on the training images, JSON values; empty where nothing was.
+    """
+
+    scores: Callable[[np.ndarray], np.ndarray]
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_labels(labels: np.ndarray, n_classes: int, count: int) -> None:
@@ -19,12 +36,41 @@ def check_labels(labels: np.ndarray, n_classes: int, count: int) -> None:
         raise InputError(f"label {wrong[0]} is not one of {n_classes} classes; labels go from 0 to {n_classes - 1}")
 
 
-def check_features(train: np.ndarray, labels: np.ndarray, test: np.ndarray, n_classes: int) -> None:
-    """Raises InputError unless train is (N, D), labels (N,), test (M, D), all numbers finite."""
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-        raise InputError(f"train {train.shape} and test {test.shape} features do not fit; give (N, D) and (M, D)")
+def check_training(train: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """The labels that occur, in order. Raises InputError unless train is (N, D) and finite, labels are (N,), and there
+    are two classes at least."""
+    if train.ndim != 2:
+        raise InputError(f"train features of shape {train.shape}; give (N, D)")
     check_labels(labels, n_classes, len(train))
-    for name, features in (("train", train), ("test", test)):
-        broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        if broken.size:
-            raise InputError(f"{name} features of image {broken[0]} are not finite; check the encoder and that image")
+    _check_finite("train", train)
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise InputError(f"all {len(labels)} training images are of class {present[0]}; give at least two classes")
+    return present
+
+
+def fitted(
+    dim: int,
+    n_classes: int,
+    present: np.ndarray,
+    scores: Callable[[np.ndarray], np.ndarray],
+    chosen: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """A Fitted of `scores`, (M, dim) → (M, present) float64, that checks its features and spreads its columns."""
+
+    def checked(test: np.ndarray) -> np.ndarray:
+        if test.ndim != 2 or test.shape[1] != dim:
+            raise InputError(f"test features of shape {test.shape} do not fit; give (M, {dim}) like the training ones")
+        _check_finite("test", test)
+        spread = np.full((len(test), n_classes), -np.inf)
+        if len(test):
+            spread[:, present] = scores(test)
+        return spread
+
+    return Fitted(checked, chosen or {})
+
+
+def _check_finite(name: str, features: np.ndarray) -> None:
+    broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if broken.size:
+        raise InputError(f"{name} features of image {broken[0]} are not finite; check the encoder and that image")

@@ -1,120 +1,142 @@
-"""LoRA and a linear head on DINOv2: the baseline that trains, with the same optimiser as the language model's side.
+"""LoRA and a linear head on a frozen backbone: the module of the baseline that trains, from pixels to logits.
 
-Knows neither data sets nor budgets: the caller makes the batches and picks the learning rate. Every random number
-comes from `seed`, and the global generators are left as they were.
+Knows neither images' bytes nor requests nor an optimizer. Every random number comes from `seed`, and the global
+generators are left as they were.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from timm.models import VisionTransformer
-from torch.nn import functional
+from torch import Tensor, nn
 
-from baselines.backbone import Backbone, check_size, cls_tokens, load
-from baselines.inputs import check_labels
-from baselines.pixels import PixelCache, size_groups
+from baselines.backbone import Backbone, load
+from baselines.pixels import size_groups
 from kshot_errors import InputError, ModelError
 
 ALPHA = 32
-LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-# Images predicted at a time. Fixed, since the low bits of a batched product depend on the size of the batch.
+# Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Adam:
-    """Adam without weight decay or clipping (Kingma & Ba 2015); defaults are the blog's, names are Tinker's."""
+class Shape:
+    """What a head is made for; weights fit heads of one shape alone.
 
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-
-
-def _adapted(backbone: Backbone, rank: int, seed: int) -> VisionTransformer:
-    """The backbone with LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer of its blocks."""
-    vit = backbone.copy()
-    targets = [f"blocks.{block}.{linear}" for block in range(len(vit.blocks)) for linear in LINEARS]
-    if missing := sorted(set(targets) - {name for name, _ in vit.named_modules()}):
-        raise ModelError(f"the model has no {missing[0]} to put LoRA on; use a DINOv2 model of timm")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets), vit)
-    return vit
-
-
-class LoraClassifier:
-    """A DINOv2 backbone with LoRA adapters and a linear head on the CLS token; untrained, it predicts uniformly.
-
-    The head starts at zero, so the first step moves the head alone. LoRA's A is drawn from `seed` (PEFT's Kaiming
-    uniform), B starts at zero; alpha is 32 at any rank, dropout 0. Predictions are the same bit for bit for the same
-    images in the same order.
-
-    Args:
-        model, device: see `baselines.backbone.load`, which also lists what is raised. size: see `features.Encoder`.
-        n_classes: at least 2. rank: at least 1.
+    model, readout: see `baselines.backbone.load`. n_classes: at least 2. rank: of LoRA, at least 1. size: side in
+    pixels to which every image is resized, square; None keeps each image's own size, rounded to whole patches.
 
     Raises:
-        InputError: n_classes, rank or size out of range. ModelError: the blocks are not DINOv2's.
+        InputError: n_classes or rank out of range.
     """
 
-    def __init__(
-        self, model: str, n_classes: int, *, seed: int, rank: int = 32, size: int | None = None, device: str = "cpu"
-    ) -> None:
-        if n_classes < 2 or rank < 1:
-            raise InputError(f"{n_classes} classes at LoRA rank {rank}; give at least 2 classes and rank 1")
-        self._backbone = load(model, device)
-        check_size(size, self._backbone.patch)
-        self._pixels = PixelCache(self._backbone.patch, size)
-        self._n_classes = n_classes
-        self.vit = _adapted(self._backbone, rank, seed)
-        self.head = torch.nn.utils.skip_init(torch.nn.Linear, self._backbone.dim, n_classes, device=device)
-        for parameter in self.head.parameters():
-            torch.nn.init.zeros_(parameter)
-        trained = [p for p in (*self.vit.parameters(), *self.head.parameters()) if p.requires_grad]
-        self._optimizer = torch.optim.Adam(trained)
+    model: str
+    n_classes: int
+    rank: int = 32
+    readout: str = "cls"
+    size: int | None = None
 
-    def step(self, images: Sequence[bytes], labels: Sequence[int], adam: Adam = Adam()) -> float:
-        """One Adam step on N images; returns their cross-entropy before it, in nats, the sum and not the mean.
+    def __post_init__(self) -> None:
+        if self.n_classes < 2 or self.rank < 1:
+            raise InputError(f"{self.n_classes} classes at LoRA rank {self.rank}; give at least 2 classes and rank 1")
 
-        The sum is Tinker's definition, as on the language model's side; Adam does not see the factor N but for eps.
 
-        Raises:
-            InputError: labels that do not fit. ImageError: bytes that are no image.
-        """
-        targets = np.asarray(labels)
-        check_labels(targets, self._n_classes, len(images))
-        self._optimizer.zero_grad()
-        total = 0.0
-        for group, logits in self._logits(images):
-            target = torch.from_numpy(targets[group]).long().to(logits.device)
-            loss = functional.cross_entropy(logits, target, reduction="sum")
-            loss.backward()
-            total += loss.item()
-        self._optimizer.param_groups[0].update(lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps)
-        self._optimizer.step()
-        return total
+class LoraHead:
+    """A backbone with LoRA adapters and a linear head on its feature; untrained, it predicts uniformly.
 
-    @torch.inference_mode()
-    def log_probs(self, images: Sequence[bytes]) -> np.ndarray:
-        """(N, n_classes) float64 log-probabilities, in nats.
+    The head starts at zero, so the first step moves the head alone. LoRA's A is drawn from `seed` (PEFT's Kaiming
+    uniform), B starts at zero; alpha is 32 at any rank, dropout 0.
 
-        Raises:
-            ImageError: bytes that are no image.
-        """
-        result = np.empty((len(images), self._n_classes))
-        for start in range(0, len(images), CHUNK):
-            rows = result[start : start + CHUNK]
-            for group, logits in self._logits(images[start : start + CHUNK]):
-                rows[group] = logits.double().log_softmax(dim=1).cpu().numpy()
-        return result
+    Args:
+        device: see `baselines.backbone.load`, which also lists what is raised. seed: 0 to 2^63 - 1.
 
-    def _logits(self, images: Sequence[bytes]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(indices, logits) of the images of one size, one size after the other: each is one forward."""
-        pixels = [self._pixels(image) for image in images]
+    Raises:
+        InputError: the size does not fit the model, or seed out of range. ModelError: the model has no blocks with
+            linear layers, or computes past some of them.
+    """
+
+    def __init__(self, shape: Shape, *, seed: int, device: str = "cpu") -> None:
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
+        self.shape, self.backbone = shape, load(shape.model, device, shape.readout)
+        self.backbone.check_size(shape.size)
+        self._adapted = _adapted(self.backbone, shape.rank, seed)
+        self._linear = nn.utils.skip_init(nn.Linear, self.backbone.dim, shape.n_classes, device=device)
+        for parameter in self._linear.parameters():
+            nn.init.zeros_(parameter)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes: of the adapters by their names in timm's module, and of the head as
+        head.weight and head.bias."""
+        named = (*self._adapted.named_parameters(), *self._linear.named_parameters(prefix="head"))
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def logits(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, (B, n_classes) logits) of arrays (H, W, 3) uint8: those of one size together, CHUNK at a time."""
         for group in size_groups(pixels):
-            batch = self._backbone.normalised([pixels[i] for i in group])
-            yield group, self.head(cls_tokens(self.vit, batch))
+            for start in range(0, len(group), CHUNK):
+                members = group[start : start + CHUNK]
+                batch = self.backbone.normalised([pixels[n] for n in members])
+                yield members, self._linear(self.backbone.features(self._adapted, batch))
+
+    def snapshot(self) -> "LoraHead":
+        """The head with its numbers as they are now: what is trained is copied, what is frozen shared."""
+        other, frozen = copy.copy(self), (p for p in self._adapted.parameters() if not p.requires_grad)
+        other._adapted, other._linear = copy.deepcopy((self._adapted, self._linear), {id(p): p for p in frozen})
+        return other
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the numbers of another head of this shape, named as `trained` names them.
+
+        Raises:
+            ModelError: other tensors; nothing is changed then.
+        """
+        own = self.trained()
+        check_tensors("the head", own, weights)
+        for name, parameter in own.items():
+            parameter.detach().copy_(weights[name])
+
+
+def check_tensors(what: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raises ModelError unless both have the same names, shapes and dtypes."""
+    expected, found = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (wanted, given))
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        raise ModelError(f"checkpoint does not fit {what} in {len(wrong)} tensors: first {wrong[0]!r}")
+
+
+def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:
+    """The backbone with LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer of its blocks."""
+    module = backbone.copy()
+    layers = ((name, layer) for name, layer in module.named_modules() if name.startswith("blocks."))
+    targets = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+    if not targets:
+        way_out = "use a vision transformer of timm, such as DINOv2"
+        raise ModelError(f"model {backbone.name!r} has no blocks with linear layers to put LoRA on; {way_out}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets), module)
+    _check_reached(backbone, module, targets)
+    return module
+
+
+def _check_reached(backbone: Backbone, module: nn.Module, layers: Sequence[str]) -> None:
+    """Raises ModelError where the model does not call one of its layers but uses its weight, as the EVA models of timm
+    do: an adapter there would have no effect."""
+    unreached = set(layers)
+    hooks = [
+        module.get_submodule(name).register_forward_hook(lambda *_, name=name: unreached.discard(name))
+        for name in layers
+    ]
+    height, width = backbone.fixed or (backbone.patch, backbone.patch)
+    with torch.no_grad():
+        backbone.features(module, torch.zeros(1, 3, height, width, device=backbone.mean.device))
+    for hook in hooks:
+        hook.remove()
+    if unreached:
+        first = min(unreached)
+        raise ModelError(
+            f"model {backbone.name!r} computes past {first}, where LoRA then does nothing; use a DINOv2 model"
+        )

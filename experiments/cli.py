@@ -44,6 +44,25 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="recipe, or '{image}QUESTION => ANSWER {label}'; repeat to compare."),
 ]
+Backbones = Annotated[
+    list[str] | None, typer.Option("--backbone", help="DINOv2: a name or a timm name; repeat to compare.")
+]
+Readouts = Annotated[
+    list[str] | None,
+    typer.Option("--readout", help="Of DINOv2: cls, cls+mean, last4, last4+mean or pooled; repeat to compare."),
+]
+ImageSizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-size",
+        metavar="own|PIXELS",
+        help="Of DINOv2's input, a square, or each image's own; repeat to compare.",
+    ),
+]
+Features = Annotated[
+    list[str] | None,
+    typer.Option("--vlm-features", help="For a head on the VLM: tower, hidden or tower+hidden; repeat to compare."),
+]
 LossName = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text or closed-set.")]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
@@ -84,7 +103,10 @@ def sweep(
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Qwen3-VL: a name, a folder or a hub id.")] = None,
-    backbone: Annotated[str | None, typer.Option("--backbone", help="DINOv2: a name or a timm name.")] = None,
+    backbone: Backbones = None,
+    readout: Readouts = None,
+    image_size: ImageSizes = None,
+    vlm_features: Features = None,
     prompt: Prompts = None,
     loss: LossName = None,
     calibration: Calibration = None,
@@ -105,13 +127,15 @@ def sweep(
     from experiments.config import load
 
     grid = {"shots": numbers("shots", shots), "seeds": numbers("seeds", seeds)}
-    given: dict[str, Any] = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
-    overrides: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value}
+    several: dict[str, Any] = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
+    overrides: dict[str, Any] = {name: tuple(value) for name, value in several.items() if value}
     if dataset and preset == "demo":
         overrides["name"] = "-".join(file_name(name) for name in dict.fromkeys(dataset))
-    chosen = {"model": model, "backbone": backbone, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    chosen = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
     chosen |= {"loss": loss, "calibration": calibration}
-    values = {name: value for name, value in chosen.items() if value is not None}
+    repeated = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
+    values: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    values |= {name: given[0] if len(given) == 1 else tuple(given) for name, given in repeated.items() if given}
     single = pairs(settings)
     if twice := sorted({*values, *(["prompt"] if prompt else [])} & single.keys()):
         raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")

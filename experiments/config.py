@@ -3,15 +3,30 @@
 Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
 """
 
+from collections.abc import Mapping
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from kshot_errors import InputError, UnknownNameError
 
+OWN = "own"  # the image size of each image: what is said where None cannot be
+Readout = Literal["cls", "cls+mean", "last4", "last4+mean", "pooled"]
+ImageSize = Annotated[PositiveInt | None, BeforeValidator(lambda size: None if size == OWN else size)]
+VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
 Shots = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 
@@ -23,6 +38,9 @@ class Settings(BaseModel):
 
     model: str = "Qwen/Qwen3-VL-2B-Instruct"
     backbone: str = "vit_base_patch14_dinov2.lvd142m"
+    readout: Readout = "cls"  # what of the backbone is its feature, see baselines.backbone
+    image_size: ImageSize = None  # pixels, square, of the backbone's input; none: the image's own size
+    vlm_features: VlmFeatures = "tower"  # what vlm-vision-linear has its head on
     max_side: PositiveInt = 480
     limit_test: PositiveInt | None = None
     split_seed: Seed = 0
@@ -41,8 +59,32 @@ class Settings(BaseModel):
     calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
 
 
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(min_length=1)]
+
+
+class Compare(BaseModel):
+    """The settings of which a sweep may compare values; one that is not given has the one value of the settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: Several[str] = ()
+    image_size: Several[ImageSize] = ()
+    readout: Several[Readout] = ()
+    vlm_features: Several[VlmFeatures] = ()
+
+    @field_validator("*")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+
+COMPARED = tuple(Compare.model_fields)
+
+
 class Sweep(BaseModel):
-    """A grid of cells: data sets x methods x shots x seeds under one set of settings."""
+    """A grid of cells: data sets x methods x shots x seeds under one set of settings, or under several: every
+    combination of the values that are compared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,6 +96,18 @@ class Sweep(BaseModel):
     prompts: tuple[str, ...] = ()  # phrasings of the question to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
+    compare: Compare = Compare()
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Setting → the values that it takes in this sweep, one or more, in the order in which they are reported."""
+        return {"prompt": self.phrasings, **{name: values for name, values in self.compare if values}}
+
+    @property
+    def variants(self) -> list[Settings]:
+        """The settings of every combination of these values; those of the later axes change first."""
+        grid = product(*self.axes.values())
+        return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
 
     @property
     def phrasings(self) -> tuple[str, ...]:
@@ -78,15 +132,21 @@ def presets() -> list[str]:
 def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sweep:
     """The sweep of a preset's name or a YAML file, with the values given on the command line put over it.
 
+    settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
     A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
     Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
     content = {**read(preset), **overrides}
-    own = content.get("settings") or {}
-    if isinstance(own, dict):
-        if preset in presets() and any(settings.get(kind, own.get(kind)) != own.get(kind) for kind in MODELS):
+    own, compare = content.get("settings") or {}, content.get("compare") or {}
+    if isinstance(own, dict) and isinstance(compare, dict):
+        if twice := [name for name in own if name in compare]:
+            raise InputError(f"{preset} gives {twice[0]} twice: in settings and in compare; leave one out")
+        if preset in presets() and any(_is_new(kind, settings, own, compare) for kind in MODELS):
             own = {kind: own[kind] for kind in MODELS if kind in own}
-        content["settings"] = {**own, **settings}
+        several = {name: values for name, values in settings.items() if isinstance(values, tuple)}
+        one = {name: value for name, value in settings.items() if name not in several}
+        content["settings"] = {name: value for name, value in {**own, **one}.items() if name not in several}
+        content["compare"] = {name: values for name, values in {**compare, **several}.items() if name not in one}
     try:
         return Sweep.model_validate(content)
     except ValidationError as error:
@@ -112,13 +172,22 @@ def read(preset: str) -> dict[str, Any]:
     return content
 
 
+def _is_new(kind: str, given: Mapping[str, Any], own: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:
+    """Whether a model is given that the file does not have."""
+    known = compare.get(kind, (own.get(kind),))
+    named = given.get(kind, known)
+    return not set(named if isinstance(named, list | tuple) else (named,)) <= set(known)
+
+
 def _explained(preset: str, error: ValidationError) -> InputError:
     """The first complaint in one line; a name that is none comes first, for it may be why another is missing."""
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        fields = Settings.model_fields if first["loc"][0] == "settings" else Sweep.model_fields
-        return UnknownNameError("setting", str(first["loc"][-1]), fields)
+        parts: dict[Any, tuple[str, type[BaseModel]]]
+        parts = {"settings": ("setting", Settings), "compare": ("setting to compare", Compare)}
+        kind, part = parts.get(first["loc"][0], ("setting", Sweep))
+        return UnknownNameError(kind, str(first["loc"][-1]), part.model_fields)
     if first["type"] == "missing":
         return InputError(f"{preset} does not say {where}; a sweep has: {', '.join(Sweep.model_fields)}")
     return InputError(f"{where} = {first['input']!r}: {first['msg']}")

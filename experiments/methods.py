@@ -6,16 +6,21 @@ Knows no folders and no metrics. Nothing here sees a test label.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.core import Example, Images
 from experiments.config import Settings
+from kshot_errors import TooFewImagesError
+from kshot_files import cache_folder
 
 if TYPE_CHECKING:
+    from tinker import types
+
     from baselines.features import Encoder
+    from baselines.heads import Fit
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
@@ -51,14 +56,14 @@ class Outcome:
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
     has encoded or loaded costs nothing again.
     answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
-    chosen: settings that were chosen on the validation images, and what was chosen.
+    chosen: settings that were chosen on labelled images that are no test images, and what was chosen.
     """
 
     scores: np.ndarray
     probabilities: bool
     seconds: Mapping[str, float]
     answers: Sequence[tuple[str, int]] | None = None
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,53 +95,73 @@ def vlm_lora(task: Task) -> Outcome:
 
 def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
     """Train a new run on the task's shots; yields the loss of each step, a training image on average."""
-    from tinker import types
-
     from vlm.classifier import fit
 
     s = task.settings
-    adam = types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
-    for answer, _ in fit(client, _batches(task), prompt_of(client, task), adam, s.loss):
+    for answer, _ in fit(client, _batches(task), prompt_of(client, task), _adam(s), s.loss):
         yield answer.metrics["loss:sum"] / s.batch_size
 
 
-def dinov2_logreg(task: Task) -> Outcome:
-    """Frozen DINOv2 features with logistic regression."""
-    from baselines.linear import logistic_regression
+def vlm_vision_linear(task: Task) -> Outcome:
+    """Logistic regression on features of the base vision-language model: what a head makes of what the model sees."""
+    from vlm.embedding import embed_images
 
-    encoder = _encoder(task.settings.backbone, task.device)
-    return _frozen(task, encoder.features, logistic_regression, probabilities=True)
+    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
+    prompt = prompt_of(sampler, task)
+    return _frozen(task, lambda images: embed_images(sampler, images, prompt, task.settings.vlm_features), "logreg")
+
+
+def dinov2_frozen(head: str, task: Task) -> Outcome:
+    """Frozen DINOv2 features with a head of `baselines.heads`."""
+    return _frozen(task, _encoder(task.settings, task.device).features, head)
 
 
 def pixel_knn(task: Task) -> Outcome:
     """Nearest neighbour on raw pixels: the floor."""
-    from baselines.knn import nearest_neighbour, pixels
+    from baselines.knn import fit_nearest_neighbour, pixels
 
-    return _frozen(task, pixels, nearest_neighbour, probabilities=False)
+    return _fitted(task, pixels, fit_nearest_neighbour, probabilities=False)
 
 
 def dinov2_lora(task: Task) -> Outcome:
-    """LoRA and a linear head on DINOv2, on the very batches that `vlm_lora` sees."""
-    from baselines.lora import Adam, LoraClassifier
+    """LoRA and a linear head on DINOv2, by the same requests and on the very batches that `vlm_lora` makes."""
+    from baselines.examples import datum
+    from baselines.training import LoraHeadClient
+    from vlm.classifier import steps
 
     start, s = time.perf_counter(), task.settings
-    model = LoraClassifier(s.backbone, len(task.classes), rank=s.rank, seed=task.seed, device=task.device)
-    adam = Adam(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
-    for batch in _batches(task):
-        model.step([image for image, _ in batch], [label for _, label in batch], adam)
+    client = LoraHeadClient(
+        s.backbone,
+        len(task.classes),
+        seed=task.seed,
+        rank=s.rank,
+        readout=s.readout,
+        size=s.image_size,
+        device=task.device,
+    )
+    data = ([datum(image, label) for image, label in batch] for batch in _batches(task))
+    for _ in steps(client, data, "cross_entropy", _adam(s)):
+        pass
+    sampler = client.save_weights_and_get_sampling_client().result()
     fitted = time.perf_counter()
-    scores = model.log_probs(task.test)
+    scores = sampler.class_log_probs(task.test)
+    client.close()
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
 _DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+_ENCODED = ("backbone", "readout", "image_size")
 _ASKED = ("model", "prompt", "answer_tokens", "calibration")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_ASKED), learns=False),
     "vlm-lora": Method(vlm_lora, (*_DATA, *_ASKED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
-    "dinov2-logreg": Method(dinov2_logreg, (*_DATA, "backbone")),
-    "dinov2-lora": Method(dinov2_lora, (*_DATA, "backbone", *_TRAINED), cost=5.0),
+    "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0),
+    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_ENCODED)),
+    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_ENCODED)),
+    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_ENCODED)),
+    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_ENCODED)),
+    "dinov2-lora": Method(dinov2_lora, (*_DATA, *_ENCODED, *_TRAINED), cost=5.0),
     "pixel-knn": Method(pixel_knn, _DATA),
 }
 
@@ -149,11 +174,23 @@ def _connected(service: str, device: str) -> "ServiceClient":
     return connect(service, device=device) if service == "local" else connect(service)
 
 
-@lru_cache(maxsize=1)
-def _encoder(backbone: str, device: str) -> "Encoder":
+def _encoder(settings: Settings, device: str) -> "Encoder":
+    return _encoder_of(settings.backbone, settings.readout, settings.image_size, device)
+
+
+@lru_cache(maxsize=4)
+def _encoder_of(backbone: str, readout: str, size: int | None, device: str) -> "Encoder":
+    """One encoder a setting and process; its features are kept for the other processes and for later sweeps."""
     from baselines.features import Encoder
 
-    return Encoder(backbone, device=device)
+    return Encoder(backbone, readout=readout, size=size, device=device, folder=cache_folder() / "features")
+
+
+def _adam(settings: Settings) -> "types.AdamParams":
+    from tinker import types
+
+    s = settings
+    return types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
 
 
 def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
@@ -203,17 +240,36 @@ def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.
     return priors[name], {"calibration": name}
 
 
-def _frozen(
-    task: Task,
-    features: Callable[[Sequence[bytes]], np.ndarray],
-    head: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
-    *,
-    probabilities: bool,
+def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: str) -> Outcome:
+    """Features of a frozen encoder and a row of HEADS on them."""
+    from baselines.heads import HEADS
+
+    row = HEADS[head]
+    if row.chooses:
+        _check_left_out(task)
+    return _fitted(task, features, row.fit, probabilities=row.probabilities)
+
+
+def _fitted(
+    task: Task, features: Callable[[Sequence[bytes]], np.ndarray], fit: "Fit", *, probabilities: bool
 ) -> Outcome:
-    """Features of a frozen encoder and a head on them, which learns and predicts in one call: that counts as fit."""
+    """A head fitted on the training images alone, then asked. "fit" holds the encoding of the training images,
+    "predict" that of the test images."""
     start = time.perf_counter()
-    test = features(task.test)
-    tested = time.perf_counter()
-    train, labels = features(Images(task.train)), np.array([e.label for e in task.train])
-    scores = head(train, labels, test, len(task.classes))
-    return Outcome(scores, probabilities, {"fit": time.perf_counter() - tested, "predict": tested - start})
+    labels = np.array([example.label for example in task.train])
+    fitted = fit(features(Images(task.train)), labels, len(task.classes))
+    learnt = time.perf_counter()
+    scores = fitted.scores(features(task.test))
+    seconds = {"fit": learnt - start, "predict": time.perf_counter() - learnt}
+    return Outcome(scores, probabilities, seconds, chosen=fitted.chosen)
+
+
+def _check_left_out(task: Task) -> None:
+    """Raises TooFewImagesError for a class with one image beside classes with more, by its name: heads know numbers."""
+    counts = np.bincount([example.label for example in task.train], minlength=len(task.classes))
+    if counts.max() > 1 and (counts == 1).any():
+        name = task.classes[int(np.argmax(counts == 1))]
+        raise TooFewImagesError(
+            f"class {name!r} has one training image and others have {counts.max()}: this head chooses its settings by "
+            "leaving one out, and then the class has none; add an image, or ask for 1 shot, or leave the method out"
+        )

@@ -25,7 +25,10 @@ from experiments.styles import ordered, style
 from kshot_errors import ResultsError
 from kshot_files import write_file
 
-SIZE = (7.2, 5.6)  # inches
+SIZE = (7.2, 5.6)  # inches, with a legend of at most ROWS rows; each further one adds ROW
+ROWS, ROW = 6, 0.21
+TWO_COLUMNS = 42  # characters of a title, at most, for a legend of two columns
+SHIFT, SHIFTS = 0.03, 0.5  # between neighbouring series, and in all at most, of the way from one shots to its double
 DPI = 160
 GREY = "#555555"
 WIDTH = 1.6  # of lines, in points
@@ -64,7 +67,8 @@ def _spread(table: dict[str, dict[int, Score]], seeds: int) -> str:
 
 
 def _draw(table: dict[str, dict[int, Score]], title: str, n_classes: int | None) -> Figure:
-    drawn = Figure(figsize=SIZE, layout="constrained")
+    columns, height = _legend(table, n_classes)
+    drawn = Figure(figsize=(SIZE[0], height), layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.add_subplot()
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
@@ -81,15 +85,26 @@ def _draw(table: dict[str, dict[int, Score]], title: str, n_classes: int | None)
         axes.axhline(100 / n_classes, color=GREY, linewidth=1, dashes=(6, 3), label=f"chance (1/{n_classes})", zorder=1)
     _y_axis(axes, table, n_classes)
     axes.set_title(title, loc="left", fontsize=11)
-    drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, handlelength=3)
+    drawn.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, handlelength=3)
     return drawn
+
+
+def _legend(table: Mapping[str, object], n_classes: int | None) -> tuple[int, float]:
+    """(columns of the legend, height of the figure in inches): the axes stay as large however many series there are."""
+    columns = 2 if max(len(style(series).title) for series in table) <= TWO_COLUMNS else 1
+    rows = math.ceil((len(table) + (1 if n_classes else 0)) / columns)
+    return columns, SIZE[1] + ROW * max(0, rows - ROWS)
 
 
 def _shifts(table: Mapping[str, Mapping[int, Score]]) -> dict[str, float]:
     """How far a series is moved, so that bars of those with the same accuracy stay apart by a hair's breadth."""
     untuned = [series for series in ordered(table) if max(table[series]) == 0]
     drawn = [series for series in ordered(table) if max(table[series]) > 0]
-    return {series: 0.03 * (n - (len(row) - 1) / 2) for row in (untuned, drawn) for n, series in enumerate(row)}
+    return {
+        series: min(SHIFT, SHIFTS / len(row)) * (n - (len(row) - 1) / 2)
+        for row in (untuned, drawn)
+        for n, series in enumerate(row)
+    }
 
 
 def _x_axis(axes: Axes, shots: Sequence[int]) -> dict[int, float]:

@@ -4,18 +4,21 @@ It does not know how cells are run or stored: records in, files out; the same re
 image of a data set, no absolute path and no time of day.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.display import name
 from experiments.intervals import Score
 from experiments.metrics import scores, seeds_of
 from experiments.plot import figure
+from experiments.references import published_table
 from experiments.report_blocks import Block, Command, Heading, Notes, Paragraph, Picture
 from experiments.report_html import page
 from experiments.report_markdown import markdown
-from experiments.series import by_prompt, method_of, prompt_of
-from experiments.styles import ordered, style
+from experiments.series import by_series, choices_of, method_of
+from experiments.styles import COUNTED, ordered, style
 from experiments.tables import Record, accuracy_table, metrics_table, percent, text_table
 from experiments.tables_run import (
     Planned,
@@ -44,13 +47,13 @@ def write_report(
     """Write figures/<data set>.png and .svg, report.md and report.html into the folder; return their paths.
 
     `sweep` and `cells` are the contents of sweep.json and cells/*.json. `n_images` and `n_classes` are test images and
-    classes by data set. `planned` lists the cells that should be there, of series where there are (see `by_prompt`);
+    classes by data set. `planned` lists the cells that should be there, of series where there are (see `by_series`);
     by default the full grid of `sweep`. Data sets without a cell are listed as missing, nothing more. Paired
     differences and confusions appear if the folder holds the predictions. Raises ResultsError when predictions that
     should be of the same images are not, and for a cell or a prediction that does not fit the sweep.
     """
     n_classes = n_classes or {}
-    sweep, cells = by_prompt(sweep, cells)
+    sweep, cells = by_series(sweep, cells)
     cells = sorted(cells, key=lambda cell: (cell["dataset"], cell["method"], cell["shots"], cell["seed"]))
     run = [dataset for dataset in sweep["datasets"] if any(cell["dataset"] == dataset for cell in cells)]
     files = {d: figure(cells, d, folder / "figures", n_classes=n_classes.get(d)) for d in run}
@@ -71,19 +74,27 @@ def write_report(
 def headline(cells: Sequence[Record], dataset: str) -> str:
     """One sentence: what was compared, what was best at the smallest and the largest shots, and how sure that is.
 
-    The methods of the cells may be series (see `by_prompt`).
+    The methods of the cells may be series (see `by_series`).
     """
     table = scores(cells, dataset)
-    methods, prompts = {method_of(m) for m in table}, {prompt_of(m) for m in table} - {None}
+    methods = {method_of(m) for m in table}
     shots = sorted({k for row in table.values() for k in row if k})
-    seeds = _count(len(seeds_of(cells, dataset)), "seed") + (f", {_count(len(prompts), 'prompt')}" if prompts else "")
+    under = ", ".join([_count(len(seeds_of(cells, dataset)), "seed"), *_compared(table)])
     opening = f"{_count(len(methods), 'method')} {'was' if len(methods) == 1 else 'were'} compared on {name(dataset)}"
     blind = [f"{style(m).title} reaches {_share(table[m][0])}" for m in ordered(table) if 0 in table[m]]
     without = [f"with no example at all, {_and(blind)}"] if blind else []
     ends = [f"at {k} per class, {_lead(table, k)}" for k in dict.fromkeys([*shots[:1], *shots[-1:]])]
     span = f"{shots[0]} to {shots[-1]}" if len(shots) > 1 else "".join(map(str, shots[:1])) or "no"
     examples = "example" if shots == [1] else "examples"
-    return f"{opening} with {span} labelled {examples} per class ({seeds}): {'; '.join(ends + without)}."
+    return f"{opening} with {span} labelled {examples} per class ({under}): {'; '.join(ends + without)}."
+
+
+def _compared(table: Iterable[str]) -> list[str]:
+    """How many values of each setting are compared: `2 prompts`."""
+    found: dict[str, set[Any]] = defaultdict(set)
+    for choice in (choice for series in table for choice in choices_of(series)):
+        found[choice.setting].add(choice.value)
+    return [_count(len(values), COUNTED.get(setting, setting)) for setting, values in found.items()]
 
 
 def _lead(table: Mapping[str, Mapping[int, Score]], shots: int) -> str:
@@ -124,6 +135,8 @@ def _dataset(
     )
     yield Picture(svg.read_bytes(), f"figures/{png.name}", alt)
     yield accuracy_table(cells, dataset)
+    if references := published_table(dataset):
+        yield references
     if answers := text_table(cells, dataset):
         yield answers
     yield metrics_table(cells, dataset)

@@ -1,45 +1,56 @@
-"""The series of a report: a method, or where a sweep asks with several prompts, a method with one of them.
+"""The series of a report: a method, or where a sweep compares, a method with one value of each setting that it compares
+(of the prompts, the prompt) and that the method reads.
 
 A series stands where a method's name stands, in sweep.json's content and in cell records. Nothing is parsed out of its
-text: `method_of` says which method it is. Knows no numbers and no looks.
+text: `method_of` and `choices_of` say what it is. Knows no numbers and no looks.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
 
 from experiments.methods import METHODS
 from kshot_errors import ResultsError
 
 Record = Mapping[str, Any]
+Axes = Mapping[str, Sequence[Any]]  # {setting: the values of it that are compared, as results record them}
 T = TypeVar("T")
+PROMPT = "prompt"
+ABSENT = object()
+
+
+class Choice(NamedTuple):
+    """One value of several that a setting has in a sweep: its place among them (from 0), and how many there are."""
+
+    setting: str
+    value: Any
+    place: int
+    of: int
 
 
 class Series(str):
-    """A method with the prompt of this number (from 1) of several; as text, unique among the series of a sweep."""
+    """A method under one choice or more; as text, unique among the series of a sweep."""
 
     method: str
-    prompt: int
+    choices: tuple[Choice, ...]
 
-    def __new__(cls, method: str, prompt: int) -> "Series":
-        series = super().__new__(cls, f"{method}, prompt {prompt}")
-        series.method, series.prompt = method, prompt
+    def __new__(cls, method: str, choices: Sequence[Choice]) -> "Series":
+        series = super().__new__(cls, ", ".join([method, *map(_text, choices)]))
+        series.method, series.choices = method, tuple(choices)
         return series
 
 
-def by_prompt(sweep: Record, cells: Sequence[Record]) -> tuple[Record, list[Record]]:
-    """The sweep and its cells with series for the methods that ask with a prompt, where the sweep has several prompts.
+def by_series(sweep: Record, cells: Sequence[Record]) -> tuple[Record, list[Record]]:
+    """The sweep and its cells with series for the methods that read a setting of which the sweep compares values.
 
-    With one prompt or none they come back as they are, and so does what has series already. Raises ResultsError for a
-    cell whose prompt is none of the sweep's.
+    Where it compares nothing they come back as they are, and so does what has series already. Raises ResultsError for a
+    cell that was run with none of the sweep's values.
     """
-    prompts = list(sweep.get("prompts", ()))
-    if len(prompts) < 2:
+    axes = _axes(sweep)
+    if not axes:
         return sweep, list(cells)
-    numbers = range(1, len(prompts) + 1)
-    methods = [each for m in sweep["methods"] for each in ([Series(m, n) for n in numbers] if _asks(m) else [m])]
-    return {**sweep, "methods": methods}, [
-        _of_series(cell, prompts) if _asks(cell["method"]) else cell for cell in cells
-    ]
+    methods = [series for method in sweep["methods"] for series in _series(method, axes)]
+    return {**sweep, "methods": methods}, [{**cell, "method": _of_cell(cell, axes)} for cell in cells]
 
 
 def method_of(series: str) -> str:
@@ -47,18 +58,26 @@ def method_of(series: str) -> str:
     return series.method if isinstance(series, Series) else series
 
 
-def prompt_of(series: str) -> int | None:
-    """The number of the prompt, None where there are not several."""
-    return series.prompt if isinstance(series, Series) else None
+def choices_of(series: str) -> tuple[Choice, ...]:
+    """What the series was run with of what is compared; nothing of a method that reads none of it."""
+    return series.choices if isinstance(series, Series) else ()
+
+
+def number_of(series: str) -> int:
+    """Its place among all series of its method, from 0."""
+    number = 0
+    for choice in choices_of(series):
+        number = number * choice.of + choice.place
+    return number
 
 
 def zero_shot_of(series: str) -> str | None:
-    """The series that asks, with the same prompt, the model that this one tunes; None where there is none."""
+    """The series that asks the model that this one tunes, under the same choices as far as it reads them; None where
+    there is none."""
     row = METHODS.get(method_of(series))
     if row is None or row.zero_shot is None:
         return None
-    prompt = prompt_of(series)
-    return row.zero_shot if prompt is None else Series(row.zero_shot, prompt)
+    return _named(row.zero_shot, [c for c in choices_of(series) if c.setting in METHODS[row.zero_shot].settings])
 
 
 def from_zero(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:
@@ -72,12 +91,39 @@ def _start(table: Mapping[str, Mapping[int, T]], series: str) -> dict[int, T]:
     return {0: untuned[0]} if 0 in untuned else {}
 
 
-def _asks(method: str) -> bool:
-    return method in METHODS and "prompt" in METHODS[method].settings
+def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
+    """What is compared: settings of which the sweep has two values or more."""
+    given = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
+    return {setting: values for setting, values in given.items() if len(values) > 1}
 
 
-def _of_series(cell: Record, prompts: Sequence[str]) -> Record:
-    prompt = cell["settings"].get("prompt")
-    if prompt not in prompts:
-        raise ResultsError(f"cell {cell['key']} has prompt {prompt!r}, which is none of the sweep's: {prompts}")
-    return {**cell, "method": Series(cell["method"], prompts.index(prompt) + 1)}
+def _read(method: str, axes: Axes) -> Axes:
+    """The axes that the method reads."""
+    settings = METHODS[method].settings if method in METHODS else ()
+    return {setting: values for setting, values in axes.items() if setting in settings}
+
+
+def _series(method: str, axes: Axes) -> list[str]:
+    """The series of a method: every combination of what is compared and it reads."""
+    read = _read(method, axes).items()
+    each = ([Choice(setting, v, n, len(values)) for n, v in enumerate(values)] for setting, values in read)
+    return [_named(method, choices) for choices in product(*each)]
+
+
+def _of_cell(cell: Record, axes: Axes) -> str:
+    choices = []
+    for setting, values in _read(cell["method"], axes).items():
+        value = cell["settings"].get(setting, ABSENT)
+        if value not in values:
+            has = f"no {setting}" if value is ABSENT else f"{setting} {value!r}"
+            raise ResultsError(f"cell {cell['key']} has {has}; the sweep's are: {list(values)}")
+        choices.append(Choice(setting, value, values.index(value), len(values)))
+    return _named(cell["method"], choices)
+
+
+def _named(method: str, choices: Sequence[Choice]) -> str:
+    return Series(method, choices) if choices else method
+
+
+def _text(choice: Choice) -> str:
+    return f"{choice.setting} {choice.place + 1 if choice.setting == PROMPT else choice.value}"

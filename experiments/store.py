@@ -64,7 +64,8 @@ class Results:
     def begin(self, sweep: Mapping[str, Any]) -> dict[str, Any]:
         """Write sweep.json, joined with the one that is there; returns the joined one.
 
-        Data sets, methods, shots and seeds may grow; raises ResultsError, with the difference, for any other change.
+        Data sets, methods, shots and seeds may grow; raises ResultsError, with the difference, for any other change,
+        also of what is compared: a value that is new or forgotten is more likely a slip than a wish to go on for hours.
         A folder without a finished cell takes any sweep.
         """
         joined = dict(sweep)

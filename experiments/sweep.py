@@ -16,7 +16,7 @@ from data.core import Dataset
 from data.row import Access
 from experiments import executors
 from experiments.cell import Cell
-from experiments.config import MODELS, Settings, Sweep, load
+from experiments.config import COMPARED, MODELS, OWN, Settings, Sweep, load
 from experiments.job import Job
 from experiments.methods import METHODS
 from experiments.run import few_shot, run, validation
@@ -37,28 +37,34 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """The content of sweep.json."""
         names = [dataset.name for dataset in self.datasets.values()]
+        settings, compared = self._settings(), _compared(self.sweep)
         return {
             "name": self.sweep.name,
             "datasets": names,
             "methods": list(self.sweep.methods),
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
-            "settings": {**recorded(self.sweep.settings), **self._prompt()},
+            "settings": settings,
             **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
+            **({"compare": {name: settings[name] for name in compared}} if compared else {}),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
             "notes": self._notes(),
         }
 
-    def _prompt(self) -> dict[str, Any]:
-        """What the setting `prompt` was, all of them where several were asked."""
-        asked = list(self.sweep.phrasings)
-        return {"prompt": asked if len(asked) > 1 else asked[0]}
+    def _settings(self) -> dict[str, Any]:
+        """What the settings were; of one that has several values, and of its revision, each in a list."""
+        values = recorded(self.sweep.variants[0])
+        for name in self.sweep.axes:
+            first, *others = each = _recorded_along(self.sweep, name)
+            values |= {key: [one[key] for one in each] for key in values if any(o[key] != first[key] for o in others)}
+        return values
 
     def _notes(self) -> list[str]:
+        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
         of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
-        return [*notes(self.sweep.settings, _used(self.sweep)), *of_files]
+        return [*of_settings, *of_files]
 
     def missing(self, results: Results) -> list[Job]:
         """The jobs whose cells are not stored yet."""
@@ -67,7 +73,8 @@ class Plan:
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
     """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
-    UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError.
+    UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError,
+    InputError (an image size that does not fit a backbone, two that results could not tell apart).
 
     access: for the data sets that can be had in several ways; InputError where none of them can.
     """
@@ -107,7 +114,8 @@ def command(content: Mapping[str, Any]) -> str:
 
     Where a folder of images lies is not recorded: its path is to be filled in.
     """
-    models_of = {kind: content["settings"][kind] for kind in MODELS}
+    recorded_of = {kind: content["settings"][kind] for kind in MODELS}
+    models_of = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded_of.items()}
     base = load("demo", {}, models_of).settings.model_dump()
     base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
     places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
@@ -116,6 +124,9 @@ def command(content: Mapping[str, Any]) -> str:
     changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
     asked = changed.pop("prompt", [])
     options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]
+    compared = {name: changed.pop(name) for name in COMPARED if isinstance(changed.get(name), list)}
+    for name, values in compared.items():
+        options += [(f"--{name.replace('_', '-')}", OWN if value is None else str(value)) for value in values]
     options += [("--set", f"{k}={v}") for k, v in changed.items()]
     facts = content.get("data", {})
     options += _access_options(facts.values())
@@ -163,10 +174,25 @@ def _check_models(sweep: Sweep, service: str) -> None:
     used = _used(sweep)
     if "model" in used and service == "local":
         models.check(sweep.settings.model)
-    if "backbone" in used and sweep.settings.backbone != nano_dinov2.NAME:
-        from baselines.backbone import check
+    if "backbone" in used:
+        usual = Settings(backbone=nano_dinov2.NAME)
+        encoders = dict.fromkeys((s.backbone, s.readout, s.image_size) for s in sweep.variants)
+        if [*encoders] != [(usual.backbone, usual.readout, usual.image_size)]:  # that needs no second of importing
+            from baselines.backbone import check
 
-        check(sweep.settings.backbone)
+            for encoder in encoders:
+                check(*encoder)
+    for name in _compared(sweep):
+        _check_apart(name, sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)])
+
+
+def _check_apart(setting: str, values: Iterable[Any], names: Iterable[Any]) -> None:
+    """Series are told apart by what results call a value; two folders may share their name."""
+    first: dict[Any, Any] = {}
+    for value, name in zip(values, names, strict=True):
+        twin = first.setdefault(name, value)
+        if twin != value:
+            raise InputError(f"{setting} {twin} and {value} would both be called {name}; rename one or leave it out")
 
 
 def _check_names(datasets: Mapping[str, Dataset]) -> None:
@@ -205,16 +231,27 @@ def _check_asking(sweep: Sweep, service: str) -> None:
 
 def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
     """Each cell with the settings it is run under."""
-    for text in sweep.phrasings:
-        settings = sweep.settings.model_copy(update={"prompt": text})
+    for settings in sweep.variants:
         values = recorded(settings)
+        moved = {name for name, taken in sweep.axes.items() if getattr(settings, name) != taken[0]}
         for name in sweep.methods:
             method = METHODS[name]
-            if "prompt" not in method.settings and text != sweep.phrasings[0]:
+            if not moved <= set(method.settings):  # it does not read what has moved: it was there before
                 continue
             grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
             named = relevant(values, method.settings)
             yield from ((Cell(dataset.name, dataset.protocol, name, k, s, named), settings) for k, s in grid)
+
+
+def _compared(sweep: Sweep) -> list[str]:
+    """The settings, besides the prompt, that have several values."""
+    return [name for name, values in sweep.compare if len(values) > 1]
+
+
+def _recorded_along(sweep: Sweep, setting: str) -> list[dict[str, Any]]:
+    """The sweep's first settings as results state them, with each value of one setting in turn."""
+    first = sweep.variants[0]
+    return [recorded(first.model_copy(update={setting: value})) for value in sweep.axes[setting]]
 
 
 def _used(sweep: Sweep) -> set[str]:

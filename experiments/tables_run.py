@@ -13,7 +13,7 @@ from experiments.display import name
 from experiments.methods import METHODS
 from experiments.metrics import seeds_of
 from experiments.report_blocks import Cell, Table
-from experiments.series import by_prompt, method_of
+from experiments.series import by_series, method_of
 from experiments.styles import ordered, style
 from experiments.tables import NONE, Record
 
@@ -80,9 +80,9 @@ def missing_table(planned: Iterable[Planned], cells: Sequence[Record]) -> Table 
 
 
 def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
-    """The full grid of the sweep, a method that asks with each of its prompts. A zero-shot method counts once a data
-    set and prompt: under the seed it ran with, else 0."""
-    sweep, cells = by_prompt(sweep, cells)
+    """The full grid of the sweep, a method with each combination of what is compared and it reads. A zero-shot method
+    counts once a data set and series: under the seed it ran with, else 0."""
+    sweep, cells = by_series(sweep, cells)
     plan: list[Planned] = []
     for dataset in sweep["datasets"]:
         for method in sweep["methods"]:

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress, tables, paths. Knows no command and computes nothing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +25,44 @@ def progress_bar() -> "Progress":
 
 
 def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    """Accuracy by method (and prompt, of several) and shots for each data set, and what must be said of the models."""
+    """Accuracy by method (and what is compared) and shots for each data set, and what must be said of the models."""
     from experiments.metrics import scores
-    from experiments.series import by_prompt, from_zero, method_of, prompt_of
+    from experiments.series import by_series, from_zero, method_of
 
-    sweep, records = by_prompt(content, cells)
+    sweep, records = by_series(content, cells)
+    numbers = _numbers(sweep["methods"])
     for dataset in content["datasets"]:
         found = from_zero(scores(records, dataset))
         shots = sorted({k for row in found.values() for k in row})
         table = plain_table(["method", *(f"k={k}" for k in shots)])
         for series in sweep["methods"]:
-            title = method_of(series) + (f" #{number}" if (number := prompt_of(series)) else "")  # 80 columns are few
+            under = _under(series)
+            title = method_of(series) + (f" #{numbers[under]}" if under else "")  # 80 columns are few
             table.add_row(title, *(_mean(found.get(series, {}).get(k)) for k in shots))
         out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
         out.print(table, soft_wrap=False)
         out.print()
-    prompts = content.get("prompts", ())
-    for number, text in enumerate(prompts if len(prompts) > 1 else (), 1):
-        out.print(f"#{number}: prompt {text}", markup=False, highlight=False)
+    for under, number in numbers.items():
+        out.print(f"#{number}: {under}", markup=False, highlight=False)
     for note in content["notes"]:
         out.print(note, style="yellow", markup=False, highlight=False)
+
+
+def _numbers(methods: Iterable[str]) -> dict[str, int]:
+    """What series are run under → the number that stands for it, from 1: prompts first, as they are numbered."""
+    from experiments.series import PROMPT, choices_of
+
+    series = sorted(methods, key=lambda each: PROMPT not in {choice.setting for choice in choices_of(each)})
+    found = dict.fromkeys(under for each in series if (under := _under(each)))
+    return {under: number for number, under in enumerate(found, 1)}
+
+
+def _under(series: str) -> str:
+    """What a series is run under of what is compared, a prompt with its words."""
+    from experiments.series import PROMPT, choices_of
+    from experiments.styles import said
+
+    return ", ".join(f"prompt {c.value}" if c.setting == PROMPT else said(c) for c in choices_of(series))
 
 
 def plain_table(columns: list[str]) -> Table:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 METHOD = "vlm-lora"
 # settings that no training depends on
-OF_TESTS = ("backbone", "limit_test", "shuffle_test", "calibration", "answer_tokens")
+OF_TESTS = (
+    *("backbone", "readout", "image_size", "vlm_features"),
+    *("limit_test", "shuffle_test", "calibration", "answer_tokens"),
+)
 
 
 @dataclass(frozen=True)

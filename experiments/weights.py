@@ -32,8 +32,8 @@ SHIPPED = {  # by the setting that names a model
 def recorded(settings: Settings) -> dict[str, Any]:
     """The settings as results state them, with `model_revision` and `backbone_revision`.
 
-    A model in a folder goes by the folder's name and a fingerprint of its files, wherever it lies; the revision of a
-    hub's model is null: the hub's newest at the time.
+    A model in a folder or a file goes by its name and a fingerprint of its content, wherever it lies; the revision of
+    a hub's model is null: the hub's newest at the time.
     """
     values = settings.model_dump()
     for kind in SHIPPED:
@@ -63,5 +63,5 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
 def _named(kind: str, name: str) -> tuple[str, str | None]:
     if name in SHIPPED[kind]:
         return name, SHIPPED[kind][name].revision
-    folder = Path(name.removeprefix("local-dir:"))
-    return (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (name, None)
+    path = Path(name.removeprefix("local-dir:"))
+    return (path.resolve().name, fingerprint(path)) if path.exists() else (name, None)

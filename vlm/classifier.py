@@ -81,11 +81,19 @@ def fit(
         raise UnknownNameError("loss", loss, LOSSES)
     loss_fn, example = LOSSES[loss]
     made = ([example(prompt, image, label) for image, label in batch] for batch in batches)
-    data = next(made, None)
-    while data is not None:
-        answer = client.forward_backward(data, loss_fn)
+    return steps(client, made, loss_fn, adam)
+
+
+def steps(
+    client: TrainingClient, data: Iterable[list[tinker.Datum]], loss_fn: str, adam: types.AdamParams
+) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
+    """One optimizer step on each list of data, of any training client; yields what each step answered."""
+    coming = iter(data)
+    given = next(coming, None)
+    while given is not None:
+        answer = client.forward_backward(given, loss_fn)
         step = client.optim_step(adam)  # both submitted before either is awaited
-        data = next(made, None)  # the next batch is made while the service works on this one
+        given = next(coming, None)  # the next data are made while the service works on these
         yield answer.result(), step.result()
 
 

@@ -1,19 +1,27 @@
-"""LoRA against the same mathematics written with merged weights, torch's autograd and Adam by hand."""
+"""LoRA with a linear head against the same mathematics written with merged weights and plain torch."""
 
+import copy
+import io
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from torch.func import functional_call
+from PIL import Image
+from safetensors.torch import save_file
+from tinker import types
 
 from baselines import nano
 from baselines.backbone import load
-from baselines.lora import ALPHA, Adam, LoraClassifier
+from baselines.lora import LoraHead, Shape
 from baselines.pixels import resized
-from kshot_errors import ImageError, InputError
-
-LINEARS = [f"blocks.{i}.{name}" for i in range(4) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+from baselines.training import LoraHeadClient
+from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
+from tests.baselines.plain_lora import LINEARS, adamw, data_of, log_probs, loss_of, merged, step, trained
 
 
 @pytest.fixture
@@ -21,78 +29,110 @@ def images(make_image: Callable[..., bytes]) -> list[bytes]:
     return [make_image(seed, *((96, 48) if seed in (1, 5) else (64, 64))) for seed in range(8)]
 
 
-def trained(classifier: LoraClassifier) -> dict[str, torch.Tensor]:
-    named = [*classifier.vit.named_parameters(), *classifier.head.named_parameters(prefix="head")]
-    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+def adam(learning_rate: float, eps: float = 1e-8, **others: float) -> types.AdamParams:
+    return types.AdamParams(learning_rate=learning_rate, eps=eps, **others)
 
 
-def reference_loss(state: dict[str, torch.Tensor], images: list[bytes], labels: list[int], rank: int) -> torch.Tensor:
-    """Sum of cross-entropies with W + (alpha / rank) B A in place of W, one image at a time."""
-    backbone = load(nano.NAME)
-    merged = dict(backbone.vit.named_parameters())
-    for name in LINEARS:
-        a, b = (state[f"{name}.lora_{half}.default.weight"] for half in "AB")
-        merged[f"{name}.weight"] = merged[f"{name}.weight"] + ALPHA / rank * b @ a
-    losses = []
-    for image, label in zip(images, labels, strict=True):
-        pixels = backbone.normalised([resized(image, backbone.patch)])
-        cls = functional_call(backbone.vit, merged, (pixels,))
-        losses.append(-(cls @ state["head.weight"].T + state["head.bias"]).log_softmax(1)[0, label])
-    return torch.stack(losses).sum()
+def predicted(client: LoraHeadClient, images: list[bytes]) -> np.ndarray:
+    return client.save_weights_and_get_sampling_client().result().class_log_probs(images)
 
 
-def adam_by_hand(
-    state: dict[str, torch.Tensor], moments: dict[str, list[torch.Tensor]], step: int, adam: Adam
-) -> dict[str, torch.Tensor]:
-    updated = {}
-    for name, p in state.items():
-        first, second = moments.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
-        first = adam.beta1 * first + (1 - adam.beta1) * p.grad
-        second = adam.beta2 * second + (1 - adam.beta2) * p.grad**2
-        moments[name] = [first, second]
-        m, v = first / (1 - adam.beta1**step), second / (1 - adam.beta2**step)
-        updated[name] = (p - adam.learning_rate * m / (v.sqrt() + adam.eps)).detach()
-    return updated
-
-
-def test_steps_are_plain_torch_and_adam_by_hand(images: list[bytes]) -> None:
+@pytest.mark.parametrize("others", [{}, {"weight_decay": 0.1, "grad_clip_norm": 2.0, "beta1": 0.8, "beta2": 0.99}])
+def test_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: dict[str, float]) -> None:
     """eps is large here: with 1e-8 Adam makes whole steps of gradients that are rounding noise."""
-    labels, rank, adam = [0, 1, 2, 0, 1, 2, 0, 1], 4, Adam(1e-2, eps=1e-3)
-    classifier = LoraClassifier(nano.NAME, 3, rank=rank, seed=0)
-    state, moments = trained(classifier), {}
-    for step in (1, 2, 3):
+    labels, params = [0, 1, 2, 0, 1, 2, 0, 1], adam(1e-2, eps=1e-3, **others)
+    client = LoraHeadClient(nano.NAME, 3, rank=4, seed=0)
+    state, moments = trained(client), {}
+    for number in (1, 2, 3):
         state = {name: p.requires_grad_() for name, p in state.items()}
-        loss = reference_loss(state, images, labels, rank)
+        loss = loss_of(state, images, labels, [1.0] * 8)
         loss.backward()
-        state = adam_by_hand(state, moments, step, adam)
-        assert classifier.step(images, labels, adam) == pytest.approx(loss.item(), rel=1e-5)
-        for name, value in trained(classifier).items():
+        state, norm = adamw(state, moments, number, params)
+        answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
+        assert answer.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
+        stepped = client.optim_step(params).result()
+        assert norm > 2  # so that the clipping is of some effect
+        assert stepped.metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-4)
+        for name, value in trained(client).items():
             torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_log_probs_and_weights_are_plain_torch(images: list[bytes]) -> None:
+    client, labels = LoraHeadClient(nano.NAME, 3, rank=4, seed=0), [0, 1, 2, 0, 1, 2, 0, 1]
+    weights = [1.0, 0.0, 2.0, -0.5, 1.0, 0.25, 3.0, 1.0]
+    step(client, data_of(images, labels), adam(1e-2))
+    step(client, data_of(images, labels), adam(1e-2))  # the first one leaves B at zero
+    data = data_of(images, labels)
+    for datum, weight in zip(data, weights, strict=True):
+        datum.loss_fn_inputs["weights"] = types.TensorData.from_numpy(np.array([weight], np.float32))
+    state = {name: p.requires_grad_() for name, p in trained(client).items()}
+    loss = loss_of(state, images, labels, weights)
+    loss.backward()
+    answer = client.forward_backward(data, "cross_entropy").result()
+    expected = log_probs(state, images).detach().numpy()
+    assert answer.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
+    assert answer.loss_fn_output_type == "ArrayRecord"
+    for row, (label, output) in enumerate(zip(labels, answer.loss_fn_outputs, strict=True)):
+        assert output["logprobs"].shape == [1]
+        assert output["logprobs"].data[0] == pytest.approx(expected[row, label], abs=1e-5)
+    for name, gradient in client._run.gradients().items():
+        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+    np.testing.assert_allclose(predicted(client, images), expected, atol=1e-5)
+
+
 def test_adapters_sit_on_every_linear_of_every_block() -> None:
-    classifier = LoraClassifier(nano.NAME, 3, rank=5, seed=0)
+    weights = trained(LoraHeadClient(nano.NAME, 3, rank=5, seed=0))
     expected = {f"{name}.lora_{half}.default.weight" for name in LINEARS for half in "AB"}
-    assert set(trained(classifier)) == expected | {"head.weight", "head.bias"}
-    assert trained(classifier)["blocks.0.attn.qkv.lora_A.default.weight"].shape == (5, 128)
+    assert set(weights) == expected | {"head.weight", "head.bias"}
+    assert weights["blocks.0.attn.qkv.lora_A.default.weight"].shape == (5, 128)
+
+
+def test_another_readout_is_what_timm_gives(images: list[bytes]) -> None:
+    """CLS and mean patch token of the merged model, stock timm."""
+    client = LoraHeadClient(nano.NAME, 3, rank=4, seed=0, readout="cls+mean")
+    for _ in range(2):
+        step(client, data_of(images, [0, 1, 2, 0, 1, 2, 0, 1]), adam(1e-2))
+    state, backbone = trained(client), load(nano.NAME)
+    plain: Any = copy.deepcopy(backbone.module)
+    plain.load_state_dict(merged(state))
+    with torch.no_grad():
+        rows = [plain.forward_features(backbone.normalised([resized(image, backbone.patch)])) for image in images]
+        features = torch.cat([torch.cat([t[:, 0], t[:, plain.num_prefix_tokens :].mean(1)], 1) for t in rows])
+        expected = (features @ state["head.weight"].T + state["head.bias"]).log_softmax(1)
+    assert state["head.weight"].shape == (3, 256)
+    np.testing.assert_allclose(predicted(client, images), expected.numpy(), atol=1e-5)
+
+
+def test_size_is_that_of_images_resized_before(images: list[bytes]) -> None:
+    def small(image: bytes) -> bytes:
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(image)).resize((40, 40), Image.Resampling.BICUBIC).save(stream, "PNG")
+        return stream.getvalue()
+
+    labels, before = [0, 1, 2, 0, 1, 2, 0, 1], [small(image) for image in images]
+    sized, plain = (LoraHeadClient(nano.NAME, 3, seed=0, size=size) for size in (40, None))
+    assert step(sized, data_of(images, labels), adam(1e-2)) == step(plain, data_of(before, labels), adam(1e-2))
+    np.testing.assert_array_equal(predicted(sized, images), predicted(plain, before))
+    assert not np.array_equal(predicted(sized, images), predicted(plain, images))
 
 
 def test_untrained_is_uniform_and_the_base_stays_untouched(images: list[bytes]) -> None:
-    before = {name: p.clone() for name, p in load(nano.NAME).vit.state_dict().items()}
-    classifier = LoraClassifier(nano.NAME, 5, seed=0)
-    np.testing.assert_allclose(classifier.log_probs(images), -np.log(5))
-    classifier.step(images, [0] * 8, Adam(1e-2))
-    after = load(nano.NAME).vit.state_dict()
+    before = {name: p.clone() for name, p in load(nano.NAME).module.state_dict().items()}
+    client = LoraHeadClient(nano.NAME, 5, seed=0)
+    np.testing.assert_allclose(predicted(client, images), -np.log(5))
+    step(client, data_of(images, [0] * 8), adam(1e-2))
+    after = load(nano.NAME).module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_seed_reproduces_bit_for_bit(images: list[bytes]) -> None:
+    data = data_of(images, [0, 1, 2, 3] * 2)
+
     def run(seed: int) -> tuple[list[float], np.ndarray]:
         torch.manual_seed(torch.initial_seed() + 1)  # the global generator must not matter
-        classifier = LoraClassifier(nano.NAME, 4, seed=seed)
-        losses = [classifier.step(images, [0, 1, 2, 3] * 2, Adam(1e-3)) for _ in range(4)]
-        return losses, classifier.log_probs(images)
+        client = LoraHeadClient(nano.NAME, 4, seed=seed)
+        return [step(client, data, adam(1e-3)) for _ in range(4)], predicted(client, images)
 
     with torch.random.fork_rng(devices=[]):
         (first, one), (second, two), (other, three) = run(0), run(0), run(1)
@@ -104,53 +144,80 @@ def test_a_seed_reproduces_bit_for_bit(images: list[bytes]) -> None:
 
 def test_the_global_generator_is_left_alone(images: list[bytes]) -> None:
     before = torch.get_rng_state()
-    LoraClassifier(nano.NAME, 4, seed=3).step(images, [0] * 8)
+    client = LoraHeadClient(nano.NAME, 4, seed=3)
+    step(client, data_of(images, [0] * 8), adam(1e-3))
+    predicted(client, images)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_eight_images_are_learnt_by_heart(images: list[bytes]) -> None:
     labels = [0, 1, 2, 3, 3, 2, 1, 0]
-    classifier = LoraClassifier(nano.NAME, 4, seed=0)
-    losses = [classifier.step(images, labels, Adam(3e-3)) for _ in range(30)]
+    client = LoraHeadClient(nano.NAME, 4, seed=0)
+    losses = [step(client, data_of(images, labels), adam(3e-3)) for _ in range(30)]
     assert losses[0] == pytest.approx(8 * np.log(4), rel=1e-6)
     assert losses[-1] < 0.5
-    log_probs = classifier.log_probs(images)
+    log_probs = predicted(client, images)
     np.testing.assert_array_equal(log_probs.argmax(axis=1), labels)
     np.testing.assert_allclose(np.exp(log_probs).sum(axis=1), 1)
 
 
 def test_log_probs_come_in_the_given_order(images: list[bytes]) -> None:
-    classifier = LoraClassifier(nano.NAME, 4, seed=0)
-    classifier.step(images, [0, 1, 2, 3] * 2, Adam(1e-2))
-    alone = np.concatenate([classifier.log_probs([image]) for image in images])
-    np.testing.assert_allclose(classifier.log_probs(images * 6), np.tile(alone, (6, 1)), atol=1e-5)
-    assert classifier.log_probs([]).shape == (0, 4)
+    client, labels = LoraHeadClient(nano.NAME, 4, seed=0), [0, 1, 2, 3] * 2
+    step(client, data_of(images, labels), adam(1e-2))
+    alone = np.concatenate([predicted(client, [image]) for image in images])
+    np.testing.assert_allclose(predicted(client, images * 6), np.tile(alone, (6, 1)), atol=1e-5)
+    assert predicted(client, []).shape == (0, 4)
+    answer = client.forward(data_of(images * 6, labels * 6), "cross_entropy").result()  # 36 of one size: two passes
+    targets = np.tile(alone[np.arange(8), labels], 6)
+    np.testing.assert_allclose([o["logprobs"].data[0] for o in answer.loss_fn_outputs], targets, atol=1e-5)
 
 
-def test_what_cannot_be_used(images: list[bytes]) -> None:
+def test_what_cannot_be_made() -> None:
     with pytest.raises(InputError, match="1 classes"):
-        LoraClassifier(nano.NAME, 1, seed=0)
+        LoraHeadClient(nano.NAME, 1, seed=0)
     with pytest.raises(InputError, match="rank 0"):
-        LoraClassifier(nano.NAME, 2, rank=0, seed=0)
+        LoraHeadClient(nano.NAME, 2, rank=0, seed=0)
     with pytest.raises(InputError, match="size 30"):
-        LoraClassifier(nano.NAME, 2, size=30, seed=0)
-    classifier = LoraClassifier(nano.NAME, 2, seed=0)
-    with pytest.raises(InputError, match="label 2"):
-        classifier.step(images, [2] * 8)
-    with pytest.raises(InputError, match="one label per image"):
-        classifier.step([], [])
+        LoraHeadClient(nano.NAME, 2, size=30, seed=0)
+    with pytest.raises(InputError, match="seed -1"):
+        LoraHeadClient(nano.NAME, 2, seed=-1)
+    with pytest.raises(UnknownNameError, match="readout 'mean'"):
+        LoraHeadClient(nano.NAME, 2, seed=0, readout="mean")
     with pytest.raises(ImageError):
-        classifier.step([b"x"], [0])
+        LoraHeadClient(nano.NAME, 2, seed=0).save_weights_and_get_sampling_client().result().class_log_probs([b"x"])
+
+
+def model_folder(folder: Path, architecture: str, **arguments: Any) -> Path:
+    """A model of timm with random weights, in its hub layout."""
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(architecture, num_classes=0, **arguments)
+    config = {"architecture": architecture, "num_classes": 0, "model_args": arguments, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_model_whose_layers_are_not_called_is_named(tmp_path: Path) -> None:
+    """EVA computes its keys, queries and values with the layer's weight, not with the layer."""
+    folder = model_folder(tmp_path, "eva02_tiny_patch14_224", embed_dim=32, depth=2, num_heads=2)
+    with pytest.raises(ModelError, match=r"computes past blocks\.0\.attn"):
+        LoraHead(Shape(str(folder), 2, readout="pooled"), seed=0)
+
+
+def test_a_model_without_blocks_is_named(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, "resnet10t", block_args={})
+    with pytest.raises(ModelError, match="no blocks with linear layers"):
+        LoraHead(Shape(str(folder), 2, readout="pooled"), seed=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_agrees_with_cpu(images: list[bytes]) -> None:
     def run(device: str) -> tuple[dict[str, torch.Tensor], list[float], np.ndarray]:
-        classifier = LoraClassifier(nano.NAME, 4, seed=0, device=device)
-        start = {name: p.cpu() for name, p in trained(classifier).items()}
-        losses = [classifier.step(images, [0, 1, 2, 3] * 2, Adam(1e-3)) for _ in range(3)]
-        return start, losses, classifier.log_probs(images)
+        client = LoraHeadClient(nano.NAME, 4, seed=0, device=device)
+        start = {name: p.cpu() for name, p in trained(client).items()}
+        losses = [step(client, data_of(images, [0, 1, 2, 3] * 2), adam(1e-3)) for _ in range(3)]
+        return start, losses, predicted(client, images)
 
     (start, losses, log_probs), (gpu_start, gpu_losses, gpu_log_probs) = run("cpu"), run("cuda")
     assert all(torch.equal(start[name], gpu_start[name]) for name in start)

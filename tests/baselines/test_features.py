@@ -1,8 +1,11 @@
 """The encoder against timm itself, and the names it takes."""
 
+import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,8 +18,10 @@ from timm.models import VisionTransformer
 from torchvision.transforms.functional import normalize, to_tensor
 
 from baselines import nano
-from baselines.backbone import _load, load
+from baselines.backbone import READOUTS, _module, _source, check, load
+from baselines.feature_store import FeatureStore
 from baselines.features import Encoder
+from baselines.pixels import resized
 from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
 from kshot_images import open_image
 
@@ -60,9 +65,163 @@ def test_size_makes_squares(images: list[bytes], monkeypatch: pytest.MonkeyPatch
     )
     Encoder(nano.NAME).features(images)
     Encoder(nano.NAME, size=32).features(images[:2])
-    assert [tuple(shape)[2:] for shape in seen] == [(64, 64), (48, 96), (64, 64), (80, 32), (32, 32), (32, 32)]
-    with pytest.raises(InputError, match=r"size 44 .* multiple of 8"):
+    assert [tuple(shape)[2:] for shape in seen] == [(64, 64), (64, 64), (48, 96), (80, 32), (32, 32), (32, 32)]
+    with pytest.raises(InputError, match=r"size 44 is no multiple of 8"):
         Encoder(nano.NAME, size=44)
+
+
+def blocks_by_hook(vit: VisionTransformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """(1, tokens, D) what each block gives, after the final norm."""
+    outputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda *args: outputs.append(args[-1])) for block in vit.blocks]
+    with torch.inference_mode():
+        vit(pixels)
+        normed = [vit.norm(output) for output in outputs]
+    for hook in hooks:
+        hook.remove()
+    return normed
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_readouts_are_the_tokens_that_they_name(readout: str, images: list[bytes]) -> None:
+    encoder, backbone = Encoder(nano.NAME, readout=readout), load(nano.NAME)
+    for image, feature in zip(images, encoder.features(images), strict=True):
+        states = blocks_by_hook(backbone.module, backbone.normalised([resized(image, 8)]))
+        cls, mean = [state[0, 0] for state in states], states[-1][0, 1:].mean(dim=0)
+        expected = {
+            "cls": cls[-1:],
+            "cls+mean": [cls[-1], mean],
+            "last4": cls[-4:],
+            "last4+mean": [*cls[-4:], mean],
+        }[readout]
+        assert feature.shape == (encoder.dim,)
+        np.testing.assert_allclose(feature, torch.cat(expected).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def saved(folder: Path, architecture: str, **arguments: object) -> tuple[str, torch.nn.Module]:
+    """A folder in timm's hub layout with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = timm.create_model(architecture, num_classes=0, **arguments).eval()
+    config = {"architecture": architecture, "num_classes": 0, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"num_classes": 0}}))
+    save_file(module.state_dict(), folder / "model.safetensors")
+    return str(folder), module
+
+
+def test_a_convolutional_network_has_timms_pooled_feature(images: list[bytes], tmp_path: Path) -> None:
+    model, module = saved(tmp_path, "resnet18", channels=(8, 8, 16, 16))
+    encoder = Encoder(model, readout="pooled")
+    features = encoder.features(images)
+    assert features.shape == (4, encoder.dim)
+    for image, feature in zip(images, features, strict=True):
+        pixels = load(model, readout="pooled").normalised([resized(image, 32)])  # whole strides
+        with torch.inference_mode():
+            np.testing.assert_allclose(feature, module(pixels)[0].numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModelError, match="no CLS token after a final norm; use a DINOv2 model or readout pooled"):
+        Encoder(model)
+
+
+def test_a_model_with_registers_reads_behind_them(images: list[bytes], tmp_path: Path) -> None:
+    shape = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "reg_tokens": 4}
+    model, module = saved(tmp_path, "vit_small_patch14_reg4_dinov2", **shape)
+    feature = Encoder(model, readout="cls+mean", size=56).features(images[:1])[0]
+    with torch.inference_mode():
+        tokens = module.forward_features(load(model).normalised([resized(images[0], 14, 56)]))[0]
+    np.testing.assert_allclose(feature, torch.cat([tokens[0], tokens[5:].mean(dim=0)]).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_position_embedding_takes_its_own_size_alone(images: list[bytes], tmp_path: Path) -> None:
+    model, _ = saved(tmp_path, "beit_base_patch16_224", embed_dim=32, depth=1, num_heads=2)
+    assert Encoder(model, readout="pooled", size=224).features(images[:1]).shape == (1, 32)
+    with pytest.raises(InputError, match=r"fixed position embedding and takes 224x224 .* 448 pixels .* image size 224"):
+        Encoder(model, readout="pooled", size=448)
+    with pytest.raises(InputError, match=r"images of their own sizes were asked for; give image size 224"):
+        Encoder(model, readout="pooled")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("vit_smal_patch14_dinov2",), "did you mean"),
+        (("beit_base_patch16_224", "pooled", 518), "takes 224x224 pixels alone"),
+        (("resnet18",), "no CLS token"),
+        (("vit_small_patch14_dinov2.lvd142m", "cls", 512), "no multiple of 14"),
+        (("nowhere.pth",), "nowhere.pth"),
+    ],
+)
+def test_what_can_be_known_before_a_start(given: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(*given)
+
+
+def test_what_can_be_used_is_found_without_weights() -> None:
+    for name, readout, size in (
+        ("vit_base_patch14_dinov2.lvd142m", "last4", 518),
+        ("vit_base_patch14_dinov2", "cls", None),
+        ("swin_tiny_patch4_window7_224", "pooled", 224),
+        (nano.NAME, "cls+mean", 64),
+        ("hf-hub:somebody/something", "cls", 1),  # only the hub knows
+    ):
+        check(name, readout, size)
+
+
+def test_a_folder_keeps_features_for_others(images: list[bytes], tmp_path: Path) -> None:
+    first, other = Encoder(nano.NAME, folder=tmp_path), Encoder(nano.NAME, folder=tmp_path)
+    expected = Encoder(nano.NAME).features(images)
+    np.testing.assert_array_equal(first.features(images), expected)
+    np.testing.assert_array_equal(other.features([*images, images[0]]), expected[[0, 1, 2, 3, 0]])
+    assert (first.forwards, other.forwards) == (4, 0)
+
+
+def test_another_setting_is_another_feature(images: list[bytes], tmp_path: Path) -> None:
+    Encoder(nano.NAME, folder=tmp_path).features(images)
+    for setting in ({"readout": "last4"}, {"size": 32}):
+        encoder = Encoder(nano.NAME, folder=tmp_path, **setting)
+        np.testing.assert_array_equal(encoder.features(images), Encoder(nano.NAME, **setting).features(images))
+        assert encoder.forwards == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", "half"])
+def test_a_damaged_file_is_made_again(images: list[bytes], tmp_path: Path, content: bytes | str) -> None:
+    expected = Encoder(nano.NAME, folder=tmp_path).features(images)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8] if content == "half" else content)
+    again = Encoder(nano.NAME, folder=tmp_path)
+    np.testing.assert_array_equal(again.features(images), expected)
+    assert again.forwards == 4
+
+
+def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp_path: Path) -> None:
+    encoder = Encoder(nano.NAME, folder=tmp_path)
+    key = hashlib.sha256(images[2]).digest()
+    store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder.dim)
+    told = np.full(encoder.dim, 7, np.float32)
+    with ThreadPoolExecutor(1) as pool:
+        with store.holding(key[0], wait=True):
+            found = pool.submit(encoder.features, images)
+            while encoder.forwards < 3 and not found.done():
+                time.sleep(0.01)
+            store.write(key[0], {key: told})
+        features = found.result()
+    np.testing.assert_array_equal(features[2], told)
+    assert encoder.forwards == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file cannot be written .*KSHOT_CACHE"):
+        Encoder(nano.NAME, folder=tmp_path / "file")
+
+
+def test_pixels_decoded_ahead_come_in_order(images: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU is fed, with windows of two images, on a CPU."""
+    expected = Encoder(nano.NAME).features(images * 2)
+    encoder = Encoder(nano.NAME)
+    monkeypatch.setattr("baselines.features.GPU_BATCH", 2)
+    monkeypatch.setattr("baselines.features.WINDOW", 1)
+    encoder._cpu = False
+    np.testing.assert_allclose(encoder.features(images * 2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_broken_image_is_named() -> None:
@@ -72,12 +231,12 @@ def test_broken_image_is_named() -> None:
 
 def test_loading_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    _load.__wrapped__(f"local-dir:{nano.folder()}", "cpu")
+    _module.__wrapped__(_source(nano.NAME), "cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_folder_loads_with_and_without_prefix() -> None:
-    assert load(str(nano.folder())) is load(f"local-dir:{nano.folder()}") is load(nano.NAME)
+    assert load(str(nano.folder())).module is load(f"local-dir:{nano.folder()}").module is load(nano.NAME).module
 
 
 def test_unknown_name_lists_the_nearest() -> None:
@@ -86,8 +245,12 @@ def test_unknown_name_lists_the_nearest() -> None:
     assert len(str(caught.value)) < 400
     with pytest.raises(UnknownNameError, match=nano.NAME):
         Encoder("kshot/nano-dino")
+    with pytest.raises(UnknownNameError, match="resnet18"):
+        Encoder("resnet-18")
     with pytest.raises(UnknownNameError, match="dinov2"):
-        Encoder("resnet18")
+        Encoder("???")
+    with pytest.raises(UnknownNameError, match=r"readout 'last3'.*did you mean 'last4'"):
+        Encoder(nano.NAME, readout="last3")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -1,31 +1,99 @@
-"""Logistic regression and nearest neighbour against computations written down independently."""
+"""What holds of every head, and the two linear ones against scikit-learn and against their own objectives."""
 
-import io
+import inspect
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
+from clusters import Problem, clusters
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.preprocessing import StandardScaler
 
-from baselines.knn import nearest_neighbour, pixels
-from baselines.linear import logistic_regression
-from kshot_errors import ImageError, InputError
+from baselines import linear, ridge
+from baselines.heads import HEADS, Fit
+from baselines.knn import fit_nearest_neighbour
+from baselines.linear import C, fit_logistic_regression
+from baselines.ridge import PENALTIES, fit_ridge
+from kshot_errors import InputError, KshotError
 
-HEADS = [logistic_regression, nearest_neighbour]
-
-
-@pytest.fixture
-def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(3), 4)
-    centres = rng.normal(size=(3, 5))
-    train = (centres[labels] + rng.normal(size=(12, 5))).astype(np.float32)
-    return train, labels, rng.normal(size=(7, 5)).astype(np.float32)
+FITS = [*(row.fit for row in HEADS.values()), fit_nearest_neighbour]
 
 
-def test_logistic_regression_minimises_its_objective(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+@pytest.mark.parametrize("fit", FITS)
+def test_nothing_that_fits_is_given_a_test_image(fit: Fit) -> None:
+    assert list(inspect.signature(fit).parameters) == ["train", "labels", "n_classes"]
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_score_depends_on_no_other_test_image(fit: Fit, problem: Problem) -> None:
+    train, labels, test = problem
+    fitted = fit(train, labels, 3)
+    whole = fitted.scores(test)
+    alone = np.concatenate([fitted.scores(test[row : row + 1]) for row in range(len(test))])
+    np.testing.assert_allclose(alone, whole, rtol=1e-5)
+    assert fitted.scores(test[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_classes_without_a_training_image_are_never_chosen(fit: Fit, problem: Problem) -> None:
+    train, labels, test = problem
+    spread = fit(train, np.array([1, 4, 6])[labels], 8).scores(test)
+    np.testing.assert_array_equal(spread[:, [1, 4, 6]], fit(train, labels, 3).scores(test))
+    assert np.isneginf(np.delete(spread, [1, 4, 6], axis=1)).all()
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_the_order_of_training_images_does_not_matter(fit: Fit, problem: Problem) -> None:
+    train, labels, test = problem
+    order = np.argsort(labels, kind="stable")  # keeps who is the first, the second ... of a class
+    ordered = fit(train[order], labels[order], 3).scores(test)
+    np.testing.assert_allclose(ordered, fit(train, labels, 3).scores(test), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, y, b: (np.where(a == a[3, 0], np.nan, a), y, b), "train features of image 3 are not finite"),
+        (lambda a, y, b: (a, y, np.where(b == b[2, 0], np.inf, b)), "test features of image 2 are not finite"),
+        (lambda a, y, b: (a, y + 1, b), "label 3 is not one of 3 classes"),
+        (lambda a, y, b: (a, y - 1, b), "label -1 is not one of 3 classes"),
+        (lambda a, y, b: (a, y[:-1], b), "one label per image"),
+        (lambda a, y, b: (a, y * 1.0, b), "whole numbers"),
+        (lambda a, y, b: (a, y, b[:, 1:]), r"do not fit; give \(M, 5\)"),
+        (lambda a, y, b: (a[0], y[:1], b), r"give \(N, D\)"),
+        (lambda a, y, b: (a[:0], y[:0], b), "one label per image"),
+        (lambda a, y, b: (a, y * 0, b), "all 12 training images are of class 0"),
+    ],
+)
+def test_what_cannot_be_used(fit: Fit, change: Callable, message: str, problem: Problem) -> None:
+    train, labels, test = change(*problem)
+    with pytest.raises(InputError, match=message):
+        fit(train, labels, 3).scores(test)
+
+
+@pytest.mark.parametrize("name", [name for name, row in HEADS.items() if row.chooses])
+def test_a_class_with_one_image_beside_others_with_more(name: str, problem: Problem) -> None:
+    train, labels, _ = problem
+    kept = np.flatnonzero((labels != 1) | (np.cumsum(labels == 1) == 1))
+    with pytest.raises(InputError, match="class 1 has one image and others have up to 4"):
+        HEADS[name].fit(train[kept], labels[kept], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("logreg", {}), ("ridge", {"penalty": 5.0}), ("knn", {"neighbours": 1}), ("mean", {"space": "centred cosine"})],
+)
+def test_one_shot_takes_what_was_fixed_beforehand(name: str, chosen: dict[str, object]) -> None:
+    train, labels, _ = clusters(6, 1, 5)
+    assert HEADS[name].fit(train, labels, 6).chosen == chosen
+
+
+def test_logistic_regression_minimises_its_objective(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exactly as asked: beyond what float32 products allow, float64 goes on."""
+    monkeypatch.setattr(linear, "GRADIENT", 1e-7)
     train, labels, test = (array.astype(np.float64) for array in problem)
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     train, test = (train - mean) / deviation, (test - mean) / deviation
@@ -39,105 +107,97 @@ def test_logistic_regression_minimises_its_objective(problem: tuple[np.ndarray, 
     found = minimize(objective, np.zeros(18), method="BFGS", options={"gtol": 1e-6}).x
     logits = test @ found[:15].reshape(5, 3) + found[15:]
     expected = logits - logsumexp(logits, axis=1, keepdims=True)
-    np.testing.assert_allclose(logistic_regression(*problem, 3), expected, atol=1e-4)
+    np.testing.assert_allclose(fit_logistic_regression(*problem[:2], 3).scores(problem[2]), expected, atol=1e-5)
 
 
-def test_logistic_regression_scatters_present_classes(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def scikit_learn(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    scaler = StandardScaler().fit(train.astype(np.float64))
+    head = LogisticRegression(C=C, tol=1e-9, max_iter=10_000).fit(scaler.transform(train.astype(np.float64)), labels)
+    return log_softmax(head.decision_function(scaler.transform(test.astype(np.float64))), axis=1)
+
+
+SIZES = [(1, 64), (4, 64), (10, 64)]  # fewer images than features, and more
+
+
+@pytest.mark.parametrize(("shots", "dim"), SIZES)
+def test_logistic_regression_is_scikit_learns(shots: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "GRADIENT", 1e-6)
+    train, labels, test = clusters(12, shots, dim, tests=500, noise=1.5)
+    expected = scikit_learn(train, labels, test)
+    found = fit_logistic_regression(train, labels, 12).scores(test)
+    np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shots", "dim"), SIZES)
+def test_where_it_stops_predictions_stand(shots: int, dim: int) -> None:
+    train, labels, test = clusters(12, shots, dim, tests=500, noise=1.5)
+    expected = scikit_learn(train, labels, test)
+    found = fit_logistic_regression(train, labels, 12).scores(test)
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.99
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+def test_two_classes_have_a_weight_each() -> None:
+    """scikit-learn has one vector for two classes: ours under this penalty is theirs under twice the C."""
+    train, labels, test = clusters(2, 8, 5, tests=50)
+    scaler = StandardScaler().fit(train.astype(np.float64))
+    scaled = scaler.transform(train.astype(np.float64))
+    decision = (
+        LogisticRegression(C=2 * C, tol=1e-9)
+        .fit(scaled, labels)
+        .decision_function(scaler.transform(test.astype(np.float64)))
+    )
+    expected = log_softmax(np.stack([np.zeros(50), decision], axis=1), axis=1)
+    np.testing.assert_allclose(fit_logistic_regression(train, labels, 2).scores(test), expected, atol=0.02)
+
+
+def test_logistic_regression_is_finite_where_a_probability_underflows(problem: Problem) -> None:
     train, labels, test = problem
-    log_probs = logistic_regression(train, labels, test, 3)
-    spread = logistic_regression(train, np.array([1, 4, 6])[labels], test, 8)
-    np.testing.assert_array_equal(spread[:, [1, 4, 6]], log_probs)
-    assert np.isneginf(np.delete(spread, [1, 4, 6], axis=1)).all()
+    log_probs = fit_logistic_regression(train, labels, 3).scores(test * 1e6)
+    assert np.isfinite(log_probs).all()
     np.testing.assert_allclose(np.exp(log_probs).sum(axis=1), 1)
 
 
-def test_logistic_regression_with_two_classes(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    train, labels, _ = problem
-    two = train[labels < 2]
-    log_probs = logistic_regression(two, labels[labels < 2], two * 1e6, 2)
-    assert np.isfinite(log_probs).all()  # also where the probability itself underflows
-    np.testing.assert_array_equal(
-        log_probs.argmax(axis=1), logistic_regression(two, labels[:8], two * 1e3, 2).argmax(1)
-    )
+def test_logistic_regression_that_does_not_converge_says_so(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "STEPS", 1)
+    with pytest.raises(KshotError, match="did not converge"):
+        fit_logistic_regression(*problem[:2], 3)
 
 
-def test_logistic_regression_knows_only_training_statistics(
-    problem: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> None:
-    train, labels, test = problem
-    whole = logistic_regression(train, labels, test, 3)
-    for row in range(len(test)):
-        alone = logistic_regression(train, labels, test[row : row + 1], 3)
-        np.testing.assert_allclose(alone[0], whole[row], rtol=1e-12)
-
-
-def test_logistic_regression_takes_constant_features(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+@pytest.mark.parametrize("fit", [fit_logistic_regression, fit_ridge])
+def test_a_feature_that_never_changes_has_no_say(fit: Fit, problem: Problem) -> None:
     train, labels, test = (np.copy(array) for array in problem)
     train[:, 2] = test[:, 2] = 0.1
-    dropped = logistic_regression(np.delete(train, 2, 1), labels, np.delete(test, 2, 1), 3)
-    np.testing.assert_allclose(logistic_regression(train, labels, test, 3), dropped, atol=1e-4)
+    dropped = fit(np.delete(train, 2, 1), labels, 3).scores(np.delete(test, 2, 1))
+    assert np.abs(fit(train, labels, 3).scores(test) - dropped).max() < 0.1  # the penalty is in units of D
 
 
-def test_nearest_neighbour_is_brute_force(
-    problem: tuple[np.ndarray, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train, labels, test = problem
-    expected = np.full((7, 4), -np.inf)
-    for i, x in enumerate(test.astype(np.float64)):
-        for y, label in zip(train.astype(np.float64), labels, strict=True):
-            expected[i, label] = max(expected[i, label], -np.sqrt(sum((a - b) ** 2 for a, b in zip(x, y, strict=True))))
-    whole = nearest_neighbour(train, labels, test, 4)
-    np.testing.assert_allclose(whole, expected, rtol=1e-14)
-    monkeypatch.setattr("baselines.knn.BLOCK", 30)
-    np.testing.assert_array_equal(nearest_neighbour(train, labels, test, 4), whole)
+@pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])  # fewer images than features, and more
+def test_ridge_is_scikit_learns_with_its_own_leave_one_out(shots: int, dim: int) -> None:
+    train, labels, test = clusters(6, shots, dim, tests=100, noise=1.5)
+    scaler = StandardScaler().fit(train.astype(np.float64))
+    scaled = scaler.transform(train.astype(np.float64))
+    alphas = np.array(PENALTIES) * dim
+    reference = RidgeCV(alphas=np.sort(alphas)).fit(scaled, np.eye(6)[labels])
+    fitted = fit_ridge(train, labels, 6)
+    assert fitted.chosen == {"penalty": pytest.approx(reference.alpha_)}
+    expected = reference.predict(scaler.transform(test.astype(np.float64)))
+    np.testing.assert_allclose(fitted.scores(test), expected, atol=1e-9)
 
 
-def test_nearest_neighbour_ties_go_to_the_lower_class() -> None:
-    points = np.full((3, 300), 0.1, np.float32)
-    scores = nearest_neighbour(points, np.array([2, 1, 2]), points, 3)
-    np.testing.assert_array_equal(scores, [[-np.inf, 0, 0]] * 3)
-    np.testing.assert_array_equal(scores.argmax(axis=1), 1)
-
-
-def test_pixels_are_rgb_bytes(make_image: Callable[..., bytes]) -> None:
-    flat = io.BytesIO()
-    Image.new("RGB", (50, 20), (255, 0, 7)).save(flat, "PNG")
-    result = pixels([flat.getvalue(), make_image(0)], side=8)
-    assert (result.shape, result.dtype) == ((2, 192), np.float32)
-    np.testing.assert_array_equal(result[0].reshape(64, 3), [[255, 0, 7]] * 64)
-    assert pixels([]).shape == (0, 32 * 32 * 3)
-    with pytest.raises(ImageError):
-        pixels([b""])
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a, y, b: (np.where(a == a[3, 0], np.nan, a), y, b), "train features of image 3 are not finite"),
-        (lambda a, y, b: (a, y, np.where(b == b[2, 0], np.inf, b)), "test features of image 2 are not finite"),
-        (lambda a, y, b: (a, y + 1, b), "label 3 is not one of 3 classes"),
-        (lambda a, y, b: (a, y - 1, b), "label -1 is not one of 3 classes"),
-        (lambda a, y, b: (a, y[:-1], b), "one label per image"),
-        (lambda a, y, b: (a, y * 1.0, b), "whole numbers"),
-        (lambda a, y, b: (a, y, b[:, 1:]), "do not fit"),
-        (lambda a, y, b: (a[:0], y[:0], b), "one label per image"),
-    ],
-)
-def test_what_cannot_be_used(
-    head: Callable, change: Callable, message: str, problem: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> None:
-    with pytest.raises(InputError, match=message):
-        head(*change(*problem), 3)
-
-
-def test_a_single_class_cannot_be_fitted(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    train, labels, test = problem
-    with pytest.raises(InputError, match="all 12 training images are of class 0"):
-        logistic_regression(train, labels * 0, test, 3)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_no_test_images(head: Callable, problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    train, labels, test = problem
-    assert head(train, labels, test[:0], 3).shape == (0, 3)
+@pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])
+def test_ridge_leaves_one_out_as_if_it_had_fitted_without_it(shots: int, dim: int) -> None:
+    """The closed form against N regressions by normal equations, for every penalty."""
+    train, labels, _ = clusters(4, shots, dim)
+    scaled = StandardScaler().fit_transform(train.astype(np.float64))
+    targets = np.eye(4)[labels]
+    spectrum = ridge._Spectrum.of(scaled, targets)
+    for penalty in np.array(PENALTIES) * dim:
+        error = 0.0
+        for out in range(len(labels)):
+            x, y = np.delete(scaled, out, 0), np.delete(targets, out, 0)
+            centred = x - x.mean(axis=0)
+            weights = np.linalg.solve(centred.T @ centred + penalty * np.eye(dim), centred.T @ (y - y.mean(axis=0)))
+            error += np.sum((targets[out] - y.mean(axis=0) - (scaled[out] - x.mean(axis=0)) @ weights) ** 2)
+        assert spectrum.press(penalty) == pytest.approx(error, rel=1e-8)

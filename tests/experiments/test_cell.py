@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7},
     **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7, "shuffle_test": True},
     **{"prompt": "{image}What? => {label}", "loss": "closed-set", "calibration": "pmi", "answer_tokens": 7},
+    **{"readout": "last4", "image_size": 56, "vlm_features": "hidden"},
 }
 
 

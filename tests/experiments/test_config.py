@@ -99,7 +99,7 @@ def test_the_settings_of_methods_are_settings() -> None:
     for method in METHODS.values():
         assert set(method.settings) <= Settings.model_fields.keys()
     grid = {"datasets", "methods", "shots", "seeds", "prompts"}
-    assert {"name", *grid, "protocol", "settings"} == Sweep.model_fields.keys()
+    assert {"name", *grid, "protocol", "settings", "compare"} == Sweep.model_fields.keys()
 
 
 def test_another_model_leaves_the_presets_training_settings_behind() -> None:

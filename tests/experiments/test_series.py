@@ -1,4 +1,4 @@
-"""Series: methods where a sweep has one prompt, methods with a prompt where it has several."""
+"""Series of prompts: methods where a sweep has one prompt, methods with a prompt where it has several."""
 
 import re
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from experiments.methods import METHODS
 from experiments.plot import figure
 from experiments.report import headline, write_report
-from experiments.series import Series, by_prompt, from_zero, method_of, prompt_of, zero_shot_of
+from experiments.series import Choice, Series, by_series, choices_of, from_zero, method_of, zero_shot_of
 from experiments.styles import ordered, style
 from experiments.tables_run import all_planned
 from experiments.terminal import print_summary
@@ -52,6 +52,16 @@ def cell(method: str, shots: int, seed: int, accuracy: float, prompt: str | None
     }
 
 
+def asked(method: str, number: int, of: int = 5) -> Series:
+    """The series of a method with the prompt of this number."""
+    return Series(method, [Choice("prompt", f"words {number}", number - 1, of)])
+
+
+def prompt_of(series: str) -> int | None:
+    """The number of its prompt, of several."""
+    return next((choice.place + 1 for choice in choices_of(series) if choice.setting == "prompt"), None)
+
+
 def grid() -> list[dict]:
     runs = [cell("vlm-zero-shot", 0, 0, 0.1 + 0.1 * n, prompt) for n, prompt in enumerate(PROMPTS)]
     for k in (1, 4):
@@ -64,12 +74,12 @@ def grid() -> list[dict]:
 @pytest.mark.parametrize("more", [{}, {"prompts": []}, {"prompts": PROMPTS[:1]}])
 def test_with_one_prompt_nothing_changes(more):
     sweep = {**{key: value for key, value in SWEEP.items() if key != "prompts"}, **more}
-    assert by_prompt(sweep, grid()) == (sweep, grid())
-    assert all(type(c["method"]) is str for c in by_prompt(sweep, grid())[1])
+    assert by_series(sweep, grid()) == (sweep, grid())
+    assert all(type(c["method"]) is str for c in by_series(sweep, grid())[1])
 
 
 def test_with_several_prompts_what_asks_becomes_series():
-    sweep, cells = by_prompt(SWEEP, grid())
+    sweep, cells = by_series(SWEEP, grid())
     assert [(method_of(m), prompt_of(m)) for m in sweep["methods"]] == [
         ("vlm-zero-shot", 1),
         ("vlm-zero-shot", 2),
@@ -83,26 +93,26 @@ def test_with_several_prompts_what_asks_becomes_series():
         number = prompt_of(after["method"])
         assert before["settings"].get("prompt") == (PROMPTS[number - 1] if number else None)
         assert after | {"method": None} == before | {"method": None}
-    assert by_prompt(sweep, cells) == (sweep, cells)  # done once, done for good
+    assert by_series(sweep, cells) == (sweep, cells)  # done once, done for good
     assert SWEEP["methods"] == ["vlm-zero-shot", "vlm-lora", "pixel-knn"]
 
 
-@pytest.mark.parametrize("prompt", ["another", None])
-def test_a_prompt_that_is_not_of_the_sweep_is_refused(prompt):
-    with pytest.raises(ResultsError, match=f"prompt {prompt!r}, which is none of the sweep's"):
-        by_prompt(SWEEP, [cell("vlm-lora", 1, 0, 0.5, prompt)])
+@pytest.mark.parametrize(("prompt", "has"), [("another", "prompt 'another'"), (None, "no prompt")])
+def test_a_prompt_that_is_not_of_the_sweep_is_refused(prompt, has):
+    with pytest.raises(ResultsError, match=rf"^cell vlm-lora-1-0-{prompt} has {has}; the sweep's are: \['recipe', "):
+        by_series(SWEEP, [cell("vlm-lora", 1, 0, 0.5, prompt)])
 
 
 def test_the_untuned_model_is_asked_in_the_same_words():
     assert zero_shot_of("vlm-lora") == "vlm-zero-shot"
-    assert prompt_of(zero_shot_of(Series("vlm-lora", 2))) == 2
-    assert zero_shot_of(Series("vlm-lora", 2)) == Series("vlm-zero-shot", 2) != Series("vlm-zero-shot", 1)
+    assert prompt_of(zero_shot_of(asked("vlm-lora", 2))) == 2
+    assert zero_shot_of(asked("vlm-lora", 2)) == asked("vlm-zero-shot", 2) != asked("vlm-zero-shot", 1)
     assert zero_shot_of("vlm-zero-shot") is zero_shot_of("pixel-knn") is zero_shot_of("made-up") is None
 
 
 def test_curves_begin_at_zero_where_that_is_known():
-    table = {Series("vlm-zero-shot", 1): {0: "a"}, Series("vlm-lora", 1): {1: "b"}, Series("vlm-lora", 2): {1: "c"}}
-    expected = {**table, Series("vlm-lora", 1): {0: "a", 1: "b"}}
+    table = {asked("vlm-zero-shot", 1): {0: "a"}, asked("vlm-lora", 1): {1: "b"}, asked("vlm-lora", 2): {1: "c"}}
+    expected = {**table, asked("vlm-lora", 1): {0: "a", 1: "b"}}
     assert from_zero(table) == expected
     assert from_zero(expected) == expected
     assert from_zero({"vlm-zero-shot": {0: 1}, "dinov2-logreg": {1: 2}}) == {
@@ -112,21 +122,21 @@ def test_curves_begin_at_zero_where_that_is_known():
 
 
 def test_looks_are_of_the_method_and_differ_by_prompt():
-    looks = [style(Series("vlm-lora", n)) for n in (1, 2, 3, 4, 5)]
+    looks = [style(asked("vlm-lora", n)) for n in (1, 2, 3, 4, 5)]
     assert len({(look.colour, look.hollow) for look in looks}) == 5
     assert {look.marker for look in looks} == {style("vlm-lora").marker}
     assert looks[0].colour == style("vlm-lora").colour
     assert looks[1].title == "VLM + LoRA (prompt 2)"
     assert all(re.fullmatch("#[0-9A-F]{6}", look.colour) for look in looks)
-    assert style(Series("made-up", 1)).title == "made-up (prompt 1)"
-    series = [Series("vlm-lora", 10), "pixel-knn", Series("vlm-lora", 2), Series("vlm-zero-shot", 1), "made-up"]
+    assert style(asked("made-up", 1)).title == "made-up (prompt 1)"
+    series = [asked("vlm-lora", 10), "pixel-knn", asked("vlm-lora", 2), asked("vlm-zero-shot", 1), "made-up"]
     assert ordered(series) == [series[3], series[2], series[0], series[1], series[4]]
 
 
 def test_every_prompt_is_planned():
     plan = all_planned(SWEEP, [])
     assert len(plan) == len(set(plan)) == 2 + 2 * 2 * 2 + 2 * 2
-    there = {(c["dataset"], c["method"], c["shots"], c["seed"]) for c in by_prompt(SWEEP, grid())[1]}
+    there = {(c["dataset"], c["method"], c["shots"], c["seed"]) for c in by_series(SWEEP, grid())[1]}
     assert set(all_planned(SWEEP, grid())) == there
 
 
@@ -156,8 +166,8 @@ def test_the_report_of_one_prompt_has_no_numbers(tmp_path: Path):
 
 
 def test_the_figure_has_a_line_per_prompt(tmp_path: Path):
-    _, svg = figure(by_prompt(SWEEP, grid())[1], "icons", tmp_path)
-    assert style(Series("vlm-lora", 2)).colour.lower() in svg.read_text()
+    _, svg = figure(by_series(SWEEP, grid())[1], "icons", tmp_path)
+    assert style(asked("vlm-lora", 2)).colour.lower() in svg.read_text()
 
 
 def test_the_summary_fits_into_80_columns(capsys: pytest.CaptureFixture[str]):

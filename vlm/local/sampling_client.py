@@ -10,7 +10,7 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot_errors import RequestError
 from vlm.labels import Trie
-from vlm.local import sampling, scoring
+from vlm.local import embedding, sampling, scoring
 from vlm.local.engine import Engine, Snapshot
 
 
@@ -76,6 +76,12 @@ class LocalSamplingClient:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
         self._engine.prefetch(prompts)
         return self._submit(scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
+
+    def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
+        """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
+        self._engine.prefetch(prompts)
+        given = self._engine, self._snapshot, prompts
+        return self._submit(embedding.embed, *given, tower=tower, hidden=hidden).result()
 
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""

@@ -1,0 +1,30 @@
+"""Standardisation by training images alone. Knows no head."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Features to zero mean and unit variance; a feature that is constant in training becomes its distance from that.
+
+    mean, deviation: (D,) float64, of the training images.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, train: np.ndarray) -> "Scaler":
+        """The scaler of (N, D) training features."""
+        exact = train.astype(np.float64)
+        mean, deviation = exact.mean(axis=0), exact.std(axis=0)
+        # A constant column's deviation is rounding noise of its mean, which must not become a feature.
+        noise = 10 * np.finfo(np.float64).eps * np.abs(mean)
+        return cls(mean, np.where(deviation > noise, deviation, 1.0))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(M, D) float64."""
+        scaled: np.ndarray = (features.astype(np.float64) - self.mean) / self.deviation
+        return scaled

@@ -1,0 +1,277 @@
+"""Requests of a head's training run: their order, what they gather, and what one that fails leaves behind."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker import types
+
+from baselines import nano
+from baselines.examples import datum, question
+from baselines.training import LoraHeadClient
+from kshot_errors import ImageError, RequestError
+from tests.baselines.plain_lora import data_of, step, trained
+from vlm.classifier import steps
+
+ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
+
+
+@pytest.fixture
+def data(make_image: Callable[..., bytes]) -> list[tinker.Datum]:
+    """Eight images of two sizes, of three classes."""
+    images = [make_image(seed, *((96, 48) if seed in (1, 5) else (64, 64))) for seed in range(8)]
+    return data_of(images, [0, 1, 2, 0, 1, 2, 0, 1])
+
+
+@pytest.fixture
+def client() -> LoraHeadClient:
+    return LoraHeadClient(nano.NAME, 3, rank=4, seed=0)
+
+
+def gradients(client: LoraHeadClient) -> dict[str, torch.Tensor]:
+    return {name: gradient.clone() for name, gradient in client._run.gradients().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_batch_equals_its_halves_accumulated(data: list[tinker.Datum]) -> None:
+    whole, halves = (LoraHeadClient(nano.NAME, 3, rank=4, seed=0) for _ in range(2))
+    for each in (whole, halves, whole, halves):  # after two steps neither head nor B is zero
+        step(each, data, ADAM)
+    whole.forward_backward(data, "cross_entropy").result()
+    halves.forward_backward(data[:3], "cross_entropy").result()
+    halves.forward_backward(data[3:], "cross_entropy").result()
+    for name, gradient in gradients(whole).items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradients(halves)[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_forward_tells_the_same_and_leaves_no_gradient(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    step(client, data, ADAM)
+    before = trained(client)
+    told = client.forward(data, "cross_entropy").result()
+    assert all(not gradient.any() for gradient in gradients(client).values())
+    with pytest.raises(RequestError, match="forward_backward first"):
+        client.optim_step(ADAM).result()
+    again = client.forward_backward(data, "cross_entropy").result()
+    assert told.metrics == again.metrics
+    assert [o["logprobs"].data for o in told.loss_fn_outputs] == [o["logprobs"].data for o in again.loss_fn_outputs]
+    assert same(before, trained(client))
+
+
+def test_a_step_clears_the_gradients(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    step(client, data, ADAM)
+    assert all(not gradient.any() for gradient in gradients(client).values())
+    with pytest.raises(RequestError, match="forward_backward first"):
+        client.optim_step(ADAM).result()
+
+
+def number(value: Any, dtype: type = np.float32) -> tinker.TensorData:
+    return tinker.TensorData.from_numpy(np.array(value, dtype))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good datum, and what the error must say
+    "no targets": ({"target_tokens": None}, "target_tokens, the class index, is missing"),
+    "a class too many": ({"target_tokens": number([3], np.int64)}, "target 3 is not one of 3 classes"),
+    "a class below": ({"target_tokens": number([-100], np.int64)}, "target -100 is not one of 3 classes"),
+    "no index": ({"target_tokens": number([1.0])}, "must be int64, got float32"),
+    "two targets": ({"target_tokens": number([1, 1], np.int64)}, r"target_tokens must be one number.*shape \[2\]"),
+    "two weights": ({"weights": number([1, 1])}, r"weights must be one number.*shape \[2\]"),
+    "a weight of no shape": ({"weights": number(1)}, r"weights must be one number.*shape \[\]"),
+    "a weight that is none": ({"weights": number([np.nan])}, "weights is nan"),
+    "advantages": ({"advantages": number([1])}, r"\['advantages'\]; drop them"),
+    "text": ({"chunks": [types.EncodedTextChunk(tokens=[1])]}, "exactly one ImageChunk, got EncodedTextChunk"),
+    "nothing": ({"chunks": []}, "got nothing"),
+    "two images": ({"chunks": "twice"}, "got ImageChunk, ImageChunk"),
+    "a counted image": ({"expected_tokens": 16}, "expected_tokens is 16"),
+    "another format": ({"format": "jpeg"}, "given as jpeg, its bytes are png"),
+}
+
+
+def spoiled(good: tinker.Datum, change: dict[str, Any]) -> tinker.Datum:
+    change = dict(change)
+    (chunk,) = good.model_input.chunks
+    image = {name: change.pop(name) for name in ("expected_tokens", "format") if name in change}
+    chunks = change.pop("chunks", [chunk.model_copy(update=image)])
+    fields = {name: value for name, value in {**good.loss_fn_inputs, **change}.items() if value is not None}
+    chunks = [chunk, chunk] if chunks == "twice" else chunks
+    return tinker.Datum(model_input=tinker.ModelInput(chunks=chunks), loss_fn_inputs=fields)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_data_that_do_not_fit_are_named_and_change_nothing(
+    kind: str, client: LoraHeadClient, data: list[tinker.Datum]
+) -> None:
+    change, says = BAD[kind]
+    client.forward_backward(data[:2], "cross_entropy").result()
+    before = gradients(client)
+    with pytest.raises(RequestError, match=rf"datum 2: .*{says}"):
+        client.forward_backward([*data[:2], spoiled(data[2], change)], "cross_entropy").result()
+    assert same(before, gradients(client))
+    client.optim_step(ADAM).result()
+
+
+@pytest.mark.parametrize("image", [b"x", b"\xff\xd8\xff broken", b"\x89PNG\r\n\x1a\n broken"])
+def test_an_image_that_is_none_is_named_and_changes_nothing(
+    image: bytes, client: LoraHeadClient, data: list[tinker.Datum]
+) -> None:
+    client.forward_backward(data, "cross_entropy").result()
+    before = gradients(client)
+    chunk = types.ImageChunk(data=image, format="png" if image.startswith(b"\x89") else "jpeg", expected_tokens=1)
+    broken = tinker.Datum(tinker.ModelInput(chunks=[chunk]), data[0].loss_fn_inputs)
+    with pytest.raises(ImageError, match="datum 1: "):
+        client.forward_backward([data[0], broken], "cross_entropy").result()
+    assert same(before, gradients(client))
+
+
+def test_requests_that_do_not_fit_are_named(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    with pytest.raises(RequestError, match="no data"):
+        client.forward_backward([], "cross_entropy").result()
+    with pytest.raises(RequestError, match="'ppo' is not one of a classifier's"):
+        client.forward(data, "ppo").result()
+    with pytest.raises(RequestError, match=r"no configuration, got \['beta'\]"):
+        client.forward_backward(data, "cross_entropy", {"beta": 0.1}).result()
+    for wrong in (None, types.DimuonParams(learning_rate=1e-3)):
+        with pytest.raises(RequestError, match="one AdamParams"):
+            client.optim_step(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="no tokenizer"):
+        client.get_tokenizer()
+    with pytest.raises(ImageError, match="neither JPEG nor PNG"):
+        datum(b"GIF89a", 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"grad_clip_norm": -1.0},
+        {"beta1": 1.0},
+        {"beta2": 1.5},
+        {"eps": 0.0},
+    ],
+)
+def test_a_step_out_of_range_is_named_and_changes_nothing(
+    wrong: dict[str, float], client: LoraHeadClient, data: list[tinker.Datum]
+) -> None:
+    client.forward_backward(data, "cross_entropy").result()
+    before, weights = gradients(client), trained(client)
+    with pytest.raises(RequestError, match=f"{next(iter(wrong))} = "):
+        client.optim_step(types.AdamParams(**wrong)).result()
+    assert same(before, gradients(client))
+    assert same(weights, trained(client))
+
+
+def test_gradients_that_are_not_finite_are_cleared(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    before = trained(client)
+    data[0].loss_fn_inputs["weights"] = number([3e38])
+    for _ in range(2):  # their sum is beyond float32
+        client.forward_backward(data[:1], "cross_entropy").result()
+    with pytest.raises(RequestError, match="not finite"):
+        client.optim_step(ADAM).result()
+    assert same(before, trained(client))
+    with pytest.raises(RequestError, match="forward_backward first"):
+        client.optim_step(ADAM).result()
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_pass_that_fails_leaves_no_part(
+    done: int, client: LoraHeadClient, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two sizes are two passes. Where the first fails nothing is changed; after it, all that was gathered goes."""
+    client.forward_backward(data, "cross_entropy").result()
+    before = gradients(client)
+
+    def logits(pixels: Any, original: Any = client._run.head.logits) -> Any:
+        for number, each in enumerate(original(pixels)):
+            if number == done:
+                raise MemoryError("out of memory")
+            yield each
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._run.head, "logits", logits)
+        with pytest.raises(MemoryError):
+            client.forward_backward(data, "cross_entropy").result()
+    if done:
+        assert all(not gradient.any() for gradient in gradients(client).values())
+        with pytest.raises(RequestError, match="forward_backward first"):
+            client.optim_step(ADAM).result()
+    else:
+        assert same(before, gradients(client))
+        client.optim_step(ADAM).result()
+
+
+def test_requests_run_in_the_order_they_are_made(data: list[tinker.Datum]) -> None:
+    """All are made before the first has begun; the snapshot is of the weights between two steps."""
+    waiting, eager = (LoraHeadClient(nano.NAME, 3, rank=4, seed=0) for _ in range(2))
+    images = [each.model_input.chunks[0].data for each in data]  # type: ignore[union-attr]
+    losses, scores = [], []
+    for _ in range(3):
+        losses.append(step(waiting, data, ADAM))
+        scores.append(waiting.save_weights_and_get_sampling_client().result().class_log_probs(images))
+    gate = threading.Event()
+    eager._worker.submit(gate.wait)
+    asked = []
+    for _ in range(3):
+        loss = eager.forward_backward(data, "cross_entropy")
+        asked.append((loss, eager.optim_step(ADAM), eager.save_weights_and_get_sampling_client()))
+    assert not any(future.future().done() for futures in asked for future in futures)
+    gate.set()
+    assert [loss.result().metrics["loss:sum"] for loss, _, _ in asked] == losses
+    assert losses == sorted(set(losses), reverse=True)
+    for (_, _, sampler), expected in zip(asked, scores, strict=True):
+        np.testing.assert_array_equal(sampler.result().class_log_probs(images), expected)
+
+
+def test_futures_can_be_awaited(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    async def train() -> list[float]:
+        losses = []
+        for _ in range(2):
+            loss, stepped = client.forward_backward(data, "cross_entropy"), client.optim_step(ADAM)
+            losses.append((await loss).metrics["loss:sum"])
+            assert (await stepped).metrics["grad_norm:mean"] > 0
+        return losses
+
+    other = LoraHeadClient(nano.NAME, 3, rank=4, seed=0)
+    assert asyncio.run(train()) == [step(other, data, ADAM) for _ in range(2)]
+
+
+def test_the_loop_of_the_language_model_trains_a_head(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    other = LoraHeadClient(nano.NAME, 3, rank=4, seed=0)
+    answers = list(steps(client, (data for _ in range(3)), "cross_entropy", ADAM))
+    assert [out.metrics["loss:sum"] for out, _ in answers] == [step(other, data, ADAM) for _ in range(3)]
+    assert same(trained(client), trained(other))
+
+
+def test_a_run_says_what_it_is(client: LoraHeadClient) -> None:
+    info, others = client.get_info(), LoraHeadClient(nano.NAME, 3, seed=0).get_info()
+    assert (info.model_name, info.is_lora, info.lora_rank, info.model_id) == (nano.NAME, True, 4, client.model_id)
+    assert info.model_data.arch == "VisionTransformer"
+    assert info.model_id != others.model_id
+
+
+def test_after_close_there_are_no_requests(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    last = client.forward(data, "cross_entropy")
+    client.close()
+    assert last.future().done()
+    with pytest.raises(RequestError, match="closed"):
+        client.forward(data, "cross_entropy")
+
+
+def test_a_datum_is_one_image_and_one_class(make_image: Callable[..., bytes]) -> None:
+    for format in ("png", "jpeg"):
+        image = make_image(0, format=format.upper())
+        made = datum(image, 2)
+        (chunk,) = made.model_input.chunks
+        assert isinstance(chunk, types.ImageChunk)
+        assert (chunk.data, chunk.format, made.model_input.length) == (image, format, 1)
+        assert made.model_input == question(image)
+        assert made.loss_fn_inputs["target_tokens"].dtype == "int64"
+        assert made.loss_fn_inputs["target_tokens"].tolist() == [2]

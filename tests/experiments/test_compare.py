@@ -1,0 +1,321 @@
+"""Settings that are compared in one sweep: which cells there are, what results say of them, what is refused.
+
+The methods read the settings of the real ones; what they compute is, in all tests but one, a stand-in that takes no
+time.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from baselines import nano
+from experiments.config import COMPARED, OWN, Compare, Settings, load
+from experiments.job import Job
+from experiments.methods import METHODS, Outcome, Task
+from experiments.store import Results
+from experiments.sweep import command, plan
+from experiments.train import planned
+from kshot_errors import InputError, UnknownNameError
+
+YAML = "name: mine\ndatasets: [icons]\nmethods: [dinov2-logreg]\nshots: [1]\nseeds: [0]\n"
+BOTH = ("--image-size", "own", "--image-size", "128", "--readout", "cls", "--readout", "last4")
+PAIRS = [(size, readout) for size in (None, 128) for readout in ("cls", "last4")]
+
+LOGREG = METHODS["dinov2-logreg"]
+
+
+def drawn(task: Task) -> Outcome:
+    """Scores by chance, other ones under other settings."""
+    s = task.settings
+    seed = [task.seed, len(task.train), s.image_size or 0, *s.readout.encode(), *s.backbone.encode()]
+    scores = np.random.default_rng(seed).random((len(task.test), len(task.classes)))
+    return Outcome(scores, False, {"fit": 0.0, "predict": 0.0})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {"dinov2-logreg": {"backbone", "readout", "image_size"}, "vlm-vision-linear": {"vlm_features"}}
+    for method in (*read, "pixel-knn"):
+        row = replace(METHODS[method], run=drawn)
+        assert set(COMPARED) & set(row.settings) == read.get(method, set())
+        monkeypatch.setitem(METHODS, method, row)
+
+
+@pytest.fixture
+def sweep(photos: Path, tmp_path: Path, kshot: Any, ran: list[Job]) -> Callable[..., Any]:
+    """A sweep of two shots and one seed; gives what it said."""
+
+    def run(*options: object, methods: tuple[str, ...] = ("dinov2-logreg", "pixel-knn")) -> Any:
+        ran.clear()
+        named = [word for method in methods for word in ("--method", method)]
+        base = ("sweep", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0")
+        return kshot(*base, *options, "--out", tmp_path / "out")
+
+    return run
+
+
+def test_cells_are_the_product_of_what_a_method_reads(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
+    methods = ("dinov2-logreg", "vlm-vision-linear", "pixel-knn")
+    said = sweep(*BOTH, "--vlm-features", "tower", "--vlm-features", "hidden", methods=methods)
+    assert said.status == 0, said.err
+    found = {method: [job for job in ran if job.cell.method == method] for method in methods}
+    logreg = [(job.settings.image_size, job.settings.readout, job.cell.shots) for job in found["dinov2-logreg"]]
+    assert sorted(logreg, key=str) == sorted(((*pair, k) for pair, k in product(PAIRS, (1, 2))), key=str)
+    vision = [(job.settings.vlm_features, job.cell.shots) for job in found["vlm-vision-linear"]]
+    assert sorted(vision) == [("hidden", 1), ("hidden", 2), ("tower", 1), ("tower", 2)]
+    assert [job.cell.shots for job in found["pixel-knn"]] == [1, 2]
+    assert len({job.cell.key for job in ran}) == len(ran) == 8 + 4 + 2
+    for job in ran:  # what a cell says is what it was run under
+        under = {name: value for name, value in job.settings.model_dump().items() if name in job.cell.settings}
+        assert {**job.cell.settings, **under} == job.cell.settings
+    records = {record["key"]: record for record in Results(tmp_path / "out").cells()}
+    assert {job.cell.key: dict(job.cell.settings) for job in ran} == {k: r["settings"] for k, r in records.items()}
+
+
+def test_cells_are_those_of_a_sweep_of_one_value(photos: Path) -> None:
+    """Comparing changes no key: what was run with one value is the same cell."""
+    grid = {"datasets": [f"folder:{photos}"], "methods": ["dinov2-logreg", "pixel-knn"], "shots": [1], "seeds": [0, 1]}
+    both = plan(load("demo", grid, {"image_size": ("own", "128"), "readout": ("cls", "last4")}))
+    alone = [plan(load("demo", grid, {"image_size": size, "readout": readout})) for size, readout in PAIRS]
+    assert {job.cell.key for job in both.jobs} == {job.cell.key for each in alone for job in each.jobs}
+    assert len(both.jobs) == 4 * 2 + 2
+
+
+def test_the_numbers_are_those_of_a_sweep_of_one_value(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the method itself: other features under each combination."""
+    monkeypatch.setitem(METHODS, "dinov2-logreg", LOGREG)
+    assert sweep(*BOTH, methods=("dinov2-logreg",)).status == 0
+    found = {record["key"]: record["metrics"] for record in Results(tmp_path / "out").cells()}
+    nll = {metrics["nll"] for metrics in found.values()}
+    assert len(found) == len(nll) == 2 * 4
+    (tmp_path / "out").rename(tmp_path / "both")
+    assert sweep("--image-size", "128", "--readout", "last4", methods=("dinov2-logreg",)).status == 0
+    alone = {record["key"]: record["metrics"] for record in Results(tmp_path / "out").cells()}
+    assert len(alone) == 2
+    assert alone.items() <= found.items()
+
+
+def test_the_results_say_what_was_compared(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
+    assert sweep(*BOTH).status == 0
+    content = Results(tmp_path / "out").sweep()
+    assert content["compare"] == {"image_size": [None, 128], "readout": ["cls", "last4"]}
+    assert (content["settings"]["image_size"], content["settings"]["readout"]) == ([None, 128], ["cls", "last4"])
+    assert content["settings"]["vlm_features"] == "tower"
+    text = (tmp_path / "out" / "report.md").read_text()
+    under = [f"{size}, {readout}" for size in ("own size", "128 px") for readout in ("cls", "last4")]
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    rows = [title for title in titles if title.startswith(("DINOv2", "pixel kNN"))]
+    table = [*(f"DINOv2 + logistic regression ({each})" for each in under), "pixel kNN"]
+    assert rows[:5] == rows[5:10] == table  # accuracy, all metrics
+    assert "2 methods were compared on folder:my &lt;b&gt;photos\\|é with 1 to 2 labelled examples" in text
+    assert "per class (1 seed, 2 image sizes, 2 readouts)" in text
+    assert "| image_size | null, 128 |" in text
+    assert "None: every planned cell has been run." in text
+    assert "paired bootstrap over test images" in text
+
+
+def test_the_command_of_the_report_runs_the_same(
+    sweep: Any, photos: Path, tmp_path: Path, kshot: Any, ran: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(*BOTH).status == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("kshot sweep"))
+    assert " --image-size own --image-size 128 --readout cls --readout last4" in line
+    monkeypatch.chdir(photos.parent)
+    ran.clear()
+    words = [word.replace("PATH/TO/", "") for word in shlex.split(line)]
+    assert kshot(*words[1:], "--out", tmp_path / "out").status == 0
+    assert ran == []
+    assert (tmp_path / "out" / "report.md").read_text() == text
+
+
+def test_a_command_names_the_values_of_any_sweep(photos: Path) -> None:
+    models = {
+        "backbone": ("vit_small_patch14_dinov2.lvd142m", "kshot/nano-dinov2"),
+        "model": "Qwen/Qwen3-VL-2B-Instruct",
+    }
+    grid = {"datasets": (f"folder:{photos}",), "methods": ("dinov2-logreg",), "shots": (1,)}
+    planned = plan(load("demo", grid, models | {"rank": 5, "readout": "last4"}))
+    text = command(planned.describe())
+    assert "--backbone vit_small_patch14_dinov2.lvd142m --backbone kshot/nano-dinov2" in text
+    assert planned.describe()["settings"]["backbone_revision"] == [None, nano.REVISION]
+    assert "--set readout=last4" in text
+    assert "--set rank=5" in text
+    assert "learning_rate" not in text  # another model brings the reference protocol's
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (BOTH[:4], "readout ['cls', 'last4'] → 'cls'"),
+        ((*BOTH, "--readout", "cls+mean"), "readout ['cls', 'last4'] → ['cls', 'last4', 'cls+mean']"),
+        (("--image-size", "64", *BOTH), "image_size [None, 128] → [64, None, 128]"),
+    ],
+)
+def test_other_values_are_refused_with_the_difference(
+    sweep: Any, tmp_path: Path, ran: list[Job], options: tuple[str, ...], difference: str
+) -> None:
+    assert sweep(*BOTH).status == 0
+    assert sweep(*BOTH).err == "all 10 cells are there: nothing to compute\n"
+    before = (tmp_path / "out" / "sweep.json").read_bytes()
+    said = sweep(*options)
+    assert (said.status, said.err.count("\n"), ran) == (2, 1, [])
+    assert f"holds results of another configuration ({difference})" in said.err
+    assert (tmp_path / "out" / "sweep.json").read_bytes() == before
+
+
+def test_a_comparing_sweep_grows_in_shots(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
+    assert sweep(*BOTH).status == 0
+    assert sweep(*BOTH, "--shots", "4", methods=("dinov2-logreg",)).status == 0
+    assert sorted((job.settings.readout, job.cell.shots) for job in ran) == [*[("cls", 4)] * 2, *[("last4", 4)] * 2]
+    assert Results(tmp_path / "out").sweep()["compare"] == {"image_size": [None, 128], "readout": ["cls", "last4"]}
+
+
+@pytest.mark.parametrize("options", [("--readout", "last4"), ("--readout", "last4", "--readout", "last4")])
+def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert sweep(*options).status == 0
+    content = Results(tmp_path / "out").sweep()
+    assert "compare" not in content
+    assert content["settings"]["readout"] == "last4"
+    assert "last4" not in (tmp_path / "out" / "report.md").read_text().partition("How it was run")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--readout", "last5"), "settings.readout = 'last5': Input should be 'cls', 'cls+mean', 'last4'"),
+        (("--readout", "cls", "--readout", "last5"), "compare.readout.1 = 'last5': Input should be 'cls'"),
+        (("--image-size", "own", "--image-size", "big"), "compare.image_size.1 = 'big': Input should be a valid int"),
+        (("--image-size", "0"), "settings.image_size = '0': Input should be greater than 0"),
+        (("--image-size", "own", "--image-size", "30"), "image size 30 is no multiple of 8"),
+        (("--vlm-features", "head", "--vlm-features", "tower"), "compare.vlm_features.0 = 'head'"),
+        (("--backbone", "kshot/nano-dinov2", "--backbone", "resnet_dino"), "'resnet_dino'"),
+        ((*BOTH, "--set", "readout=cls"), "readout is given twice: as an option and with --set; leave one out"),
+        (("--image-size", "own", "--set", "image_size=64"), "image_size is given twice: as an option and with --set"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_at_the_start(
+    sweep: Any, tmp_path: Path, ran: list[Job], options: tuple[str, ...], says: str
+) -> None:
+    said = sweep(*options)
+    assert (said.status, said.err.count("\n"), ran, (tmp_path / "out").exists()) == (2, 1, [], False)
+    assert says in said.err
+
+
+def test_backbones_go_by_their_recorded_names(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
+    """Folders by their last part, wherever they lie; two of one name cannot be told apart."""
+    for name in ("a/small", "b/large", "b/small"):
+        (tmp_path / name).mkdir(parents=True)
+        for part in ("config.json", "model.safetensors"):
+            shutil.copy(nano.HERE / part, tmp_path / name / part)
+    folders = [word for name in ("a/small", "b/large") for word in ("--backbone", tmp_path / name)]
+    assert sweep(*folders).status == 0
+    content = Results(tmp_path / "out").sweep()
+    assert content["compare"] == {"backbone": ["small", "large"]}
+    assert [job.settings.backbone for job in ran if job.cell.method == "dinov2-logreg" and job.cell.shots == 1] == [
+        *(str(tmp_path / "a/small"), str(tmp_path / "b/large"))
+    ]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| DINOv2 + logistic regression (small) | " in text
+    assert "| DINOv2 + logistic regression (large) | " in text
+    assert "(1 seed, 2 backbones)" in text
+    assert "every planned cell has been run" in text
+    assert str(tmp_path) not in text
+    said = sweep(*folders, "--backbone", tmp_path / "b/small")
+    twins = f"backbone {tmp_path}/a/small and {tmp_path}/b/small would both be called small; rename one or leave it out"
+    assert (said.status, said.err) == (2, f"kshot: {twins}\n")
+
+
+def test_a_file_compares_and_options_go_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{YAML}settings: {{rank: 8}}\ncompare: {{image_size: [null, 518, own], readout: [cls, last4]}}\n")
+    found = load(str(path), {}, {})
+    assert found.compare == Compare(image_size=(None, 518), readout=("cls", "last4"))
+    assert [(s.image_size, s.readout, s.rank) for s in found.variants] == [
+        *[(None, "cls", 8), (None, "last4", 8), (518, "cls", 8), (518, "last4", 8)]
+    ]
+    one = load(str(path), {}, {"readout": "last4"})
+    assert [(s.image_size, s.readout) for s in one.variants] == [(None, "last4"), (518, "last4")]
+    other = load(str(path), {}, {"readout": ("last4+mean", "cls"), "image_size": OWN})
+    assert [(s.image_size, s.readout) for s in other.variants] == [(None, "last4+mean"), (None, "cls")]
+    path.write_text(f"{YAML}settings: {{readout: cls}}\n")
+    assert [s.readout for s in load(str(path), {}, {"readout": ("last4", "cls")}).variants] == ["last4", "cls"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (
+            "compare: {rank: [1, 2]}",
+            UnknownNameError,
+            "unknown setting to compare 'rank'; choose from: backbone, image_",
+        ),
+        ("compare: {readout: []}", InputError, r"compare.readout = \[\]: .*at least 1 item"),
+        ("compare: {readout: cls}", InputError, "compare.readout = 'cls': Input should be a valid tuple"),
+        ("compare: {readout: [cls, x]}", InputError, "compare.readout.1 = 'x': Input should be 'cls'"),
+        ("compare: 3", InputError, "compare = 3: "),
+        (
+            "compare: {readout: [cls, last4]}\nsettings: {readout: cls}",
+            *(InputError, "mine.yaml gives readout twice: in settings and in compare; leave one out"),
+        ),
+    ],
+)
+def test_a_file_that_compares_wrongly(tmp_path: Path, content: str, error: type[InputError], message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(YAML + content)
+    with pytest.raises(error, match=message) as raised:
+        load(str(tmp_path / "mine.yaml"), {}, {})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_setting_is_of_one_type_alone_and_among_others() -> None:
+    assert set(COMPARED) == {"backbone", "readout", "image_size", "vlm_features"}
+    for name in COMPARED:
+        alone = Settings.model_json_schema()["properties"][name]
+        among = Compare.model_json_schema()["properties"][name]["items"]
+        facts = ("type", "enum", "anyOf")
+        assert {key: alone[key] for key in facts if key in alone} == {key: among[key] for key in facts if key in among}
+
+
+def test_another_model_among_the_compared_brings_the_reference_protocol() -> None:
+    demo = load("demo", {}, {}).settings
+    own = load("demo", {}, {"backbone": (demo.backbone, demo.backbone)}).settings
+    assert (own.learning_rate, own.views_per_class) == (0.003, 64)
+    other = load("demo", {}, {"backbone": (demo.backbone, "vit_small_patch14_dinov2.lvd142m")}).settings
+    assert (other.learning_rate, other.views_per_class, other.model) == (1e-4, 160, demo.model)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_training_an_adapter_takes_none_of_them(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} is for sweeps, which test; training does not depend on it"):
+        planned("icons", 1, 0, {name: "x"})
+
+
+def test_results_of_an_earlier_version_are_reported(tmp_path: Path, kshot: Any) -> None:
+    """Their settings have no readout; nothing is said of one."""
+    old = Path(__file__).parents[2] / "results" / "control"
+    folder = shutil.copytree(old, tmp_path / "out", ignore=shutil.ignore_patterns("report.*", "*.png", "*.svg"))
+    for path in (folder / "sweep.json", *folder.glob("cells/*.json")):
+        content = json.loads(path.read_text())
+        assert "compare" not in content
+        for name in ("readout", "image_size", "vlm_features"):
+            content["settings"].pop(name, None)
+        path.write_text(json.dumps(content))
+    said = kshot("report", folder)
+    assert said.status == 0, said.err
+    cells = [json.loads(path.read_text()) for path in folder.glob("cells/*.json")]
+    text = (folder / "report.md").read_text()
+    for method, title in (("vlm-lora", "VLM + LoRA"), ("pixel-knn", "pixel kNN")):
+        mean = np.mean([100 * c["metrics"]["accuracy"] for c in cells if c["method"] == method])
+        assert f"| {title} | {mean:.1f} ± " in text.replace("*", "")
+    assert "readout" not in text
+    assert "Published" not in text

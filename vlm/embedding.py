@@ -1,0 +1,56 @@
+"""What the model itself sees, as a vector for each prompt: features for a head of one's own. Knows no heads.
+
+"tower": the vision tower's output after its merger, which is what is put into the text at the image's positions
+(deepstack layers left out), as the mean over the image's tokens. "hidden": the text model's last hidden state at the
+prompt's last position, after the final norm: what the head would turn into the next token. Zhang et al., "Why are
+visually-grounded language models bad at image classification?" (NeurIPS 2024, arXiv:2405.18415), find that such states
+hold what is needed to classify where the answers in text do not say it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import tinker
+
+from kshot_errors import RequestError, UnknownNameError
+from vlm.classifier import WINDOW
+from vlm.prompts import Prompt
+from vlm.service import SamplingClient
+
+FEATURES = {"tower": (True, False), "hidden": (False, True), "tower+hidden": (True, True)}  # which of the two
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A sampling client that gives features of its model."""
+
+    def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
+        """(prompts, D) float32: the features that are asked for, the tower's first."""
+
+
+def embed(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], what: str) -> np.ndarray:
+    """(prompts, D) float32 features of each prompt, in order. what: a row of FEATURES; D is the width of the text
+    model, twice that for "tower+hidden".
+
+    On a CPU "tower" is a function of the image alone, bit for bit, and an image seen before costs nothing; both unless
+    the sampler's LoRA covers the vision tower. Otherwise what is asked for together shares matrix products: other
+    company for a prompt changes its features by rounding, and no more.
+    Raises UnknownNameError for another name, and RequestError for a service that gives no features and, where the
+    tower's are asked for, for a prompt that does not hold exactly one image.
+    """
+    if what not in FEATURES:
+        raise UnknownNameError("features", what, FEATURES)
+    if not isinstance(sampler, Embedder):
+        raise RequestError(
+            f"features {what!r} need the local service: the Tinker API gives none of its models; use --service local"
+        )
+    tower, hidden = FEATURES[what]
+    return sampler.embed_prompts(prompts, tower=tower, hidden=hidden)
+
+
+def embed_images(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, what: str) -> np.ndarray:
+    """(images, D) float32 features of the question about each image, its prefill at the end, so that "hidden" is the
+    state that the class name is written from. Raises as `embed` does, and ImageError for bytes that are no image."""
+    windows = (images[start : start + WINDOW] for start in range(0, max(1, len(images)), WINDOW))
+    return np.concatenate([embed(sampler, [prompt.question(image) for image in some], what) for some in windows])
