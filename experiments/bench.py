@@ -19,6 +19,7 @@ from kshot_files import write_file
 
 FOLDER = Path("results/bench")  # X.json of `kshot bench X`
 DIGITS = 3  # significant ones in the table
+UNITS = {"grid_seconds": "s", "feature_rate_share": "of 1"}  # of what stands among the ratios and is no quotient
 
 
 def in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -74,7 +75,7 @@ def show(result: dict[str, Any]) -> None:
     for measured in result["rows"]:
         table.add_row(measured["name"], _number(measured["median"]), measured["unit"])
     for name, ratio in result["ratios"].items():
-        table.add_row(name, _number(ratio), "times")
+        table.add_row(name, _number(ratio), UNITS.get(name, "times"))
     out.print(table, soft_wrap=False)
 
 

@@ -60,3 +60,22 @@ def score(
 
     with err.status("measuring"):
         bench(root, quick, json_path, tokenizer, device)
+
+
+@app.command("baseline")
+def baseline(
+    quick: Quick = False,
+    json_path: Json = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="A folder of class folders; without it, made ones.")
+    ] = None,
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="As sweep's; without it, a DINOv2 with random weights.")
+    ] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Seconds for all heads of a comparison from cached features, and features a second against the bare encoder."""
+    from experiments.bench_baseline import bench
+
+    with err.status("measuring"):
+        bench(root, quick, json_path, device, backbone)

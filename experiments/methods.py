@@ -68,13 +68,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the function, the settings its numbers depend on, whether it learns, and its relative cost in time."""
+    """A row: the function, the settings its numbers depend on, whether it learns, and its relative cost in time.
+
+    zero_shot: the method that asks the model before this one tunes it. leaves_out: whether it chooses by leaving a
+    training image of every class out. local: whether it needs what the Tinker API has not, so this process alone.
+    """
 
     run: Callable[[Task], Outcome]
     settings: tuple[str, ...]
     learns: bool = True
     cost: float = 1.0
     zero_shot: str | None = None
+    leaves_out: bool = False
+    local: bool = False
 
 
 def vlm_zero_shot(task: Task) -> Outcome:
@@ -156,11 +162,11 @@ _ASKED = ("model", "prompt", "answer_tokens", "calibration")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_ASKED), learns=False),
     "vlm-lora": Method(vlm_lora, (*_DATA, *_ASKED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
-    "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0),
+    "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0, local=True),
     "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_ENCODED)),
-    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_ENCODED)),
-    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_ENCODED)),
-    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_ENCODED)),
+    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_ENCODED), leaves_out=True),
+    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_ENCODED), leaves_out=True),
+    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_ENCODED), leaves_out=True),
     "dinov2-lora": Method(dinov2_lora, (*_DATA, *_ENCODED, *_TRAINED), cost=5.0),
     "pixel-knn": Method(pixel_knn, _DATA),
 }
@@ -246,7 +252,7 @@ def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head:
 
     row = HEADS[head]
     if row.chooses:
-        _check_left_out(task)
+        check_left_out(task.classes, task.train)
     return _fitted(task, features, row.fit, probabilities=row.probabilities)
 
 
@@ -264,12 +270,12 @@ def _fitted(
     return Outcome(scores, probabilities, seconds, chosen=fitted.chosen)
 
 
-def _check_left_out(task: Task) -> None:
+def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:
     """Raises TooFewImagesError for a class with one image beside classes with more, by its name: heads know numbers."""
-    counts = np.bincount([example.label for example in task.train], minlength=len(task.classes))
+    counts = np.bincount([example.label for example in train], minlength=len(classes))
     if counts.max() > 1 and (counts == 1).any():
-        name = task.classes[int(np.argmax(counts == 1))]
+        name = classes[int(np.argmax(counts == 1))]
         raise TooFewImagesError(
-            f"class {name!r} has one training image and others have {counts.max()}: this head chooses its settings by "
-            "leaving one out, and then the class has none; add an image, or ask for 1 shot, or leave the method out"
+            f"class {name!r} has one training image and others have {counts.max()}: ridge, kNN and nearest mean choose "
+            "their settings by leaving one out, and then it has none; add an image, ask for 1 shot, or leave them out"
         )

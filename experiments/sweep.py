@@ -18,7 +18,7 @@ from experiments import executors
 from experiments.cell import Cell
 from experiments.config import COMPARED, MODELS, OWN, Settings, Sweep, load
 from experiments.job import Job
-from experiments.methods import METHODS
+from experiments.methods import METHODS, check_left_out
 from experiments.run import few_shot, run, validation
 from experiments.store import Results
 from experiments.weights import notes, recorded, relevant
@@ -81,6 +81,8 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
     for method in sweep.methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
+    if service != "local" and (alone := [name for name in sweep.methods if METHODS[name].local]):
+        raise InputError(f"{alone[0]} needs features, which the Tinker API does not give; use --service local")
     _check_machine(service, device)
     _check_models(sweep, service)
     _check_asking(sweep, service)
@@ -91,7 +93,9 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
     if any(METHODS[method].learns for method in sweep.methods):
         for dataset in datasets.values():
             for seed in sweep.seeds:
-                few_shot(dataset, max(sweep.shots), seed, sweep.settings)
+                chosen = few_shot(dataset, max(sweep.shots), seed, sweep.settings)
+                if any(METHODS[method].leaves_out for method in sweep.methods):
+                    check_left_out(dataset.classes, chosen)
                 validation(dataset, max(sweep.shots), seed, sweep.settings)
     jobs: list[Job] = []
     for source, dataset in datasets.items():

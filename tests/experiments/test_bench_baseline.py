@@ -1,0 +1,97 @@
+"""The benchmark of the baseline on sizes small enough for a test: what it runs, what it writes, what it refuses."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import nano
+from baselines.heads import HEADS
+from experiments import bench_baseline, bench_baseline_features, bench_baseline_grid, bench_baseline_peers
+from experiments.bench_baseline_grid import SIZES, Cell, Size, cells, load, run, shots_of, write
+from kshot_errors import KshotError
+
+SMALL = {"pets": Size(classes=4, train=40, test=30, shots=(1, 2))}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of eight cells that are run here, and eight photographs at one patch a side."""
+
+    def here(job: Callable[[Cell], Any], jobs: Sequence[Cell]) -> Iterator[tuple[Cell, Any]]:
+        yield from ((each, job(each)) for each in jobs)
+
+    monkeypatch.setattr(bench_baseline, "QUICK", SMALL)
+    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
+    monkeypatch.setattr(bench_baseline.executors, "local", here)
+    monkeypatch.setattr(bench_baseline_features, "SIZE", 56)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load.cache_clear()
+    bench_baseline.bench(None, True, tmp_path / "baseline.json", model=str(nano.folder()))
+    load.cache_clear()
+    written = (tmp_path / "baseline.json").read_text()
+    record = json.loads(written)
+    rows, ratios = {row["name"]: row for row in record["rows"]}, record["ratios"]
+    assert str(nano.folder()) not in written
+    assert ratios.keys() == {"grid_seconds", "feature_rate_share", *(f"{head}_vs_sklearn" for head in HEADS)}
+    assert rows["grid of heads"]["cells"] == 8
+    assert ratios["grid_seconds"] == rows["grid of heads"]["median"]
+    rates = [rows[f"forward, {n} at a time"]["values"] for n in bench_baseline_features.BATCHES]
+    shares = [ours / max(bare) for ours, *bare in zip(rows["photographs to features"]["values"], *rates, strict=True)]
+    assert ratios["feature_rate_share"] == pytest.approx(median(shares))
+    assert all(rows[f"{head}, kshot"]["agree"] >= 0.99 for head in HEADS)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*rows, *ratios])
+
+
+def test_the_grid_is_the_blogs_at_real_sizes(tmp_path: Path) -> None:
+    grid = list(cells(tmp_path, SIZES, bench_baseline.SEEDS, HEADS))
+    assert len(grid) == len(set(grid)) == 4 * 5 * 5 * 4
+    assert (SIZES["cars"].train, SIZES["cars"].test, SIZES["cars"].classes) == (8144, 8041, 196)
+    assert all(size.train >= size.classes * max(size.shots) for size in SIZES.values())
+
+
+def test_cells_learn_from_their_shots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
+    write(tmp_path, SMALL)
+    problem = load(tmp_path, "pets")
+    chosen = shots_of(problem.train_labels, 2, seed=3)
+    np.testing.assert_array_equal(np.bincount(problem.train_labels[chosen]), [2] * 4)
+    assert len(set(chosen)) == 8
+    head = HEADS["ridge"].fit(problem.train[chosen], problem.train_labels[chosen], 4)
+    accuracy = (head.scores(problem.test).argmax(axis=1) == problem.test_labels).mean()
+    assert run(Cell(tmp_path, "pets", 2, 3, "ridge")).accuracy == accuracy
+
+
+def test_a_head_that_disagrees_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
+    monkeypatch.setitem(bench_baseline_peers.PEERS, "ridge", lambda train, labels, test, chosen: np.zeros(len(test)))
+    write(tmp_path, SMALL)
+    with pytest.raises(KshotError, match=r"ridge: .*% of predictions are scikit-learn's: nothing to compare"):
+        bench_baseline_peers.measure(tmp_path, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "nowhere"], "nowhere"),
+        (["--root", "nowhere"], "nowhere has 0 of the 8 folders"),
+        pytest.param(
+            ["--device", "cuda"],
+            "not available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured(kshot: Callable[..., Any], arguments: Sequence[str], message: str) -> None:
+    said = kshot("bench", "baseline", "--quick", *arguments)
+    assert said.status == 2
+    assert message in said.err

@@ -1,0 +1,133 @@
+"""Heads on frozen features as methods of a sweep: what they record, what they cannot be asked, no look at tests."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from baselines.heads import HEADS
+from data.core import Images
+from experiments.config import load
+from experiments.methods import METHODS, Task
+from experiments.run import _dataset, _test, run, task
+from experiments.sweep import plan
+from kshot_errors import InputError, TooFewImagesError
+from vlm import ImageRule, Prompt, connect, nano
+from vlm.embedding import embed_images
+
+FROZEN = {name: name.removeprefix("dinov2-") for name in METHODS if name.removeprefix("dinov2-") in HEADS}
+
+
+def asked(photos: Path, method: str, shots: int = 4, **settings: Any) -> Task:
+    """What a cell of a sweep on the small folder gives its method."""
+    sweep = load(
+        "demo", {"datasets": [f"folder:{photos}"], "methods": [method], "shots": [shots], "seeds": [0]}, settings
+    )
+    job = plan(sweep).jobs[0]
+    return task(job, _dataset(job.source, job.access, job.settings.split_seed), _test(job))
+
+
+def test_the_table_says_of_heads_what_they_say_themselves() -> None:
+    assert FROZEN.keys() == {"dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean"}
+    for name, head in FROZEN.items():
+        assert METHODS[name].leaves_out == HEADS[head].chooses
+    assert not any(row.leaves_out for name, row in METHODS.items() if name not in FROZEN)
+
+
+@pytest.mark.parametrize("method", [*FROZEN, "vlm-vision-linear", "pixel-knn"])
+def test_what_is_learnt_does_not_depend_on_test_images(method: str, photos: Path) -> None:
+    """With half of the test images, and with other ones beside them, scores and choices are the same."""
+    given = asked(photos, method)
+    whole = METHODS[method].run(given)
+    fewer = METHODS[method].run(replace(given, test=given.test[:3]))
+    assert fewer.chosen == whole.chosen
+    np.testing.assert_allclose(fewer.scores, whole.scores[:3], rtol=1e-4, atol=1e-4)
+    assert whole.scores.shape == (6, 3)
+
+
+@pytest.mark.parametrize("features", ["tower", "hidden", "tower+hidden"])
+def test_the_vlms_own_features_have_a_linear_head(features: str, photos: Path) -> None:
+    """Against the features asked for by hand and scikit-learn's logistic regression on them."""
+    given = asked(photos, "vlm-vision-linear", vlm_features=features)
+    outcome = METHODS["vlm-vision-linear"].run(given)
+    sampler = connect("local").create_sampling_client(base_model=nano.NAME).result()
+    prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(nano.NAME), given.classes)
+    train, test = (embed_images(sampler, images, prompt, features) for images in (Images(given.train), given.test))
+    scaler = StandardScaler().fit(train.astype(np.float64))
+    head = LogisticRegression(tol=1e-9).fit(scaler.transform(train.astype(np.float64)), [e.label for e in given.train])
+    expected = head.predict_log_proba(scaler.transform(test.astype(np.float64)))
+    np.testing.assert_allclose(outcome.scores, expected, atol=0.03)
+    assert outcome.probabilities
+
+
+def test_what_was_chosen_is_in_the_record(photos: Path) -> None:
+    grid = {"datasets": [f"folder:{photos}"], "methods": [*FROZEN], "shots": [1, 3], "seeds": [0]}
+    records = [run(job)[0] for job in plan(load("demo", grid, {})).jobs]
+    chosen = {(record["method"], record["shots"]): record.get("chosen", {}) for record in records}
+    json.dumps(chosen[("dinov2-ridge", 3)])
+    assert chosen["dinov2-logreg", 1] == chosen["dinov2-logreg", 3] == {}
+    assert chosen["dinov2-knn", 1] == {"neighbours": 1}
+    assert {name: set(chosen[name, 3]) for name in FROZEN} == {
+        "dinov2-logreg": set(),
+        "dinov2-ridge": {"penalty"},
+        "dinov2-knn": {"neighbours"},
+        "dinov2-mean": {"space"},
+    }
+
+
+@pytest.fixture
+def uneven(photos: Path, tmp_path: Path) -> Path:
+    """A folder in which one class has a single training image."""
+    for split, kept in (("train", 5), ("test", 2)):
+        for folder in photos.iterdir():
+            images = sorted(folder.iterdir())[:kept] if split == "train" else sorted(folder.iterdir())[-kept:]
+            (tmp_path / "uneven" / split / folder.name).mkdir(parents=True)
+            for image in images[: 1 if folder == sorted(photos.iterdir())[0] and split == "train" else None]:
+                shutil.copy(image, tmp_path / "uneven" / split / folder.name)
+    return tmp_path / "uneven"
+
+
+def test_a_class_with_one_image_is_named_before_a_start(uneven: Path, photos: Path) -> None:
+    name = sorted(photos.iterdir())[0].name.replace("_", " ").replace("-", " ").lower()
+    grid = {"datasets": [f"folder:{uneven}"], "shots": [2], "seeds": [0]}
+    with pytest.raises(
+        TooFewImagesError, match=r"has one training image and others have 2: .* leave them out"
+    ) as caught:
+        plan(load("demo", {**grid, "methods": ["dinov2-knn"]}, {"allow_fewer": True}))
+    assert repr(name)[1:-1] in str(caught.value)
+    plan(load("demo", {**grid, "methods": ["dinov2-logreg"]}, {"allow_fewer": True}))
+    plan(load("demo", {**grid, "methods": ["dinov2-knn"], "shots": [1]}, {"allow_fewer": True}))
+
+
+def test_features_of_the_vlm_are_not_to_be_had_elsewhere(photos: Path) -> None:
+    sweep = load("demo", {"datasets": [f"folder:{photos}"], "methods": ["vlm-vision-linear"]}, {})
+    with pytest.raises(InputError, match=r"vlm-vision-linear needs features, .* use --service local"):
+        plan(sweep, service="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backbone", "vit_small_patch14_dino"), "did you mean"),
+        (("--backbone", "beit_base_patch16_224", "--readout", "pooled", "--image-size", "518"), "224x224 pixels alone"),
+        (("--backbone", "resnet18"), "no CLS token"),
+        (("--image-size", "63"), "no multiple of 8"),
+        (("--backbone", "weights.pth"), "weights.pth"),
+        (("--readout", "last5"), "readout"),
+    ],
+)
+def test_backbones_that_cannot_be_used(
+    arguments: tuple[str, ...], message: str, kshot: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = kshot("sweep", "--dataset", "digits", "--method", "dinov2-ridge", *arguments, "--out", tmp_path / "out")
+    assert said.status == 2
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
