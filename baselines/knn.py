@@ -7,6 +7,7 @@ probabilities.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
@@ -35,11 +36,11 @@ def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
             image beside classes with more.
     """
     present = check_training(train, labels, n_classes)
-    units, indices = unit(train.astype(np.float64)).astype(np.float32), np.searchsorted(present, labels)
+    units, indices = unit(train.astype(np.float32)), np.searchsorted(present, labels)
     n = choose(_possible(indices), indices, _HeldOut(units, indices, len(present)).predicted)
 
     def scores(test: np.ndarray) -> np.ndarray:
-        queries = unit(test.astype(np.float64)).astype(np.float32)
+        queries = unit(test.astype(np.float32))
         blocks = (block @ units.T for block in _blocks(queries, len(units)))
         return np.concatenate([_votes(*_nearest(cosines, n), indices, len(present)) for cosines in blocks])
 
@@ -71,13 +72,11 @@ class _HeldOut:
 
 def _nearest(cosines: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """(B, n) the largest of (B, N) cosines, the largest first, and whose they are."""
-    if n == 1:
-        found = cosines.argmax(axis=1)[:, None]  # the lower index of equals
-    else:
-        found = np.argpartition(cosines, -n, axis=1)[:, -n:]
-        order = np.argsort(-np.take_along_axis(cosines, found, axis=1), axis=1, kind="stable")
-        found = np.take_along_axis(found, order, axis=1)
-    return np.take_along_axis(cosines, found, axis=1), found
+    if n > 1:
+        values, found = torch.topk(torch.from_numpy(cosines), n, dim=1)
+        return values.numpy(), found.numpy()
+    nearest = cosines.argmax(axis=1)[:, None]  # the lower index of equals
+    return np.take_along_axis(cosines, nearest, axis=1), nearest
 
 
 def _votes(cosines: np.ndarray, neighbours: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:

@@ -28,9 +28,16 @@ def _cosine(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
 
 
 def _euclidean(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
-    means = _means(train, indices, count)
+    """Minus the squared distances; centred, so that float32 has digits left for differences."""
+    centre = train.mean(axis=0)
+    means = _means(train - centre, indices, count)
     squares = np.sum(means**2, axis=1)
-    return lambda test: 2 * test @ means.T - squares - np.sum(test**2, axis=1, keepdims=True)
+
+    def scores(test: np.ndarray) -> np.ndarray:
+        moved = test - centre
+        return 2 * moved @ means.T - squares - np.sum(moved**2, axis=1, keepdims=True)
+
+    return scores
 
 
 # The first is the one fixed a priori.
@@ -40,7 +47,7 @@ SPACES = {"centred cosine": _centred_cosine, "cosine": _cosine, "euclidean": _eu
 def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     """Similarity to the mean of each class, in the one of SPACES that leave-one-shot-out chooses.
 
-    The choice is made in float32: options whose answers differ by rounding alone count as they come out.
+    In float32, as features come: scores that differ by less than 1e-6 may swap.
 
     Args:
         train: (N, D) features. labels: (N,) class indices.
@@ -52,8 +59,8 @@ def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> F
     present = check_training(train, labels, n_classes)
     indices, count = np.searchsorted(present, labels), len(present)
     space = choose(list(SPACES), indices, partial(_held_out, train.astype(np.float32), indices, count))
-    model = SPACES[space](train.astype(np.float64), indices, count)
-    return fitted(train.shape[1], n_classes, present, lambda test: model(test.astype(np.float64)), {"space": space})
+    model = SPACES[space](train.astype(np.float32), indices, count)
+    return fitted(train.shape[1], n_classes, present, lambda test: model(test.astype(np.float32)), {"space": space})
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -40,9 +40,13 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     spectrum = _Spectrum.of(scaled, targets)
     penalties = np.array(PENALTIES) * train.shape[1]
     chosen = penalties[0] if one_shot(labels) else min(penalties, key=spectrum.press)
-    weights, mean = spectrum.weights(scaled, chosen), targets.mean(axis=0)
+    weights, mean = spectrum.weights(scaled, chosen).astype(np.float32), targets.mean(axis=0)
     return fitted(
-        train.shape[1], n_classes, present, lambda test: scaler(test) @ weights + mean, {"penalty": float(chosen)}
+        train.shape[1],
+        n_classes,
+        present,
+        lambda test: scaler(test, np.float32) @ weights + mean,
+        {"penalty": float(chosen)},
     )
 
 

@@ -24,7 +24,8 @@ class Scaler:
         noise = 10 * np.finfo(np.float64).eps * np.abs(mean)
         return cls(mean, np.where(deviation > noise, deviation, 1.0))
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """(M, D) float64."""
-        scaled: np.ndarray = (features.astype(np.float64) - self.mean) / self.deviation
+    def __call__(self, features: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
+        """(M, D) of this dtype; float32 is half the work and loses no more than float32 features have lost already."""
+        mean, deviation = self.mean.astype(dtype), self.deviation.astype(dtype)
+        scaled: np.ndarray = (features.astype(dtype, copy=False) - mean) / deviation
         return scaled

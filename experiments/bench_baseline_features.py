@@ -1,7 +1,8 @@
 """The encoder of `kshot bench baseline`: photographs to features, against the bare forward pass of its backbone.
 
 Bare is the backbone on normalised pixels that are ready, one image at a time or in batches of one size, whichever is
-faster. The encoder is given the photographs' bytes: it hashes, decodes, resizes and normalises them as well.
+faster. The encoder is given the photographs' bytes: it hashes, decodes, resizes and normalises them as well. On a CPU
+all have one thread, as each of the workers of a sweep has.
 """
 
 import tempfile
@@ -30,7 +31,7 @@ COUNT = {("cpu", True): 8, ("cpu", False): 16, ("cuda", True): 512, ("cuda", Fal
 def measure(root: Path | None, quick: bool, device: str, model: str) -> tuple[list[dict[str, Any]], float]:
     """Rows of images a second, and the encoder's over the fastest bare one's. Raises as `baselines.backbone.load`
     does, and DatasetError."""
-    with _random(SHAPES[quick]) as shape:
+    with _random(SHAPES[quick]) as shape, _one_thread(device):
         name = model or shape
         backbone = load(name, device)
         images = _photographs(root, COUNT[device.split(":")[0], quick])
@@ -52,6 +53,16 @@ def measure(root: Path | None, quick: bool, device: str, model: str) -> tuple[li
 
 def _rounds(quick: bool) -> int:
     return 3 if quick else 5
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def test_logistic_regression_is_finite_where_a_probability_underflows(problem: P
 
 def test_logistic_regression_that_does_not_converge_says_so(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "STEPS", 1)
-    with pytest.raises(KshotError, match="did not converge"):
+    with pytest.raises(KshotError, match="did not converge in 1 steps"):
         fit_logistic_regression(*problem[:2], 3)
 
 
@@ -183,7 +183,7 @@ def test_ridge_is_scikit_learns_with_its_own_leave_one_out(shots: int, dim: int)
     fitted = fit_ridge(train, labels, 6)
     assert fitted.chosen == {"penalty": pytest.approx(reference.alpha_)}
     expected = reference.predict(scaler.transform(test.astype(np.float64)))
-    np.testing.assert_allclose(fitted.scores(test), expected, atol=1e-9)
+    np.testing.assert_allclose(fitted.scores(test), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])
