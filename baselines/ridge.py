@@ -10,7 +10,7 @@ import numpy as np
 
 from baselines.inputs import Fitted, check_training, fitted
 from baselines.scaling import Scaler
-from baselines.selection import one_shot
+from baselines.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
 # strong. The first is the one fixed a priori.
@@ -21,9 +21,10 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     """Outputs of the regression on 1 for an image's class and 0 for the others.
 
     Minimises |Y - XW - b|² + λ |W|² over standardised features, with free intercepts. λ is the one of PENALTIES
-    (times D) with the least squared leave-one-out error, which a linear smoother has in closed form (the PRESS
-    statistic, Allen 1974): the residual divided by one minus the leverage. (Features are standardised once, over all
-    training images, as scikit-learn's RidgeCV on scaled features is.) With one image a class, leaving it out leaves
+    (times D) with the most right leave-one-out answers, which a linear smoother has in closed form (Allen 1974): the
+    residual divided by one minus the leverage. The squared leave-one-out error would be the other usual criterion; at
+    few shots it is less for outputs near zero, whoever wins. (Features are standardised once, over all training
+    images, as in scikit-learn's RidgeClassifierCV on scaled features.) With one image a class, leaving it out leaves
     none: λ is then the first.
 
     Args:
@@ -34,19 +35,17 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
             image beside classes with more.
     """
     present = check_training(train, labels, n_classes)
-    scaler = Scaler.of(train)
-    scaled = scaler(train)
-    targets = (labels[:, None] == present).astype(np.float64)
+    scaler, indices = Scaler.of(train), np.searchsorted(present, labels)
+    scaled, targets = scaler(train), np.eye(len(present))[indices]
     spectrum = _Spectrum.of(scaled, targets)
-    penalties = np.array(PENALTIES) * train.shape[1]
-    chosen = penalties[0] if one_shot(labels) else min(penalties, key=spectrum.press)
-    weights, mean = spectrum.weights(scaled, chosen).astype(np.float32), targets.mean(axis=0)
+    penalty = choose([float(each * train.shape[1]) for each in PENALTIES], indices, spectrum.held_out)
+    weights, mean = spectrum.weights(scaled, penalty).astype(np.float32), targets.mean(axis=0)
     return fitted(
         train.shape[1],
         n_classes,
         present,
         lambda test: scaler(test, np.float32) @ weights + mean,
-        {"penalty": float(chosen)},
+        {"penalty": penalty},
     )
 
 
@@ -74,14 +73,13 @@ class _Spectrum:
         centred = targets - targets.mean(axis=0)
         return cls(left, squared, centred, left.T @ centred)
 
-    def press(self, penalty: float) -> float:
-        """The squared leave-one-out error over all images and outputs; infinite where a leverage is one."""
+    def held_out(self, penalty: float) -> np.ndarray:
+        """(N,) the class that a regression on all other images says for each one."""
         shrunk = self.squared / (self.squared + penalty)
         residual = self.targets - self.left @ (shrunk[:, None] * self.inside)
         free = 1 - 1 / len(self.targets) - self.left**2 @ shrunk  # one minus the leverage; the intercept has 1/N
-        if free.min() <= np.finfo(float).eps * len(free):
-            return np.inf
-        return float(np.sum((residual / free[:, None]) ** 2))
+        answers: np.ndarray = (self.targets - residual / free[:, None]).argmax(axis=1)
+        return answers
 
     def weights(self, scaled: np.ndarray, penalty: float) -> np.ndarray:
         """(D, classes)."""

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler, normalize
 
@@ -45,8 +45,7 @@ def _logreg(train: np.ndarray, labels: Labels, test: np.ndarray, chosen: Any) ->
 
 def _ridge(train: np.ndarray, labels: Labels, test: np.ndarray, chosen: Any) -> Labels:
     scaled, asked = _scaled(train, test)
-    targets = np.eye(labels.max() + 1)[labels]
-    found: Labels = RidgeCV(np.array(PENALTIES) * DIM).fit(scaled, targets).predict(asked).argmax(axis=1)
+    found: Labels = RidgeClassifierCV(np.array(PENALTIES) * DIM, scoring="accuracy").fit(scaled, labels).predict(asked)
     return found
 
 

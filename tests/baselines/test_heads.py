@@ -8,7 +8,7 @@ import pytest
 from clusters import Problem, clusters
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 
 from baselines import linear, ridge
@@ -173,31 +173,33 @@ def test_a_feature_that_never_changes_has_no_say(fit: Fit, problem: Problem) -> 
     assert np.abs(fit(train, labels, 3).scores(test) - dropped).max() < 0.1  # the penalty is in units of D
 
 
-@pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])  # fewer images than features, and more
-def test_ridge_is_scikit_learns_with_its_own_leave_one_out(shots: int, dim: int) -> None:
-    train, labels, test = clusters(6, shots, dim, tests=100, noise=1.5)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("shots", "dim"), [(2, 40), (3, 40), (9, 20)])  # fewer images than features, and more
+def test_ridge_is_scikit_learns_with_its_own_leave_one_out(shots: int, dim: int, seed: int) -> None:
+    train, labels, test = clusters(6, shots, dim, tests=100, noise=1.5, seed=seed)
     scaler = StandardScaler().fit(train.astype(np.float64))
-    scaled = scaler.transform(train.astype(np.float64))
-    alphas = np.array(PENALTIES) * dim
-    reference = RidgeCV(alphas=np.sort(alphas)).fit(scaled, np.eye(6)[labels])
+    scaled, asked = (scaler.transform(features.astype(np.float64)) for features in (train, test))
+    reference = RidgeClassifierCV(np.array(PENALTIES) * dim, scoring="accuracy").fit(scaled, labels)
     fitted = fit_ridge(train, labels, 6)
     assert fitted.chosen == {"penalty": pytest.approx(reference.alpha_)}
-    expected = reference.predict(scaler.transform(test.astype(np.float64)))
-    np.testing.assert_allclose(fitted.scores(test), expected, atol=1e-5)
+    scores = fitted.scores(test)
+    np.testing.assert_allclose(2 * scores - 1, reference.decision_function(asked), atol=1e-5)  # its targets are ±1
+    np.testing.assert_array_equal(scores.argmax(axis=1), reference.predict(asked))
 
 
 @pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])
 def test_ridge_leaves_one_out_as_if_it_had_fitted_without_it(shots: int, dim: int) -> None:
     """The closed form against N regressions by normal equations, for every penalty."""
     train, labels, _ = clusters(4, shots, dim)
-    scaled = StandardScaler().fit_transform(train.astype(np.float64))
-    targets = np.eye(4)[labels]
-    spectrum = ridge._Spectrum.of(scaled, targets)
+    scaled, targets = StandardScaler().fit_transform(train.astype(np.float64)), np.eye(4)[labels]
+    spectrum, right = ridge._Spectrum.of(scaled, targets), []
     for penalty in np.array(PENALTIES) * dim:
-        error = 0.0
+        answers = []
         for out in range(len(labels)):
             x, y = np.delete(scaled, out, 0), np.delete(targets, out, 0)
             centred = x - x.mean(axis=0)
             weights = np.linalg.solve(centred.T @ centred + penalty * np.eye(dim), centred.T @ (y - y.mean(axis=0)))
-            error += np.sum((targets[out] - y.mean(axis=0) - (scaled[out] - x.mean(axis=0)) @ weights) ** 2)
-        assert spectrum.press(penalty) == pytest.approx(error, rel=1e-8)
+            answers.append(np.argmax(y.mean(axis=0) + (scaled[out] - x.mean(axis=0)) @ weights))
+        np.testing.assert_array_equal(spectrum.held_out(penalty), answers)
+        right.append(int(np.sum(answers == labels)))
+    assert fit_ridge(train, labels, 4).chosen == {"penalty": PENALTIES[int(np.argmax(right))] * dim}
