@@ -119,11 +119,12 @@ def load(model: str, device: str = "cpu", readout: str = "cls") -> Backbone:
 
     Raises:
         UnknownNameError: timm has no model of this name; no such readout.
-        ModelError: the folder or the weights cannot be loaded, or the model has no CLS token for this readout.
+        ModelError: the folder or the weights cannot be loaded, or the model has no CLS token or too few blocks
+            for this readout.
         InputError: the device is not there.
     """
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+    cuda = ("cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))) if torch.cuda.is_available() else ()
+    if device not in ("cpu", *cuda):
         raise InputError(f"device {device!r} is not available here; use device 'cpu'")
     return _backbone(model, _module(_source(model), device), device, readout)
 
@@ -134,7 +135,7 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     source = _source(model)
     if source.kind == "timm" and not source.name.startswith("hf-hub:"):
         with torch.device("meta"):
-            module = _created(source.name, pretrained=False)
+            module = _loaded(source.name, pretrained=False)
         _backbone(model, module, "cpu", readout).check_size(size)
     elif source.kind == "weights":
         _backbone(model, _module(source, "cpu"), "cpu", readout).check_size(size)
@@ -152,6 +153,10 @@ def _backbone(name: str, module: nn.Module, device: str, readout: str) -> Backbo
         raise UnknownNameError("readout", readout, [*READOUTS, POOLED])
     if readout != POOLED and not _has_tokens(module):
         raise ModelError(f"model {name!r} has no CLS token after a final norm; use a DINOv2 model or readout {POOLED}")
+    if readout in READOUTS and READOUTS[readout].blocks > (depth := len(module.blocks)):  # type: ignore[arg-type]
+        raise ModelError(
+            f"model {name!r} has {depth} blocks, readout {readout} takes {READOUTS[readout].blocks}; use cls"
+        )
     config = resolve_model_data_config(module)
     mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
     patch, fixed = _input(module)
@@ -191,15 +196,15 @@ def _module(source: Source, device: str) -> nn.Module:
     if source.kind == "weights":
         module: nn.Module = weights.vision_transformer(Path(source.name))
     else:
-        module = _downloaded(source.name)
+        module = _loaded(source.name, pretrained=True)
     return module.requires_grad_(False).eval().to(device)
 
 
-def _downloaded(name: str) -> nn.Module:
+def _loaded(name: str, *, pretrained: bool) -> nn.Module:
     # timm draws random weights before it loads the real ones.
     with torch.random.fork_rng(devices=[]):
         try:
-            return _created(name, pretrained=True)
+            return _created(name, pretrained=pretrained)
         except Exception as error:  # timm, safetensors and the hub's client have no common exception
             way_out = (
                 "its config.json and model.safetensors must be of one architecture of timm"
@@ -244,3 +249,7 @@ def _check_known(model: str) -> None:
         names = [nano.NAME, *tagged]
         near = get_close_matches(model, names, n=5) or [name for name in names if "patch14_dinov2" in name]
         raise UnknownNameError("model (a folder, a file of weights, or a model of timm)", model, near)
+    if not timm.is_model_pretrained(model):
+        raise ModelError(
+            f"timm has no weights of model {model!r}; give a folder or a file of weights, or another model"
+        )

@@ -42,8 +42,7 @@ class FeatureStore:
         try:
             self._place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = f"feature folder {folder} cannot be written ({error.strerror})"
-            raise InputError(f"{reason}; name another with KSHOT_CACHE") from error
+            raise _unwritable(folder, error) from error
 
     def read(self, bucket: int) -> Features:
         """What is stored of a bucket; nothing where there is no file, or a damaged one."""
@@ -71,13 +70,18 @@ class FeatureStore:
 
     @contextmanager
     def holding(self, bucket: int, *, wait: bool) -> Iterator[bool]:
-        """Hold a bucket against other processes; without `wait` it is False where another one holds it."""
+        """Hold a bucket against other processes; without `wait` it is False where another one holds it.
+
+        Raises InputError where the folder, though it is there, cannot be written.
+        """
         lock = FileLock(self._place / f".{bucket:02x}.lock", blocking=wait)
         try:
             lock.acquire()
         except Timeout:
             yield False
             return
+        except OSError as error:
+            raise _unwritable(self._place, error) from error
         try:
             yield True
         finally:
@@ -93,7 +97,7 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
     cuda = device.startswith("cuda")
     depends = {
         "format": FORMAT,
-        "module": type(module).__name__,
+        "module": _structure(module),
         "weights": _digest(module.state_dict()),
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": 0 if cuda else torch.get_num_threads(),
@@ -101,6 +105,25 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
         **facts,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"feature folder {folder} cannot be written ({error.strerror}); name another with KSHOT_CACHE")
+
+
+def _structure(module: nn.Module) -> list[tuple[str, str, list[str]]]:
+    """What weights do not tell: each part's name, its type and its own settings, as the number of heads."""
+    return [
+        (name, type(part).__name__, sorted(f"{key} {value}" for key, value in vars(part).items() if _is_plain(value)))
+        for name, part in module.named_modules()
+    ]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether its text is the same in every process."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from baselines.inputs import Fitted, check_training, fitted
-from baselines.scaling import Scaler
+from baselines.scaling import Scaler, principal
 from baselines.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
@@ -39,49 +39,47 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     scaled, targets = scaler(train), np.eye(len(present))[indices]
     spectrum = _Spectrum.of(scaled, targets)
     penalty = choose([float(each * train.shape[1]) for each in PENALTIES], indices, spectrum.held_out)
-    weights, mean = spectrum.weights(scaled, penalty).astype(np.float32), targets.mean(axis=0)
+    weights = spectrum.weights(penalty).astype(np.float32)
     return fitted(
         train.shape[1],
         n_classes,
         present,
-        lambda test: scaler(test, np.float32) @ weights + mean,
+        lambda test: scaler(test, np.float32) @ weights + spectrum.mean,
         {"penalty": penalty},
     )
 
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """The eigenvectors of the training images' Gram matrix, in which every λ's solution is a rescaling.
+    """The training images along their principal directions, where every λ's solution is a rescaling.
 
-    left: (N, rank) orthonormal. squared: (rank,) squared singular values. targets: (N, classes), centred.
-    inside: (rank, classes) the targets in these coordinates.
+    directions: (D, rank). squared: (rank,) squared singular values. left: (N, rank) orthonormal, the images' places.
+    targets: (N, classes), mean: (classes,) theirs. inside: (rank, classes) the centred targets in these coordinates.
     """
 
-    left: np.ndarray
+    directions: np.ndarray
     squared: np.ndarray
+    left: np.ndarray
     targets: np.ndarray
+    mean: np.ndarray
     inside: np.ndarray
 
     @classmethod
     def of(cls, scaled: np.ndarray, targets: np.ndarray) -> "_Spectrum":
-        """Through the smaller of the two Gram matrices."""
-        wide = len(scaled) < scaled.shape[1]
-        squared, vectors = np.linalg.eigh(scaled @ scaled.T if wide else scaled.T @ scaled)
-        kept = squared > squared[-1] * len(squared) * np.finfo(float).eps
-        squared, vectors = squared[kept], vectors[:, kept]
-        left = vectors if wide else scaled @ (vectors / np.sqrt(squared))
-        centred = targets - targets.mean(axis=0)
-        return cls(left, squared, centred, left.T @ centred)
+        directions, squared = principal(scaled)
+        left, mean = scaled @ (directions / np.sqrt(squared)), targets.mean(axis=0)
+        return cls(directions, squared, left, targets, mean, left.T @ (targets - mean))
 
     def held_out(self, penalty: float) -> np.ndarray:
         """(N,) the class that a regression on all other images says for each one."""
         shrunk = self.squared / (self.squared + penalty)
-        residual = self.targets - self.left @ (shrunk[:, None] * self.inside)
+        residual = self.targets - self.mean - self.left @ (shrunk[:, None] * self.inside)
         free = 1 - 1 / len(self.targets) - self.left**2 @ shrunk  # one minus the leverage; the intercept has 1/N
         answers: np.ndarray = (self.targets - residual / free[:, None]).argmax(axis=1)
         return answers
 
-    def weights(self, scaled: np.ndarray, penalty: float) -> np.ndarray:
+    def weights(self, penalty: float) -> np.ndarray:
         """(D, classes)."""
-        solution: np.ndarray = scaled.T @ (self.left @ (self.inside / (self.squared + penalty)[:, None]))
+        slope = np.sqrt(self.squared) / (self.squared + penalty)
+        solution: np.ndarray = self.directions @ (slope[:, None] * self.inside)
         return solution

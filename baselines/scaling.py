@@ -1,4 +1,4 @@
-"""Standardisation by training images alone. Knows no head."""
+"""Standardisation by training images alone, and the directions in which they spread. Knows no head."""
 
 from dataclasses import dataclass
 
@@ -29,3 +29,13 @@ class Scaler:
         mean, deviation = self.mean.astype(dtype), self.deviation.astype(dtype)
         scaled: np.ndarray = (features.astype(dtype, copy=False) - mean) / deviation
         return scaled
+
+
+def principal(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Directions (D, rank), orthonormal, that span the rows of (N, D), and the squared singular values (rank,) along
+    them; through the smaller of the two Gram matrices."""
+    wide = len(scaled) < scaled.shape[1]
+    squared, vectors = np.linalg.eigh(scaled @ scaled.T if wide else scaled.T @ scaled)
+    kept = squared > squared[-1] * len(squared) * np.finfo(float).eps
+    squared, vectors = squared[kept], vectors[:, kept]
+    return (scaled.T @ (vectors / np.sqrt(squared)) if wide else vectors), squared

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torchvision.transforms.functional import normalize, to_tensor
 
@@ -148,11 +148,34 @@ def test_a_fixed_position_embedding_takes_its_own_size_alone(images: list[bytes]
         (("resnet18",), "no CLS token"),
         (("vit_small_patch14_dinov2.lvd142m", "cls", 512), "no multiple of 14"),
         (("nowhere.pth",), "nowhere.pth"),
+        (("beit3_giant_patch14_224",), "no weights of model 'beit3_giant"),
     ],
 )
 def test_what_can_be_known_before_a_start(given: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check(*given)
+
+
+@pytest.mark.parametrize(
+    ("config", "readout", "message"),
+    [
+        ("{", "cls", "must be of one architecture"),
+        ("[]", "cls", "must be of one architecture"),
+        ('{"architecture": "vit_giant_patch15"}', "cls", "must be of one architecture"),
+        ({"no": 1}, "cls", "must be of one architecture"),
+        ({"depth": 3}, "last4", "has 3 blocks, readout last4 takes 4"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_found_before_a_start(
+    config: str | dict[str, int], readout: str, message: str, tmp_path: Path
+) -> None:
+    """config: the text of config.json, or arguments of a DINOv2."""
+    known = {"architecture": "vit_small_patch14_dinov2", "model_args": config, "pretrained_cfg": {}}
+    shutil.copy(nano.folder() / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(known))
+    with pytest.raises(ModelError, match=message) as caught:
+        check(str(tmp_path), readout)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_can_be_used_is_found_without_weights() -> None:
@@ -180,6 +203,32 @@ def test_another_setting_is_another_feature(images: list[bytes], tmp_path: Path)
         encoder = Encoder(nano.NAME, folder=tmp_path, **setting)
         np.testing.assert_array_equal(encoder.features(images), Encoder(nano.NAME, **setting).features(images))
         assert encoder.forwards == 4
+
+
+@pytest.mark.parametrize("change", ["heads", "weights"])
+def test_another_model_is_another_feature(change: str, images: list[bytes], tmp_path: Path) -> None:
+    """Of the same name; and the same weights may be of another number of heads, which only config.json states."""
+    paths = [shutil.copytree(nano.folder(), tmp_path / name / "model") for name in ("one", "other")]
+    if change == "heads":
+        config = json.loads((paths[1] / "config.json").read_text())
+        config["model_args"]["num_heads"] = 2
+        (paths[1] / "config.json").write_text(json.dumps(config))
+    else:
+        tensors = load_file(paths[1] / "model.safetensors")
+        save_file({**tensors, "norm.bias": tensors["norm.bias"] + 1}, paths[1] / "model.safetensors")
+    first = Encoder(str(paths[0]), folder=tmp_path / "cache").features(images)
+    other = Encoder(str(paths[1]), folder=tmp_path / "cache").features(images)
+    np.testing.assert_array_equal(other, Encoder(str(paths[1])).features(images))
+    assert np.abs(other - first).max() > 0.1
+
+
+def test_what_a_gpu_is_fed_is_kept_too(images: list[bytes], tmp_path: Path) -> None:
+    """The way of a GPU through the folder, on a CPU."""
+    first, other = Encoder(nano.NAME, folder=tmp_path), Encoder(nano.NAME, folder=tmp_path)
+    first._cpu = other._cpu = False
+    expected = first.features(images[:2])
+    np.testing.assert_array_equal(other.features(images)[:2], expected)
+    assert (first.forwards, other.forwards) == (2, 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", "half"])
@@ -212,6 +261,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file cannot be written .*KSHOT_CACHE"):
         Encoder(nano.NAME, folder=tmp_path / "file")
+
+
+def test_a_folder_of_somebody_else_is_named(images: list[bytes], tmp_path: Path) -> None:
+    """It is there, but no lock can be made in it."""
+    encoder = Encoder(nano.NAME, folder=tmp_path)
+    (place,) = tmp_path.iterdir()
+    (place / f".{hashlib.sha256(images[0]).digest()[0]:02x}.lock").mkdir()
+    with pytest.raises(InputError, match=r"feature folder .* cannot be written .*KSHOT_CACHE") as caught:
+        encoder.features(images[:1])
+    assert "\n" not in str(caught.value)
 
 
 def test_pixels_decoded_ahead_come_in_order(images: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +350,7 @@ def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("device", ["cuda", "gpu"])
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cpu:0", "cuda:99"])
 def test_missing_device(device: str) -> None:
     with pytest.raises(InputError, match="use device 'cpu'"):
         Encoder(nano.NAME, device=device)

@@ -187,10 +187,19 @@ def test_ridge_is_scikit_learns_with_its_own_leave_one_out(shots: int, dim: int,
     np.testing.assert_array_equal(scores.argmax(axis=1), reference.predict(asked))
 
 
-@pytest.mark.parametrize(("shots", "dim"), [(3, 40), (9, 20)])
-def test_ridge_leaves_one_out_as_if_it_had_fitted_without_it(shots: int, dim: int) -> None:
-    """The closed form against N regressions by normal equations, for every penalty."""
+def test_logistic_regression_on_equal_images_knows_how_frequent_classes_are() -> None:
+    equal, labels = np.full((4, 8), 0.3, np.float32), np.array([0, 0, 0, 1])
+    log_probs = fit_logistic_regression(equal, labels, 2).scores(equal[:3])
+    np.testing.assert_allclose(np.exp(log_probs), [[0.75, 0.25]] * 3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shots", "dim", "uneven"), [(3, 40, False), (9, 20, False), (9, 20, True), (9, 50, True)])
+def test_ridge_leaves_one_out_as_if_it_had_fitted_without_it(shots: int, dim: int, uneven: bool) -> None:
+    """The closed form against N regressions by normal equations, for every penalty; also of classes of 2 and of 9."""
     train, labels, _ = clusters(4, shots, dim)
+    if uneven:
+        few = [np.flatnonzero(labels == label)[2:] for label in (0, 1)]
+        train, labels = (np.delete(array, np.concatenate(few), axis=0) for array in (train, labels))
     scaled, targets = StandardScaler().fit_transform(train.astype(np.float64)), np.eye(4)[labels]
     spectrum, right = ridge._Spectrum.of(scaled, targets), []
     for penalty in np.array(PENALTIES) * dim:
