@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baselines.lora import Shape
-from kshot_errors import InputError, ModelError, RequestError
+from kshot_errors import InputError, KshotError, ModelError, RequestError
 from kshot_files import write_folder
 
 KINDS = ("weights", "sampler_weights")
@@ -53,11 +53,15 @@ def folder_of(state: Path, path: str) -> Path:
 
 
 def save(state: Path, path: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint. Raises RequestError where one of this name exists."""
+    """Write a checkpoint. Raises RequestError where one of this name exists, KshotError where it cannot be written."""
     target = folder_of(state, path)
     if target.exists():
         raise RequestError(f"checkpoint {path} exists; give another name")
-    write_folder(target, lambda folder: _write(folder, checkpoint))
+    try:
+        write_folder(target, lambda folder: _write(folder, checkpoint))
+    except OSError as error:
+        reason = error.strerror or error
+        raise KshotError(f"checkpoint {path} cannot be written to {state} ({reason}); make room there") from error
 
 
 def load(state: Path, path: str) -> Checkpoint:

@@ -42,7 +42,7 @@ class LoraHeadSampler:
         Raises:
             ImageError: bytes that are no image.
         """
-        return self._worker.submit(_log_probs, self._head, list(images)).result()
+        return self._worker.submit(_log_probs, self._head, images).result()
 
     def sample(
         self,

@@ -39,13 +39,14 @@ def measure(root: Path | None, quick: bool, device: str, model: str) -> tuple[li
         encoders = [Encoder(name, size=SIZE, device=device) for _ in range(_rounds(quick) + 1)]
         tasks = {f"forward, {batch} at a time": _forward(backbone, ready, batch) for batch in BATCHES}
         seconds = in_turn({"photographs to features": lambda: encoders.pop().features(images), **tasks}, _rounds(quick))
+    threads = 1 if device == "cpu" else torch.get_num_threads()
     rates = {what: [len(images) / spent for spent in each] for what, each in seconds.items()}
     facts = {
         "images": len(images),
         "size": SIZE,
         "backbone": Path(model).name if model else f"{SHAPES[quick]} (random)",
     }
-    facts |= {"device": device, "threads": torch.get_num_threads()}
+    facts |= {"device": device, "threads": threads}
     rows = [row(what, each, "images/s", **facts) for what, each in rates.items()]
     ours, *bare = seconds.values()
     return rows, median(min(times) / mine for mine, *times in zip(ours, *bare, strict=True))

@@ -20,7 +20,8 @@ from experiments.config import Settings
 from experiments.job import Job
 from experiments.methods import METHODS, Outcome, Task
 from experiments.predictions import predictions
-from kshot_errors import DatasetError, KshotError
+from experiments.weights import recorded, relevant
+from kshot_errors import DatasetError, KshotError, ModelError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +38,8 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     cell, dataset = job.cell, _dataset(job.source, job.access, job.settings.split_seed)
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
+    if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
+        raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
     test = _test(job)
     outcome = _outcome(job, task(job, dataset, test))
     table = predictions(test, outcome)

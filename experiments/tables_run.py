@@ -51,7 +51,12 @@ def timings_table(cells: Sequence[Record]) -> Table:
         (Cell(style(method).title), *(Cell(_seconds(cells, method, what)) for what in ("fit", "predict")))
         for method in ordered(cell["method"] for cell in cells)
     ]
-    return Table("Median seconds per cell.", ("method", "fit", "predict"), tuple(rows))
+    return Table(
+        "Median seconds per cell. What an earlier cell has loaded, or an earlier cell or sweep has encoded, costs "
+        "nothing again.",
+        ("method", "fit", "predict"),
+        tuple(rows),
+    )
 
 
 def settings_table(caption: str, header: str, *records: Record) -> Table:

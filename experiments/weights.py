@@ -22,6 +22,7 @@ class Shipped(NamedTuple):
 FEWER = "Classes with fewer images than the shots took part with those they have (--allow-fewer)."
 SHUFFLED = "A control: each test image was shown in another's place (shuffle_test), so accuracy should be at chance."
 CLOSED = "LoRA learnt to choose among the class names alone (closed-set): free answers were not trained."
+LOCAL = "{} is a local file or folder of weights: rows named DINOv2 are named after the method, whatever it holds."
 VALIDATED = "The VLM's calibration was chosen on more labelled training images: as many as shots, at most 4 a class."
 SHIPPED = {  # by the setting that names a model
     "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
@@ -52,6 +53,7 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     chosen = settings.model_dump()
     found = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
     said = {
+        LOCAL.format(Path(settings.backbone).name): "backbone" in used and _is_local("backbone", settings.backbone),
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
         CLOSED: "loss" in used and settings.loss == "closed-set",
@@ -64,4 +66,8 @@ def _named(kind: str, name: str) -> tuple[str, str | None]:
     if name in SHIPPED[kind]:
         return name, SHIPPED[kind][name].revision
     path = Path(name.removeprefix("local-dir:"))
-    return (path.resolve().name, fingerprint(path)) if path.exists() else (name, None)
+    return (path.resolve().name, fingerprint(path)) if _is_local(kind, name) else (name, None)
+
+
+def _is_local(kind: str, name: str) -> bool:
+    return name not in SHIPPED[kind] and Path(name.removeprefix("local-dir:")).exists()

@@ -205,6 +205,26 @@ def test_another_setting_is_another_feature(images: list[bytes], tmp_path: Path)
         assert encoder.forwards == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("baselines.feature_store.FORMAT", 0),
+        ("baselines.feature_store.version", lambda name: f"{name} 0"),
+        ("baselines.feature_store._cpu", lambda: "another"),
+        ("torch.get_num_threads", lambda: 99),
+        ("torch.backends.cpu.get_cpu_capability", lambda: "another"),
+    ],
+)
+def test_what_rounds_otherwise_is_kept_apart(
+    name: str, value: object, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Encoder(nano.NAME, folder=tmp_path).features(images[:1])
+    monkeypatch.setattr(name, value)
+    other = Encoder(nano.NAME, folder=tmp_path)
+    other.features(images[:1])
+    assert other.forwards == 1
+
+
 @pytest.mark.parametrize("change", ["heads", "weights"])
 def test_another_model_is_another_feature(change: str, images: list[bytes], tmp_path: Path) -> None:
     """Of the same name; and the same weights may be of another number of heads, which only config.json states."""

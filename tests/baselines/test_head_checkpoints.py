@@ -15,7 +15,7 @@ from tinker import types
 from baselines import nano
 from baselines.sampling import load_sampler
 from baselines.training import LoraHeadClient
-from kshot_errors import ModelError, RequestError
+from kshot_errors import KshotError, ModelError, RequestError
 from tests.baselines.plain_lora import data_of, step, trained
 
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
@@ -248,6 +248,6 @@ def test_a_save_that_fails_leaves_nothing(client: LoraHeadClient, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr("baselines.head_checkpoints.save_file", full)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(KshotError, match=r"cannot be written to .* \(disk full\)"):
             client.save_state("kept").result()
     client.save_state("kept").result()

@@ -43,7 +43,7 @@ def test_the_table_says_of_heads_what_they_say_themselves() -> None:
 
 @pytest.mark.parametrize("method", [*FROZEN, "vlm-vision-linear", "pixel-knn"])
 def test_what_is_learnt_does_not_depend_on_test_images(method: str, photos: Path) -> None:
-    """With half of the test images, and with other ones beside them, scores and choices are the same."""
+    """With half of them gone, the scores of the others and what was chosen are the same."""
     given = asked(photos, method)
     whole = METHODS[method].run(given)
     fewer = METHODS[method].run(replace(given, test=given.test[:3]))
