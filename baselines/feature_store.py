@@ -8,7 +8,6 @@ a feature has a few KB, and the folder may be deleted at any time.
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from torch import nn
 
 from kshot_errors import InputError, KshotError
 from kshot_files import write_file
+from kshot_machine import processor
 
 FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
 LIBRARIES = ("torch", "timm", "pillow")
@@ -100,22 +100,14 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
         "format": FORMAT,
         "module": _structure(module),
         "weights": _digest(module.state_dict()),
-        "device": torch.cuda.get_device_name(device) if cuda else [torch.backends.cpu.get_cpu_capability(), _cpu()],
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else [torch.backends.cpu.get_cpu_capability(), processor()],
         "threads": 0 if cuda else torch.get_num_threads(),
         "libraries": {name: version(name) for name in LIBRARIES},
         **facts,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _cpu() -> str:
-    """The model of the processor where the system says it, else its family: another rounds otherwise."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor())
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:

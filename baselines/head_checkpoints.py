@@ -6,7 +6,6 @@ checkpoints. Frozen weights are not stored: the record names the backbone.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,9 @@ from torch import Tensor
 from baselines.lora import Shape
 from kshot_errors import InputError, KshotError, ModelError, RequestError
 from kshot_files import write_folder
+from kshot_training import folder_of
 
-KINDS = ("weights", "sampler_weights")
 WEIGHTS, OPTIMIZER, RECORD = "head.safetensors", "optimizer.safetensors", "kshot.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
 _RECORDED = {"model": str, "n_classes": int, "rank": int, "readout": str, "size": int | None}
 
 
@@ -34,22 +31,6 @@ class Checkpoint:
     shape: Shape
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor] | None = None
-
-
-def path_of(run: str, kind: str, name: str) -> str:
-    """The tinker:// path. Raises RequestError for a name that could not be a folder's."""
-    if not _NAME.fullmatch(name):
-        raise RequestError(f"checkpoint name {name!r} must be letters, digits, '.', '_' or '-', at most 128")
-    return f"tinker://{run}/{kind}/{name}"
-
-
-def folder_of(state: Path, path: str) -> Path:
-    """The folder below `state` of a tinker:// path. Raises RequestError for anything that is none."""
-    parts = path.removeprefix("tinker://").split("/")
-    well_formed = path.startswith("tinker://") and len(parts) == 3 and parts[1] in KINDS
-    if not (well_formed and _RUN.fullmatch(parts[0]) and _NAME.fullmatch(parts[2])):
-        raise RequestError(f"{path!r} is no checkpoint path; it looks like tinker://<uuid>:train:<n>/weights/<name>")
-    return state / parts[0].replace(":", "_") / parts[1] / parts[2]
 
 
 def save(state: Path, path: str, checkpoint: Checkpoint) -> None:

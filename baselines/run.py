@@ -4,7 +4,6 @@ The semantics are those of the Tinker API, as of the language model's runs: a lo
 accumulate until the optimizer's step, the step is AdamW.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from baselines.examples import items_of, named
 from baselines.lora import LoraHead, check_tensors
 from baselines.pixels import PixelCache
 from kshot_errors import RequestError
+from kshot_training import check_adam
 
 LOSS = "cross_entropy"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
@@ -77,7 +77,7 @@ class Run:
         """
         if not self._gathered:
             raise RequestError("optim_step without gradients; call forward_backward first")
-        _check(params)
+        check_adam(params)
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), limit)
         if not norm.isfinite():
@@ -156,15 +156,3 @@ def _check_loss(loss_fn: str, config: Mapping[str, Any] | None) -> None:
         raise RequestError(f"loss {loss_fn!r} is not one of a classifier's; use {LOSS!r}")
     if config:
         raise RequestError(f"loss {LOSS!r} takes no configuration, got {sorted(config)}")
-
-
-def _check(params: types.AdamParams) -> None:
-    """Raise RequestError for parameters that would make weights NaN or turn a step around."""
-    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
-        if not 0 <= getattr(params, name) < math.inf:
-            raise RequestError(f"{name} = {getattr(params, name)} must not be negative, nor infinite")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(params, name) < 1:
-            raise RequestError(f"{name} = {getattr(params, name)} must be at least 0 and below 1")
-    if not 0 < params.eps < math.inf:  # where a gradient is 0, so is its moment: 0 / 0
-        raise RequestError(f"eps = {params.eps} must be above 0; the Tinker API's default is 1e-12")

@@ -21,6 +21,7 @@ from baselines.run import Run
 from baselines.sampling import LoraHeadSampler
 from baselines.worker import Worker
 from kshot_errors import RequestError
+from kshot_training import path_of
 
 
 class LoraHeadClient:
@@ -80,7 +81,7 @@ class LoraHeadClient:
 
     def save_state(self, name: str) -> AwaitableConcurrentFuture[types.SaveWeightsResponse]:
         """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
-        state, path = self._folder(), head_checkpoints.path_of(self.model_id, "weights", name)
+        state, path = self._folder(), path_of(self.model_id, "weights", name)
         return self._worker.submit(self._save, state, path)
 
     def load_state(self, path: str) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
@@ -93,7 +94,7 @@ class LoraHeadClient:
 
     def save_weights_for_sampler(self, name: str) -> AwaitableConcurrentFuture[types.SaveWeightsForSamplerResponse]:
         """Write the weights alone, for `baselines.sampling.load_sampler`."""
-        state, path = self._folder(), head_checkpoints.path_of(self.model_id, "sampler_weights", name)
+        state, path = self._folder(), path_of(self.model_id, "sampler_weights", name)
         return self._worker.submit(self._save_for_sampler, state, path)
 
     def save_weights_and_get_sampling_client(self) -> AwaitableConcurrentFuture[LoraHeadSampler]:

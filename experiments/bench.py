@@ -16,6 +16,7 @@ from typing import Any
 from experiments.terminal import out, plain_table, print_paths
 from kshot_errors import ResultsError
 from kshot_files import write_file
+from kshot_machine import processor
 
 FOLDER = Path("results/bench")  # X.json of `kshot bench X`
 DIGITS = 3  # significant ones in the table
@@ -53,7 +54,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
     }
 
@@ -81,13 +82,3 @@ def show(result: dict[str, Any]) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**DIGITS else f"{value:.{DIGITS}g}"
-
-
-def _processor() -> str:
-    """The model of the processor where the system says it, else its family."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor())

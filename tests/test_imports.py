@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"kshot_errors", "kshot_files", "kshot_images"}
+LEAVES = {"kshot_errors", "kshot_files", "kshot_images", "kshot_machine", "kshot_training"}
 MAY_IMPORT = {
     "data": LEAVES,
     "vlm": LEAVES,

@@ -1,11 +1,7 @@
 """The encoder against timm itself, and the names it takes."""
 
-import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,22 +9,16 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torchvision.transforms.functional import normalize, to_tensor
 
 from baselines import nano
 from baselines.backbone import READOUTS, _module, _source, check, load
-from baselines.feature_store import FeatureStore
 from baselines.features import Encoder
 from baselines.pixels import resized
 from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
 from kshot_images import open_image
-
-
-@pytest.fixture
-def images(make_image: Callable[..., bytes]) -> list[bytes]:
-    return [make_image(seed, *size) for seed, size in enumerate([(64, 64), (96, 48), (64, 64), (32, 80)])]
 
 
 def test_features_are_timms_cls_tokens(images: list[bytes]) -> None:
@@ -187,110 +177,6 @@ def test_what_can_be_used_is_found_without_weights() -> None:
         ("hf-hub:somebody/something", "cls", 1),  # only the hub knows
     ):
         check(name, readout, size)
-
-
-def test_a_folder_keeps_features_for_others(images: list[bytes], tmp_path: Path) -> None:
-    first, other = Encoder(nano.NAME, folder=tmp_path), Encoder(nano.NAME, folder=tmp_path)
-    expected = Encoder(nano.NAME).features(images)
-    np.testing.assert_array_equal(first.features(images), expected)
-    np.testing.assert_array_equal(other.features([*images, images[0]]), expected[[0, 1, 2, 3, 0]])
-    assert (first.forwards, other.forwards) == (4, 0)
-
-
-def test_another_setting_is_another_feature(images: list[bytes], tmp_path: Path) -> None:
-    Encoder(nano.NAME, folder=tmp_path).features(images)
-    for setting in ({"readout": "last4"}, {"size": 32}):
-        encoder = Encoder(nano.NAME, folder=tmp_path, **setting)
-        np.testing.assert_array_equal(encoder.features(images), Encoder(nano.NAME, **setting).features(images))
-        assert encoder.forwards == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("baselines.feature_store.FORMAT", 0),
-        ("baselines.feature_store.version", lambda name: f"{name} 0"),
-        ("baselines.feature_store._cpu", lambda: "another"),
-        ("torch.get_num_threads", lambda: 99),
-        ("torch.backends.cpu.get_cpu_capability", lambda: "another"),
-    ],
-)
-def test_what_rounds_otherwise_is_kept_apart(
-    name: str, value: object, images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Encoder(nano.NAME, folder=tmp_path).features(images[:1])
-    monkeypatch.setattr(name, value)
-    other = Encoder(nano.NAME, folder=tmp_path)
-    other.features(images[:1])
-    assert other.forwards == 1
-
-
-@pytest.mark.parametrize("change", ["heads", "weights"])
-def test_another_model_is_another_feature(change: str, images: list[bytes], tmp_path: Path) -> None:
-    """Of the same name; and the same weights may be of another number of heads, which only config.json states."""
-    paths = [shutil.copytree(nano.folder(), tmp_path / name / "model") for name in ("one", "other")]
-    if change == "heads":
-        config = json.loads((paths[1] / "config.json").read_text())
-        config["model_args"]["num_heads"] = 2
-        (paths[1] / "config.json").write_text(json.dumps(config))
-    else:
-        tensors = load_file(paths[1] / "model.safetensors")
-        save_file({**tensors, "norm.bias": tensors["norm.bias"] + 1}, paths[1] / "model.safetensors")
-    first = Encoder(str(paths[0]), folder=tmp_path / "cache").features(images)
-    other = Encoder(str(paths[1]), folder=tmp_path / "cache").features(images)
-    np.testing.assert_array_equal(other, Encoder(str(paths[1])).features(images))
-    assert np.abs(other - first).max() > 0.1
-
-
-def test_what_a_gpu_is_fed_is_kept_too(images: list[bytes], tmp_path: Path) -> None:
-    """The way of a GPU through the folder, on a CPU."""
-    first, other = Encoder(nano.NAME, folder=tmp_path), Encoder(nano.NAME, folder=tmp_path)
-    first._cpu = other._cpu = False
-    expected = first.features(images[:2])
-    np.testing.assert_array_equal(other.features(images)[:2], expected)
-    assert (first.forwards, other.forwards) == (2, 2)
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", "half"])
-def test_a_damaged_file_is_made_again(images: list[bytes], tmp_path: Path, content: bytes | str) -> None:
-    expected = Encoder(nano.NAME, folder=tmp_path).features(images)
-    for path in tmp_path.rglob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-8] if content == "half" else content)
-    again = Encoder(nano.NAME, folder=tmp_path)
-    np.testing.assert_array_equal(again.features(images), expected)
-    assert again.forwards == 4
-
-
-def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp_path: Path) -> None:
-    encoder = Encoder(nano.NAME, folder=tmp_path)
-    key = hashlib.sha256(images[2]).digest()
-    store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder.dim)
-    told = np.full(encoder.dim, 7, np.float32)
-    with ThreadPoolExecutor(1) as pool:
-        with store.holding(key[0], wait=True):
-            found = pool.submit(encoder.features, images)
-            while encoder.forwards < 3 and not found.done():
-                time.sleep(0.01)
-            store.write(key[0], {key: told})
-        features = found.result()
-    np.testing.assert_array_equal(features[2], told)
-    assert encoder.forwards == 3
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file cannot be written .*KSHOT_CACHE"):
-        Encoder(nano.NAME, folder=tmp_path / "file")
-
-
-def test_a_folder_of_somebody_else_is_named(images: list[bytes], tmp_path: Path) -> None:
-    """It is there, but no lock can be made in it."""
-    encoder = Encoder(nano.NAME, folder=tmp_path)
-    (place,) = tmp_path.iterdir()
-    (place / f".{hashlib.sha256(images[0]).digest()[0]:02x}.lock").mkdir()
-    with pytest.raises(InputError, match=r"feature folder .* cannot be written .*KSHOT_CACHE") as caught:
-        encoder.features(images[:1])
-    assert "\n" not in str(caught.value)
 
 
 def test_pixels_decoded_ahead_come_in_order(images: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:

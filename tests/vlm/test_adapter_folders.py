@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tinker import types
 
 from kshot_errors import ModelError, UnknownNameError
+from kshot_training import folder_of
 from tests.vlm.checkpoints import sharded
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.classifier import predict
-from vlm.local import checkpoint
 from vlm.local.client import LocalServiceClient
 from vlm.local.training_client import LocalTrainingClient
 from vlm.prompts import Prompt
@@ -33,7 +33,7 @@ def trained(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> LocalTrai
 def folder(trained: LocalTrainingClient, service: LocalServiceClient, tmp_path: Path) -> Path:
     """A copy, somewhere else, of what a sampler's save writes."""
     path = trained.save_weights_for_sampler("x").result().path
-    return Path(shutil.copytree(checkpoint.folder_of(service._state, path), tmp_path / "an adapter"))
+    return Path(shutil.copytree(folder_of(service._state, path), tmp_path / "an adapter"))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ Knows no model in memory.
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from kshot_errors import ModelError, RequestError
 from kshot_files import replace_folder
+from kshot_training import KINDS, folder_of
 from vlm.local.adapter import LoraSpec
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
-KINDS = ("weights", "sampler_weights")
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
 CONFIG = "adapter_config.json"  # PEFT's; written for others, never read here
 
@@ -46,22 +43,6 @@ class Checkpoint:
 def state_folder() -> Path:
     """Where checkpoints go unless told otherwise: kshot below XDG_STATE_HOME or ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kshot"
-
-
-def path_of(run: str, kind: str, name: str) -> str:
-    """The tinker:// path. Raises RequestError for a name that could not be a folder's."""
-    if not _NAME.fullmatch(name):
-        raise RequestError(f"checkpoint name {name!r} must be letters, digits, '.', '_' or '-', at most 128")
-    return f"tinker://{run}/{kind}/{name}"
-
-
-def folder_of(state: Path, path: str) -> Path:
-    """The folder below `state` of a tinker:// path. Raises RequestError for anything that is none."""
-    parts = path.removeprefix("tinker://").split("/")
-    well_formed = path.startswith("tinker://") and len(parts) == 3 and parts[1] in KINDS
-    if not (well_formed and _RUN.fullmatch(parts[0]) and _NAME.fullmatch(parts[2])):
-        raise RequestError(f"{path!r} is no checkpoint path; it looks like tinker://<uuid>:train:<n>/weights/<name>")
-    return state / parts[0].replace(":", "_") / parts[1] / parts[2]
 
 
 def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:

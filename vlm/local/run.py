@@ -4,7 +4,6 @@ Weights, gradients and moments are flat float32 buffers. A model of another dtyp
 its own, whose gradients are added to the float32 ones after each pass.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from tinker import types
 from torch import Tensor, nn
 
 from kshot_errors import ModelError, RequestError
+from kshot_training import check_adam
 from vlm.local.adapter import Adapter, Factors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
@@ -74,7 +74,7 @@ class Run:
         """
         if not self._gathered:
             raise RequestError("optim_step without gradients; call forward_backward first")
-        _check(params)
+        check_adam(params)
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
         if not norm.isfinite():
@@ -128,18 +128,6 @@ class Run:
         if self._dtype != torch.float32:
             for device, master in self._masters.items():
                 self._copies[device].copy_(master)
-
-
-def _check(params: types.AdamParams) -> None:
-    """Raise RequestError for parameters that would make weights NaN or turn a step around."""
-    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
-        if not 0 <= getattr(params, name) < math.inf:
-            raise RequestError(f"{name} = {getattr(params, name)} must not be negative, nor infinite")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(params, name) < 1:
-            raise RequestError(f"{name} = {getattr(params, name)} must be at least 0 and below 1")
-    if not 0 < params.eps < math.inf:  # where a gradient is 0, so is its moment: 0 / 0
-        raise RequestError(f"eps = {params.eps} must be above 0; the Tinker API's default is 1e-12")
 
 
 def _gradient(master: nn.Parameter) -> Tensor:

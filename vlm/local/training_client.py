@@ -10,6 +10,7 @@ from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot_errors import RequestError
+from kshot_training import path_of
 from vlm.local import checkpoint
 from vlm.local.adapter import Adapter
 from vlm.local.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ class LocalTrainingClient:
     ) -> AwaitableConcurrentFuture[types.SaveWeightsResponse]:
         """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
         refuse(ttl_seconds=ttl_seconds)
-        path = checkpoint.path_of(self.model_id, "weights", name)
+        path = path_of(self.model_id, "weights", name)
         return self._submit(self._save, path, overwrite, user_metadata)
 
     def load_state(
@@ -111,7 +112,7 @@ class LocalTrainingClient:
     ) -> AwaitableConcurrentFuture[types.SaveWeightsForSamplerResponse]:
         """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
         refuse(ttl_seconds=ttl_seconds)
-        path = checkpoint.path_of(self.model_id, "sampler_weights", name)
+        path = path_of(self.model_id, "sampler_weights", name)
         return self._submit(self._save_for_sampler, path, user_metadata)
 
     def save_weights_and_get_sampling_client(
