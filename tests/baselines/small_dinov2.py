@@ -1,9 +1,15 @@
 """Small DINOv2 models with random weights: transformers' own, and the published equations in plain torch."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm, silu
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
+
+from baselines.weights import vision_transformer
+from kshot_errors import ModelError
 
 WIDTH, DEPTH, PATCH, SIDE = 128, 2, 14, 56
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "patch_size": PATCH, "image_size": SIDE}
@@ -90,3 +96,11 @@ def forward(state: dict[str, Tensor], images: Tensor, *, heads: int = 2, chunk: 
             y = linear(gelu(linear(y, f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
         x = x + state[f"{block}.ls2.gamma"] * y
     return norm(x, "norm")
+
+
+def error_of(path: Path) -> str:
+    """The one line that a file of weights is refused with, its path as PATH."""
+    with pytest.raises(ModelError) as caught:
+        vision_transformer(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "PATH")

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
-from small_dinov2 import SIDE, SIZES, WIDTH, hub_model, pictures, randomised
+from small_dinov2 import SIDE, SIZES, WIDTH, error_of, hub_model, pictures, randomised
 from timm.models import VisionTransformer
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel
@@ -96,13 +96,6 @@ def assert_equal_outputs(path: Path, expected: Tensor) -> None:
 def tokens_of(backbone: PreTrainedModel) -> Tensor:
     with torch.inference_mode():
         return backbone(pixel_values=pictures()).last_hidden_state
-
-
-def error_of(path: Path) -> str:
-    with pytest.raises(ModelError) as caught:
-        vision_transformer(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_weights_without_names_are_found(model: ModelProto, backbone: PreTrainedModel, path: Path) -> None:
