@@ -3,13 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check results pretrain venv clean
+.PHONY: demo test test-recipe check results pretrain venv clean
 
 demo: $(STAMP)
 	$(BIN)/kshot demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not network and not slow"
+
+# The official recipe, unmodified, against kshot serve: it installs an environment of its own; ten minutes or more.
+test-recipe: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and network" -s tests/vlm/test_recipe.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Every exception that kshot raises on purpose, in one tree.
 
     KshotError                      a failure; the command line prints its one line and exits 1
+    ├── BusyError                   a server has as much to do as it takes; later it may have room
     └── InputError                  what was given is wrong; exits 2
         ├── UnknownNameError        a name that is not in a table (says the choices)
         ├── DatasetError            a data set, its folder or its split cannot be used as asked
@@ -9,6 +10,12 @@
         ├── PromptError             a prompt or a list of labels that cannot be asked
         ├── ModelError              a model folder or name that cannot be loaded
         ├── RequestError            a training or sampling request that does not fit the model
+        │   ├── MissingError        a run, session, sampler, checkpoint or request that a server does not have
+        │   │   └── LostError       one that it had before it was started again: it may be asked for anew
+        │   ├── DeniedError         a request that a server does not take from this client
+        │   │   └── UnauthorizedError   it has no valid key
+        │   ├── UnsupportedError    content of a type or an encoding that a server does not read
+        │   └── TooLargeError       more of it than a server takes at once
         └── ResultsError            a results folder that cannot be written or holds another experiment
 
 A message is one line: it names the thing, the value, and the way out. This module knows nothing of the packages that
@@ -23,6 +30,10 @@ class KshotError(Exception):
     """Base of everything kshot raises on purpose: a failure that is not the input's fault."""
 
     exit_status = 1
+
+
+class BusyError(KshotError):
+    """A server has as much to do as it takes."""
 
 
 class InputError(KshotError):
@@ -63,6 +74,30 @@ class ModelError(InputError):
 
 class RequestError(InputError):
     """A training or sampling request that does not fit the model."""
+
+
+class MissingError(RequestError):
+    """A run, a session, a sampler, a checkpoint or a request that a server does not have, or not any more."""
+
+
+class LostError(MissingError):
+    """What a server had before it was started again, and which may be asked for anew."""
+
+
+class DeniedError(RequestError):
+    """A request that a server does not take from this client."""
+
+
+class UnauthorizedError(DeniedError):
+    """A request without a valid key."""
+
+
+class UnsupportedError(RequestError):
+    """Content of a type or an encoding that a server does not read."""
+
+
+class TooLargeError(RequestError):
+    """More content than a server takes at once."""
 
 
 class ResultsError(InputError):

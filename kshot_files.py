@@ -74,6 +74,11 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
+def set_aside(target: Path) -> Path:
+    """Give a file or folder a temporary name, so that it is gone at once and can be deleted at leisure; returns it."""
+    return target.rename(_temporary(target))
+
+
 def remove_unfinished(folder: Path) -> None:
     """Take away what a killed writer left in `folder`; only its one writer may call this."""
     for path in folder.glob(f".*{TEMPORARY}"):

@@ -31,6 +31,16 @@ def folder_of(state: Path, path: str) -> Path:
     return state / parts[0].replace(":", "_") / parts[1] / parts[2]
 
 
+def path_in(state: Path, folder: Path) -> str | None:
+    """The tinker:// path of a checkpoint's folder below `state`; None for a folder that is none's."""
+    run, kind, name = folder.relative_to(state).parts
+    path = f"tinker://{run.replace('_', ':')}/{kind}/{name}"
+    try:
+        return path if folder_of(state, path) == folder else None
+    except RequestError:
+        return None
+
+
 def check_adam(params: Any) -> None:
     """Raise RequestError for `tinker.types.AdamParams` that would make weights NaN or turn a step around."""
     for name in ("learning_rate", "weight_decay", "grad_clip_norm"):

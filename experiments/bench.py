@@ -20,7 +20,13 @@ from kshot_machine import processor
 
 FOLDER = Path("results/bench")  # X.json of `kshot bench X`
 DIGITS = 3  # significant ones in the table
-UNITS = {"grid_seconds": "s", "feature_rate_share": "of 1"}  # of what stands among the ratios and is no quotient
+UNITS = {
+    "grid_seconds": "s",
+    "feature_rate_share": "of 1",
+    "overhead_ms": "ms",
+    "overhead_ms_together": "ms",
+    "engine_share": "of 1",
+}  # of what stands among the ratios and is no quotient
 
 
 def in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

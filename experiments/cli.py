@@ -15,6 +15,7 @@ from experiments.cli_data import Modified, Protocol, Root, Source, SplitFile, ac
 from experiments.cli_data import app as data_app
 from experiments.cli_options import file_name, numbers, pairs
 from experiments.cli_predict import predict
+from experiments.cli_serve import serve
 from experiments.cli_train import train, zero_shot
 from experiments.terminal import err, out, print_paths, print_summary, progress_bar
 from kshot_errors import InputError, KshotError
@@ -165,6 +166,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
 app.command("train")(train)
 app.command("predict")(predict)
 app.command("zero-shot")(zero_shot)
+app.command("serve")(serve)
 
 
 def main() -> None:

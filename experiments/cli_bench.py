@@ -79,3 +79,12 @@ def baseline(
 
     with err.status("measuring"):
         bench(root, quick, json_path, device, backbone)
+
+
+@app.command("serve")
+def serve(quick: Quick = False, json_path: Json = None) -> None:
+    """What the server adds to the engine's time, for one client and for many at once."""
+    from experiments.bench_serve import bench
+
+    with err.status("measuring"):
+        bench(quick, json_path)

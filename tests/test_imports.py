@@ -58,11 +58,13 @@ def test_data_imports_no_torch_and_no_model_library() -> None:
 def test_inside_vlm_the_prompts_know_no_service_and_the_engine_no_client() -> None:
     seen = {path.relative_to(ROOT).as_posix(): set(imported(path)) for path in modules("vlm")}
     for low in ("vlm/inputs.py", "vlm/prompts.py", "vlm/labels.py", "vlm/service.py"):
-        reached = {name for name in seen[low] if name.startswith("vlm.local") and name != "vlm.local.client"}
-        assert not reached, low
+        reached = {name for name in seen[low] if name.startswith(("vlm.local", "vlm.server"))}
+        assert reached <= {"vlm.local.client", "vlm.local.host"}, low
     for path, names in seen.items():
         if path.startswith("vlm/local/") and path != "vlm/local/client.py":
             assert not names & {"vlm.local.client", "vlm.service", "vlm.classifier", "vlm.prompts", "vlm.scoring"}, path
+        if not path.startswith("vlm/server/"):
+            assert not any(name.startswith("vlm.server") for name in names), path
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from experiments import cli, executors
+from tests.vlm.serving import command, served
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,9 +29,13 @@ def blocks(language: str) -> list[str]:
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     codes = blocks("python")
-    assert len(codes) == 2
-    exec(compile("\n".join(codes), "README.md", "exec"), {})  # noqa: S102 - the point of the test
-    assert "loss:sum" in capsys.readouterr().out
+    assert len(codes) == 3
+    with served(tmp_path / "served") as server:
+        code = "\n".join(codes).replace("http://127.0.0.1:8000", server.address)
+        exec(compile(code, "README.md", "exec"), {})  # noqa: S102 - the point of the test
+    printed = capsys.readouterr().out
+    assert "loss:sum" in printed
+    assert "'light green': " in printed
 
 
 def commands() -> list[list[str]]:
@@ -61,7 +67,7 @@ def test_the_commands_run(
     (tmp_path / "photos" / "one.jpg").write_bytes(make_image(0, 40, 30, format="JPEG"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(executors, "local", in_this_process)
-    ours = [words[1:] for words in commands() if words[0] == "kshot"]
+    ours = [words[1:] for words in commands() if words[0] == "kshot" and words[1] != "serve"]
     assert ["demo"] in ours
     assert ["data", "list"] in ours
     for words in ours:
@@ -72,6 +78,12 @@ def test_the_commands_run(
         assert ended.value.code == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "runs/demo/report.html").exists()
     assert (tmp_path / "runs/digits/figures/digits.svg").exists()
+
+
+def test_the_server_starts(tmp_path: Path) -> None:
+    (given,) = (words[2:] for words in commands() if words[:2] == ["kshot", "serve"])
+    with command(tmp_path, *given) as server:
+        assert httpx.get(f"{server.address}/api/v1/healthz").json() == {"status": "ok"}
 
 
 def test_links_and_pictures_are_there() -> None:

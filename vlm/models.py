@@ -49,6 +49,13 @@ def weights(name: str) -> str:
     return folder
 
 
+def loadable(name: str) -> str:
+    """What `from_pretrained` of transformers takes for this model: a folder, or the hub's id."""
+    if name in MODELS:
+        return str(MODELS[name]())
+    return str(Path(name).resolve()) if _is_folder(name) else name.partition("@")[0]
+
+
 def _is_folder(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 

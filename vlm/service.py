@@ -125,14 +125,10 @@ def check(service: str, timeout: float = 3.0) -> None:
 
 
 def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:
-    import torch
-
     from vlm.local.client import LocalServiceClient
+    from vlm.local.host import dtype_of
 
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UnknownNameError("dtype", str(dtype), [name for name in dtypes if name])
-    return LocalServiceClient(state_dir, device, dtypes[dtype], **options)
+    return LocalServiceClient(state_dir, device, dtype_of(dtype), **options)
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tinker
 
+from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from tests.vlm.helpers import CLASSES, Pictured
 from vlm import nano
 from vlm.inputs import ImageRule

@@ -182,19 +182,101 @@ def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompt
     ):
         with pytest.raises(RequestError, match=f"{next(iter(wrong))} = "):
             sampler.sample(prompts[0], 1, types.SamplingParams(**{"max_tokens": 1, **wrong})).result()  # type: ignore[arg-type]
-    for options in ({"prompt_alt_tokens_k": 1}, {"prompt_logprobs_last_n": 2}):
-        with pytest.raises(RequestError, match="not supported by the local service"):
-            sampler.sample(prompts[0], 1, params, **options)
     with pytest.raises(RequestError, match="topk_prompt_logprobs = 5000"):
         sampler.sample(prompts[0], 1, params, topk_prompt_logprobs=5000).result()
     off = types.TensorData.from_numpy(np.full((prompts[0].length - 1, 1), 4096))
     with pytest.raises(RequestError, match="id 4096 is outside"):
         sampler.sample(prompts[0], 1, params, target_prompt_logprobs=off).result()
-    with pytest.raises(RequestError, match="topk_sample_logprobs"):
-        sampler.sample(prompts[0], 1, params, topk_sample_logprobs=2)
     short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
     with pytest.raises(RequestError, match="rows"):
         sampler.sample(prompts[0], 1, params, target_prompt_logprobs=short).result()
+
+
+def test_options_out_of_range_are_named(sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]) -> None:
+    params, rows = types.SamplingParams(max_tokens=1), prompts[0].length - 1
+    for name, value in (
+        ("topk_sample_logprobs", -1),
+        ("topk_sample_logprobs", 4097),
+        ("prompt_alt_tokens_k", -1),
+        ("prompt_alt_tokens_k", 4097),
+        ("prompt_logprobs_last_n", 0),
+        ("prompt_logprobs_last_n", rows + 1),
+    ):
+        with pytest.raises(RequestError, match=f"{name} = {value} is out of range"):
+            sampler.sample(prompts[0], 1, params, True, **{name: value}).result()  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="prompt_logprobs_last_n = 2 is of prompt_logprobs"):
+        sampler.sample(prompts[0], 1, params, topk_prompt_logprobs=1, prompt_logprobs_last_n=2).result()
+
+
+def test_the_likeliest_tokens_of_a_sample_are_the_models(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    """Whatever filters and temperature drew the tokens themselves."""
+    params = types.SamplingParams(max_tokens=5, temperature=1.5, top_k=40, seed=4, stop=[])
+    for sequence in sampler.sample(prompts[0], 2, params, topk_sample_logprobs=3).result().sequences:
+        full = stock_inputs(model_input(*prompts[0].chunks, sequence.tokens), rule)
+        with torch.no_grad():
+            best = stock(**full).logits[0, prompts[0].length - 1 : -1].log_softmax(-1).topk(3)
+        top = sequence.topk_logprobs_np
+        assert top is not None
+        assert (top.token_ids.dtype, top.logprobs.dtype) == (np.int32, np.float32)
+        assert top.token_ids.tolist() == best.indices.tolist()
+        assert top.logprobs == pytest.approx(best.values.numpy(), abs=1e-4)
+    assert sampler.sample(prompts[0], 1, params).result().sequences[0].topk_logprobs is None
+
+
+def test_only_the_last_positions_of_a_prompt_are_scored(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    asked, params = prompts[0], types.SamplingParams(max_tokens=1)
+    inputs, length = stock_inputs(asked, rule), asked.length
+    ids = inputs["input_ids"][0]
+    with torch.no_grad():
+        log_probs = stock(**inputs).logits[0].log_softmax(-1)
+    is_image = (ids == 4082).tolist()
+    for last in (1, 5, length - 1):  # of the last, some are an image's
+        answer = sampler.sample(asked, 1, params, True, 2, prompt_logprobs_last_n=last).result()
+        own, tops = answer.prompt_logprobs, answer.topk_prompt_logprobs
+        assert own is not None
+        assert tops is not None
+        assert own == sampler.compute_logprobs(asked, last).result()
+        assert [value is None for value in own] == [n < length - last or is_image[n] for n in range(length)]
+        expected = [log_probs[n - 1, ids[n]].item() for n, value in enumerate(own) if value is not None]
+        assert [value for value in own if value is not None] == pytest.approx(expected, abs=1e-4)
+        assert tops[: length - last] == [None] * (length - last)
+        found = [[token for token, _ in top or []] for top in tops[length - last :]]
+        assert found == log_probs[length - last - 1 : -1].topk(2).indices.tolist()
+
+
+def test_draws_in_the_prompts_place_are_the_models_at_the_temperature(
+    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    """Filters do not count, nor how many positions are scored; 4,000 draws a position are as its distribution says."""
+    asked, rows = prompts[0], prompts[0].length - 1
+    with torch.no_grad():
+        logits = stock(**stock_inputs(asked, rule)).logits[0, :-1].double()
+
+    def draws(count: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        params = types.SamplingParams(**{"max_tokens": 1, "seed": 5, "top_k": 2, **given})
+        answer = sampler.sample(asked, 1, params, True, prompt_alt_tokens_k=count, prompt_logprobs_last_n=1).result()
+        drawn = answer.prompt_alt_tokens
+        assert drawn is not None
+        assert (drawn.tokens.dtype, drawn.logprobs.dtype) == ("int64", "float32")
+        assert drawn.tokens.shape == drawn.logprobs.shape == [rows, count]
+        return drawn.tokens.to_torch(), drawn.logprobs.to_torch()
+
+    tokens, log_probs = draws(4000, temperature=0.5)
+    expected = logits.log_softmax(-1).gather(1, tokens)
+    assert torch.allclose(log_probs.double(), expected, atol=1e-4)
+    probs = (logits / 0.5).softmax(-1)
+    counts = torch.zeros_like(probs).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float64))
+    z = (counts / 4000 - probs) / (probs * (1 - probs) / 4000).sqrt().clamp(min=1e-9)
+    assert z[probs > 0.01].abs().max() < 5
+    assert counts[probs < 1e-12].sum() == 0
+    best = logits.argmax(-1, keepdim=True)
+    assert torch.equal(draws(2, temperature=0.0)[0], best.expand(-1, 2))
+    assert torch.equal(draws(3, seed=6)[0], draws(3, seed=6)[0])
+    assert not torch.equal(draws(3, seed=6)[0], draws(3, seed=7)[0])
 
 
 def test_more_samples_than_a_pass_has_rows(

@@ -5,7 +5,7 @@ scaled_dot_product_attention, behind their end, where no real position looks. Qu
 and values (positions, key heads, dim), the answer (queries, heads x dim). Knows no weights and no layer but its number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -137,14 +137,20 @@ class Cache:
         """Take a layer's padded keys and values."""
         self._layers[layer] = (k, v)
 
-    def chosen(self, rows: Tensor, room: int) -> "Cache":
-        """A cache of these rows (repeated where they stand twice), with `room` for more positions if they fill it."""
-        other = Cache(self.lengths[rows].tolist(), self.lengths.device)
-        room = room if int(other.lengths.max()) >= self.capacity else 0
-        for layer, pair in self._layers.items():
-            k, v = (functional.pad(t.index_select(0, rows.to(t.device)), (0, 0, 0, room)) for t in pair)
-            other.put(layer, k, v)
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["Cache", Sequence[int]]], capacity: int) -> "Cache":
+        """A cache for `capacity` positions of these rows of each cache, in order (repeated where they stand twice)."""
+        first, _ = parts[0]
+        other = cls([n for cache, rows in parts for n in cache.lengths[list(rows)].tolist()], first.lengths.device)
+        for layer in first._layers:
+            keys, values = zip(*(cache._chosen(layer, rows, capacity) for cache, rows in parts), strict=True)
+            other.put(layer, *(each[0] if len(each) == 1 else torch.cat(each) for each in (keys, values)))
         return other
+
+    def _chosen(self, layer: int, rows: Sequence[int], capacity: int) -> Iterator[Tensor]:
+        for whole in self._layers[layer]:
+            chosen = whole.index_select(0, torch.tensor(rows, device=whole.device))
+            yield functional.pad(chosen, (0, 0, 0, capacity - self.capacity))  # cuts what no row has filled
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one position behind each row; gives the layer's keys and values. k, v: (rows, key heads, dim)."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from kshot_errors import RequestError
+from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.adapter import Layout, LoraSpec
 from vlm.local.loading import load, load_tokenizer
@@ -19,15 +20,20 @@ class Model:
     """A checkpoint in memory.
 
     device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
+    place: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
     image_token, placeholders: the id at image positions, and all ids that no text may hold.
     """
 
-    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        self.name, self.tokenizer = name, load_tokenizer(name)  # first: what is small fails before what is large
-        self.stock = load(name, device, dtype)
+    def __init__(
+        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, place: str | None = None
+    ) -> None:
+        self.name, place = name, place or name
+        self.tokenizer = load_tokenizer(place)  # first: what is small fails before what is large
+        self.stock = load(place, device, dtype)
         self.text = Text(self.stock)
-        self.rule = ImageRule.from_pretrained(name)
+        self.rule = ImageRule.from_pretrained(place)
+        self.tokenizer_id = models.loadable(place)  # where others on this machine find it
         self.layout = lru_cache(maxsize=None)(self._layout)
         config = self.stock.config  # asking it takes long, and is done for every token
         self.vocabulary: int = config.text_config.vocab_size

@@ -1,7 +1,6 @@
-"""Sampling from a snapshot with a KV cache, and log-probabilities of prompts. Knows no clients and no classes.
+"""Sampling from a snapshot: prompts into a decoder, and log-probabilities of prompts. Knows no clients and no classes.
 
-Prompts are packed, whatever their lengths; the samples of one prompt share its prefill. Sequences that have stopped
-leave the batch.
+Prompts are packed, whatever their lengths; the samples of one prompt share its prefill.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +11,18 @@ import numpy as np
 import tinker
 import torch
 from tinker import types
+from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
 from kshot_errors import RequestError
-from vlm.local.attention import Cache, Filling, Next
-from vlm.local.batch import groups, length_of
+from vlm.local.attention import Cache, Filling
+from vlm.local.batch import Batch, groups, length_of
+from vlm.local.decoding import Decoder
 from vlm.local.engine import LOGITS, Engine, Snapshot
-from vlm.local.text import Positions
-from vlm.local.writing import Writer, advance
+from vlm.local.writing import Writer, draws, generator_of
 
 ROWS = 64  # sequences in one pass
 POSITIONS = 1 << 15  # of prompts in one pass
-ROOM = 64  # positions by which the cache grows
 
 
 @dataclass(frozen=True)
@@ -36,28 +35,52 @@ class Ask:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     targets: types.TensorData | None = None
+    topk_sample_logprobs: int = 0
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
 
     @property
     def about_prompt(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for."""
-        return bool(self.prompt_logprobs or self.topk_prompt_logprobs or self.targets is not None)
+        """Whether the prompt's own log-probabilities, or draws in its place, are asked for."""
+        asked = self.prompt_logprobs, self.topk_prompt_logprobs, self.prompt_alt_tokens_k
+        return any(asked) or self.targets is not None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """What is written for an ask, and the fields of SampleResponse about its prompt."""
+
+    writers: Sequence[Writer]
+    about_prompt: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        """Whether every sample has ended."""
+        return all(writer.reason is not None for writer in self.writers)
+
+    def response(self) -> types.SampleResponse:
+        """What there is so far."""
+        return types.SampleResponse(sequences=[writer.sequence() for writer in self.writers], **self.about_prompt)
+
+
 def sample(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[types.SampleResponse]:
     """The answers, in order. Same asks in the same order → the same answers where each has a seed or temperature 0."""
     for ask in asks:
-        _check(engine, ask)
+        check(engine, ask)
     done: dict[int, types.SampleResponse] = {}
     for members in groups([length_of(ask.prompt) for ask in asks], ROWS, POSITIONS):
-        answers = _sample_together(engine, snapshot, [asks[n] for n in members])
-        done |= zip(members, answers, strict=True)
+        decoder = Decoder(engine, snapshot, ROWS)
+        answers = join(decoder, [asks[n] for n in members])
+        while decoder.going:
+            decoder.step()
+        done |= {n: answer.response() for n, answer in zip(members, answers, strict=True)}
     return [done[n] for n in range(len(asks))]
 
 
-def _check(engine: Engine, ask: Ask) -> None:
-    """Raise RequestError for what cannot be sampled."""
+def check(engine: Engine, ask: Ask) -> None:
+    """Raise RequestError for what cannot be sampled, as far as it shows before the prompt is read."""
     p, vocabulary = ask.params, engine.model.vocabulary
+    last = 1 if ask.prompt_logprobs_last_n is None else ask.prompt_logprobs_last_n
     ranges = {
         "num_samples": (ask.num_samples, 1, float("inf")),
         "max_tokens": (1 if p.max_tokens is None else p.max_tokens, 1, float("inf")),
@@ -66,114 +89,138 @@ def _check(engine: Engine, ask: Ask) -> None:
         "top_k": (p.top_k, -1, float("inf")),
         "seed": (p.seed or 0, 0, 2**63 - 1),
         "topk_prompt_logprobs": (ask.topk_prompt_logprobs, 0, vocabulary),
+        "topk_sample_logprobs": (ask.topk_sample_logprobs, 0, vocabulary),
+        "prompt_alt_tokens_k": (ask.prompt_alt_tokens_k, 0, vocabulary),
+        "prompt_logprobs_last_n": (last, 1, float("inf")),
     }
     if (isinstance(p.stop, str) and not p.stop) or (isinstance(p.stop, list) and "" in p.stop):
         raise RequestError("stop holds an empty text, which stands everywhere; leave it out")
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
+    for chunk in ask.prompt.chunks:
+        if not isinstance(
+            chunk, types.EncodedTextChunk | types.ImageChunk
+        ):  # others have no length that could be asked
+            raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
+    if ask.prompt_logprobs_last_n is not None and not ask.prompt_logprobs:
+        raise RequestError(f"prompt_logprobs_last_n = {last} is of prompt_logprobs; ask for these too")
     if ask.targets is not None:
         engine.model.check_tokens(
             [int(t) for t in ask.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
         )
 
 
-def _sample_together(engine: Engine, snapshot: Snapshot, asks: Sequence[Ask]) -> list[types.SampleResponse]:
-    batch = engine.collate([ask.prompt for ask in asks], snapshot.factors)
+@torch.no_grad()
+def join(decoder: Decoder, asks: Sequence[Ask]) -> list[Answer]:
+    """Read the prompts in one pass; their samples, a first token in each, join the others of the decoder.
+
+    Raises RequestError or ImageError for a prompt that the model does not take; then none has joined.
+    """
+    engine, factors = decoder.engine, decoder.snapshot.factors
+    batch = engine.collate([ask.prompt for ask in asks], factors)
     cache = Cache(batch.rows.lengths, engine.model.device)
     about = any(ask.about_prompt for ask in asks)
     wanted = None if about else batch.ends
-    hidden = engine.model.text.hidden(batch.given, Filling(cache, batch.rows, wanted), snapshot.factors, wanted)
-    prompt = hidden.split(batch.rows.lengths) if about else [hidden[row : row + 1] for row in range(len(asks))]
-    writers = [
-        [Writer(engine.model.tokenizer, ask.params, number) for number in range(ask.num_samples)] for ask in asks
-    ]
-    logits = engine.model.text.logits(torch.cat([states[-1:] for states in prompt]), snapshot.factors)
-    _decode(engine, snapshot, cache, logits, batch.next_place, writers)
-    ids, is_image = (t.split(batch.rows.lengths) for t in (batch.given.ids, batch.is_image()))
-    return [
-        types.SampleResponse(
-            sequences=[writer.sequence() for writer in writers[row]],
-            **(_prompt_values(engine, snapshot, ids[row], prompt[row], is_image[row], ask) if ask.about_prompt else {}),
-        )
-        for row, ask in enumerate(asks)
-    ]
+    hidden = engine.model.text.hidden(batch.given, Filling(cache, batch.rows, wanted), factors, wanted)
+    logits = engine.model.text.logits(hidden[batch.ends] if about else hidden, factors)
+    about_prompts = _about_prompts(decoder, batch, hidden, asks)
+    answers = [Answer(_writers(engine, ask), values) for ask, values in zip(asks, about_prompts, strict=True)]
+    decoder.join(cache, logits, batch.next_place, [answer.writers for answer in answers])
+    return answers
 
 
-def _decode(
-    engine: Engine, snapshot: Snapshot, cache: Cache, logits: Tensor, place: Tensor, writers: Sequence[Sequence[Writer]]
-) -> None:
-    """Let the writers of each prompt write, ROWS at a time. logits, place: of each prompt."""
-    owners = [(row, writer) for row, each in enumerate(writers) for writer in each]
-    for start in range(0, len(owners), ROWS):
-        rows, going = zip(*owners[start : start + ROWS], strict=True)
-        chosen = torch.tensor(rows, device=place.device)
-        _write(engine, snapshot, cache.chosen(chosen, ROOM), logits[chosen.to(logits.device)], place[chosen], going)
+def _writers(engine: Engine, ask: Ask) -> list[Writer]:
+    given = engine.model.tokenizer, ask.params
+    return [Writer(*given, number, ask.topk_sample_logprobs) for number in range(ask.num_samples)]
 
 
-def _write(
-    engine: Engine, snapshot: Snapshot, cache: Cache, logits: Tensor, place: Tensor, going: Sequence[Writer]
-) -> None:
-    """Until each has stopped or the model's context is full: one row of the cache, logits and place each."""
-    lengths = cache.lengths.tolist()
-    while True:
-        tokens = advance(going, logits)
-        kept = [n for n, w in enumerate(going) if w.reason is None and lengths[n] < engine.model.context]
-        if not kept:
-            return
-        if len(kept) < len(going) or max(lengths[n] for n in kept) >= cache.capacity:
-            chosen = torch.tensor(kept, device=place.device)
-            cache, place = cache.chosen(chosen, ROOM), place[chosen]
-        going, lengths = [going[n] for n in kept], [lengths[n] + 1 for n in kept]
-        given = Positions(torch.tensor([tokens[n] for n in kept], device=place.device), place.expand(3, -1))
-        hidden = engine.model.text.hidden(given, Next(cache), snapshot.factors)
-        logits = engine.model.text.logits(hidden, snapshot.factors)
-        cache.lengths, place = cache.lengths + 1, place + 1
+def _about_prompts(decoder: Decoder, batch: Batch, hidden: Tensor, asks: Sequence[Ask]) -> Iterator[dict[str, Any]]:
+    """What each ask wants to know about its prompt."""
+    if not any(ask.about_prompt for ask in asks):
+        yield from ({} for _ in asks)
+        return
+    rows = (t.split(batch.rows.lengths) for t in (batch.given.ids, hidden, batch.is_image()))
+    for ask, ids, states, is_image in zip(asks, *rows, strict=True):
+        image = is_image.cpu().numpy()
+        yield _prompt_values(decoder.engine, decoder.snapshot, ids, states, image, ask) if ask.about_prompt else {}
 
 
 def _prompt_values(
-    engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: Tensor, ask: Ask
+    engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: np.ndarray, ask: Ask
 ) -> dict[str, Any]:
     """The fields of SampleResponse about the prompt: hidden states (length, hidden) predict ids from position 1 on."""
-    targets = None if ask.targets is None else _wanted(ask.targets, len(ids) - 1)
-    parts = list(_scored(engine, snapshot, hidden[:-1], ids[1:], ask.topk_prompt_logprobs, targets))
-    own, tops, chosen = ([value for part in parts for value in part[n]] for n in range(3))
-    values: dict[str, Any] = {}
+    rows, values = len(ids) - 1, dict[str, Any]()
+    targets, uniform = _wanted(ask.targets, rows), _uniform(ask, rows)
+    own_from = 1 + _unasked(ask, rows)  # the first position whose own token is scored
+    start = 1 if ask.targets is not None or ask.prompt_alt_tokens_k else own_from  # the first one that is scored at all
+    given = hidden[start - 1 : -1], ids[start:], ask, targets[start - 1 :], uniform[start - 1 :]
+    parts = zip(*_scored(engine, snapshot, *given), strict=True)
+    own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
     if ask.prompt_logprobs:
-        unscored = np.concatenate([[True], is_image[1:].cpu().numpy()])
-        values["prompt_logprobs_np"] = np.where(unscored, np.nan, [np.nan, *own]).astype(np.float32)
+        values["prompt_logprobs_np"] = _behind(own_from, own[own_from - start :], np.nan)
+        values["prompt_logprobs_np"][is_image] = np.nan
     if ask.topk_prompt_logprobs:
-        values["_topk_prompt_logprobs_list"] = [None, *tops]
-    if targets is not None:
-        values["target_prompt_logprobs"] = types.TensorData.from_numpy(
-            np.array(chosen, np.float32).reshape(targets.shape)
+        top_ids, tops = top_ids[own_from - start :].astype(np.int32), tops[own_from - start :]
+        values["topk_prompt_logprobs_np"] = TopkLogprobs(
+            token_ids=_behind(own_from, top_ids, 0), logprobs=_behind(own_from, tops, MASK_LOGPROB)
         )
+    if ask.targets is not None:
+        values["target_prompt_logprobs"] = types.TensorData.from_numpy(chosen)
+    if ask.prompt_alt_tokens_k:
+        tensors = (types.TensorData.from_numpy(each) for each in (drawn, drawn_values))
+        values["prompt_alt_tokens"] = types.PromptAltTokens(*tensors)
     return values
 
 
 def _scored(
-    engine: Engine, snapshot: Snapshot, hidden: Tensor, ids: Tensor, top: int, targets: Tensor | None
-) -> Iterator[tuple[list[float], list[list[tuple[int, float]]], list[list[float]]]]:
-    """For each position its own token's log-probability, its `top` likeliest tokens and its targets', in parts that
-    keep the logits within LOGITS numbers."""
+    engine: Engine, snapshot: Snapshot, hidden: Tensor, ids: Tensor, ask: Ask, targets: Tensor, uniform: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """For each position its own token's log-probability (n,), its likeliest tokens and their log-probabilities
+    (n, top), those of its targets, and what is drawn by `uniform`, with log-probabilities; in parts that keep the
+    logits within LOGITS numbers."""
     step = max(1, LOGITS // engine.model.vocabulary)
-    for start in range(0, len(hidden), step):
-        end = start + step
-        logits = engine.model.text.logits(hidden[start:end], snapshot.factors)
+    for start in range(0, max(1, len(hidden)), step):
+        part = slice(start, start + step)
+        logits = engine.model.text.logits(hidden[part], snapshot.factors)
         # not log_softmax: of 150,000 float32 logits that may be 2e-4 off on a CPU, and logsumexp is not
         log_probs = logits - logits.logsumexp(-1, keepdim=True)
-        own = log_probs.gather(1, ids[start:end, None].to(log_probs.device))[:, 0]
-        best = log_probs.topk(top)
-        tops = [list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        asked = (torch.zeros(len(hidden), 0, dtype=torch.long) if targets is None else targets)[start:end]
-        asked = asked.to(log_probs.device)
+        own = log_probs.gather(1, ids[part, None].to(log_probs.device))[:, 0]
+        best = log_probs.topk(ask.topk_prompt_logprobs)
+        asked = targets[part].to(log_probs.device)
         chosen = log_probs.gather(1, asked.clamp(min=0)).masked_fill(asked < 0, 0.0)
-        yield own.tolist(), tops, chosen.tolist()
+        drawn = draws(logits, ask.params.temperature, uniform[part])
+        values = own, best.indices, best.values, chosen, drawn, log_probs.gather(1, drawn)
+        yield tuple(each.cpu() for each in values)
 
 
-def _wanted(asked: types.TensorData, rows: int) -> Tensor:
+def _unasked(ask: Ask, rows: int) -> int:
+    """How many of the `rows` positions behind the first are not asked for. Raises RequestError for more than all."""
+    last = rows if ask.prompt_logprobs_last_n is None else ask.prompt_logprobs_last_n
+    if last > rows:
+        raise RequestError(
+            f"prompt_logprobs_last_n = {last} is out of range: it must be from 1 to {rows}, "
+            "as many positions as the prompt has behind its first"
+        )
+    return rows - last
+
+
+def _wanted(asked: types.TensorData | None, rows: int) -> Tensor:
     """The ids to score, (rows, any number), -1 where none is. Raises RequestError for another number of rows."""
+    if asked is None:
+        return torch.zeros(rows, 0, dtype=torch.long)
     ids = asked.to_torch(pad_value=-1)
     if ids.ndim != 2 or len(ids) != rows:
         raise RequestError(f"target_prompt_logprobs must have {rows} rows, one a position, got {tuple(ids.shape)}")
     return ids
+
+
+def _uniform(ask: Ask, rows: int) -> Tensor:
+    """(rows, prompt_alt_tokens_k) numbers from [0, 1), by the request's seed, that draw in the prompt's place."""
+    generator = generator_of(ask.params.seed, 0, prompt=True)
+    return torch.rand(rows, ask.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
+
+
+def _behind(start: int, values: np.ndarray, empty: float) -> np.ndarray:
+    """The values from position `start` on, and `empty` before it."""
+    return np.concatenate([np.full((start, *values.shape[1:]), empty, values.dtype), values])

@@ -1,6 +1,7 @@
 """Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no mathematics."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot_errors import RequestError
+from vlm.inputs import ImageRule
 from vlm.labels import Trie
 from vlm.local import embedding, sampling, scoring
 from vlm.local.engine import Engine, Snapshot
+from vlm.local.worker import Sampling, Worker
+from vlm.local.writing import Writer
 
 
 def refuse(**given: object) -> None:
@@ -24,10 +28,8 @@ def refuse(**given: object) -> None:
 class LocalSamplingClient:
     """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
 
-    def __init__(
-        self, engine: Engine, snapshot: Snapshot, submit: Callable[..., "AwaitableConcurrentFuture[Any]"]
-    ) -> None:
-        self._engine, self._snapshot, self._submit = engine, snapshot, submit
+    def __init__(self, engine: Engine, snapshot: Snapshot, worker: Worker) -> None:
+        self._engine, self._snapshot, self._worker = engine, snapshot, worker
 
     def sample(
         self,
@@ -42,8 +44,6 @@ class LocalSamplingClient:
         prompt_logprobs_last_n: int | None = None,
     ) -> AwaitableConcurrentFuture[types.SampleResponse]:
         """Samples after a prompt, and log-probabilities of the prompt where asked (see the SDK)."""
-        refuse(topk_sample_logprobs=topk_sample_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
-        refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
         ask = sampling.Ask(
             prompt,
             sampling_params,
@@ -51,37 +51,43 @@ class LocalSamplingClient:
             include_prompt_logprobs,
             topk_prompt_logprobs,
             target_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        self._engine.prefetch([prompt])
-        return self._submit(lambda: sampling.sample(self._engine, self._snapshot, [ask])[0])
+        return self._submit([prompt], lambda: sampling.sample(self._engine, self._snapshot, [ask])[0])
+
+    def start(self, ask: sampling.Ask, on_token: Callable[[Writer], None] | None = None) -> Sampling:
+        """The same, written together with whatever else is sampled at the time: sooner where much is, and equal to
+        what it would be alone but for rounding. on_token: see `vlm.local.worker.Worker.sample`."""
+        self._engine.prefetch([ask.prompt])
+        return self._worker.sample(self._engine, self._snapshot, ask, on_token)
 
     def compute_logprobs(
         self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> AwaitableConcurrentFuture[list[float | None]]:
         """Each position's log-probability given those before it; None at position 0 and at image positions."""
-        refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
-        ask = sampling.Ask(prompt, types.SamplingParams(max_tokens=1), prompt_logprobs=True)
-        self._engine.prefetch([prompt])
-        return self._submit(lambda: sampling.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs)
+        params = types.SamplingParams(max_tokens=1)
+        ask = sampling.Ask(prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n)
+        return self._submit(
+            [prompt], lambda: sampling.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs
+        )
 
     def sample_batch(
         self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
     ) -> list[types.SampleResponse]:
         """One sample after each prompt, in shared passes: the same answers as one by one, sooner."""
         asks = [sampling.Ask(prompt, params) for prompt in prompts]
-        self._engine.prefetch(prompts)
-        return self._submit(sampling.sample, self._engine, self._snapshot, asks).result()
+        return self._submit(prompts, sampling.sample, self._engine, self._snapshot, asks).result()
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
-        self._engine.prefetch(prompts)
-        return self._submit(scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
+        return self._submit(prompts, scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
         """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
-        self._engine.prefetch(prompts)
-        given = self._engine, self._snapshot, prompts
-        return self._submit(embedding.embed, *given, tower=tower, hidden=hidden).result()
+        call = partial(embedding.embed, tower=tower, hidden=hidden)
+        return self._submit(prompts, call, self._engine, self._snapshot, prompts).result()
 
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
@@ -90,3 +96,19 @@ class LocalSamplingClient:
     def get_base_model(self) -> str:
         """The name of the base model."""
         return self._engine.model.name
+
+    @property
+    def rule(self) -> ImageRule:
+        """How the base model counts an image's tokens."""
+        return self._engine.model.rule
+
+    @property
+    def context(self) -> int:
+        """How many positions the base model takes."""
+        return self._engine.model.context
+
+    def _submit(
+        self, prompts: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any
+    ) -> AwaitableConcurrentFuture[Any]:
+        self._engine.prefetch(prompts)
+        return AwaitableConcurrentFuture(self._worker.submit(call, *args))

@@ -12,13 +12,12 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 from kshot_errors import RequestError
 from kshot_training import path_of
 from vlm.local import checkpoint
-from vlm.local.adapter import Adapter
+from vlm.local.adapter import Adapter, LoraSpec
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine
 from vlm.local.run import Run
 from vlm.local.sampling_client import LocalSamplingClient, refuse
-
-Submit = Callable[..., "AwaitableConcurrentFuture[Any]"]
+from vlm.local.worker import Worker
 
 
 class LocalTrainingClient:
@@ -30,11 +29,11 @@ class LocalTrainingClient:
         run: Run,
         model_id: str,
         state: Path,
-        submit: Submit,
+        worker: Worker,
         user_metadata: Mapping[str, str] | None,
     ) -> None:
         self.model_id = model_id
-        self._engine, self._run, self._state, self._submit = engine, run, state, submit
+        self._engine, self._run, self._state, self._worker = engine, run, state, worker
         self._user_metadata = user_metadata
 
     def forward(
@@ -134,14 +133,19 @@ class LocalTrainingClient:
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
         model = self._engine.model
-        data = types.ModelData(arch=model.kind, model_name=model.name, tokenizer_id=model.name)
+        data = types.ModelData(arch=model.kind, model_name=model.name, tokenizer_id=model.tokenizer_id)
         return types.GetInfoResponse(
             model_data=data,
             model_id=self.model_id,
             is_lora=True,
-            lora_rank=self._run.adapter.layout.spec.rank,
+            lora_rank=self.spec.rank,
             model_name=model.name,
         )
+
+    @property
+    def spec(self) -> LoraSpec:
+        """What the run's adapter covers."""
+        return self._run.adapter.layout.spec
 
     def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
         """Take a loaded checkpoint; to be called on the worker. Raises RequestError where it does not fit the run,
@@ -155,6 +159,9 @@ class LocalTrainingClient:
         if optimizer and saved.optimizer is None:
             raise RequestError(f"checkpoint {path} was saved without optimizer state; use load_state")
         self._run.restore(Adapter.of(layout, saved.weights), (saved.optimizer or {}) if optimizer else {})
+
+    def _submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
+        return AwaitableConcurrentFuture(self._worker.submit(call, *args, **kwargs))
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
@@ -171,7 +178,7 @@ class LocalTrainingClient:
         return types.SaveWeightsForSamplerResponse(path=path)
 
     def _sampler(self) -> LocalSamplingClient:
-        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._submit)
+        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._worker)
 
     def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
         layout = self._run.adapter.layout

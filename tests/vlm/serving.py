@@ -1,0 +1,87 @@
+"""A server to test against: in this process on a thread, or as the command in a process of its own.
+
+with served(folder) as server: vlm.connect(server.address)
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from vlm import nano
+from vlm.local.host import Host
+from vlm.server.app import Options, application
+from vlm.server.core import Core
+from vlm.server.store import Store
+
+PLACES = {nano.NAME: nano.NAME}
+HEADERS = {"X-API-Key": "tml-local"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and, of one in this process, its parts."""
+
+    address: str
+    core: Core
+    app: Any
+
+
+@contextmanager
+def served(state: Path, host: Host | None = None, **options: Any) -> Iterator[Server]:
+    """A server on a free port of loopback, on a thread."""
+    host = host or Host(state, places=PLACES)
+    core = Core(host, Store(host.state))
+    app = application(core, Options(**options))
+    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server ended at once"
+        thread.join(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Server(f"http://127.0.0.1:{port}", core, app)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@dataclass(frozen=True)
+class Command:
+    """`kshot serve` in a process of its own."""
+
+    address: str
+    process: "subprocess.Popen[str]"
+
+    def kill(self) -> None:
+        """As a crash or the system would: no time to finish anything."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@contextmanager
+def command(state: Path, *arguments: str) -> Iterator[Command]:
+    """The command with these arguments, once it has said where it listens."""
+    given = ["serve", "--port", "0", "--state", str(state), *arguments]
+    start = [sys.executable, "-c", "from experiments.cli import main; main()", *given]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"at (http://\S+)", line)
+            assert found, line + process.stdout.read()
+            yield Command(found[1], process)
+        finally:
+            process.kill()

@@ -1,0 +1,461 @@
+"""Continuous batching: sequences that share passes are what each would be alone, and nothing starves nothing.
+
+What a sequence must be is computed by the stock model, the whole of it anew for every token.
+"""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker import types
+
+from kshot_errors import ImageError, RequestError
+from tests.vlm.helpers import Pictured, disturb, plain_peft, stock_inputs
+from vlm import nano
+from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.local import decoding, sampling
+from vlm.local.attention import Next
+from vlm.local.decoding import Decoder
+from vlm.local.engine import BASE, Engine, Snapshot
+from vlm.local.model import Model
+from vlm.local.sampling import Ask
+from vlm.local.training_client import LocalTrainingClient
+from vlm.local.worker import Sampling, Worker
+from vlm.local.writing import Writer
+from vlm.prompts import Prompt
+
+SOON = 60  # seconds after which a test gives up
+ENDLESS = types.SamplingParams(stop=[], temperature=0.0)  # until the model's context is full
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(Model(nano.NAME))
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
+    """Questions about images of three sizes, one about two images, and two of text alone."""
+    encode = prompt.tokenizer.encode
+    first, second = (image_chunk(e.image, rule) for e in examples[:2])
+    two = model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
+    text = [model_input(encode(text)) for text in ("Once upon a", "The quick brown fox " * 9)]
+    return [*(prompt.question(e.image) for e in examples[:3]), two, *text]
+
+
+@pytest.fixture(scope="module")
+def asks(prompts: list[tinker.ModelInput]) -> list[Ask]:
+    """Of every length and kind: greedy and drawn, one sample and several."""
+    made = []
+    for n, prompt in enumerate(prompts):
+        greedy = types.SamplingParams(max_tokens=3 + 2 * n, temperature=0.0, stop=[])
+        drawn = types.SamplingParams(max_tokens=12 - 2 * n, temperature=1.3, seed=n, stop=[])
+        made += [Ask(prompt, greedy), Ask(prompt, drawn, 1 + n % 3)]
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(stock: Any, asks: list[Ask], rule: ImageRule) -> list[list[tuple[list[int], list[float]]]]:
+    """Of each ask: what the stock model writes, sample by sample."""
+    return [[reference(stock, ask, number, rule) for number in range(ask.num_samples)] for ask in asks]
+
+
+def reference(stock: Any, ask: Ask, number: int, rule: ImageRule) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities of a sample: a stock forward of the whole sequence for each, the inverse of the
+    distribution function in numpy for what is drawn, by the numbers of the sample's own generator."""
+    p, tokens, log_probs = ask.params, list[int](), list[float]()
+    assert p.max_tokens is not None
+    mixed = np.random.SeedSequence([p.seed or 0, number]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(mixed))
+    while len(tokens) < p.max_tokens:
+        stock.model.rope_deltas = None
+        with torch.no_grad():
+            logits = stock(**stock_inputs(model_input(*ask.prompt.chunks, tokens), rule)).logits[0, -1].double().numpy()
+        token = int(logits.argmax())
+        if p.temperature:
+            mass = np.exp((logits - logits.max()) / p.temperature).cumsum()
+            drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+            token = int(np.searchsorted(mass, drawn * mass[-1]))
+        tokens.append(token)
+        log_probs.append(float(logits[token] - np.logaddexp.reduce(logits)))
+    return tokens, log_probs
+
+
+def assert_alone(sequences: Sequence[types.SampledSequence], expected: list[tuple[list[int], list[float]]]) -> None:
+    assert [sequence.tokens for sequence in sequences] == [tokens for tokens, _ in expected]
+    for sequence, (_, log_probs) in zip(sequences, expected, strict=True):
+        assert sequence.logprobs == pytest.approx(log_probs, abs=1e-5)
+
+
+def held(worker: Worker) -> Callable[[], None]:
+    """Keep the worker busy until what is returned is called, so that all that is asked meanwhile arrives together."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        gate.wait(SOON)
+
+    worker.submit(hold)
+    begun.wait(SOON)
+    return gate.set
+
+
+def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each pass of the text model from now on, whether it reads prompts or writes, and how many positions it has."""
+    hidden, made = engine.model.text.hidden, list[tuple[str, int]]()
+
+    def counted(given: Any, attention: Any, *args: Any) -> torch.Tensor:
+        made.append(("write" if isinstance(attention, Next) else "read", len(given.ids)))
+        return hidden(given, attention, *args)
+
+    monkeypatch.setattr(engine.model.text, "hidden", counted)
+    return made
+
+
+def test_a_sequence_is_the_same_whoever_is_in_the_batch(
+    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]]
+) -> None:
+    """They join at different times, in pairs or alone, and leave as they end."""
+    for order in (range(len(asks)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
+        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampling.Answer](), list(order)
+        most = 0
+        while left or decoder.going:
+            some = [left.pop() for _ in range(min(len(left), 1 + len(left) % 2))]
+            answers |= zip(some, sampling.join(decoder, [asks[n] for n in some]) if some else [], strict=True)
+            most = max(most, len(decoder.step()))
+        assert most >= 8
+        for number, answer in answers.items():
+            assert_alone(answer.response().sequences, alone[number])
+
+
+@pytest.mark.parametrize(("rows", "cached"), [(3, 1 << 17), (64, 700)])
+def test_those_that_find_no_row_or_no_room_wait(
+    rows: int,
+    cached: int,
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "CACHED", cached)
+    decoder, made = Decoder(engine, BASE, rows), passes(engine, monkeypatch)
+    answers = [sampling.join(decoder, [ask])[0] for ask in asks]
+    assert not decoder.free or rows == 64
+    assert made == [("read", ask.prompt.length) for ask in asks]
+    while decoder.going:
+        decoder.step()
+        capacity = decoder._cache.capacity if decoder._cache else 0
+        assert len(decoder._running) == 1 or len(decoder._running) * (capacity - decoding.ROOM) <= cached
+    assert 2 <= max(made[len(asks) :])[1] <= min(rows, 9)
+    for answer, expected in zip(answers, alone, strict=True):
+        assert_alone(answer.response().sequences, expected)
+
+
+def test_many_threads_are_answered_together(
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 at once: far fewer passes than one by one; every token is told, in order."""
+    made, told = passes(engine, monkeypatch), [dict[Writer, list[int]]() for _ in range(64)]
+    chosen = [n % len(asks) for n in range(64)]
+
+    def ask(n: int) -> Sequence[types.SampledSequence]:
+        def note(writer: Writer) -> None:
+            told[n].setdefault(writer, []).append(writer.tokens[-1])
+
+        return worker.sample(engine, BASE, asks[chosen[n]], note).future.result(SOON).sequences
+
+    release = held(worker)
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(ask, n) for n in range(64)]
+        while worker.waiting_samples < 64:
+            threading.Event().wait(0.001)
+        release()
+        for n, answer in enumerate(answers):
+            assert_alone(answer.result(), alone[chosen[n]])
+            assert list(told[n].values()) == [sequence.tokens for sequence in answer.result()]
+    written = sum(len(s.tokens) for answer in answers for s in answer.result())
+    assert worker.tokens_sampled == written
+    longest = max(len(tokens) for each in alone for tokens, _ in each)
+    assert len(made) < 3 * longest + 10 < written / 5
+    assert max(size for kind, size in made if kind == "write") == sampling.ROWS
+    worker.submit(int).result(SOON)  # the turn in which the last answer was given is over
+    assert (worker.waiting_jobs, worker.waiting_samples, worker.active_sequences) == (0, 0, 0)
+    assert worker.busy_seconds > 0
+
+
+def test_requests_take_as_many_passes_as_the_longest(
+    engine: Engine, prompts: list[tinker.ModelInput], worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, release = passes(engine, monkeypatch), held(worker)
+    params = types.SamplingParams(max_tokens=9, temperature=0.0, stop=[])
+    started = [worker.sample(engine, BASE, Ask(prompts[4], params)) for _ in range(40)]
+    release()
+    assert len({tuple(each.future.result(SOON).sequences[0].tokens) for each in started}) == 1
+    assert made == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
+
+
+def test_snapshots_take_turns(
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    client: LocalTrainingClient,
+    stock: Any,
+    rule: ImageRule,
+    worker: Worker,
+) -> None:
+    disturb(client)
+    tuned, tokens = engine.snapshot(client._run.adapter), list[str]()
+    asked = [replace(ask, params=ask.params.model_copy(update={"max_tokens": 4})) for ask in asks[:4]]
+    plain = plain_peft(client, stock).base_model.model
+    expected = [[reference(plain, ask, number, rule) for number in range(ask.num_samples)] for ask in asked]
+    release = held(worker)
+    base = worker.sample(engine, BASE, asks[2], lambda _: tokens.append("base"))
+    started = [worker.sample(engine, tuned, ask, lambda _: tokens.append("tuned")) for ask in asked]
+    release()
+    for each, what in zip(started, expected, strict=True):
+        assert_alone(each.future.result(SOON).sequences, what)
+    assert_alone(base.future.result(SOON).sequences, alone[2])
+    assert expected[2] != alone[2]
+    assert 0 < tokens.index("tuned") < tokens.index("base", tokens.index("tuned"))
+
+
+BAD: dict[str, tuple[Callable[[Ask], Ask], type[Exception], str]] = {
+    "off the vocabulary": (lambda a: replace(a, prompt=model_input([5, 4096])), RequestError, "4096 is outside"),
+    "a broken image": (
+        lambda a: replace(a, prompt=tinker.ModelInput(chunks=[types.ImageChunk(data=b"no", format="png")])),
+        ImageError,
+        "image",
+    ),
+    "a miscounted image": (
+        lambda a: replace(
+            a, prompt=tinker.ModelInput(chunks=[a.prompt.chunks[1].model_copy(update={"expected_tokens": 17})])
+        ),
+        RequestError,
+        "Expected 17 tokens",
+    ),
+    "an asset": (
+        lambda a: replace(
+            a, prompt=tinker.ModelInput(chunks=[types.ImageAssetPointerChunk(location="x", format="png")])
+        ),
+        RequestError,
+        "'image_asset_pointer' is not supported",
+    ),
+    "no sample": (lambda a: replace(a, num_samples=0), RequestError, "num_samples = 0"),
+    "too much of the prompt": (
+        lambda a: replace(a, prompt_logprobs=True, prompt_logprobs_last_n=10**6),
+        RequestError,
+        "prompt_logprobs_last_n = 1000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_request_fails_alone(
+    kind: str, engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]], worker: Worker
+) -> None:
+    spoil, error, named = BAD[kind]
+    release = held(worker)
+    before, bad, after = (worker.sample(engine, BASE, ask) for ask in (asks[0], spoil(asks[0]), asks[1]))
+    release()
+    with pytest.raises(error, match=named):
+        bad.future.result(SOON)
+    for good, expected in ((before, alone[0]), (after, alone[1])):
+        assert_alone(good.future.result(SOON).sequences, expected)
+
+
+def test_who_raises_when_told_fails_alone(
+    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]], worker: Worker
+) -> None:
+    def third(writer: Writer) -> None:
+        if len(writer.tokens) == 3:
+            raise OSError("nobody listens")
+
+    release = held(worker)
+    good, bad = worker.sample(engine, BASE, asks[1]), worker.sample(engine, BASE, asks[1], third)
+    release()
+    with pytest.raises(OSError, match="nobody listens"):
+        bad.future.result(SOON)
+    assert_alone(good.future.result(SOON).sequences, alone[1])
+
+
+def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "ROWS", 2)
+    hidden, left, other = engine.model.text.hidden, [2], Snapshot()
+
+    def failing(given: Any, attention: Any, *args: Any) -> torch.Tensor:
+        if isinstance(attention, Next) and len(given.ids) == 2:  # of the two asks below
+            left[0] -= 1
+            if left[0] == 0:
+                raise torch.OutOfMemoryError("no memory")
+        return hidden(given, attention, *args)
+
+    monkeypatch.setattr(engine.model.text, "hidden", failing)
+    release = held(worker)
+    lost = [worker.sample(engine, BASE, ask) for ask in (asks[0], asks[1])]
+    kept, waiting = worker.sample(engine, other, asks[0]), worker.sample(engine, BASE, asks[3])
+    release()
+    for each in lost:
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            each.future.result(SOON)
+    assert_alone(kept.future.result(SOON).sequences, alone[0])
+    assert_alone(waiting.future.result(SOON).sequences, alone[3])
+    assert_alone(worker.sample(engine, BASE, asks[1]).future.result(SOON).sequences, alone[1])
+
+
+def test_a_full_context_ends_a_sequence_and_no_other(
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last token needs no position of its own: nothing is computed from it."""
+    long, short = 2 * np.argsort([ask.prompt.length for ask in asks[::2]])[[-1, 0]]
+    room = 2
+    monkeypatch.setattr(engine.model, "context", asks[long].prompt.length + room)
+    release = held(worker)
+    full, fitting = (worker.sample(engine, BASE, Ask(asks[n].prompt, ENDLESS)) for n in (long, short))
+    release()
+    (cut,), (longer,) = full.future.result(SOON).sequences, fitting.future.result(SOON).sequences
+    assert (cut.stop_reason, longer.stop_reason) == ("length", "length")
+    assert cut.tokens == alone[long][0][0][: room + 1]
+    assert len(longer.tokens) == asks[long].prompt.length + room + 1 - asks[short].prompt.length
+    assert longer.tokens[: len(alone[short][0][0])] == alone[short][0][0]
+
+
+def test_who_cancels_frees_the_rows(
+    engine: Engine,
+    asks: list[Ask],
+    alone: list[list[tuple[list[int], list[float]]]],
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "ROWS", 2)
+    going = threading.Semaphore(0)
+    first, second = (
+        worker.sample(engine, BASE, Ask(asks[0].prompt, ENDLESS), lambda _: going.release()) for _ in range(2)
+    )
+    for _ in range(8):
+        assert going.acquire(timeout=SOON)
+    waiting, gone = worker.sample(engine, BASE, asks[1]), worker.sample(engine, BASE, asks[3])
+    assert gone.cancel()
+    brief = Ask(asks[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
+    answer = worker.sample(engine, BASE, brief).future.result(SOON)  # needs no row
+    assert answer.sequences[0].tokens == alone[2][0][0][:1]
+    assert gone.future in wait([gone.future], SOON).done
+    assert not waiting.future.done()
+    assert first.cancel()
+    assert_alone(waiting.future.result(SOON).sequences, alone[1])
+    assert not second.future.done()
+    assert second.future.cancel()  # who holds the future alone cancels as well
+    for each in (first, second, gone):
+        with pytest.raises(CancelledError):
+            each.future.result(SOON)
+    assert not waiting.cancel()
+    worker.submit(int).result(SOON)
+    worker.submit(int).result(SOON)
+    assert worker.active_sequences == 0
+
+
+def test_jobs_do_not_wait_for_sampling_to_end(
+    engine: Engine, asks: list[Ask], client: LocalTrainingClient, mixed: list[tinker.Datum], worker: Worker
+) -> None:
+    """A step of training runs on the engine between two tokens."""
+    run = client._run
+    started = worker.sample(engine, BASE, Ask(asks[0].prompt, ENDLESS))
+    loss = worker.submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
+    step = worker.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
+    assert loss.metrics["loss:sum"] > 0
+    assert step.metrics is not None
+    assert not started.future.done()
+    started.cancel()
+
+
+def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[Ask], worker: Worker) -> None:
+    """A token comes after every job."""
+    ran, seen = list[int](), list[int]()
+    release = held(worker)
+    jobs = [worker.submit(ran.append, n) for n in range(200)]
+    started = worker.sample(engine, BASE, asks[0], lambda _: seen.append(len(ran)))
+    assert (worker.waiting_jobs, worker.waiting_samples) == (200, 1)
+    release()
+    assert len(started.future.result(SOON).sequences[0].tokens) == len(seen) == 3
+    assert all(after - before <= 1 for before, after in zip([0, *seen], seen, strict=False))
+    for job in jobs:
+        job.result(SOON)
+    assert ran == list(range(200))
+
+
+def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Worker) -> None:
+    release, ran = held(worker), list[str]()
+
+    def fail() -> None:
+        raise ValueError("this one")
+
+    futures: list[Future[Any]] = [worker.submit(ran.append, "a"), worker.submit(fail), worker.submit(ran.append, "b")]
+    last = worker.submit(lambda word, times=1: word * times, "c", times=2)
+    assert futures[2].cancel()
+    release()
+    assert last.result(SOON) == "cc"
+    with pytest.raises(ValueError, match="this one"):
+        futures[1].result(SOON)
+    assert ran == ["a"]
+
+
+def test_the_workers_own_thread_cannot_ask(engine: Engine, asks: list[Ask], worker: Worker) -> None:
+    for call in (lambda: worker.submit(int), lambda: worker.sample(engine, BASE, asks[0])):
+        with pytest.raises(RequestError, match="cannot ask its own service"):
+            worker.submit(call).result(SOON)
+
+
+def test_a_closed_worker_finishes_what_was_asked(
+    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]]
+) -> None:
+    worker = Worker()
+    release = held(worker)
+    started, job = worker.sample(engine, BASE, asks[1]), worker.submit(int)
+    worker.close(wait=False)
+    for call in (lambda: worker.submit(int), lambda: worker.sample(engine, BASE, asks[0])):
+        with pytest.raises(RequestError, match="connect again"):
+            call()
+    assert (worker.waiting_jobs, worker.waiting_samples, job.done()) == (1, 1, False)
+    release()
+    worker.close()
+    assert job.done()
+    assert started.future.done()
+    assert_alone(started.future.result().sequences, alone[1])
+
+
+def test_a_worker_that_nobody_has_ends_its_thread(engine: Engine, asks: list[Ask]) -> None:
+    worker = Worker()
+    thread = worker.submit(threading.current_thread).result(SOON)
+    started: Sampling = worker.sample(engine, BASE, asks[0])
+    started.future.result(SOON)
+    del worker
+    gc.collect()
+    thread.join(SOON)
+    assert not thread.is_alive()

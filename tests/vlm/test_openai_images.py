@@ -1,0 +1,187 @@
+"""Image URLs: what data: URLs hold, and that nothing is fetched that is not public, allowed and small."""
+
+import asyncio
+import base64
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from typing import Any
+
+import openai
+import pytest
+
+from kshot_errors import ImageError
+from tests.vlm.openai_served import Models, application, connected, listening
+from vlm import nano
+from vlm.local.client import LocalServiceClient
+from vlm.server import openai_images
+
+
+def read(url: str, allow_urls: bool = True) -> bytes:
+    return asyncio.run(openai_images.read(url, allow_urls=allow_urls))
+
+
+def fetch(url: str) -> bytes:
+    """From anywhere: the checks of addresses are tested by themselves."""
+    return asyncio.run(openai_images.fetch(url, public=lambda _: True))
+
+
+def test_data_urls() -> None:
+    data = bytes(range(256))
+    text = base64.b64encode(data).decode()
+    for head in ("data:image/png;base64", "data:;base64", "DATA:image/jpeg;BASE64"):
+        assert read(f"{head},{text}", allow_urls=False) == data
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("data:image/png,abc", "must read"),
+        ("data:image/png;base64", "must read"),
+        ("data:image/png;base64,ab c=", "no base64"),
+        ("data:image/png;base64,é", "no base64"),
+        ("file:///etc/passwd", "give a data: URL"),
+        ("ftp://example.com/a.png", "give a data: URL"),
+        ("", "give a data: URL"),
+    ],
+)
+def test_what_is_no_image_url(url: str, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        read(url)
+
+
+def test_data_urls_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_images, "MAX_BYTES", 9)
+    assert read("data:;base64," + base64.b64encode(bytes(9)).decode()) == bytes(9)
+    with pytest.raises(ImageError, match="holds more than"):
+        read("data:;base64," + "A" * 20)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),  # where clouds keep their machines' secrets
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),  # noqa: S104
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1", False),
+        ("fc00::1", False),
+        ("ff0e::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert openai_images.is_public(ip_address(address)) is public
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, self.headers["Host"]))  # type: ignore[attr-defined]
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/image")
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/missing" else 200)
+        self.end_headers()
+        for _ in range(100 if self.path == "/slow" else 1):
+            self.wfile.write(b"the image")
+            if self.path == "/slow":
+                time.sleep(0.05)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *args: Any) -> None:  # a client that hangs up is what some tests are about
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    made = Server(("127.0.0.1", 0), Handler)
+    made.seen = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def test_an_address_is_fetched_by_number_under_its_name(server: Any) -> None:
+    port = server.server_address[1]
+    assert fetch(f"http://localhost:{port}/image?a=b#c") == b"the image"
+    assert server.seen == [("/image?a=b", f"localhost:{port}")]
+
+
+def test_addresses_that_are_not_public_are_never_connected_to(server: Any) -> None:
+    port = server.server_address[1]
+    for host in ("127.0.0.1", "localhost", "127.1", "2130706433", "[::ffff:127.0.0.1]"):
+        with pytest.raises(ImageError, match=r"not at a public address|cannot be fetched"):
+            read(f"http://{host}:{port}/image")
+    assert server.seen == []
+
+
+def test_one_address_that_is_not_public_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name is looked up once: what it answers later is not asked."""
+    asked = list[str]()
+
+    async def lookup(loop: Any, host: str, port: int, **_: Any) -> Any:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in ("8.8.8.8", "10.0.0.1")]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", lookup)
+    with pytest.raises(ImageError, match="not at a public address"):
+        read("http://example.com/a.png")
+    assert asked == ["example.com"]
+
+
+def test_redirects_failures_sizes_and_times(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    with pytest.raises(ImageError, match="status 302; no redirect"):
+        fetch(f"{base}/moved")
+    with pytest.raises(ImageError, match="status 404"):
+        fetch(f"{base}/missing")
+    with pytest.raises(ImageError, match="without a user"):
+        fetch(base.replace("//", "//me@"))
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        fetch("http://127.0.0.1:99999/")
+    assert [path for path, _ in server.seen] == ["/moved", "/missing"]
+    monkeypatch.setattr(openai_images, "SECONDS", 0.2)
+    with pytest.raises(ImageError, match=r"within 0\.2 seconds"):
+        fetch(f"{base}/slow")
+    monkeypatch.setattr(openai_images, "MAX_BYTES", 8)
+    with pytest.raises(ImageError, match="holds more than"):
+        fetch(f"{base}/image")
+
+
+def test_a_server_fetches_only_where_it_is_told_to(service: LocalServiceClient, server: Any) -> None:
+    url = f"http://127.0.0.1:{server.server_address[1]}/image"
+    messages: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    for allow_urls, words in ((False, "fetches no images"), (True, "not at a public address")):
+        app = application(Models(service), allow_urls=allow_urls)
+        with (
+            listening(app) as address,
+            connected(address) as api,
+            pytest.raises(openai.BadRequestError, match=words) as caught,
+        ):
+            api.chat.completions.create(model=nano.NAME, messages=messages)
+        assert caught.value.param == "messages"
+    assert server.seen == []

@@ -1,0 +1,427 @@
+"""The server's page in a real browser, on an overview that each test writes.
+
+How Chromium is driven, and what a tab must end without, is in tests/vlm/browser.py.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import fastapi
+import httpx
+import pytest
+import uvicorn
+
+from kshot_errors import KshotError
+from tests.vlm.browser import Tab, needs_chromium, wait
+from vlm.server import page
+
+NOW = 1764096100.0
+HOSTILE = "<script>hacked=1</script><img src=x onerror=hacked=1>'\"&amp;"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def a_run(number: int = 0, losses: list[list[Any]] | None = None, **changed: Any) -> dict[str, Any]:
+    losses = [[1, NOW - 9, 2.5], [2, NOW - 8, 1.25], [3, NOW - 7, 0.7071]] if losses is None else losses
+    run = {"id": f"{number:08x}-aaaa:train:0", "base_model": "kshot/nano-qwen3-vl", "rank": 32, "state": "live"}
+    run |= {"steps": len(losses), "created": NOW - 60 - number, "last_request": NOW - 7}
+    return run | {"user_metadata": {"name": f"run {number}"}, "losses": losses} | changed
+
+
+def a_checkpoint(name: str, age: float, **changed: Any) -> dict[str, Any]:
+    path = f"tinker://00000000-aaaa:train:0/weights/{name}"
+    checkpoint = {"path": path, "kind": "weights", "created": NOW - age, "size_bytes": 1_234_567, "expires": None}
+    return checkpoint | changed
+
+
+def an_overview(**changed: Any) -> dict[str, Any]:
+    queue = {"jobs": 3, "samples": 5, "sequences": 20, "tokens_sampled": 123456, "busy_share": 0.4}
+    overview: dict[str, Any] = {"version": "0.1.0", "started": NOW - 3700, "now": NOW, "queue": queue}
+    overview |= {"address": "http://127.0.0.1:8000", "models": [], "runs": [], "checkpoints": []}
+    return overview | changed
+
+
+class Server:
+    """The page beside an overview: `overview` (None: no JSON) with `status`; wants `key` unless that is None."""
+
+    def __init__(self) -> None:
+        self.app = fastapi.FastAPI()
+        self.app.include_router(page.routes())
+        self.app.add_api_route("/api/v1/overview", self.answer)
+        self.url = ""
+        self.reset()
+
+    def reset(self) -> None:
+        self.overview: Any = an_overview()
+        self.status, self.key, self.keys_seen = 200, None, list[str]()
+
+    def answer(self, request: fastapi.Request) -> fastapi.Response:
+        self.keys_seen.append(request.headers.get("x-api-key", ""))
+        if self.key is not None and self.keys_seen[-1] != self.key:
+            return fastapi.Response(status_code=401)
+        content = "<html>" if self.overview is None else json.dumps(self.overview)
+        return fastapi.Response(content, self.status, media_type="application/json")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    fake = Server()
+    served = uvicorn.Server(uvicorn.Config(fake.app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    wait(lambda: served.started, "the test's server")
+    fake.url = f"http://127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}"
+    yield fake
+    served.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    running.reset()
+    return running
+
+
+# ---- Files and headers
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")]
+)
+def test_each_file_comes_with_the_policy(server, path, kind):
+    got, head = httpx.get(server.url + path), httpx.head(server.url + path)
+    assert got.status_code == head.status_code == 200
+    assert got.headers["content-type"] == f"{kind}; charset=utf-8"
+    assert got.headers["content-security-policy"] == POLICY
+    assert got.headers["x-content-type-options"] == "nosniff"
+    assert got.headers["referrer-policy"] == "no-referrer"
+    assert got.headers["cache-control"] == "no-store"
+    assert head.headers["content-length"] == str(len(got.content))
+    assert "http://" not in re.sub(r"http://www\.w3\.org/2000/svg", "", got.text)
+    assert "https://" not in got.text
+
+
+def test_a_file_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    with pytest.raises(KshotError, match=r"the server's page\.html cannot be read .*; install kshot again"):
+        page.routes()
+
+
+@needs_chromium
+def test_the_policy_holds_in_the_browser_and_the_console_tells(server, tab):
+    tab.expected = ["Content Security Policy"]
+    tab.open(server.url)
+    tab.js("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=hacked=1>')")
+    wait(lambda: any("Content Security Policy" in each for each in tab.errors()), "a violation in the console")
+    assert tab.js("typeof hacked") == "undefined"
+
+
+# ---- What it shows
+
+
+@needs_chromium
+def test_an_empty_server_says_how_to_connect(server, tab):
+    tab.open(server.url)
+    seen = tab.text("body")
+    for words in ("has no model", "No training run yet", "No checkpoint yet", 'vlm.connect("http://127.0.0.1:8000")'):
+        assert words in seen
+    assert 'tinker.ServiceClient(base_url="http://127.0.0.1:8000", api_key="tml-local")' in seen
+    assert 'OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="tml-local")' in seen
+    assert set(server.keys_seen) == {"tml-local"}
+    assert not tab.js("document.querySelector('#ask').checkVisibility()")
+
+
+@needs_chromium
+def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
+    models = [{"name": "kshot/nano-qwen3-vl", "context": 4096, "loaded": True}]
+    old = a_checkpoint("old", 7200, kind="sampler_weights", size_bytes=999, expires=NOW + 3 * 86400)
+    run = a_run(user_metadata={"name": "flowers", "seed": 3})
+    checkpoints = [old, a_checkpoint("new", 120), a_checkpoint("gone", 90000, expires=NOW - 1)]
+    server.overview = an_overview(models=models, runs=[run], checkpoints=checkpoints)
+    tab.open(server.url)
+    assert tab.text("header p") == "http://127.0.0.1:8000 version 0.1.0"
+    facts = ["1 h 1 min", "40 %", "3 jobs", "5", "20", "123,456"]
+    assert tab.texts("#facts dd") == facts
+    assert tab.texts("#models li") == ["kshot/nano-qwen3-vl context 4,096 tokens · loaded"]
+    card = tab.text("#runs li")
+    for words in ("flowers", "live", run["id"], "seed: 3", "0.7071", "last: step 3 · loss 0.7071", "1 min ago"):
+        assert words in card
+    assert tab.texts("#runs dd") == ["0.7071", "3", "1 min ago", "7 s ago", "32", "kshot/nano-qwen3-vl"]
+    assert [path.rpartition("/")[2] for path in tab.texts("#checkpoints code")] == ["new", "old", "gone"]
+    assert tab.texts("#checkpoints p") == [
+        "weights · 1.2 MB · 2 min ago · does not expire",
+        "sampler_weights · 999 B · 2 h ago · expires in 3 d",
+        "weights · 1.2 MB · 1 d ago · expired",
+    ]
+
+
+@needs_chromium
+def test_only_the_newest_are_shown_and_counted(server, tab):
+    server.overview = an_overview(runs=[a_run(n) for n in reversed(range(60))])
+    tab.open(server.url)
+    assert tab.texts("#runs h3") == [f"run {n}" for n in range(50)]  # run 0 was created last
+    assert tab.text("#runs-count") == "the newest 50 of 60"
+
+
+@needs_chromium
+def test_names_stay_text(server, tab):
+    run = a_run(0, id=HOSTILE, base_model=HOSTILE, state=HOSTILE, user_metadata={"name": HOSTILE, HOSTILE: [HOSTILE]})
+    odd = a_run(1, user_metadata={"name": {"no": "string"}})
+    models = [{"name": HOSTILE, "context": 1, "loaded": False}]
+    checkpoints = [a_checkpoint("x", 1, path=HOSTILE, kind=HOSTILE)]
+    server.overview = an_overview(runs=[run, odd], models=models, checkpoints=checkpoints, address=HOSTILE, version="1")
+    tab.open(server.url)
+    assert tab.texts("#runs h3") == [HOSTILE, '{"no":"string"}']
+    for selector in ("#address", "#models strong", "#runs .state", "#runs code", "#checkpoints code"):
+        assert tab.texts(selector)[0] == HOSTILE
+    assert tab.texts("#runs dd")[5] == HOSTILE
+    assert tab.js("document.querySelectorAll('img, body script').length") == 0
+    assert tab.js("typeof hacked") == "undefined"
+
+
+# ---- Curves
+
+
+def pairs(tab: Tab, axis: str) -> list[list[float]]:
+    """(value, coordinate) of the first run's axis numbers."""
+    number = "Number(node.textContent.replaceAll(',', ''))"
+    at = "Number(node.getAttribute('x'))" if axis == "x" else "Number(node.getAttribute('y')) - 4"
+    return tab.js(
+        f"[...document.querySelector('.chart').querySelectorAll('text.{axis}')].map((node) => [{number}, {at}])"
+    )
+
+
+def curve(tab: Tab) -> list[tuple[str, float, float]]:
+    """The first run's curve: (M or L, x, y) for each point."""
+    parts = re.findall(r"([ML])([-\d.]+) ([-\d.]+)", tab.js("document.querySelector('.curve').getAttribute('d')"))
+    return [(move, float(x), float(y)) for move, x, y in parts]
+
+
+@needs_chromium
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 3e7, -2.0])
+def test_points_lie_where_the_axis_numbers_say(server, tab, scale):
+    losses = [[step, NOW, scale * (0.3 + 1 / step)] for step in range(1, 40)]
+    server.overview = an_overview(runs=[a_run(losses=losses)])
+    tab.open(server.url, ".chart text.y")
+    (x0, px0), *_, (x1, px1) = pairs(tab, "x")
+    (y0, py0), *_, (y1, py1) = pairs(tab, "y")
+    assert x0 < x1
+    assert px0 < px1
+    assert y0 < y1
+    assert py0 > py1  # upwards on the screen
+    assert len(pairs(tab, "y")) >= 3
+    assert len(pairs(tab, "x")) >= 3
+    dot = tab.js("['cx', 'cy'].map((name) => Number(document.querySelector('.dot').getAttribute(name)))")
+    assert dot == pytest.approx(curve(tab)[-1][1:], abs=0.01)
+    found = [
+        (round(x0 + (px - px0) / (px1 - px0) * (x1 - x0), 2), y0 + (py - py0) / (py1 - py0) * (y1 - y0))
+        for _, px, py in curve(tab)
+    ]
+    assert [x for x, _ in found] == pytest.approx([step for step, _, _ in losses], abs=0.02)
+    assert [y for _, y in found] == pytest.approx([loss for _, _, loss in losses], abs=abs(y1 - y0) * 1e-3)
+
+
+@needs_chromium
+def test_a_curve_grows_in_place_by_itself(server, tab):
+    first = a_run()
+    server.overview = an_overview(runs=[first])
+    tab.open(server.url, ".chart text.y")
+    assert len(curve(tab)) == 3
+    tab.js("document.querySelector('.chart').mark = document.querySelector('#runs li').mark = 'same'")
+    height = tab.js("document.documentElement.scrollHeight")
+    longer = a_run(losses=[*first["losses"], [4, NOW, 0.5], [5, NOW, 0.25]])
+    server.overview = an_overview(runs=[longer])
+    tab.pass_time(2.1)
+    tab.until("document.querySelector('.readout').textContent.includes('step 5 · loss 0.25')")
+    assert len(curve(tab)) == 5
+    assert tab.js("[document.querySelector('.chart').mark, document.querySelector('#runs li').mark]") == ["same"] * 2
+    assert tab.js("document.documentElement.scrollHeight") == height
+    server.overview = an_overview(runs=[a_run(5, created=NOW), longer])
+    tab.ask()
+    tab.until("document.querySelectorAll('#runs li').length === 2")
+    assert tab.js("[...document.querySelectorAll('#runs li')].map((node) => node.mark ?? 'new')") == ["new", "same"]
+    server.overview = an_overview()
+    tab.ask()
+    tab.until("document.querySelectorAll('#runs li').length === 0")
+
+
+@needs_chromium
+def test_arrow_keys_and_pointer_read_the_points(server, tab):
+    run = a_run()
+    server.overview = an_overview(runs=[run])
+    tab.open(server.url, ".chart text.y")
+    tab.press("Tab")
+    assert tab.js("document.activeElement.getAttribute('class')") == "chart"
+    said = []
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "End", "Home", "ArrowRight"):
+        tab.press(key)
+        said.append(tab.text(".readout").split(" · ")[:2])
+    one, two, three = ["step 1", "loss 2.5"], ["step 2", "loss 1.25"], ["step 3", "loss 0.7071"]
+    assert said == [two, one, one, three, one, two]
+    server.overview = an_overview(runs=[a_run(losses=[*run["losses"], [4, NOW, 9.5]])])
+    tab.ask()
+    tab.until("document.querySelectorAll('#runs dd')[0].textContent === '9.5'")
+    assert tab.text(".readout").startswith("step 2 · loss 1.25")  # the point stays chosen, and the focus where it is
+    assert tab.js("document.activeElement.getAttribute('aria-valuetext')").startswith("step 2, loss 1.25, ")
+    tab.press("Escape")
+    assert tab.text(".readout").startswith("last: step 4 · loss 9.5")
+    tab.js("document.activeElement.blur()")
+    box = tab.js("(({x, y, width}) => ({x, y, width}))(document.querySelector('.chart').getBoundingClientRect())")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + 60, y=box["y"] + 50)
+    tab.until("document.querySelector('.readout').textContent.startsWith('step 1 ·')")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + box["width"] / 2, y=box["y"] - 60)
+    tab.until("document.querySelector('.readout').textContent.startsWith('last: step 4')")
+
+
+@needs_chromium
+def test_a_screen_reader_hears_what_the_curve_is(server, tab):
+    server.overview = an_overview(runs=[a_run()])
+    tab.open(server.url, ".chart text.y")
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    (slider,) = [node for node in nodes if node.get("role", {}).get("value") == "slider"]
+    assert slider["name"]["value"] == "Loss over steps: run 0"
+    assert slider["description"]["value"].startswith(
+        "3 values: 2.5 at step 1, 0.7071 at step 3, lowest 0.7071 at step 3"
+    )
+    (said,) = [each["value"]["value"] for each in slider["properties"] if each["name"] == "valuetext"]
+    assert said.startswith("step 3, loss 0.7071, ")
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("losses", "moves", "last"),
+    [
+        ([2.0, None, 1.0, 0.5, None], "MML", "last: step 5 · loss not a number"),
+        ([None, None], "", "last: step 2 · loss not a number"),
+        ([1.5], "M", "last: step 1 · loss 1.5"),
+        ([0.0, 0.0], "ML", "last: step 2 · loss 0 "),
+        ([1.0, 1.0 + 1e-15], "ML", "last: step 2 · loss 1 "),
+        ([], "", ""),
+    ],
+)
+def test_odd_curves(server, tab, losses, moves, last):
+    server.overview = an_overview(runs=[a_run(losses=[[step, NOW, loss] for step, loss in enumerate(losses, 1)])])
+    tab.open(server.url, ".chart text")
+    assert "".join(move for move, _, _ in curve(tab)) == moves
+    assert tab.text(".readout").startswith(last)
+    inked = "(x, y) => document.querySelector('.curve').isPointInStroke(new DOMPoint(x, y))"
+    assert all(0 <= y <= 160 and tab.js(f"({inked})({x}, {y})") for _, x, y in curve(tab))  # a lone point is seen too
+    assert (tab.js("document.querySelector('.dot').getAttribute('visibility')") == "visible") == (
+        bool(losses) and losses[-1] is not None
+    )
+
+
+# ---- How it lives
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("status", "overview", "offline", "why", "logged"),
+    [
+        (500, {}, False, "it answers with status 500", ["500"]),
+        (200, "no object", False, "this page does not understand what it says; load it again", ["TypeError"]),
+        (200, None, False, "what it says is not JSON", []),
+        (200, {}, True, "the server cannot be reached", ["ERR_INTERNET_DISCONNECTED"]),
+    ],
+)
+def test_a_silent_server_is_told_and_asked_again(server, tab, status, overview, offline, why, logged):
+    known = server.overview = an_overview(models=[{"name": "m", "context": 8, "loaded": True}])
+    tab.expected = logged
+    tab.open(server.url)
+    server.status, server.overview = status, overview
+    tab.call("Network.enable")
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    tab.call("Network.emulateNetworkConditions", offline=offline, **network)
+    tab.ask()
+    tab.until("document.querySelector('#trouble').textContent !== ''")
+    said = re.fullmatch(r"No answer since \d\d:\d\d:\d\d: (.*)\. Still asking\.", tab.text("#trouble"))
+    assert said is not None
+    assert said[1] == why
+    assert tab.texts("#models strong") == ["m"]  # what was known stays
+    server.status, server.overview = 200, known
+    tab.call("Network.emulateNetworkConditions", offline=False, **network)
+    tab.pass_time(2.1)
+    tab.until("document.querySelector('#trouble').textContent === ''")
+
+
+@needs_chromium
+def test_a_hidden_tab_does_not_ask(server, tab):
+    tab.open(server.url)
+    asked = len(server.keys_seen)
+    hide = "Object.defineProperty(document, 'hidden', {value: true, configurable: true})"
+    front = "document.dispatchEvent(new Event('visibilitychange'))"
+    tab.js(f"{front}; {hide}; {front}")  # hidden while a question is under way
+    wait(lambda: len(server.keys_seen) == asked + 1, "that question")
+    tab.pass_time(60)
+    asked += 1
+    assert len(server.keys_seen) == asked
+    tab.js("void delete document.hidden")
+    tab.ask()
+    wait(lambda: len(server.keys_seen) > asked, "a question of the tab that is in front again")
+
+
+@needs_chromium
+def test_a_key_is_asked_for_and_kept(server, tab):
+    server.key = "tml-a-secret-of-mine"
+    server.overview = an_overview(models=[{"name": "m", "context": 8, "loaded": True}])
+    tab.expected = ["401"]
+    tab.open(server.url, "#ask:not([hidden])")
+    assert tab.js("document.activeElement.id") == "key"
+    tab.pass_time(60)
+    assert server.keys_seen == ["tml-local"]  # it waits for a key
+    tab.call("Input.insertText", text="wrong")
+    tab.press("Enter")
+    tab.until("document.querySelector('#why').textContent.includes('does not accept that key')")
+    # The right key while a question with the wrong one is under way.
+    tab.call("Input.insertText", text=server.key)
+    tab.js("document.dispatchEvent(new Event('visibilitychange')); document.querySelector('#ask').requestSubmit()")
+    tab.until("document.querySelector('#version').textContent === 'version 0.1.0'")
+    assert server.keys_seen[:4] == ["tml-local", "wrong", "wrong", server.key]
+    assert not tab.js("document.querySelector('#ask').checkVisibility()")
+    assert 'api_key="YOUR-KEY"' in tab.text("#with-vlm")
+    assert server.key not in tab.js("document.documentElement.outerHTML")
+    assert tab.js("localStorage.length") == 0
+    tab.call("Page.reload")  # the same tab again: no question
+    tab.pass_time(1)
+    tab.until("document.querySelector('#version')?.textContent === 'version 0.1.0'")
+    assert set(server.keys_seen[3:]) == {server.key}
+
+
+@needs_chromium
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_path_is_copied_or_selected(server, tab, secure):
+    server.overview = an_overview(checkpoints=[a_checkpoint("final", 5)])
+    tab.open(server.url)
+    if not secure:  # where a page has no clipboard: plain http from another machine
+        tab.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    tab.browser.call(
+        "Browser.grantPermissions", origin=server.url, permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
+    tab.js("document.querySelector('#checkpoints button').click()")
+    tab.until(f"document.querySelector('#checkpoints button').textContent === '{'Copied' if secure else 'Ctrl+C'}'")
+    path = server.overview["checkpoints"][0]["path"]
+    assert tab.js("getSelection().toString()") == path
+    if secure:
+        assert tab.js("navigator.clipboard.readText()") == path
+
+
+@needs_chromium
+@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")])
+def test_a_phone_shows_it_without_scrolling_sideways(server, tab, scheme, paper):
+    long = "x" * 200
+    run = a_run(base_model=long, user_metadata={"name": long, long: long})
+    models = [{"name": long, "context": 10**9, "loaded": False}]
+    server.overview = an_overview(runs=[run], models=models, checkpoints=[a_checkpoint(long, 9)], address=long)
+    tab.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.open(server.url, ".chart text.y")
+    assert tab.js("[innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]") == [360] * 3
+    # Nor is anything cut off: all that is seen ends within the page, save what scrolls in its own box.
+    outside = "(node) => !node.closest('pre') && node.getBoundingClientRect().right > 360"
+    assert tab.js(f"[...document.querySelectorAll('body *')].filter({outside}).map((node) => node.outerHTML)") == []
+    assert tab.js("getComputedStyle(document.body).backgroundColor") == paper

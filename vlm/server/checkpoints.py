@@ -1,0 +1,113 @@
+"""Saved checkpoints as clients see them: what there is, until when, and how it goes. The folders themselves are
+`vlm.local.checkpoint`'s; the store knows of each what a list shows. Knows no HTTP and no weights."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kshot_errors import MissingError, RequestError
+from kshot_files import remove_stale, set_aside
+from kshot_training import KINDS, folder_of, path_in
+from vlm.local.checkpoint import OPTIMIZER, RECORD
+from vlm.server.store import Store
+from vlm.server.store_rows import Checkpoint
+
+LONGEST = 10 * 366 * 86400  # seconds: ten years
+
+
+def check_ttl(seconds: int | None) -> None:
+    """Raise RequestError for a time to live that is none."""
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise RequestError(f"ttl_seconds = {seconds} is out of range: it must be from 1 to {LONGEST}, or null for ever")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints below a state folder."""
+
+    state: Path
+    store: Store
+
+    def existing(self, path: str) -> Checkpoint:
+        """What is known of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
+        folder_of(self.state, path)
+        row = self.store.checkpoint(path)
+        if row is None or (row.expires is not None and row.expires <= time.time()):
+            raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
+        return row
+
+    def last(self, run: str) -> str | None:
+        """The path of the last checkpoint with which a run can go on."""
+        row = self.store.last_checkpoint(run, KINDS[0])
+        return None if row is None else row.path
+
+    def note(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
+        """Take a checkpoint that was saved into the list, to go after so many seconds."""
+        now = time.time()
+        self._add(path, folder_of(self.state, path), now, None if ttl is None else now + ttl, metadata)
+
+    def expire(self, path: str, ttl: int | None) -> None:
+        """Let a checkpoint go after so many seconds from now, or never. Raises as `existing`."""
+        self.store.set_expiry(self.existing(path).path, None if ttl is None else time.time() + ttl)
+
+    def free(self, path: str) -> None:
+        """Take away an expired checkpoint whose name is to be used again."""
+        row = self.store.checkpoint(path)
+        if row is not None and row.expires is not None and row.expires <= time.time():
+            self.remove(path)
+
+    def remove(self, path: str) -> None:
+        """Delete a checkpoint: at once out of the list, and its files. Raises as `folder_of`."""
+        folder = folder_of(self.state, path)
+        self.store.remove_checkpoint(path)
+        if folder.is_dir():
+            shutil.rmtree(set_aside(folder), ignore_errors=True)
+
+    def remove_expired(self, now: float) -> None:
+        """Delete all whose time is over."""
+        for path in self.store.expired(now):
+            self.remove(path)
+
+    def reconcile(self) -> None:
+        """Make the list say what is on the disk: a server may have been killed between the two."""
+        found = dict(self._folders())
+        for path in self.store.checkpoint_paths():
+            if path not in found:
+                self.store.remove_checkpoint(path)
+        for path, folder in found.items():
+            if self.store.checkpoint(path) is None:
+                self._add(path, folder, folder.stat().st_mtime, None, None)
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        for kind in KINDS:
+            for parent in self.state.glob(f"*/{kind}"):
+                remove_stale(parent / "*")
+                for folder in parent.iterdir():
+                    path = path_in(self.state, folder)
+                    if path is not None and (folder / RECORD).is_file():
+                        yield path, folder
+
+    def _add(
+        self, path: str, folder: Path, created: float, expires: float | None, metadata: dict[str, str] | None
+    ) -> None:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        run, kind, name = path.removeprefix("tinker://").split("/")
+        self.store.add_checkpoint(
+            Checkpoint(
+                path=path,
+                run=run,
+                kind=kind,
+                name=name,
+                created=created,
+                size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+                user_metadata=metadata if metadata is not None else record["user_metadata"],
+                expires=expires,
+                public=False,
+                base_model=record["base_model"],
+                lora=record["lora"],
+                has_optimizer=(folder / OPTIMIZER).is_file(),
+            )
+        )

@@ -1,0 +1,157 @@
+"""What a server holds, without HTTP: sessions, the runs in memory, samplers, checkpoints, and answers to fetch.
+
+Everything here runs on the event loop and returns at once; models work on the host's one worker. Knows no requests of
+training and sampling (`vlm.server.training`, `vlm.server.sampling`) and no mathematics.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinker import types
+
+from kshot_errors import KshotError, MissingError, RequestError, UnknownNameError
+from vlm.local.host import Host
+from vlm.local.worker import Sampling
+from vlm.server.checkpoints import Checkpoints
+from vlm.server.futures import Futures
+from vlm.server.runs import LiveRun
+from vlm.server.samplers import Samplers
+from vlm.server.store import Store
+
+log = logging.getLogger("kshot.server")
+
+METADATA = 1 << 16  # characters of it that are kept
+STALE = 3600.0  # seconds without a sign of life after which a session's runs leave the memory
+KEPT_RETRIEVED, KEPT, KEPT_BYTES = 600.0, 86400.0, 1 << 30  # of answers: seconds after they were fetched, at all; bytes
+
+
+@dataclass
+class Core:
+    """One server's state. samplings: by request, those under way. steps, examples: trained since the start."""
+
+    host: Host
+    store: Store
+    started: float = field(default_factory=time.time)
+    runs: dict[str, LiveRun] = field(default_factory=dict)
+    samplings: dict[str, Sampling] = field(default_factory=dict)
+    steps: int = 0
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        self.futures = Futures(self.store)
+        self.checkpoints = Checkpoints(self.host.state, self.store)
+        self.samplers = Samplers(self.host, self.store, self.checkpoints)
+        self.checkpoints.reconcile()
+        self._tasks = set[asyncio.Task[None]]()
+
+    def create_session(self, request: types.CreateSessionRequest) -> str:
+        """The id of a new session."""
+        session = str(uuid.uuid4())
+        self.store.add_session(
+            session,
+            user_metadata=kept(request.user_metadata),
+            tags=request.tags,
+            display_name=request.display_name,
+            sdk_version=request.sdk_version,
+        )
+        return session
+
+    def active(self, session: str) -> None:
+        """Raise MissingError for a session that is not, or not any more."""
+        row = self.store.session(session)
+        if row is None:
+            raise MissingError(f"there is no session {session!r}; create one")
+        if row.finished is not None:
+            raise MissingError(f"session {session} was finished; create a new one")
+
+    def heartbeat(self, session: str) -> None:
+        """A sign of life. Raises MissingError as `active` does."""
+        self.active(session)
+        self.store.heartbeat(session)
+
+    def finish_session(self, session: str, reason: dict[str, Any]) -> None:
+        """Its runs and unsaved samplers leave the memory; checkpoints stay."""
+        self.active(session)
+        self.store.finish_session(session, reason)
+        self.release(session, f"session {session} was finished")
+
+    def release(self, session: str, why: str) -> None:
+        """Take the runs and the unsaved samplers of a session out of the memory."""
+        for run in [run for run in self.runs.values() if run.session == session]:
+            del self.runs[run.id]
+            run.end(self.lost(run.id, why))
+        for row in self.store.samplers_of(session):
+            self.samplers.release(row.id)
+
+    def lost(self, run: str, why: str) -> KshotError:
+        """What a client is told of a run that is not in memory any more."""
+        last = self.checkpoints.last(run)
+        way = f"go on from {last!r} with create_training_client_from_state_with_optimizer"
+        return MissingError(
+            f"run {run} is not in memory any more ({why}); {way if last else 'nothing of it was saved'}"
+        )
+
+    def tidy(self, now: float) -> None:
+        """Take stale sessions out of the memory, and expired checkpoints off the disk."""
+        for session in {run.session for run in self.runs.values()} | self._ephemeral_sessions():
+            row = self.store.session(session)
+            if row is not None and now - row.heartbeat > STALE:
+                self.release(session, f"session {session} gave no sign of life for {STALE / 60:.0f} minutes")
+        self.checkpoints.remove_expired(now)
+
+    async def keep_tidy(self, seconds: float = 30.0) -> None:
+        """`tidy`, again and again, and take old answers off the disk."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                self.tidy(time.time())
+                await asyncio.to_thread(self.store.prune, time.time(), KEPT_RETRIEVED, KEPT, KEPT_BYTES)
+            except Exception:
+                log.exception("housekeeping failed; it is tried again")
+
+    async def close(self) -> None:
+        """Finish what the worker has begun, drop what it has not, and close the store."""
+        for run in self.runs.values():
+            run.end(KshotError("the server is being stopped"))
+        for each in self.samplings.values():
+            each.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.to_thread(self.host.close)
+        await asyncio.sleep(0)  # what the worker has handed over is taken
+        await asyncio.to_thread(self.futures.close)
+        self.store.close()
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something while requests are answered."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a request was not finished", exc_info=task.exception())
+
+    def check_model(self, name: str) -> None:
+        """Raise UnknownNameError for a model that is not served."""
+        if name not in (self.host.places or {}):
+            raise UnknownNameError("model", name, self.host.places or {})
+
+    def _ephemeral_sessions(self) -> set[str]:
+        rows = (self.store.sampler(sampler_id) for sampler_id in self.samplers.ephemeral)
+        return {row.session for row in rows if row is not None}
+
+
+def kept(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Metadata as text. Raises RequestError for more of it than is kept."""
+    if metadata is None:
+        return None
+    if sum(len(str(key)) + len(str(value)) for key, value in metadata.items()) > METADATA:
+        raise RequestError(f"user_metadata has more than {METADATA:,} characters; keep it short")
+    return {str(key): str(value) for key, value in metadata.items()}

@@ -1,0 +1,74 @@
+"""Requests that were accepted and what became of them. Answers outlive connections, and the server's own end.
+
+A request has a key (whose it is, and its number there): sent twice, as clients do when a connection drops, it is one.
+Everything here runs on the event loop, but for the writing, which a thread of its own does. Knows no engine.
+"""
+
+import asyncio
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from kshot_errors import LostError
+from vlm.server.answers import Answer
+from vlm.server.store import Store
+
+
+class Futures:
+    """Those that are under way, or finished and not written yet, in memory; all others in the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._ids, self._keys = dict[str, str](), dict[str, str]()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kshot-answers")
+        self.pending = 0  # under way
+
+    def known(self, key: str) -> str | None:
+        """The id of the request that has this key, if there is one."""
+        if key in self._ids:
+            return self._ids[key]
+        row = self._store.future_of(key)
+        return None if row is None else row.request_id
+
+    def open(self, key: str) -> str:
+        """The id of a new request."""
+        request_id = uuid.uuid4().hex
+        self._ids[key], self._keys[request_id] = request_id, key
+        self._answers[request_id] = asyncio.get_running_loop().create_future()
+        self.pending += 1
+        return request_id
+
+    def finish(self, request_id: str, answer: Answer) -> None:
+        """Say what a request came to, once. Whoever waits for it is told before it is written."""
+        self._answers[request_id].set_result(answer)
+        self.pending -= 1
+        loop, key = asyncio.get_running_loop(), self._keys[request_id]
+        status = "failed" if answer.failed else "finished"
+
+        def write() -> None:
+            self._store.finish_future(request_id, key, answer.content_type, answer.content, status=status)
+            loop.call_soon_threadsafe(self._forget, request_id, key)
+
+        self._writer.submit(write)
+
+    async def wait(self, request_id: str, seconds: float) -> Answer | None:
+        """The answer as soon as it is there, or None after so many seconds. Raises LostError for an unknown request."""
+        pending = self._answers.get(request_id)
+        if pending is not None:
+            done, _ = await asyncio.wait([pending], timeout=seconds)
+            return pending.result() if done else None
+        row = self._store.future(request_id)
+        if row is None:
+            raise LostError(f"request {request_id!r} is unknown; this server was started after it, or dropped it since")
+        return Answer(row.payload, row.content_type, row.status == "failed")
+
+    def retrieved(self, request_id: str) -> None:
+        """Note that the answer has been sent."""
+        self._writer.submit(self._store.mark_retrieved, request_id)
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        self._writer.shutdown()
+
+    def _forget(self, request_id: str, key: str) -> None:
+        del self._answers[request_id], self._ids[key], self._keys[request_id]

@@ -1,0 +1,51 @@
+"""The server's page at `/`: models, runs with their loss curves, checkpoints, queue. Knows no model and no run.
+
+Three files as they are, without any library, build or foreign address. What they show they ask the server for:
+GET api/v1/overview, with an API key; the page itself needs none and says nothing about the server.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+
+from kshot_errors import KshotError
+
+HERE = Path(__file__).parent
+FILES = (  # path, file, content type
+    ("/", "page.html", "text/html; charset=utf-8"),
+    ("/page/page.css", "page.css", "text/css; charset=utf-8"),
+    ("/page/page.js", "page.js", "text/javascript; charset=utf-8"),
+)
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def routes() -> APIRouter:
+    """GET and HEAD of the page and its two files. Raises KshotError where one is not installed."""
+    router = APIRouter(include_in_schema=False)
+    for path, name, kind in FILES:
+        router.add_api_route(path, _answer(_read(name), kind), methods=["GET", "HEAD"])
+    return router
+
+
+def _answer(content: bytes, kind: str) -> Callable[[], Response]:
+    def answer() -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return answer
+
+
+def _read(name: str) -> bytes:
+    try:
+        return (HERE / name).read_bytes()
+    except OSError as error:
+        raise KshotError(f"the server's {name} cannot be read ({error.strerror}); install kshot again") from error

@@ -1,0 +1,92 @@
+"""`kshot serve`: a server on a socket, until it is told to stop. Knows no endpoint."""
+
+import gc
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import uvicorn
+
+from kshot_errors import InputError, RequestError
+from vlm import models
+from vlm.local.host import Host
+from vlm.server.app import Options, application
+from vlm.server.core import Core
+from vlm.server.guard import is_loopback
+from vlm.server.store import Store
+
+SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread
+GRACE = 5  # seconds that open connections have when the server stops
+
+
+def places(given: list[str]) -> dict[str, str]:
+    """NAME=PATH, or a name alone, of each model → where it is. Raises InputError and what `vlm.models.check` raises."""
+    found: dict[str, str] = {}
+    for text in given or list(models.MODELS):
+        name, equals, place = text.partition("=")
+        if not name or (equals and not place):
+            raise InputError(f"--model {text!r}: give a name, or NAME=PATH")
+        if name in found:
+            raise InputError(f"--model {name!r} is given twice; leave one out")
+        models.check(place or name)
+        found[name] = place or name
+    return found
+
+
+def set_threads(count: int | None) -> None:
+    """Of the models' arithmetic on a CPU; by default all cores but one, which answers requests meanwhile. Before any
+    model is loaded."""
+    torch.set_num_threads(count or max(1, (os.cpu_count() or 2) - 1))
+
+
+def serve(host: Host, options: Options, on_start: Callable[[str], None]) -> None:
+    """Answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
+
+    Raises InputError where the address cannot be listened on, is not loopback without keys, or where another server
+    uses the state folder.
+    """
+    if options.keys.digests is None and not is_loopback(options.host):
+        raise InputError(f"--host {options.host} is reached by others; give --api-key-file, or listen on 127.0.0.1")
+    listening = _listen(options)
+    options = replace(options, port=listening.getsockname()[1])
+    with listening:
+        core = Core(host, Store(host.state))
+        config = uvicorn.Config(
+            application(core, options),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=60,
+            server_header=False,
+            lifespan="on",
+        )
+        sys.setswitchinterval(SWITCH)
+        gc.freeze()  # what was loaded stays: collecting it again and again costs milliseconds a time
+        _Server(config, options.address, on_start).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, address: str, on_start: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._address, self._on_start = address, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start(self._address)
+
+
+def _listen(options: Options) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY on such alone
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise RequestError(f"cannot listen on {options.address}: {error}; give another --port or --host") from error
+    return listening

@@ -1,0 +1,205 @@
+"""The tables of a server's store, a class for the rows of each, and the longer statements. Knows no connection.
+
+Times are seconds since 1970 (UTC). A column has the name of its field; what SQLite has no type for is JSON.
+"""
+
+import json
+import math
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+VERSION = 1  # of the schema
+
+# A checkpoint's run may be of another process (a folder that was put there), so it is no reference.
+# Losses count from 0 within their run, so that every so manieth is found without reading the others.
+SCHEMA = """
+CREATE TABLE sessions (
+    id TEXT PRIMARY KEY, created REAL NOT NULL, heartbeat REAL NOT NULL, finished TEXT, user_metadata TEXT,
+    tags TEXT NOT NULL, display_name TEXT, sdk_version TEXT
+) STRICT;
+CREATE INDEX sessions_by_time ON sessions (created);
+CREATE TABLE runs (
+    id TEXT PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions, base_model TEXT NOT NULL, lora TEXT NOT NULL,
+    user_metadata TEXT, created REAL NOT NULL, last_request REAL NOT NULL, next_seq INTEGER NOT NULL
+) STRICT;
+CREATE INDEX runs_by_time ON runs (created);
+CREATE INDEX runs_by_session ON runs (session, created);
+CREATE TABLE samplers (
+    id TEXT PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions, base_model TEXT NOT NULL, model_path TEXT,
+    ephemeral INTEGER NOT NULL, created REAL NOT NULL, clones INTEGER NOT NULL
+) STRICT;
+CREATE INDEX samplers_by_session ON samplers (session, created);
+CREATE TABLE checkpoints (
+    path TEXT PRIMARY KEY, run TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL,
+    size_bytes INTEGER NOT NULL, user_metadata TEXT, expires REAL, public INTEGER NOT NULL, base_model TEXT NOT NULL,
+    lora TEXT NOT NULL, has_optimizer INTEGER NOT NULL
+) STRICT;
+CREATE INDEX checkpoints_by_time ON checkpoints (created);
+CREATE INDEX checkpoints_by_run ON checkpoints (run, created);
+CREATE INDEX checkpoints_by_end ON checkpoints (expires) WHERE expires IS NOT NULL;
+CREATE TABLE futures (
+    request_id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, created REAL NOT NULL, finished REAL NOT NULL,
+    status TEXT NOT NULL, content_type TEXT NOT NULL, payload BLOB NOT NULL, retrieved REAL
+) STRICT;
+CREATE INDEX futures_by_time ON futures (finished);
+CREATE INDEX futures_by_retrieval ON futures (retrieved) WHERE retrieved IS NOT NULL;
+CREATE TABLE losses (
+    run TEXT NOT NULL REFERENCES runs, number INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL, loss REAL,
+    examples INTEGER NOT NULL, PRIMARY KEY (run, number)
+) STRICT, WITHOUT ROWID
+"""
+
+Row = TypeVar("Row")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _to_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _from_json(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _number(stored: float | None) -> float:
+    return math.nan if stored is None else stored  # SQLite has no NaN and stores NULL for it
+
+
+_JSON = {"write": _to_json, "read": _from_json}
+_FLAG = {"read": bool}
+_NUMBER = {"read": _number}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A client's session; finished: why it ended, or None."""
+
+    id: str
+    created: float
+    heartbeat: float
+    finished: Mapping[str, Any] | None = field(metadata=_JSON)
+    user_metadata: Mapping[str, Any] | None = field(metadata=_JSON)
+    tags: list[str] = field(metadata=_JSON)
+    display_name: str | None
+    sdk_version: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; lora: rank and what is trained; next_seq: the number that its next request should have."""
+
+    id: str
+    session: str
+    base_model: str
+    lora: Mapping[str, Any] = field(metadata=_JSON)
+    user_metadata: Mapping[str, str] | None = field(metadata=_JSON)
+    created: float
+    last_request: float
+    next_seq: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling session; model_path: None for the base model; ephemeral: the weights were in memory alone; clones:
+    how many clients have joined it."""
+
+    id: str
+    session: str
+    base_model: str
+    model_path: str | None
+    ephemeral: bool = field(metadata=_FLAG)
+    created: float
+    clones: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved weights; path: tinker://<run>/<kind>/<name>; expires: None for never."""
+
+    path: str
+    run: str
+    kind: str
+    name: str
+    created: float
+    size_bytes: int
+    user_metadata: Mapping[str, str] | None = field(metadata=_JSON)
+    expires: float | None
+    public: bool = field(metadata=_FLAG)
+    base_model: str
+    lora: Mapping[str, Any] = field(metadata=_JSON)
+    has_optimizer: bool = field(metadata=_FLAG)
+
+
+@dataclass(frozen=True)
+class Future:
+    """A request that is finished; key: whose it is, and its number there; retrieved: when its answer was sent."""
+
+    request_id: str
+    key: str
+    created: float
+    finished: float
+    status: str
+    content_type: str
+    payload: bytes
+    retrieved: float | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A point of a run's curve."""
+
+    step: int
+    time: float
+    loss: float = field(metadata=_NUMBER)
+    examples: int
+
+
+_TABLES: dict[type, str] = {
+    Session: "sessions",
+    Run: "runs",
+    Sampler: "samplers",
+    Checkpoint: "checkpoints",
+    Future: "futures",
+}
+
+
+def columns(row: Any) -> dict[str, Any]:
+    """What SQLite stores of a row."""
+    return {each.name: each.metadata.get("write", _same)(getattr(row, each.name)) for each in fields(row)}
+
+
+def row_of(kind: type[Row], stored: sqlite3.Row) -> Row:
+    """A row from what SQLite has stored."""
+    return kind(*(read(stored[name]) for name, read in _READERS[kind]))
+
+
+def _insertion(kind: type, table: str) -> str:
+    names = [each.name for each in fields(kind)]
+    return f"{table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+
+
+_READERS = {kind: [(f.name, f.metadata.get("read", _same)) for f in fields(kind)] for kind in (*_TABLES, Loss)}
+INSERTIONS = {kind: _insertion(kind, table) for kind, table in _TABLES.items()}  # what follows INSERT INTO
+
+CHECKPOINTS = """
+    SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)
+    ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?
+"""
+CHECKPOINT_COUNT = "SELECT count(*) FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)"
+ADD_LOSS = """
+    INSERT INTO losses (run, number, step, time, loss, examples)
+    SELECT :run, ifnull(max(number) + 1, 0), :step, :time, :loss, :n FROM losses WHERE run = :run
+"""
+OLD_FUTURES = "SELECT request_id FROM futures WHERE retrieved < :retrieved OR finished < :finished"
+FUTURES_BEYOND = """
+    SELECT request_id FROM (
+        SELECT request_id,
+               sum(length(payload)) OVER (ORDER BY retrieved IS NOT NULL, finished DESC, rowid DESC) AS total
+        FROM futures)
+    WHERE total > :most
+"""

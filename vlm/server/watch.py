@@ -1,0 +1,134 @@
+"""What people and programs watch a server by: the overview of its page, and metrics in Prometheus' text format.
+
+Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/. Only reads.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from vlm.server.core import Core
+from vlm.server.store_rows import Run
+
+NEWEST = 200  # runs and checkpoints that the page is told of
+POINTS = 300  # of a curve
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass
+class Requests:
+    """Counts requests by endpoint and status as ASGI middleware, innermost: `route` is known after the call."""
+
+    app: Any
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status = 500
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            route = scope.get("route")
+            self.counts[getattr(route, "path", "none"), status] += 1
+
+
+def routes(core: Core, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
+    """The router of one server."""
+    router = APIRouter()
+
+    @router.get("/api/v1/overview")
+    async def overview() -> dict[str, Any]:
+        return {
+            "version": version("kshot"),
+            "started": core.started,
+            "now": time.time(),
+            "address": address,
+            "models": [_model(core, name) for name in core.host.places or {}],
+            "runs": [_run(core, row) for row in core.store.runs(NEWEST, 0)],
+            "checkpoints": [
+                {
+                    "path": row.path,
+                    "kind": row.kind,
+                    "created": row.created,
+                    "size_bytes": row.size_bytes,
+                    "expires": row.expires,
+                }
+                for row in core.store.checkpoints(limit=NEWEST)
+            ],
+            "queue": _queue(core),
+        }
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(_metrics(core, requests), media_type=TEXT)
+
+    return router
+
+
+def _model(core: Core, name: str) -> dict[str, Any]:
+    engine = core.host.engines.get(name)
+    return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
+
+
+def _run(core: Core, row: Run) -> dict[str, Any]:
+    live, session = core.runs.get(row.id), core.store.session(row.session)
+    over = session is not None and session.finished is not None
+    losses = core.store.losses(row.id, POINTS)
+    return {
+        "id": row.id,
+        "base_model": row.base_model,
+        "rank": row.lora["rank"],
+        "state": "live" if live else "finished" if over else "lost",
+        "steps": losses[-1].step if losses else 0,
+        "created": row.created,
+        "last_request": live.last_request if live else row.last_request,
+        "user_metadata": row.user_metadata,
+        "losses": [[each.step, each.time, each.loss if math.isfinite(each.loss) else None] for each in losses],
+    }
+
+
+def _queue(core: Core) -> dict[str, Any]:
+    worker = core.host.worker
+    return {
+        "jobs": worker.waiting_jobs,
+        "samples": worker.waiting_samples,
+        "sequences": worker.active_sequences,
+        "tokens_sampled": worker.tokens_sampled,
+        "busy_share": worker.busy_seconds / max(1e-9, time.time() - core.started),
+    }
+
+
+def _metrics(core: Core, requests: "Counter[tuple[str, int]]") -> str:
+    worker = core.host.worker
+    plain = {
+        "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", worker.waiting_jobs),
+        "kshot_waiting_samples": ("gauge", "Sampling requests that wait for the engine.", worker.waiting_samples),
+        "kshot_active_sequences": ("gauge", "Sequences that are being written.", worker.active_sequences),
+        "kshot_pending_requests": ("gauge", "Requests without an answer yet.", core.futures.pending),
+        "kshot_live_runs": ("gauge", "Training runs in memory.", len(core.runs)),
+        "kshot_loaded_models": ("gauge", "Base models in memory.", len(core.host.engines)),
+        "kshot_engine_busy_seconds_total": ("counter", "Time the engine has worked.", worker.busy_seconds),
+        "kshot_sampled_tokens_total": ("counter", "Tokens that were sampled.", worker.tokens_sampled),
+        "kshot_examples_total": ("counter", "Examples that were trained on.", core.examples),
+        "kshot_optimizer_steps_total": ("counter", "Optimizer steps.", core.steps),
+    }
+    lines = [
+        line
+        for name, (kind, text, value) in plain.items()
+        for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value:g}")
+    ]
+    lines += ["# HELP kshot_requests_total HTTP requests.", "# TYPE kshot_requests_total counter"]
+    for (path, status), count in sorted(requests.items()):
+        lines.append(f'kshot_requests_total{{path="{path}",status="{status}"}} {count}')
+    return "\n".join(lines) + "\n"
