@@ -3,9 +3,11 @@
 Knows nothing of what is written. Like `kshot_errors` it stands below data, vlm, baselines and experiments.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from uuid import uuid4
 
 WHOLE, BLOCKS, BLOCK = 16 << 20, 64, 4096  # bytes read whole; blocks read of more; bytes in a block
 STALE = 3600  # seconds
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux' renameat2
 TEMPORARY = ".tmp"  # the end of every temporary name
 
 
@@ -55,11 +58,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     """Make the folder `target` with what `fill` puts into it, in place of one that is there. Raises OSError; the old
-    one then stays."""
+    one then stays. On Linux there is no moment without either; elsewhere a process killed between two renames leaves
+    both under temporary names."""
     new, old = _temporary(target), _temporary(target)
     new.mkdir(parents=True)
     try:
         fill(new)
+        if target.exists() and _exchange(new, target):
+            return target
         if target.exists():
             target.rename(old)
         try:
@@ -72,6 +78,12 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places at once, as renameat2 of Linux does; False where that is not offered."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
 
 
 def set_aside(target: Path) -> Path:

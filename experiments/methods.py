@@ -208,12 +208,17 @@ def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
 
 
 def prompt_of(client: Any, task: Task) -> "Prompt":
-    """The question that the task's settings ask, with the tokenizer of this client."""
+    """The question that the task's settings ask, in the tokens of their model.
+
+    The SDK's client would ask the hub for the tokenizer by the model's name, which ours and folders do not have there.
+    """
     from vlm.inputs import ImageRule
+    from vlm.local.loading import load_tokenizer
     from vlm.prompts import Prompt, template
 
-    rule = ImageRule.from_pretrained(task.settings.model)
-    return Prompt(client.get_tokenizer(), rule, task.classes, template(task.settings.prompt))
+    model = task.settings.model
+    tokenizer = client.get_tokenizer() if task.service == "local" else load_tokenizer(model)
+    return Prompt(tokenizer, ImageRule.from_pretrained(model), task.classes, template(task.settings.prompt))
 
 
 def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:

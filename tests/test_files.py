@@ -1,5 +1,7 @@
 """kshot_files: files and folders that are complete or not there."""
 
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     for content in (b"old", b"new"):
         replace_folder(target, lambda folder, content=content: (folder / "a").write_bytes(content))
         assert (target / "a").read_bytes() == content
+    monkeypatch.setattr("sys.platform", "darwin")  # where two renames are all there is
     rename = Path.rename
 
     def failing(path: Path, to: Path) -> Path:
@@ -77,6 +80,26 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
         replace_folder(target, lambda folder: (folder / "b").write_bytes(b""))
     assert (target / "a").read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders at once")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path: Path) -> None:
+    target, missing, over = tmp_path / "checkpoint", list[bool](), threading.Event()
+    replace_folder(target, lambda folder: (folder / "a").write_bytes(b"0"))
+
+    def watch() -> None:
+        while not over.is_set():
+            missing.append(not (target / "a").exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for n in range(300):
+        replace_folder(target, lambda folder, n=n: (folder / "a").write_bytes(str(n).encode()))
+    over.set()
+    watcher.join()
+    assert len(missing) > 300
+    assert not any(missing)
+    assert (target / "a").read_bytes() == b"299"
 
 
 def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:

@@ -69,9 +69,7 @@ class LocalSamplingClient:
         """Each position's log-probability given those before it; None at position 0 and at image positions."""
         params = types.SamplingParams(max_tokens=1)
         ask = sampling.Ask(prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n)
-        return self._submit(
-            [prompt], lambda: sampling.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs
-        )
+        return self._submit([prompt], lambda: sampling.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs)
 
     def sample_batch(
         self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams

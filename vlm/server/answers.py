@@ -54,7 +54,7 @@ def error_body(error: BaseException) -> dict[str, str]:
     """The Tinker protocol's form of an error: one line, and whose fault it is; of an unforeseen one no detail."""
     if isinstance(error, CancelledError):
         return {"error": "the request was cancelled", "category": "user"}
-    message = str(error) if isinstance(error, KshotError) else INTERNAL
+    message = str(error) if isinstance(error, (InputError, BusyError)) else INTERNAL
     return {"error": message, "category": "user" if isinstance(error, InputError) else "server"}
 
 

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from kshot_errors import KshotError
+from kshot_errors import KshotError, RequestError
 from vlm.server import openai_errors, openai_routes, page, routes_lists, routes_training, watch
 from vlm.server.answers import PROTOBUF, error_body, status_of
 from vlm.server.core import Core
@@ -60,7 +60,8 @@ def application(core: Core, options: Options) -> Any:
     requests: Counter[tuple[str, int]] = Counter()
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(core))
     samples = Samples(core, options.image_log_probs)
-    api.include_router(routes_training.routes(core, Training(core), samples))
+    training = Training(core)
+    api.include_router(routes_training.routes(core, training, samples))
     api.include_router(routes_lists.routes(core))
     api.include_router(watch.routes(core, requests, options.address))
     for prefix in OPENAI:
@@ -68,7 +69,7 @@ def application(core: Core, options: Options) -> Any:
     api.include_router(page.routes())
     free = frozenset({HEALTH, *PAGE})
     describe(api, OPENAI, free)
-    _errors(api)
+    _errors(api, training)
     api.add_middleware(watch.Requests, counts=requests)
     hosts = hosts_of(options.host, options.hosts, keyed=options.keys.digests is not None)
     return Guard(api, options.keys, hosts, free, BODIES, told, Budget())
@@ -94,7 +95,7 @@ def told(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     return status_of(error), error_body(error)
 
 
-def _errors(api: FastAPI) -> None:
+def _errors(api: FastAPI, training: Training) -> None:
     """All in the protocol's form, {"error", "category"}."""
 
     @api.exception_handler(KshotError)
@@ -104,7 +105,10 @@ def _errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": first_fault(error.errors()), "category": "user"}, 422)
+        fault = RequestError(first_fault(error.errors()))
+        if (taken := training.refused(error.body, fault)) is not None:
+            return JSONResponse(taken)
+        return JSONResponse(error_body(fault), 422)
 
     @api.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

@@ -15,6 +15,7 @@ from vlm.local.checkpoint import OPTIMIZER, RECORD
 from vlm.server.store import Store
 from vlm.server.store_rows import Checkpoint
 
+LISTED = 1000  # of a run's checkpoints, newest first, that are looked through for one that has not expired
 LONGEST = 10 * 366 * 86400  # seconds: ten years
 
 
@@ -22,6 +23,10 @@ def check_ttl(seconds: int | None) -> None:
     """Raise RequestError for a time to live that is none."""
     if seconds is not None and not 0 < seconds <= LONGEST:
         raise RequestError(f"ttl_seconds = {seconds} is out of range: it must be from 1 to {LONGEST}, or null for ever")
+
+
+def _over(row: Checkpoint) -> bool:
+    return row.expires is not None and row.expires <= time.time()
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,14 @@ class Checkpoints:
         """What is known of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
         folder_of(self.state, path)
         row = self.store.checkpoint(path)
-        if row is None or (row.expires is not None and row.expires <= time.time()):
+        if row is None or _over(row):
             raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
         return row
 
     def last(self, run: str) -> str | None:
         """The path of the last checkpoint with which a run can go on."""
-        row = self.store.last_checkpoint(run, KINDS[0])
-        return None if row is None else row.path
+        rows = self.store.checkpoints(run, limit=LISTED, kind=KINDS[0])
+        return next((row.path for row in rows if not _over(row)), None)
 
     def note(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
         """Take a checkpoint that was saved into the list, to go after so many seconds."""
@@ -56,7 +61,7 @@ class Checkpoints:
     def free(self, path: str) -> None:
         """Take away an expired checkpoint whose name is to be used again."""
         row = self.store.checkpoint(path)
-        if row is not None and row.expires is not None and row.expires <= time.time():
+        if row is not None and _over(row):
             self.remove(path)
 
     def remove(self, path: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tinker import types
 
-from kshot_errors import KshotError, MissingError, RequestError, UnknownNameError
+from kshot_errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
 from vlm.local.host import Host
 from vlm.local.worker import Sampling
 from vlm.server.checkpoints import Checkpoints
@@ -25,6 +25,7 @@ from vlm.server.store import Store
 
 log = logging.getLogger("kshot.server")
 
+LAST = 999_999_999  # number of a run or sampler in its session
 METADATA = 1 << 16  # characters of it that are kept
 STALE = 3600.0  # seconds without a sign of life after which a session's runs leave the memory
 KEPT_RETRIEVED, KEPT, KEPT_BYTES = 600.0, 86400.0, 1 << 30  # of answers: seconds after they were fetched, at all; bytes
@@ -50,7 +51,11 @@ class Core:
         self._tasks = set[asyncio.Task[None]]()
 
     def create_session(self, request: types.CreateSessionRequest) -> str:
-        """The id of a new session."""
+        """The id of a new session. Raises RequestError for a project, of which this server has none."""
+        if request.project_id is not None:
+            raise RequestError(
+                f"project_id {request.project_id!r}: this server has no projects; unset TINKER_PROJECT_ID"
+            )
         session = str(uuid.uuid4())
         self.store.add_session(
             session,
@@ -70,8 +75,12 @@ class Core:
             raise MissingError(f"session {session} was finished; create a new one")
 
     def heartbeat(self, session: str) -> None:
-        """A sign of life. Raises MissingError as `active` does."""
-        self.active(session)
+        """A sign of life. Raises MissingError as `active` does, and LostError for a finished session, at which the SDK
+        gives no more."""
+        try:
+            self.active(session)
+        except MissingError as error:
+            raise error if self.store.session(session) is None else LostError(str(error)) from error
         self.store.heartbeat(session)
 
     def finish_session(self, session: str, reason: dict[str, Any]) -> None:
@@ -117,7 +126,7 @@ class Core:
     async def close(self) -> None:
         """Finish what the worker has begun, drop what it has not, and close the store."""
         for run in self.runs.values():
-            run.end(KshotError("the server is being stopped"))
+            run.end(BusyError("the server is being stopped"))
         for each in self.samplings.values():
             each.cancel()
         for task in self._tasks:
@@ -146,6 +155,12 @@ class Core:
     def _ephemeral_sessions(self) -> set[str]:
         rows = (self.store.sampler(sampler_id) for sampler_id in self.samplers.ephemeral)
         return {row.session for row in rows if row is not None}
+
+
+def check_number(name: str, number: int) -> None:
+    """Raise RequestError for what cannot be the number of a run or sampler in its session."""
+    if not 0 <= number <= LAST:
+        raise RequestError(f"{name} = {number} is out of range: it must be from 0 to {LAST}")
 
 
 def kept(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:

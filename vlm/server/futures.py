@@ -52,14 +52,16 @@ class Futures:
         self._writer.submit(write)
 
     async def wait(self, request_id: str, seconds: float) -> Answer | None:
-        """The answer as soon as it is there, or None after so many seconds. Raises LostError for an unknown request."""
+        """The answer as soon as it is there, or None after so many seconds. Raises LostError for another request."""
         pending = self._answers.get(request_id)
         if pending is not None:
             done, _ = await asyncio.wait([pending], timeout=seconds)
             return pending.result() if done else None
         row = self._store.future(request_id)
         if row is None:
-            raise LostError(f"request {request_id!r} is unknown; this server was started after it, or dropped it since")
+            raise LostError(
+                f"request {request_id!r} is unknown: it was not finished when the server ended, or dropped since"
+            )
         return Answer(row.payload, row.content_type, row.status == "failed")
 
     def retrieved(self, request_id: str) -> None:

@@ -2,6 +2,8 @@
 weights. Requests and responses are the SDK's own types (tinker 0.38)."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Request, Response
@@ -101,27 +103,42 @@ def _training(router: APIRouter, training: Training) -> None:
     @router.post("/forward_backward", openapi_extra=BINARY)
     async def forward_backward(request: Request) -> dict[str, Any]:
         body = await request.body()
-        parsed = wire.parse_forward_backward(body) if len(body) < LARGE else await _parse(body)
+        try:
+            parsed = wire.parse_forward_backward(body) if len(body) < LARGE else await _parse(body)
+        except RequestError as error:
+            run, seq = wire.numbers_of(body)
+            return _later(training.numbered(run, seq, partial(_refuse, error)), run)
         return _later(training.forward_backward(parsed), parsed.model_id)
 
     @router.post("/optim_step")
     async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
-        return _later(training.optim_step(request), request.model_id)
+        return _begun(training, request, training.optim_step)
 
     @router.post("/save_weights")
     async def save_weights(request: types.SaveWeightsRequest) -> dict[str, Any]:
-        return _later(training.save_weights(request), request.model_id)
+        return _begun(training, request, training.save_weights)
 
     @router.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
-        return _later(training.save_weights_for_sampler(request), request.model_id)
+        return _begun(training, request, training.save_weights_for_sampler)
 
     @router.post("/load_weights")
     async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
-        return _later(training.load_weights(request), request.model_id)
+        return _begun(training, request, training.load_weights)
 
 
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
+
+
+def _refuse(error: RequestError) -> str:
+    raise error
+
+
+def _begun(training: Training, request: Any, begin: Callable[[Any], str]) -> dict[str, Any]:
+    """A request of a run by its number, if it names one."""
+    if request.model_id is None:
+        return _later(begin(request))
+    return _later(training.numbered(request.model_id, request.seq_id, partial(begin, request)), request.model_id)
 
 
 async def _parse(body: bytes) -> wire.ForwardBackward:

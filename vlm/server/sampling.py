@@ -6,6 +6,7 @@ Runs on the event loop. Knows no HTTP and no mathematics.
 import math
 import uuid
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from tinker import types
 from kshot_errors import BusyError, RequestError
 from vlm.local.sampling import Ask
 from vlm.local.sampling_client import refuse
+from vlm.local.worker import Sampling
 from vlm.server import tensors, wire
-from vlm.server.answers import PROTOBUF, Answer, error_answer
-from vlm.server.core import Core
+from vlm.server.answers import PROTOBUF, Answer
+from vlm.server.core import Core, check_number
 from vlm.server.runs import answered, when_done
 
 WAITING = 4096  # sampling requests that may wait
@@ -38,6 +40,7 @@ class Samples:
 
     def create_sampling_session(self, request: types.CreateSamplingSessionRequest) -> str:
         """The id of a sampling session, the same for the same number. Raises where its weights are not here."""
+        check_number("sampling_session_seq_id", request.sampling_session_seq_id)
         self.core.active(request.session_id)
         self.core.samplers.check(request.model_path, request.base_model)
         base = request.base_model
@@ -46,8 +49,11 @@ class Samples:
             if request.base_model not in (None, base):
                 raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
         name = sampler_id(request.session_id, request.sampling_session_seq_id)
-        if self.core.store.sampler(name) is None:
+        before = self.core.store.sampler(name)
+        if before is None:
             self.core.store.add_sampler(name, request.session_id, str(base), request.model_path)
+        elif before.ephemeral or (before.base_model, before.model_path) != (base, request.model_path):
+            raise RequestError(f"sampling session {name} is of other weights; take the next sampling_session_seq_id")
         return name
 
     def sample(self, request: types.SampleRequest) -> tuple[str, list[str]]:
@@ -62,13 +68,14 @@ class Samples:
             asked = request.target_prompt_logprobs
             targets = None if asked is None else tensors.of_model(asked, "target_prompt_logprobs")
             request_id = self.core.futures.open(key)
+            self.core.samplings[request_id] = Sampling(Future())  # until its weights are there; may be cancelled
             self.core.background(self._sample(request_id, request, source, targets))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
         """Stop sampling that nobody waits for any more."""
-        if (sampling_ := self.core.samplings.get(request_id)) is not None:
-            sampling_.cancel()
+        if (under_way := self.core.samplings.get(request_id)) is not None:
+            under_way.cancel()
 
     def _source(self, request: types.SampleRequest) -> tuple[Callable[[], Any], str]:
         """Where a request's weights come from, and its key."""
@@ -77,6 +84,8 @@ class Samples:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
             self.core.samplers.check_session(name)
             return lambda: self.core.samplers.of(name), f"{name}/{request.seq_id}"
+        if request.model_path is None and request.base_model is None:
+            raise RequestError("asample names no weights; give sampling_session_id, model_path or base_model")
         self.core.samplers.check(request.model_path, request.base_model)
         return lambda: self.core.samplers.client(request.model_path, request.base_model), uuid.uuid4().hex
 
@@ -91,9 +100,12 @@ class Samples:
             self.core.futures.finish(request_id, answered(answer, result))
 
         try:
-            started = (await source()).start(_ask(request, targets))
+            client = await source()
+            if self.core.samplings[request_id].future.cancelled():
+                return done(CancelledError())
+            started = client.start(_ask(request, targets))
         except Exception as error:
-            return self.core.futures.finish(request_id, error_answer(error))
+            return done(error)
         self.core.samplings[request_id] = started
         return when_done(started.future, done)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinker import types
 
-from kshot_errors import BusyError, MissingError, RequestError
+from kshot_errors import BusyError, KshotError, MissingError, RequestError
 from kshot_training import path_of
 from vlm.local.host import check_optimizer, check_seed
 from vlm.local.sampling_client import LocalSamplingClient, refuse
@@ -17,7 +17,7 @@ from vlm.local.training_client import LocalTrainingClient
 from vlm.server import wire
 from vlm.server.answers import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.checkpoints import check_ttl
-from vlm.server.core import Core, kept
+from vlm.server.core import Core, check_number, kept
 from vlm.server.runs import LiveRun, Operation, when_done
 from vlm.server.sampling import sampler_id
 
@@ -95,6 +95,36 @@ class Training:
         request_id = self.core.futures.open(key)
         run.add(seq, Operation(request_id, call, answer))
         return request_id
+
+    def numbered(self, model_id: str, seq: int | None, begin: Callable[[], str]) -> str:
+        """The id of the request that `begin` begins. One that it refuses takes its number all the same and is answered
+        with the error: the client goes on counting, and what is numbered behind it would wait for ever."""
+        try:
+            return begin()
+        except BusyError:  # it is sent again
+            raise
+        except KshotError as error:
+            if model_id not in self.core.runs:
+                raise
+            refused = error
+
+        def call(_: LocalTrainingClient) -> Any:
+            raise refused
+
+        return self.add(model_id, seq, call, json_answer)
+
+    def refused(self, body: Any, fault: RequestError) -> dict[str, Any] | None:
+        """What is answered to a body that is no request, where it names a run in memory and the number there: an error
+        later, for the reason that `numbered` has. None for any other."""
+        named = body if isinstance(body, dict) else {}
+        run, seq = named.get("model_id"), named.get("seq_id")
+        if not isinstance(run, str) or run not in self.core.runs or type(seq) is not int:
+            return None
+
+        def begin() -> str:
+            raise fault
+
+        return {"request_id": self.numbered(run, seq, begin), "model_id": run}
 
     def live(self, model_id: str) -> LiveRun:
         """A run in memory. Raises MissingError for another, and says what was last saved of it."""
@@ -188,12 +218,14 @@ class Training:
         metadata: dict[str, Any] | None,
     ) -> str:
         """A new run, called as the SDK expects it to be; the id of the request."""
+        check_number("model_seq_id", seq)
         self.core.active(session)
         model_id = f"{session}:train:{seq}"
-        path_of(model_id, "weights", "any")
         key = f"{model_id}/0"
         if (known := self.core.futures.known(key)) is not None:
             return known
+        if self.core.store.run(model_id) is not None:
+            raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
         if len(self.core.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
         metadata = kept(metadata)
@@ -205,8 +237,8 @@ class Training:
                 self.core.runs.pop(model_id, None)
                 run.end(result)
                 return self.core.futures.finish(request_id, error_answer(result))
-            info = result.get_info()
-            self.core.store.add_run(model_id, session, info.model_name, asdict(result.spec), metadata)
+            base_model = result.get_info().model_name
+            self.core.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
             if model_id in self.core.runs:  # else its session was finished meanwhile
                 run.begin(result)
             return self.core.futures.finish(request_id, answer(model_id))
@@ -219,6 +251,8 @@ class Training:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
         session = self.live(request.model_id).session
         name = sampler_id(session, request.sampling_session_seq_id)
+        if self.core.futures.known(f"{request.model_id}/{request.seq_id}") is None and self.core.store.sampler(name):
+            raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
 
         def answer(client: LocalSamplingClient) -> Answer:
             self.core.store.add_sampler(name, session, client.get_base_model(), None, ephemeral=True)

@@ -77,6 +77,16 @@ def parse_forward_backward(body: bytes) -> ForwardBackward:
     return ForwardBackward(message.model_id, message.seq_id, data, message.loss_fn, config, message.forward_only)
 
 
+def numbers_of(body: bytes) -> tuple[str, int]:
+    """The run that a body names and its number there, also of one that `parse_forward_backward` refuses; "" and 0 where
+    it is no message at all."""
+    try:
+        message = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        return "", 0
+    return message.model_id, message.seq_id
+
+
 def forward_backward_output(output: types.ForwardBackwardOutput) -> bytes:
     """The body that answers forward and forward_backward: datums one after the other, a vector a field (a single
     number is one of length 1). Raises KshotError where the datums do not have the same fields."""

@@ -1,0 +1,129 @@
+"""The Tinker protocol request by request over httpx, for tests of what the SDK's own order and retries would hide.
+
+Bodies of training are written by the SDK's converters, and its answers read by them.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import tinker
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+from tinker.types.forward_backward_input import ForwardBackwardInput
+from tinker.types.forward_backward_request import ForwardBackwardRequest
+
+from tests.vlm.serving import HEADERS
+from vlm import nano
+
+PROTOBUF = {"content-type": "application/x-protobuf"}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A connection to a server."""
+
+    http: httpx.Client
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(f"/api/v1/{path}", json=body)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.http.get(f"/api/v1/{path}")
+
+    def asked(self, path: str, **body: Any) -> str:
+        """The id of a request that was accepted."""
+        return accepted(self.post(path, **body))
+
+    def session(self) -> str:
+        made: str = self.post("create_session", tags=[], user_metadata={}, sdk_version="0").json()["session_id"]
+        return made
+
+    def create(self, session: str, number: int = 0, base_model: str = nano.NAME, seed: int = 7) -> str:
+        """The id of the request for a new run, which is called `run_of(session, number)`."""
+        lora = {"rank": 4, "seed": seed}
+        given = {"session_id": session, "model_seq_id": number, "base_model": base_model, "lora_config": lora}
+        return self.asked("create_model", **given)
+
+    def run(self, session: str, number: int = 0) -> str:
+        """A new run, once it is there."""
+        model: str = self.answer(self.create(session, number))["model_id"]
+        assert model == run_of(session, number)
+        return model
+
+    def pass_of(self, run: str, seq: int, data: list[tinker.Datum], **given: Any) -> httpx.Response:
+        """A forward_backward, or with forward_only a forward."""
+        return self.http.post("/api/v1/forward_backward", content=body_of(run, seq, data, **given), headers=PROTOBUF)
+
+    def step(self, run: str, seq: int, learning_rate: float = 1e-2) -> httpx.Response:
+        return self.post("optim_step", model_id=run, seq_id=seq, optim_params={"learning_rate": learning_rate})
+
+    def retrieve(self, request_id: str, **headers: str) -> httpx.Response:
+        return self.http.post("/api/v1/retrieve_future", json={"request_id": request_id}, headers=headers)
+
+    def answer(self, request_id: str) -> Any:
+        """What a request came to, as soon as it is there."""
+        for _ in range(200):
+            response = self.retrieve(request_id)
+            assert response.status_code == 200, response.text
+            if response.headers["content-type"] != "application/json":
+                return response.content
+            if response.json().get("type") != "try_again":
+                return response.json()
+            time.sleep(0.05)
+        raise AssertionError(f"request {request_id} does not end")
+
+    def output(self, request_id: str) -> Any:
+        """What a pass came to, in the SDK's type."""
+        return deserialize_forward_backward_output(self.answer(request_id))
+
+    def loss(self, request_id: str) -> float:
+        value: float = self.output(request_id).metrics["loss:sum"]
+        return value
+
+    def sampled(self, request_id: str) -> Any:
+        """What a sampling request came to, in the SDK's type."""
+        return deserialize_sample_response(self.answer(request_id))
+
+
+@contextmanager
+def talking(address: str) -> Iterator[Raw]:
+    """A connection of its own."""
+    with httpx.Client(base_url=address, headers=HEADERS, timeout=30) as http:
+        yield Raw(http)
+
+
+def accepted(response: httpx.Response) -> str:
+    """The id of the request that this answers."""
+    assert response.status_code == 200, response.text
+    request_id: str = response.json()["request_id"]
+    return request_id
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """What a refusal says, once it has this status."""
+    assert response.status_code == status, response.text
+    said: str = response.json()["error"]
+    return said
+
+
+def run_of(session: str, number: int = 0) -> str:
+    return f"{session}:train:{number}"
+
+
+def body_of(run: str, seq: int, data: list[tinker.Datum], *, forward_only: bool = False) -> bytes:
+    """The body of a pass as the SDK writes it."""
+    request = ForwardBackwardRequest(ForwardBackwardInput(data=data, loss_fn="cross_entropy"), run, seq)
+    message = forward_backward_request_to_proto(request)
+    message.forward_only = forward_only
+    body: bytes = message.SerializeToString()
+    return body
+
+
+def sample_of(prompt: tinker.ModelInput, **params: Any) -> dict[str, Any]:
+    """The body of a sampling request on the base model."""
+    chunks = [{"type": "encoded_text", "tokens": chunk.tokens} for chunk in prompt.chunks]  # type: ignore[union-attr]
+    return {"base_model": nano.NAME, "prompt": {"chunks": chunks}, "sampling_params": params, "num_samples": 1}

@@ -1,0 +1,328 @@
+"""Bodies, names and images that mean harm: each is refused by name, and nothing outside the state folder is touched."""
+
+import base64
+import json
+import logging
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+import tinker
+from tinker import types
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.types.forward_backward_input import ForwardBackwardInput
+from tinker.types.forward_backward_request import ForwardBackwardRequest
+
+from tests.vlm.hostile import FORWARD, JSON, KEY, PROTOBUF, SESSION, a_run, a_session, answer, asked, files, refused
+from tests.vlm.serving import Server, served
+from vlm import nano
+
+API = "/api/v1"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the state folder is in, with a checkpoint of others."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "others" / "weights" / "a").mkdir(parents=True)
+    (folder / "others" / "weights" / "a" / "kshot.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Server]:
+    with served(home / "state") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.address, headers={"X-API-Key": KEY}, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def session(client: httpx.Client) -> str:
+    return a_session(client)
+
+
+@pytest.fixture(scope="module")
+def run(client: httpx.Client, session: str) -> str:
+    return a_run(client, session, nano.NAME)
+
+
+def number(server: Server, run: str) -> int:
+    """Of the run's next request."""
+    return server.core.runs[run].next_seq
+
+
+# ---- Bodies
+
+NO_JSON = {
+    "nothing": b"",
+    "cut off": b'{"a": [1, 2',
+    "two": b"{}{}",
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "half a pair": b'{"a": "\\ud800"}',
+    "NaN": b'{"a": NaN}',
+    "infinity": b'{"a": -Infinity}',
+    "huge integer": b'{"a": ' + b"9" * 100_000 + b"}",
+    "deep list": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "deep and open": b"[" * 1_000_000,
+}
+NO_OBJECT = {"null": b"null", "list": b"[]", "text": b'"a"', "number": b"1e999", "twice": b'{"type":1,"type":[]}'}
+
+
+@pytest.fixture(scope="module")
+def posts(server: Server) -> list[str]:
+    """The paths that take JSON."""
+    paths = server.app.app.openapi()["paths"].items()
+    bodies = {path: methods.get("post", {}).get("requestBody", {"content": {}})["content"] for path, methods in paths}
+    return [path.replace("{session_id}", "x") for path, content in bodies.items() if "application/json" in content]
+
+
+@pytest.mark.parametrize("body", NO_JSON.values(), ids=NO_JSON)
+def test_what_is_no_json_is_refused_everywhere(client: httpx.Client, posts: list[str], body: bytes) -> None:
+    assert len(posts) > 18
+    for path in posts:
+        refused(client.post(path, content=body, headers=JSON))
+
+
+@pytest.mark.parametrize("body", NO_OBJECT.values(), ids=NO_OBJECT)
+def test_json_that_is_no_object_is_refused(client: httpx.Client, posts: list[str], body: bytes) -> None:
+    for path in posts:
+        if path != f"{API}/telemetry" or body[:1] != b"{":  # which takes any object
+            refused(client.post(path, content=body, headers=JSON))
+
+
+def test_values_at_every_depth_are_kept_or_refused(client: httpx.Client) -> None:
+    """Whatever Python's stack has left when it looks at them."""
+    for depth in (*range(150, 240), *range(900, 1000, 3)):
+        value = b"[" * depth + b"]" * depth
+        body = b'{"tags": [], "sdk_version": "0", "user_metadata": {"a": %b}}' % value
+        response = client.post(SESSION, content=body, headers=JSON)
+        if response.status_code == 200:
+            told = client.get(f"{API}/sessions/{response.json()['session_id']}").json()
+            assert told["user_metadata"] == {"a": value.decode()}
+        else:
+            refused(response, 422, "recursion limit")
+
+
+def test_odd_texts_come_back_as_they_were(client: httpx.Client) -> None:
+    metadata = {"nul": "\0", "pair": "\U0001f600", "mark": "\ufeff", "line": "a\r\nb", "": "'\"\\;--"}
+    body = {"tags": [], "sdk_version": "0", "user_metadata": metadata}
+    session = client.post(SESSION, json=body).json()["session_id"]
+    assert client.get(f"{API}/sessions/{session}").json()["user_metadata"] == metadata
+    body["user_metadata"] = {"a": "x" * (1 << 16)}
+    refused(client.post(SESSION, json=body), 400, "user_metadata")
+
+
+# ---- Names
+
+RUN = "00000000-0000-4000-8000-000000000000:train:0"
+NAMES = {
+    "up": "../x",
+    "further up": "../../others/weights/a",
+    "in between": "a/../../b",
+    "here": ".",
+    "parent": "..",
+    "hidden": ".x.tmp",
+    "absolute": "/etc/passwd",
+    "backslash": "..\\x",
+    "NUL": "a\0b",
+    "line": "a\nb",
+    "long": "x" * 5000,
+    "almost too long": "x" * 129,
+    "unicode": "é",
+    "look-alike dots": "․․／x",
+    "nothing": "",
+    "space": " ",
+    "encoded": "%2e%2e%2fx",
+    "home": "~/x",
+    "device": "con:",
+    "path": "tinker://../..",
+}
+
+
+@pytest.fixture
+def untouched(home: Path) -> Iterator[None]:
+    """Nothing changes beside the state folder, nor in it but for what the server keeps itself."""
+    state = home / "state"
+    outside, inside = files(home, but=state), sorted(path.name for path in state.iterdir())
+    yield
+    assert files(home, but=state) == outside
+    assert sorted(path.name for path in state.iterdir()) == inside
+    assert [path for path in state.rglob("*") if path.name.startswith(".") and path.name != ".server.lock"] == []
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_that_lead_elsewhere(
+    client: httpx.Client, server: Server, session: str, run: str, home: Path, name: str
+) -> None:
+    before = number(server, run)
+    for endpoint in ("save_weights", "save_weights_for_sampler"):
+        body = {"model_id": run, "seq_id": before, "path": name}
+        refused(client.post(f"{API}/{endpoint}", json=body), 400, "name")
+    paths = [name, f"tinker://{name}", f"tinker://{run}/weights/{name}", f"tinker://{name}/weights/a"]
+    for path in [*paths, f"tinker://{run}/{name}/a", f"tinker://{run}/weights/a/{name}"]:
+        bodies = {
+            "load_weights": {"model_id": run, "seq_id": before, "path": path, "optimizer": False},
+            "weights_info": {"tinker_path": path},
+            "create_sampling_session": {"session_id": session, "sampling_session_seq_id": 9, "model_path": path},
+            "asample": {"model_path": path, **SAMPLE},
+        }
+        for endpoint, body in bodies.items():
+            refused(client.post(f"{API}/{endpoint}", json=body))
+        for prefix in ("/v1", "/oai/api/v1"):
+            refused(client.post(f"{prefix}/completions", json={"model": path, "prompt": "a"}))
+            refused(client.post(f"{prefix}/chat/completions", json={"model": path, "messages": HELLO}))
+    body = {"session_id": name, "model_seq_id": 0, "base_model": nano.NAME, "lora_config": {"rank": 1}}
+    refused(client.post(f"{API}/create_model", json=body), 404)
+    body = {"session_id": session, "model_seq_id": 77, "base_model": name, "lora_config": {"rank": 1}}
+    refused(client.post(f"{API}/create_model", json=body), 400, "unknown model")
+    for given in (name, quote(name, safe="")):
+        in_path(client, run, given)
+    assert number(server, run) == before
+
+
+SAMPLE = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [5]}]}, "sampling_params": {"max_tokens": 1}}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def in_path(client: httpx.Client, run: str, name: str) -> None:
+    """The same where it is part of the address, as it is and percent-encoded."""
+    base = f"{API}/training_runs"
+    places = [f"{base}/{run}/checkpoints/weights/{name}", f"{base}/{name}/checkpoints/weights/a"]
+    for place in [*places, f"{base}/{run}/checkpoints/{name}/a"]:
+        for method, end in (("DELETE", ""), ("PUT", "/ttl"), ("POST", "/publish"), ("DELETE", "/publish")):
+            request = sent(client, method, place + end, {"ttl_seconds": 1} if end == "/ttl" else None)
+            assert request is None or 300 <= request.status_code < 500, request.text
+    for place in (f"{API}/sessions/{name}", f"{API}/samplers/{name}", f"/v1/models/{name}", f"{base}/{name}"):
+        response = sent(client, "GET", place)
+        assert response is None or response.status_code < 500, response.text
+        assert response is None or "root:" not in response.text
+
+
+def sent(client: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response | None:
+    """The answer; None for an address that httpx does not send."""
+    try:
+        return client.request(method, path, json=body, headers=JSON)
+    except httpx.InvalidURL:
+        return None
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("number", [-1, 10**9, 10**30, 2**63])
+def test_numbers_that_make_no_run(client: httpx.Client, session: str, number: int) -> None:
+    body = {"session_id": session, "model_seq_id": number, "base_model": nano.NAME, "lora_config": {"rank": 1}}
+    refused(client.post(f"{API}/create_model", json=body), 400)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10**9, 10**30])
+def test_ranks_that_nobody_has_memory_for(client: httpx.Client, session: str, rank: int) -> None:
+    number = 100 + abs(rank) % 97
+    body = {"session_id": session, "model_seq_id": number, "base_model": nano.NAME, "lora_config": {"rank": rank}}
+    response = client.post(f"{API}/create_model", json=body)
+    told = answer(client, response) if response.status_code == 200 else response.json()
+    assert told["category"] == "user"
+    assert "rank" in told["error"]
+
+
+# ---- Images
+
+
+def picture(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes that says it has so many pixels, of one colour and one bit each."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes(1 + (width + 7) // 8) * min(height, 64), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (picture(60_000, 60_000), "pixels"),
+        (picture(2**31 - 1, 2**31 - 1), ""),
+        (picture(89_478_486, 1), ""),
+        (picture(1, 89_478_486), ""),
+        (picture(0, 0), ""),
+        (picture(64, 64)[:60], ""),
+        (b"\x89PNG\r\n\x1a\n", ""),
+        (b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(20), ""),
+        (b"\xff\xd8\xff\xe0" + bytes(100), ""),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9999999 9999999\n", ""),
+        (b"no image at all", ""),
+    ],
+)
+def test_images_that_would_fill_the_memory(
+    client: httpx.Client, server: Server, run: str, data: bytes, words: str
+) -> None:
+    sample = {**SAMPLE, "base_model": nano.NAME}
+    sample["prompt"] = {"chunks": [{"type": "image", "data": base64.b64encode(data).decode(), "format": "png"}]}
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    chat = {"model": nano.NAME, "messages": [{"role": "user", "content": parts}]}
+    tracemalloc.start()
+    try:
+        response = client.post("/v1/chat/completions", json=chat)
+        refused(response, 400)
+        said = [response.json()["error"]["message"]]
+        sent = client.post(FORWARD, content=passing(run, number(server, run), data), headers=PROTOBUF)
+        for told in (answer(client, sent), asked(client, "asample", sample)):
+            assert told["category"] == "user", told
+            said.append(told["error"])
+        assert all(words in each and "\n" not in each for each in said), said
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def passing(run: str, seq_id: int, data: bytes) -> bytes:
+    image = types.ImageChunk(data=data, format="png", expected_tokens=None)
+    prompt = tinker.ModelInput(chunks=[types.EncodedTextChunk(tokens=[5]), image])
+    given = ForwardBackwardInput(
+        data=[tinker.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": [0, 0], "weights": [0.0, 0.0]})],
+        loss_fn="cross_entropy",
+        loss_fn_config=None,
+    )
+    return forward_backward_request_to_proto(ForwardBackwardRequest(given, run, seq_id)).SerializeToString()
+
+
+# ---- What the server does not tell
+
+
+def test_a_failure_of_the_servers_own_is_told_without_details(
+    client: httpx.Client, server: Server, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, later, and to OpenAI's clients: the log has them."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("a secret of /home/somebody")
+
+    monkeypatch.setattr(type(server.core.store), "runs", fail)
+    monkeypatch.setattr(type(server.core.samplers), "client", fail)
+    monkeypatch.setattr(type(server.core.runs[run].client), "optim_step", fail)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    told = client.get(f"{API}/training_runs")
+    body = {"model_id": run, "seq_id": number(server, run), "adam_params": {}}
+    later = asked(client, "optim_step", body)
+    chat = client.post("/v1/chat/completions", json={"model": nano.NAME, "messages": HELLO})
+    assert told.status_code == chat.status_code == 500
+    errors = [told.json()["error"], later["error"], chat.json()["error"]["message"]]
+    assert {told.json()["category"], later["category"], chat.json()["category"]} == {"server"}
+    assert len(set(errors)) == 1
+    assert "secret" not in json.dumps(errors) + told.text + chat.text
+    assert sum("secret" in str(record.exc_info) for record in caplog.records) >= 2

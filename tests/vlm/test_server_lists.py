@@ -1,0 +1,279 @@
+"""What a server shows and keeps, asked with the SDK's RestClient: models, runs, checkpoints, sessions, samplers."""
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinker
+from tinker import types
+
+from kshot_training import folder_of
+from tests.vlm.raw import Raw, refused, talking
+from tests.vlm.services import PATIENCE, connected, step
+from tests.vlm.serving import HEADERS, PLACES, Server, served
+from vlm import nano
+from vlm.inputs import datum, model_input
+from vlm.local.host import Host
+
+NOBODY = "00000000-0000-4000-8000-000000000000"
+DATA = [datum(model_input([300, 301, 302]), [400, 401])]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    state = tmp_path_factory.mktemp("state")
+    with served(state, Host(state, places={**PLACES, "other/nano": nano.NAME})) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Any]:
+    with connected(server.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rest(server: Server) -> Any:
+    return tinker.RestClient(base_url=server.address, api_key=HEADERS["X-API-Key"])
+
+
+@pytest.fixture(scope="module")
+def raw(server: Server) -> Iterator[Raw]:
+    with talking(server.address) as raw:
+        yield raw
+
+
+@pytest.fixture
+def run(client: Any) -> Any:
+    made = client.create_lora_training_client(nano.NAME, rank=3, seed=0, train_unembed=False, user_metadata={"a": "b"})
+    return made.result(PATIENCE)
+
+
+def paths(checkpoints: types.CheckpointsListResponse) -> list[str]:
+    return [each.tinker_path for each in checkpoints.checkpoints]
+
+
+def near(moment: datetime, seconds_from_now: float = 0.0) -> bool:
+    """Whether a time is that one, give or take 10 seconds."""
+    return abs((moment - datetime.now(UTC)).total_seconds() - seconds_from_now) < 10
+
+
+def test_models_and_health(rest: Any, raw: Raw, run: Any) -> None:
+    models = rest.get_server_capabilities().result(PATIENCE).supported_models
+    assert [each.model_name for each in models] == [nano.NAME, "other/nano"]
+    assert models[0].max_context_length == 4096  # of one that is loaded
+    assert raw.get("healthz").json() == {"status": "ok"}
+
+
+def test_a_run_and_what_was_saved_of_it(rest: Any, run: Any) -> None:
+    fresh = rest.get_training_run(run.model_id).result(PATIENCE)
+    assert (fresh.training_run_id, fresh.base_model, fresh.is_lora) == (run.model_id, nano.NAME, True)
+    assert (fresh.lora_rank, fresh.user_metadata, fresh.corrupted) == (3, {"a": "b"}, False)
+    assert fresh.last_checkpoint is None
+    assert fresh.last_sampler_checkpoint is None
+    assert near(fresh.last_request_time)
+    assert rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints == []
+
+    saved = [run.save_state(name, user_metadata={"step": name}).result(PATIENCE).path for name in ("1", "2")]
+    sampled = run.save_weights_for_sampler("1").result(PATIENCE).path
+    for path in (*saved, sampled):
+        assert rest.get_training_run_by_tinker_path(path).result(PATIENCE).training_run_id == run.model_id
+    after = rest.get_training_run(run.model_id).result(PATIENCE)
+    assert after.last_checkpoint.tinker_path == saved[1]
+    assert after.last_sampler_checkpoint.tinker_path == sampled
+
+    found = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+    assert [each.tinker_path for each in found] == [sampled, saved[1], saved[0]]
+    assert [each.checkpoint_type for each in found] == ["sampler", "training", "training"]
+    assert [each.checkpoint_id for each in found] == ["sampler_weights/1", "weights/2", "weights/1"]
+    assert [each.user_metadata for each in found] == [{"a": "b"}, {"step": "2"}, {"step": "1"}]
+    assert all(each.size_bytes > 1000 and near(each.time) and not each.public for each in found)
+    assert found[1].size_bytes > found[0].size_bytes  # has the optimizer's record as well
+
+
+def test_a_size_is_that_of_the_files(server: Server, rest: Any, run: Any) -> None:
+    step(run, DATA, types.AdamParams(learning_rate=1e-3))
+    path = run.save_state("sized").result(PATIENCE).path
+    files = folder_of(server.core.host.state, path).iterdir()
+    (found,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+    assert found.size_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_weights_say_what_they_belong_to(rest: Any, run: Any) -> None:
+    path = run.save_weights_for_sampler("info").result(PATIENCE).path
+    info = rest.get_weights_info_by_tinker_path(path).result(PATIENCE)
+    assert (info.base_model, info.is_lora, info.lora_rank) == (nano.NAME, True, 3)
+    assert (info.train_unembed, info.train_mlp, info.train_attn) == (False, True, True)
+
+
+def test_lists_come_in_pages_newest_first(rest: Any, client: Any, server: Server) -> None:
+    made = [client.create_lora_training_client(nano.NAME, rank=1, seed=0).result(PATIENCE) for _ in range(3)]
+    saved = [run.save_state("paged").result(PATIENCE).path for run in made]
+    whole = rest.list_training_runs(limit=1000).result(PATIENCE)
+    ids = [run.training_run_id for run in whole.training_runs]
+    assert ids[:3] == [run.model_id for run in reversed(made)]
+    assert whole.cursor.total_count == len(ids) == server.core.store.run_count()
+    parts = [rest.list_training_runs(limit=2, offset=n).result(PATIENCE) for n in range(0, len(ids), 2)]
+    assert [run.training_run_id for part in parts for run in part.training_runs] == ids
+    assert [part.cursor.offset for part in parts] == list(range(0, len(ids), 2))
+    assert rest.list_training_runs(offset=len(ids)).result(PATIENCE).training_runs == []
+
+    everything = rest.list_user_checkpoints(1000).result(PATIENCE)
+    assert paths(everything)[:3] == saved[::-1]
+    assert everything.cursor.total_count == len(everything.checkpoints)
+    pages = [rest.list_user_checkpoints(2, n).result(PATIENCE) for n in range(0, len(everything.checkpoints), 2)]
+    assert [path for page in pages for path in paths(page)] == paths(everything)
+
+
+def test_what_is_deleted_is_gone(server: Server, rest: Any, client: Any, run: Any) -> None:
+    kept, by_path, by_id = (run.save_state(name).result(PATIENCE).path for name in ("kept", "by-path", "by-id"))
+    rest.delete_checkpoint_from_tinker_path(by_path).result(PATIENCE)
+    rest.delete_checkpoint(run.model_id, "weights/by-id").result(PATIENCE)
+    assert paths(rest.list_checkpoints(run.model_id).result(PATIENCE)) == [kept]
+    for gone in (by_path, by_id):
+        assert not folder_of(server.core.host.state, gone).exists()
+        with pytest.raises(tinker.NotFoundError, match="does not exist"):
+            client.create_training_client_from_state(gone).result(PATIENCE)
+        with pytest.raises(tinker.NotFoundError, match="does not exist"):
+            rest.delete_checkpoint_from_tinker_path(gone).result(PATIENCE)
+    assert run.save_state("by-path").result(PATIENCE).path == by_path  # the name is free again
+
+
+def test_a_sampler_ends_with_its_checkpoint(rest: Any, client: Any, run: Any) -> None:
+    path = run.save_weights_for_sampler("used").result(PATIENCE).path
+    sampler = client.create_sampling_client(model_path=path).result(PATIENCE)
+    prompt, params = DATA[0].model_input, types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
+    sampler.sample(prompt, 1, params).result(PATIENCE)
+    rest.delete_checkpoint_from_tinker_path(path).result(PATIENCE)
+    with pytest.raises((tinker.APIStatusError, tinker.RequestFailedError), match="does not exist"):
+        sampler.sample(prompt, 1, params).result(PATIENCE)
+
+
+def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
+    core, session = server.core, client.holder.get_session_id()
+    core.store.heartbeat(session, time.time() + 10**7)  # lest the run is put away meanwhile
+    hour = run.save_state("hour", ttl_seconds=3600).result(PATIENCE).path
+    for_ever, later = (run.save_state(name).result(PATIENCE).path for name in ("ever", "later"))
+    rest.set_checkpoint_ttl_from_tinker_path(later, 7200).result(PATIENCE)
+
+    def ends() -> dict[str, Any]:
+        found = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+        return {each.tinker_path: each.expires_at for each in found}
+
+    assert near(ends()[hour], 3600)
+    assert near(ends()[later], 7200)
+    assert ends()[for_ever] is None
+    core.tidy(time.time() + 3500)
+    assert set(ends()) == {hour, for_ever, later}
+    core.tidy(time.time() + 3700)
+    assert set(ends()) == {for_ever, later}
+    assert not folder_of(core.host.state, hour).exists()
+    rest.set_checkpoint_ttl_from_tinker_path(later, None).result(PATIENCE)
+    core.tidy(time.time() + 10**6)
+    assert set(ends()) == {for_ever, later}
+    core.store.set_expiry(later, time.time() - 1)  # over, and not taken off the disk yet
+    with pytest.raises(tinker.NotFoundError, match="or not any more"):
+        client.create_training_client_from_state(later).result(PATIENCE)
+    assert run.save_state("later").result(PATIENCE).path == later
+    assert set(ends()) == {for_ever, later}
+    for wrong in (0, -5, 10**10):
+        with pytest.raises(tinker.APIStatusError, match=f"ttl_seconds = {wrong} is out of range"):
+            rest.set_checkpoint_ttl_from_tinker_path(later, wrong).result(PATIENCE)
+
+
+def test_publishing_is_noted(rest: Any, run: Any) -> None:
+    path = run.save_weights_for_sampler("shown").result(PATIENCE).path
+
+    def public() -> bool:
+        (found,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+        return bool(found.public)
+
+    rest.publish_checkpoint_from_tinker_path(path).result(PATIENCE)
+    assert public()
+    rest.unpublish_checkpoint_from_tinker_path(path).result(PATIENCE)
+    assert not public()
+
+
+def test_sessions_and_samplers(server: Server, rest: Any, client: Any, run: Any) -> None:
+    session = client.holder.get_session_id()
+    path = run.save_weights_for_sampler("sampled").result(PATIENCE).path
+    samplers = [client.create_sampling_client(base_model=nano.NAME), client.create_sampling_client(model_path=path)]
+    ids = [each.result(PATIENCE)._sampling_session_id for each in samplers]
+    unsaved = run.save_weights_and_get_sampling_client().result(PATIENCE)._sampling_session_id
+    found = [rest.get_sampler(each).result(PATIENCE) for each in (*ids, unsaved)]
+    assert [each.sampler_id for each in found] == [*ids, unsaved]
+    assert [each.base_model for each in found] == [nano.NAME] * 3
+    assert [each.model_path for each in found] == [None, path, None]
+    told = rest.get_session(session).result(PATIENCE)
+    assert run.model_id in told.training_run_ids
+    assert {*ids, unsaved} <= set(told.sampler_ids)
+    with connected(server.address) as newer:
+        newest = newer.holder.get_session_id()
+        assert rest.list_sessions(limit=2).result(PATIENCE).sessions[0] == newest
+        assert rest.get_session(newest).result(PATIENCE).training_run_ids == []
+    assert rest.list_sessions(limit=1, offset=1).result(PATIENCE).sessions != [newest]
+
+
+MISSING: dict[str, Callable[[Any], Any]] = {
+    "a run": lambda rest: rest.get_training_run(f"{NOBODY}:train:0"),
+    "a run that is none": lambda rest: rest.get_training_run("nobody's"),
+    "a run by path": lambda rest: rest.get_training_run_by_tinker_path(f"tinker://{NOBODY}:train:0/weights/x"),
+    "a run's checkpoints": lambda rest: rest.list_checkpoints(f"{NOBODY}:train:0"),
+    "a checkpoint to delete": lambda rest: rest.delete_checkpoint(f"{NOBODY}:train:0", "weights/x"),
+    "a checkpoint to publish": lambda rest: rest.publish_checkpoint_from_tinker_path(
+        f"tinker://{NOBODY}:train:0/weights/x"
+    ),
+    "a checkpoint to unpublish": lambda rest: rest.unpublish_checkpoint_from_tinker_path(
+        f"tinker://{NOBODY}:train:0/weights/x"
+    ),
+    "a checkpoint to keep": lambda rest: rest.set_checkpoint_ttl_from_tinker_path(
+        f"tinker://{NOBODY}:train:0/weights/x", 60
+    ),
+    "a checkpoint's weights": lambda rest: rest.get_weights_info_by_tinker_path(f"tinker://{NOBODY}:train:0/weights/x"),
+    "a session": lambda rest: rest.get_session(NOBODY),
+    "a sampler": lambda rest: rest.get_sampler(f"{NOBODY}:sample:0"),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_what_is_not_there_is_not_found(what: str, rest: Any) -> None:
+    with pytest.raises(tinker.NotFoundError, match=r"there is no|does not exist"):
+        MISSING[what](rest).result(PATIENCE)
+
+
+def test_what_cannot_be_asked_is_named(rest: Any, raw: Raw) -> None:
+    assert "project_id 'p': this server has no projects" in refused(raw.get("training_runs?project_id=p"), 400)
+    assert "project_id 'p'" in refused(raw.get("sessions?project_id=p"), 400)
+    for wrong in ("limit=0", "limit=1001", "offset=-1", "limit=x"):
+        assert wrong.partition("=")[0] in refused(raw.get(f"training_runs?{wrong}"), 422)
+        assert wrong.partition("=")[0] in refused(raw.get(f"checkpoints?{wrong}"), 422)
+    run = f"{NOBODY}:train:0"
+    for path in (f"training_runs/{run}/checkpoints/other/x", f"training_runs/{run}/checkpoints/weights/.x"):
+        assert "is no checkpoint path" in refused(raw.http.delete(f"/api/v1/{path}"), 400)
+    assert raw.get("billing/usage").status_code == 404
+    assert "Not Found" in refused(raw.get("nothing"), 404)
+
+
+def test_the_state_of_another_process_is_found(tmp_path: Path) -> None:
+    """A folder that was put there is a checkpoint, without a run of its own."""
+    with served(tmp_path / "one") as one, connected(one.address) as client:
+        run = client.create_lora_training_client(nano.NAME, rank=2, seed=0).result(PATIENCE)
+        path = run.save_state("moved", user_metadata={"from": "afar"}).result(PATIENCE).path
+        source = folder_of(one.core.host.state, path)
+        target = folder_of(tmp_path / "other", path)
+        target.parent.mkdir(parents=True)
+        source.rename(target)
+    with served(tmp_path / "other") as other:
+        rest = tinker.RestClient(base_url=other.address, api_key=HEADERS["X-API-Key"])
+        (found,) = rest.list_user_checkpoints().result(PATIENCE).checkpoints
+        assert (found.tinker_path, found.user_metadata) == (path, {"from": "afar"})
+        assert rest.get_weights_info_by_tinker_path(path).result(PATIENCE).lora_rank == 2
+        with connected(other.address) as client:
+            client.create_training_client_from_state_with_optimizer(path).result(PATIENCE)
+    with served(tmp_path / "one") as one:
+        rest = tinker.RestClient(base_url=one.address, api_key=HEADERS["X-API-Key"])
+        assert rest.list_user_checkpoints().result(PATIENCE).checkpoints == []
+        assert rest.get_training_run(run.model_id).result(PATIENCE).last_checkpoint is None

@@ -1,0 +1,245 @@
+"""Runs on a server: their requests in whatever order, twice, in parts, packed, too many, given up; several runs."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tinker
+import torch
+import zstandard
+from safetensors.torch import load_file
+from tinker import types
+
+from tests.vlm.checkpoints import copied, with_weights
+from tests.vlm.raw import PROTOBUF, Raw, accepted, body_of, refused, run_of, sample_of, talking
+from tests.vlm.services import PATIENCE, close, connected, log_probs, step
+from tests.vlm.serving import PLACES, Server, served
+from vlm import nano
+from vlm.inputs import datum, model_input
+from vlm.local.host import Host
+from vlm.server import routes_training, runs, sampling
+
+ADAM = types.AdamParams(learning_rate=1e-2)
+OTHER = "other/nano"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two models: the nano one, and one whose last norm is another."""
+    folder = copied(nano.folder(), tmp_path_factory.mktemp("other"))
+    norm = "model.language_model.norm.weight"
+    with_weights(folder, {norm: 1.5 * load_file(folder / "model.safetensors")[norm]})
+    state = tmp_path_factory.mktemp("state")
+    with served(state, Host(state, places={**PLACES, OTHER: str(folder)})) as server:
+        yield server
+
+
+@pytest.fixture
+def raw(server: Server) -> Iterator[Raw]:
+    with talking(server.address) as raw:
+        yield raw
+
+
+@pytest.fixture
+def data() -> list[tinker.Datum]:
+    """Texts of several lengths."""
+    rng = np.random.default_rng(0)
+    lengths = [(5, 2), (9, 4), (3, 3), (12, 1), (6, 6), (4, 2), (7, 5)]
+    return [
+        datum(model_input(rng.integers(300, 4000, prompt).tolist()), rng.integers(300, 4000, answer).tolist())
+        for prompt, answer in lengths
+    ]
+
+
+def in_order(server: Server, data: list[tinker.Datum], base_model: str = nano.NAME) -> tuple[list[float], Any]:
+    """The losses and the log-probabilities afterwards of a run of the SDK's alone, three steps on seed 7."""
+    with connected(server.address) as client:
+        run = client.create_lora_training_client(base_model, rank=4, seed=7).result(PATIENCE)
+        losses = [step(run, data, ADAM) for _ in range(3)]
+        return losses, log_probs(run, data)
+
+
+def test_requests_are_made_in_the_order_of_their_numbers(
+    server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes_training, "PATIENCE", 0.1)
+    session = raw.session()
+    creating, run = raw.create(session), run_of(session)
+    asked: dict[int, str] = {}
+    for seq in (6, 4, 2):
+        asked[seq] = accepted(raw.step(run, seq))
+    for seq in (7, 5, 3):
+        asked[seq] = accepted(raw.pass_of(run, seq, data, forward_only=seq == 7))
+    raw.answer(creating)
+    assert [raw.retrieve(each).json()["type"] for each in asked.values()] == ["try_again"] * 6
+    asked[1] = accepted(raw.pass_of(run, 1, data))
+    losses, after = in_order(server, data)
+    assert [raw.loss(asked[seq]) for seq in (1, 3, 5)] == losses
+    assert close([each["logprobs"].to_numpy() for each in raw.output(asked[7]).loss_fn_outputs], after, 0)
+
+
+def test_a_request_that_is_sent_again_is_made_once(server: Server, raw: Raw, data: list[tinker.Datum]) -> None:
+    """Also with another body, before it is made, while it is, and when it is finished."""
+    session = raw.session()
+    creating = raw.create(session)
+    assert raw.create(session) == creating
+    run = raw.answer(creating)["model_id"]
+    assert raw.create(session, seed=8) == creating
+    late = accepted(raw.pass_of(run, 2, data[1:]))
+    assert accepted(raw.pass_of(run, 2, data[1:])) == late
+    first = accepted(raw.pass_of(run, 1, data[:1]))
+    assert accepted(raw.pass_of(run, 1, data[:1])) == first
+    assert accepted(raw.step(run, 1)) == first
+    raw.answer(late)
+    assert accepted(raw.pass_of(run, 1, data)) == first
+    norm = raw.answer(accepted(raw.step(run, 3)))["metrics"]["grad_norm:mean"]
+    plain = raw.run(session, 1)
+    accepted(raw.pass_of(plain, 1, data[:1]))
+    accepted(raw.pass_of(plain, 2, data[1:]))
+    assert raw.answer(accepted(raw.step(plain, 3)))["metrics"]["grad_norm:mean"] == norm
+
+
+def test_numbers_begin_at_one(raw: Raw, data: list[tinker.Datum]) -> None:
+    run = raw.run(raw.session())
+    assert re.search("at least 1, got 0|numbered from 1", refused(raw.pass_of(run, 0, data), 400))
+    assert "numbered from 1" in refused(raw.step(run, 0), 400)
+    raw.answer(accepted(raw.pass_of(run, 1, data)))
+
+
+def test_a_batch_that_the_sdk_splits_is_one(
+    server: Server, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends the first part last."""
+    losses, after = in_order(server, data)
+    monkeypatch.setitem(routes_training.FEATURES, "fwdbwd_max_chunk_len", 2)
+    with connected(server.address) as client:
+        run = client.create_lora_training_client(nano.NAME, rank=4, seed=7).result(PATIENCE)
+        assert [step(run, data, ADAM) for _ in range(3)] == pytest.approx(losses, rel=1e-4)
+        assert close(log_probs(run, data), after, 1e-2)
+        assert server.core.runs[run.model_id].next_seq == 1 + 3 * (4 + 1) + 4
+        custom = run.forward_backward_custom(data, lambda _, given: (torch.cat(given).square().sum(), {}))
+        everywhere = np.concatenate(log_probs(run, data))
+        assert custom.result(PATIENCE).metrics["loss:sum"] == pytest.approx((everywhere**2).sum(), rel=1e-4)
+
+
+def test_bodies_may_be_compressed(
+    server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, _ = in_order(server, data)
+    monkeypatch.setitem(routes_training.FEATURES, "proto_compress_fwdbwd", True)
+    assert in_order(server, data)[0] == losses
+    run = raw.run(raw.session())
+    packed = zstandard.compress(body_of(run, 1, data))
+    headers = {**PROTOBUF, "content-encoding": "zstd"}
+    response = raw.http.post("/api/v1/forward_backward", content=packed, headers=headers)
+    assert raw.loss(accepted(response)) == losses[0]
+
+
+def test_runs_on_two_models_side_by_side_are_each_as_alone(server: Server, data: list[tinker.Datum]) -> None:
+    alone = {name: in_order(server, data, name) for name in (nano.NAME, OTHER)}
+    assert alone[nano.NAME][0] != pytest.approx(alone[OTHER][0], rel=0.05)
+    with connected(server.address) as one, connected(server.address) as other:
+        made = [
+            client.create_lora_training_client(name, rank=4, seed=7)
+            for client in (one, other)
+            for name in (nano.NAME, OTHER)
+        ]
+        started = [each.result(PATIENCE) for each in made]
+        futures: dict[str, list[Any]] = {run.model_id: [] for run in started}
+        for _ in range(3):
+            for run in started:
+                futures[run.model_id].append(run.forward_backward(data, "cross_entropy"))
+                run.optim_step(ADAM)
+        for run in started:
+            losses, after = alone[run.get_info().model_data.model_name]
+            assert [each.result(PATIENCE).metrics["loss:sum"] for each in futures[run.model_id]] == losses
+            assert close(log_probs(run, data), after, 0)
+
+
+def test_an_answer_may_be_fetched_again_and_by_another_connection(
+    server: Server, raw: Raw, data: list[tinker.Datum]
+) -> None:
+    free = threading.Event()
+    with talking(server.address) as gone:
+        run = gone.run(gone.session())
+        blocked = server.core.host.submit(free.wait, 30)
+        asked = accepted(gone.pass_of(run, 1, data))
+        with pytest.raises(httpx.ReadTimeout):  # it hangs up while the server holds its question
+            gone.http.post("/api/v1/retrieve_future", json={"request_id": asked}, timeout=0.2)
+    free.set()
+    assert blocked.result(PATIENCE)
+    first = raw.answer(asked)
+    assert raw.answer(asked) == first
+    assert raw.loss(asked) == in_order(server, data)[0][0]
+    assert "is unknown" in refused(raw.retrieve("0" * 32), 410)
+    told = raw.retrieve("0" * 32, **{"X-Tinker-Request-Type": "ForwardBackward"})
+    assert "is unknown" in refused(told, 200)  # the SDK shows its user no other status's text
+
+
+def test_too_many_requests_wait_outside_but_the_next_does_not(
+    raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WAITING", 2)
+    run = raw.run(raw.session())
+    asked = {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (3, 4)}
+    response = raw.pass_of(run, 5, data[:1])
+    assert "2 requests of run" in refused(response, 429)
+    assert int(response.headers["retry-after"]) >= 1
+    assert accepted(raw.pass_of(run, 4, data[:1])) == asked[4]  # it waits already
+    asked |= {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (1, 2)}
+    losses = [raw.loss(asked[seq]) for seq in (1, 2, 3, 4)]
+    assert losses == [losses[0]] * 4
+    assert raw.loss(accepted(raw.pass_of(run, 5, data[:1]))) == losses[0]
+
+
+def test_the_sdk_waits_where_too_many_samples_do(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tinker.ModelInput.from_ints([5, 6, 7])
+    with connected(server.address) as client, monkeypatch.context() as patch:
+        sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
+        patch.setattr(sampling, "WAITING", 0)
+        assert "0 sampling requests are waiting" in refused(raw.post("asample", **sample_of(prompt, max_tokens=2)), 429)
+        future = sampler.sample(prompt, 1, types.SamplingParams(max_tokens=2))
+        with pytest.raises(TimeoutError):
+            future.result(0.3)
+        patch.undo()
+        assert len(future.result(PATIENCE).sequences[0].tokens) == 2
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it is so within a few seconds."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def fetches(raw: Raw) -> int:
+    """How many requests for answers have been answered."""
+    found = re.search(r'path="/api/v1/retrieve_future",status="200"} (\d+)', raw.http.get("/metrics").text)
+    return int(found[1]) if found else 0
+
+
+def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, prompt = server.core.host.worker, tinker.ModelInput.from_ints([5, 6, 7])
+    long: dict[str, Any] = {"max_tokens": 4000, "temperature": 1.0, "seed": 1, "stop": []}
+    asked = raw.asked("asample", **sample_of(prompt, **long))
+    assert soon(lambda: worker.active_sequences == 1)
+    assert raw.post("cancel_future", request_id=asked).status_code == 204
+    assert raw.answer(asked) == {"error": "the request was cancelled", "category": "user"}
+    assert soon(lambda: worker.active_sequences == 0)
+    assert raw.post("cancel_future", request_id=asked).status_code == 204  # too late, and no harm
+    assert raw.post("cancel_future", request_id="nobody's").status_code == 204
+    with connected(server.address) as client:
+        sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
+        monkeypatch.setattr(routes_training, "PATIENCE", 0.1)
+        before, future = fetches(raw), sampler.sample(prompt, 1, types.SamplingParams(**long))
+        assert soon(lambda: fetches(raw) > before)  # told to try again, so the SDK knows what it waits for
+        assert worker.active_sequences == 1
+        future.future().cancel()
+        assert soon(lambda: worker.active_sequences == 0)
+    assert not server.core.samplings
