@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "vlm": LEAVES,
     "baselines": LEAVES,
     "experiments": {*LEAVES, "data", "vlm", "baselines"},
-    **dict.fromkeys(LEAVES, LEAVES),
+    **dict.fromkeys(sorted(LEAVES), LEAVES),
 }
 HEAVY = {"torch", "torchvision", "transformers", "peft", "timm", "tinker", "sklearn", "scipy", "matplotlib", "pandas"}
 
