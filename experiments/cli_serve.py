@@ -41,6 +41,7 @@ def serve(
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
     from vlm.local.checkpoint import state_folder
     from vlm.local.host import Host, dtype_of
+    from vlm.local.placement import devices
     from vlm.server.app import Options
     from vlm.server.keys import Keys
     from vlm.server.serve import places, set_threads
@@ -48,6 +49,7 @@ def serve(
 
     keys = Keys() if api_key_file is None else Keys.read(api_key_file)
     options = Options(host, port, keys, tuple(allow_host or ()), allow_urls, image_log_probs)
+    devices(device)  # now, not when the first request comes
     folder = (state or state_folder()).resolve()
     made = Host(folder, device, dtype_of(dtype), train_vision, features, places=places(model or []))
 

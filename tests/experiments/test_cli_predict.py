@@ -185,11 +185,11 @@ def test_windows_keep_the_order_and_change_nothing(
 
 
 def test_the_model_is_loaded_once(adapter: Path, images: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.local import client
+    from vlm.local import host
 
     loaded: list[str] = []
-    real = client.Model
-    monkeypatch.setattr(client, "Model", lambda name, *more: (loaded.append(name), real(name, *more))[1])
+    real = host.Model
+    monkeypatch.setattr(host, "Model", lambda name, *more: (loaded.append(name), real(name, *more))[1])
     monkeypatch.setattr(predicting, "WINDOW", 1)
     assert kshot("predict", images, "--adapter", adapter, "--json").status == 0
     assert loaded == [nano.NAME]

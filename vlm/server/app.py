@@ -40,7 +40,7 @@ PAGE = ("/", "/page/page.css", "/page/page.js")  # nothing in them is anybody's;
 class Options:
     """How a server is reached. host, port: where it listens. keys: who may ask. hosts: further names that requests may
     be addressed to. allow_urls: whether images may be fetched from http addresses. image_log_probs: see
-    `vlm.server.sampling.Samples`."""
+    `vlm.server.sampling.Samples`. Raises InputError for a host that is no name."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -48,6 +48,14 @@ class Options:
     hosts: tuple[str, ...] = ()
     allow_urls: bool = False
     image_log_probs: float = math.nan
+
+    def __post_init__(self) -> None:
+        _ = self.names
+
+    @property
+    def names(self) -> frozenset[str] | None:
+        """What requests may be addressed to; None: anything."""
+        return hosts_of(self.host, self.hosts, keyed=self.keys.digests is not None)
 
     @property
     def address(self) -> str:
@@ -71,8 +79,7 @@ def application(core: Core, options: Options) -> Any:
     describe(api, OPENAI, free)
     _errors(api, training)
     api.add_middleware(watch.Requests, counts=requests)
-    hosts = hosts_of(options.host, options.hosts, keyed=options.keys.digests is not None)
-    return Guard(api, options.keys, hosts, free, BODIES, told, Budget())
+    return Guard(api, options.keys, options.names, free, BODIES, told, Budget())
 
 
 def _lifespan(core: Core) -> Any:
