@@ -232,7 +232,7 @@ def test_numbers_that_make_no_run(client: httpx.Client, session: str, number: in
     refused(client.post(f"{API}/create_model", json=body), 400)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 10**9, 10**30])
+@pytest.mark.parametrize("rank", [0, -1, 1025, 10**9, 10**30])
 def test_ranks_that_nobody_has_memory_for(client: httpx.Client, session: str, rank: int) -> None:
     number = 100 + abs(rank) % 97
     body = {"session_id": session, "model_seq_id": number, "base_model": nano.NAME, "lora_config": {"rank": rank}}

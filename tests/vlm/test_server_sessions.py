@@ -71,6 +71,7 @@ def test_a_session_without_a_sign_of_life_is_put_away(server: Server, raw: Raw, 
     runs_of = [raw.run(each) for each in (quiet, lively)]
     now = time.time()
     server.core.store.heartbeat(quiet, now - 4000)
+    server.core.runs[runs_of[0]].last_request = now - 4000
     server.core.tidy(now)
     assert [run in server.core.runs for run in runs_of] == [False, True]
     said = refused(raw.pass_of(runs_of[0], 1, data), 404)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kshot_errors import ModelError, RequestError
 from vlm.local.experts import by_expert
 
+MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
 ALPHA = 32  # at any rank, as the Tinker API fixes it
 _TEXT = r".*language_model\.layers\.\d+\."
 TARGETS = {  # what each flag trains; the first three are those of create_lora_training_client
@@ -43,6 +44,8 @@ class LoraSpec:
     train_vision: bool = False
 
     def __post_init__(self) -> None:
+        if self.rank > MAX_RANK:
+            raise RequestError(f"LoRA of rank {self.rank} is beyond {MAX_RANK}; take a smaller one")
         if self.rank < 1 or not self.patterns:
             raise RequestError(f"LoRA of rank {self.rank} on {len(self.patterns)} kinds of layers trains nothing")
 

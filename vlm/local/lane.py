@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from traceback import clear_frames
+from typing import Any
 
 from tinker import types
 
@@ -76,11 +77,20 @@ class Request:
         for writer in self.writers:
             writer.end()
         if self.future.set_running_or_notify_cancel():
+            response = self._response()
             if self.error is not None:
                 self.future.set_exception(self.error)
-            elif self.answer is not None:
-                self.future.set_result(self.answer.response())
+            else:
+                self.future.set_result(response)
         return True
+
+    def _response(self) -> Any:
+        """What was written; where that cannot be said the request fails, and no other."""
+        try:
+            return self.answer.response() if self.answer and self.error is None else None
+        except Exception as error:
+            self.fail(error)
+            return None
 
 
 class Lane:

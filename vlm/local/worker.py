@@ -49,6 +49,7 @@ class Worker:
         self._arrived: deque[Request] = deque()
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._ident: int | None = None
+        self._scheduled = self._closed = False
         # an executor ends its thread when the interpreter exits, or when nobody has the worker any more
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kshot-engine")
 
@@ -73,6 +74,8 @@ class Worker:
 
     def close(self, wait: bool = True) -> None:
         """Take no more; what was submitted is finished. wait: until it is."""
+        with self._lock:
+            self._closed = True
         self._thread.shutdown(wait)
 
     @property
@@ -87,22 +90,36 @@ class Worker:
         if self._ident == threading.get_ident():
             raise RequestError("a custom loss cannot ask its own service: the answer would wait for the loss itself")
         with self._lock:
+            if not (self._closed or self._scheduled):
+                self._schedule()
+            if self._closed:
+                raise RequestError("the service is closed; connect again")
             queue.append(item)
-            try:
-                self._thread.submit(self._work)
-            except RuntimeError as error:
-                queue.pop()
-                raise RequestError("the service is closed; connect again") from error
+
+    def _schedule(self) -> None:
+        try:
+            self._thread.submit(self._work)
+            self._scheduled = True
+        except RuntimeError:  # the interpreter is ending
+            self._closed = True
 
     def _work(self) -> None:
         """Until nothing is left to do."""
         self._ident = threading.get_ident()
-        while self._turn():
-            pass
+        try:
+            while self._turn():
+                pass
+        except BaseException:
+            with self._lock:
+                self._schedule()  # whatever it was, others wait
+            raise
 
     def _turn(self) -> bool:
         """One job, if there is any, and one token for everyone; says whether there was anything to do."""
         with self._lock:
+            if not (self._jobs or self._arrived or self._lanes):
+                self._scheduled = False
+                return False
             job = self._jobs.popleft() if self._jobs else None
             arrived = [*self._arrived]
             self._arrived.clear()
@@ -117,7 +134,7 @@ class Worker:
                 del self._lanes[key]
         self.active_sequences = sum(lane.decoder.going for lane in self._lanes.values())
         self.busy_seconds += time.perf_counter() - start
-        return bool(job is not None or self._lanes)
+        return True
 
     def _lane(self, request: Request) -> Lane:
         key = id(request.engine), id(request.snapshot)  # a lane holds both, so that no other gets their ids

@@ -2,11 +2,13 @@
 `vlm.local.checkpoint`'s; the store knows of each what a list shows. Knows no HTTP and no weights."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from kshot_errors import MissingError, RequestError
 from kshot_files import remove_stale, set_aside
@@ -15,6 +17,7 @@ from vlm.local.checkpoint import OPTIMIZER, RECORD
 from vlm.server.store import Store
 from vlm.server.store_rows import Checkpoint
 
+log = logging.getLogger("kshot.server")
 LISTED = 1000  # of a run's checkpoints, newest first, that are looked through for one that has not expired
 LONGEST = 10 * 366 * 86400  # seconds: ten years
 
@@ -68,8 +71,8 @@ class Checkpoints:
         """Delete a checkpoint: at once out of the list, and its files. Raises as `folder_of`."""
         folder = folder_of(self.state, path)
         self.store.remove_checkpoint(path)
-        if folder.is_dir():
-            shutil.rmtree(set_aside(folder), ignore_errors=True)
+        if folder.is_dir():  # gone at once; its files at leisure, beside the event loop
+            Thread(target=shutil.rmtree, args=(set_aside(folder), True), daemon=True).start()
 
     def remove_expired(self, now: float) -> None:
         """Delete all whose time is over."""
@@ -84,7 +87,10 @@ class Checkpoints:
                 self.store.remove_checkpoint(path)
         for path, folder in found.items():
             if self.store.checkpoint(path) is None:
-                self._add(path, folder, folder.stat().st_mtime, None, None)
+                try:
+                    self._add(path, folder, folder.stat().st_mtime, None, None)
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
 
     def _folders(self) -> Iterator[tuple[str, Path]]:
         for kind in KINDS:

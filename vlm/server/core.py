@@ -6,9 +6,11 @@ training and sampling (`vlm.server.training`, `vlm.server.sampling`) and no math
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from tinker import types
 from kshot_errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
 from vlm.local.host import Host
 from vlm.local.worker import Sampling
+from vlm.server.answers import Answer
 from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Futures
 from vlm.server.runs import LiveRun
@@ -26,6 +29,7 @@ from vlm.server.store import Store
 log = logging.getLogger("kshot.server")
 
 LAST = 999_999_999  # number of a run or sampler in its session
+GRACE = 5.0  # seconds that a pass which is being made has when the server stops
 METADATA = 1 << 16  # characters of it that are kept
 STALE = 3600.0  # seconds without a sign of life after which a session's runs leave the memory
 KEPT_RETRIEVED, KEPT, KEPT_BYTES = 600.0, 86400.0, 1 << 30  # of answers: seconds after they were fetched, at all; bytes
@@ -33,13 +37,17 @@ KEPT_RETRIEVED, KEPT, KEPT_BYTES = 600.0, 86400.0, 1 << 30  # of answers: second
 
 @dataclass
 class Core:
-    """One server's state. samplings: by request, those under way. steps, examples: trained since the start."""
+    """One server's state. samplings: by request, those under way. sizes: bytes of the
+    requests of runs that wait. steps, examples: trained since the start. ended:
+    whether the worker was done when the server was closed."""
 
     host: Host
     store: Store
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
     samplings: dict[str, Sampling] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    ended: bool = False
     steps: int = 0
     examples: int = 0
 
@@ -97,6 +105,11 @@ class Core:
         for row in self.store.samplers_of(session):
             self.samplers.release(row.id)
 
+    def settle(self, request_id: str, answer: Answer) -> None:
+        """Say what a request of a run came to."""
+        self.sizes.pop(request_id, None)
+        self.futures.finish(request_id, answer)
+
     def lost(self, run: str, why: str) -> KshotError:
         """What a client is told of a run that is not in memory any more."""
         last = self.checkpoints.last(run)
@@ -107,16 +120,23 @@ class Core:
 
     def tidy(self, now: float) -> None:
         """Take stale sessions out of the memory, and expired checkpoints off the disk."""
+        for run in [*self.runs.values()]:
+            run.skip(now)
+            self.store.touch_run(run.id, run.next_seq, run.last_request)
         for session in {run.session for run in self.runs.values()} | self._ephemeral_sessions():
             row = self.store.session(session)
-            if row is not None and now - row.heartbeat > STALE:
+            signs = [run.last_request for run in self.runs.values() if run.session == session]
+            if row is not None and now - max([row.heartbeat, *signs]) > STALE:
                 self.release(session, f"session {session} gave no sign of life for {STALE / 60:.0f} minutes")
         self.checkpoints.remove_expired(now)
 
     async def keep_tidy(self, seconds: float = 30.0) -> None:
         """`tidy`, again and again, and take old answers off the disk."""
         while True:
+            before = time.time()
             await asyncio.sleep(seconds)
+            if time.time() - before > 3 * seconds:  # the machine slept or its clock jumped: clients speak first
+                continue
             try:
                 self.tidy(time.time())
                 await asyncio.to_thread(self.store.prune, time.time(), KEPT_RETRIEVED, KEPT, KEPT_BYTES)
@@ -124,14 +144,20 @@ class Core:
                 log.exception("housekeeping failed; it is tried again")
 
     async def close(self) -> None:
-        """Finish what the worker has begun, drop what it has not, and close the store."""
+        """Give the worker GRACE seconds to finish what it has begun, drop what it has not, and close the store."""
+        self.futures.stop()
         for run in self.runs.values():
             run.end(BusyError("the server is being stopped"))
         for each in self.samplings.values():
             each.cancel()
         for task in self._tasks:
             task.cancel()
-        await asyncio.to_thread(self.host.close)
+        ending = threading.Thread(target=self.host.close, daemon=True)  # of a pool, the interpreter would wait for it
+        ending.start()
+        deadline = time.monotonic() + GRACE
+        while ending.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.ended = not ending.is_alive()
         await asyncio.sleep(0)  # what the worker has handed over is taken
         await asyncio.to_thread(self.futures.close)
         self.store.close()
@@ -141,6 +167,14 @@ class Core:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+
+    @contextmanager
+    def logged(self, what: str) -> Iterator[None]:
+        """Around what may fail without failing the request."""
+        try:
+            yield
+        except KshotError:
+            log.exception(what)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

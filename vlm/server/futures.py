@@ -5,12 +5,17 @@ Everything here runs on the event loop, but for the writing, which a thread of i
 """
 
 import asyncio
+import logging
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from kshot_errors import LostError
 from vlm.server.answers import Answer
 from vlm.server.store import Store
+
+log = logging.getLogger("kshot.server")
 
 
 class Futures:
@@ -21,6 +26,7 @@ class Futures:
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._ids, self._keys = dict[str, str](), dict[str, str]()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kshot-answers")
+        self._stopping = asyncio.Event()
         self.pending = 0  # under way
 
     def known(self, key: str) -> str | None:
@@ -39,7 +45,12 @@ class Futures:
         return request_id
 
     def finish(self, request_id: str, answer: Answer) -> None:
-        """Say what a request came to, once. Whoever waits for it is told before it is written."""
+        """Say what a request came to, once. Whoever waits for it is told before it is written.
+
+        A server that stops says and writes no failure: what it has dropped may be asked for anew when it is back.
+        """
+        if self._stopping.is_set() and answer.failed:
+            return
         self._answers[request_id].set_result(answer)
         self.pending -= 1
         loop, key = asyncio.get_running_loop(), self._keys[request_id]
@@ -49,14 +60,18 @@ class Futures:
             self._store.finish_future(request_id, key, answer.content_type, answer.content, status=status)
             loop.call_soon_threadsafe(self._forget, request_id, key)
 
-        self._writer.submit(write)
+        self._write(write)
 
     async def wait(self, request_id: str, seconds: float) -> Answer | None:
-        """The answer as soon as it is there, or None after so many seconds. Raises LostError for another request."""
+        """The answer as soon as it is there, or None after so many seconds, or when the server stops. Raises LostError
+        for a request that is not known."""
         pending = self._answers.get(request_id)
         if pending is not None:
-            done, _ = await asyncio.wait([pending], timeout=seconds)
-            return pending.result() if done else None
+            stop = asyncio.ensure_future(self._stopping.wait())
+            either: list[asyncio.Future[Any]] = [pending, stop]
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            stop.cancel()
+            return pending.result() if pending.done() else None
         row = self._store.future(request_id)
         if row is None:
             raise LostError(
@@ -66,11 +81,27 @@ class Futures:
 
     def retrieved(self, request_id: str) -> None:
         """Note that the answer has been sent."""
-        self._writer.submit(self._store.mark_retrieved, request_id)
+        self._write(lambda: self._store.mark_retrieved(request_id))
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        self._stopping.set()
 
     def close(self) -> None:
         """Write what is not written yet."""
         self._writer.shutdown()
+
+    def _write(self, call: Callable[[], Any]) -> None:
+        def logged() -> None:
+            try:
+                call()
+            except Exception:  # the answer stays in memory, where it can be fetched
+                log.exception("an answer could not be written")
+
+        try:
+            self._writer.submit(logged)
+        except RuntimeError:  # the server has ended
+            return
 
     def _forget(self, request_id: str, key: str) -> None:
         del self._answers[request_id], self._ids[key], self._keys[request_id]

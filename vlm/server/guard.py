@@ -33,6 +33,8 @@ MAX_VALUES = 1 << 22  # of a JSON body, as far as commas and brackets tell: each
 MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
 DISCARDED = 256 << 20  # bytes of a body that is refused
 STEP = 1 << 20
+SMALL = 1 << 16  # bytes of a body that there is always room for
+PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
 
@@ -115,7 +117,8 @@ class _Held:
 
     def take(self, size: int) -> None:
         """Raises BusyError where that is too much beside others."""
-        if self.budget.taken + size > self.budget.limit and self.budget.taken > self.bytes:
+        full = self.budget.taken + size > self.budget.limit and self.budget.taken > self.bytes
+        if full and self.bytes + size > SMALL:
             raise BusyError("too many large requests at once; send it again later")
         self.budget.taken, self.bytes = self.budget.taken + size, self.bytes + size
 
@@ -181,7 +184,11 @@ def unpack(body: bytes) -> bytes:
 async def _parts(receive: Any) -> Any:
     more = True
     while more:
-        message = await receive()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                message = await receive()
+        except TimeoutError as error:
+            raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
         if message["type"] == "http.disconnect":
             raise _GoneError
         yield message.get("body", b"")

@@ -7,7 +7,9 @@ answer is its likeliest choice, which token-by-token decoding may miss.
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from vlm.server.openai_sampler import Sampler
 from vlm.server.openai_writing import Question
 
 MAX_CHOICES = 4096
+WAITERS = ThreadPoolExecutor(64, "kshot-choices")  # threads that wait for the engine, and keep nobody else from one
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Choosing:
     async def _choose(self) -> tuple[np.ndarray, list[int]]:
         """(questions, choices) log-probabilities, and the choice of each answer."""
         sampler, prompts = self.sampler, [question.prompt for question in self.questions]
-        scores = await asyncio.to_thread(score_choices, sampler, prompts, self.closed.tokens)
+        call = partial(score_choices, sampler, prompts, self.closed.tokens)
+        scores = await asyncio.get_running_loop().run_in_executor(WAITERS, call)
         return scores, [label for row in scores for label in draw(row, self.asked)]
 
     def _extra(self, scores: np.ndarray, index: int) -> Fields:

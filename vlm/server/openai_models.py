@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kshot_errors import BusyError
 from vlm.local.sampling_client import LocalSamplingClient
 from vlm.server.core import Core
+from vlm.server.sampling import WAITING
 
 PATH = "tinker://"
 
@@ -24,6 +26,9 @@ class OpenAIModels:
         return self.core.started
 
     async def sampler(self, model: str) -> LocalSamplingClient:
-        """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`."""
+        """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
+        where too many requests wait."""
+        if max(len(self.core.samplings), self.core.host.worker.waiting_samples) >= WAITING:
+            raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
         saved = model.startswith(PATH)
         return await self.core.samplers.client(model if saved else None, None if saved else model)

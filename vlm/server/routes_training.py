@@ -108,7 +108,7 @@ def _training(router: APIRouter, training: Training) -> None:
         except RequestError as error:
             run, seq = wire.numbers_of(body)
             return _later(training.numbered(run, seq, partial(_refuse, error)), run)
-        return _later(training.forward_backward(parsed), parsed.model_id)
+        return _later(training.forward_backward(parsed, len(body)), parsed.model_id)
 
     @router.post("/optim_step")
     async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
@@ -121,6 +121,10 @@ def _training(router: APIRouter, training: Training) -> None:
     @router.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
         return _begun(training, request, training.save_weights_for_sampler)
+
+    @router.post("/save_weights_external")
+    async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
+        return _begun(training, request, training.save_weights_external)
 
     @router.post("/load_weights")
     async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
@@ -158,7 +162,9 @@ def _sampling(router: APIRouter, core: Core, samples: Samples) -> None:
 
     @router.post("/asample", openapi_extra=SAMPLE_BODY)
     async def asample(request: Request) -> dict[str, Any]:
-        asked = _sample_request(await request.body())  # not by FastAPI: images are large, and JSON is read once
+        body = await request.body()
+        # not by FastAPI: images are large, and JSON is read once
+        asked = _sample_request(body) if len(body) < LARGE else await asyncio.to_thread(_sample_request, body)
         request_id, sequence_ids = samples.sample(asked)
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
 

@@ -7,7 +7,7 @@ comes last. Everything here runs on the event loop; the calls themselves run on 
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from vlm.local.training_client import LocalTrainingClient
 from vlm.server.answers import Answer, error_answer, outcome
 
 WAITING = 512  # requests of a run that may wait, beside the one that is its next
+GAP = 300.0  # seconds for which those that came wait for one before them that does not
 
 Settle = Callable[[str, Answer], None]  # how a request's answer is made known
 
@@ -62,11 +63,17 @@ class LiveRun:
         """There is no run, or none any more: whoever waits for it is told why, and what has not begun is not made."""
         self.client, self.failure = None, failure
         self.started.set()
-        waiting, self.held = list(self.held.values()), {}
-        for operation in waiting:
-            self.settle(operation.request_id, error_answer(failure))
+        self._fail_held(failure)
         for call in [*self.calls]:
             call.cancel()
+
+    def skip(self, now: float) -> None:
+        """Where a number has not come for GAP seconds (a client that was stopped, an upload that was too large), fail
+        what waits behind it and go on after that."""
+        if self.held and self.next_seq not in self.held and self.client and now - self.last_request > GAP:
+            missing, self.next_seq = self.next_seq, max(self.held) + 1
+            told = f"request {missing} of run {self.id} never came; those after it are not made"
+            self._fail_held(RequestError(told))
 
     def check(self, seq: int) -> None:
         """Raise RequestError for a number that was used, BusyError where too many wait. The next in order always has
@@ -87,6 +94,11 @@ class LiveRun:
         """Requests that are not finished."""
         return len(self.held) + len(self.calls)
 
+    def _fail_held(self, failure: BaseException) -> None:
+        waiting, self.held = list(self.held.values()), {}
+        for operation in waiting:
+            self.settle(operation.request_id, error_answer(failure))
+
     def _go_on(self) -> None:
         while self.client is not None and self.next_seq in self.held:
             operation = self.held.pop(self.next_seq)
@@ -101,6 +113,8 @@ class LiveRun:
 
     def _done(self, operation: Operation, call: "Future[Any]", result: Any) -> None:
         self.calls.discard(call)
+        if isinstance(result, CancelledError) and self.failure is not None:
+            result = self.failure
         self.settle(operation.request_id, answered(operation.answer, result))
 
 

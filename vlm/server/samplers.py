@@ -14,6 +14,15 @@ from vlm.server.checkpoints import Checkpoints
 from vlm.server.store import Store
 
 KEPT = 32  # adapters in memory that can be loaded again
+UNSAVED = 16  # of a run, in memory alone: those last asked for
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """A snapshot of a run, in memory alone."""
+
+    run: str
+    client: LocalSamplingClient
 
 
 @dataclass
@@ -23,7 +32,7 @@ class Samplers:
     host: Host
     store: Store
     checkpoints: Checkpoints
-    ephemeral: dict[str, LocalSamplingClient] = field(default_factory=dict)
+    ephemeral: "OrderedDict[str, Unsaved]" = field(default_factory=OrderedDict)
     _loaded: "OrderedDict[str, asyncio.Task[LocalSamplingClient]]" = field(default_factory=OrderedDict)
 
     def check(self, model_path: str | None, base_model: str | None) -> None:
@@ -61,7 +70,8 @@ class Samplers:
         """The client of a sampling session. Raises MissingError for an unknown one, and for weights that were in
         memory alone and are gone."""
         if sampler_id in self.ephemeral:
-            return self.ephemeral[sampler_id]
+            self.ephemeral.move_to_end(sampler_id)
+            return self.ephemeral[sampler_id].client
         row = self.store.sampler(sampler_id)
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
@@ -71,6 +81,13 @@ class Samplers:
                 "save_weights_for_sampler"
             )
         return await self.client(row.model_path, None if row.model_path else row.base_model)
+
+    def keep(self, sampler_id: str, run: str, client: LocalSamplingClient) -> None:
+        """Weights that are in memory alone; of one run the UNSAVED that were last asked for."""
+        self.ephemeral[sampler_id] = Unsaved(run, client)
+        mine = [name for name, each in self.ephemeral.items() if each.run == run]
+        for name in mine[:-UNSAVED]:
+            del self.ephemeral[name]
 
     def release(self, sampler_id: str) -> None:
         """Forget weights that are in memory alone."""

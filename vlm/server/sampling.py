@@ -63,7 +63,7 @@ class Samples:
         source, key = self._source(request)
         request_id = self.core.futures.known(key)
         if request_id is None:
-            if self.core.host.worker.waiting_samples >= WAITING:
+            if len(self.core.samplings) >= WAITING:
                 raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
             asked = request.target_prompt_logprobs
             targets = None if asked is None else tensors.of_model(asked, "target_prompt_logprobs")

@@ -1,6 +1,7 @@
 """`kshot serve`: a server on a socket, until it is told to stop. Knows no endpoint."""
 
 import gc
+import logging
 import os
 import socket
 import sys
@@ -18,7 +19,9 @@ from vlm.server.core import Core
 from vlm.server.guard import is_loopback
 from vlm.server.store import Store
 
+log = logging.getLogger("kshot.server")
 SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread
+STOPPED = 130  # the shells' status of a program that was interrupted
 GRACE = 5  # seconds that open connections have when the server stops
 
 
@@ -65,19 +68,29 @@ def serve(host: Host, options: Options, on_start: Callable[[str], None]) -> None
         )
         sys.setswitchinterval(SWITCH)
         gc.freeze()  # what was loaded stays: collecting it again and again costs milliseconds a time
-        _Server(config, options.address, on_start).run([listening])
+        try:
+            _Server(config, core, options.address, on_start).run([listening])
+        finally:
+            gc.unfreeze()  # or libraries complain at the end of what nobody could collect
+            if not core.ended:  # the interpreter would wait for the pass that the engine is making
+                log.warning("stopped in the middle of a pass")
+                os._exit(STOPPED)
 
 
 class _Server(uvicorn.Server):
     """uvicorn, which says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, address: str, on_start: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, core: Core, address: str, on_start: Callable[[str], None]) -> None:
         super().__init__(config)
-        self._address, self._on_start = address, on_start
+        self._core, self._address, self._on_start = core, address, on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start(self._address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._core.futures.stop()  # or it would wait for those who wait for answers
+        await super().shutdown(sockets)
 
 
 def _listen(options: Options) -> socket.socket:

@@ -20,8 +20,6 @@ from vlm.server.store_rows import Checkpoint, Future, Loss, Run, Sampler, Sessio
 
 Row = TypeVar("Row")
 
-BATCH = 256  # answers that are chosen at once to be deleted
-
 
 class Store:
     """The store in `folder`; raises as `Database`, when it is opened and in every call.
@@ -248,11 +246,9 @@ class Store:
         return self._all(Loss, wanted, run, json.dumps(numbers))
 
     def _delete_futures(self, which: str, values: Mapping[str, Any]) -> int:
-        gone = 0
-        while rows := self._database.run(f"{which} LIMIT {BATCH}", values):
-            for (request_id,) in rows:
-                gone += self._changed("DELETE FROM futures WHERE request_id = ? RETURNING 1", request_id)
-        return gone
+        rows = self._database.run(which, values)
+        delete = "DELETE FROM futures WHERE request_id = ? RETURNING 1"
+        return sum(self._changed(delete, request_id) for (request_id,) in rows)
 
     def _put(self, row: Any, verb: str = "INSERT", end: str = "") -> None:
         self._database.run(f"{verb} INTO {sql.INSERTIONS[type(row)]} {end}", columns(row))

@@ -22,6 +22,7 @@ from vlm.server.runs import LiveRun, Operation, when_done
 from vlm.server.sampling import sampler_id
 
 RUNS = 4096  # in memory
+WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that are their run's next
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ class Training:
         seq: int | None,
         call: Callable[[LocalTrainingClient], Any],
         answer: Callable[[Any], Answer],
+        size: int = 0,
     ) -> str:
-        """A request of a run; its id. Sent again, it is the same one."""
+        """A request of a run, of so many bytes; its id. Sent again, it is the same one."""
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
@@ -92,9 +94,18 @@ class Training:
             return known
         run = self.live(model_id)
         run.check(seq)
+        if size and seq != run.next_seq and sum(self.core.sizes.values()) + size > WAITING_BYTES:
+            raise BusyError("too much data is waiting to be trained on; send it again later")
         request_id = self.core.futures.open(key)
+        self.core.sizes[request_id] = size
         run.add(seq, Operation(request_id, call, answer))
         return request_id
+
+    def save_weights_external(self, request: types.SaveWeightsExternalRequest) -> str:
+        """Refused: checkpoints are files already, in PEFT's layout."""
+        raise RequestError(
+            "save_weights_external is not offered; checkpoints lie below --state as PEFT's safetensors: save_state"
+        )
 
     def numbered(self, model_id: str, seq: int | None, begin: Callable[[], str]) -> str:
         """The id of the request that `begin` begins. One that it refuses takes its number all the same and is answered
@@ -142,8 +153,8 @@ class Training:
             raise run.failure or MissingError(f"there is no run {model_id!r}")
         return run.client.get_info()
 
-    def forward_backward(self, request: wire.ForwardBackward) -> str:
-        """A pass, with or without a gradient; the id of the request."""
+    def forward_backward(self, request: wire.ForwardBackward, size: int) -> str:
+        """A pass, with or without a gradient, from a body of so many bytes; the id of the request."""
 
         def call(client: LocalTrainingClient) -> Any:
             method = client.forward if request.forward_only else client.forward_backward
@@ -156,7 +167,7 @@ class Training:
                 self.core.examples += len(request.data)
             return Answer(wire.forward_backward_output(output), PROTOBUF)
 
-        return self.add(request.model_id, request.seq_id, call, answer)
+        return self.add(request.model_id, request.seq_id, call, answer, size)
 
     def optim_step(self, request: types.OptimStepRequest) -> str:
         """An optimizer step; the id of the request."""
@@ -165,7 +176,8 @@ class Training:
             if run := self.core.runs.get(request.model_id):
                 run.steps += 1
                 self.core.steps += 1
-                self.core.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
+                with self.core.logged("a loss was not written"):  # the step was made all the same
+                    self.core.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
                 run.loss, run.examples = 0.0, 0
             return json_answer({"metrics": response.metrics, "type": "optim_step"})
 
@@ -230,7 +242,7 @@ class Training:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
         metadata = kept(metadata)
         request_id = self.core.futures.open(key)
-        run = self.core.runs[model_id] = LiveRun(model_id, session, self.core.futures.finish)
+        run = self.core.runs[model_id] = LiveRun(model_id, session, self.core.settle)
 
         def begun(result: Any) -> None:
             if isinstance(result, BaseException):
@@ -238,7 +250,10 @@ class Training:
                 run.end(result)
                 return self.core.futures.finish(request_id, error_answer(result))
             base_model = result.get_info().model_name
-            self.core.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
+            try:
+                self.core.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
+            except KshotError as error:
+                return begun(error)
             if model_id in self.core.runs:  # else its session was finished meanwhile
                 run.begin(result)
             return self.core.futures.finish(request_id, answer(model_id))
@@ -255,8 +270,10 @@ class Training:
             raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
 
         def answer(client: LocalSamplingClient) -> Answer:
+            if self.core.store.sampler(name) is not None:
+                raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
             self.core.store.add_sampler(name, session, client.get_base_model(), None, ephemeral=True)
-            self.core.samplers.ephemeral[name] = client
+            self.core.samplers.keep(name, request.model_id, client)
             return json_answer({"sampling_session_id": name, "type": "save_weights_for_sampler"})
 
         return self.add(

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Response
 from vlm.server.core import Core
 from vlm.server.store_rows import Run
 
-NEWEST = 200  # runs and checkpoints that the page is told of
+NEWEST = 50  # runs and checkpoints that the page is told of
 POINTS = 300  # of a curve
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -46,6 +46,7 @@ class Requests:
 def routes(core: Core, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
     """The router of one server."""
     router = APIRouter()
+    curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
 
     @router.get("/api/v1/overview")
     async def overview() -> dict[str, Any]:
@@ -55,7 +56,7 @@ def routes(core: Core, requests: "Counter[tuple[str, int]]", address: str) -> AP
             "now": time.time(),
             "address": address,
             "models": [_model(core, name) for name in core.host.places or {}],
-            "runs": [_run(core, row) for row in core.store.runs(NEWEST, 0)],
+            "runs": [_run(core, row, curves) for row in core.store.runs(NEWEST, 0)],
             "checkpoints": [
                 {
                     "path": row.path,
@@ -81,20 +82,25 @@ def _model(core: Core, name: str) -> dict[str, Any]:
     return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
 
 
-def _run(core: Core, row: Run) -> dict[str, Any]:
+def _run(core: Core, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
     live, session = core.runs.get(row.id), core.store.session(row.session)
     over = session is not None and session.finished is not None
-    losses = core.store.losses(row.id, POINTS)
+    losses = curves.get(row.id)
+    if losses is None:
+        points = core.store.losses(row.id, POINTS)
+        losses = [[each.step, each.time, each.loss if math.isfinite(each.loss) else None] for each in points]
+        if live is None:
+            curves[row.id] = losses
     return {
         "id": row.id,
         "base_model": row.base_model,
         "rank": row.lora["rank"],
         "state": "live" if live else "finished" if over else "lost",
-        "steps": losses[-1].step if losses else 0,
+        "steps": losses[-1][0] if losses else 0,
         "created": row.created,
         "last_request": live.last_request if live else row.last_request,
         "user_metadata": row.user_metadata,
-        "losses": [[each.step, each.time, each.loss if math.isfinite(each.loss) else None] for each in losses],
+        "losses": losses,
     }
 
 

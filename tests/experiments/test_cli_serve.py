@@ -1,0 +1,155 @@
+"""kshot serve: one line for what is wrong, before anything is listened on or written; and what it says when it runs."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.vlm.serving import command
+from vlm import nano
+from vlm.server import serve
+from vlm.server.store import Store
+
+HEAVY = {"torch", "transformers", "tinker", "numpy", "fastapi", "uvicorn"}
+KEY = "tml-a-key-of-a-test"
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that would serve fails the test at once instead of waiting for requests."""
+
+    def run(*_: object) -> None:
+        raise AssertionError("the server would run")
+
+    monkeypatch.setattr(serve._Server, "run", run)
+    monkeypatch.setattr(serve.torch, "set_num_threads", lambda _: None)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, Path]:
+    """What the bad commands below talk about."""
+    for name, text in {"short": "tml-x\n", "empty": "# none\n", "good": f"{KEY}\n", "bad": "sha256:12\n"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    return {"here": tmp_path, "state": tmp_path / "state"}
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--model nope", ["unknown model 'nope'", nano.NAME]),
+        ("--model a=nope", ["unknown model 'nope'"]),
+        ("--model a={here}/folder", ["unknown model '{here}/folder'", "a folder with config.json"]),
+        ("--model a=", ["--model 'a='", "NAME=PATH"]),
+        (f"--model =kshot/{nano.NAME}", ["--model '=kshot", "NAME=PATH"]),
+        (f"--model {nano.NAME} --model {nano.NAME}", [f"--model '{nano.NAME}' is given twice"]),
+        (f"--model a={nano.NAME} --model a={nano.NAME}", ["--model 'a' is given twice"]),
+        ("--host 0.0.0.0", ["--host 0.0.0.0 is reached by others", "--api-key-file", "127.0.0.1"]),
+        ("--host ::", ["--host :: is reached by others"]),
+        ("--host 127.evil.example", ["is reached by others"]),
+        ("--host=", ["is reached by others"]),
+        ("--host 192.0.2.1 --api-key-file {here}/good", ["cannot listen on http://192.0.2.1:", "--host"]),
+        ("--host no.such.host.invalid --api-key-file {here}/good", ["cannot listen on", "--host"]),
+        ("--port -1", ["'--port'", "greater than or equal to 0"]),
+        ("--port 65536", ["'--port'", "65535"]),
+        ("--port x", ["'--port'", "a valid integer"]),
+        ("--threads 0", ["'--threads'"]),
+        ("--image-log-probs much", ["'--image-log-probs'"]),
+        ("--api-key-file {here}/none", ["key file {here}/none cannot be read"]),
+        ("--api-key-file {here}/folder", ["key file {here}/folder cannot be read"]),
+        ("--api-key-file {here}/empty", ["key file {here}/empty has no key"]),
+        ("--api-key-file {here}/short", ["key file {here}/short, line 1", "16 characters"]),
+        ("--api-key-file {here}/bad", ["key file {here}/bad, line 1", "64 hex digits"]),
+        ("--allow-host http://a.example", ["--allow-host 'http://a.example'", "without a port"]),
+        ("--allow-host a.example:80", ["--allow-host 'a.example:80'"]),
+        ("--allow-host=", ["--allow-host ''"]),
+        ("--device tpu", ["'tpu'", "cpu"]),
+        ("--dtype float8", ["unknown dtype 'float8'", "bfloat16"]),
+        ("--state {here}/good", ["cannot write to {here}/good", "--state"]),
+        ("--state /proc/x", ["cannot write to /proc/x", "--state"]),
+        ("--statue x", ["--statue"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(kshot, places: dict[str, Path], words: str, parts: list[str]) -> None:
+    given = [word.format(**places) for word in words.split(" ")]
+    state = [] if "--state" in given else ["--state", places["state"]]
+    port = [] if "--port" in given else ["--port", "0"]
+    said = kshot("serve", *port, *state, *given)
+    assert (said.status, said.out) == (2, ""), said.err
+    assert said.err.startswith("kshot: ")
+    assert said.err.count("\n") == 1
+    assert all(part.format(**places) in said.err for part in parts), said.err
+    assert not places["state"].exists()
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that another program listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.usefixtures("never")
+def test_a_port_that_is_taken(kshot, taken: int, tmp_path: Path) -> None:
+    said = kshot("serve", "--port", taken, "--state", tmp_path / "state")
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert f"cannot listen on http://127.0.0.1:{taken}" in said.err
+    assert "give another --port" in said.err
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.usefixtures("never")
+def test_a_state_folder_that_another_server_uses(kshot, tmp_path: Path) -> None:
+    with Store(tmp_path):
+        said = kshot("serve", "--port", 0, "--state", tmp_path)
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert f"another server uses the folder {tmp_path}; stop it, or choose another --state" in said.err
+
+
+@pytest.mark.usefixtures("never")
+def test_a_state_that_is_damaged_or_of_another_version(kshot, tmp_path: Path) -> None:
+    (tmp_path / "server.sqlite3").write_bytes(b"no database at all, but long enough to look like one" * 99)
+    said = kshot("serve", "--port", 0, "--state", tmp_path)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "server.sqlite3 cannot be used" in said.err
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys\nfrom experiments.cli import main\nsys.argv = ['kshot', 'serve', '--help']\n"
+        "try:\n main()\nexcept SystemExit as e:\n print(e.code)\n"
+        f"print(sorted({HEAVY} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0\n[]\n"), done.stdout[-300:]
+    assert "--api-key-file" in done.stdout
+
+
+def test_with_keys_it_may_be_reached_by_others_until_it_is_stopped(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# mine\n{KEY}\n")
+    everywhere = "0.0.0.0"  # noqa: S104
+    with command(tmp_path / "state", "--host", everywhere, "--api-key-file", str(keys)) as running:
+        port = running.address.rpartition(":")[2]
+        assert running.address == f"http://{everywhere}:{port}"
+        here = f"http://127.0.0.1:{port}/v1/models"
+        for headers, status in (
+            ({"X-API-Key": KEY, "Host": "a.example"}, 200),
+            ({"Authorization": f"Bearer {KEY}"}, 200),
+            ({"X-API-Key": "tml-some-wrong-key"}, 401),
+            ({}, 401),
+        ):
+            assert httpx.get(here, headers=headers).status_code == status
+        running.process.send_signal(signal.SIGINT)
+        told = running.process.stdout.read() if running.process.stdout else ""
+        assert running.process.wait(30) == 130
+    assert told.startswith("kshot: stopped; ")
+    assert told.count("\n") == 1, told
+    with Store(tmp_path / "state"):  # it has let go of the folder
+        pass

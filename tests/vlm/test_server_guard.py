@@ -1,0 +1,491 @@
+"""Who may ask, from where, with what, and how much of it: as an attacker would, over a socket."""
+
+import gzip
+import hashlib
+import hmac
+import json
+import logging
+import re
+import socket
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zstandard
+
+from kshot_errors import InputError, RequestError
+from tests.vlm.hostile import FORWARD, JSON, KEY, PROTOBUF, SESSION, SESSION_BODY, refused, until
+from tests.vlm.serving import Server, served
+from vlm.server import guard, keys
+from vlm.server.app import BODIES, HEALTH, LARGE, PAGE
+from vlm.server.guard import PLAIN, Budget, hosts_of, is_loopback, unpack, unpacked_size
+from vlm.server.keys import Keys
+
+OTHER = "tml-another-key-of-it"
+ZSTD = {**PROTOBUF, "Content-Encoding": "zstd"}
+
+
+def kept_keys(folder: Path, *lines: str) -> Keys:
+    path = folder / "keys.txt"
+    path.write_text("\n".join(lines))
+    return Keys.read(path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the state folder is in, with files of others."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "others").mkdir()
+    (folder / "others" / "kshot.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two keys, one of them hashed in the file."""
+    hashed = "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()
+    known = kept_keys(tmp_path_factory.mktemp("keys"), "# ours", "", f"  {KEY}  ", hashed)
+    with served(home / "state", keys=known) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.address, headers={"X-API-Key": KEY}, timeout=60) as made:
+        yield made
+
+
+# ---- Keys
+
+
+def test_a_key_is_needed_and_both_headers_carry_it(server: Server) -> None:
+    with httpx.Client(base_url=server.address) as client:
+        for key in (KEY, OTHER):
+            for headers in (
+                {"X-API-Key": key},
+                {"Authorization": f"Bearer {key}"},
+                {"Authorization": f"bearer  {key}"},
+            ):
+                assert client.get("/api/v1/get_server_capabilities", headers=headers).status_code == 200
+        for wrong in (
+            {},
+            {"X-API-Key": ""},
+            {"X-API-Key": KEY[:-1]},
+            {"X-API-Key": KEY + "x"},
+            {"X-API-Key": KEY.upper()},
+            {"X-API-Key": hashlib.sha256(OTHER.encode()).hexdigest()},
+            {"X-API-Key": "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()},
+            {"X-API-Key": "wrong", "Authorization": f"Bearer {KEY}"},
+            {"Authorization": KEY},
+            {"Authorization": f"Basic {KEY}"},
+            {"Authorization": "Bearer"},
+            {"X-API-Key": "é".encode("latin-1")},
+            {"X-API-Key": "é".encode()},
+            {"Cookie": f"key={KEY}"},
+        ):
+            refused(client.get("/api/v1/get_server_capabilities", headers=wrong), 401, "X-API-Key")
+        refused(client.get(f"/api/v1/get_server_capabilities?api_key={KEY}"), 401)
+
+
+def endpoints(server: Server) -> list[tuple[str, str]]:
+    schema = server.app.app.openapi()
+    return [(method.upper(), path) for path, methods in schema["paths"].items() for method in methods]
+
+
+def test_no_endpoint_but_health_and_the_page_answers_without_a_right_key(server: Server) -> None:
+    found = endpoints(server)
+    assert len(found) > 40
+    with httpx.Client(base_url=server.address) as client:
+        for method, path in [*found, ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/nothing"), ("PUT", "/")]:
+            given = re.sub(r"\{.*?\}", "x", path)
+            for headers in ({}, {"X-API-Key": "tml-some-wrong-key"}):
+                response = client.request(method, given, headers={**JSON, **headers})
+                if path in (HEALTH, *PAGE):
+                    assert response.status_code != 401
+                else:
+                    refused(response, 401)
+        for path in (HEALTH, *PAGE):
+            assert client.get(path).status_code == 200
+        for path in ("/docs", "/redoc", "/api/v1/healthz/", "/page/../metrics", "/page/", "/%2e/metrics"):
+            assert client.get(path).status_code == 401
+
+
+def test_without_a_key_file_any_key_but_none_is_taken(tmp_path: Path) -> None:
+    with served(tmp_path) as server, httpx.Client(base_url=server.address) as client:
+        refused(client.get("/v1/models"), 401)
+        assert client.get("/v1/models", headers={"Authorization": "Bearer anything"}).status_code == 200
+
+
+def test_all_keys_are_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = kept_keys(tmp_path, *(f"tml-key-number-{n:04d}" for n in range(7)))
+    compared = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(len(one) == len(other) == 32)
+        return hmac_compare(one, other)
+
+    hmac_compare = hmac.compare_digest
+    monkeypatch.setattr(keys.hmac, "compare_digest", compare)
+    for key, right in (("tml-key-number-0000", True), ("tml-key-number-0006", True), ("wrong", False), ("", False)):
+        compared.clear()
+        assert known.accept(key) is right
+        assert compared == [True] * 7
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no key"),
+        (b"# nothing\n\n   \n", "has no key"),
+        (b"tml-short", "line 1: a key has 16 characters or more, this has 9"),
+        (b"# x\ntml-a-key-of-a-test\nshort\n", "line 3: a key has 16"),
+        (b"sha256:abc", "line 1: after sha256: come 64 hex digits"),
+        (b"sha256:" + b"g" * 64, "64 hex digits"),
+        (b"tml-a key with spaces", "line 1: a key is printable ASCII without spaces"),
+        ("tml-schlüssel-wörter".encode(), "printable ASCII"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_key_files_that_are_none(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        Keys.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "tml-" not in str(caught.value)  # no key, not even a wrong one
+
+
+def test_a_key_file_of_another_editor(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"\r\n#\r\nSHA" + b"x" * 20 + b"\r\n")
+    assert Keys.read(path).accept(KEY)
+    with pytest.raises(InputError, match="cannot be read"):
+        Keys.read(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Keys.read(tmp_path / "none")
+
+
+def test_no_key_is_kept(server: Server, client: httpx.Client, home: Path, caplog: Any) -> None:
+    wrong = "tml-a-wrong-key-to-look-for"
+    with caplog.at_level(logging.DEBUG):
+        client.get("/api/v1/overview", headers={"X-API-Key": wrong})
+        client.post(SESSION, json=SESSION_BODY)
+        client.post(SESSION, content=b"{", headers=JSON)
+        told = client.get("/metrics").text + client.get("/api/v1/overview").text + client.get("/openapi.json").text
+    written = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+    for secret in (KEY, OTHER, wrong, hashlib.sha256(KEY.encode()).hexdigest()):
+        assert not any(secret.encode() in content for content in written)
+        ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpcore", "httpx"))]
+        assert secret not in told + "".join(ours) + repr(server.app.keys)
+
+
+# ---- Where from
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    """What the server says to these bytes."""
+    port = int(server.address.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        told = b""
+        while part := connection.recv(65536):
+            told += part
+    return told
+
+
+def test_other_names_are_refused(client: httpx.Client, server: Server) -> None:
+    port = server.address.rpartition(":")[2]
+    for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST", f"localhost:{port}", f"[::1]:{port}", "127.0.0.1:1"):
+        assert client.get("/v1/models", headers={"Host": name}).status_code == 200
+    for name in (
+        "evil.example",
+        f"evil.example:{port}",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "localhost@evil.example",
+        "192.168.0.1",
+        "0.0.0.0",  # noqa: S104
+        "[::2]",
+        "[::1",
+        "",
+        "127.1",
+        "localhost,evil.example",
+    ):
+        for path in ("/v1/models", HEALTH, "/"):
+            refused(client.get(path, headers={"Host": name}), 403, "--allow-host")
+
+
+def test_requests_that_name_no_host(server: Server) -> None:
+    key = f"X-API-Key: {KEY}\r\n\r\n".encode()
+    assert raw(server, b"GET / HTTP/1.0\r\n" + key).startswith(b"HTTP/1.1 403 ")
+    assert b" 40" in raw(server, b"GET / HTTP/1.1\r\n" + key)[:14]
+    twice = b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n" + key
+    assert b" 200 " not in raw(server, twice)[:14] or raw(server, twice).count(b"evil") == 0
+
+
+def test_names_that_are_allowed(tmp_path: Path) -> None:
+    with served(tmp_path, hosts=("Kshot.Example", "[fe80::1]")) as server:
+        for name, status in (("kshot.example:80", 200), ("[fe80::1]:8000", 200), ("localhost", 200), ("example", 403)):
+            with httpx.Client(base_url=server.address, headers={"X-API-Key": "any", "Host": name}) as client:
+                assert client.get("/v1/models").status_code == status
+
+
+def test_which_names_those_are() -> None:
+    loopback = {"localhost", "127.0.0.1", "::1"}
+    assert hosts_of("127.0.0.1", [], keyed=False) == loopback
+    assert hosts_of("127.0.0.1", [], keyed=True) == loopback  # a page may know no key, but a browser reaches it
+    assert hosts_of("10.0.0.1", ["A.b", "[fe80::1]"], keyed=True) == loopback | {"10.0.0.1", "a.b", "fe80::1"}
+    assert hosts_of("0.0.0.0", [], keyed=True) is None  # noqa: S104
+    for wrong in ("http://a.b", "a.b:80", "", "a b", "a/b", "[::1]:80", "u@a.b"):
+        with pytest.raises(InputError, match="--allow-host"):
+            hosts_of("127.0.0.1", [wrong], keyed=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "only"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.evil.example", False),
+        ("0.0.0.0", False),  # noqa: S104
+        ("::", False),
+        ("", False),
+        ("10.0.0.1", False),
+        ("localhost.evil.example", False),
+    ],
+)
+def test_what_only_this_machine_reaches(host: str, only: bool) -> None:
+    assert is_loopback(host) is only
+
+
+def test_pages_of_other_sites_are_refused(client: httpx.Client, server: Server) -> None:
+    own = server.address.removeprefix("http://")
+    for origin in (server.address, f"https://{own}"):
+        assert client.post(SESSION, json=SESSION_BODY, headers={"Origin": origin}).status_code == 200
+    for origin in (
+        "http://evil.example",
+        "null",
+        "",
+        "http://127.0.0.1",
+        f"http://{own}.evil.example",
+        f"http://evil@{own}",
+        f"ftp://{own}",
+        own,
+        "http://[",
+        "file://",
+    ):
+        refused(client.post(SESSION, json=SESSION_BODY, headers={"Origin": origin}), 403, "may not use this server")
+        refused(client.get("/v1/models", headers={"Origin": origin}), 403)
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    response = client.options(SESSION, headers=preflight)
+    assert response.status_code == 403
+    assert not any(name.startswith("access-control") for name in response.headers)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /\xff\xfe HTTP/1.1\r\n",
+        b"GET /%ff%fe HTTP/1.1\r\n",
+        b"GET /%00 HTTP/1.1\r\n",
+        b"GET http://evil.example/v1/models HTTP/1.1\r\n",
+        b"NOTHING /v1/models HTTP/1.1\r\n",
+        b"CONNECT evil.example:443 HTTP/1.1\r\n",
+        b"GET /v1/models HTTP/1.1\r\nX: " + b"x" * (1 << 20) + b"\r\n",
+        b"GET /v1/models HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+    ids=range(9),
+)
+def test_what_is_hardly_http(server: Server, client: httpx.Client, request_: bytes) -> None:
+    """Without a key nothing comes of it, and others are served after it."""
+    try:
+        told = raw(server, request_ + b"Host: localhost\r\n\r\n")
+    except (BrokenPipeError, ConnectionResetError):
+        told = b""  # it hung up
+    assert re.match(rb"HTTP/1.1 4\d\d |$", told), told[:80]
+    assert b"Traceback" not in told
+    assert client.get("/v1/models").status_code == 200
+
+
+# ---- With what
+
+
+def test_content_of_other_types_is_not_read(client: httpx.Client) -> None:
+    body = json.dumps(SESSION_BODY).encode()
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/x-protobuf",
+        "application/json, text/plain",
+        "",
+    ):
+        refused(client.post(SESSION, content=body, headers={"Content-Type": kind}), 415, "send application/json")
+    refused(client.post(SESSION, content=body), 415)
+    refused(client.post(SESSION, content=iter([body])), 415)
+    refused(client.post(FORWARD, content=body, headers=JSON), 415, "send application/x-protobuf")
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        assert client.post(SESSION, content=body, headers={"Content-Type": kind}).status_code == 200
+
+
+def test_other_encodings_are_not_read(client: httpx.Client) -> None:
+    body = json.dumps(SESSION_BODY).encode()
+    for encoding in ("gzip", "deflate", "br", "zstd, gzip", "x"):
+        headers = {**JSON, "Content-Encoding": encoding}
+        refused(client.post(SESSION, content=gzip.compress(body), headers=headers), 415, "zstd")
+    packed = zstandard.compress(body)
+    for encoding, content in (("zstd", packed), ("ZSTD", packed), ("identity", body)):
+        headers = {**JSON, "Content-Encoding": encoding}
+        assert client.post(SESSION, content=content, headers=headers).status_code == 200
+
+
+def bomb(size: int) -> bytes:
+    """So many zeros as one frame of zstd."""
+    packing = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+    block = bytes(1 << 24)
+    parts = [packing.compress(block) for _ in range(size >> 24)]
+    return b"".join(parts) + packing.flush()
+
+
+def test_bombs_cost_no_memory(client: httpx.Client) -> None:
+    """The server is in this process."""
+    one = bomb(1 << 30)
+    assert len(one) < 1 << 17
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 26))
+    liar = bytearray(zstandard.compress(bytes(1 << 26)))
+    tracemalloc.start()
+    try:
+        refused(client.post(FORWARD, content=one, headers=ZSTD), 413, "33,554,432 bytes")
+        refused(client.post(SESSION, content=one, headers={**JSON, "Content-Encoding": "zstd"}), 413, "4,194,304")
+        refused(client.post(FORWARD, content=unsized, headers=ZSTD), 400, "how large its content is")
+        refused(client.post(FORWARD, content=bytes(liar), headers=ZSTD), 413)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_frames_that_are_not_whole(client: httpx.Client) -> None:
+    packed = zstandard.compress(b"x" * 100_000)
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    for content in (
+        b"",
+        b"x",
+        packed[:3],
+        packed[:-1],
+        packed + packed,
+        packed * 1000,
+        packed + b"x",
+        skippable,
+        skippable + packed,
+        packed + skippable,
+        b"\0" * 100,
+    ):
+        refused(client.post(FORWARD, content=content, headers=ZSTD), 400, "zstd")
+    assert unpack(packed) == b"x" * unpacked_size(packed) == b"x" * 100_000
+
+
+def test_a_frame_that_says_it_holds_less_than_it_does() -> None:
+    whole = zstandard.ZstdCompressor(write_checksum=True).compress(b"x" * 200)
+    assert whole[5] == 200
+    for said in (1, 199, 201, 255):
+        with pytest.raises(RequestError, match="zstd"):
+            unpack(bytes([*whole[:5], said, *whole[6:]]))
+    with pytest.raises(RequestError, match="how large"):
+        unpacked_size(bytes([*whole[:5], 0, *whole[6:]]))
+
+
+# ---- How much of it
+
+
+def test_large_bodies_are_refused_by_what_they_say(server: Server) -> None:
+    """Before any of it is sent."""
+    start = f"Host: localhost\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
+    for length in (PLAIN.limit + 1, 10**18):
+        told = raw(server, f"POST {SESSION} HTTP/1.1\r\n{start}Content-Length: {length}\r\n\r\n".encode())
+        assert told.startswith(b"HTTP/1.1 413 ")
+    for wrong in ("-1", "abc", "1, 2", "9" * 5000, "+5", "1_0"):
+        told = raw(server, f"POST {SESSION} HTTP/1.1\r\n{start}Content-Length: {wrong}\r\n\r\n".encode())
+        assert re.match(rb"HTTP/1.1 4(00|13) ", told), told[:60]
+        assert b"Traceback" not in told
+
+
+def test_large_bodies_are_refused_before_all_of_it_is_read(server: Server, client: httpx.Client) -> None:
+    """Of one that does not say how long it is, and would go on for a gigabyte."""
+    sent = 0
+    port = int(server.address.rpartition(":")[2])
+    head = f"POST {SESSION} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+        try:
+            for _ in range(1024):
+                connection.sendall(chunk)
+                sent += len(chunk)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        assert PLAIN.limit < sent < 64 << 20  # what was on its way when it hung up
+    tracemalloc.start()
+    try:
+        parts = (b" " * (1 << 20) for _ in range(1024))
+        try:
+            refused(client.post(SESSION, content=parts, headers=JSON), 413, "4,194,304 bytes")
+        except httpx.WriteError:  # the server has hung up on what it does not want
+            assert next(parts, None) is not None
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_fits_is_taken(client: httpx.Client) -> None:
+    body = json.dumps(SESSION_BODY).encode()
+    assert client.post(SESSION, content=body.rjust(PLAIN.limit), headers=JSON).status_code == 200
+    refused(client.post(SESSION, content=body.rjust(PLAIN.limit + 1), headers=JSON), 413)
+    limit = BODIES[FORWARD].limit
+    refused(client.post(FORWARD, content=bytes(limit), headers=PROTOBUF), 400, "no protobuf")
+    refused(client.post(FORWARD, content=zstandard.compress(bytes(limit)), headers=ZSTD), 400, "no protobuf")
+    refused(client.post(FORWARD, content=zstandard.compress(bytes(limit + 1)), headers=ZSTD), 413)
+
+
+def test_json_of_too_many_values_is_not_read(client: httpx.Client) -> None:
+    for path in ("/api/v1/asample", "/v1/completions", "/oai/api/v1/chat/completions"):
+        for content in (b"[" + b"[]," * guard.MAX_VALUES + b"[]]", b"[" * (guard.MAX_VALUES + 1)):
+            assert len(content) < LARGE.limit
+            refused(client.post(path, content=content, headers=JSON), 413, "values")
+
+
+def test_too_much_at_once_is_asked_for_again_later(tmp_path: Path) -> None:
+    """Bodies that do not end, until there is no room; and room again when they have gone."""
+    with served(tmp_path) as server, ExitStack() as held:
+        assert server.app.budget == Budget()
+        server.app.budget.limit = 3 << 20
+        port = int(server.address.rpartition(":")[2])
+        head = "Host: localhost\r\nX-API-Key: k\r\nContent-Type: application/json\r\n"
+        start = f"POST {SESSION} HTTP/1.1\r\n{head}Content-Length: {2 << 20}\r\n\r\n".encode()
+        first = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        first.sendall(start + b" " * ((2 << 20) - 1))
+        until(lambda: server.app.budget.taken == (2 << 20) - 1)
+        body = json.dumps(SESSION_BODY).encode()
+        with httpx.Client(base_url=server.address, headers={"X-API-Key": "k"}) as client:
+            assert client.post(SESSION, content=body, headers=JSON).status_code == 200  # small ones go on
+            late = client.post(SESSION, content=body.rjust(2 << 20), headers=JSON)
+            refused(late, 429, "again later", "server")
+            assert late.headers["retry-after"] == "1"
+            packed = zstandard.compress(body.rjust(2 << 20))
+            refused(
+                client.post(SESSION, content=packed, headers={**JSON, "Content-Encoding": "zstd"}), 429, "", "server"
+            )
+            first.close()
+            until(lambda: server.app.budget.taken == 0)
+            assert client.post(SESSION, content=body.rjust(2 << 20), headers=JSON).status_code == 200
+            assert client.post(SESSION, content=body.rjust(4 << 20), headers=JSON).status_code == 200  # alone: any
+        until(lambda: server.app.budget.taken == 0)
