@@ -426,6 +426,10 @@ def fuzz(home: Path, picture: bytes, examples: int, caplog: pytest.LogCaptureFix
     return counts
 
 
+# other tests' clients, whose threads are still there, draw from it
+IDLE_CLIENTS = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
+
+
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for what never ends, or reads a thousand tokens."""
@@ -434,6 +438,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompletionAsked, "default_limit", 2)
 
 
+@IDLE_CLIENTS
 def test_no_request_is_the_servers_failure(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
     counts = fuzz(tmp_path, make_image(3, 32, 32), 26, caplog)
     assert len(counts) == 44  # every endpoint, one of them in protobuf, and the end
