@@ -113,7 +113,7 @@ def _one_by_one(address: str, watch: _Watch, rounds: int) -> tuple[list[dict[str
         over = [spent - busy for spent, busy in pairs]
         requests = 1 if name.startswith("healthz") else 2  # the request, and the one that fetches its answer
         rows.append(row(name, [spent for spent, _ in pairs], "ms", engine_ms=median(busy for _, busy in pairs)))
-        rows.append(row(f"  beyond the engine, a request ({requests})", [each / requests for each in over], "ms"))
+        rows.append(row(f"{name}: beyond the engine, a request", [each / requests for each in over], "ms"))
         overheads[name] = median(over) / requests
     return rows, {"overhead_ms": max(overheads.values())}
 
