@@ -1,6 +1,7 @@
 """What a server does at its end and over days: it stops soon and says nothing that is not so, and nothing grows."""
 
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.vlm.serving import command, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.worker import Worker
-from vlm.server import core, runs, samplers
+from vlm.server import core, guard, runs, samplers
 
 PROMPT = model_input([300, 301, 302])
 DATA = [datum(PROMPT, [400, 401])]
@@ -105,6 +106,18 @@ def test_a_damaged_checkpoint_does_not_keep_a_server_from_starting(tmp_path: Pat
 
 def save_of(run: str, seq: int, name: str) -> dict[str, object]:
     return {"model_id": run, "seq_id": seq, "path": name}
+
+
+def test_a_body_that_stops_coming_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
+    with served(tmp_path) as server:
+        host, _, port = server.address.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), 10) as slow:
+            head = f"POST /api/v1/create_session HTTP/1.1\r\nHost: {host}\r\nX-API-Key: tml-local\r\n"
+            slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
+            answered = slow.recv(4096).decode()
+        assert answered.startswith("HTTP/1.1 429")
+        assert server.app.budget.taken == 0
 
 
 def test_a_worker_that_is_never_idle_does_not_grow() -> None:
