@@ -8,6 +8,8 @@ import tinker
 
 from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from tests.vlm.helpers import CLASSES, Pictured
+from tests.vlm.raw import Raw, talking
+from tests.vlm.serving import Server, served
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.local.client import LocalServiceClient
@@ -55,6 +57,18 @@ def mixed(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tin
     two = model_input(encode("one <|vision_start|>"), first, encode("<|vision_end|> two "), second, encode(" same?"))
     text = datum(model_input(encode("The capital of France is")), encode(" Paris\n"))
     return [prompt.datum(examples[0].image, 0), datum(two, encode(" no\n")), text, prompt.datum(examples[2].image, 4)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with served(tmp_path_factory.mktemp("state")) as server:
+        yield server
+
+
+@pytest.fixture
+def raw(server: Server) -> Iterator[Raw]:
+    with talking(server.address) as raw:
+        yield raw
 
 
 @pytest.fixture(scope="session")

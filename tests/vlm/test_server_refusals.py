@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,24 +9,12 @@ import pytest
 import tinker
 from tinker.proto import tinker_public_pb2 as pb
 
-from tests.vlm.raw import PROTOBUF, Raw, accepted, body_of, refused, sample_of, talking
-from tests.vlm.serving import Server, served
+from tests.vlm.raw import PROTOBUF, Raw, accepted, body_of, refused, sample_of
+from tests.vlm.serving import Server
 from vlm import nano
 from vlm.inputs import datum, model_input
 
 PROMPT = model_input([300, 301, 302])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("state")) as server:
-        yield server
-
-
-@pytest.fixture
-def raw(server: Server) -> Iterator[Raw]:
-    with talking(server.address) as raw:
-        yield raw
 
 
 @pytest.fixture

@@ -40,12 +40,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def raw(server: Server) -> Iterator[Raw]:
-    with talking(server.address) as raw:
-        yield raw
-
-
-@pytest.fixture
 def data() -> list[tinker.Datum]:
     """Texts of several lengths."""
     rng = np.random.default_rng(0)

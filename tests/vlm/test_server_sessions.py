@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,6 @@ from vlm.local.host import Host
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("state")) as server:
-        yield server
-
-
-@pytest.fixture
-def raw(server: Server) -> Iterator[Raw]:
-    with talking(server.address) as raw:
-        yield raw
 
 
 @pytest.fixture
