@@ -33,6 +33,7 @@ from vlm.service import connect
 
 NANO = "nano"
 FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
+FULL_GPU = Plan(classes=16, shots=4, batch=32, epochs=20, rounds=2)  # the reference protocol's batch
 QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
 PAIRS = 30  # of steps with and without what is around the model, in every round: they differ by little
 PACKAGES = ("accelerate", "numpy", "peft", "pillow", "tinker", "torch", "transformers")
@@ -56,7 +57,7 @@ def run(root: Path | None, quick: bool, device: str = "cpu", shape: str = NANO) 
     """
     _check(device, shape)
     quiet()
-    plan = QUICK if quick else FULL
+    plan = QUICK if quick else FULL_GPU if device == "cuda" else FULL
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder)
         model = nano.NAME if shape == NANO else str(write(state / "model", SHAPES[shape], device))

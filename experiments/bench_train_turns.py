@@ -16,6 +16,7 @@ import torch
 from experiments.bench_train_case import Case, Contestant, Outcome
 from experiments.bench_train_children import Child
 from experiments.bench_train_flops import synchronize
+from experiments.terminal import err
 
 WARM_STEPS = 2
 
@@ -33,12 +34,16 @@ class Answer:
 def turns(
     children: Mapping[str, Child], contestants: Mapping[str, Contestant], case: Case, rounds: int
 ) -> dict[str, list[Answer]]:
-    """Each contestant's answers, one a round; a first short training does not count."""
+    """Each contestant's answers, one a round; a first short training does not count. Says how far it is: on a GPU
+    loading takes minutes."""
     answers: dict[str, list[Answer]] = {name: [] for name in contestants}
     _warm(children, contestants, replace(case, batches=case.batches[:WARM_STEPS]))
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, contestant in contestants.items():
-            answers[name].append(children[name].ask(training, contestant, case))
+            answer = children[name].ask(training, contestant, case)
+            answers[name].append(answer)
+            rate = case.views / answer.seconds
+            err.print(f"round {number + 1} of {rounds}, {name}: {rate:.1f} examples/s", style="dim", highlight=False)
     return answers
 
 

@@ -266,4 +266,5 @@ def test_missing_device(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_agrees_with_cpu(images: list[bytes]) -> None:
     on_gpu = Encoder(nano.NAME, device="cuda").features(images)
-    np.testing.assert_allclose(on_gpu, Encoder(nano.NAME).features(images), rtol=1e-3, atol=1e-3)
+    # its convolutions are in TF32 unless told otherwise
+    np.testing.assert_allclose(on_gpu, Encoder(nano.NAME).features(images), rtol=5e-3, atol=5e-3)

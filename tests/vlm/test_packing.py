@@ -253,4 +253,4 @@ def test_rows_pad_and_pack() -> None:
         for row, length in enumerate(lengths):
             start = sum(lengths[:row])
             assert (padded[row, :, :length] == x[start : start + length].transpose(0, 1)).all()
-            assert not padded[row, :, length:].any()
+            assert padded[row, :, length:].isfinite().all()  # where no position looks

@@ -322,6 +322,7 @@ def test_a_failure_of_the_servers_own_is_told_without_details(
     monkeypatch.setattr(type(server.core.samplers), "client", fail)
     monkeypatch.setattr(type(server.core.runs[run].client), "optim_step", fail)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    client.headers["connection"] = "close"  # after such a failure the server closes it
     told = client.get(f"{API}/training_runs")
     body = {"model_id": run, "seq_id": number(server, run), "adam_params": {}}
     later = asked(client, "optim_step", body)

@@ -169,3 +169,16 @@ def test_live_features_have_gradients_and_are_not_kept(model: Any, chunks: list[
     assert scale.grad is not None
     assert len(seen) == 16
     assert not any(layer.requires_grad for layer in (expected[0].embeds, *expected[0].deepstack))
+
+
+def test_features_kept_on_the_device_are_found_there_and_bounded(model: Any, chunks: list[types.ImageChunk]) -> None:
+    chunks = chunks[::3]  # of one size
+    expected = Vision(model).features(chunks[:3])
+    vision = Vision(model, cache_bytes=0, device_bytes=2 * expected[0].bytes)  # nothing else keeps them
+    vision.features(chunks[:2])
+    again = vision.features(chunks[:2])
+    assert vision.forwards == 2
+    assert all(torch.equal(one.values, other.values) for one, other in zip(again, expected, strict=False))
+    vision.features(chunks[2:3])  # drops the oldest
+    vision.features(chunks[:1])
+    assert vision.forwards == 4

@@ -1,8 +1,9 @@
 """Who sees whom in a packed pass: causal rows, their last queries, a tree after each row, one token after a cache.
 
 A pass is packed: its positions are one list, row after row, without padding. Only here are rows padded, for
-scaled_dot_product_attention, behind their end, where no real position looks. Queries are (positions, heads, dim), keys
-and values (positions, key heads, dim), the answer (queries, heads x dim). Knows no weights and no layer but its number.
+scaled_dot_product_attention, behind their end, where no real position looks and anything finite may stand. Queries are
+(positions, heads, dim), keys and values (positions, key heads, dim), the answer (queries, heads x dim). Knows no
+weights and no layer but its number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,11 +42,15 @@ class Rows:
         column = np.arange(len(row)) - (np.cumsum(self.lengths) - self.lengths)[row]
         self.row = torch.from_numpy(row).to(device)  # (positions,) whose row it is
         self.column = torch.from_numpy(column).to(device)
-        self.place = torch.from_numpy(row * self.longest + column).to(device)  # where it stands in the padded rows
+        place = row * self.longest + column
+        self.place = torch.from_numpy(place).to(device)  # where it stands in the padded rows
+        source = np.zeros(self.count * self.longest, np.int64)
+        source[place] = np.arange(len(row))
+        self._source = torch.from_numpy(source).to(device)  # which position stands there; behind a row's end any does
 
     def pad(self, packed: Tensor) -> Tensor:
         """(positions, heads, dim) → (rows, heads, longest, dim)."""
-        padded = packed if self.even else _Scatter.apply(packed, self.place, self.count * self.longest)
+        padded = packed if self.even else _Scatter.apply(packed, self._source, self.place)
         return padded.view(self.count, self.longest, *packed.shape[1:]).transpose(1, 2)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -55,12 +60,12 @@ class Rows:
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows of a tensor to distinct places among zeros."""
+    """Rows of a tensor to distinct places. What stands elsewhere is a row of it too, and nobody's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, place, x)
+        return x.index_select(0, source)
 
     @staticmethod
     @once_differentiable

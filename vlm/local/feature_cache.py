@@ -1,4 +1,4 @@
-"""Image features, and the part of them that is kept in the host's memory. Computes none, and knows no files."""
+"""Image features, and those of them that are kept in memory. Computes none, and knows no files."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ class ImageFeatures:
         """The same on a device."""
         return self if self.values.device == device else ImageFeatures(self.grid, self.values.to(device))
 
-    def kept(self) -> "ImageFeatures":
-        """On the host, in memory of its own: a view would keep a whole pass, or a padded file, alive."""
-        host = self.values.cpu()
-        whole = host.untyped_storage().nbytes() == host.nbytes
-        return ImageFeatures(self.grid, host if whole else host.clone())
+    def kept(self, host: bool = True) -> "ImageFeatures":
+        """In memory of its own, the host's unless told: a view would keep a whole pass, or a padded file, alive."""
+        values = self.values.cpu() if host else self.values
+        whole = values.untyped_storage().nbytes() == values.nbytes
+        return ImageFeatures(self.grid, values if whole else values.clone())
 
 
 def memory_limit() -> int:
@@ -54,11 +54,16 @@ def memory_limit() -> int:
     return int(min(psutil.virtual_memory().total / 4, group_free_bytes() / 4, 16 << 30))
 
 
+def device_limit(device: torch.device) -> int:
+    """A sixteenth of a GPU's memory (bytes); 0 elsewhere, where the host's memory is as near."""
+    return torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 0
+
+
 class MemoryCache:
-    """Features on the host. Least recently used ones go first, beyond `limit` bytes."""
+    """Features in memory. Least recently used ones go first, beyond `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+        self.limit, self._held = limit, 0
         self._cache: OrderedDict[bytes, ImageFeatures] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
@@ -74,5 +79,5 @@ class MemoryCache:
         if key in self._cache:
             self._held -= self._cache.pop(key).values.nbytes
         self._cache[key] = layers
-        while self._held > self._limit:
+        while self._held > self.limit:
             self._held -= self._cache.popitem(last=False)[1].values.nbytes

@@ -1,7 +1,6 @@
-"""Linear layers with LoRA beside frozen weights, and the text model's other operations, with their gradients.
+"""Linear layers with LoRA beside frozen weights, with few passes over memory and no gradient for what is frozen.
 
-Each gives what the stock operations give, with few passes over memory and no gradient for what is frozen. Knows no
-model and no batch.
+Knows no model and no batch.
 """
 
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class _Beside(torch.autograd.Function):
         for part, narrow, b in zip(_parts(out, bs), inner.chunk(len(bs), 1), bs, strict=True):
             part.addmm_(narrow, b.t(), alpha=scale)
         ctx.save_for_backward(x, weight, inner, a, *bs)
-        ctx.scale = scale
+        ctx.scale, ctx.gathered = scale, _gathered(a, *bs)
         return out
 
     @staticmethod
@@ -74,14 +73,26 @@ class _Beside(torch.autograd.Function):
         parts = _parts(gradient, bs)
         for part, into, b in zip(parts, back.chunk(len(bs), 1), bs, strict=True):
             torch.mm(part, b, out=into)
-        back *= ctx.scale
-        to_x = torch.addmm(gradient @ weight, back, a) if ctx.needs_input_grad[0] else None
+        if ctx.scale != 1:
+            back *= ctx.scale
+        to_x = (gradient @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
         to_residual = gradient if ctx.needs_input_grad[3] else None
-        if not ctx.needs_input_grad[4]:
-            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
         narrow = inner.chunk(len(bs), 1)
+        if ctx.needs_input_grad[4] and ctx.gathered:
+            of_a, *of_bs = ctx.gathered
+            of_a.addmm_(back.t(), x)
+            for of_b, part, each in zip(of_bs, parts, narrow, strict=True):
+                of_b.addmm_(part.t(), each, alpha=ctx.scale)
+        if ctx.gathered or not ctx.needs_input_grad[4]:
+            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
         to_bs = ((part.t() @ each).mul_(ctx.scale) for part, each in zip(parts, narrow, strict=True))
         return to_x, None, None, to_residual, back.t() @ x, None, *to_bs
+
+
+def _gathered(*leaves: Tensor) -> tuple[Tensor, ...]:
+    """On a GPU, where starting a kernel costs more than a small sum: what the leaves' gradients are added to."""
+    gradients = tuple(leaf.grad for leaf in leaves if leaf.is_cuda and leaf.grad is not None)
+    return gradients if len(gradients) == len(leaves) else ()
 
 
 class _Merged(torch.autograd.Function):
@@ -121,87 +132,3 @@ class _Merged(torch.autograd.Function):
 
 def _parts(whole: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return whole.split([b.shape[0] for b in bs], 1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019), in float32 inside; weight is frozen."""
-    return _RmsNorm.apply(x, weight, eps)
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, inverse = ctx.saved_tensors
-        return _rms_back(gradient * weight, x, inverse), None, None
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
-def _rms_back(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of x from that of x · inverse."""
-    normal = x * inverse
-    along = (gradient * normal).mean(-1, keepdim=True)
-    return torch.addcmul(gradient.float(), normal, along, value=-1).mul_(inverse).to(x.dtype)
-
-
-def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, ...], eps: float) -> Tensor:
-    """RMS norm over each head, then rotation by position (Su et al. 2021).
-
-    x: (n, heads, dim). weight: (heads, dim), frozen. rope: cosines and sines, (n, 1, dim), both halves alike.
-    """
-    cos, sin = rope
-    return _NormRope.apply(x, weight, cos, sin, eps)
-
-
-class _NormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, cos, sin, inverse)
-        return _rotated((x * inverse).to(x.dtype).mul_(weight), cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, cos, sin, inverse = ctx.saved_tensors
-        return _rms_back(_rotated(gradient, cos, sin, -1).mul_(weight), x, inverse), None, None, None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    out, half = x * cos, x.shape[-1] // 2
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
-    return out
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """(n, 2 x wide) → (n, wide): silu(gate) · up (Shazeer 2020)."""
-    return _SwiGlu.apply(gate_up)
-
-
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        open_ = functional.silu(gate)
-        ctx.save_for_backward(gate_up, open_)
-        return open_ * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gate_up, open_ = ctx.saved_tensors
-        (gate, up), out = gate_up.chunk(2, -1), torch.empty_like(gate_up)
-        to_gate, to_up = out.chunk(2, -1)
-        torch.mul(gradient, open_, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
-        return out

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vlm.local.adapter import Factors, Pair
 from vlm.local.attention import Attention, gather
+from vlm.local.elementwise import norm_rope, rms_norm, swiglu
 from vlm.local.experts import sparse_mlp
-from vlm.local.lora import linear, norm_rope, rms_norm, swiglu
+from vlm.local.lora import linear
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class _Layer:
         self._qkv = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
         self._o = (attention.o_proj.weight, attention.o_proj.bias)
         self._dim, self._heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
-        key_heads = attention.k_proj.out_features // attention.head_dim
-        norms = attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(key_heads, -1)
+        self._key_heads = attention.k_proj.out_features // attention.head_dim
+        norms = attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._key_heads, -1)
         self._qk_norm = torch.cat(norms).detach()
         self._sparse = mlp if hasattr(mlp, "experts") else None
         if self._sparse is None:
@@ -131,9 +132,8 @@ class _Layer:
         scale = factors.scale if factors else 1.0
         pair = partial(_pair, factors, self._name)
         mixed = linear(rms_norm(x, self._norm1, self._eps), *self._qkv, pair("self_attn.q_proj"), scale)
-        mixed = mixed.view(len(x), -1, self._dim)
-        qk = norm_rope(mixed[:, : len(self._qk_norm)], self._qk_norm, rope, self._eps)
-        q, k, v = qk[:, : self._heads], qk[:, self._heads :], mixed[:, len(self._qk_norm) :]
+        mixed = norm_rope(mixed.view(len(x), -1, self._dim), self._qk_norm, rope, self._eps)
+        q, k, v = mixed.split((self._heads, self._key_heads, self._key_heads), 1)
         if wanted is None:
             seen = attention(number, q, k, v)
         else:

@@ -15,7 +15,7 @@ import torch
 from tinker import types
 
 from kshot_errors import RequestError
-from vlm.local.feature_cache import ImageFeatures, MemoryCache, memory_limit
+from vlm.local.feature_cache import ImageFeatures, MemoryCache, device_limit, memory_limit
 from vlm.local.feature_files import DISK_BYTES, DiskCache, fingerprint
 from vlm.local.model import Model
 from vlm.local.pixels import Patches, PixelLoader, spare_threads
@@ -29,6 +29,8 @@ class Vision:
 
     cache_bytes: of features in the host's memory; a quarter of it, at most 16 GiB, unless given. Least recently used
         ones go first.
+    device_bytes: of features in a GPU's memory too, as copying them there waits for its work; a sixteenth of it, none
+        on other devices, unless given.
     disk: a folder that keeps features for later processes, up to disk_bytes.
     threads: that decode ahead (`prefetch`); as many as the machine can spare unless given.
     Raises ModelError where the folder cannot be written.
@@ -40,11 +42,13 @@ class Vision:
         cache_bytes: int | None = None,
         disk: Path | None = None,
         *,
+        device_bytes: int | None = None,
         disk_bytes: int = DISK_BYTES,
         threads: int | None = None,
     ) -> None:
         self._model = model
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
+        self._near = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
         known = partial(fingerprint, self._visual, model.rule.processor)
         self._disk = None if disk is None else DiskCache(disk, known, disk_bytes)
         self._pixels = PixelLoader(model.rule, spare_threads(model.device) if threads is None else threads)
@@ -55,7 +59,7 @@ class Vision:
         about images; does nothing where no thread is spare or too many wait already."""
         images = {_key(chunk): chunk for chunk in chunks} if self._pixels.threads else {}
         for key, chunk in images.items():
-            if key not in self._memory and not (self._disk and key in self._disk):
+            if key not in self._near and key not in self._memory and not (self._disk and key in self._disk):
                 self._pixels.start(key, chunk.data)
 
     def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
@@ -64,9 +68,12 @@ class Vision:
         image."""
         keys = [_key(chunk) for chunk in chunks]
         images = dict(zip(keys, chunks, strict=True))
-        found = {key: layers for key in images if (layers := self._known(key))}
+        found = {key: layers for key in images if (layers := self._near.get(key) or self._known(key))}
         found |= self._encode({key: chunk.data for key, chunk in images.items() if key not in found})
         ready = {key: layers.on(self._model.device) for key, layers in found.items()}
+        for key, layers in ready.items():
+            if self._near.limit and key not in self._near:
+                self._near.put(key, layers.kept(host=False))
         for key, chunk in zip(keys, chunks, strict=True):
             self._check(chunk, ready[key].tokens)
         return [ready[key] for key in keys]

@@ -132,7 +132,7 @@ def _metrics(core: Core, requests: "Counter[tuple[str, int]]") -> str:
     lines = [
         line
         for name, (kind, text, value) in plain.items()
-        for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value:g}")
+        for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}")
     ]
     lines += ["# HELP kshot_requests_total HTTP requests.", "# TYPE kshot_requests_total counter"]
     for (path, status), count in sorted(requests.items()):
