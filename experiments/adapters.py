@@ -1,4 +1,5 @@
-"""An adapter folder: LoRA weights in the layout of a checkpoint, and classifier.json, which says what they answer.
+"""An adapter folder: LoRA weights in the layout of a checkpoint, classifier.json, which says what they answer, and the
+model card.
 
 Complete or not there. Knows no training and no model; the weights' files belong to `vlm.local.checkpoint`.
 """
@@ -12,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from kshot_errors import InputError, ModelError
 from kshot_files import replace_folder, write_file
 
-CARD, RECORD = "classifier.json", "kshot.json"
-FILES = {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD}
+CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
+FILES = {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD, README}
 
 
 class Card(BaseModel):
@@ -64,13 +65,15 @@ def check_target(folder: Path, *, force: bool) -> None:
         raise InputError(f"--out {folder} holds an adapter; give another folder, or --force to replace it")
 
 
-def write(folder: Path, weights: Path, card: Card) -> Path:
-    """Make the adapter folder from a folder of weights and the card, in place of one that is there."""
+def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
+    """Make the adapter folder from a folder of weights, the card and the text of the model card, in place of one that
+    is there."""
 
     def fill(new: Path) -> None:
         for path in weights.iterdir():
             shutil.copyfile(path, new / path.name)
         write_file(new / CARD, f"{card.model_dump_json(indent=2)}\n".encode())
+        write_file(new / README, readme.encode())
 
     return replace_folder(folder, fill)
 

@@ -26,6 +26,7 @@ UNITS = {
     "overhead_ms": "ms",
     "overhead_ms_together": "ms",
     "engine_share": "of 1",
+    "second_seed_vision_forwards": "images",
 }  # of what stands among the ratios and is no quotient
 
 

@@ -55,7 +55,7 @@ def _grid(folder: Path, sizes: Mapping[str, Size], seeds: int) -> tuple[list[dic
     """Rows of the grid and its seconds."""
     jobs = list(cells(folder, sizes, seeds, HEADS))
     start = perf_counter()
-    done = list(executors.local(run, jobs))
+    done = list(executors.results(executors.local(run, jobs)))
     seconds = perf_counter() - start
     facts: dict[str, Any] = {
         "cells": len(jobs),

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from experiments.executors import end_with, interrupts_held_back
+from experiments.processes import end_with, interrupts_held_back
 from kshot_errors import InputError, KshotError
 
 T = TypeVar("T")

@@ -4,27 +4,23 @@ Nothing heavy is imported before a command needs it: `kshot --help` and `kshot d
 """
 
 import sys
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from experiments import cli_hub
 from experiments.cli_bench import app as bench_app
 from experiments.cli_data import Modified, Protocol, Root, Source, SplitFile, access_of
 from experiments.cli_data import app as data_app
-from experiments.cli_options import file_name, numbers, pairs
+from experiments.cli_hub import Public, PushToHub, Yes
+from experiments.cli_options import caps, file_name, numbers, pairs
 from experiments.cli_predict import predict
+from experiments.cli_run import How, report_of, run
 from experiments.cli_serve import serve
 from experiments.cli_train import train, zero_shot
-from experiments.terminal import err, out, print_paths, print_summary, progress_bar
+from experiments.terminal import err, out, print_paths, print_summary
 from kshot_errors import InputError, KshotError
-
-if TYPE_CHECKING:
-    from data.row import Access
-    from experiments.config import Sweep
-    from experiments.store import Results
-    from experiments.sweep import Plan
 
 app = typer.Typer(
     name="kshot",
@@ -40,7 +36,8 @@ UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__nam
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core).")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core, or one a GPU).")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Of each worker; more change results by rounding.")]
 Prompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="recipe, or '{image}QUESTION => ANSWER {label}'; repeat to compare."),
@@ -68,6 +65,7 @@ LossName = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: 
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
 ]
+NoImages = Annotated[bool, typer.Option("--no-images", help="No example images in report.html.")]
 Force = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the sweep.")]
 
 
@@ -89,11 +87,11 @@ def help_or_version(
 
 
 @app.command()
-def demo(output: Out = None, workers: Workers = None) -> None:
+def demo(output: Out = None, workers: Workers = None, no_images: NoImages = False) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
     from experiments.config import load
 
-    _run(load("demo", {}, {}), output, workers)
+    run(load("demo", {}, {}), output, How(workers=workers, images=not no_images))
 
 
 @app.command()
@@ -103,7 +101,12 @@ def sweep(
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Qwen3-VL: a name, a folder or a hub id.")] = None,
+    most_shots: Annotated[
+        list[str] | None, typer.Option("--most-shots", metavar="DATASET=K", help="For one with fewer images; repeat.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Qwen3-VL: 2B, 4B, 8B, 30B-A3B, 235B-A22B, a folder or a hub id.")
+    ] = None,
     backbone: Backbones = None,
     readout: Readouts = None,
     image_size: ImageSizes = None,
@@ -112,7 +115,8 @@ def sweep(
     loss: LossName = None,
     calibration: Calibration = None,
     service: Annotated[str, typer.Option("--service", help="local, tinker or an http address.")] = "local",
-    device: Annotated[str, typer.Option("--device", help="cpu, or cuda with one worker.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda (all GPUs, one a worker) or cuda:N.")] = "cpu",
+    executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")] = None,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a class has no k.")] = False,
     source: Source = "",
@@ -123,6 +127,11 @@ def sweep(
     settings: Force = None,
     output: Out = None,
     workers: Workers = None,
+    threads: Threads = 1,
+    only_failed: Annotated[bool, typer.Option("--only-failed", help="Try only cells that failed.")] = False,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and run nothing.")] = False,
+    no_images: NoImages = False,
+    track: Annotated[str | None, typer.Option("--track", help="Follow it: wandb, trackio or tensorboard.")] = None,
 ) -> None:
     """Run a grid of data sets, methods, shots and seeds; the same command continues one that was stopped."""
     from experiments.config import load
@@ -142,15 +151,25 @@ def sweep(
         raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")
     if protocol:
         overrides["protocol"] = protocol
+    if most_shots:
+        overrides["most_shots"] = caps(most_shots)
     access = access_of(source, root, "", split_file, allow_modified)
-    _run(load(preset, overrides, {**single, **values}), output, workers, service, device, access)
+    how = How(service, device, access, executor, workers, threads, only_failed, only_plan, not no_images, track)
+    run(load(preset, overrides, {**single, **values}), output, how)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) -> None:
-    """Compute the metrics of a results folder from its stored predictions, draw the figures and write the reports."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    push_to_hub: PushToHub = None,
+    yes: Yes = False,
+    public: Public = False,
+) -> None:
+    """Compute the metrics of a results folder from its stored predictions, draw the figures and write the reports,
+    without example images: those are in the reports that kshot sweep writes."""
     from experiments.store import Results
 
+    cli_hub.check(push_to_hub, yes, public)
     results = Results(folder)
     content = results.sweep()
     with results.writing():
@@ -158,12 +177,15 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
             out.print(f"{folder} has no predictions: its metrics are taken as they are recorded", style="yellow")
         elif wrong := results.recompute():
             out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
-        paths = _report(results, content)
+        paths = report_of(results, content)
     print_summary(content, results.cells())
     print_paths(paths)
+    if push_to_hub is not None:
+        cli_hub.offer(folder, push_to_hub, yes, public)
 
 
 app.command("train")(train)
+app.command("push")(cli_hub.push)
 app.command("predict")(predict)
 app.command("zero-shot")(zero_shot)
 app.command("serve")(serve)
@@ -189,58 +211,3 @@ def main() -> None:
 def _fail(message: str, status: int) -> None:
     err.print(f"kshot: {' '.join(message.split())}", style="red", markup=False, highlight=False)
     sys.exit(status)
-
-
-def _run(
-    sweep: "Sweep",
-    output: Path | None,
-    workers: int | None,
-    service: str = "local",
-    device: str = "cpu",
-    access: "Access | None" = None,
-) -> None:
-    from experiments.store import Results
-    from experiments.sweep import plan
-
-    if device != "cpu" and workers not in (None, 1):
-        raise InputError(f"--workers {workers} with --device {device}: one worker uses a device; leave --workers out")
-    with err.status("reading the data"):
-        planned = plan(sweep, service=service, device=device, access=access)
-    results = Results(output or Path("runs") / sweep.name)
-    with results.writing():
-        content = results.begin(planned.describe())
-        if planned.missing(results):
-            _execute(planned, results, workers if device == "cpu" else 1)
-        else:
-            err.print(f"all {len(planned.jobs)} cells are there: nothing to compute", highlight=False)
-        paths = _report(results, content)
-    print_summary(content, results.cells())
-    print_paths([results.folder, *paths])
-
-
-def _execute(planned: "Plan", results: "Results", workers: int | None) -> None:
-    from experiments.methods import METHODS
-    from experiments.sweep import execute
-
-    missing, total = planned.missing(results), len(planned.jobs)
-    done, cost = total - len(missing), sum(METHODS[job.cell.method].cost for job in missing)
-    with progress_bar() as progress, closing(execute(planned, results, workers)) as jobs:
-        task = progress.add_task("starting", total=cost, count=f"{done}/{total}")
-        for job in jobs:
-            done += 1
-            name, count = f"{job.cell.method}, k={job.cell.shots}", f"{done}/{total}"
-            progress.update(task, advance=METHODS[job.cell.method].cost, description=name, count=count)
-            if not err.is_terminal:
-                err.print(f"{done}/{total} {job}", markup=False, highlight=False)
-
-
-def _report(results: "Results", content: dict[str, Any]) -> list[Path]:
-    from experiments.report import write_report
-    from experiments.sweep import command
-
-    with err.status("drawing the report"):
-        cells, classes = results.cells(), content["classes"]
-        images = {cell["dataset"]: cell["test_images"] for cell in cells}
-        counts = {dataset: len(names) for dataset, names in classes.items()}
-        described = {**content, "command": command(content)}
-        return write_report(results.folder, described, cells, images, n_classes=counts)

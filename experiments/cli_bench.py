@@ -88,3 +88,12 @@ def serve(quick: Quick = False, json_path: Json = None) -> None:
 
     with err.status("measuring"):
         bench(quick, json_path)
+
+
+@app.command("sweep")
+def sweep(quick: Quick = False, json_path: Json = None) -> None:
+    """What cells and workers share, and whether --plan told the time."""
+    from experiments.bench_sweep import bench
+
+    with err.status("measuring"):
+        bench(quick, json_path)

@@ -26,6 +26,15 @@ def pairs(settings: list[str] | None) -> dict[str, str]:
     return dict(text.partition("=")[::2] for text in settings or [])
 
 
+def caps(texts: list[str] | None) -> dict[str, str]:
+    """What --most-shots DATASET=K says, each time it is given. Raises InputError for one without a number."""
+    parts = [text.rpartition("=") for text in texts or []]
+    for text, (dataset, _, most) in zip(texts or [], parts, strict=True):
+        if not dataset or not most.isdecimal():
+            raise InputError(f"--most-shots {text!r} caps nothing; write it as DATASET=K, such as flowers=10")
+    return {dataset: most for dataset, _, most in parts}
+
+
 def file_name(dataset: str) -> str:
     """A data set's part in the name of its sweep: the last part of a path, in letters that need no quotes."""
     name = os.path.basename(os.path.abspath(dataset.partition(":")[2])) if ":" in dataset else dataset

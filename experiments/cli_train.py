@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from experiments import cli_hub
 from experiments.cli_data import Modified, Protocol, Root, Source, SplitFile, access_of
+from experiments.cli_hub import Public, PushToHub, Yes
 from experiments.cli_options import file_name, pairs
 from experiments.terminal import err, out, print_paths
 from kshot_errors import InputError
@@ -46,6 +48,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of training.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+    push_to_hub: PushToHub = None,
+    yes: Yes = False,
+    public: Public = False,
 ) -> None:
     """Train an adapter as the sweep's vlm-lora does, for kshot predict and for PEFT."""
     from experiments.adapters import check_target
@@ -54,6 +59,7 @@ def train(
     from experiments.weights import notes
 
     check_target(output, force=force)
+    cli_hub.check(push_to_hub, yes, public)
     chosen = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
     values = _joined({name: value for name, value in chosen.items() if value is not None}, settings)
     access = access_of(source, root, "", split_file, allow_modified)
@@ -68,6 +74,8 @@ def train(
     for note in notes(job.settings, {"model"}):
         out.print(note, style="yellow", markup=False, highlight=False)
     print_paths([output])
+    if push_to_hub is not None:
+        cli_hub.offer(output, push_to_hub, yes, public)
 
 
 def zero_shot(

@@ -3,14 +3,15 @@
 Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,9 +20,11 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from kshot_errors import InputError, UnknownNameError
+from vlm.models import full_name
 
 OWN = "own"  # the image size of each image: what is said where None cannot be
 Readout = Literal["cls", "cls+mean", "last4", "last4+mean", "pooled"]
@@ -29,6 +32,7 @@ ImageSize = Annotated[PositiveInt | None, BeforeValidator(lambda size: None if s
 VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
 Shots = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
+ModelName = Annotated[str, AfterValidator(full_name)]
 
 
 class Settings(BaseModel):
@@ -36,7 +40,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = "Qwen/Qwen3-VL-2B-Instruct"
+    model: ModelName = "Qwen/Qwen3-VL-2B-Instruct"
     backbone: str = "vit_base_patch14_dinov2.lvd142m"
     readout: Readout = "cls"  # what of the backbone is its feature, see baselines.backbone
     image_size: ImageSize = None  # pixels, square, of the backbone's input; none: the image's own size
@@ -93,6 +97,7 @@ class Sweep(BaseModel):
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
     prompts: tuple[str, ...] = ()  # phrasings of the question to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
@@ -114,13 +119,41 @@ class Sweep(BaseModel):
         """Every prompt that is asked, one at least."""
         return self.prompts or (self.settings.prompt,)
 
+    def shots_of(self, dataset: str) -> tuple[int, ...]:
+        """The shots that a data set is drawn at, in their order."""
+        return capped(self.shots, self.most_shots.get(dataset))
+
+    def points(self, dataset: str, read: Collection[str], *, learns: bool) -> Iterator[tuple[Settings, int, int]]:
+        """(settings, shots, seed) of each cell of a method on a data set.
+
+        read: the settings that the method's numbers depend on; where another one moves, its cells were there before.
+        learns: whether it sees shots; a method that does not has one cell, at 0 shots and seed 0.
+        """
+        for settings in self.variants:
+            moved = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
+            if moved <= set(read):
+                grid = product(self.shots_of(dataset), self.seeds) if learns else [(0, 0)]
+                yield from ((settings, shots, seed) for shots, seed in grid)
+
     @field_validator("datasets", "methods", "shots", "seeds", "prompts")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(values))
 
+    @model_validator(mode="after")
+    def _caps_are_of_its_sets(self) -> Self:
+        if odd := [name for name in self.most_shots if name not in self.datasets]:
+            raise ValueError(f"{odd[0]!r} is none of the data sets ({', '.join(self.datasets)})")
+        return self
+
+
+def capped(shots: Iterable[int], most: int | None) -> tuple[int, ...]:
+    """The shots, those above `most` replaced by it, once; None: all as they are."""
+    return tuple(dict.fromkeys(k if most is None else min(k, most) for k in shots))
+
 
 MODELS = ("model", "backbone")  # the settings that name one
+OF_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")  # those of what models are shown
 
 
 def presets() -> list[str]:
@@ -134,15 +167,18 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
 
     settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
     A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
+    The file's caps on shots hold for those of its data sets that are in the sweep.
     Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
-    content = {**read(preset), **overrides}
+    file = read(preset)
+    content = {**file, **overrides}
+    _drop_idle_caps(file, content)
     own, compare = content.get("settings") or {}, content.get("compare") or {}
     if isinstance(own, dict) and isinstance(compare, dict):
         if twice := [name for name in own if name in compare]:
             raise InputError(f"{preset} gives {twice[0]} twice: in settings and in compare; leave one out")
         if preset in presets() and any(_is_new(kind, settings, own, compare) for kind in MODELS):
-            own = {kind: own[kind] for kind in MODELS if kind in own}
+            own = {name: value for name, value in own.items() if name in (*MODELS, *OF_DATA)}
         several = {name: values for name, values in settings.items() if isinstance(values, tuple)}
         one = {name: value for name, value in settings.items() if name not in several}
         content["settings"] = {name: value for name, value in {**own, **one}.items() if name not in several}
@@ -172,11 +208,25 @@ def read(preset: str) -> dict[str, Any]:
     return content
 
 
+def _drop_idle_caps(file: Mapping[str, Any], content: dict[str, Any]) -> None:
+    """Leave out the file's caps on data sets of its own that are not asked for; a name that it never had stays, and is
+    refused."""
+    caps, own = file.get("most_shots"), file.get("datasets")
+    if isinstance(caps, dict) and isinstance(own, list) and content["most_shots"] is caps:
+        idle = [name for name in own if name not in content["datasets"]]
+        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle}
+
+
 def _is_new(kind: str, given: Mapping[str, Any], own: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:
     """Whether a model is given that the file does not have."""
     known = compare.get(kind, (own.get(kind),))
     named = given.get(kind, known)
-    return not set(named if isinstance(named, list | tuple) else (named,)) <= set(known)
+    several = named if isinstance(named, list | tuple) else (named,)
+    return not {_full(name) for name in several} <= {_full(name) for name in known}
+
+
+def _full(name: Any) -> Any:
+    return full_name(name) if isinstance(name, str) else name
 
 
 def _explained(preset: str, error: ValidationError) -> InputError:
@@ -190,4 +240,6 @@ def _explained(preset: str, error: ValidationError) -> InputError:
         return UnknownNameError(kind, str(first["loc"][-1]), part.model_fields)
     if first["type"] == "missing":
         return InputError(f"{preset} does not say {where}; a sweep has: {', '.join(Sweep.model_fields)}")
+    if first["type"] == "value_error" and not where:
+        return InputError(f"{preset}: most_shots: {first['ctx']['error']}")
     return InputError(f"{where} = {first['input']!r}: {first['msg']}")

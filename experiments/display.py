@@ -11,6 +11,7 @@ _PATH = re.compile(r"""(?:(?<![\w./~…)}\]])|(?<=file://))/(?:[^\s/'"]+/)*([^\s
 _DRIVE = re.compile(r"""\b[A-Za-z]:\\(?:[^\s\\'"]+\\)*([^\s\\'"]+)""")
 _WHOLE = re.compile(r"(\w*:)?/(?!/).*?([^/]+)/*", re.DOTALL)
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
+TOGETHER = "together"  # the file of the figure of all data sets: no data set's
 
 
 def without_paths(text: str) -> str:
@@ -25,8 +26,8 @@ def name(value: str) -> str:
 
 
 def file_stem(dataset: str) -> str:
-    """A data set's file name without suffix; a hash keeps apart what the safe alphabet would merge."""
-    if _PLAIN.fullmatch(dataset):
+    """A data set's file name without suffix, never TOGETHER; a hash keeps apart what the safe alphabet would merge."""
+    if _PLAIN.fullmatch(dataset) and dataset != TOGETHER:
         return dataset
     safe = re.sub(r"[^a-z0-9_]+", "-", name(dataset).lower()).strip("-_")[:40]
     return f"{safe or 'dataset'}-{sha256(dataset.encode()).hexdigest()[:8]}"

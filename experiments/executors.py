@@ -1,115 +1,167 @@
-"""Who runs the cells: worker processes side by side on this machine. Knows nothing of what a cell computes.
+"""Who runs the jobs of a sweep: worker processes side by side on this machine, or a Ray cluster's.
 
-On a CPU every worker computes on one thread: the numbers of a cell then do not depend on how many run beside it. A
-worker lives no longer than the parent's end of a pipe: closing it stops a run at once, and so does the parent's death.
+Knows nothing of what a job computes. On a CPU every worker computes on one thread unless told otherwise: the numbers of
+a cell then do not depend on how many run beside it. A job that fails stops no other; a worker that dies takes its job
+with it, which is tried once more, elsewhere.
 """
 
 import os
-import signal
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from logging import CRITICAL, getLogger
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import TypeVar
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, Generic, TypeVar
 
+from experiments.processes import CONTEXT, Failure, Worker
 from kshot_errors import InputError, KshotError
 
 J = TypeVar("J")
 R = TypeVar("R")
-# Read by the libraries when a worker starts: one thread to compute on, and one memory arena, which is enough for it.
-ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+Answers = Generator[tuple[J, R | Failure], None, None]
+EXECUTORS = ("local", "ray")  # functions of this module
+TRIES = 2  # of a job whose worker dies
+LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def local(run: Callable[[J], R], jobs: Sequence[J], workers: int | None = None) -> Generator[tuple[J, R], None, None]:
-    """(job, result) as they finish, with `workers` processes (default: one a core, at most one a job).
+def local(
+    run: Callable[[J], R],
+    jobs: Sequence[J],
+    workers: int | None = None,
+    *,
+    first: Sequence[J] = (),
+    threads: int = 1,
+    gpus: Sequence[str] = (),
+) -> Answers[J, R]:
+    """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
+    with `threads` each, or one a GPU; at most one a job).
 
-    run and jobs must be picklable. The first error ends the run: a KshotError comes out as itself, a worker that died
-    (out of memory, killed) as a KshotError. However it ends, also when the iterator is closed, no worker is left.
+    run and jobs must be picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what
+    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each. However it ends, also when the iterator is closed,
+    no worker is left.
     """
-    count = min(workers or _cores(), len(jobs))
+    room = len(gpus) or max(1, cores() // threads)
+    count = min(workers or room, max(len(jobs), len(first)))
     if count == 0:
         return
-    os.environ.update(ENVIRONMENT)
-    context = get_context("spawn")
-    watched, lifeline = context.Pipe(duplex=False)
-    with (
-        watched,
-        ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(watched,)) as pool,
-        lifeline,  # closed before the pool is waited for: what still runs then is not wanted
-    ):
-        with interrupts_held_back():
-            waiting = {pool.submit(_call, run, job): job for job in jobs}
-        yield from _finished(waiting)
-        pool.shutdown()  # nothing runs: let the workers leave in peace
+    with _crew(run, count, threads, gpus) as crew:
+        yield from _Turns(crew, first, jobs).all()
 
 
-def _cores() -> int:
+def ray(
+    run: Callable[[J], R],
+    jobs: Sequence[J],
+    workers: int | None = None,
+    *,
+    first: Sequence[J] = (),
+    threads: int = 1,
+    gpus: Sequence[str] = (),
+) -> Answers[J, R]:
+    """The same on a Ray cluster: see `experiments.executor_ray`. Raises InputError where Ray is not installed."""
+    from experiments.executor_ray import on_cluster
+
+    return on_cluster(run, jobs, workers, first=first, threads=threads, gpu=bool(gpus))
+
+
+def cores() -> int:
     """Those this process may use; where the system cannot tell (macOS), all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Read by the libraries when a worker starts: its threads, and one memory arena, which is enough for it."""
+    return {**dict.fromkeys(LIBRARIES, str(threads)), "MALLOC_ARENA_MAX": "1"}
+
+
+def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
+    """The results of jobs of which none may fail. The first Failure ends the run and is raised, as InputError or
+    KshotError."""
+    with closing(answers):
+        for job, answer in answers:
+            if isinstance(answer, Failure):
+                kind = InputError if answer.exit_status == InputError.exit_status else KshotError
+                raise kind(answer.message)
+            yield job, answer
+
+
+class _Crew:
+    """The workers of a run. Of one that dies another takes the place, on the same GPU."""
+
+    def __init__(self, make: Callable[[int], Worker[Any, Any]], count: int) -> None:
+        self._make = make
+        self.workers = [make(number) for number in range(count)]
+
+    def replace(self, dead: Worker[Any, Any]) -> None:
+        number = self.workers.index(dead)
+        dead.end()
+        self.workers[number] = self._make(number)
+
+
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Children born here never see Ctrl-C, which a terminal sends to all: the parent gets it, and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _crew(run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]) -> Iterator[_Crew]:
+    os.environ.update(environment(threads))  # a library reads it on being loaded, which a child does on its first line
+    watched, lifeline = CONTEXT.Pipe(duplex=False)
+
+    def make(number: int) -> Worker[J, R]:
+        one = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        return Worker(run, watched, threads, one)
+
+    with watched:
+        crew: _Crew | None = None
+        try:
+            crew = _Crew(make, count)
+            yield crew
+            for worker in crew.workers:
+                worker.leave()  # nothing runs: let the workers go in peace
+        finally:
+            lifeline.close()  # what still runs now is not wanted
+            for worker in crew.workers if crew else ():
+                worker.end()
 
 
-def _finished(waiting: dict[Future[R], J]) -> Iterator[tuple[J, R]]:
-    while waiting:
-        finished = wait(waiting, return_when=FIRST_COMPLETED).done
-        done = [future for future in waiting if future in finished]
-        for future in sorted(done, key=lambda future: future.exception() is not None):  # no result is lost to an error
-            job = waiting.pop(future)
-            try:
-                result = future.result()
-            except BrokenProcessPool as error:
-                reason = f"a worker process died (killed? out of memory?) with {job} or a cell beside it"
-                raise KshotError(f"{reason}; finished cells are kept, the same command goes on from there") from error
-            except _Failed as error:
-                raise error.restored() from error
-            yield job, result
+@dataclass
+class _Task(Generic[J]):
+    """A job, whether others wait for it, and how often its worker has died."""
+
+    job: J
+    first: bool
+    lost: int = 0
 
 
-class _Failed(Exception):  # noqa: N818 - it carries an error, it is none
-    """A KshotError on its way between processes: pickling keeps neither its constructor nor its cause."""
+class _Turns:
+    """Which worker does what, and when."""
 
-    def __init__(self, exit_status: int, message: str) -> None:
-        super().__init__(exit_status, message)
+    def __init__(self, crew: _Crew, first: Sequence[Any], jobs: Sequence[Any]) -> None:
+        self._crew, self._at = crew, dict[Worker[Any, Any], _Task[Any]]()
+        self._waiting = deque([*(_Task(job, True) for job in first), *(_Task(job, False) for job in jobs)])
+        self._ahead = len(first)  # jobs that must be finished before the others begin
 
-    def restored(self) -> KshotError:
-        status, message = self.args
-        return InputError(message) if status == InputError.exit_status else KshotError(message)
+    def all(self) -> Answers[Any, Any]:
+        while self._fill():
+            busy: dict[Any, Worker[Any, Any]] = {worker.channel: worker for worker in self._at}
+            for channel in wait([*busy]):
+                task, answer = self._answer(busy[channel])
+                if isinstance(answer, Failure) and answer.lost and task.lost < TRIES:
+                    self._put_back(task)
+                    continue
+                self._ahead -= task.first
+                yield task.job, answer
 
+    def _fill(self) -> bool:
+        """Give every idle worker a job, if one may begin; whether any is at work."""
+        for worker in self._crew.workers:
+            if worker not in self._at and self._waiting and (self._waiting[0].first or not self._ahead):
+                self._at[worker] = self._waiting.popleft()
+                worker.give(self._at[worker].job)
+        return bool(self._at)
 
-def _call(run: Callable[[J], R], job: J) -> R:
-    try:
-        return run(job)
-    except KshotError as error:
-        raise _Failed(error.exit_status, str(error)) from None
+    def _answer(self, worker: Worker[Any, Any]) -> tuple[_Task[Any], Any]:
+        task, answer = self._at.pop(worker), worker.answer()
+        if isinstance(answer, Failure) and answer.lost:
+            task.lost += 1
+            self._crew.replace(worker)
+        return task, answer
 
-
-def _begin(watched: Connection) -> None:
-    """In a new worker: a watch on the parent, one thread, no progress bars of its own."""
-    threading.Thread(target=end_with, args=(watched,), daemon=True).start()
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    getLogger("huggingface_hub").setLevel(CRITICAL)  # its retries; what they end in is reported in one line
-
-
-def end_with(watched: Connection) -> None:
-    """End this process with the other end of the pipe, whatever it is doing."""
-    watched.poll(None)  # nothing is ever sent: it returns when the other end is closed
-    os._exit(1)
+    def _put_back(self, task: _Task[Any]) -> None:
+        """At once, where others wait for it; else at the end, when fewer run beside it."""
+        (self._waiting.appendleft if task.first else self._waiting.append)(task)

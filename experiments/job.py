@@ -1,4 +1,4 @@
-"""A cell and what only this machine needs to run it. Loads nothing."""
+"""What a worker is given: a cell, or images to encode for cells, and what only this machine needs. Loads nothing."""
 
 from dataclasses import dataclass, field
 
@@ -21,3 +21,18 @@ class Job:
 
     def __str__(self) -> str:
         return str(self.cell)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Images that cells like `like` will show the VLM: its test images and, where cells learn (shots > 0), those of all
+    `seeds`; of them every `parts`-th from `part` on."""
+
+    like: Job
+    seeds: tuple[int, ...]
+    shots: int
+    part: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"encoding the images of {self.like.cell.dataset}, part {self.part + 1} of {self.parts}"

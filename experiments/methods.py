@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from baselines.features import Encoder
     from baselines.heads import Fit
+    from vlm.embedding import Encoding
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
@@ -81,6 +82,11 @@ class Method:
     zero_shot: str | None = None
     leaves_out: bool = False
     local: bool = False
+
+    @property
+    def looks(self) -> bool:
+        """Whether the VLM sees images in it."""
+        return "model" in self.settings
 
 
 def vlm_zero_shot(task: Task) -> Outcome:
@@ -172,12 +178,32 @@ METHODS = {
 }
 
 
+def encode(images: Sequence[bytes], settings: Settings, device: str) -> None:
+    """Put what the local VLM's vision tower says of these images where all workers find it."""
+    from vlm.embedding import encode
+    from vlm.inputs import ImageRule
+
+    encode(_tower(settings, device), images, ImageRule.from_pretrained(settings.model))
+
+
+def tower_forwards(settings: Settings, device: str) -> int:
+    """Images that went through the local VLM's vision tower in this process."""
+    return _tower(settings, device).tower_forwards
+
+
+def _tower(settings: Settings, device: str) -> "Encoding":
+    sampler: Any = _connected("local", device).create_sampling_client(base_model=settings.model).result()
+    return sampler
+
+
 @lru_cache(maxsize=1)
 def _connected(service: str, device: str) -> "ServiceClient":
-    """One service a process, so that cells share the base model and the image features."""
+    """One service a process, so that cells share the base model; image features are shared by processes too."""
     from vlm.service import connect
 
-    return connect(service, device=device) if service == "local" else connect(service)
+    if service != "local":
+        return connect(service)
+    return connect(service, device=device, features=cache_folder() / "vision")
 
 
 def _encoder(settings: Settings, device: str) -> "Encoder":

@@ -4,7 +4,7 @@ Typed from the sources that each row names; nothing here was measured, and nothi
 published figure shows and no table says is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from experiments.report_blocks import Cell, Table
@@ -114,10 +114,25 @@ ROWS: tuple[Reference, ...] = (
     *_full("DINOv2 ViT-g/14", {"caltech101": 97.6, "cars": 91.4, "flowers": 99.7, "pets": 96.7}),
 )
 
+DRAWN = ("zero-shot CLIP", "Tip-Adapter-F")
+FULL = {  # a backbone by timm's name: the row that has it
+    "vit_small_patch14_dinov2.lvd142m": "DINOv2 ViT-S/14",
+    "vit_base_patch14_dinov2.lvd142m": "DINOv2 ViT-B/14",
+    "vit_large_patch14_dinov2.lvd142m": "DINOv2 ViT-L/14",
+    "vit_giant_patch14_dinov2.lvd142m": "DINOv2 ViT-g/14",
+}
+
 
 def published(dataset: str) -> list[Reference]:
     """The rows of a data set of the catalog; none where nothing is known to compare with."""
     return [row for row in ROWS if row.dataset == dataset]
+
+
+def drawn(dataset: str, backbones: Iterable[str]) -> list[Reference]:
+    """The few rows that a figure has room for: without training, the best few-shot curve, and with the full data the
+    DINOv2 that a backbone of the sweep is."""
+    wanted = {*DRAWN, *(FULL[backbone] for backbone in backbones if backbone in FULL)}
+    return [row for row in published(dataset) if row.method in wanted]
 
 
 def published_table(dataset: str) -> Table | None:

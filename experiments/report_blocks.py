@@ -38,11 +38,15 @@ class Notes:
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, one header per column, rows of as many cells; the first cell of a row is its header."""
+    """A caption, one header per column, rows of as many cells; the first cell of a row is its header.
+
+    prose: the cells hold words that may be many, not numbers; so do those of every table of two columns.
+    """
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    prose: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Picture:
     alt: str
 
 
+class Photo(NamedTuple):
+    """A small image of a data set as JPEG, what it is, and what of that is written below it."""
+
+    jpeg: bytes
+    alt: str
+    tag: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images of a data set under a caption. They are in the page alone: what a repository keeps has none."""
+
+    caption: str
+    photos: tuple[Photo, ...]
+
+
 @dataclass(frozen=True)
 class Command:
     """What to type in a shell."""
@@ -61,4 +81,4 @@ class Command:
     text: str
 
 
-Block = Heading | Paragraph | Notes | Table | Picture | Command
+Block = Heading | Paragraph | Notes | Table | Picture | Gallery | Command

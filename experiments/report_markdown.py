@@ -1,21 +1,25 @@
-"""Blocks as GitHub-flavoured Markdown. It does not know where they came from; every text passes `_text`."""
+"""Blocks as GitHub-flavoured Markdown, without images of data sets. It does not know where they came from; every text
+passes `_text`."""
 
 import re
 from collections.abc import Iterable
 
 from experiments.display import without_paths
-from experiments.report_blocks import Block, Cell, Command, Heading, Notes, Paragraph, Picture, Table
+from experiments.report_blocks import Block, Cell, Command, Gallery, Heading, Notes, Paragraph, Picture, Table
 
 # An underscore inside a word is no emphasis, so names like oxford_flowers102 stay readable.
 _SPECIAL = re.compile(r"[\\`*\[\]|$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
+Shown = Heading | Paragraph | Notes | Table | Picture | Command
+
 
 def markdown(blocks: Iterable[Block]) -> str:
     """The whole document, ending in one newline."""
-    return "\n\n".join(_block(block) for block in blocks) + "\n"
+    shown = (block for block in blocks if not isinstance(block, Gallery))
+    return "\n\n".join(_block(block) for block in shown) + "\n"
 
 
-def _block(block: Block) -> str:
+def _block(block: Shown) -> str:
     match block:
         case Heading(level, text):
             return f"{'#' * level} {_text(text)}"
@@ -32,8 +36,8 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    # Numbers to the right; tables of two columns hold prose.
-    align = ["---:" if len(table.header) > 2 else "---"] * (len(table.header) - 1)
+    # Numbers to the right.
+    align = ["---:" if len(table.header) > 2 and not table.prose else "---"] * (len(table.header) - 1)
     rows = [map(_text, table.header), ["---", *align], *(map(_cell, row) for row in table.rows)]
     lines = [" | ".join(row) for row in rows]
     return "\n".join([f"{_text(table.caption)}\n", *(f"| {line} |" for line in lines)])

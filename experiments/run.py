@@ -1,9 +1,12 @@
-"""Run one cell: from the catalog row to a record and its predictions. Knows no results folder and no other cell.
+"""Run one job: a cell, from the catalog row to a record and its predictions, or the encoding of images for cells.
+
+Knows no results folder and no other cell.
 
 Called in a worker process; data sets and prepared images stay there from cell to cell.
 """
 
 import platform
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
@@ -16,8 +19,9 @@ from data.core import Dataset, Example, Images
 from data.fewshot import k_shot
 from data.images import prepare_all
 from data.row import Access
+from experiments import methods
 from experiments.config import Settings
-from experiments.job import Job
+from experiments.job import Encoding, Job
 from experiments.methods import METHODS, Outcome, Task
 from experiments.predictions import predictions
 from experiments.weights import recorded, relevant
@@ -28,6 +32,34 @@ if TYPE_CHECKING:
 
 VALIDATION = 4  # images a class, at most
 VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "numpy", "pillow", "tinker")
+
+
+def work(job: Job | Encoding) -> "tuple[dict[str, Any], pa.Table] | None":
+    """What a worker does: `run` a cell or `encode` images."""
+    if isinstance(job, Encoding):
+        encode(job)
+        return None
+    return run(job)
+
+
+def encode(job: Encoding) -> None:
+    """Put the features of the job's images where the cells find them. Raises as `run` does."""
+    like = job.like
+    dataset, hflip = _dataset(like.source, like.access, like.settings.split_seed), catalog.find(like.source).hflip
+    new = to_encode(dataset, job.seeds, job.shots, like.settings)
+    test = {example.key: example for example in _test(like)}
+    keys = sorted({*test, *new})[job.part :: job.parts]
+    prepared = _prepared(like, [new[key] for key in keys if key in new], hflip)
+    images = [image for each in prepared for image in (each.image, each.mirrored) if image]
+    images += [test[key].image for key in keys if key in test]
+    methods.encode(images, like.settings, like.device)
+
+
+def to_encode(dataset: Dataset, seeds: Iterable[int], shots: int, settings: Settings) -> dict[str, Example]:
+    """The training images by key that cells of these seeds and at most these shots show."""
+    chosen = (few_shot(dataset, shots, seed, settings) for seed in seeds if shots)
+    more = (validation(dataset, shots, seed, settings) for seed in seeds if shots)
+    return {example.key: example for some in (*chosen, *more) for example in some}
 
 
 def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
@@ -41,6 +73,7 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
         raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
     test = _test(job)
+    before = _forwards(job)
     outcome = _outcome(job, task(job, dataset, test))
     table = predictions(test, outcome)
     record = {
@@ -49,6 +82,7 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
         "test_images": len(test),
         "metrics": metrics(table, len(dataset.classes)),
         "timings": {f"{name}_seconds": round(seconds, 3) for name, seconds in outcome.seconds.items()},
+        **({} if before is None else {"work": {"vision_forwards": (_forwards(job) or 0) - before}}),
         "versions": versions(job),
         **({"chosen": dict(outcome.chosen)} if outcome.chosen else {}),
     }
@@ -117,6 +151,13 @@ def _outcome(job: Job, given: Task) -> Outcome:
         return method.run(given)
     except tinker.TinkerError as error:
         raise KshotError(f"service {job.service} failed with {job}: {error}") from error
+
+
+def _forwards(job: Job) -> int | None:
+    """Images that the vision tower has seen in this process; None where no VLM of this machine looks at any."""
+    if job.service != "local" or not METHODS[job.cell.method].looks:
+        return None
+    return methods.tower_forwards(job.settings, job.device)
 
 
 def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:

@@ -5,7 +5,7 @@ A series stands where a method's name stands, in sweep.json's content and in cel
 text: `method_of` and `choices_of` say what it is. Knows no numbers and no looks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ Record = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]  # {setting: the values of it that are compared, as results record them}
 T = TypeVar("T")
 PROMPT = "prompt"
+MAIN = ("vlm-lora", "dinov2-lora")  # what the comparison is about: both tuned on the very same batches
 ABSENT = object()
 
 
@@ -78,6 +79,13 @@ def zero_shot_of(series: str) -> str | None:
     if row is None or row.zero_shot is None:
         return None
     return _named(row.zero_shot, [c for c in choices_of(series) if c.setting in METHODS[row.zero_shot].settings])
+
+
+def main_pairs(series: Iterable[str]) -> list[tuple[str, str]]:
+    """Each series of the first method of MAIN with each of the second, of those given and in their order."""
+    found = list(dict.fromkeys(series))
+    first, second = ([each for each in found if method_of(each) == method] for method in MAIN)
+    return list(product(first, second))
 
 
 def from_zero(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:

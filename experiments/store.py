@@ -1,6 +1,7 @@
-"""A results folder: sweep.json, cells/<key>.json, predictions/<key>.parquet. Knows no method and draws nothing.
+"""A results folder: sweep.json, cells/<key>.json, predictions/<key>.parquet, and failed/<key>.json where a cell failed.
 
-Every file is written to a temporary name and renamed, predictions before their cell: a cell that exists is complete.
+Knows no method and draws nothing. Every file is written to a temporary name and renamed, predictions before their cell:
+a cell that exists is complete.
 One writer a folder, held by a lock that dies with its process.
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 GROWING = ("datasets", "methods", "shots", "seeds", "notes")  # what a folder may gain from one run to the next
+COMPUTED = ("service", "device")  # who computed the numbers, and on what kind of device
 SWEEP_FIELDS = (*GROWING, "name", "settings", "protocols", "classes")
 IDENTITY = ("key", "dataset", "protocol", "method", "shots", "seed", "settings")
 CELL_FIELDS = (*IDENTITY, "test_images", "metrics", "timings", "versions")
@@ -48,7 +50,7 @@ class Results:
             reason = f"cannot write to {self.folder}: {error.strerror}"
             raise ResultsError(f"{reason}; choose another folder with --out") from error
         try:
-            for part in ("", "cells", "predictions", "figures"):
+            for part in ("", "cells", "predictions", "figures", "failed"):
                 remove_unfinished(self.folder / part)
             yield
         finally:
@@ -59,7 +61,7 @@ class Results:
         if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
             return False
         visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        return not visible <= {"cells", "predictions", "figures"}
+        return not visible <= {"cells", "predictions", "figures", "failed"}
 
     def begin(self, sweep: Mapping[str, Any]) -> dict[str, Any]:
         """Write sweep.json, joined with the one that is there; returns the joined one.
@@ -76,6 +78,8 @@ class Results:
             joined.update(
                 {field: {**old.get(field, {}), **sweep.get(field, {})} for field in ("protocols", "classes", "data")}
             )
+            if caps := {**old.get("most_shots", {}), **sweep.get("most_shots", {})}:
+                joined["most_shots"] = caps
         self._write_json("sweep.json", joined)
         return joined
 
@@ -102,12 +106,32 @@ class Results:
         pq.write_table(predictions, buffer)
         self._write(f"predictions/{record['key']}.parquet", buffer.getvalue().to_pybytes())
         self._write_json(f"cells/{record['key']}.json", record)
+        (self.folder / "failed" / f"{record['key']}.json").unlink(missing_ok=True)
+
+    def fail(self, key: str, identity: Mapping[str, Any], error: str, exit_status: int, trace: str) -> None:
+        """Note why a cell has no result; a later `add` of it takes that back."""
+        (self.folder / "failed").mkdir(exist_ok=True)
+        self._write_json(
+            f"failed/{key}.json", {"key": key, **identity, "error": error, "exit_status": exit_status, "trace": trace}
+        )
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What `fail` noted, in the order of data set, method, shots and seed."""
+        again, fields = "delete it and run the sweep again", (*IDENTITY, "error", "exit_status")
+        paths = (self.folder / "failed").glob("*.json")
+        records = [_read_json(path, fields, f"a record is gone; {again}", again) for path in paths]
+        return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
+
+    def cell(self, key: str) -> dict[str, Any]:
+        """The record of one finished cell."""
+        again = "run the sweep again"
+        path = self.folder / "cells" / f"{key}.json"
+        return _read_json(path, CELL_FIELDS, f"a record is gone; {again}", f"delete it and {again}")
 
     def cells(self) -> list[dict[str, Any]]:
         """The records of all finished cells, in the order of data set, method, shots and seed."""
         paths = (self.folder / "cells").glob("*.json")
-        again = "run the sweep again"
-        records = [_read_json(p, CELL_FIELDS, f"a record is gone; {again}", f"delete it and {again}") for p in paths]
+        records = [self.cell(path.stem) for path in paths]
         return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
 
     def recompute(self) -> int:
@@ -136,6 +160,7 @@ class Results:
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = _changes(old["settings"], new["settings"])
+        changed += _changes(*({f: each[f] for f in COMPUTED if f in old and f in new} for each in (old, new)))
         common = old["protocols"].keys() & new["protocols"].keys()
         changed += _changes(*({f"images of {d}": each["protocols"][d] for d in common} for each in (old, new)))
         if changed:

@@ -3,8 +3,9 @@
 Knows no method and no model; what runs the cells is an executor.
 """
 
-import shlex
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import os
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,19 +17,27 @@ from data.core import Dataset
 from data.row import Access
 from experiments import executors
 from experiments.cell import Cell
-from experiments.config import COMPARED, MODELS, OWN, Settings, Sweep, load
-from experiments.job import Job
+from experiments.config import Settings, Sweep
+from experiments.job import Encoding, Job
 from experiments.methods import METHODS, check_left_out
-from experiments.run import few_shot, run, validation
+from experiments.processes import Failure
+from experiments.run import few_shot, to_encode, validation, work
 from experiments.store import Results
 from experiments.weights import notes, recorded, relevant
 from kshot_errors import DatasetError, InputError, UnknownNameError
 from vlm import models
 
+SHOWN = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")  # what images, as what
+PART = 64  # images that are encoded at a time
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a sweep with the data sets they need, all checked. jobs: in an order that keeps workers busy."""
+    """The cells of a sweep with the data sets they need, all checked.
+
+    jobs: one data set after the other, so that workers keep its images, and of each the long ones first, so that no
+    worker waits at the end.
+    """
 
     sweep: Sweep
     datasets: dict[str, Dataset]
@@ -45,13 +54,18 @@ class Plan:
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
             "settings": settings,
+            **({"most_shots": self._most_shots()} if self.sweep.most_shots else {}),
             **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
             **({"compare": {name: settings[name] for name in compared}} if compared else {}),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
             "notes": self._notes(),
+            **({"service": _kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
         }
+
+    def _most_shots(self) -> dict[str, int]:
+        return {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
 
     def _settings(self) -> dict[str, Any]:
         """What the settings were; of one that has several values, and of its revision, each in a list."""
@@ -66,9 +80,26 @@ class Plan:
         of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
         return [*of_settings, *of_files]
 
-    def missing(self, results: Results) -> list[Job]:
-        """The jobs whose cells are not stored yet."""
-        return [job for job in self.jobs if not results.has(job.cell.key)]
+    def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
+        """The jobs whose cells are not stored yet; of them those that have failed."""
+        keys = {record["key"] for record in results.failures()} if only_failed else {job.cell.key for job in self.jobs}
+        return [job for job in self.jobs if job.cell.key in keys and not results.has(job.cell.key)]
+
+    def encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
+        """What must be encoded once, for all of these jobs: the images that the VLM of this machine is shown."""
+        alike: dict[Any, list[Job]] = defaultdict(list)
+        for job in jobs:
+            if job.service == "local" and METHODS[job.cell.method].looks:
+                alike[job.source, *(getattr(job.settings, name) for name in SHOWN)].append(job)
+        return [encoding for same in alike.values() for encoding in self._parts(same)]
+
+    def _parts(self, same: Sequence[Job]) -> Iterator[Encoding]:
+        learning = [job.cell for job in same if METHODS[job.cell.method].learns]
+        seeds, shots = tuple(sorted({c.seed for c in learning})), max((c.shots for c in learning), default=0)
+        dataset, settings = self.datasets[same[0].source], same[0].settings
+        test = len(dataset.test) if settings.limit_test is None else min(settings.limit_test, len(dataset.test))
+        parts = -(-(test + len(to_encode(dataset, seeds, shots, settings))) // PART)
+        return (Encoding(same[0], seeds, shots, part, parts) for part in range(parts))
 
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
@@ -86,57 +117,55 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
     _check_machine(service, device)
     _check_models(sweep, service)
     _check_asking(sweep, service)
-    ways = _ways(sweep, access or Access())
+    ways = ways_of(sweep, access or Access())
     seed = sweep.settings.split_seed
     datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
     _check_names(datasets)
     if any(METHODS[method].learns for method in sweep.methods):
-        for dataset in datasets.values():
+        for source, dataset in datasets.items():
+            most = max(sweep.shots_of(source))
             for seed in sweep.seeds:
-                chosen = few_shot(dataset, max(sweep.shots), seed, sweep.settings)
+                chosen = few_shot(dataset, most, seed, sweep.settings)
                 if any(METHODS[method].leaves_out for method in sweep.methods):
                     check_left_out(dataset.classes, chosen)
-                validation(dataset, max(sweep.shots), seed, sweep.settings)
+                validation(dataset, most, seed, sweep.settings)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
         make = partial(Job, source=source, service=service, device=device, access=ways[source])
-        jobs += (make(cell, settings) for cell, settings in _cells(sweep, dataset))
-    jobs.sort(key=lambda job: -METHODS[job.cell.method].cost)  # the long ones first: no worker waits at the end
+        jobs += (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
+    order = {source: number for number, source in enumerate(datasets)}
+    jobs.sort(key=lambda job: (order[job.source], -METHODS[job.cell.method].cost))
     return Plan(sweep, datasets, jobs)
 
 
-def execute(planned: Plan, results: Results, workers: int | None = None) -> Generator[Job, None, None]:
-    """Run and store what `results` lacks of the plan, yielding each job when it is stored."""
-    with closing(executors.local(run, planned.missing(results), workers)) as finished:
-        for job, (record, table) in finished:
-            results.add(record, table)
-            yield job
+def execute(
+    planned: Plan,
+    results: Results,
+    jobs: Sequence[Job],
+    executor: str = "local",
+    workers: int | None = None,
+    threads: int = 1,
+) -> Generator[tuple[Job | Encoding, Failure | None], None, None]:
+    """Run and store these jobs of the plan; yields each when it is stored, or with why it failed: that stops no other.
+    Images that were encoded for them are yielded too; where that fails, their cells say so.
 
-
-def command(content: Mapping[str, Any]) -> str:
-    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo.
-
-    Where a folder of images lies is not recorded: its path is to be filled in.
+    executor: a row of `executors.EXECUTORS`. Raises InputError where it cannot run here, or not with so many workers.
     """
-    recorded_of = {kind: content["settings"][kind] for kind in MODELS}
-    models_of = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded_of.items()}
-    base = load("demo", {}, models_of).settings.model_dump()
-    base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
-    places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
-    options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
-    options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
-    changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
-    asked = changed.pop("prompt", [])
-    options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]
-    compared = {name: changed.pop(name) for name in COMPARED if isinstance(changed.get(name), list)}
-    for name, values in compared.items():
-        options += [(f"--{name.replace('_', '-')}", OWN if value is None else str(value)) for value in values]
-    options += [("--set", f"{k}={v}") for k, v in changed.items()]
-    facts = content.get("data", {})
-    options += _access_options(facts.values())
-    modified = any("-modified-" in protocol for protocol in content["protocols"].values())
-    flags = " --allow-modified" if modified else ""
-    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
+    gpus = gpus_of(planned.jobs[0].device) if planned.jobs else ()
+    if gpus and workers and workers > len(gpus) and executor == "local":
+        few = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} for --workers {workers}"
+        raise InputError(f"there are {few}, and each worker takes one; leave --workers out")
+    start = getattr(executors, executor)
+    made = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
+    with closing(made) as finished:
+        for job, answer in finished:
+            failure = answer if isinstance(answer, Failure) else None
+            if isinstance(job, Job):
+                if failure:
+                    results.fail(job.cell.key, job.cell.identity, failure.message, failure.exit_status, failure.trace)
+                else:
+                    results.add(*answer)
+            yield job, failure
 
 
 def _of_its_files(dataset: Dataset) -> Iterator[str]:
@@ -148,17 +177,21 @@ def _of_its_files(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.name}: images that are in both train and test: {shared}."
 
 
-def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The options by which the data sets were had; where the files lay is not recorded."""
-    options: dict[str, str] = {}
-    for fact in facts:
-        if "protocol" in fact:
-            options |= {"--source": fact["source"], "--protocol": fact["protocol"]}
-        if fact.get("source") == "archive":
-            options |= {"--root": "PATH/TO/THE/ORIGINAL/FILES"}
-        if fact.get("protocol") == "coop":
-            options |= {"--split-file": "PATH/TO/THE/SPLIT.json"}
-    return list(options.items())
+def _kind(service: str) -> str:
+    """What results call a service: an address is nobody's business."""
+    return service if service in ("local", "tinker") else "remote"
+
+
+def gpus_of(device: str) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return ()
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    return (names[int(number)],) if number else tuple(names)
 
 
 def _check_machine(service: str, device: str) -> None:
@@ -208,7 +241,7 @@ def _check_names(datasets: Mapping[str, Dataset]) -> None:
             raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
 
 
-def _ways(sweep: Sweep, access: Access) -> dict[str, Access]:
+def ways_of(sweep: Sweep, access: Access) -> dict[str, Access]:
     """Data set → how it is had: `access` where there is a choice."""
     access = replace(access, protocol=sweep.protocol) if sweep.protocol else access
     rows = {source: catalog.find(source) for source in sweep.datasets}
@@ -233,18 +266,14 @@ def _check_asking(sweep: Sweep, service: str) -> None:
         )
 
 
-def _cells(sweep: Sweep, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
+def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
     """Each cell with the settings it is run under."""
-    for settings in sweep.variants:
-        values = recorded(settings)
-        moved = {name for name, taken in sweep.axes.items() if getattr(settings, name) != taken[0]}
-        for name in sweep.methods:
-            method = METHODS[name]
-            if not moved <= set(method.settings):  # it does not read what has moved: it was there before
-                continue
-            grid = [(k, s) for k in sweep.shots for s in sweep.seeds] if method.learns else [(0, 0)]
-            named = relevant(values, method.settings)
-            yield from ((Cell(dataset.name, dataset.protocol, name, k, s, named), settings) for k, s in grid)
+    values = {settings: recorded(settings) for settings in sweep.variants}
+    for name in sweep.methods:
+        method = METHODS[name]
+        for settings, shots, seed in sweep.points(source, method.settings, learns=method.learns):
+            named = relevant(values[settings], method.settings)
+            yield Cell(dataset.name, dataset.protocol, name, shots, seed, named), settings
 
 
 def _compared(sweep: Sweep) -> list[str]:

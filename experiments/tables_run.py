@@ -1,20 +1,17 @@
-"""The tables of how it was run: data sets, prompts, times, settings, versions, and the cells still missing.
+"""The tables of what was run: data sets, prompts, and the cells still missing.
 
 Cell records and sweep.json in, tables out; it does not know what the numbers mean, nor Markdown or HTML.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import median
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.display import name
 from experiments.methods import METHODS
 from experiments.metrics import seeds_of
 from experiments.report_blocks import Cell, Table
 from experiments.series import by_series, method_of
-from experiments.styles import ordered, style
+from experiments.styles import style
 from experiments.tables import NONE, Record
 
 Planned = tuple[str, str, int, int]  # dataset, method or series, shots, seed
@@ -45,43 +42,35 @@ def prompts_table(sweep: Record) -> Table | None:
     return Table("Prompts.", ("prompt", "text"), tuple(rows)) if len(rows) > 1 else None
 
 
-def timings_table(cells: Sequence[Record]) -> Table:
-    """Median seconds per cell to fit and to predict, by method."""
-    rows = [
-        (Cell(style(method).title), *(Cell(_seconds(cells, method, what)) for what in ("fit", "predict")))
-        for method in ordered(cell["method"] for cell in cells)
-    ]
-    return Table(
-        "Median seconds per cell. What an earlier cell has loaded, or an earlier cell or sweep has encoded, costs "
-        "nothing again.",
-        ("method", "fit", "predict"),
-        tuple(rows),
-    )
+def missing_table(
+    planned: Iterable[Planned], cells: Sequence[Record], failures: Mapping[Planned, str] | None = None
+) -> Table | None:
+    """The planned cells that are not there, one row per (data set, method, seed) and error; None when all are.
 
-
-def settings_table(caption: str, header: str, *records: Record) -> Table:
-    """Nested settings, one row per leaf in order of name; records that differ show every value."""
-    leaves: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for key, value in _leaves(record):
-            leaves[key].add(value)
-    rows = [(Cell(name(key)), Cell("; ".join(sorted(values)))) for key, values in sorted(leaves.items())]
-    return Table(caption, (header, "value"), tuple(rows))
-
-
-def missing_table(planned: Iterable[Planned], cells: Sequence[Record]) -> Table | None:
-    """The planned cells that are not there, one row per (data set, method, seed); None when all are."""
+    failures: the error of those that were tried and failed, by the method's plain name, whatever is compared.
+    """
+    failures = failures or {}
     there = {(cell["dataset"], cell["method"], cell["shots"], cell["seed"]) for cell in cells}
-    gaps: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    gaps: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
     for dataset, method, shots, seed in planned:
         if (dataset, method, shots, seed) not in there:
-            gaps[dataset, method, seed].append(shots)
+            gaps[dataset, method, seed, failures.get((dataset, method_of(method), shots, seed), "")].append(shots)
+    errors = [error for *_, error in gaps]
     rows = [
         (Cell(name(dataset)), Cell(style(method).title), Cell(str(seed)), Cell(", ".join(map(str, sorted(shots)))))
-        for (dataset, method, seed), shots in gaps.items()
+        for (dataset, method, seed, _), shots in gaps.items()
     ]
     caption = f"Cells not run yet: {sum(map(len, gaps.values()))}."
-    return Table(caption, ("data set", "method", "seed", "shots"), tuple(rows)) if rows else None
+    table = Table(caption, ("data set", "method", "seed", "shots"), tuple(rows))
+    if not any(errors):
+        return table if rows else None
+    failed = sum(len(shots) for (*_, error), shots in gaps.items() if error)
+    return Table(
+        f"{caption} Of them {failed} failed, with the error that is shown; {NONE}: not tried.",
+        (*table.header, "error"),
+        tuple((*row, Cell(error or NONE)) for row, error in zip(rows, errors, strict=True)),
+        prose=True,
+    )
 
 
 def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
@@ -97,25 +86,3 @@ def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
             else:
                 plan += [(dataset, method, k, seed) for k in sweep["shots"] if k for seed in sweep["seeds"]]
     return plan
-
-
-def _seconds(cells: Sequence[Record], method: str, what: str) -> str:
-    times = [cell["timings"].get(f"{what}_seconds") for cell in cells if cell["method"] == method]
-    known = [time for time in times if time is not None]
-    return f"{median(known):.2f}" if known else NONE
-
-
-def _leaves(record: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _value(value)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, str):
-        return name(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return json.dumps(value, sort_keys=True)

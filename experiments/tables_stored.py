@@ -1,4 +1,4 @@
-"""The tables that need stored predictions: paired differences, and what is taken for what.
+"""The tables of paired differences, and the stored predictions that they need.
 
 Cell records and a results folder in, tables out; where the folder has no predictions, as committed results, there are
 none. It does not know Markdown or HTML.
@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.intervals import bootstrap_difference
-from experiments.metrics import Confusion, confusions, scores
+from experiments.metrics import scores
 from experiments.report_blocks import Cell, Table
+from experiments.series import main_pairs
 from experiments.styles import ordered, style
-from experiments.tables import NONE, Record, largest_shots
-from kshot_errors import ResultsError
+from experiments.tables import NONE, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-WORST = 10  # confusions shown of a method
 
 Runs = Mapping[str, Mapping[int, "pa.Table"]]  # {series: {seed: predictions}}
 
@@ -33,9 +31,9 @@ def differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Ta
     leaders: dict[int, str] = {}
     rows: list[tuple[Cell, ...]] = []
     for shots in _ends(cells, dataset):
-        runs = _runs(folder, cells, dataset, shots)
+        runs = runs_of(folder, cells, dataset, shots)
         if len(runs) > 1:
-            leaders[shots] = leader = _best(cells, dataset, shots, runs)
+            leaders[shots] = leader = best_of(cells, dataset, shots, runs)
             rows += [_difference_row(m, shots, runs[leader], runs[m]) for m in ordered(runs) if m != leader]
     if not rows:
         return None
@@ -47,19 +45,26 @@ def differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Ta
     return Table(caption, ("method", "k", "seeds", "difference", "95% interval", "p"), tuple(rows))
 
 
-def confusion_tables(folder: Path, cells: Sequence[Record], dataset: str, classes: Sequence[str]) -> list[Table]:
-    """The most frequent confusions at the largest shots, summed over seeds: of the best series, and of the best that
-    answers in text. None of a series without predictions in the folder or without a confusion.
-
-    classes: the names, by label. Raises ResultsError where a prediction is none of them.
+def main_differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Table | None:
+    """The two methods that the comparison is about against each other, at every shots at which both have predictions;
+    of the same test as `differences_table`. None where there are none. Raises as that does.
     """
-    shots = largest_shots(cells, dataset)
-    runs = _runs(folder, cells, dataset, shots)
-    texts = scores(cells, dataset, "accuracy_constrained")
-    groups = runs, {series: row for series, row in runs.items() if series in texts}
-    best = dict.fromkeys(_best(cells, dataset, shots, group) for group in groups if group)
-    tables = (_confusion_table(series, shots, runs[series], classes) for series in best)
-    return [table for table in tables if table]
+    pairs = main_pairs(ordered(cell["method"] for cell in cells))
+    rows: list[tuple[Cell, ...]] = []
+    for shots in sorted({cell["shots"] for cell in cells if cell["dataset"] == dataset}) if pairs else ():
+        runs = runs_of(folder, cells, dataset, shots)
+        rows += [
+            (Cell(f"{style(a).title} minus {style(b).title}"), *_difference_row(b, shots, runs[a], runs[b])[1:])
+            for a, b in pairs
+            if a in runs and b in runs
+        ]
+    if not rows:
+        return None
+    caption = (
+        "The two tuned models against each other at every k, in points of accuracy: the same paired bootstrap over "
+        "test images. One test a row; the rows are not corrected for their number."
+    )
+    return Table(caption, ("methods", "k", "seeds", "difference", "95% interval", "p"), tuple(rows))
 
 
 def _ends(cells: Sequence[Record], dataset: str) -> list[int]:
@@ -69,8 +74,8 @@ def _ends(cells: Sequence[Record], dataset: str) -> list[int]:
     return list(dict.fromkeys([drawn[0], drawn[-1]]))
 
 
-def _runs(folder: Path, cells: Sequence[Record], dataset: str, shots: int) -> Runs:
-    """The predictions that are there."""
+def runs_of(folder: Path, cells: Sequence[Record], dataset: str, shots: int) -> Runs:
+    """The predictions that are there, of the data set at these shots."""
     from pyarrow import parquet
 
     runs: dict[str, dict[int, pa.Table]] = defaultdict(dict)
@@ -81,7 +86,7 @@ def _runs(folder: Path, cells: Sequence[Record], dataset: str, shots: int) -> Ru
     return dict(runs)
 
 
-def _best(cells: Sequence[Record], dataset: str, shots: int, among: Mapping[str, object]) -> str:
+def best_of(cells: Sequence[Record], dataset: str, shots: int, among: Mapping[str, object]) -> str:
     """The series of the highest mean accuracy; of several, the first in order."""
     means = {series: row[shots].mean for series, row in scores(cells, dataset).items() if series in among}
     return max(ordered(means), key=means.__getitem__)
@@ -105,25 +110,3 @@ def _difference_row(
     p = f"{found.p:.3f}" if found.p >= 0.001 else "<0.001"
     texts = (style(series).title, str(shots), str(len(common)), f"{100 * found.difference:+.1f}", interval, p)
     return tuple(map(Cell, texts))
-
-
-def _confusion_table(series: str, shots: int, runs: Mapping[int, "pa.Table"], classes: Sequence[str]) -> Table | None:
-    import pyarrow as pa
-
-    found = confusions(pa.concat_tables(runs.values()), WORST)
-    if not found:
-        return None
-    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
-    caption = (
-        f"{style(series).title} at k = {shots}: the most frequent confusions, in test images "
-        f"over {seeds} and in percent of the images of the class."
-    )
-    rows = tuple(_confusion_row(confusion, classes) for confusion in found)
-    return Table(caption, ("class", "taken for", "images", "% of the class"), rows)
-
-
-def _confusion_row(confusion: Confusion, classes: Sequence[str]) -> tuple[Cell, ...]:
-    label, prediction, images, share = confusion
-    if not 0 <= min(label, prediction) <= max(label, prediction) < len(classes):
-        raise ResultsError(f"predictions hold class {max(label, prediction)}, but there are {len(classes)} class names")
-    return tuple(map(Cell, (classes[label], classes[prediction], str(images), f"{100 * share:.1f}")))

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from data.core import Dataset
 from data.row import Access
 from experiments import adapters, run
+from experiments.cards import readme
 from experiments.config import Sweep, load
 from experiments.job import Job
-from experiments.methods import fit_lora, prompt_of
+from experiments.methods import METHODS, fit_lora, prompt_of
 from experiments.sweep import plan
+from experiments.weights import notes
 from kshot_errors import InputError
 from kshot_files import remove_stale
 
@@ -84,7 +86,9 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
         finally:
             service.close()
         adapters.check_target(target, force=force)  # it may have been filled meanwhile
-        adapters.write(target, folder_of(state, path), _card(job, dataset, prompt))
+        card = _card(job, dataset, prompt)
+        said = notes(job.settings, set(METHODS[METHOD].settings))
+        adapters.write(target, folder_of(state, path), card, readme(card, said))
 
 
 def _card(job: Job, dataset: Dataset, prompt: "Prompt") -> adapters.Card:

@@ -52,9 +52,11 @@ def test_the_make_targets_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def in_this_process(run: Callable[[Any], Any], jobs: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
+def in_this_process(
+    run: Callable[[Any], Any], jobs: Sequence[Any], _: int | None = None, *, first: Sequence[Any] = (), **__: Any
+) -> Iterator[Any]:
     """In place of worker processes, each of which would import everything anew."""
-    return ((job, run(job)) for job in jobs)
+    return ((job, run(job)) for job in (*first, *jobs))
 
 
 def test_the_commands_run(

@@ -12,9 +12,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tinker
+from tinker import types
 
 from kshot_errors import RequestError, UnknownNameError
 from vlm.classifier import WINDOW
+from vlm.inputs import ImageRule, image_chunk
 from vlm.prompts import Prompt
 from vlm.service import SamplingClient
 
@@ -27,6 +29,27 @@ class Embedder(Protocol):
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
         """(prompts, D) float32: the features that are asked for, the tower's first."""
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """A sampling client that keeps what the vision tower says of an image.
+
+    tower_forwards: images that went through the tower of its model in this process.
+    """
+
+    @property
+    def tower_forwards(self) -> int: ...
+
+    def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
+        """Have these images' features ready, in memory or on disk; those that are cost nothing."""
+
+
+def encode(sampler: Encoding, images: Sequence[bytes], rule: ImageRule) -> None:
+    """Put the tower's features of images where later requests, also of other processes, find them: `connect` names
+    the folder. Raises ImageError for bytes that are no image."""
+    for start in range(0, len(images), WINDOW):
+        sampler.encode_images([image_chunk(image, rule) for image in images[start : start + WINDOW]])
 
 
 def embed(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], what: str) -> np.ndarray:

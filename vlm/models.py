@@ -1,7 +1,7 @@
 """Names of models, and the folder that has a name's files. Loads no model and reads no weight.
 
-A name is one of ours, a folder, or a hub id (ID or ID@REVISION). The hub's files are fetched once, into its own cache
-(HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
+A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVISION). The hub's files are fetched once,
+into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,28 @@ from kshot_errors import KshotError, ModelError, UnknownNameError
 from vlm import nano
 
 MODELS = {nano.NAME: nano.folder}
+# What Qwen3-VL comes in, smallest first: short names of its instruction-tuned models. ./8B is a folder of that name.
+SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
 TRIES = 3  # of a download whose connection drops in a way that huggingface_hub does not resume
 
 
+def full_name(name: str) -> str:
+    """What a short name stands for; any other name as it is."""
+    return SIZES.get(name, name)
+
+
 def check(name: str) -> None:
     """Raise UnknownNameError for what can be no model: neither one of ours, nor a folder, nor like a hub id."""
+    name = full_name(name)
     folder, (hub_id, *_) = Path(name), name.split("@")
     on_hub = hub_id.count("/") == 1 and not name.startswith((".", "/", "~")) and " " not in name
     ours = name.startswith("kshot/")
     if name in MODELS or (folder / "config.json").is_file() or (on_hub and not ours and not folder.exists()):
         return
     others = "a folder with config.json", "a hub id such as Qwen/Qwen3-VL-2B-Instruct"
-    raise UnknownNameError("model", name, [*MODELS, *others])
+    raise UnknownNameError("model", name, [*MODELS, *SIZES, *others])
 
 
 def source(name: str) -> str:
@@ -35,6 +43,7 @@ def source(name: str) -> str:
     Raises UnknownNameError as `check` does, and ModelError where the hub or its cache does not have them.
     """
     check(name)
+    name = full_name(name)
     if name in MODELS:
         return str(MODELS[name]())
     return name if _is_folder(name) else _fetch_small(name)
@@ -42,6 +51,7 @@ def source(name: str) -> str:
 
 def weights(name: str) -> str:
     """The same folder, of the same commit, once the weights are in it too. Raises as `source` does."""
+    name = full_name(name)
     folder = source(name)
     if name not in MODELS and not _is_folder(name):
         with _errors_of(name):
@@ -51,6 +61,7 @@ def weights(name: str) -> str:
 
 def loadable(name: str) -> str:
     """What `from_pretrained` of transformers takes for this model: a folder, or the hub's id."""
+    name = full_name(name)
     if name in MODELS:
         return str(MODELS[name]())
     return str(Path(name).resolve()) if _is_folder(name) else name.partition("@")[0]

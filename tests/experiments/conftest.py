@@ -12,6 +12,7 @@ from trained import train
 
 from experiments import cli, executors
 from experiments.job import Job
+from experiments.processes import answered
 
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")
@@ -63,10 +64,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Cells run in this process, without workers; the list of those that were."""
     jobs: list[Job] = []
 
-    def local(run: Callable[[Job], Any], given: Sequence[Job], workers: int | None = None) -> Iterator[Any]:
-        for job in given:
-            jobs.append(job)
-            yield job, run(job)
+    def local(
+        run: Callable[[Any], Any], given: Sequence[Job], _: int | None = None, *, first: Sequence[Any] = (), **__: Any
+    ) -> Iterator[Any]:
+        for job in (*first, *given):
+            jobs.extend([job] if isinstance(job, Job) else [])
+            yield job, answered(run, job)
 
     monkeypatch.setattr(executors, "local", local)
     return jobs

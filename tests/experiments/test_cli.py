@@ -39,7 +39,10 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --service there", ["unknown service 'there'", "local, tinker, http://HOST:PORT"]),
         ("sweep --service http://127.0.0.1:9", ["no server answers at http://127.0.0.1:9", "start it first"]),
         ("sweep --backbone resnet_dino", ["unknown model", "'resnet_dino'"]),
-        ("sweep --device cuda --workers 2", ["--workers 2 with --device cuda"]),
+        ("sweep --executor slurm", ["unknown executor 'slurm'; choose from: local, ray"]),
+        ("sweep --track mlflow", ["unknown tracker 'mlflow'; choose from: wandb, trackio, tensorboard"]),
+        ("sweep --most-shots flowers", ["--most-shots 'flowers' caps nothing; write it as DATASET=K"]),
+        ("sweep --most-shots flowers=4", ["'flowers' is none of the data sets (icons)"]),
         ("sweep --model nope --set model=other", ["model is given twice"]),
         ("sweep --dataset folder:{photos} --shots 1 --out {photos}", ["holds other things and no results", "--out"]),
         ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
@@ -107,12 +110,12 @@ def test_failures_are_one_line(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(cli, "run", fail)
     assert kshot("demo") == (status, "", line)
 
 
 def test_a_defect_is_not_hidden(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run", lambda *_: 1 // 0)
+    monkeypatch.setattr(cli, "run", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         kshot("demo")
 
@@ -156,7 +159,7 @@ def test_the_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(cli, "_run", lambda sweep, *_: names.append(sweep.name))
+    monkeypatch.setattr(cli, "run", lambda sweep, *_: names.append(sweep.name))
     monkeypatch.chdir(photos)
     folders: list[str] = [f"folder:{photos}", "folder:.", "folder:./", f"folder:{photos}/", "folder:/"]
     for dataset in folders:

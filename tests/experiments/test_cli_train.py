@@ -31,7 +31,7 @@ from vlm.inputs import ImageRule, datum, model_input
 from vlm.local.client import LocalServiceClient
 from vlm.prompts import Prompt, template
 
-PARTS = ["adapter_config.json", "adapter_model.safetensors", "classifier.json", "kshot.json"]
+PARTS = ["README.md", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "kshot.json"]
 HEAVY = {"torch", "transformers", "tinker", "timm", "sklearn", "matplotlib", "pyarrow", "numpy"}
 SETTINGS = dict(pair.split("=") for pair in TINY if "=" in pair)
 

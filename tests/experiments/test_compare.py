@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from baselines import nano
+from experiments.command import command
 from experiments.config import COMPARED, OWN, Compare, Settings, load
 from experiments.job import Job
 from experiments.methods import METHODS, Outcome, Task
 from experiments.store import Results
-from experiments.sweep import command, plan
+from experiments.sweep import plan
 from experiments.train import planned
 from kshot_errors import InputError, UnknownNameError
 

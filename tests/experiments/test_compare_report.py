@@ -14,7 +14,8 @@ from reported import SWEEP, Page, cell, written
 
 from experiments.methods import METHODS
 from experiments.metrics import scores
-from experiments.plot import _draw, _shifts
+from experiments.plot import _draw
+from experiments.plot_axes import _shifts
 from experiments.series import Choice, Series, by_series, choices_of, from_zero, method_of, number_of, zero_shot_of
 from experiments.styles import STYLES, ordered, style
 from experiments.tables_run import all_planned

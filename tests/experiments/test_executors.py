@@ -1,14 +1,20 @@
-"""Worker processes: results in any order, one thread each, and an end for every one of them."""
+"""Worker processes: every job once, one thread each, an end for every one of them; what fails stops nothing else."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from multiprocessing import active_children
+from pathlib import Path
 
+import psutil
 import pytest
 
-from experiments.executors import local
+from experiments import executors, processes
+from experiments.executors import local, results
+from experiments.processes import Failure
 from kshot_errors import InputError, KshotError
 
 
@@ -21,6 +27,8 @@ def work(job: tuple[str, int]) -> tuple[int, int, str]:
         raise InputError(f"{number} is wrong")
     if what == "fail":
         raise KshotError(f"{number} failed")
+    if what == "bug":
+        raise ZeroDivisionError("of\nwhat")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
@@ -28,37 +36,84 @@ def work(job: tuple[str, int]) -> tuple[int, int, str]:
     return number, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 
+def die_once(job: tuple[str, str]) -> str:
+    """Dies with the first worker that is given `die`; notes who worked on what, and when."""
+    name, folder = job
+    with (Path(folder) / "log").open("a") as log:
+        log.write(f"{name} {time.monotonic()}\n")
+    if name == "die" and not (Path(folder) / "died").exists():
+        (Path(folder) / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name
+
+
+def visible(_: int) -> str:
+    time.sleep(0.5)  # so that both workers get one
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
 def test_no_job_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.executors.ProcessPoolExecutor", None)
+    monkeypatch.setattr(executors, "Worker", None)
     assert list(local(work, [])) == []
 
 
 def test_every_job_once_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")  # these tests set it themselves; a user's shell does not
     jobs = [("do", n) for n in range(5)]
-    found = dict(local(work, jobs, workers=2))
-    assert found == {job: (job[1], 1, "1") for job in jobs}
+    found = list(local(work, jobs, workers=2))
+    assert sorted(found) == [(job, (job[1], 1, "1")) for job in jobs]
     assert not active_children()
 
 
-@pytest.mark.parametrize(
-    ("what", "kind", "message"),
-    [
-        ("input", InputError, "^7 is wrong$"),
-        ("fail", KshotError, "^7 failed$"),
-        ("die", KshotError, r"a worker process died .*\('die', 7\).* the same command goes on"),
-    ],
-)
-def test_the_first_error_ends_the_run_but_loses_no_result(what: str, kind: type[KshotError], message: str) -> None:
-    found = []
-    start = time.monotonic()
-    with pytest.raises(kind, match=message) as raised:  # noqa: PT012
-        for job, _ in local(work, [("do", 1), (what, 7), ("sleep", 100)], workers=1):
-            found.append(job)
+def test_more_threads_where_they_are_asked_for() -> None:
+    assert dict(local(work, [("do", 1)], threads=2)) == {("do", 1): (1, 2, "2")}
+
+
+def test_what_fails_is_said_and_stops_nothing_else() -> None:
+    jobs = [("input", 7), ("fail", 7), ("bug", 7), ("die", 7), ("do", 1)]
+    found = dict(local(work, jobs, workers=1))
+    assert found[("do", 1)] == (1, 1, "1")
+    assert found[("input", 7)] == Failure("7 is wrong", 2)
+    assert found[("fail", 7)] == Failure("7 failed", 1)
+    bug, died = found[("bug", 7)], found[("die", 7)]
+    assert isinstance(bug, Failure)
+    assert (bug.message, bug.exit_status) == ("ZeroDivisionError: of what", 1)
+    assert "in work" in bug.trace
+    assert isinstance(died, Failure)
+    assert died.lost
+    assert "a worker process died (SIGKILL; killed? out of memory?) with ('die', 7)" in died.message
+    assert not active_children()
+
+
+def test_the_job_of_a_worker_that_died_is_tried_once_more_at_the_end(tmp_path: Path) -> None:
+    jobs = [("die", str(tmp_path)), ("a", str(tmp_path)), ("b", str(tmp_path))]
+    assert [job for job, answer in local(die_once, jobs, workers=1) if answer == job[0]] == [*jobs[1:], jobs[0]]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in log] == ["die", "a", "b", "die"]
+
+
+def test_what_must_come_first_is_finished_before_the_rest_begins(tmp_path: Path) -> None:
+    first = [("die", str(tmp_path)), ("x", str(tmp_path))]
+    answers = list(local(die_once, [("a", str(tmp_path)), ("b", str(tmp_path))], workers=2, first=first))
+    assert sorted(answer for _, answer in answers[:2]) == ["die", "x"]
+    assert sorted(answer for _, answer in answers[2:]) == ["a", "b"]
+    begun = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert set(begun[:3]) == {"die", "x"}
+
+
+def test_each_gpu_is_one_workers() -> None:
+    assert {answer for _, answer in local(visible, [1, 2], gpus=["3", "GPU-5"])} == {"3", "GPU-5"}
+
+
+@pytest.mark.parametrize(("what", "kind"), [("input", InputError), ("fail", KshotError)])
+def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> None:
+    failure = processes.answered(work, (what, 7))
+    assert isinstance(failure, Failure)
+    found = results(answer for answer in [(1, "one"), (2, failure), (3, "three")])
+    assert next(found) == (1, "one")
+    with pytest.raises(kind) as raised:
+        next(found)
     assert type(raised.value) is kind
-    assert found == [("do", 1)]
-    assert time.monotonic() - start < 60
-    assert not active_children()
 
 
 def test_closing_stops_what_runs() -> None:
@@ -68,3 +123,18 @@ def test_closing_stops_what_runs() -> None:
         assert len(active_children()) == 1
     assert not active_children()
     assert time.monotonic() - start < 60
+
+
+def test_no_worker_outlives_its_parent() -> None:
+    script = "from tests.experiments.test_executors import *; list(local(work, [('sleep', 100)] * 2, workers=2))"
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    children: list[psutil.Process] = []
+    while len([c for c in children if "spawn_main" in " ".join(c.cmdline())]) < 2:
+        assert time.monotonic() < deadline
+        children = psutil.Process(parent.pid).children(recursive=True)
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive

@@ -5,7 +5,7 @@ import re
 import pytest
 from reported import cell, grid
 
-from experiments.display import file_stem, name, without_paths
+from experiments.display import TOGETHER, file_stem, name, without_paths
 from experiments.plot import figure
 from experiments.styles import STYLES, ordered, style
 from kshot_errors import ResultsError
@@ -75,6 +75,7 @@ def test_names_with_spaces_and_file_stems():
     assert name("folder:/home/lovelace/my photos") == "folder:…/my photos"
     assert name("folder:my/photos") == "folder:my/photos"
     assert file_stem("oxford_flowers102") == "oxford_flowers102"
-    stems = {file_stem(d) for d in ("folder:my/photos", "folder:my-photos", "folder:/a/my/photos", "..", "猫", "Icons")}
-    assert len(stems) == 6
+    odd = ("folder:my/photos", "folder:my-photos", "folder:/a/my/photos", "..", "猫", "Icons", "together")
+    stems = {TOGETHER, *map(file_stem, odd)}
+    assert len(stems) == 8
     assert all(re.fullmatch(r"[a-z0-9_-]+", stem) for stem in stems)

@@ -1,12 +1,14 @@
 """The report in Markdown: the right numbers, in words and in tables."""
 
+import re
 import subprocess
 import sys
 
 from reported import SWEEP, Page, grid, written
 from scipy import stats
 
-from experiments.report import headline, write_report
+from experiments.headline import headline
+from experiments.report import write_report
 from experiments.tables import NONE
 
 
@@ -15,6 +17,22 @@ def test_files(tmp_path):
     expected = ["figures/icons.png", "figures/icons.svg", "report.md", "report.html"]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == expected
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(expected)
+
+
+def test_several_data_sets_have_a_figure_together_and_first(tmp_path):
+    sweep = SWEEP | {"datasets": ["icons", "together", "pets"]}
+    cells = [*grid(), *grid("together")]  # nothing of pets
+    paths = write_report(tmp_path, sweep, cells, {})
+    names = [path.relative_to(tmp_path).as_posix() for path in paths]
+    assert names[:4] == ["figures/together.png", "figures/together.svg", "figures/icons.png", "figures/icons.svg"]
+    assert len(set(names)) == len(names) == 8
+    text = (tmp_path / "report.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == [names[0], names[2], names[4]]
+    assert text.index(names[0]) < text.index("3 methods were compared")
+    assert "on icons, together; numbers" in text
+    one, _ = written(tmp_path / "one", SWEEP, grid())
+    assert "together" not in one
 
 
 def test_markdown_has_the_numbers(tmp_path):

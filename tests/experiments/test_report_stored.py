@@ -44,6 +44,26 @@ def test_paired_differences_count_the_common_seeds(tmp_path):
     assert f"| pixel kNN | 4 | 0 | {NONE} | {NONE} | {NONE} |" in text
 
 
+def test_the_two_tuned_models_are_paired_at_every_k(tmp_path):
+    shares = {"vlm-lora": {1: 0.3, 4: 0.8, 16: 0.9}, "dinov2-lora": {1: 0.4, 4: 0.6, 16: 0.9}, "pixel-knn": {1: 0.1}}
+    cells = [cell(m, k, s, share) for m, row in shares.items() for k, share in row.items() for s in (0, 1)]
+    stored(tmp_path, cells)
+    text, _ = written(tmp_path, SWEEP | {"methods": [*shares]}, cells)
+    rows = re.findall(
+        r"\| VLM \+ LoRA minus DINOv2 \+ LoRA \| (\d+) \| (\d) \| (\S+) \| (\S+) to (\S+) \| (\S+) \|", text
+    )
+    assert [row[:3] for row in rows] == [("1", "2", "-10.0"), ("4", "2", "+20.0"), ("16", "2", "+0.0")]
+    for k, row in zip((1, 4, 16), rows, strict=True):
+        right = {m: np.arange(200) < round(200 * shares[m][k]) for m in ("vlm-lora", "dinov2-lora")}
+        gain = right["vlm-lora"].astype(int) - right["dinov2-lora"]
+        drawn = np.random.default_rng(7).choice(gain, (10_000, 200)).mean(axis=1)
+        assert [float(row[3]), float(row[4])] == pytest.approx(100 * np.quantile(drawn, [0.025, 0.975]), abs=0.7)
+    assert "the rows are not corrected for their number" in text
+    assert text.count(" minus each other, in points") == 1  # the best against all others, as before
+    alone = [c for c in cells if c["method"] != "dinov2-lora"]
+    assert "two tuned models" not in written(tmp_path, SWEEP, alone)[0]
+
+
 def test_confusions_have_names_and_counts(tmp_path):
     names = [f"kind {n}" for n in range(10)]
     sweep = SWEEP | {"classes": {"icons": names}}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.headline import headline
 from experiments.methods import METHODS
 from experiments.plot import figure
-from experiments.report import headline, write_report
+from experiments.report import write_report
 from experiments.series import Choice, Series, by_series, choices_of, from_zero, method_of, zero_shot_of
 from experiments.styles import ordered, style
 from experiments.tables_run import all_planned

@@ -51,7 +51,7 @@ def reversed_methods(grid: list[str]) -> list[str]:
 
 def test_a_rerun_starts_nothing(grid: list[str], copied: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(copied)
-    monkeypatch.setattr("experiments.executors.ProcessPoolExecutor", None)
+    monkeypatch.setattr("experiments.executors.Worker", None)
     said = kshot(*grid, "--out", copied)
     after = files(copied)
     assert (said.status, said.err) == (0, "all 17 cells are there: nothing to compute\n")
@@ -203,7 +203,7 @@ class Sweep:
 
     def ended(self) -> tuple[int, list[str]]:
         """The exit status and the lines on stderr, less those that say a cell is done."""
-        _, text = self.process.communicate(timeout=30)
+        _, text = self.process.communicate(timeout=120)
         return self.process.returncode, [line for line in text.splitlines() if f"/{CELLS} " not in line]
 
 
@@ -274,16 +274,16 @@ def test_a_killed_parent(grid: list[str], two_workers: Path, start: Callable[[],
 
 
 @needs_proc
-def test_a_killed_worker(grid: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]) -> None:
+def test_a_killed_worker(two_workers: Path, start: Callable[[], Sweep]) -> None:
+    """Another takes its place and its cell: the run goes on to the same results."""
     sweep = start()
     sweep.until_a_cell_is_stored()
     one, other = sweep.workers()
     os.kill(one, signal.SIGKILL)
-    status, lines = sweep.ended()
-    assert (status, len(lines)) == (1, 1)
-    assert "a worker process died" in lines[0]
-    assert not alive(other)
-    assert_the_rest_follows(grid, sweep.out, two_workers, kshot, ran)
+    assert sweep.ended() == (0, [])
+    assert not any(map(alive, (one, other)))
+    assert numbers(sweep.out) == numbers(two_workers)
+    assert not list(sweep.out.rglob("*.tmp"))
 
 
 @needs_proc

@@ -87,6 +87,17 @@ class LocalSamplingClient:
         call = partial(embedding.embed, tower=tower, hidden=hidden)
         return self._submit(prompts, call, self._engine, self._snapshot, prompts).result()
 
+    def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
+        """See `vlm.embedding.Encoding`."""
+        new = self._engine.vision.unseen(images)
+        self._engine.vision.prefetch(new)
+        self._worker.submit(self._engine.vision.features, new).result()
+
+    @property
+    def tower_forwards(self) -> int:
+        """Images that went through the vision tower of the base model in this process."""
+        return self._engine.vision.forwards
+
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
         return self._engine.model.tokenizer

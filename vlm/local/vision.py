@@ -59,7 +59,7 @@ class Vision:
         about images; does nothing where no thread is spare or too many wait already."""
         images = {_key(chunk): chunk for chunk in chunks} if self._pixels.threads else {}
         for key, chunk in images.items():
-            if key not in self._near and key not in self._memory and not (self._disk and key in self._disk):
+            if not self._kept(key):
                 self._pixels.start(key, chunk.data)
 
     def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
@@ -78,6 +78,10 @@ class Vision:
             self._check(chunk, ready[key].tokens)
         return [ready[key] for key in keys]
 
+    def unseen(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
+        """Those whose features no cache has."""
+        return [chunk for chunk in chunks if not self._kept(_key(chunk))]
+
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
         images = {_key(chunk): chunk.data for chunk in chunks}
@@ -93,6 +97,9 @@ class Vision:
     @property
     def _visual(self) -> Any:
         return self._model.stock.model.visual
+
+    def _kept(self, key: bytes) -> bool:
+        return key in self._near or key in self._memory or bool(self._disk and key in self._disk)
 
     def _known(self, key: bytes) -> ImageFeatures | None:
         layers = self._memory.get(key)

@@ -1,0 +1,139 @@
+"""`kshot bench sweep`: what is shared between cells and workers, and whether the plan told the time.
+
+Each sweep has a cache of its own that begins empty. Images that went through the vision tower are counted by the files
+of features that are new, whoever made them. Drawing the report is nobody's time.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from experiments.bench import FOLDER, finish, result, row
+from experiments.bench_data import GRAINS, encoded
+from experiments.bench_train_case import NAMES, SIZES
+from experiments.bench_train_children import quiet
+from experiments.config import Sweep, load
+from experiments.estimate import estimate, of_jobs
+from experiments.processes import Failure
+from experiments.store import Results
+from experiments.sweep import Plan, execute, plan
+from kshot_errors import KshotError
+
+QUICK = {"shots": (1, 2), "seeds": (0,)}, {"views_per_class": 16, "limit_test": 60}  # of the demo
+CLASSES, SHOTS = 8, 4  # of the set whose seeds all draw the same images
+ROUNDS = 3  # of the whole demo's plan and run
+PACKAGES = ("numpy", "peft", "scikit-learn", "timm", "torch", "transformers")
+
+
+def bench(quick: bool, json_path: Path | None) -> None:
+    """Measure, print the table and write the JSON file (default results/bench/sweep.json). Raises KshotError where a
+    cell fails, ResultsError."""
+    finish(measure(quick), json_path or FOLDER / "sweep.json")
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """The record of `experiments.bench`."""
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        seeds = _second_seed(place / "seeds")
+        sweep = load("demo", *(QUICK if quick else ({}, {})))
+        planned, took = _told_and_took(sweep, place, 1 if quick else ROUNDS)
+        alone = _seconds(sweep, place / "alone", workers=1)
+    rows = [
+        row("images through the tower, first seed", [seeds[0]], "images", classes=CLASSES, shots=SHOTS),
+        row("images through the tower, second seed on the same images", [seeds[1]], "images"),
+        row("the plan's time", planned, "s", cells=len(plan(sweep).jobs)),
+        row("the sweep's time, two workers", took, "s"),
+        row("the sweep's time, one worker", [alone], "s"),
+    ]
+    ratios = {
+        "second_seed_vision_forwards": float(seeds[1]),
+        "plan_over_measured": float(np.median(np.divide(planned, took))),
+        "one_worker_over_two": alone / float(np.median(took)),
+    }
+    return result(rows, ratios, PACKAGES)
+
+
+def _told_and_took(sweep: Sweep, place: Path, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds that the plan says and that the sweep then takes, in turn."""
+    told, took = list[float](), list[float]()
+    for number in range(rounds):
+        with _cache(place / f"plan{number}"):
+            found = estimate(of_jobs(*_todo(sweep)), place / "out", 2)
+            if found.spent is None:
+                raise KshotError(f"the plan tells no time: {found.no_time}")
+            told.append(found.spent.total)
+        took.append(_seconds(sweep, place / f"run{number}", workers=2))
+    return told, took
+
+
+def _todo(sweep: Sweep) -> tuple[Sequence[Any], Any]:
+    planned = plan(sweep)
+    return planned.jobs, planned.datasets
+
+
+def _seconds(sweep: Sweep, place: Path, workers: int) -> float:
+    with _cache(place / "cache"):
+        start = perf_counter()
+        _run(plan(sweep), place / "out", workers)
+        return perf_counter() - start
+
+
+def _second_seed(place: Path) -> tuple[int, int]:
+    """Images that two seeds sent through the tower, one after the other. As many images a class as shots: they draw the
+    same ones."""
+    _write(place / "photographs")
+    small = {"views_per_class": 8, "batch_size": 8, "answer_tokens": 16}
+    once = load("demo", {"datasets": (f"folder:{place / 'photographs'}",), "methods": ("vlm-lora",), **_grid(0)}, small)
+    twice = once.model_copy(update={"seeds": (0, 1)})
+    with _cache(place / "cache") as features:
+        counts = [0]
+        for sweep in (once, twice):
+            _run(plan(sweep), place / "out", 2)
+            counts.append(len([*features.rglob("*.safetensors")]))
+    return counts[1] - counts[0], counts[2] - counts[1]
+
+
+def _grid(seed: int) -> dict[str, Any]:
+    return {"shots": (SHOTS,), "seeds": (seed,)}
+
+
+def _write(place: Path) -> None:
+    """Class folders of made photographs, split by folder."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", SHOTS), ("test", 2)):
+        for name in NAMES[:CLASSES]:
+            folder = place / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = encoded(rng, SIZES[number % len(SIZES)], GRAINS[""])
+                (folder / f"{number}.jpg").write_bytes(image)
+
+
+def _run(planned: Plan, folder: Path, workers: int) -> None:
+    """All cells that the folder lacks. Raises KshotError for one that fails."""
+    results = Results(folder)
+    with results.writing():
+        results.begin(planned.describe())
+        for job, failure in execute(planned, results, planned.missing(results), workers=workers):
+            if isinstance(failure, Failure):
+                raise KshotError(f"{job} failed: {failure.message}")
+
+
+@contextmanager
+def _cache(folder: Path) -> Iterator[Path]:
+    """kshot's cache in this folder, for this process and its workers; gives where image features are in it."""
+    before = os.environ.get("KSHOT_CACHE")
+    os.environ["KSHOT_CACHE"] = str(folder)
+    try:
+        yield folder / "vision"
+    finally:
+        del os.environ["KSHOT_CACHE"]
+        os.environ.update({} if before is None else {"KSHOT_CACHE": before})

@@ -1,0 +1,161 @@
+"""How much memory a worker needs, how much is free, and how many workers fit. Loads no model.
+
+A worker holds one model of each kind that its cells use. Activations are an estimate from the shapes of a pass; what a
+measurement has seen a worker take counts where it is more.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from baselines import nano as nano_dinov2
+from experiments.config import Settings
+from experiments.estimate_counts import images
+from experiments.estimate_parts import Todo
+from experiments.estimate_shapes import DINOV2, PUBLISHED, Vit, Vlm, of_folder
+from experiments.estimate_tokens import sides
+from kshot_errors import KshotError
+from vlm import models
+
+LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
+PACK = 4096  # positions of a training pass of the local engine, see vlm.local.engine
+SCORED = 1 << 15  # positions of a pass that scores, at most, see vlm.local.scoring
+ROWS = 64  # prompts in it, at most
+CHUNK = 32  # images of a training pass of the backbone, see baselines.lora
+FEATURES = 16 << 30  # bytes of image features in a process, at most; and no more than a quarter of the memory
+TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
+
+
+PASS = "a training or scoring pass"  # noqa: S105 - not a password
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. parts: what a worker holds, by name. free: where the workers are to be. place: what that is called.
+
+    workers: how many are asked for; a GPU has one. unknown: models whose size nobody knows.
+    """
+
+    parts: Mapping[str, int]
+    free: int
+    place: str
+    workers: int
+    unknown: tuple[str, ...] = ()
+    seen: int = 0  # what a worker took when it was measured
+
+    @property
+    def worker(self) -> int:
+        return max(sum(self.parts.values()), self.seen)
+
+    @property
+    def needed(self) -> int:
+        return self.worker * self.workers
+
+    @property
+    def fitting(self) -> int:
+        """Workers that there is room for."""
+        return int(self.free // self.worker) if self.worker else self.workers
+
+    @property
+    def fits(self) -> bool:
+        return self.fitting >= self.workers
+
+
+def memory(todo: Todo, workers: int, *, free: int | None = None, seen: int = 0) -> Memory:
+    """Of `workers` processes on the CPU, or one on a GPU.
+
+    free: bytes, where the machine is not to be asked. seen: bytes that a measured worker took in the CPU's memory.
+    """
+    on_cpu = todo.device == "cpu"
+    place = "the CPU's memory" if on_cpu else f"the memory of {todo.device}"
+    parts, unknown = {"libraries": LIBRARIES, "weights": 0}, list[str]()
+    passes = [0]  # of what one cell uses at a time, only the largest counts
+    for name, size in (*_vlm(todo, unknown), *_vit(todo, unknown)):
+        if name == PASS:
+            passes.append(size)
+        else:
+            parts[name] = parts.get(name, 0) + size
+    room = free_bytes(todo.device) if free is None else free
+    return Memory({**parts, PASS: max(passes)}, room, place, workers if on_cpu else 1, (*unknown,), seen * on_cpu)
+
+
+def free_bytes(device: str) -> int:
+    """What new processes can take: of the machine's memory as far as its control group allows, or of a GPU's."""
+    from vlm.local import placement
+
+    return placement.free_bytes(placement.devices(device)[0])
+
+
+def vlm_of(name: str) -> Vlm | None:
+    """The sizes of a vision-language model that is here, or whose sizes are published; None for others."""
+    ours = name in models.MODELS or (Path(name) / "config.json").is_file()
+    try:
+        if ours:
+            return of_folder(Path(models.source(name)))
+        return PUBLISHED.get(name.partition("@")[0]) or of_folder(Path(models.source(name)))
+    except (OSError, ValueError, KeyError, KshotError):  # loading it says what is wrong
+        return None
+
+
+def vit_of(backbone: str) -> Vit | None:
+    """The sizes of a backbone in a folder of timm's or with a published name; None for others."""
+    folder = nano_dinov2.HERE if backbone == nano_dinov2.NAME else Path(backbone.removeprefix("local-dir:"))
+    for start, vit in DINOV2.items():
+        if backbone.startswith(f"{start}.") and not folder.exists():
+            return vit
+    try:
+        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
+        weights = (folder / "model.safetensors").stat().st_size // 4
+        return Vit(weights, arguments["embed_dim"], arguments["depth"], arguments["patch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _vlm(todo: Todo, unknown: list[str]) -> Iterator[tuple[str, int]]:
+    """The local service's model; a worker has one."""
+    parts = todo.where(lambda part: part.looks) if todo.service == "local" else []
+    for name in dict.fromkeys(part.settings.model for part in parts):
+        shape, own = vlm_of(name), [part for part in parts if part.settings.model == name]
+        if shape is None:
+            unknown.append(name)
+            continue
+        yield "weights", shape.weight_bytes
+        tokens = {source: _tokens(todo, shape, source, own[0].settings) for source in {part.source for part in own}}
+        longest = TEXT + max(tokens.values())
+        if trained := [part for part in own if part.trains]:
+            s = trained[0].settings
+            yield "adapter and optimizer", shape.adapter_bytes(s.rank)
+            positions = min(s.batch_size * longest, max(PACK, longest))
+            yield PASS, shape.training_bytes(positions, ANSWER * positions // longest)
+        yield PASS, shape.scoring_bytes(min(SCORED, ROWS * longest))
+        if todo.device == "cpu":
+            count = {source: each.shown + each.test for source, each in images(own, todo).items()}
+            most = max(count[source] * tokens[source] for source in tokens) * shape.image_bytes_per_token
+            yield "image features", min(int(most), FEATURES, psutil.virtual_memory().total // 4)
+
+
+def _tokens(todo: Todo, shape: Vlm, source: str, settings: Settings) -> int:
+    """Of an image, about: without the processor's rounding."""
+    width, height = sides(todo.sets[source], settings.max_side)
+    return max(1, int(width * height / (shape.patch * shape.merge) ** 2))
+
+
+def _vit(todo: Todo, unknown: list[str]) -> Iterator[tuple[str, int]]:
+    parts = todo.where(lambda part: part.encodes)
+    for name in dict.fromkeys(part.settings.backbone for part in parts):
+        vit, own = vit_of(name), [part for part in parts if part.settings.backbone == name]
+        if vit is None:
+            unknown.append(name)
+            continue
+        yield "weights", vit.weight_bytes
+        for source, part in {part.source: part for part in own if part.trains}.items():
+            s, known = part.settings, todo.sets[source]
+            width, height = (s.image_size, s.image_size) if s.image_size else sides(known, s.max_side)
+            tokens = int(width // vit.patch * (height // vit.patch)) + 1
+            yield PASS, vit.training_bytes(min(CHUNK, s.batch_size) * tokens)
+        if trained := [part for part in own if part.trains]:
+            classes = max(todo.sets[part.source].classes for part in trained)
+            yield "adapter and optimizer", vit.adapter_bytes(trained[0].settings.rank, classes)

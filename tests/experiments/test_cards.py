@@ -1,0 +1,149 @@
+"""The model card of an adapter: what it says, that it is the same every time, and that its code runs as it stands."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stored import CLASSES
+from trained import train
+
+from experiments import cards
+from experiments.adapters import Card, read_card
+from tests.vlm.checkpoints import sharded
+from vlm import nano
+from vlm.inputs import ImageRule
+from vlm.local.client import LocalServiceClient
+from vlm.prompts import Prompt, template
+
+ROOT = Path(__file__).parents[2]
+
+
+def card(**changes: Any) -> Card:
+    trained = {
+        **{"dataset": "caltech101", "protocol": "recipe", "method": "vlm-lora", "shots": 1, "seed": 3},
+        "settings": {"model": "Qwen/Qwen3-VL-2B-Instruct", "rank": 8, "limit_test": None, "model_revision": None},
+        "data": {"source": "hub", "hub": "dpdl-benchmark/caltech101", "revision": "abc", "ignored": ["x"]},
+        "versions": {"kshot": "0.1.0"},
+    }
+    given: dict[str, Any] = {
+        **{"classes": ("a|b", "`tick`", "<b>"), "prompt": "{image}What, `this`? => A {label}.", "max_side": 48},
+        **{"base_model": "Qwen/Qwen3-VL-2B-Instruct", "trained": trained},
+    }
+    return Card(**{**given, **changes})
+
+
+def front(text: str) -> dict[str, Any]:
+    """The front matter as any reader of YAML finds it."""
+    _, head, _ = text.split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(head)
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(adapter: Path) -> str:
+    return (adapter / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_front_matter_of_the_nano_models_adapter(written: str) -> None:
+    assert front(written) == {
+        **{"base_model": nano.NAME, "library_name": "peft", "pipeline_tag": "image-text-to-text"},
+        **{"license": "apache-2.0", "metrics": ["accuracy"]},
+        "tags": ["kshot", "lora", "few-shot", "image-classification"],
+    }
+
+
+def test_of_a_hubs_model_and_data_set_the_hub_ids_are_named_and_no_licence_is_made_up() -> None:
+    found = front(cards.readme(card(base_model="Qwen/Qwen3-VL-2B-Instruct@v1")))
+    assert (found["base_model"], found["datasets"]) == ("Qwen/Qwen3-VL-2B-Instruct", ["dpdl-benchmark/caltech101"])
+    assert "license" not in found
+
+
+def test_the_card_says_what_the_record_says(written: str, adapter: Path, photos: Path) -> None:
+    found = read_card(adapter)
+    assert found is not None
+    trained = found.trained
+    parts = [
+        *(f"`{nano.NAME}`, revision `{nano.REVISION}`", f"**Note.** {nano.NOTE}"),
+        *(f"`folder:{photos.name}`".replace("|", "\\|"), f"protocol `{trained['protocol']}`"),
+        *("2 labelled images of each class", "| shots | 2 per class |", "| seed | 0 |", "kshot predict IMAGE"),
+        *(f"| {name} | " for name in trained["settings"]),
+        *(f"| {name} | {version} |" for name, version in trained["versions"].items()),
+    ]
+    assert [part for part in parts if part not in written] == []
+    assert all(f"`{name}`".replace("|", "\\|") in written for name in CLASSES)
+    assert not re.search(r"\d+(\.\d+)? ?%", written)  # no accuracy, for none was measured
+    assert str(photos.parent) not in written
+
+
+def test_the_same_training_writes_the_same_bytes(written: str, photos: Path, tmp_path: Path) -> None:
+    again = train(photos, tmp_path / "again")
+    assert (again / "README.md").read_text(encoding="utf-8") == written
+
+
+def test_a_base_model_in_a_folder_has_a_name_and_a_fingerprint_and_no_place(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    folder = str(sharded(tmp_path / "my model"))
+    text = (train(photos, tmp_path / "adapter", "--model", folder) / "README.md").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "adapter/classifier.json").read_text(encoding="utf-8"))
+    assert "base_model" not in front(text)
+    assert (
+        f"`my model`, a folder whose content has the fingerprint `{record['trained']['settings']['model_revision']}`"
+        in text
+    )
+    assert "base = 'PATH/TO/my model'" in text
+    assert str(tmp_path) not in text
+
+
+def test_names_of_any_letters_keep_tables_and_code_whole() -> None:
+    text = cards.readme(card())
+    (row,) = (line for line in text.splitlines() if line.startswith("| classes"))
+    assert row == "| classes | 3: `a\\|b`, `` `tick` ``, `<b>` (all are in `classifier.json`) |"
+    assert "`` {image}What, `this`? ``, the answer `A {label}.`" in text
+    assert "| limit_test | none |" in text
+    assert "base model | `Qwen/Qwen3-VL-2B-Instruct`, the hub's newest revision at the time" in text
+    assert "| data set: revision | `abc` |" in text
+
+
+def test_of_many_classes_a_few_are_shown() -> None:
+    text = cards.readme(card(classes=tuple(f"c{n}" for n in range(100))))
+    assert "| classes | 100: `c0`, `c1`, `c2`, `c3`, `c4`, and 95 more (all" in text
+    assert "`c5`" not in text
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[LocalServiceClient]:
+    client = LocalServiceClient(tmp_path / "state")
+    yield client
+    client.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+def test_the_code_runs_and_writes_what_kshot_reads(
+    written: str, adapter: Path, photos: Path, tmp_path: Path, service: LocalServiceClient
+) -> None:
+    """With transformers and PEFT alone, on the very image that kshot shows the model."""
+    from data.images import prepare
+    from vlm.classifier import generate
+
+    (code,) = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
+    found = read_card(adapter)
+    assert found is not None
+    sampler = service.create_sampling_client_from_folder(adapter).result()
+    prompt = Prompt(
+        sampler.get_tokenizer(), ImageRule.from_pretrained(nano.NAME), found.classes, template(found.prompt)
+    )
+    for n, name in enumerate(CLASSES):
+        image = prepare((photos / name / f"{n}.png").read_bytes(), max_side=found.max_side, name=name)
+        (tmp_path / "image.jpg").write_bytes(image)
+        (answer,) = generate(sampler, [image], prompt, max_tokens=32)
+        place = code.replace('"DIR"', repr(str(adapter))).replace('"IMAGE"', repr(str(tmp_path / "image.jpg")))
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile(place, "README.md", "exec"), {})  # noqa: S102 - the point of the test
+        assert printed.getvalue().strip() == answer.partition("\n")[0].strip()
+        assert printed.getvalue().strip()

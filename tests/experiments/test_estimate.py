@@ -1,0 +1,335 @@
+"""What a sweep is said to take: counted by hand, held to real prompts and folders, refused where it does not fit."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from baselines import nano as nano_dinov2
+from data import pack
+from data.core import Example, Item, content_key
+from data.fewshot import k_shot
+from data.images import prepare
+from data.row import Access
+from experiments import estimate_disk, estimate_downloads
+from experiments.config import Sweep, load
+from experiments.estimate import Room, check, estimate, of_jobs, of_sweep, room
+from experiments.estimate_counts import counts, work
+from experiments.estimate_disk import Disk, disks
+from experiments.estimate_downloads import Download, downloads
+from experiments.estimate_memory import PASS, Memory, memory
+from experiments.estimate_parts import Todo, is_here
+from experiments.estimate_table import rows, seconds
+from experiments.estimate_tokens import lengths, reachable
+from experiments.methods import METHODS, Outcome, Task, prompt_of
+from experiments.predictions import predictions
+from experiments.sweep import plan
+from kshot_errors import InputError
+from vlm import models, nano
+
+FIVE = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
+TINY = {"views_per_class": 4, "batch_size": 5, "rank": 4}
+
+
+@pytest.fixture
+def sweep(photos: Path) -> Callable[..., Sweep]:
+    def sweep(methods: tuple[str, ...] = FIVE, **settings: Any) -> Sweep:
+        grid = {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2), "seeds": (0, 1)}
+        return load("demo", grid, {**TINY, **settings})
+
+    return sweep
+
+
+@pytest.fixture
+def blog() -> Todo:
+    return of_sweep(load("blog", {}, {}))
+
+
+def test_counts_are_those_by_hand(sweep: Callable[..., Sweep]) -> None:
+    """Three classes of eight training and two test images; 2 x 2 cells of each method that learns."""
+    todo = of_sweep(sweep())
+    dataset = todo.sets[todo.parts[0].source].dataset
+    assert dataset is not None
+    train = {dataset.train[n].key for seed in (0, 1) for n in k_shot(dataset.train, dataset.classes, 2, seed)}
+    found = counts(todo, None)
+    assert found.cells == dict.fromkeys(FIVE, 4) | {"vlm-zero-shot": 1}
+    assert found.steps == {"vlm-lora": 4 * 3, "dinov2-lora": 4 * 3}  # 12 views in batches of 5
+    assert (found.train, found.test) == (len(train), 6)
+    assert found.tower == 6 + 2 * len(train)  # mirrored ones too
+    assert found.backbone == 6 + len(train)
+    assert found.asked == 5 * 2 * 6  # five cells, twice an image
+    assert found.training_tokens is found.question_tokens is None
+
+
+def test_only_what_is_asked_for_is_counted(sweep: Callable[..., Sweep]) -> None:
+    found = counts(of_sweep(sweep(("dinov2-logreg",), limit_test=4)), None)
+    assert (found.test, found.tower, found.asked, found.steps) == (4, 0, 0, {})
+    assert counts(of_sweep(sweep(), service="http://somewhere"), None).tower == 0
+    both = counts(of_sweep(sweep(("dinov2-logreg",), image_size=(16, 32))), None)
+    assert both.backbone == 2 * counts(of_sweep(sweep(("dinov2-logreg",))), None).backbone
+
+
+def test_labelled_images_for_a_choice_are_asked_too(sweep: Callable[..., Sweep]) -> None:
+    todo = of_sweep(sweep(("vlm-lora",), calibration="validated"))
+    by_shots = {part.shots: work(part, todo.sets[part.source]) for part in todo.parts}
+    assert {shots: each.scored for shots, each in by_shots.items()} == {1: 6 + 3, 2: 6 + 6}
+    assert {each.answered for each in by_shots.values()} == {6}
+
+
+def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> None:
+    """The sample is the whole set: so the averages are exact."""
+    asked = sweep()
+    todo = of_sweep(asked)
+    source, s = asked.datasets[0], asked.settings
+    dataset = todo.sets[source].dataset
+    assert dataset is not None
+    prompt = prompt_of(None, Task(dataset.classes, [], [], 0, s, service="elsewhere"))
+    images = [prepare(example.image) for example in (*dataset.train, *dataset.test)]
+    questions = [prompt.question(image).length for image in images]
+    examples = [prompt.datum(image, label).model_input.length for image in images for label in range(3)]
+    found = lengths(todo)[source, "recipe"]
+    assert found.question == pytest.approx(np.mean(questions))
+    assert found.training == pytest.approx(np.mean(examples))
+    assert found.image == np.mean([sum(rule_tokens(prompt, image)) for image in images])
+    total = counts(todo, lengths(todo))
+    assert total.training_tokens == round(4 * 15 * np.mean(examples))  # 3 steps of 5 views
+    assert total.question_tokens == round(60 * np.mean(questions))
+
+
+def rule_tokens(prompt: Any, image: bytes) -> list[int]:
+    return [chunk.length for chunk in prompt.question(image).chunks if hasattr(chunk, "data")]
+
+
+def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> None:
+    asked = sweep(image_size=(None, 32))
+    planned = plan(asked)
+    by_jobs, by_sweep = of_jobs(planned.jobs, planned.datasets), of_sweep(asked)
+    assert Counter(by_jobs.parts) == Counter(by_sweep.parts)
+    assert [METHODS[part.method].cost for part in by_jobs.parts] == [
+        METHODS[part.method].cost for part in by_sweep.parts
+    ]
+    assert counts(by_jobs, None) == counts(by_sweep, None)
+
+
+def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Todo) -> None:
+    assert blog.missing_sets == ["caltech101", "cars", "flowers", "pets"]
+    found = counts(blog, None)
+    assert found.cells == {"vlm-zero-shot": 4, "vlm-lora": 60, "dinov2-logreg": 60, "dinov2-lora": 60}
+    steps = sum(-(-160 * classes // 32) for classes in (102, 196, 102, 37))
+    assert found.steps == {"vlm-lora": 15 * steps, "dinov2-lora": 15 * steps}
+    assert found.test == 6084 + 8041 + 6149 + 3669
+    assert found.train <= 3060 + 8144 + 1020 + 3680
+    assert found.train > 0.6 * (3060 + 8144 + 1020 + 3680)
+    assert reachable(blog)[0] is None  # no tokenizer of that model is here
+
+
+def test_a_hubs_set_of_unknown_size_is_refused() -> None:
+    with pytest.raises(InputError, match=r"hub:some/set is not on this machine .*kshot data get hub:some/set"):
+        of_sweep(load("demo", {"datasets": ("hub:some/set",)}, {}))
+
+
+def test_a_packed_set_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fill(facts: dict[str, Any]) -> Any:
+        facts.update(hub="dpdl-benchmark/oxford_flowers102", revision="0" * 40)
+        for split in ("train", "test"):
+            yield Item(f"{split}/0", split, "rose", split.encode(), content_key(split.encode()))
+
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    assert not is_here("flowers", Access())
+    pack.open_or_make("hub-0123", fill)
+    assert is_here("flowers", Access())
+    assert not is_here("pets", Access())
+    assert is_here("hub:dpdl-benchmark/oxford_flowers102", Access())
+    assert not is_here("hub:dpdl-benchmark/oxford_flowers102@abc", Access())
+    assert is_here("icons", Access())
+    assert is_here("caltech101", Access(root=tmp_path))  # its files are the user's
+
+
+def test_what_comes_with_kshot_is_no_download(sweep: Callable[..., Sweep]) -> None:
+    assert downloads(of_sweep(sweep())) == []
+    assert downloads(of_sweep(sweep(model=str(nano.folder()), backbone=str(nano_dinov2.HERE)))) == []
+
+
+def test_downloads_where_the_hub_is_out_of_reach(blog: Todo) -> None:
+    found = {each.name: each for each in downloads(blog)}
+    assert found[models.SIZES["8B"]] == Download(models.SIZES["8B"], 2 * 8767123696, "about")
+    assert {each.source for each in found.values()} == {"about"}
+    assert [each.dataset for each in found.values()] == [False, False, True, True, True, True]
+    other = of_sweep(load("blog", {}, {"model": "somebody/a-model"}))
+    assert downloads(other)[0] == Download("somebody/a-model", None, "unknown")
+
+
+def test_downloads_as_the_hub_says(blog: Todo, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [("model-1.safetensors", 7), ("config.json", 2), ("pytorch_model.bin", 100), ("other/a.safetensors", 100)]
+    data = [("data/train-0.parquet", 5), ("data/test-0.parquet", 4), ("data/validation-0.parquet", 100)]
+
+    def info(found: list[tuple[str, int]]) -> Callable[..., Any]:
+        named = [SimpleNamespace(rfilename=name, size=size) for name, size in found]
+        return lambda self, hub_id, **_: SimpleNamespace(siblings=named)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(estimate_downloads, "_has_model", lambda name: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info(files))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info(data))
+    found = downloads(blog)
+    assert [each.bytes for each in found] == [9, 2, 9, 9, 9, 9]  # timm's has another name for its weights
+    assert {each.source for each in found} == {"the hub says"}
+    refused = SimpleNamespace(request=None, headers={}, status_code=401)
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise HfHubHTTPError("401", response=refused)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", denied)
+    assert downloads(blog)[0] == Download(models.SIZES["8B"], 2 * 8767123696, "about")
+
+
+def test_a_model_in_the_hubs_cache_is_no_download(
+    sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    home = tmp_path / "models--somebody--a-model"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs/main").write_text(commit)
+    files = home / "snapshots" / commit
+    files.mkdir(parents=True)
+    (files / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    todo = of_sweep(sweep(("vlm-zero-shot",), model="somebody/a-model"))
+    assert [each.name for each in downloads(todo)] == ["somebody/a-model"]  # its weights are missing
+    (files / "model.safetensors").write_bytes(b"")
+    assert downloads(todo) == []
+
+
+def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
+    """A tested number of weights: see test_estimate_shapes."""
+    frozen, trained = (memory(of_sweep(sweep(m)), 2, free=10**10) for m in (("vlm-zero-shot",), ("vlm-lora",)))
+    assert frozen.parts["weights"] == trained.parts["weights"] == 4 * 3018368
+    assert "adapter and optimizer" not in frozen.parts
+    assert trained.needed == 2 * trained.worker > frozen.needed
+    assert memory(of_sweep(sweep(("pixel-knn",))), 1, free=1).parts["weights"] == 0
+    assert memory(of_sweep(sweep()), 2, free=10**10, seen=3 * 10**9).needed == 6 * 10**9
+    elsewhere = of_sweep(sweep(("vlm-lora",)), service="http://somewhere")
+    assert memory(elsewhere, 1, free=10**10).parts["weights"] == 0
+
+
+def test_a_model_of_unknown_size_is_said(sweep: Callable[..., Sweep]) -> None:
+    found = memory(of_sweep(sweep(model="somebody/a-model")), 1, free=10**10)
+    assert found.unknown == ("somebody/a-model",)
+
+
+def test_a_larger_model_needs_more(blog: Todo) -> None:
+    needed = [memory(of_sweep(load("blog", {}, {"model": size})), 1, free=0).needed for size in models.SIZES]
+    assert needed == sorted(needed)
+
+
+@pytest.mark.parametrize("method", ["vlm-zero-shot", "pixel-knn"])
+def test_a_stored_prediction_takes_no_more_than_is_said(method: str, tmp_path: Path) -> None:
+    rng, count = np.random.default_rng(0), 2000
+    test = [Example(content_key(str(n).encode()), b"", n % 50) for n in range(count)]
+    answers = [(f"the name of class {n % 50}", n % 50) for n in range(count)] if method == "vlm-zero-shot" else None
+    pq.write_table(predictions(test, Outcome(rng.normal(size=(count, 50)), True, {}, answers)), tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet").stat().st_size == pytest.approx(estimate_disk.ROW * count, rel=0.5)
+
+
+def test_disk_by_file_system(blog: Todo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "not/there"))
+    fetched = [Download("a", 100, "about"), Download("b", 50, "about", dataset=True), Download("c", None, "unknown")]
+    found = disks(blog, tmp_path / "out", fetched, workers=2)
+    assert sum(disk.needs.get("downloads", 0) for disk in found) == 150
+    assert sum(disk.needs.get("packed data sets", 0) for disk in found) == 50
+    assert sum(disk.needs.get("image features", 0) for disk in found) > 32 << 30
+    rows = sum(each.tested(blog.parts[0].settings) for each in blog.sets.values()) * 46
+    assert sum(disk.needs.get("results", 0) for disk in found) == 200 * rows + (20 << 20)
+    assert not (tmp_path / "out").exists()
+
+
+def fitting(**changed: Any) -> Room:
+    given: dict[str, Any] = {
+        "workers": 4,
+        "downloads": [],
+        "memory": Memory({"libraries": 10**9, "weights": 4 * 10**9, PASS: 10**9}, 30 * 10**9, "the CPU's memory", 4),
+        "disks": [Disk(Path("/data"), {"downloads": 10**9, "results": 10}, 2 * 10**9)],
+    }
+    return Room(**{**given, **changed})
+
+
+def test_what_fits_is_not_refused() -> None:
+    check(fitting())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"memory": Memory({"libraries": 10**9, "weights": 4 * 10**9}, 11 * 10**9, "the CPU's memory", 4)},
+            r"^4 workers need 20\.0 GB of the CPU's memory, most of it for weights, and 11\.0 GB are free; use "
+            r"--workers 2 or a smaller model$",
+        ),
+        (
+            {"memory": Memory({"weights": 4 * 10**9, PASS: 5 * 10**9}, 10**9, "the memory of cuda", 1)},
+            r"^a worker needs 9\.0 GB of the memory of cuda, most of it for a training or scoring pass, and 1\.0 GB "
+            r"are free; use a smaller batch \(--set batch_size=8\) or a smaller model$",
+        ),
+        (
+            {"memory": Memory({"libraries": 10**9}, 10**8, "the CPU's memory", 1)},
+            r"^a worker needs 1\.0 GB .* and 100 MB are free; use another machine$",
+        ),
+        (
+            {"disks": [Disk(Path("/data"), {"downloads": 3 * 10**9, "results": 1}, 2 * 10**9)]},
+            r"^the sweep needs 3\.0 GB of disk at /data, most of it for downloads, and 2\.0 GB are free; make room, or "
+            r"name a folder on another disk \(HF_HOME\)$",
+        ),
+        (
+            {"disks": [Disk(Path("/data"), {"results": 3 * 10**9}, 0)]},
+            r"most of it for results, and 0 MB are free; .* \(--out\)$",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(fitting(**changed))
+
+
+def test_the_workers_are_those_that_a_sweep_would_have(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    todo = of_sweep(sweep())
+    assert room(todo, tmp_path / "out", 3).workers == 3
+    assert room(todo, tmp_path / "out", 100).workers == 17  # one a cell
+    assert room(todo, tmp_path / "out", None, threads=10**6).workers == 1
+    assert room(of_sweep(sweep(("vlm-zero-shot",))), tmp_path / "out", None).workers == 1
+    check(room(todo, tmp_path / "out", 2))
+
+
+def test_a_table_of_what_is_not_known(blog: Todo, tmp_path: Path) -> None:
+    found = estimate(blog, tmp_path / "out", 1)
+    assert (found.spent, found.measured) == (None, None)
+    table = {row[0]: row[1:] for row in rows(found)}
+    assert table["cells"] == ("184", "60 vlm-lora, 60 dinov2-lora, 4 vlm-zero-shot, 60 dinov2-logreg")
+    assert table["tokens"][0] == "unknown"
+    assert models.SIZES["8B"] in table["tokens"][1]
+    assert table["time"][0] == "unknown"
+    assert table["time"][1].endswith("must be downloaded before the time can be measured")
+    lines = [row for row in rows(found) if row[0] == "download"]
+    assert lines[0] == ("download", "17.5 GB", f"{models.SIZES['8B']} (about)")
+    assert len(lines) == 6
+
+
+def test_a_service_elsewhere_is_not_measured(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    found = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", 1)
+    assert found.no_time.startswith("the time of the service tinker is not measured")
+    assert found.counts.question_tokens
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "90 min"), (7200, "2.0 h"), (10**6, "11.6 days")],
+)
+def test_times_as_people_say_them(count: float, expected: str) -> None:
+    assert seconds(count) == expected

@@ -1,0 +1,176 @@
+"""How long a sweep takes: the order of work against brute force, rates from runs of known cost, and a real sweep."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import executors
+from experiments.config import load
+from experiments.estimate import estimate, of_sweep
+from experiments.estimate_parts import Part, Todo
+from experiments.estimate_probe import FEW, Rates, Run, Seen, _fitted
+from experiments.estimate_table import rows
+from experiments.estimate_time import Measured, makespan, measure, spent
+from kshot_errors import InputError
+
+TINY = {"views_per_class": 4, "batch_size": 4, "rank": 4}
+
+
+def by_the_clock(seconds: list[int], workers: int) -> int:
+    """Second by second: whoever is free takes the next job."""
+    waiting, busy, now = list(seconds), [0] * workers, 0
+    while waiting or any(busy):
+        busy = [waiting.pop(0) if not left and waiting else left for left in busy]
+        busy, now = [max(left - 1, 0) for left in busy], now + 1
+    return now
+
+
+def best(seconds: list[int], workers: int) -> int:
+    """The shortest of all ways to share the jobs out."""
+    ways = product(range(workers), repeat=len(seconds))
+    return min(
+        max(sum(s for s, of in zip(seconds, way, strict=True) if of == w) for w in range(workers)) for way in ways
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_free_worker_takes_the_next_job(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seconds, workers = rng.integers(1, 9, rng.integers(1, 8)).tolist(), int(rng.integers(1, 4))
+    found = makespan(seconds, workers)
+    assert found == by_the_clock(seconds, workers)
+    assert best(seconds, workers) <= found <= (2 - 1 / workers) * best(seconds, workers)  # Graham's bound
+
+
+def test_the_ends() -> None:
+    assert makespan([], 2) == 0
+    assert makespan([3, 2, 1], 1) == 6
+    assert makespan([5, 1, 1, 1], 8) == 5
+
+
+def part(method: str, **settings: Any) -> Part:
+    return Part("icons", method, 4, 0, load("demo", {}, settings).settings)
+
+
+def cost(rates: Rates, *, train: int, test: int, steps: int, encode: bool = False, loads: bool = False) -> Run:
+    """A run that costs exactly what these rates say."""
+    fit = rates.step * steps + rates.fit * train
+    predict = test * (rates.scored + rates.encoded * encode)
+    answer = test * rates.answered
+    return Run(fit, predict, answer, 0.0, rates.load * loads + rates.fixed + fit + predict + answer)
+
+
+@pytest.mark.parametrize(
+    ("method", "rates"),
+    [
+        ("vlm-lora", Rates(load=5, fixed=0.3, step=0.05, scored=0.002, answered=0.003, encoded=0.01)),
+        ("dinov2-logreg", Rates(load=2, fixed=0.1, fit=0.004, scored=0.001, encoded=0.02)),
+        ("vlm-zero-shot", Rates(load=1, fixed=0.2, scored=0.002, answered=0.01, encoded=0.01)),
+    ],
+)
+def test_rates_are_found_again(method: str, rates: Rates) -> None:
+    small, large = (8, 8) if rates.step else (4, 40) if rates.fit else (0, 0)
+    steps = 9 if rates.step else 1
+    again = cost(rates, train=small, test=FEW, steps=1)
+    runs = (
+        cost(rates, train=small, test=FEW, steps=1, loads=True),
+        again,
+        cost(rates, train=large, test=50, steps=1, encode=True),
+        cost(rates, train=large, test=50, steps=steps),
+    )
+    found = _fitted(part(method), *runs, (small, large), 50, steps)
+    for name, value in vars(rates).items():
+        assert getattr(found, name) == pytest.approx(value), name
+
+
+def test_the_time_of_a_sweep_by_hand(photos: Path) -> None:
+    """Three classes, 6 test images, 2 shots: two cells of each method on two workers."""
+    grid = {"datasets": (f"folder:{photos}",), "methods": ("vlm-lora", "dinov2-logreg"), "shots": (2,), "seeds": (0, 1)}
+    todo = of_sweep(load("demo", grid, TINY))
+    source, known = todo.parts[0].source, next(iter(todo.sets.values()))
+    drawn = known.drawn((0, 1), 2, todo.parts[0].settings)
+    lora = Rates(load=7, fixed=1, step=2, scored=0.5, answered=0.25, encoded=4)
+    head = Rates(load=3, fixed=0.5, fit=0.125, scored=0.0625, encoded=8)
+    of = {"vlm-lora": lora, "dinov2-logreg": head}
+    rates = {(source, each.variant): of[each.method] for each in todo.parts}
+    measured = Measured(11, {source: 13}, {source: 0.5}, {source: 0.75}, rates, 0, 0)
+    found = spent(todo, measured, 2)
+    assert found.start == 11 + 7 + 3
+    assert found.prepare == 13 + 6 * 0.5 + drawn * 0.75
+    assert found.encode == ((6 + 2 * drawn) * 4 + (6 + drawn) * 8) / 2
+    each = (1 + 3 * 2 + 6 * 0.5 + 6 * 0.25, 0.5 + 6 * 0.125 + 6 * 0.0625)
+    assert found.cells == sum(each)  # a long one a worker, then a short one
+    assert found.methods == {"vlm-lora": 2 * each[0], "dinov2-logreg": 2 * each[1]}
+    assert found.total == found.start + found.prepare + found.encode + found.cells
+
+
+def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
+    variant = todo.parts[0].variant
+
+    def local(run: Any, jobs: list[Any], workers: int, **_: Any) -> Iterator[Any]:
+        assert len(jobs) == workers == 2
+        assert [each.shots for each in jobs[0]] == [(1, 2, 4, 8, 16)]
+        for n, job in enumerate(jobs, 1):
+            yield job, [Seen(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)]
+
+    monkeypatch.setattr(executors, "local", local)
+    found = measure(todo, 2)
+    assert [*found.data.values()] == [*found.prepared.values()] == [1.5]
+    assert [each.fixed for each in found.rates.values()] == [1.5]
+    assert found.peak == 2
+
+
+def test_a_measurement_that_fails_says_why(photos: Path) -> None:
+    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
+    gone = Todo([p._replace(source="folder:gone") for p in todo.parts], {"folder:gone": next(iter(todo.sets.values()))})
+    with pytest.raises(InputError, match="gone is not a folder"):
+        measure(gone, 1)
+
+
+def test_a_small_sweep_is_measured(photos: Path, tmp_path: Path) -> None:
+    """Every method is tried, in as many workers as there will be; nothing is left in the cache."""
+    from kshot_files import cache_folder
+
+    methods = ("dinov2-logreg", "dinov2-lora", "dinov2-knn", "pixel-knn")
+    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2)}, TINY))
+    found = estimate(todo, tmp_path / "out", 1)
+    assert found.measured is not None
+    assert found.spent is not None
+    by_method = {variant[0]: rates for (_, variant), rates in found.measured.rates.items()}
+    assert by_method.keys() == set(methods)
+    assert by_method["dinov2-lora"].step > 0
+    assert by_method["dinov2-logreg"].encoded > 0
+    assert found.measured.peak > 100 << 20
+    assert found.room.memory.seen == found.measured.peak
+    assert 0 < found.spent.total < 600
+    assert [*cache_folder().glob(".probe-*")] == []
+    assert not (tmp_path / "out").exists()
+    table = {row[0]: row for row in rows(found)}
+    assert table["time"][2].endswith("1 worker")
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_what_was_said(
+    tmp_path: Path, kshot: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first file to the last cell, on two workers. Other work on the machine changes by the minute: so it is
+    estimated before and after."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    todo = of_sweep(load("demo", {"shots": (1, 4)}, {}))
+
+    def said() -> float:
+        found = estimate(todo, tmp_path / "none", 2).spent
+        assert found is not None
+        return found.total
+
+    before, out = said(), tmp_path / "out"
+    assert kshot("sweep", "demo", "--shots", "1,4", "--workers", "2", "--out", out).status == 0
+    after = said()
+    took = max(path.stat().st_mtime for path in out.glob("cells/*.json")) - (out / "sweep.json").stat().st_mtime
+    assert mean((before, after)) == pytest.approx(took, rel=0.3), (before, took, after)

@@ -1,0 +1,106 @@
+"""Jobs on Ray: a local cluster, two nodes of which one is removed half way, and errors."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import executors
+from experiments.executor_ray import MISSING
+from experiments.processes import Failure
+from kshot_errors import InputError, KshotError
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kshot[ray]'")
+# what Ray leaves to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def work(job: tuple[str, int]) -> tuple[int, int]:
+    import torch
+
+    what, number = job
+    if what == "fail":
+        raise InputError(f"{number} is wrong")
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number, torch.get_num_threads()
+
+
+def note(job: tuple[str, float, str]) -> str:
+    """Writes down when it begins and ends, and on which node."""
+    name, seconds, folder = job
+    node = ray.get_runtime_context().get_node_id()
+    with (Path(folder) / "log").open("a") as log:
+        log.write(f"{name} begins {node}\n")
+        log.flush()
+        time.sleep(seconds)
+        log.write(f"{name} ends {node}\n")
+    return name
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one CPU each on this machine."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that its processes find this module
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.second = made.add_node(num_cpus=1)
+    ray.init(address=made.address, log_to_driver=False, logging_level="error")
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    del os.environ["PYTHONPATH"]
+
+
+def test_results_and_failures_come_back(cluster: Any) -> None:
+    jobs = [("do", 1), ("fail", 7), ("do", 2)]
+    found = dict(executors.ray(work, jobs))
+    assert found == {("do", 1): (1, 1), ("do", 2): (2, 1), ("fail", 7): Failure("7 is wrong", 2)}
+
+
+def test_what_must_come_first_is_finished_before_the_rest_begins(cluster: Any, tmp_path: Path) -> None:
+    first, rest = ([(name, 0.3, str(tmp_path)) for name in names] for names in ("ab", "cd"))
+    assert {answer for _, answer in executors.ray(note, rest, first=first)} == {*"abcd"}
+    lines = [line.split()[:2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert {name for name, _ in lines[:4]} == {"a", "b"}
+
+
+def test_a_job_that_fits_nowhere_is_an_error_and_does_not_wait(cluster: Any) -> None:
+    with pytest.raises(KshotError, match="no node of the Ray cluster has 64 CPUs for a worker; give fewer --threads"):
+        list(executors.ray(work, [("do", 1)], threads=64))
+
+
+def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any) -> None:
+    ((_, answer),) = executors.ray(work, [("die", 1)])
+    assert isinstance(answer, Failure)
+    assert answer.lost
+    assert "lost in the Ray cluster, 4 times" in answer.message
+
+
+def test_the_jobs_of_a_node_that_is_removed_run_elsewhere(cluster: Any, tmp_path: Path) -> None:
+    jobs = [(f"job{n}", 1.0, str(tmp_path)) for n in range(8)]
+    found, removed = [], False
+    for _, answer in executors.ray(note, jobs):
+        found.append(answer)
+        if len(found) == 3 and not removed:
+            removed = True
+            cluster.remove_node(cluster.second, allow_graceful=False)
+    assert sorted(map(str, found)) == sorted(name for name, _, _ in jobs)  # each once
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({node for _, _, node in lines}) == 2
+    begun = [name for name, what, _ in lines if what == "begins"]
+    assert len(begun) > len(jobs)  # one was on the node
+    assert len(begun) <= len(jobs) + 2
+
+
+def test_without_ray_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'kshot\[ray\]'"):
+        list(executors.ray(work, [("do", 1)]))
+    assert "kshot[ray]" in MISSING

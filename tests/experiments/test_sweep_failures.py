@@ -1,0 +1,115 @@
+"""Cells that fail: noted with their error, tried again when asked for, and no reason to stop the others."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import methods
+from experiments.job import Job
+from experiments.methods import METHODS, Outcome, Task
+from kshot_errors import InputError
+
+QUICK = ("--method", "pixel-knn", "--method", "dinov2-logreg", "--shots", "1,2", "--seeds", "0")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None]:
+    """Lets pixel-knn fail at two shots, or not any more."""
+    whole = METHODS["pixel-knn"]
+
+    def set_to(error: Exception | None) -> None:
+        def run(task: Task) -> Outcome:
+            if error is not None and len(task.train) == 6:  # two shots of three classes
+                raise error
+            return whole.run(task)
+
+        monkeypatch.setitem(METHODS, "pixel-knn", replace(whole, run=run))
+
+    return set_to
+
+
+@pytest.fixture
+def sweep(photos: Path, tmp_path: Path, kshot: Any) -> Callable[..., Any]:
+    return lambda *more: kshot("sweep", "--dataset", f"folder:{photos}", *QUICK, "--out", tmp_path / "out", *more)
+
+
+def test_a_failed_cell_is_noted_and_the_others_run(sweep: Any, broken: Any, ran: list[Job], tmp_path: Path) -> None:
+    broken(ZeroDivisionError("by 0"))
+    said = sweep()
+    assert said.status == 1
+    assert len(ran) == 4
+    (path,) = (tmp_path / "out/failed").glob("*.json")
+    noted = json.loads(path.read_text())
+    assert (noted["method"], noted["shots"], noted["error"]) == ("pixel-knn", 2, "ZeroDivisionError: by 0")
+    assert "test_sweep_failures" in noted["trace"]
+    assert len([*(tmp_path / "out/cells").glob("*.json")]) == 3
+    last = said.err.splitlines()[-1]
+    assert noted["exit_status"] == 1
+    assert last.startswith("kshot: 1 of 4 cells failed, first pixel-knn on folder:")
+    assert "2 shots, seed 0: ZeroDivisionError: by 0 (the same command tries them again, and --only-failed" in last
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_only_failed_runs_those_alone(sweep: Any, broken: Any, ran: list[Job], tmp_path: Path) -> None:
+    broken(InputError("no"))
+    assert sweep().status == 2
+    (tmp_path / "out/cells" / f"{next(job for job in ran if 'dinov2' in str(job)).cell.key}.json").unlink()
+    ran.clear()
+    assert sweep("--only-failed").status == 2  # still
+    assert [job.cell.shots for job in ran] == [2]
+    broken(None)
+    assert sweep("--only-failed").status == 0
+    assert [str(job.cell.method) for job in ran] == ["pixel-knn"] * 2
+    assert not [*(tmp_path / "out/failed").glob("*.json")]
+    assert "no cell has failed" in sweep("--only-failed").err
+    ran.clear()
+    assert sweep().status == 0
+    assert [job.cell.method for job in ran] == ["dinov2-logreg"]
+
+
+def test_the_same_command_tries_them_again(sweep: Any, broken: Any, ran: list[Job]) -> None:
+    broken(InputError("no"))
+    assert sweep().status == 2
+    broken(None)
+    ran.clear()
+    assert sweep().status == 0
+    assert [(job.cell.method, job.cell.shots) for job in ran] == [("pixel-knn", 2)]
+
+
+def test_another_device_or_service_is_refused(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
+    assert sweep().status == 0
+    path = tmp_path / "out/sweep.json"
+    content = json.loads(path.read_text())
+    assert (content["service"], content["device"]) == ("local", "cpu")
+    path.write_text(json.dumps({**content, "device": "cuda"}))
+    said = sweep("--shots", "1")
+    assert said.status == 2
+    assert "another configuration (device 'cuda' → 'cpu')" in said.err
+
+
+def test_an_unknown_executor_is_named(sweep: Any) -> None:
+    said = sweep("--executor", "slurm")
+    assert said.status == 2
+    assert "unknown executor 'slurm'; choose from: local, ray" in said.err
+
+
+def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
+    photos: Path, tmp_path: Path, kshot: Any, ran: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight training images a class and eight shots: all seeds draw the same ones."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    methods._connected.cache_clear()
+    small = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4", "--set", "answer_tokens=4")
+    arguments = ("sweep", "--dataset", f"folder:{photos}", "--method", "vlm-lora", "--shots", "8", *small)
+    for seeds in ("0", "0,1"):
+        before = methods.tower_forwards(ran[0].settings, "cpu") if ran else 0
+        assert kshot(*arguments, "--seeds", seeds, "--out", tmp_path / "out").status == 0
+        spent = methods.tower_forwards(ran[0].settings, "cpu") - before
+        assert spent == (2 * 24 + 6 if seeds == "0" else 0)  # each training image also mirrored
+    methods._connected.cache_clear()
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out/cells").glob("*.json")]
+    assert [record["work"] for record in records] == [{"vision_forwards": 0}] * 2

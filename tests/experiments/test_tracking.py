@@ -1,0 +1,322 @@
+"""Tracking: what the tools are told, a package that is missing, a tool that fails. The tools themselves are tried where
+they are installed; nothing leaves this machine."""
+
+import json
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from experiments.tracking import TRACKERS, Tracker, tracker
+from kshot_errors import InputError, UnknownNameError
+
+SWEEP = {
+    "name": "two",
+    "datasets": ["icons", "digits"],
+    "methods": ["vlm-lora", "pixel-knn"],
+    "shots": [1, 4],
+    "seeds": [0, 1],
+    "prompts": ["recipe", "{image}What? => A {label}"],
+    "settings": {"rank": 4, "prompt": ["recipe", "{image}What? => A {label}"]},
+    "classes": {"icons": ["star", "secret"]},
+}
+
+
+def cell(dataset: str, method: str, shots: int, seed: int, accuracy: float, prompt: str = "recipe") -> dict[str, Any]:
+    settings = {"rank": 4, "prompt": prompt} if method == "vlm-lora" else {"max_side": 480}
+    return {
+        **{
+            "key": "0",
+            "dataset": dataset,
+            "protocol": "seeded-split-0",
+            "method": method,
+            "shots": shots,
+            "seed": seed,
+        },
+        **{"settings": settings, "test_images": 5, "versions": {"kshot": "0.1.0"}},
+        "metrics": {"accuracy": accuracy, "accuracy_strict": None},
+        "timings": {"fit_seconds": 2.5},
+    }
+
+
+CELLS = [
+    cell("icons", "vlm-lora", 4, 0, 0.5),
+    cell("icons", "vlm-lora", 1, 0, 0.25),
+    cell("digits", "vlm-lora", 1, 0, 0.75),
+    cell("icons", "vlm-lora", 1, 0, 0.125, prompt="{image}What? => A {label}"),
+    cell("icons", "pixel-knn", 1, 1, 1.0),
+]
+# run → {data set/accuracy: {shots: value}}
+EXPECTED = {
+    "vlm-lora, prompt 1, seed 0": {"icons/accuracy": {1: 0.25, 4: 0.5}, "digits/accuracy": {1: 0.75}},
+    "vlm-lora, prompt 2, seed 0": {"icons/accuracy": {1: 0.125}},
+    "pixel-knn, seed 1": {"icons/accuracy": {1: 1.0}},
+}
+
+
+def follow(told: Tracker, folder: Path, cells: list[dict[str, Any]] = CELLS) -> None:
+    told.start("two", SWEEP, folder)
+    for done, record in enumerate(cells, 1):
+        told.cell(record, done, len(CELLS))
+    told.finish()
+
+
+def accuracies(rows: list[tuple[str, int, dict[str, Any]]]) -> dict[str, dict[str, dict[int, float]]]:
+    """(run, shots, what was logged) → as EXPECTED."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run, shots, logged in rows:
+        for name, value in logged.items():
+            if name.endswith("/accuracy"):
+                found.setdefault(run, {}).setdefault(name, {})[shots] = value
+    return found
+
+
+class FakeRun:
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given, self.logged, self.axes, self.finished = given, list[dict[str, Any]](), dict[str, str](), 0
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class FakeWandb(ModuleType):
+    """The part of wandb that is called. fails: the name of a call that does."""
+
+    def __init__(self, mode: str = "offline", fails: str = "") -> None:
+        super().__init__("wandb")
+        self.runs, self.mode, self.fails, self.calls = list[FakeRun](), mode, fails, list[str]()
+
+    class Settings:
+        model_fields = ("console", "disable_git")
+
+        def __init__(self, **values: Any) -> None:
+            self.values = values
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails:
+            raise RuntimeError(f"{name}:\nno")
+
+    def setup(self) -> Any:
+        self._called("setup")
+        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+
+    def login(self) -> None:
+        self._called("login")
+
+    def init(self, **given: Any) -> FakeRun:
+        self._called("init")
+        self.runs.append(FakeRun(given))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_what_wandb_is_told(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    follow(tracker("wandb"), tmp_path)
+    assert wandb.calls == ["setup", "init", "init", "init"]  # offline nobody is asked for a key
+    rows = [(run.given["name"], values["shots"], values) for run in wandb.runs for values in run.logged]
+    assert accuracies(rows) == {f"two: {run}": values for run, values in EXPECTED.items()}
+    first = wandb.runs[0]
+    assert first.logged[0] == {"shots": 4, "icons/accuracy": 0.5, "icons/fit_seconds": 2.5, "cells": 1, "cells of": 5}
+    assert (first.axes, first.finished) == ({"*": "shots"}, 1)
+    assert first.given["settings"].values == {"console": "off", "disable_git": True}  # what this version knows
+    told = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
+    assert told == {
+        **{"project": "kshot", "group": "two: vlm-lora, prompt 1", "job_type": "vlm-lora", "dir": tmp_path},
+        **{"tags": ["two", "vlm-lora", "icons", "digits"], "reinit": "create_new"},
+    }
+    config = first.given["config"]
+    assert config["settings"] == CELLS[0]["settings"]
+    assert config["sweep"] == {key: value for key, value in SWEEP.items() if key != "classes"}
+    assert "mode" not in first.given  # WANDB_MODE decides
+
+
+def test_wandb_asks_for_a_key_before_anything_runs_and_takes_the_users_project(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    wandb.mode = "online"
+    told = tracker("wandb")
+    told.start("two", SWEEP, tmp_path)
+    assert wandb.calls == ["setup", "login"]
+    told.cell(CELLS[0], 1, 5)
+    assert wandb.runs[0].given["project"] == "mine"
+
+
+@pytest.mark.parametrize("fails", ["setup", "init"])
+def test_a_failure_is_one_line_and_the_tracker_is_left_alone(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str
+) -> None:
+    wandb.fails = fails
+    follow(tracker("wandb"), tmp_path)
+    assert wandb.calls == ["setup", *(["init"] if fails == "init" else [])]
+    said = capsys.readouterr()
+    failed = "kshot: tracking with wandb failed and ends here, the sweep goes on"
+    assert (said.out, said.err) == ("", f"{failed} (RuntimeError: {fails}: no)\n")
+
+
+def test_ctrl_c_is_no_failure(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "setup", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tracker("wandb").start("two", SWEEP, tmp_path)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_missing_package_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, TRACKERS[name].modules[0], None)
+    with pytest.raises(InputError) as raised:
+        tracker(name)
+    text = str(raised.value)
+    assert text.startswith(f"tracking with {name} needs the package {name}, which cannot be imported (")
+    assert text.endswith(f"; pip install 'kshot[tracking]', or: pip install {name}")
+    assert "\n" not in text
+
+
+def test_another_name_says_the_choices() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown tracker 'wandv' \(did you mean 'wandb'\?\).*trackio, tensorb"):
+        tracker("wandv")
+
+
+def test_nothing_is_imported_before_a_tool_is_chosen() -> None:
+    import subprocess
+
+    code = "import sys, experiments.tracking; print(*{'wandb', 'trackio', 'tensorboard', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    real = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    follow(tracker("wandb"), tmp_path)
+    real.teardown()
+    assert capsys.readouterr().err == ""
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    rows = [row for file in files for row in wandb_history(file)]
+    assert accuracies(rows) == {f"two: {run}": values for run, values in EXPECTED.items()}
+    whole = b"".join(file.read_bytes() for file in files)
+    assert b"create_new" not in whole
+    assert str(Path(__file__).parents[2]).encode() not in whole  # neither code nor command line
+    assert not list((tmp_path / "wandb").rglob("requirements.txt"))
+
+
+def wandb_history(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(run, shots, what was logged) from the file that `wandb sync` would send."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    name = ""
+    for data in records(file.read_bytes()):
+        record = Record.FromString(data)
+        name = record.run.display_name or name
+        logged = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        if "shots" in logged:
+            yield name, logged["shots"], logged
+
+
+def records(log: bytes) -> Iterator[bytes]:
+    """Those of a log in LevelDB's format behind a header of 7 bytes: blocks of 32 KiB, in them checksum (4 bytes),
+    length (2) and kind (1: whole, 2: first, 3: middle, 4: last) of each piece, and the piece."""
+    at, whole = 7, b""
+    while at < len(log):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        whole, at = whole + log[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+class _Counting(BaseHTTPRequestHandler):
+    """Somebody who must not be asked."""
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        self.send_error(500)
+
+    do_POST = do_GET  # noqa: N815 - the library's name
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: `requests` has it."""
+
+
+TRACKIO = """
+import sys
+sys.path.insert(0, "tests/experiments")
+import huggingface_hub
+from pathlib import Path
+from test_tracking import CELLS, follow
+from experiments.tracking import tracker
+folder = Path(sys.argv[1])
+for some in (CELLS[:2], CELLS[2:]):  # stopped, and continued in its folder
+    follow(tracker("trackio"), folder, some)
+follow(tracker("trackio"), folder / "another", CELLS[:1])
+import json, trackio
+from trackio.sqlite_storage import SQLiteStorage
+print(json.dumps({run: SQLiteStorage.get_logs("two", run) for run in SQLiteStorage.get_runs("two")}))
+"""
+
+
+def test_real_trackio_keeps_all_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    import os
+    import subprocess
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Counting) as hub:
+        hub.requests = []  # type: ignore[attr-defined]
+        thread = Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        url = f"http://127.0.0.1:{hub.server_port}"
+        own = {"TRACKIO_DIR": str(tmp_path / "kept"), "HF_TOKEN": "hf_x", "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}
+        ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRACKIO_"))}
+        command = [sys.executable, "-c", TRACKIO, str(tmp_path / "results")]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], env=ours | own, capture_output=True, text=True)
+        hub.shutdown()
+        thread.join()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hub.requests == []  # type: ignore[attr-defined]
+    runs = json.loads(done.stdout)  # and nothing else was printed
+    rows = [(run.rpartition(" (")[0], row["step"], row) for run, logged in runs.items() for row in logged]
+    assert accuracies(rows) == EXPECTED
+    assert len(runs) == len(EXPECTED) + 1  # the sweep in another folder has a run of its own
+
+
+def test_real_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    follow(tracker("tensorboard"), tmp_path, CELLS[:2])
+    follow(tracker("tensorboard"), tmp_path, CELLS[2:])  # continued
+    read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run, tags in read.Runs().items():
+        for tag in (tag for tag in tags["scalars"] if tag.endswith("/accuracy")):
+            found.setdefault(run, {})[tag] = {each.step: each.value for each in read.Scalars(run, tag)}
+    assert found["pixel-knn/seed-1"] == EXPECTED["pixel-knn, seed 1"]
+    values, expected = ([json.dumps(each, sort_keys=True) for each in some.values()] for some in (found, EXPECTED))
+    assert sorted(values) == sorted(expected)
+    (text,) = (each.tensor_proto.string_val[0].decode() for each in read.Tensors(".", "two/text_summary")[:1])
+    assert '"rank": 4' in text
