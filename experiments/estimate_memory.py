@@ -5,6 +5,7 @@ measurement has seen a worker take counts where it is more.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from experiments.config import Settings
 from experiments.estimate_counts import images
 from experiments.estimate_parts import Todo
 from experiments.estimate_shapes import DINOV2, PUBLISHED, Vit, Vlm, of_folder
-from experiments.estimate_tokens import sides
+from experiments.estimate_tokens import alike, sides
 from kshot_errors import KshotError
 from vlm import models
 
@@ -155,7 +156,8 @@ def _vit(todo: Todo, unknown: list[str]) -> Iterator[tuple[str, int]]:
             s, known = part.settings, todo.sets[source]
             width, height = (s.image_size, s.image_size) if s.image_size else sides(known, s.max_side)
             tokens = int(width // vit.patch * (height // vit.patch)) + 1
-            yield PASS, vit.training_bytes(min(CHUNK, s.batch_size) * tokens)
+            together = min(CHUNK, s.batch_size) * (1.0 if s.image_size else alike(known))
+            yield PASS, vit.training_bytes(math.ceil(together) * tokens)
         if trained := [part for part in own if part.trains]:
             classes = max(todo.sets[part.source].classes for part in trained)
             yield "adapter and optimizer", vit.adapter_bytes(trained[0].settings.rank, classes)

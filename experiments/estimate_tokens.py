@@ -5,6 +5,7 @@ one of SIDES. The text is the prompt's own, from the model's tokenizer.
 """
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,12 @@ def sides(known: Known, max_side: int) -> tuple[float, float]:
     found = [open_header(image).size for image in sample(known)] or [SIDES]
     fitted = [(w * min(1, max_side / max(w, h)), h * min(1, max_side / max(w, h))) for w, h in found]
     return float(np.mean([w for w, _ in fitted])), float(np.mean([h for _, h in fitted]))
+
+
+def alike(known: Known) -> float:
+    """The share of the commonest size among the images of the sample: only images of one size share a pass."""
+    found = Counter(open_header(image).size for image in sample(known)) or Counter([SIDES])
+    return found.most_common(1)[0][1] / found.total()
 
 
 def sample(known: Known, seed: int = 0, count: int = SAMPLE) -> list[bytes]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.core import Example, Images
+from experiments.config import OF_DATA as _DATA
 from experiments.config import Settings
 from kshot_errors import TooFewImagesError
 from kshot_files import cache_folder
@@ -161,7 +162,6 @@ def dinov2_lora(task: Task) -> Outcome:
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
-_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
 _ENCODED = ("backbone", "readout", "image_size")
 _ASKED = ("model", "prompt", "answer_tokens", "calibration")

@@ -36,12 +36,13 @@ class Plan:
     """The cells of a sweep with the data sets they need, all checked.
 
     jobs: one data set after the other, so that workers keep its images, and of each the long ones first, so that no
-    worker waits at the end.
+    worker waits at the end. gpus: see `gpus_of`; a worker sees one of them, as cuda.
     """
 
     sweep: Sweep
     datasets: dict[str, Dataset]
     jobs: list[Job]
+    gpus: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """The content of sweep.json."""
@@ -131,11 +132,12 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
                 validation(dataset, most, seed, sweep.settings)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
-        make = partial(Job, source=source, service=service, device=device, access=ways[source])
+        kind = device.partition(":")[0]
+        make = partial(Job, source=source, service=service, device=kind, access=ways[source])
         jobs += (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
     order = {source: number for number, source in enumerate(datasets)}
     jobs.sort(key=lambda job: (order[job.source], -METHODS[job.cell.method].cost))
-    return Plan(sweep, datasets, jobs)
+    return Plan(sweep, datasets, jobs, gpus_of(device))
 
 
 def execute(
@@ -151,10 +153,9 @@ def execute(
 
     executor: a row of `executors.EXECUTORS`. Raises InputError where it cannot run here, or not with so many workers.
     """
-    gpus = gpus_of(planned.jobs[0].device) if planned.jobs else ()
+    gpus = planned.gpus
     if gpus and workers and workers > len(gpus) and executor == "local":
-        few = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} for --workers {workers}"
-        raise InputError(f"there are {few}, and each worker takes one; leave --workers out")
+        raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
     start = getattr(executors, executor)
     made = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
     with closing(made) as finished:
@@ -191,7 +192,11 @@ def gpus_of(device: str) -> tuple[str, ...]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
-    return (names[int(number)],) if number else tuple(names)
+    if not number:
+        return tuple(names)
+    if not number.isdecimal() or int(number) >= len(names):
+        raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
+    return (names[int(number)],)
 
 
 def _check_machine(service: str, device: str) -> None:

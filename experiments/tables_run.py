@@ -6,6 +6,7 @@ Cell records and sweep.json in, tables out; it does not know what the numbers me
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from experiments.config import capped
 from experiments.display import name
 from experiments.methods import METHODS
 from experiments.metrics import seeds_of
@@ -79,10 +80,11 @@ def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
     sweep, cells = by_series(sweep, cells)
     plan: list[Planned] = []
     for dataset in sweep["datasets"]:
+        shots = capped(sweep["shots"], sweep.get("most_shots", {}).get(dataset))
         for method in sweep["methods"]:
             if method_of(method) in ZERO_SHOT:
                 run = [c["seed"] for c in cells if c["dataset"] == dataset and c["method"] == method]
                 plan.append((dataset, method, 0, min(run, default=0)))
             else:
-                plan += [(dataset, method, k, seed) for k in sweep["shots"] if k for seed in sweep["seeds"]]
+                plan += [(dataset, method, k, seed) for k in shots if k for seed in sweep["seeds"]]
     return plan

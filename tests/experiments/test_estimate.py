@@ -25,7 +25,7 @@ from experiments.estimate import Room, check, estimate, of_jobs, of_sweep, room
 from experiments.estimate_counts import counts, work
 from experiments.estimate_disk import Disk, disks
 from experiments.estimate_downloads import Download, downloads
-from experiments.estimate_memory import PASS, Memory, memory
+from experiments.estimate_memory import PASS, Memory, memory, vit_of
 from experiments.estimate_parts import Todo, is_here
 from experiments.estimate_table import rows, seconds
 from experiments.estimate_tokens import lengths, reachable
@@ -223,6 +223,23 @@ def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
 def test_a_model_of_unknown_size_is_said(sweep: Callable[..., Sweep]) -> None:
     found = memory(of_sweep(sweep(model="somebody/a-model")), 1, free=10**10)
     assert found.unknown == ("somebody/a-model",)
+
+
+def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> None:
+    """Half of the photos are 32 pixels wide, half 48; at a size of their own all are one pass."""
+    own, square = (memory(of_sweep(sweep(("dinov2-lora",), **at)), 1, free=0) for at in ({}, {"image_size": 40}))
+    vit = vit_of(nano_dinov2.NAME)
+    assert vit is not None
+    assert own.parts[PASS] == vit.training_bytes(3 * (4 * 5 + 1))  # of five images three at most; 40 x 32 on average
+    assert square.parts[PASS] == vit.training_bytes(5 * (5 * 5 + 1))
+
+
+def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
+    found = estimate(of_jobs([], {}), tmp_path / "out", 2)
+    assert found.no_time == "nothing is left to compute"
+    assert sum(found.counts.cells.values()) == found.counts.test == 0
+    assert {row[0]: row[1] for row in rows(found)}["cells"] == "0"
+    check(found.room)
 
 
 def test_a_larger_model_needs_more(blog: Todo) -> None:

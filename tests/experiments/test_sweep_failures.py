@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from experiments import methods
+from experiments.config import load
 from experiments.job import Job
 from experiments.methods import METHODS, Outcome, Task
+from experiments.store import Results
+from experiments.sweep import execute, gpus_of, plan
 from kshot_errors import InputError
 
 QUICK = ("--method", "pixel-knn", "--method", "dinov2-logreg", "--shots", "1,2", "--seeds", "0")
@@ -113,3 +116,23 @@ def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
     methods._connected.cache_clear()
     records = [json.loads(path.read_text()) for path in (tmp_path / "out/cells").glob("*.json")]
     assert [record["work"] for record in records] == [{"vision_forwards": 0}] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "gpus"),
+    [("cpu", "", ()), ("cuda", "", ("0", "1", "2")), ("cuda:1", "", ("1",)), ("cuda:1", "4,GPU-7", ("GPU-7",))],
+)
+def test_the_gpus_that_workers_get(
+    device: str, visible: str, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_of(device) == gpus
+    with pytest.raises(InputError, match="device 'cuda:3' is not available here; give cuda, or cuda:0 to cuda:"):
+        gpus_of("cuda:3")
+
+
+def test_more_workers_than_gpus_is_an_error(photos: Path, tmp_path: Path) -> None:
+    planned = replace(plan(load("demo", {"datasets": (f"folder:{photos}",), "shots": (1,)}, {})), gpus=("0",))
+    with pytest.raises(InputError, match="--workers 2, but GPUs: 1, and each worker takes one"):
+        list(execute(planned, Results(tmp_path), planned.jobs, workers=2))
