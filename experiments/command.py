@@ -19,7 +19,12 @@ def command(content: Mapping[str, Any]) -> str:
     places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
     options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
-    options += [("--most-shots", f"{name}={most}") for name, most in content.get("most_shots", {}).items()]
+    place = dict(zip(content["datasets"], places, strict=True))
+    options += [("--most-shots", f"{place[name]}={most}") for name, most in content.get("most_shots", {}).items()]
+    if (service := content.get("service", "local")) != "local":
+        options.append(("--service", "ADDRESS" if service == "remote" else service))
+    if (device := content.get("device", "cpu")) != "cpu":
+        options.append(("--device", device))
     changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
     asked = changed.pop("prompt", [])
     options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]

@@ -209,12 +209,13 @@ def read(preset: str) -> dict[str, Any]:
 
 
 def _drop_idle_caps(file: Mapping[str, Any], content: dict[str, Any]) -> None:
-    """Leave out the file's caps on data sets of its own that are not asked for; a name that it never had stays, and is
-    refused."""
+    """Add the file's caps on shots to those that are given, but those on data sets of its own that are not asked for; a
+    name that it never had stays, and is refused."""
     caps, own = file.get("most_shots"), file.get("datasets")
-    if isinstance(caps, dict) and isinstance(own, list) and content["most_shots"] is caps:
+    if isinstance(caps, dict) and isinstance(own, list):
         idle = [name for name in own if name not in content["datasets"]]
-        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle}
+        given = content["most_shots"] if content["most_shots"] is not caps else {}
+        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle} | given
 
 
 def _is_new(kind: str, given: Mapping[str, Any], own: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:

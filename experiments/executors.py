@@ -93,8 +93,8 @@ class _Crew:
 
     def replace(self, dead: Worker[Any, Any]) -> None:
         number = self.workers.index(dead)
+        self.workers[number] = self._make(number)  # first: where that fails, all of the old ones are ended later
         dead.end()
-        self.workers[number] = self._make(number)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from logging import CRITICAL, getLogger
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from traceback import format_exception
 from typing import Any, Generic, TypeVar
 
@@ -127,4 +128,16 @@ def _work(
     os.environ.update(environment)
     settle(threads)
     while (job := channel.recv()) is not None:
-        channel.send(answered(run, job))
+        channel.send_bytes(_sent(answered(run, job)))
+
+
+def _sent(answer: Any) -> Any:
+    """As `send` would pickle it; where it cannot be, that is the answer."""
+    try:
+        return ForkingPickler.dumps(answer)
+    except Exception as error:
+        return ForkingPickler.dumps(answered(_raise, error))
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -80,8 +80,15 @@ class Results:
             )
             if caps := {**old.get("most_shots", {}), **sweep.get("most_shots", {})}:
                 joined["most_shots"] = caps
+        else:
+            self._forget_failures()
         self._write_json("sweep.json", joined)
         return joined
+
+    def _forget_failures(self) -> None:
+        """Without a finished cell the folder takes any sweep: those of the last one are not this one's."""
+        for path in (self.folder / "failed").glob("*.json"):
+            path.unlink()
 
     def sweep(self) -> dict[str, Any]:
         """The content of sweep.json. Raises ResultsError where there is none."""
@@ -118,7 +125,7 @@ class Results:
     def failures(self) -> list[dict[str, Any]]:
         """What `fail` noted, in the order of data set, method, shots and seed."""
         again, fields = "delete it and run the sweep again", (*IDENTITY, "error", "exit_status")
-        paths = (self.folder / "failed").glob("*.json")
+        paths = [path for path in (self.folder / "failed").glob("*.json") if not self.has(path.stem)]
         records = [_read_json(path, fields, f"a record is gone; {again}", again) for path in paths]
         return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
 
@@ -161,6 +168,8 @@ class Results:
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = _changes(old["settings"], new["settings"])
         changed += _changes(*({f: each[f] for f in COMPUTED if f in old and f in new} for each in (old, new)))
+        caps = [{f"most shots of {d}": k for d, k in each.get("most_shots", {}).items()} for each in (old, new)]
+        changed += _changes(*({name: each[name] for name in caps[0].keys() & caps[1].keys()} for each in caps))
         common = old["protocols"].keys() & new["protocols"].keys()
         changed += _changes(*({f"images of {d}": each["protocols"][d] for d in common} for each in (old, new)))
         if changed:

@@ -192,6 +192,8 @@ def gpus_of(device: str) -> tuple[str, ...]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if not names:
+        raise InputError(f"device {device!r} is not available here: torch sees no GPU; use --device cpu")
     if not number:
         return tuple(names)
     if not number.isdecimal() or int(number) >= len(names):

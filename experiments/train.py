@@ -6,7 +6,7 @@ cell's own, bit for bit. Nothing is tested, so settings that only a test depends
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def planned(
     grid = {"name": "train", "datasets": (dataset,), "methods": (METHOD,), "shots": (shots,), "seeds": (seed,)}
     sweep = _placed(load("demo", {**grid, **({"protocol": protocol} if protocol else {})}, dict(settings)))
     found = plan(sweep, device=device, access=access)
-    return found.jobs[0], found.datasets[dataset]
+    return replace(found.jobs[0], device=device), found.datasets[dataset]
 
 
 def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> Iterator[Step]:

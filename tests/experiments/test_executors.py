@@ -29,6 +29,8 @@ def work(job: tuple[str, int]) -> tuple[int, int, str]:
         raise KshotError(f"{number} failed")
     if what == "bug":
         raise ZeroDivisionError("of\nwhat")
+    if what == "odd":
+        return lambda: number  # type: ignore[return-value]
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
@@ -70,12 +72,15 @@ def test_more_threads_where_they_are_asked_for() -> None:
 
 
 def test_what_fails_is_said_and_stops_nothing_else() -> None:
-    jobs = [("input", 7), ("fail", 7), ("bug", 7), ("die", 7), ("do", 1)]
+    jobs = [("input", 7), ("fail", 7), ("bug", 7), ("odd", 7), ("die", 7), ("do", 1)]
     found = dict(local(work, jobs, workers=1))
     assert found[("do", 1)] == (1, 1, "1")
     assert found[("input", 7)] == Failure("7 is wrong", 2)
     assert found[("fail", 7)] == Failure("7 failed", 1)
-    bug, died = found[("bug", 7)], found[("die", 7)]
+    bug, odd, died = (found[what, 7] for what in ("bug", "odd", "die"))
+    assert isinstance(odd, Failure)
+    assert "pickle" in odd.message
+    assert not odd.lost
     assert isinstance(bug, Failure)
     assert (bug.message, bug.exit_status) == ("ZeroDivisionError: of what", 1)
     assert "in work" in bug.trace

@@ -1,0 +1,52 @@
+"""The benchmark of sweeps on one small enough for a test: what it counts, and that a cell that fails ends it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import bench_sweep, executors
+from experiments.methods import METHODS, Outcome, Task
+from experiments.processes import answered
+from kshot_errors import KshotError
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run here, and without the plan's measurement, which has tests of its own."""
+
+    def here(run: Callable[[Any], Any], jobs: Sequence[Any], *_: Any, first: Sequence[Any] = (), **__: Any) -> Any:
+        yield from ((job, answered(run, job)) for job in (*first, *jobs))
+
+    monkeypatch.setattr(executors, "local", here)
+    monkeypatch.setattr(bench_sweep, "_told", lambda *_: 1.5)
+    monkeypatch.setattr(bench_sweep, "CLASSES", 3)
+    monkeypatch.setattr(
+        bench_sweep, "QUICK", ({"shots": (1,), "seeds": (0,), "methods": ("pixel-knn",)}, {"limit_test": 4})
+    )
+
+
+@pytest.mark.usefixtures("small")
+def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_sweep.bench(True, tmp_path / "sweep.json")
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    rows = {row["name"]: row["median"] for row in found["rows"]}
+    photographs = 3 * bench_sweep.SHOTS
+    assert rows["images through the tower, first seed"] == 2 * photographs + 3 * 2  # mirrored twins; two to test on
+    assert found["ratios"]["second_seed_vision_forwards"] == 0
+    assert found["ratios"]["plan_over_measured"] == pytest.approx(1.5 / rows["the sweep's time, 2 workers"])
+    assert rows["of it after the first job, 2 workers"] <= rows["the sweep's time, 2 workers"]
+    assert "second_seed_vision_forwards" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_a_cell_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Task) -> Outcome:
+        raise ValueError("no")
+
+    monkeypatch.setitem(METHODS, "pixel-knn", replace(METHODS["pixel-knn"], run=fail))
+    with pytest.raises(KshotError, match="pixel-knn on icons, 1 shots, seed 0 failed: ValueError: no"):
+        bench_sweep.bench(True, tmp_path / "sweep.json")
