@@ -167,7 +167,8 @@ def _say_plan(sweep: "Sweep", results: "Results", how: How) -> None:
             todo = of_jobs(planned.missing(results, only_failed=how.only_failed), planned.datasets)
         else:
             todo = of_sweep(sweep, service=how.service, device=how.device, access=how.access)
-        found = estimate(todo, results.folder, how.workers, threads=how.threads, gpus=gpus_of(how.device))
+        gpus = gpus_of(how.device)
+        found = estimate(todo, results.folder, how.workers, threads=how.threads, gpus=gpus, device=how.device)
     print_estimate(found)
 
 
@@ -178,4 +179,5 @@ def _check_room(planned: "Plan", results: "Results", jobs: "list[Job]", how: How
 
     if how.executor == "local":  # the nodes of a cluster are other machines
         todo = of_jobs(jobs, planned.datasets)
-        check(room(todo, results.folder, how.workers, threads=how.threads, gpus=gpus_of(how.device)))
+        gpus = gpus_of(how.device)
+        check(room(todo, results.folder, how.workers, threads=how.threads, gpus=gpus, device=how.device))

@@ -4,13 +4,14 @@ The parts of an estimate are in modules of their own (estimate_*.py); this one p
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import executors
 from experiments.estimate_counts import Counts, counts
 from experiments.estimate_disk import Disk, disks
 from experiments.estimate_downloads import Download, downloads
+from experiments.estimate_features import Turns, encodings, turns
 from experiments.estimate_memory import PASS, Memory, memory
 from experiments.estimate_parts import Todo, of_jobs, of_sweep
 from experiments.estimate_time import Measured, Spent, measure, spent
@@ -32,10 +33,11 @@ class Room:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All of it. spent, lengths: None where the time, or how many tokens, are not known; `no_time` and `no_tokens` say
-    why."""
+    """All of it. turns: when the tower sees images. spent, lengths: None where the time, or how many tokens, are not
+    known; `no_time` and `no_tokens` say why."""
 
     room: Room
+    turns: Turns
     counts: Counts
     lengths: Mapping[tuple[str, str], Lengths] | None
     measured: Measured | None
@@ -44,28 +46,42 @@ class Estimate:
     no_tokens: str = ""
 
 
-def room(todo: Todo, out: Path, workers: int | None = None, *, threads: int = 1, gpus: Sequence[str] = ()) -> Room:
-    """The cheap part: downloads, memory and disk, without a measurement. workers: None is one a core, or one a GPU."""
+def room(
+    todo: Todo,
+    out: Path,
+    workers: int | None = None,
+    *,
+    threads: int = 1,
+    gpus: Sequence[str] = (),
+    device: str | None = None,
+) -> Room:
+    """The cheap part: downloads, memory and disk, without a measurement. workers: None is one a core, or one a GPU.
+    device: see `memory`."""
     count = _workers(todo, workers, threads, gpus)
     fetched = downloads(todo)
-    return Room(count, fetched, memory(todo, count), disks(todo, out, fetched, count))
+    return Room(count, fetched, memory(todo, count, device=device), disks(todo, out, fetched, count))
 
 
 def estimate(
-    todo: Todo, out: Path, workers: int | None = None, *, threads: int = 1, gpus: Sequence[str] = ()
+    todo: Todo,
+    out: Path,
+    workers: int | None = None,
+    *,
+    threads: int = 1,
+    gpus: Sequence[str] = (),
+    device: str | None = None,
 ) -> Estimate:
     """The whole estimate; the time from a measurement on this machine, where all that it needs is here and fits.
 
     Raises what loading the models raises.
     """
-    needed = room(todo, out, workers, threads=threads, gpus=gpus)
+    needed, when = room(todo, out, workers, threads=threads, gpus=gpus, device=device), turns(todo)
     lengths, no_tokens = reachable(todo)
     if no_time := _unmeasured(todo, needed) or no_tokens:
-        return Estimate(needed, counts(todo, lengths), lengths, None, None, no_time, no_tokens)
+        return Estimate(needed, when, counts(todo, lengths), lengths, None, None, no_time, no_tokens)
     measured = measure(todo, needed.workers, lengths, threads=threads, gpus=gpus)
-    seen = memory(todo, needed.workers, seen=measured.peak)
-    needed = Room(needed.workers, needed.downloads, seen, needed.disks)
-    return Estimate(needed, counts(todo, lengths), lengths, measured, spent(todo, measured, needed.workers))
+    needed = replace(needed, memory=memory(todo, needed.workers, device=device, seen=measured.peak))
+    return Estimate(needed, when, counts(todo, lengths), lengths, measured, spent(todo, measured, needed.workers))
 
 
 def check(needed: Room) -> None:
@@ -105,8 +121,9 @@ WAYS = {
 
 
 def _workers(todo: Todo, workers: int | None, threads: int, gpus: Sequence[str]) -> int:
+    """As many as `executors.local` starts."""
     most = len(gpus) or (max(1, executors.cores() // threads) if todo.device == "cpu" else 1)
-    return max(1, min(workers or most, len(todo.parts)))
+    return max(1, min(workers or most, max(len(todo.parts), encodings(todo))))
 
 
 def _unmeasured(todo: Todo, needed: Room) -> str:

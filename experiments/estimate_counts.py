@@ -25,8 +25,8 @@ class Counts:
     """Of all cells. cells, steps: by method. train, test: distinct images. flips: training images that are shown
     mirrored too, by the vision-language model.
 
-    tower, backbone: images to encode once for all cells, by the vision tower and by frozen backbones. asked: questions,
-    each image once to choose and once to answer. training_tokens, question_tokens: None where a tokenizer is missing.
+    tower, backbone: distinct images that the vision tower and frozen backbones encode. asked: questions, each image
+    once to choose and once to answer. training_tokens, question_tokens: None where a tokenizer is missing.
     """
 
     cells: Mapping[str, int]
@@ -96,7 +96,7 @@ def images(parts: Sequence[Part], todo: Todo) -> dict[str, Images]:
 
 
 def tower_images(todo: Todo) -> int:
-    """Those that the local service's vision tower encodes, once for all cells: mirrored ones too, where any trains."""
+    """Distinct ones that the local service's vision tower encodes: mirrored ones too, where any trains."""
     if todo.service != "local":
         return 0
     drawn = images(todo.where(lambda part: part.looks), todo)

@@ -3,17 +3,18 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.estimate_counts import backbone_images, images, tower_images
+from experiments.estimate_counts import backbone_images, images
 from experiments.estimate_downloads import Download
-from experiments.estimate_memory import vit_of, vlm_of
+from experiments.estimate_features import disk_limit, feature_bytes
+from experiments.estimate_memory import vit_of
 from experiments.estimate_parts import Todo
 from experiments.estimate_tokens import sides
 from kshot_files import cache_folder
 
-FEATURES = 32 << 30  # bytes of vision features that are kept, at most, see vlm.local.feature_files
 ROW = 200  # bytes of a stored prediction, about
 REPORT = 20 << 20  # of figures and reports, about
 JPEG = 0.25  # bytes a pixel of a prepared image, about
@@ -45,7 +46,7 @@ def disks(todo: Todo, out: Path, fetched: Sequence[Download], workers: int) -> l
     needs = [
         (hub, "downloads", sum(each.bytes or 0 for each in fetched)),
         (cache, "packed data sets", packs),
-        (cache, "image features", _vision(todo) + _frozen(todo)),
+        (cache, "image features", _new(_vision(todo), cache / "vision") + _new(_frozen(todo), cache / "features")),
         (cache, "prepared images", _prepared(todo) * workers),
         (out, "results", sum(ROW * todo.sets[part.source].tested(part.settings) for part in todo.parts) + REPORT),
     ]
@@ -63,17 +64,20 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (here, *here.parents) if each.exists())
 
 
+def _new(needed: int, folder: Path) -> int:
+    """What a folder of features grows by. What is in it is taken for this sweep's; other processes may remove it."""
+    kept = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                kept += os.lstat(Path(place, name)).st_size
+    return max(0, needed - kept)
+
+
 def _vision(todo: Todo) -> int:
-    looking = todo.where(lambda part: part.looks)
-    shape = vlm_of(looking[0].settings.model) if looking and tower_images(todo) else None
-    if shape is None:
-        return 0
-    total = 0.0
-    for source, each in images(looking, todo).items():
-        width, height = sides(todo.sets[source], looking[0].settings.max_side)
-        tokens = max(1, width * height / (shape.patch * shape.merge) ** 2)
-        total += (each.shown + each.test) * tokens * shape.image_bytes_per_token
-    return min(int(total), FEATURES)
+    """Of all data sets, as cells keep those too that are not encoded ahead, as far as the cache goes."""
+    total = sum(feature_bytes(todo).values())
+    return min(total, disk_limit()) if total else 0
 
 
 def _frozen(todo: Todo) -> int:

@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import TYPE_CHECKING
 
 from baselines import nano as nano_dinov2
 from experiments.config import Settings
@@ -21,12 +20,14 @@ from experiments.estimate_tokens import alike, sides
 from kshot_errors import KshotError
 from vlm import models
 
+if TYPE_CHECKING:
+    import torch
+
 LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
 PACK = 4096  # positions of a training pass of the local engine, see vlm.local.engine
 SCORED = 1 << 15  # positions of a pass that scores, at most, see vlm.local.scoring
 ROWS = 64  # prompts in it, at most
 CHUNK = 32  # images of a training pass of the backbone, see baselines.lora
-FEATURES = 16 << 30  # bytes of image features in a process, at most; and no more than a quarter of the memory
 TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
 
 
@@ -65,29 +66,46 @@ class Memory:
         return self.fitting >= self.workers
 
 
-def memory(todo: Todo, workers: int, *, free: int | None = None, seen: int = 0) -> Memory:
-    """Of `workers` processes on the CPU, or one on a GPU.
+def memory(todo: Todo, workers: int, *, device: str | None = None, free: int | None = None, seen: int = 0) -> Memory:
+    """Of `workers` processes on the CPU, or one on each GPU; of these the one counts that has the least free.
 
-    free: bytes, where the machine is not to be asked. seen: bytes that a measured worker took in the CPU's memory.
+    device: as the user names it, cuda being every visible GPU; the todo's own unless given. free: bytes, where the
+    machine is not to be asked. seen: bytes that a measured worker took in the CPU's memory.
     """
-    on_cpu = todo.device == "cpu"
-    place = "the CPU's memory" if on_cpu else f"the memory of {todo.device}"
+    on_cpu, at = todo.device == "cpu", _tightest(device or todo.device, workers)
+    place = "the CPU's memory" if on_cpu else f"the memory of {at}"
     parts, unknown = {"libraries": LIBRARIES, "weights": 0}, list[str]()
     passes = [0]  # of what one cell uses at a time, only the largest counts
-    for name, size in (*_vlm(todo, unknown), *_vit(todo, unknown)):
+    for name, size in (*_vlm(todo, unknown, at), *_vit(todo, unknown)):
         if name == PASS:
             passes.append(size)
         else:
             parts[name] = parts.get(name, 0) + size
-    room = free_bytes(todo.device) if free is None else free
+    room = free_bytes(at) if free is None else free
     return Memory({**parts, PASS: max(passes)}, room, place, workers if on_cpu else 1, (*unknown,), seen * on_cpu)
 
 
-def free_bytes(device: str) -> int:
+def free_bytes(device: "torch.device") -> int:
     """What new processes can take: of the machine's memory as far as its control group allows, or of a GPU's."""
     from vlm.local import placement
 
-    return placement.free_bytes(placement.devices(device)[0])
+    return placement.free_bytes(device)
+
+
+def _tightest(device: str, workers: int) -> "torch.device":
+    """Of the devices that these workers get the one with the least free memory. Raises ModelError for none."""
+    from vlm.local import placement
+
+    found = placement.devices(device)
+    every = placement.devices("auto") if device == "cuda" else found  # one a worker, in this order
+    return min(every[:workers], key=placement.free_bytes)
+
+
+def _cached(device: "torch.device") -> int:
+    """Bytes of image features that a process keeps in the memory of its device, at most."""
+    from vlm.local.feature_cache import device_limit, memory_limit
+
+    return memory_limit() if device.type == "cpu" else device_limit(device)
 
 
 def vlm_of(name: str) -> Vlm | None:
@@ -115,7 +133,7 @@ def vit_of(backbone: str) -> Vit | None:
         return None
 
 
-def _vlm(todo: Todo, unknown: list[str]) -> Iterator[tuple[str, int]]:
+def _vlm(todo: Todo, unknown: list[str], at: "torch.device") -> Iterator[tuple[str, int]]:
     """The local service's model; a worker has one."""
     parts = todo.where(lambda part: part.looks) if todo.service == "local" else []
     for name in dict.fromkeys(part.settings.model for part in parts):
@@ -132,10 +150,9 @@ def _vlm(todo: Todo, unknown: list[str]) -> Iterator[tuple[str, int]]:
             positions = min(s.batch_size * longest, max(PACK, longest))
             yield PASS, shape.training_bytes(positions, ANSWER * positions // longest)
         yield PASS, shape.scoring_bytes(min(SCORED, ROWS * longest))
-        if todo.device == "cpu":
-            count = {source: each.shown + each.test for source, each in images(own, todo).items()}
-            most = max(count[source] * tokens[source] for source in tokens) * shape.image_bytes_per_token
-            yield "image features", min(int(most), FEATURES, psutil.virtual_memory().total // 4)
+        count = {source: each.shown + each.test for source, each in images(own, todo).items()}
+        most = max(count[source] * tokens[source] for source in tokens) * shape.image_bytes_per_token
+        yield "image features", min(int(most), _cached(at))
 
 
 def _tokens(todo: Todo, shape: Vlm, source: str, settings: Settings) -> int:

@@ -100,7 +100,7 @@ class Known:
 @dataclass(frozen=True)
 class Todo:
     """The cells in the order in which they are run, and their data sets by source. service, device: who computes, and
-    on what."""
+    on what kind of device: cpu or cuda."""
 
     parts: Sequence[Part]
     sets: Mapping[str, Known]
@@ -136,7 +136,7 @@ def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", acces
         for method in sorted(sweep.methods, key=lambda name: -METHODS[name].cost)
         for settings, shots, seed in sweep.points(source, METHODS[method].settings, learns=METHODS[method].learns)
     ]
-    return Todo(parts, sets, service, device)
+    return Todo(parts, sets, service, device.partition(":")[0])
 
 
 def is_here(source: str, access: Access) -> bool:

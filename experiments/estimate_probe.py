@@ -1,7 +1,7 @@
 """A short measurement in a worker: what each method takes to load, a step, an image. Knows no sweep and no totals.
 
 A method is run as a cell runs it, on a few images; what a second run on the same images takes less is what loading or
-encoding took. Features go to a folder that is removed, so that none is known from before.
+encoding took. Features go to a folder of the measurement's own, so that none is known from before.
 """
 
 import os
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from tempfile import TemporaryDirectory
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from data import catalog
@@ -24,12 +25,13 @@ from experiments.methods import METHODS, Outcome, Task
 from experiments.metrics import metrics
 from experiments.predictions import predictions
 from experiments.run import few_shot
-from kshot_files import cache_folder
+from kshot_files import TEMPORARY, cache_folder, remove_stale
 
 SECONDS = 1.0  # that one run should take, about
 FEW, SOME, MANY = 2, 8, 192  # test images of a run
 STEPS = 24  # of a run, at most
 LONG = 10.0  # seconds of a run after which no longer one is tried
+PROBE = "probe"  # in the names of folders
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,25 @@ class Run:
     wall: float
 
 
-def probe(asked: Sequence[Asked]) -> list[Seen]:
-    """What this worker sees of each data set."""
-    return [_seen(each) for each in asked]
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder in the cache for a measurement, for the parent to make: its workers may be ended at any moment. It is
+    removed at the end, and so are those that killed measurements left an hour ago."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    remove_stale(cache / PROBE)
+    name = {"prefix": f".{PROBE}.", "suffix": TEMPORARY}
+    with TemporaryDirectory(dir=cache, **name, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
-def _seen(asked: Asked) -> Seen:
+def probe(folder: Path, asked: Sequence[Asked]) -> list[Seen]:
+    """What this worker sees of each data set. folder: see `own_folder`; models keep features in it to the end."""
+    own = mkdtemp(dir=folder)
+    return [_seen(each, own) for each in asked]
+
+
+def _seen(asked: Asked, folder: str) -> Seen:
     began, start = time.time(), time.perf_counter()
     s = asked.parts[0].settings
     dataset = catalog.load(asked.source, access=asked.access, split_seed=s.split_seed)
@@ -109,23 +124,22 @@ def _seen(asked: Asked) -> Seen:
     after = time.perf_counter()
     pool = prepare_all(dataset.train[:MANY], max_side=s.max_side, hflip=True)
     done = time.perf_counter()
-    with _own_cache():
+    with _cache_at(folder):
         rates = {part.variant: _rates(part, asked, dataset, test) for part in asked.parts}
     return Seen(began, loaded - start, (after - loaded) / len(test), (done - after) / len(pool), rates, _peak())
 
 
 @contextmanager
-def _own_cache() -> Iterator[None]:
+def _cache_at(folder: str) -> Iterator[None]:
     before = os.environ.get("KSHOT_CACHE")
-    with TemporaryDirectory(dir=cache_folder(), prefix=".probe-") as folder:
-        os.environ["KSHOT_CACHE"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["KSHOT_CACHE"]
-            else:
-                os.environ["KSHOT_CACHE"] = before
+    os.environ["KSHOT_CACHE"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KSHOT_CACHE"]
+        else:
+            os.environ["KSHOT_CACHE"] = before
 
 
 def _peak() -> int:

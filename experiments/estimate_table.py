@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from experiments.estimate import Estimate, size
 from experiments.estimate_counts import Counts
 from experiments.estimate_downloads import HUB
+from experiments.estimate_features import Turns
 from experiments.estimate_time import Spent
 from experiments.terminal import out, plain_table
 
@@ -39,7 +40,7 @@ def _counts(counts: Counts, found: Estimate) -> Iterator[Row]:
     yield "images", f"{counts.train + counts.test:,}", f"{counts.train:,} to learn from, {counts.test:,} to test on"
     yield "steps", f"{sum(counts.steps.values()):,}", _listed(counts.steps)
     if counts.tower:
-        yield "vision tower", f"{counts.tower:,} images", "each once for all cells, mirrored twins too"
+        yield "vision tower", f"{counts.tower:,} images", _turns(found.turns)
     if counts.backbone:
         yield "backbone", f"{counts.backbone:,} images", "each once for all cells"
     if counts.training_tokens is None or counts.question_tokens is None:
@@ -52,6 +53,18 @@ def _counts(counts: Counts, found: Estimate) -> Iterator[Row]:
         yield "tokens in training", f"{counts.training_tokens:,}", f"about{note}"
     if counts.asked:
         yield "tokens of questions", f"{counts.question_tokens:,}", f"about, in {counts.asked:,} questions"
+
+
+def _turns(when: Turns) -> str:
+    """How often the tower sees them."""
+    if not (when.worker or when.cell):
+        return "each once for all cells, mirrored twins too"
+    said = (
+        ("each once for all cells, mirrored twins too: {}", when.once),
+        ("once in every worker: {} (their features do not fit beside those of the sets before)", when.worker),
+        (f"again in every cell: {{}} (their features do not fit into {size(when.room)})", when.cell),
+    )
+    return "; ".join(line.format(", ".join(sources)) for line, sources in said if sources)
 
 
 def _downloads(found: Estimate) -> Iterator[Row]:

@@ -7,14 +7,16 @@ cache, it takes less.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heapreplace
 from statistics import mean
 from typing import Any
 
 from experiments import executors
 from experiments.estimate_counts import backbone_images, images, work
+from experiments.estimate_features import Turns, seen_in_cell, turns
 from experiments.estimate_parts import Part, Todo
-from experiments.estimate_probe import Asked, Rates, Seen, probe
+from experiments.estimate_probe import Asked, Rates, Seen, own_folder, probe
 from experiments.estimate_tokens import Lengths
 
 NAME = 8  # tokens of an answer, where no tokenizer says
@@ -63,20 +65,22 @@ def measure(
     than one. Raises what loading a model raises, as InputError or KshotError."""
     asked = [_asked(todo, source, lengths) for source in todo.sets]
     sent, start = time.time(), time.perf_counter()
-    answers = executors.local(probe, [asked] * workers, workers, threads=threads, gpus=gpus)
-    seen = [answer for _, answer in executors.results(answers)]
+    with own_folder() as folder:
+        answers = executors.local(partial(probe, folder), [asked] * workers, workers, threads=threads, gpus=gpus)
+        seen = [answer for _, answer in executors.results(answers)]
     return _averaged(asked, seen, sent, time.perf_counter() - start)
 
 
 def spent(todo: Todo, measured: Measured, workers: int) -> Spent:
     """Of the whole sweep on this many workers."""
-    seconds = [_cell(part, todo, measured) for part in todo.parts]
+    when = turns(todo)
+    seconds = [_cell(part, todo, measured, when) for part in todo.parts]
     methods: dict[str, float] = {}
     for part, each in zip(todo.parts, seconds, strict=True):
         methods[part.method] = methods.get(part.method, 0.0) + each
     loads = sum(_loads(measured))
     data = [measured.data[source] + each for source, each in _preparation(todo, measured).items()]
-    encode = sum(_encoding(todo, measured)) / workers
+    encode = sum(_encoding(todo, measured, when, workers)) / workers
     return Spent(measured.start + loads, sum(data), encode, makespan(seconds, workers), methods)
 
 
@@ -117,10 +121,12 @@ def _mean_rates(rates: Sequence[Rates]) -> Rates:
     return Rates(*(mean(getattr(each, name) for each in rates) for name in Rates.__dataclass_fields__))
 
 
-def _cell(part: Part, todo: Todo, measured: Measured) -> float:
-    does, rates = work(part, todo.sets[part.source]), measured.rates[part.source, part.variant]
+def _cell(part: Part, todo: Todo, measured: Measured, when: Turns) -> float:
+    known, rates = todo.sets[part.source], measured.rates[part.source, part.variant]
+    does, again = work(part, known), part.looks and part.source in when.cell
     trained = does.steps * rates.step + does.fitted * rates.fit * (not part.trains)
-    return rates.fixed + trained + does.scored * rates.scored + does.answered * rates.answered
+    encoded = seen_in_cell(part, known) * rates.encoded if again else 0.0
+    return rates.fixed + trained + encoded + does.scored * rates.scored + does.answered * rates.answered
 
 
 def _loads(measured: Measured) -> Iterator[float]:
@@ -139,11 +145,13 @@ def _preparation(todo: Todo, measured: Measured) -> dict[str, float]:
     return found
 
 
-def _encoding(todo: Todo, measured: Measured) -> Iterator[float]:
-    """Seconds of the towers and frozen backbones, each image once for all workers."""
-    looking = todo.where(lambda part: part.looks) if todo.service == "local" else []
+def _encoding(todo: Todo, measured: Measured, when: Turns, workers: int) -> Iterator[float]:
+    """Seconds of the towers and frozen backbones: each image once for all workers, or once for each of them where it is
+    not encoded ahead; what every cell encodes anew is counted there."""
+    looking = todo.where(lambda part: part.looks and part.source in (*when.once, *when.worker))
     for source, each in images(looking, todo).items():
         rates = [measured.rates[source, part.variant].encoded for part in looking if part.source == source]
-        yield (each.shown + each.test) * max(rates)
+        times = 1 if source in when.once else min(workers, len(rates))
+        yield times * (each.shown + each.test) * max(rates)
     for part, each in backbone_images(todo):
         yield (each.train + each.test) * measured.rates[part.source, part.variant].encoded

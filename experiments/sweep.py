@@ -18,6 +18,8 @@ from data.row import Access
 from experiments import executors
 from experiments.cell import Cell
 from experiments.config import Settings, Sweep
+from experiments.estimate_features import PART, shared
+from experiments.estimate_parts import of_jobs
 from experiments.job import Encoding, Job
 from experiments.methods import METHODS, check_left_out
 from experiments.processes import Failure
@@ -28,7 +30,6 @@ from kshot_errors import DatasetError, InputError, UnknownNameError
 from vlm import models
 
 SHOWN = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")  # what images, as what
-PART = 64  # images that are encoded at a time
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ class Plan:
         return [job for job in self.jobs if job.cell.key in keys and not results.has(job.cell.key)]
 
     def encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
-        """What must be encoded once, for all of these jobs: the images that the VLM of this machine is shown."""
+        """What is encoded once, for all of these jobs: the images that the VLM of this machine is shown, of the data
+        sets whose features can be kept until they are used."""
         alike: dict[Any, list[Job]] = defaultdict(list)
+        kept = shared(of_jobs(jobs, self.datasets))
         for job in jobs:
-            if job.service == "local" and METHODS[job.cell.method].looks:
+            if job.source in kept and METHODS[job.cell.method].looks:
                 alike[job.source, *(getattr(job.settings, name) for name in SHOWN)].append(job)
         return [encoding for same in alike.values() for encoding in self._parts(same)]
 

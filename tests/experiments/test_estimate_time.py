@@ -149,7 +149,7 @@ def test_a_small_sweep_is_measured(photos: Path, tmp_path: Path) -> None:
     assert found.measured.peak > 100 << 20
     assert found.room.memory.seen == found.measured.peak
     assert 0 < found.spent.total < 600
-    assert [*cache_folder().glob(".probe-*")] == []
+    assert [*cache_folder().glob(".probe*")] == []
     assert not (tmp_path / "out").exists()
     table = {row[0]: row for row in rows(found)}
     assert table["time"][2].endswith("1 worker")

@@ -15,7 +15,9 @@ import psutil
 import pytest
 from stored import files, numbers
 
-KILLS, LONGEST = 20, 30.0  # seconds from a start to a kill, at most; starting takes a dozen
+KILLS = 20
+STARTING, WORKING = 20.0, 4.0  # seconds, at most: until a kill that comes before a cell, and after some cells
+MOST = 3  # a run is killed after fewer new cells than this, and those of the seconds above
 COMMAND = [sys.executable, "-c", "from experiments.cli import main; main()", "demo", "--workers", "2", "--out"]
 
 
@@ -25,18 +27,28 @@ def demo(out: Path, cache: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*COMMAND, str(out)], env=told, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
-def killed(process: subprocess.Popen[bytes], after: float) -> int:
-    """How many workers it had when it was killed; all of them are gone then. -1: it had finished."""
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
+def wait_for(process: subprocess.Popen[bytes], out: Path, rng: np.random.Generator) -> None:
+    """Until a random moment: while it starts and encodes, or after some new cells."""
+    start, before, more = time.monotonic(), stored(out), int(rng.integers(0, MOST))
+    while more and stored(out) < before + more and process.poll() is None:
+        time.sleep(0.01)
+    end = (time.monotonic() if more else start) + rng.uniform(0.5, WORKING if more else STARTING)
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
+
+
+def stored(out: Path) -> int:
+    return len([*out.glob("cells/*.json")])
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """All of its workers end with it. It may have finished."""
+    if process.poll() is None:
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive
-        return len(workers)
-    return -1
 
 
 @pytest.mark.slow
@@ -46,7 +58,9 @@ def test_a_sweep_killed_again_and_again(tmp_path: Path) -> None:
     kept: dict[str, tuple[int, bytes]] = {}
     finished = []
     for _ in range(KILLS):
-        killed(demo(out, tmp_path / "cache2"), rng.uniform(0.5, LONGEST))
+        process = demo(out, tmp_path / "cache2")
+        wait_for(process, out, rng)
+        kill(process)
         there = {name: at for name, at in files(out).items() if name.startswith(("cells", "predictions"))}
         assert there.items() >= kept.items()  # what was stored is neither lost nor written again
         complete = {Path(name).stem for name in there if name.startswith("cells") and name.endswith(".json")}
@@ -56,5 +70,6 @@ def test_a_sweep_killed_again_and_again(tmp_path: Path) -> None:
     assert demo(out, tmp_path / "cache2").wait() == 0
     print(f"\ncells after each kill: {finished}; the last run took {time.monotonic() - start:.0f} s")
     assert files(out).items() >= kept.items()
+    assert 0 < finished[KILLS // 2] < finished[-1] < 61  # they came while cells were being stored
     assert numbers(out) == numbers(tmp_path / "whole")
     assert not list(out.rglob("*.tmp"))

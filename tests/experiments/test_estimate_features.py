@@ -1,0 +1,304 @@
+"""Which images are encoded once, where the features of all do not fit into the cache; and what of them is there."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baselines import nano as nano_dinov2
+from experiments import executors
+from experiments.cli_run import How, _check_room
+from experiments.config import Sweep, load
+from experiments.estimate import estimate, of_jobs, of_sweep, room
+from experiments.estimate_disk import disks
+from experiments.estimate_features import PART, encodings, feature_bytes, seen_in_cell, shared, turns
+from experiments.estimate_memory import memory, vit_of, vlm_of
+from experiments.estimate_parts import Todo
+from experiments.estimate_probe import Rates, own_folder
+from experiments.estimate_table import rows
+from experiments.estimate_time import Measured, measure, spent
+from experiments.store import Results
+from experiments.sweep import plan
+from kshot_errors import InputError
+from kshot_files import STALE
+from vlm import nano
+from vlm.local import feature_files
+
+TINY = {"views_per_class": 4, "batch_size": 5, "rank": 4}
+COUNTS = {"a": 10, "b": 20, "c": 10}  # images a class
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., bytes]) -> tuple[str, ...]:
+    """Three sets of two classes of images of 32 x 32 pixels: of the second there are twice as many."""
+    home = tmp_path_factory.mktemp("sets")
+    for s, (name, count) in enumerate(COUNTS.items()):
+        for label in ("cat", "dog"):
+            (home / name / label).mkdir(parents=True)
+            for n in range(count):
+                image = make_image(1000 * s + 100 * (label == "dog") + n, 32, 32)
+                (home / name / label / f"{n}.png").write_bytes(image)
+    return tuple(f"folder:{home / name}" for name in COUNTS)
+
+
+@pytest.fixture
+def sweep(sets: tuple[str, ...]) -> Callable[..., Sweep]:
+    def sweep(methods: tuple[str, ...] = ("vlm-lora",), order: tuple[int, ...] = (0, 1, 2), **settings: Any) -> Sweep:
+        grid = {"datasets": tuple(sets[n] for n in order), "methods": methods, "shots": (8,), "seeds": (0,)}
+        return load("demo", {**grid, "most_shots": {}}, {**TINY, **settings})
+
+    return sweep
+
+
+def each(test: int, train: int) -> int:
+    """Bytes of so many images of 32 x 32 pixels, the training images mirrored too."""
+    shape = vlm_of(nano.NAME)
+    assert shape is not None
+    tokens = (32 // (shape.patch * shape.merge)) ** 2
+    return (test + 2 * train) * tokens * (1 + shape.deepstack) * shape.hidden * shape.item
+
+
+SMALL, LARGE = (4, 16), (8, 16)  # a fifth of a folder is tested on; 2 x 8 shots
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the cache keep so many bytes: 15/16 of its limit."""
+    return lambda kept: monkeypatch.setattr(feature_files, "DISK_BYTES", -(-kept * 16 // 15))
+
+
+def test_bytes_by_hand(sweep: Callable[..., Sweep], sets: tuple[str, ...]) -> None:
+    todo = of_sweep(sweep())
+    assert feature_bytes(todo) == dict(zip(sets, (each(*SMALL), each(*LARGE), each(*SMALL)), strict=True))
+    assert feature_bytes(of_sweep(sweep(), service="http://somewhere")) == {}
+    assert feature_bytes(of_sweep(sweep(("pixel-knn",)))) == {}
+    assert [*feature_bytes(of_sweep(sweep(model="somebody/a-model"))).values()] == [0, 0, 0]
+
+
+def test_the_first_that_fit_together_are_shared(
+    sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None]
+) -> None:
+    a, b, c = sets
+    todo, turned = of_sweep(sweep()), of_sweep(sweep(order=(2, 1, 0)))
+    limit(2 * each(*SMALL) + each(*LARGE))
+    assert shared(todo) == (a, b, c)
+    limit(2 * each(*SMALL) + each(*LARGE) - 16)
+    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((a, b), (c,), ())
+    limit(each(*LARGE) - 16)
+    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((a,), (c,), (b,))
+    assert shared(turned) == (c,)
+    limit(each(*SMALL) - 16)
+    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((), (), (a, b, c))
+    unknown = of_sweep(sweep(model="somebody/a-model"))
+    assert shared(unknown) == (a, b, c)
+
+
+def test_only_those_are_encoded_ahead(
+    sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None]
+) -> None:
+    planned = plan(sweep(("vlm-lora", "pixel-knn")))
+    assert [each.like.source for each in planned.encodings(planned.jobs)] == [*sets]
+    limit(each(*SMALL) + each(*LARGE))
+    assert [each.like.source for each in planned.encodings(planned.jobs)] == [*sets[:2]]
+    limit(0)
+    assert planned.encodings(planned.jobs) == []
+    assert planned.encodings([]) == []
+
+
+def test_encoding_takes_workers_too(
+    sweep: Callable[..., Sweep], limit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As many as are started: one cell, but 20 images in parts of 4."""
+    for module in ("estimate_features", "sweep"):
+        monkeypatch.setattr(f"experiments.{module}.PART", 4)
+    planned = plan(sweep(order=(0,)))
+    todo = of_jobs(planned.jobs, planned.datasets)
+    assert (PART, len(todo.parts)) == (64, 1)
+    assert encodings(todo) == len(planned.encodings(planned.jobs)) == 5
+    assert [room(todo, tmp_path, workers).workers for workers in (1, 4, 9)] == [1, 4, 5]
+    limit(0)
+    assert room(todo, tmp_path, 9).workers == 1
+
+
+def rates_of(todo: Todo, rates: Rates) -> Measured:
+    of = dict.fromkeys(todo.sets, 0.0)
+    return Measured(0, of, of, of, {(part.source, part.variant): rates for part in todo.parts}, 0, 0)
+
+
+def test_the_time_of_what_is_encoded_again(sweep: Callable[..., Sweep], limit: Callable[[int], None]) -> None:
+    """Two seeds of two methods; of the second set every image again in every cell, of the third in every worker."""
+    asked = sweep(("vlm-lora", "vlm-vision-linear", "vlm-zero-shot"), views_per_class=100)
+    todo = of_sweep(asked)
+    measured = rates_of(todo, Rates(encoded=0.5))
+    assert spent(todo, measured, 1).cells == 0
+    assert spent(todo, measured, 1).encode == 0.5 * (2 * (4 + 32) + (8 + 32))
+    limit(each(*LARGE) - 16)
+    found = spent(todo, measured, 2)
+    assert found.encode == 0.5 * ((4 + 32) + 2 * (4 + 32)) / 2
+    lora, linear, asks = 32 + 8 + 8, 16 + 8, 8 + 8  # no mirrored image for a head; no answer from one
+    assert found.methods == {"vlm-lora": 0.5 * lora, "vlm-vision-linear": 0.5 * linear, "vlm-zero-shot": 0.5 * asks}
+    few = of_sweep(sweep())  # 8 views in batches of 5
+    assert seen_in_cell(few.parts[0], few.sets[few.parts[0].source]) == 10 + 4 + 4
+
+
+def test_the_table_says_when(
+    sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None], tmp_path: Path
+) -> None:
+    a, b, c = sets
+    asked = of_sweep(sweep(), service="tinker")  # which is not measured
+    found, todo = estimate(asked, tmp_path, 1), of_sweep(sweep())
+    found = replace(found, counts=replace(found.counts, tower=112))
+
+    def said() -> tuple[str, str]:
+        return {row[0]: row[1:] for row in rows(replace(found, turns=turns(todo)))}["vision tower"]
+
+    assert said() == ("112 images", "each once for all cells, mirrored twins too")
+    limit(each(*LARGE) - 16)
+    assert said() == (
+        "112 images",
+        f"each once for all cells, mirrored twins too: {a}; once in every worker: {c} (their features do not fit "
+        f"beside those of the sets before); again in every cell: {b} (their features do not fit into 0 MB)",
+    )
+
+
+def test_what_is_there_already_needs_no_disk(
+    sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: Callable[[int], None]
+) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    todo, frozen, vit = of_sweep(sweep()), of_sweep(sweep(("dinov2-logreg",))), vit_of(nano_dinov2.NAME)
+    total = 2 * each(*SMALL) + each(*LARGE)
+    assert vit is not None
+
+    def needed(todo: Todo = todo) -> int:
+        return sum(disk.needs["image features"] for disk in disks(todo, tmp_path / "out", [], 1))
+
+    place = tmp_path / "vision/0123/ab"
+    place.mkdir(parents=True)
+    assert (needed(), needed(frozen)) == (total, 4 * vit.width * 64)
+    (place / "some.safetensors").write_bytes(bytes(1000))
+    assert (needed(), needed(frozen)) == (total - 1000, 4 * vit.width * 64)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/00.safetensors").write_bytes(bytes(100))
+    assert (needed(), needed(frozen)) == (total - 1000, 4 * vit.width * 64 - 100)
+    limit(1500)  # cells keep features too that are not encoded ahead, but no more than that
+    assert needed() == 1600 - 1000
+    (place / "more.safetensors").write_bytes(bytes(1000))
+    assert needed() == 0
+
+
+def test_files_may_vanish(sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision/one").write_bytes(bytes(1000))
+
+    def gone(path: Any) -> Any:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "lstat", gone)
+    found = disks(of_sweep(sweep()), tmp_path, [], 1)
+    assert sum(disk.needs["image features"] for disk in found) == 2 * each(*SMALL) + each(*LARGE)
+
+
+class Properties:
+    total_memory = 160
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three GPUs with 7, 5 and 9 GB free."""
+    free = {0: 7 * 10**9, 1: 5 * 10**9, 2: 9 * 10**9}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free[device.index], 10**10))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("device", "workers", "free", "name"),
+    [("cuda", 3, 5, "cuda:1"), ("cuda", 1, 7, "cuda:0"), ("cuda:2", 1, 9, "cuda:2"), ("cuda:1", 1, 5, "cuda:1")],
+)
+def test_the_memory_is_that_of_the_gpus_in_use(
+    device: str, workers: int, free: int, name: str, sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    todo = of_sweep(sweep(), device=device)
+    assert todo.device == "cuda"  # what a worker calls the one it sees
+    found = memory(todo, workers, device=device)
+    assert (found.free, found.place, found.workers) == (free * 10**9, f"the memory of {name}", 1)
+    assert found.parts["image features"] == 160 // 16
+    names = ("0", "1", "2")[:workers]
+    assert room(todo, tmp_path, gpus=names, device=device).memory == found
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_sweep_is_held_to_its_own_gpu(
+    sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is full; jobs say cuda, which is what a worker sees."""
+    free = (7 * 10**9, 10**6, 9 * 10**9)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free[device.index], 10**10))
+    planned, results = plan(sweep()), Results(tmp_path)
+    jobs = [replace(job, device="cuda") for job in planned.jobs]
+    for device in ("cuda:0", "cuda:2"):
+        _check_room(planned, results, jobs, How(device=device))
+    for device in ("cuda:1", "cuda"):
+        with pytest.raises(InputError, match=r"of the memory of cuda:1, .* and 1 MB are free"):
+            _check_room(planned, results, jobs, How(device=device))
+
+
+def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
+    grid = ("--dataset", f"folder:{photos}", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
+    said = kshot("sweep", "demo", "--plan", *grid, "--workers", "1", "--out", tmp_path / "out")
+    assert (said.status, said.out.split()[:4]) == (0, ["cells", "1", "1", "pixel-knn"])
+    assert "measured here" in said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_measurement_leaves_nothing_behind(
+    sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the parent, while workers, which end without a word, have files in its folder."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    seen = []
+
+    def local(run: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        (folder,) = run.args
+        (folder / "of a worker").mkdir()
+        (folder / "of a worker/some").write_bytes(b"1")
+        seen.append(folder)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(executors, "local", local)
+    with pytest.raises(KeyboardInterrupt):
+        measure(of_sweep(sweep()), 1)
+    assert seen[0].parent == tmp_path / "cache"
+    assert [*(tmp_path / "cache").iterdir()] == []
+
+
+def test_a_measurement_of_two_sets_leaves_nothing(
+    sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that the first set has loaded keeps features of the second too."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    found = measure(of_sweep(sweep(("vlm-zero-shot",), order=(0, 2), answer_tokens=2)), 1)
+    assert len(found.rates) == 2
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_killed_measurements_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    with own_folder() as name:
+        pass
+    old, new = (name.with_name(name.name.replace(name.name.split(".")[2], word)) for word in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (time.time() - STALE - 10,) * 2)
+    with own_folder() as folder:
+        assert sorted(tmp_path.iterdir()) == sorted((new, folder))
+    assert [*tmp_path.iterdir()] == [new]
