@@ -55,6 +55,11 @@ class DiskCache:
     def __contains__(self, key: bytes) -> bool:
         return self.path(key).exists()
 
+    def touch(self, key: bytes) -> None:
+        """Have it count as used now: it is about to be."""
+        with suppress(OSError):
+            os.utime(self.path(key))
+
     def path(self, key: bytes) -> Path:
         """Where the features of the image with this SHA-256 are or would be."""
         return self._place / key.hex()[:2] / f"{key.hex()}.safetensors"

@@ -79,8 +79,11 @@ class Vision:
         return [ready[key] for key in keys]
 
     def unseen(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
-        """Those whose features no cache has."""
-        return [chunk for chunk in chunks if not self._kept(_key(chunk))]
+        """Those whose features no cache has; the others count as used now, and stay while new ones come."""
+        keys = [(chunk, _key(chunk)) for chunk in chunks]
+        for _, key in keys if self._disk else ():
+            self._disk.touch(key)  # type: ignore[union-attr]
+        return [chunk for chunk, key in keys if not self._kept(key)]
 
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
