@@ -38,7 +38,6 @@ def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["images through the tower, first seed"] == 2 * photographs + 3 * 2  # mirrored twins; two to test on
     assert found["ratios"]["second_seed_vision_forwards"] == 0
     assert found["ratios"]["plan_over_measured"] == pytest.approx(1.5 / rows["the sweep's time, 2 workers"])
-    assert rows["of it after the first job, 2 workers"] <= rows["the sweep's time, 2 workers"]
     assert "second_seed_vision_forwards" in capsys.readouterr().out
 
 
