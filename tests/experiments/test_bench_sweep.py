@@ -1,32 +1,35 @@
 """The benchmark of sweeps on one small enough for a test: what it counts, and that a cell that fails ends it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import bench_sweep, executors
+from experiments import bench_sweep, executors, methods
 from experiments.methods import METHODS, Outcome, Task
 from experiments.processes import answered
 from kshot_errors import KshotError
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run here, and without the plan's measurement, which has tests of its own."""
 
     def here(run: Callable[[Any], Any], jobs: Sequence[Any], *_: Any, first: Sequence[Any] = (), **__: Any) -> Any:
         yield from ((job, answered(run, job)) for job in (*first, *jobs))
 
+    methods._connected.cache_clear()  # workers would be new: none would know another cache
     monkeypatch.setattr(executors, "local", here)
     monkeypatch.setattr(bench_sweep, "_told", lambda *_: 1.5)
     monkeypatch.setattr(bench_sweep, "CLASSES", 3)
     monkeypatch.setattr(
         bench_sweep, "QUICK", ({"shots": (1,), "seeds": (0,), "methods": ("pixel-knn",)}, {"limit_test": 4})
     )
+    yield
+    methods._connected.cache_clear()
 
 
 @pytest.mark.usefixtures("small")
