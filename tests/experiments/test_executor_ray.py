@@ -95,8 +95,7 @@ def test_the_jobs_of_a_node_that_is_removed_run_elsewhere(cluster: Any, tmp_path
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert len({node for _, _, node in lines}) == 2
     begun = [name for name, what, _ in lines if what == "begins"]
-    assert len(begun) > len(jobs)  # one was on the node
-    assert len(begun) <= len(jobs) + 2
+    assert len(jobs) <= len(begun) <= len(jobs) + 2  # what was on the node began again, unless its answer was out
 
 
 def test_without_ray_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

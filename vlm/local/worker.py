@@ -43,7 +43,9 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self.active_sequences, self.tokens_sampled, self.busy_seconds = 0, 0, 0.0
+        self.active_sequences, self.tokens_sampled = 0, 0
+        self._busy = 0.0  # seconds of the turns that are over
+        self._since: float | None = None  # when the present one began
         self._lock = threading.Lock()  # of what other threads put in
         self._jobs: deque[Callable[[], None]] = deque()
         self._arrived: deque[Request] = deque()
@@ -52,6 +54,12 @@ class Worker:
         self._scheduled = self._closed = False
         # an executor ends its thread when the interpreter exits, or when nobody has the worker any more
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kshot-engine")
+
+    @property
+    def busy_seconds(self) -> float:
+        """Also of the turn that is not over: its answers are out before it is."""
+        busy, since = self._busy, self._since
+        return busy if since is None else busy + time.perf_counter() - since
 
     def submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> "Future[T]":
         """A future of the call's result; jobs run one by one in the order in which they were submitted.
@@ -123,7 +131,7 @@ class Worker:
             job = self._jobs.popleft() if self._jobs else None
             arrived = [*self._arrived]
             self._arrived.clear()
-        start = time.perf_counter()
+        self._since = start = time.perf_counter()
         for request in arrived:
             self._lane(request).take(request)
         if job is not None:
@@ -133,7 +141,7 @@ class Worker:
             if lane.empty:
                 del self._lanes[key]
         self.active_sequences = sum(lane.decoder.going for lane in self._lanes.values())
-        self.busy_seconds += time.perf_counter() - start
+        self._busy, self._since = self._busy + time.perf_counter() - start, None
         return True
 
     def _lane(self, request: Request) -> Lane:
