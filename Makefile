@@ -23,9 +23,9 @@ check: $(STAMP)
 # The small results that are committed; predictions stay out of the repository.
 results: $(STAMP)
 	rm -rf results/demo results/control
-	$(BIN)/kshot demo --out results/demo
+	$(BIN)/kshot demo --out results/demo --no-images
 	$(BIN)/kshot sweep demo --set shuffle_test=true --method vlm-lora --method dinov2-logreg --method pixel-knn \
-		--shots 16 --out results/control
+		--shots 16 --out results/control --no-images
 
 # The nano pair, from nothing; hours on a CPU.
 pretrain: $(STAMP)
