@@ -29,7 +29,7 @@ results: $(STAMP)
 
 # The nano pair, from nothing; hours on a CPU.
 pretrain: $(STAMP)
-	$(BIN)/python -m experiments.pretrain_nano --work runs/pretrain-nano
+	$(BIN)/python -m experiments.pretrain.main --work runs/pretrain-nano
 
 venv: $(STAMP)
 

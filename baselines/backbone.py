@@ -21,7 +21,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from baselines import nano, weights
-from kshot_errors import InputError, ModelError, UnknownNameError
+from kshot.errors import InputError, ModelError, UnknownNameError
 
 TRANSFORMERS = (VisionTransformer, Eva)  # those that take any number of patches: their position embedding is resampled
 STRIDE = 32  # of a convolutional network that does not state its own

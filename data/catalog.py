@@ -8,20 +8,19 @@ from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
-from data.benchmark_rows import ROWS
-from data.core import Dataset
-from data.row import Access, Row, clean_classes, clean_name
-from kshot_errors import InputError, UnknownNameError
+from data.benchmarks.rows import ROWS
+from data.dataset import Access, Dataset, DatasetSpec, clean_classes, clean_name
+from kshot.errors import InputError, UnknownNameError
 
-__all__ = ["DATASETS", "Access", "Row", "clean_name", "find", "load"]
+__all__ = ["DATASETS", "Access", "DatasetSpec", "clean_name", "find", "load"]
 
 FOLDER, HUB = "folder:", "hub:"
 
 
-DATASETS: dict[str, Row] = {
+DATASETS: dict[str, DatasetSpec] = {
     row.name: row
     for row in (
-        Row(
+        DatasetSpec(
             name="icons",
             title="Icons by many designers from 10 open icon fonts, drawn as interfaces show them (64x64)",
             licence="OFL-1.1 (Font Awesome, Elusive Icons), Apache-2.0 (Material Design Icons, Remix Icon), "
@@ -30,7 +29,7 @@ DATASETS: dict[str, Row] = {
             url="https://github.com/spyder-ide/qtawesome",
             protocol="seeded-split",
             hflip=0.5,
-            loader="data.icons:load",
+            loader="data.embedded.icons:load",
             classes=(
                 *("star", "camera", "cloud", "heart", "lock", "key", "clock", "bell", "phone", "book"),
                 *("car", "home", "train", "flag", "folder", "battery", "calendar", "cart", "music", "shield"),
@@ -38,7 +37,7 @@ DATASETS: dict[str, Row] = {
             train=1411,
             test=570,
         ),
-        Row(
+        DatasetSpec(
             name="digits",
             title="Handwritten digits of scikit-learn, 8x8 drawn at 64x64",
             licence="CC-BY-4.0 (UCI Repository); scikit-learn, the package that holds them: BSD-3-Clause",
@@ -46,7 +45,7 @@ DATASETS: dict[str, Row] = {
             url="https://doi.org/10.24432/C50P49",
             protocol="seeded-split",
             hflip=0.0,
-            loader="data.digits:load",
+            loader="data.embedded.digits:load",
             classes=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
             train=1297,
             test=500,
@@ -56,7 +55,7 @@ DATASETS: dict[str, Row] = {
 }
 
 
-def find(name: str) -> Row:
+def find(name: str) -> DatasetSpec:
     """The row of a data set.
 
     name: a key of DATASETS, "folder:PATH", whose row has PATH as its location, or "hub:ID" or "hub:ID@REVISION".
@@ -65,9 +64,9 @@ def find(name: str) -> Row:
     if name in DATASETS:
         return DATASETS[name]
     if name.startswith(FOLDER) and name != FOLDER:
-        return _own_row(name, "A folder of images, one sub-folder per class", "data.sources:load_folder", FOLDER)
+        return _own_row(name, "A folder of images, one sub-folder per class", "data.folder:load_folder", FOLDER)
     if name.startswith(HUB) and name != HUB:
-        return _own_row(name, "A set of the Hugging Face hub", "data.benchmarks:load_hub", HUB)
+        return _own_row(name, "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", HUB)
     raise UnknownNameError("data set", name, [*DATASETS, f"{FOLDER}PATH", f"{HUB}ID"])
 
 
@@ -86,7 +85,7 @@ def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Ac
     return replace(dataset, classes=clean_classes(row, dataset.classes))
 
 
-def _no_access(row: Row, access: Access) -> dict[str, Access]:
+def _no_access(row: DatasetSpec, access: Access) -> dict[str, Access]:
     """For a set that is had in one way only. Raises InputError where another one is asked for."""
     others = ", ".join(other.name for other in ROWS)
     for field in fields(Access):
@@ -96,8 +95,8 @@ def _no_access(row: Row, access: Access) -> dict[str, Access]:
     return {}
 
 
-def _own_row(name: str, title: str, loader: str, kind: str) -> Row:
-    return Row(
+def _own_row(name: str, title: str, loader: str, kind: str) -> DatasetSpec:
+    return DatasetSpec(
         name=name,
         title=title,
         licence="that of its images",

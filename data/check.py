@@ -12,9 +12,9 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
-from data.core import Dataset, Example, content_key
-from kshot_errors import ImageError
-from kshot_images import open_image
+from data.dataset import Dataset, Example, content_key
+from kshot.errors import ImageError
+from kshot.images import open_image
 
 SIDE, LOW = 32, 8  # pixels of the thumbnail; frequencies kept in each direction
 NEAR = 6  # of the 64 bits of two perceptual hashes may differ: resized, recompressed or slightly cropped copies
@@ -22,7 +22,7 @@ BLOCK = 1 << 22  # pairs compared at a time
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckReport:
     """What was found. broken: a line each. exact, near: (row in train, row in test) of the same and of like images.
 
     twice: images that stand more than once in train or in test.
@@ -35,7 +35,7 @@ class Checked:
     twice: int
 
 
-def check(dataset: Dataset) -> Checked:
+def check(dataset: Dataset) -> CheckReport:
     """Read, hash and decode every image. Bad images are listed, not raised."""
     rows = [*dataset.train, *dataset.test]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -51,7 +51,7 @@ def check(dataset: Dataset) -> Checked:
         if pair not in known and not bad & {pair[0], split + pair[1]}
     ]
     twice = sum(len(part) - len({example.key for example in part}) for part in (dataset.train, dataset.test))
-    return Checked(len(rows), [found for found in seen if isinstance(found, str)], exact, near, twice)
+    return CheckReport(len(rows), [found for found in seen if isinstance(found, str)], exact, near, twice)
 
 
 def perceptual_hash(image: Image.Image) -> int:

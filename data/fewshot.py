@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from data.core import Example
-from kshot_errors import InputError, TooFewImagesError
+from data.dataset import Example
+from kshot.errors import InputError, TooFewImagesError
 
 
 def k_shot(

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from data.core import Item, content_key
-from kshot_errors import DatasetError, KshotError, UnknownNameError
+from data.dataset import Item, content_key
+from kshot.errors import DatasetError, KshotError, UnknownNameError
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.core import Item, Slice, content, content_key
-from kshot_errors import DatasetError
-from kshot_files import cache_folder, remove_stale, replace_folder, write_folder
+from data.dataset import Item, Slice, content, content_key
+from kshot.errors import DatasetError
+from kshot.files import cache_folder, remove_stale, replace_folder, write_folder
 
 VERSION = 2  # raise it when what is in a pack changes
 IMAGES, INDEX, FACTS = "images.bin", "index.parquet", "facts.json"

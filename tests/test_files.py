@@ -1,4 +1,4 @@
-"""kshot_files: files and folders that are complete or not there."""
+"""kshot.files: files and folders that are complete or not there."""
 
 import sys
 import threading
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kshot_files import cache_folder, fingerprint, remove_unfinished, replace_folder, write_file, write_folder
+from kshot.files import cache_folder, fingerprint, remove_unfinished, replace_folder, write_file, write_folder
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path: Path) -> N
 
 
 def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
-    import kshot_files
+    import kshot.files as kshot_files
 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "large").write_bytes(bytes(kshot_files.WHOLE + 1))

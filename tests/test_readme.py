@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from experiments import cli, executors
+from experiments.cli import main
+from experiments.sweep import workers
 from tests.vlm.serving import command, served
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def test_the_commands_run(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(make_image(0, 40, 30, format="JPEG"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(executors, "local", in_this_process)
+    monkeypatch.setattr(workers, "local", in_this_process)
     ours = [words[1:] for words in commands() if words[0] == "kshot" and words[1] != "serve"]
     assert ["demo"] in ours
     assert ["data", "list"] in ours
@@ -79,7 +80,7 @@ def test_the_commands_run(
             given, small = [*given[:2], "--plan"], []
         monkeypatch.setattr(sys, "argv", ["kshot", *given, *small])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         assert ended.value.code == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "runs/demo/report.html").exists()
     assert (tmp_path / "runs/digits/figures/digits.svg").exists()

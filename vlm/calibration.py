@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kshot_errors import UnknownNameError
+from kshot.errors import UnknownNameError
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 from vlm.service import SamplingClient

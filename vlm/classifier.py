@@ -10,7 +10,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot_errors import UnknownNameError
+from kshot.errors import UnknownNameError
 from vlm.prompts import Prompt
 from vlm.scoring import score_and_decode, score_choices
 from vlm.service import SamplingClient, TrainingClient

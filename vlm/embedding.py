@@ -14,7 +14,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot_errors import RequestError, UnknownNameError
+from kshot.errors import RequestError, UnknownNameError
 from vlm.classifier import WINDOW
 from vlm.inputs import ImageRule, image_chunk
 from vlm.prompts import Prompt

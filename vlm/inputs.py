@@ -15,9 +15,9 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot_errors import ImageError, ModelError, RequestError
-from kshot_images import is_plain, open_header, open_image
-from vlm.labels import Branch
+from kshot.errors import ImageError, ModelError, RequestError
+from kshot.images import is_plain, open_header, open_image
+from vlm.label_trie import Branch
 from vlm.models import source
 
 if TYPE_CHECKING:

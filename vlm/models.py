@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from kshot_errors import KshotError, ModelError, UnknownNameError
+from kshot.errors import KshotError, ModelError, UnknownNameError
 from vlm import nano
 
 MODELS = {nano.NAME: nano.folder}

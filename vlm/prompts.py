@@ -14,8 +14,8 @@ from typing import Any
 
 import tinker
 
-from kshot_errors import PromptError
-from vlm import labels
+from kshot.errors import PromptError
+from vlm import label_trie
 from vlm.inputs import ImageRule, closed_datum, datum, image_chunk, model_input
 
 QUESTION = "What is the name of the subject in this photo?"
@@ -132,8 +132,8 @@ class Prompt:
         return tuple(tuple(self.tokenizer.encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
 
     @cached_property
-    def _branches(self) -> tuple[tuple[labels.Branch, ...], ...]:
-        return labels.branches(self.choices)
+    def _branches(self) -> tuple[tuple[label_trie.Branch, ...], ...]:
+        return label_trie.branches(self.choices)
 
     @cached_property
     def _answers(self) -> tuple[list[int], ...]:

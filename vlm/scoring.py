@@ -11,7 +11,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from vlm import labels
+from vlm import label_trie
 from vlm.inputs import model_input
 from vlm.service import SamplingClient
 
@@ -20,7 +20,7 @@ from vlm.service import SamplingClient
 class TreeScorer(Protocol):
     """A sampling client that can score a trie in one pass."""
 
-    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities, each softmax over the edge's siblings or the whole vocabulary."""
 
 
@@ -35,7 +35,7 @@ def score_choices(
     "constrained": the model restricted to the choices, each row sums to 1. "likelihood": the full sequence
     likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
     """
-    trie = labels.build(choices, method)
+    trie = label_trie.build(choices, method)
     return _summed(trie, _edges(sampler, prompts, trie))
 
 
@@ -44,12 +44,12 @@ def score_and_decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The constrained scores, and from the same pass (prompts,) the choice that token-by-token constrained decoding
     writes after each prompt (see `labels.greedy`). Raises as `score_choices` does."""
-    trie = labels.build(choices, "constrained")
+    trie = label_trie.build(choices, "constrained")
     edges = _edges(sampler, prompts, trie)
-    return _summed(trie, edges), labels.greedy(trie, edges)
+    return _summed(trie, edges), label_trie.greedy(trie, edges)
 
 
-def _summed(trie: labels.Trie, edges: np.ndarray) -> np.ndarray:
+def _summed(trie: label_trie.Trie, edges: np.ndarray) -> np.ndarray:
     """(prompts, choices) float32 from (prompts, edges)."""
     choice, edge = np.array(trie.pairs).T
     scores = np.zeros((len(edges), choice.max() + 1), np.float64)
@@ -57,12 +57,12 @@ def _summed(trie: labels.Trie, edges: np.ndarray) -> np.ndarray:
     return scores.astype(np.float32)
 
 
-def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """(prompts, edges) log-probabilities."""
     return sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
 
 
-def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: labels.Trie) -> np.ndarray:
+def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """The edges' log-probabilities, a request for each node that edges leave from."""
     nodes = sorted({edge.node for edge in trie.edges})
     futures = [[_ask(sampler, prompt, trie, node) for node in nodes] for prompt in prompts]
@@ -73,11 +73,11 @@ def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: 
     return np.array(rows, np.float64).reshape(len(prompts), len(trie.edges))
 
 
-def _tokens(trie: labels.Trie, node: int) -> list[int]:
+def _tokens(trie: label_trie.Trie, node: int) -> list[int]:
     return [edge.token for edge in trie.edges if edge.node == node]
 
 
-def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: labels.Trie, node: int) -> Any:
+def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: label_trie.Trie, node: int) -> Any:
     """Log-probabilities of the node's children: the prompt, its path and any child to score it at."""
     tokens = _tokens(trie, node)
     full = model_input(*prompt.chunks, [*trie.path(node), tokens[0]])
@@ -87,7 +87,7 @@ def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: labels.Trie, 
     return sampler.sample(full, 1, types.SamplingParams(max_tokens=1), target_prompt_logprobs=target)
 
 
-def _answer(trie: labels.Trie, node: int, future: Any) -> dict[int, float]:
+def _answer(trie: label_trie.Trie, node: int, future: Any) -> dict[int, float]:
     tokens = _tokens(trie, node)
     values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
     if trie.children:

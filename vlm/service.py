@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import tinker
 from tinker import types
 
-from kshot_errors import RequestError, UnknownNameError
+from kshot.errors import RequestError, UnknownNameError
 
 T_co = TypeVar("T_co", covariant=True)
 SCHEMES = {"http": 80, "https": 443}
@@ -125,8 +125,7 @@ def check(service: str, timeout: float = 3.0) -> None:
 
 
 def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:
-    from vlm.local.client import LocalServiceClient
-    from vlm.local.host import dtype_of
+    from vlm.local.registry import LocalServiceClient, dtype_of
 
     return LocalServiceClient(state_dir, device, dtype_of(dtype), **options)
 

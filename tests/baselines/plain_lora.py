@@ -7,9 +7,8 @@ from torch.func import functional_call
 
 from baselines import nano
 from baselines.backbone import load
-from baselines.examples import datum
-from baselines.lora import ALPHA
-from baselines.pixels import resized
+from baselines.features import resized
+from baselines.lora import ALPHA, datum
 from baselines.training import LoraHeadClient
 
 LINEARS = [f"blocks.{i}.{name}" for i in range(4) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]

@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, silu
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
 
 from baselines.weights import vision_transformer
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 
 WIDTH, DEPTH, PATCH, SIDE = 128, 2, 14, 56
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "patch_size": PATCH, "image_size": SIDE}

@@ -17,10 +17,10 @@ from tinker import types
 
 from baselines import nano
 from baselines.backbone import load
+from baselines.features import resized
 from baselines.lora import LoraHead, Shape
-from baselines.pixels import resized
 from baselines.training import LoraHeadClient
-from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
+from kshot.errors import ImageError, InputError, ModelError, UnknownNameError
 from tests.baselines.plain_lora import LINEARS, adamw, data_of, log_probs, loss_of, merged, step, trained
 
 

@@ -12,9 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from baselines import nano
-from baselines.feature_store import FeatureStore
-from baselines.features import Encoder
-from kshot_errors import InputError
+from baselines.features import Encoder, FeatureStore
+from kshot.errors import InputError
 
 
 def test_a_folder_keeps_features_for_others(images: list[bytes], tmp_path: Path) -> None:
@@ -36,9 +35,9 @@ def test_another_setting_is_another_feature(images: list[bytes], tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("baselines.feature_store.FORMAT", 0),
-        ("baselines.feature_store.version", lambda name: f"{name} 0"),
-        ("baselines.feature_store.processor", lambda: "another"),
+        ("baselines.features.FORMAT", 0),
+        ("baselines.features.version", lambda name: f"{name} 0"),
+        ("baselines.features.processor", lambda: "another"),
         ("torch.get_num_threads", lambda: 99),
         ("torch.backends.cpu.get_cpu_capability", lambda: "another"),
     ],

@@ -15,10 +15,9 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 from baselines import nano
 from baselines.backbone import READOUTS, _module, _source, check, load
-from baselines.features import Encoder
-from baselines.pixels import resized
-from kshot_errors import ImageError, InputError, ModelError, UnknownNameError
-from kshot_images import open_image
+from baselines.features import Encoder, resized
+from kshot.errors import ImageError, InputError, ModelError, UnknownNameError
+from kshot.images import open_image
 
 
 def test_features_are_timms_cls_tokens(images: list[bytes]) -> None:

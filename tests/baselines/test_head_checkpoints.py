@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from tinker import types
 
 from baselines import nano
-from baselines.sampling import load_sampler
-from baselines.training import LoraHeadClient
-from kshot_errors import KshotError, ModelError, RequestError
+from baselines.training import LoraHeadClient, load_sampler
+from kshot.errors import KshotError, ModelError, RequestError
 from tests.baselines.plain_lora import data_of, step, trained
 
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
@@ -247,7 +246,7 @@ def test_a_save_that_fails_leaves_nothing(client: LoraHeadClient, monkeypatch: p
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("baselines.head_checkpoints.save_file", full)
+        patch.setattr("baselines.training.save_file", full)
         with pytest.raises(KshotError, match=r"cannot be written to .* \(disk full\)"):
             client.save_state("kept").result()
     client.save_state("kept").result()

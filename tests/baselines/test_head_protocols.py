@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from baselines.sampling import LoraHeadSampler
-from baselines.training import LoraHeadClient
+from baselines.training import LoraHeadClient, LoraHeadSampler
 from vlm.service import SamplingClient, TrainingClient
 
 PAIRS = ((TrainingClient, LoraHeadClient), (SamplingClient, LoraHeadSampler))

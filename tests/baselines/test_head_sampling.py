@@ -11,10 +11,9 @@ from scipy.stats import chisquare
 from tinker import types
 
 from baselines import nano
-from baselines.examples import question
-from baselines.sampling import LoraHeadSampler
-from baselines.training import LoraHeadClient
-from kshot_errors import RequestError
+from baselines.lora import question
+from baselines.training import LoraHeadClient, LoraHeadSampler
+from kshot.errors import RequestError
 from tests.baselines.plain_lora import data_of, step
 
 DRAWS = 10_000

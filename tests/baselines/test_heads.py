@@ -11,12 +11,11 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 
-from baselines import linear, ridge
-from baselines.heads import HEADS, Fit
-from baselines.knn import fit_nearest_neighbour
-from baselines.linear import C, fit_logistic_regression
-from baselines.ridge import PENALTIES, fit_ridge
-from kshot_errors import InputError, KshotError
+from baselines.heads import HEADS, Fit, linear, ridge
+from baselines.heads.knn import fit_nearest_neighbour
+from baselines.heads.linear import C, fit_logistic_regression
+from baselines.heads.ridge import PENALTIES, fit_ridge
+from kshot.errors import InputError, KshotError
 
 FITS = [*(row.fit for row in HEADS.values()), fit_nearest_neighbour]
 

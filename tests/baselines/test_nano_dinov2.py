@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from baselines import nano
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 
 
 def test_timm_loads_the_folder() -> None:

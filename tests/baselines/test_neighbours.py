@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from baselines import knn
-from baselines.knn import NEIGHBOURS, TEMPERATURE, fit_knn, fit_nearest_neighbour, pixels
-from baselines.mean import SPACES, fit_nearest_mean
-from baselines.selection import choose, folds, one_shot
-from kshot_errors import ImageError
+from baselines.heads import knn
+from baselines.heads.knn import NEIGHBOURS, TEMPERATURE, fit_knn, fit_nearest_neighbour, pixels
+from baselines.heads.mean import SPACES, fit_nearest_mean
+from baselines.heads.selection import choose, folds, one_shot
+from kshot.errors import ImageError
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from baselines.pixels import PixelCache, resized, size_groups, whole_patches
-from kshot_errors import ImageError
-from kshot_images import open_image
+from baselines.features import PixelCache, resized, size_groups, whole_patches
+from kshot.errors import ImageError
+from kshot.images import open_image
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch
 from tinker import types
 
 from baselines import nano
-from baselines.examples import datum, question
+from baselines.lora import datum, question
 from baselines.training import LoraHeadClient
-from kshot_errors import ImageError, RequestError
+from kshot.errors import ImageError, RequestError
 from tests.baselines.plain_lora import data_of, step, trained
 from vlm.classifier import steps
 

@@ -14,8 +14,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification, PreTrainedModel
 
-from baselines.weight_shapes import Architecture
-from baselines.weights import _module, vision_transformer
+from baselines.weights import Architecture, _module, vision_transformer
 
 Edit = Callable[[dict[str, Any]], Any]
 KINDS = [(0, False), (0, True), (4, False), (4, True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel
 
 from baselines.weights import vision_transformer
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 
 BLOCK = "backbone.encoder.layer.1"
 

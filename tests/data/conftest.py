@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from data import catalog
-from data.core import Dataset
+from data.dataset import Dataset
 from tests.data import published
 
 settings.register_profile("data", deadline=None, database=None, max_examples=60)

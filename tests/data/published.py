@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from data import benchmarks, catalog
-from data.core import Dataset
-from data.protocols import Protocol, given, per_class
-from data.row import Access, Row
+from data import catalog
+from data.benchmarks import sources
+from data.benchmarks.protocols import given, per_class
+from data.dataset import Access, Dataset, DatasetSpec, SplitProtocol
 
 SETS = ("caltech101", "cars", "flowers", "pets")
 SMALL = {  # what the stand-ins hold, under the official protocols
-    "caltech101": Protocol("official", "", per_class(3), 3, 9, 3, seeded=True),
-    "cars": Protocol("official", "", given(), 2, 3, 2),
-    "flowers": Protocol("official", "", given(), 3, 3, 2),
-    "pets": Protocol("official", "", given(train=("train", "validation")), 2, 4, 2),
+    "caltech101": SplitProtocol("official", "", per_class(3), 3, 9, 3, seeded=True),
+    "cars": SplitProtocol("official", "", given(), 2, 3, 2),
+    "flowers": SplitProtocol("official", "", given(), 3, 3, 2),
+    "pets": SplitProtocol("official", "", given(train=("train", "validation")), 2, 4, 2),
 }
 FLOWER_LABELS = [1, 1, 2, 2, 2, 102]
 BREEDS = ("Abyssinian", "american_bulldog")
@@ -91,13 +91,13 @@ def cars(root: Path) -> None:
     savemat(root / "cars_test_annos_withlabels.mat", {"annotations": test})
 
 
-def row(name: str, *more: Protocol) -> Row:
+def row(name: str, *more: SplitProtocol) -> DatasetSpec:
     """The set's own row with the sizes of its stand-in."""
     return replace(catalog.DATASETS[name], protocols=(SMALL[name], *more), content="")
 
 
-def load(row: Row, root: Path | None, *, seed: int = 0, **access: object) -> Dataset:
+def load(row: DatasetSpec, root: Path | None, *, seed: int = 0, **access: object) -> Dataset:
     """The set from the stand-in's files in root; without a root, from wherever `access` says."""
     usual = {"source": "archive", "root": root, "allow_modified": root is not None}
     way = Access(**{**usual, **access})  # type: ignore[arg-type]
-    return benchmarks.load(row, root=None, split_seed=seed, access=way)
+    return sources.load(row, root=None, split_seed=seed, access=way)

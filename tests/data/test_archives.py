@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from kshot_errors import DatasetError
+from kshot.errors import DatasetError
 from tests.data import published
 from tests.data.published import SMALL, load, row
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from data import benchmarks, catalog, hub, layouts
-from data.archives import Files
-from data.benchmark_rows import ROWS
-from data.core import Item, content_key
+from data import catalog, hub
+from data.benchmarks import layouts, sources
+from data.benchmarks.archives import Files
+from data.benchmarks.rows import ROWS
+from data.dataset import Access, Item, content_key
 from data.fewshot import k_shot
-from data.row import Access
-from kshot_errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
+from kshot.errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
 from tests.data import published
 from tests.data.published import SETS, SMALL, load, row
 
@@ -166,11 +166,11 @@ def test_any_set_of_the_hub(on_the_hub: Callable[[str], list[object]]) -> None:
 def test_copies_of_a_set_may_spell_a_flower_otherwise() -> None:
     flower = catalog.DATASETS["flowers"]
     items = [Item(f"train/{n}", "train", label, b"", "") for n, label in enumerate(("barbeton daisy", "Rose"))]
-    assert [item.label for item in benchmarks.named(flower, items)] == ["barberton daisy", "rose"]
+    assert [item.label for item in sources.named(flower, items)] == ["barberton daisy", "rose"]
     assert set(flower.spellings.values()) <= set(flower.classes or ())
     twice = [*items, replace(items[0], label="barberton daisy")]
     with pytest.raises(DatasetError, match="both read 'barberton daisy'"):
-        benchmarks.named(flower, twice)
+        sources.named(flower, twice)
 
 
 @pytest.mark.parametrize(

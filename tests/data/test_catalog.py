@@ -7,9 +7,8 @@ from importlib import import_module
 import pytest
 
 from data import catalog
-from data.core import Dataset
-from data.row import clean_classes
-from kshot_errors import DatasetError, UnknownNameError
+from data.dataset import Dataset, clean_classes
+from kshot.errors import DatasetError, UnknownNameError
 
 
 @pytest.mark.parametrize("name", catalog.DATASETS)
@@ -85,5 +84,7 @@ def test_the_table_costs_no_heavy_import() -> None:
 
 
 def test_no_torch_and_no_sibling() -> None:
-    loaded = modules_after("import data.icons, data.digits, data.sources, data.images, data.fewshot")
+    loaded = modules_after(
+        "import data.embedded.icons, data.embedded.digits, data.folder, data.preparation, data.fewshot"
+    )
     assert not {"torch", "qtawesome", "vlm", "baselines", "experiments"} & loaded

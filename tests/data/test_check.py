@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from data.check import NEAR, alike, check, perceptual_hash
-from data.core import Dataset, Example, content_key
+from data.dataset import Dataset, Example, content_key
 
 
 def example(image: bytes, label: int = 0) -> Example:

@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data import catalog
-from data.core import Dataset, content_key
-from data.digits import _png
+from data.dataset import Dataset, content_key
+from data.embedded.digits import _png
 
 
 def test_counts(digits: Dataset) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.core import Example
+from data.dataset import Example
 from data.fewshot import k_shot, stratified_split
-from kshot_errors import InputError, TooFewImagesError
+from kshot.errors import InputError, TooFewImagesError
 
 CLASSES = ("cat", "dog", "gnu")
 

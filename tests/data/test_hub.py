@@ -18,7 +18,7 @@ import pytest
 from hub_server import CUT, RESET, HubRepo, serve
 
 from data import hub
-from kshot_errors import DatasetError
+from kshot.errors import DatasetError
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("cat", "dog", "eel")
@@ -28,8 +28,8 @@ import json, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 10  # bytes; as it is, a small file is one piece and nothing is kept of a part
 from data import hub
-from data.core import content
-from kshot_errors import KshotError
+from data.dataset import content
+from kshot.errors import KshotError
 
 def answer(request):
     try:

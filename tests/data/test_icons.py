@@ -11,13 +11,27 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import catalog, iconfonts
-from data import icons as icons_module
-from data.core import Dataset, content_key
-from data.iconfonts import Font, Icon, inked, read_icons, thumbnails
-from data.icons import NEAR, SAME, distances, first_word, sift
-from data.render import MIN_CONTRAST, SIDE, contrast, render
-from kshot_errors import DatasetError
+from data import catalog
+from data.dataset import Dataset, content_key
+from data.embedded import icons as iconfonts
+from data.embedded import icons as icons_module
+from data.embedded.icons import (
+    MIN_CONTRAST,
+    NEAR,
+    SAME,
+    SIDE,
+    Font,
+    Icon,
+    contrast,
+    distances,
+    first_word,
+    inked,
+    read_icons,
+    render,
+    sift,
+    thumbnails,
+)
+from kshot.errors import DatasetError
 
 ROW = catalog.DATASETS["icons"]
 

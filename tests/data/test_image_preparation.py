@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data.core import Example, content_key
-from data.images import decode, prepare, prepare_all
-from kshot_errors import ImageError, InputError
-from kshot_images import open_image
+from data.dataset import Example, content_key
+from data.preparation import decode, prepare, prepare_all
+from kshot.errors import ImageError, InputError
+from kshot.images import open_image
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

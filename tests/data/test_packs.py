@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.images import prepare_all
-from kshot_errors import DatasetError
+from data.preparation import prepare_all
+from kshot.errors import DatasetError
 from tests.data.published import load, row
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from data import catalog
-from data.core import Dataset, content_key
+from data.dataset import Access, Dataset, content_key
 from data.fewshot import k_shot
-from data.row import Access
-from kshot_errors import DatasetError, TooFewImagesError
+from kshot.errors import DatasetError, TooFewImagesError
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 CALTECH, FLOWERS = SHARED / "caltech101", SHARED / "flowers102-64px"

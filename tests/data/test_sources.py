@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from data import catalog
-from data.core import Dataset
-from data.sources import cached
-from kshot_errors import DatasetError, ImageError
+from data.dataset import Dataset
+from data.folder import cached
+from kshot.errors import DatasetError, ImageError
 
 
 def picture(number: int) -> bytes:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data.protocols import Protocol, from_file
-from kshot_errors import DatasetError
+from data.benchmarks.protocols import from_file
+from data.dataset import SplitProtocol
+from kshot.errors import DatasetError
 from tests.data.published import load, row
 
 COOP = {
@@ -17,7 +18,7 @@ COOP = {
 
 
 def test_a_split_that_others_have_drawn(root: Path, tmp_path: Path) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
+    coop = SplitProtocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
     file = tmp_path / "split.json"
     file.write_text(json.dumps(COOP))
     dataset = load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=file)
@@ -40,7 +41,7 @@ def test_a_split_that_others_have_drawn(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_split_file_that_is_none(root: Path, tmp_path: Path, content: str | None, message: str) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
+    coop = SplitProtocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
     file = tmp_path / "split.json"
     if content is not None:
         file.write_text(content)
@@ -57,7 +58,7 @@ def test_a_split_file_that_is_none(root: Path, tmp_path: Path, content: str | No
     ],
 )
 def test_a_split_file_that_contradicts_itself(root: Path, tmp_path: Path, content: object, message: str) -> None:
-    coop = Protocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
+    coop = SplitProtocol("coop", "", from_file, 2, sources=("archive",), from_file=True)
     (tmp_path / "split.json").write_text(json.dumps(content))
     with pytest.raises(DatasetError, match=message):
         load(row("caltech101", coop), root / "caltech101", protocol="coop", split_file=tmp_path / "split.json")

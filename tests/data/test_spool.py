@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data import spool
-from data.core import Example, content_key
-from data.images import prepare_all
-from data.spool import keep
-from kshot_errors import DatasetError
+from data import preparation
+from data.dataset import Example, content_key
+from data.preparation import keep, prepare_all
+from kshot.errors import DatasetError
 
 ROOT = Path(__file__).parents[2]
 LINUX = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
@@ -30,7 +29,7 @@ def open_files(folder: Path) -> int:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder, and a spool that begins in it."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(spool, "_current", type(spool._current)())
+    monkeypatch.setattr(preparation, "_current", type(preparation._current)())
     return tmp_path / "cache"
 
 
@@ -56,7 +55,7 @@ def test_one_file_for_many_calls_until_the_last_reference_dies(folder: Path) -> 
 
 @LINUX
 def test_a_full_file_is_followed_by_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "SEGMENT", 10)
+    monkeypatch.setattr(preparation, "SEGMENT", 10)
     kept = [keep(b"123456") for _ in range(6)]
     assert open_files(folder) == 3
     assert [one.read() for one in kept] == [b"123456"] * 6
@@ -91,8 +90,8 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prepared_images_are_put_aside(folder: Path, make_image: Callable[..., bytes]) -> None:
     image = make_image(0)
     (prepared,) = prepare_all([Example(content_key(image), image, 0)], hflip=True)
-    assert isinstance(prepared.stored, spool.Kept)
-    assert isinstance(prepared.stored_mirrored, spool.Kept)
+    assert isinstance(prepared.stored, preparation.Kept)
+    assert isinstance(prepared.stored_mirrored, preparation.Kept)
     assert prepared.image != prepared.mirrored
 
 
@@ -103,8 +102,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.core import Example, Slice, content_key
-from data.images import prepare_all
+from data.dataset import Example, Slice, content_key
+from data.preparation import prepare_all
 
 
 def peak(field):

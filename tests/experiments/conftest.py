@@ -10,9 +10,10 @@ import pytest
 from stored import CLASSES
 from trained import train
 
-from experiments import cli, executors
-from experiments.job import Job
-from experiments.processes import answered
+from experiments.cli import main
+from experiments.sweep import workers
+from experiments.sweep.cells import Job
+from experiments.sweep.workers import answered
 
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")
@@ -52,7 +53,7 @@ def kshot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(sys, "argv", ["kshot", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         assert isinstance(ended.value.code, int)
         return Said(ended.value.code, *capsys.readouterr())
 
@@ -71,7 +72,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
             jobs.extend([job] if isinstance(job, Job) else [])
             yield job, answered(run, job)
 
-    monkeypatch.setattr(executors, "local", local)
+    monkeypatch.setattr(workers, "local", local)
     return jobs
 
 
@@ -82,7 +83,7 @@ def two_workers(grid: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["kshot", *grid, "--workers", "2", "--out", str(out)])
         with pytest.raises(SystemExit, match=r"^0$"):
-            cli.main()
+            main.main()
     return out
 
 

@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from experiments.report import write_report
+from experiments.report.report import write_report
 
 NASTY = f"folder:/home/lovelace/<script>alert(1)|{'x' * 90}"
 SWEEP = {

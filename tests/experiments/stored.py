@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from experiments.store import Results
+from experiments.sweep.store import Results
 
 CLASSES = ("café déjà vu", "<script>alert(1)", "a|b")
 

@@ -13,12 +13,12 @@ import yaml
 from stored import CLASSES
 from trained import train
 
-from experiments import cards
-from experiments.adapters import Card, read_card
+from experiments.adapters import folder as cards
+from experiments.adapters.folder import Card, read_card
 from tests.vlm.checkpoints import sharded
 from vlm import nano
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt, template
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_the_code_runs_and_writes_what_kshot_reads(
     written: str, adapter: Path, photos: Path, tmp_path: Path, service: LocalServiceClient
 ) -> None:
     """With transformers and PEFT alone, on the very image that kshot shows the model."""
-    from data.images import prepare
+    from data.preparation import prepare
     from vlm.classifier import generate
 
     (code,) = re.findall(r"```python\n(.*?)```", written, re.DOTALL)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data import catalog
-from experiments.config import Settings
-from experiments.job import Job
-from experiments.run import few_shot, validation
-from experiments.store import Results
-from kshot_errors import TooFewImagesError
+from experiments.sweep.cells import Job
+from experiments.sweep.config import Settings
+from experiments.sweep.run import few_shot, validation
+from experiments.sweep.store import Results
+from kshot.errors import TooFewImagesError
 
 OWN = "{image}What is drawn here? => It is a {label}."
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")

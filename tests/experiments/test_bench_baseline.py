@@ -12,9 +12,9 @@ import torch
 
 from baselines import nano
 from baselines.heads import HEADS
-from experiments import bench_baseline, bench_baseline_features, bench_baseline_grid, bench_baseline_peers
-from experiments.bench_baseline_grid import SIZES, Cell, Size, cells, load, run, shots_of, write
-from kshot_errors import KshotError
+from experiments.bench import baseline, features
+from experiments.bench.baseline import SIZES, Cell, Size, cells, load, run, shots_of, write
+from kshot.errors import KshotError
 
 SMALL = {"pets": Size(classes=4, train=40, test=30, shots=(1, 2))}
 
@@ -26,16 +26,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def here(job: Callable[[Cell], Any], jobs: Sequence[Cell]) -> Iterator[tuple[Cell, Any]]:
         yield from ((each, job(each)) for each in jobs)
 
-    monkeypatch.setattr(bench_baseline, "QUICK", SMALL)
-    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
-    monkeypatch.setattr(bench_baseline.executors, "local", here)
-    monkeypatch.setattr(bench_baseline_features, "SIZE", 56)
+    monkeypatch.setattr(baseline, "QUICK", SMALL)
+    monkeypatch.setitem(baseline.SIZES, "pets", SMALL["pets"])
+    monkeypatch.setattr(baseline.workers, "local", here)
+    monkeypatch.setattr(features, "SIZE", 56)
 
 
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load.cache_clear()
-    bench_baseline.bench(None, True, tmp_path / "baseline.json", model=str(nano.folder()))
+    baseline.bench(None, True, tmp_path / "baseline.json", model=str(nano.folder()))
     load.cache_clear()
     written = (tmp_path / "baseline.json").read_text()
     record = json.loads(written)
@@ -44,7 +44,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert ratios.keys() == {"grid_seconds", "feature_rate_share", *(f"{head}_vs_sklearn" for head in HEADS)}
     assert rows["grid of heads"]["cells"] == 8
     assert ratios["grid_seconds"] == rows["grid of heads"]["median"]
-    rates = [rows[f"forward, {n} at a time"]["values"] for n in bench_baseline_features.BATCHES]
+    rates = [rows[f"forward, {n} at a time"]["values"] for n in features.BATCHES]
     shares = [ours / max(bare) for ours, *bare in zip(rows["photographs to features"]["values"], *rates, strict=True)]
     assert ratios["feature_rate_share"] == pytest.approx(median(shares))
     assert all(rows[f"{head}, kshot"]["agree"] >= 0.99 for head in HEADS)
@@ -53,14 +53,14 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_grid_is_the_blogs_at_real_sizes(tmp_path: Path) -> None:
-    grid = list(cells(tmp_path, SIZES, bench_baseline.SEEDS, HEADS))
+    grid = list(cells(tmp_path, SIZES, baseline.SEEDS, HEADS))
     assert len(grid) == len(set(grid)) == 4 * 5 * 5 * 4
     assert (SIZES["cars"].train, SIZES["cars"].test, SIZES["cars"].classes) == (8144, 8041, 196)
     assert all(size.train >= size.classes * max(size.shots) for size in SIZES.values())
 
 
 def test_cells_learn_from_their_shots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
+    monkeypatch.setitem(baseline.SIZES, "pets", SMALL["pets"])
     write(tmp_path, SMALL)
     problem = load(tmp_path, "pets")
     chosen = shots_of(problem.train_labels, 2, seed=3)
@@ -72,11 +72,11 @@ def test_cells_learn_from_their_shots(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_head_that_disagrees_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_baseline_grid.SIZES, "pets", SMALL["pets"])
-    monkeypatch.setitem(bench_baseline_peers.PEERS, "ridge", lambda train, labels, test, chosen: np.zeros(len(test)))
+    monkeypatch.setitem(baseline.SIZES, "pets", SMALL["pets"])
+    monkeypatch.setitem(baseline.PEERS, "ridge", lambda train, labels, test, chosen: np.zeros(len(test)))
     write(tmp_path, SMALL)
     with pytest.raises(KshotError, match=r"ridge: .*% of predictions are scikit-learn's: nothing to compare"):
-        bench_baseline_peers.measure(tmp_path, quick=True)
+        baseline.measure_heads(tmp_path, quick=True)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.class_names import CARS
-from data.row import clean_name
-from experiments import bench_score, bench_score_case, bench_score_rows
-from experiments.bench_score_case import CAR_NAMES, HUNDRED, LISTS, Plan, new_case, tune
-from experiments.bench_score_model import write
-from experiments.bench_score_rows import KNOWN, NEW, RATIOS, Scores
-from experiments.bench_score_stock import _cut
-from kshot_errors import KshotError, ModelError
+from data.benchmarks.layouts import CARS
+from data.dataset import clean_name
+from experiments.bench import score, score_case
+from experiments.bench.score import KNOWN, NEW, RATIOS, Scores
+from experiments.bench.score_case import CAR_NAMES, HUNDRED, LISTS, Plan, new_case, tune, write
+from experiments.bench.score_implementations import _cut
+from kshot.errors import KshotError, ModelError
 from vlm import nano
 
 TINY = Plan(classes=2, shots=1, batch=2, epochs=80, rounds=2, few=2, labels=10)
@@ -27,14 +26,14 @@ TINY = Plan(classes=2, shots=1, batch=2, epochs=80, rounds=2, few=2, labels=10)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan of seconds, and the first names of each list."""
-    monkeypatch.setattr(bench_score, "QUICK", TINY)
+    monkeypatch.setattr(score, "QUICK", TINY)
     for names, count in ((HUNDRED, 12), (CAR_NAMES, 8)):
         monkeypatch.setitem(LISTS, names, LISTS[names][:count])
 
 
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_score.bench(None, True, tmp_path / "score.json", str(nano.folder()))
+    score.bench(None, True, tmp_path / "score.json", str(nano.folder()))
     written = (tmp_path / "score.json").read_text()
     record = json.loads(written)
     rows = {row["name"]: row for row in record["rows"]}
@@ -45,7 +44,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert record["ratios"][name] == pytest.approx(median(a / b for a, b in pairs))
     timed = {name: row for name, row in rows.items() if row["unit"] == "s/image"}
     assert {len(row["values"]) for row in timed.values()} == {TINY.rounds}
-    assert timed.keys() >= {what + kind for what in (bench_score_rows.CONSTRAINED, "prefill") for kind in (NEW, KNOWN)}
+    assert timed.keys() >= {what + kind for what in (score.CONSTRAINED, "prefill") for kind in (NEW, KNOWN)}
     apart = [row["median"] for name, row in rows.items() if name.startswith("apart, ")]
     assert len(apart) == 6
     assert max(apart) < 1e-4
@@ -62,7 +61,7 @@ def test_ratios_are_those_of_rounds() -> None:
     """A slow minute of the machine that meets both changes nothing."""
     names = {name for pair in RATIOS.values() for name in pair}
     seconds = {name: [1.0, 2.0, 3.0] for name in names} | {f"prefill{NEW}": [0.5, 0.5, 6.0]}
-    ratios = bench_score_rows.ratios(seconds)
+    ratios = score.ratios(seconds)
     assert ratios["constrained_over_prefill"] == ratios["cars_over_prefill"] == 2.0
     assert ratios["generate_over_constrained"] == ratios["constrained_over_text_prefill"] == 1.0
 
@@ -70,18 +69,18 @@ def test_ratios_are_those_of_rounds() -> None:
 def test_other_scores_are_noticed() -> None:
     ours = np.zeros((1, 3), np.float32)
     same, other = Scores(ours, ours + 5e-5), Scores(ours, np.array([[0, 0.5, 0]]))
-    (row,) = bench_score_rows.agreement({"tree and rows": same}, exact=True)
+    (row,) = score.agreement({"tree and rows": same}, exact=True)
     assert row["median"] == pytest.approx(5e-5)
     with pytest.raises(KshotError, match=r"tree and rows: scores 0.5 apart, more than 0.0001: nothing to compare"):
-        bench_score_rows.agreement({"tree and rows": other}, exact=True)
-    assert bench_score_rows.agreement({"tree and rows": other}, exact=False)[0]["median"] == 0.5
+        score.agreement({"tree and rows": other}, exact=True)
+    assert score.agreement({"tree and rows": other}, exact=False)[0]["median"] == 0.5
     with pytest.raises(KshotError, match="scores nan apart"):
-        bench_score_rows.agreement({"tree and rows": Scores(ours, ours + np.nan)}, exact=True)
+        score.agreement({"tree and rows": Scores(ours, ours + np.nan)}, exact=True)
 
 
 def test_an_answer_that_never_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_score_case, "FIRST", 1)
-    monkeypatch.setattr(bench_score_case, "STEPS", 1)
+    monkeypatch.setattr(score_case, "FIRST", 1)
+    monkeypatch.setattr(score_case, "STEPS", 1)
     case = new_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
     with pytest.raises(KshotError, match="after 1 steps fewer than 95% of the answers end"):
         tune(case)

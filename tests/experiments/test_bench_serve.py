@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from experiments import bench_serve
+from experiments.bench import serve
 
 
 def test_the_times_are_those_of_a_server(tmp_path: Path) -> None:
-    with bench_serve._server(tmp_path) as address:
-        watch = bench_serve._Watch(address)
-        rows, ratios = bench_serve._one_by_one(address, watch, 2)
-        more, together = bench_serve._together(address, watch, 2)
+    with serve._server(tmp_path) as address:
+        watch = serve._Watch(address)
+        rows, ratios = serve._one_by_one(address, watch, 2)
+        more, together = serve._together(address, watch, 2)
     assert len({row["name"] for row in rows}) == len(rows)
     medians = {row["name"]: row["median"] for row in rows}
     spent = {row["name"]: (row["median"], row["engine_ms"]) for row in rows if "engine_ms" in row}
     assert len(spent) == 4
     assert all(whole > 0 and engine >= 0 for whole, engine in spent.values())
-    assert spent[f"forward_backward of {bench_serve.BATCH}"][1] > 0
+    assert spent[f"forward_backward of {serve.BATCH}"][1] > 0
     assert ratios["overhead_ms"] == max(value for name, value in medians.items() if "beyond" in name)
     assert 0 < more[0]["engine_s"] < more[0]["median"]
     assert 0 < together["engine_share"] < 1

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from experiments import bench_sweep, executors, methods
-from experiments.methods import METHODS, Outcome, Task
-from experiments.processes import answered
-from kshot_errors import KshotError
+from experiments.bench import sweep
+from experiments.sweep import methods, workers
+from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.workers import answered
+from kshot.errors import KshotError
 
 
 @pytest.fixture
@@ -22,22 +23,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield from ((job, answered(run, job)) for job in (*first, *jobs))
 
     methods._connected.cache_clear()  # workers would be new: none would know another cache
-    monkeypatch.setattr(executors, "local", here)
-    monkeypatch.setattr(bench_sweep, "_told", lambda *_: 1.5)
-    monkeypatch.setattr(bench_sweep, "CLASSES", 3)
-    monkeypatch.setattr(
-        bench_sweep, "QUICK", ({"shots": (1,), "seeds": (0,), "methods": ("pixel-knn",)}, {"limit_test": 4})
-    )
+    monkeypatch.setattr(workers, "local", here)
+    monkeypatch.setattr(sweep, "_told", lambda *_: 1.5)
+    monkeypatch.setattr(sweep, "CLASSES", 3)
+    monkeypatch.setattr(sweep, "QUICK", ({"shots": (1,), "seeds": (0,), "methods": ("pixel-knn",)}, {"limit_test": 4}))
     yield
     methods._connected.cache_clear()
 
 
 @pytest.mark.usefixtures("small")
 def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_sweep.bench(True, tmp_path / "sweep.json")
+    sweep.bench(True, tmp_path / "sweep.json")
     found = json.loads((tmp_path / "sweep.json").read_text())
     rows = {row["name"]: row["median"] for row in found["rows"]}
-    photographs = 3 * bench_sweep.SHOTS
+    photographs = 3 * sweep.SHOTS
     assert rows["images through the tower, first seed"] == 2 * photographs + 3 * 2  # mirrored twins; two to test on
     assert found["ratios"]["second_seed_vision_forwards"] == 0
     assert found["ratios"]["plan_over_measured"] == pytest.approx(1.5 / rows["the sweep's time, 2 workers"])
@@ -51,4 +50,4 @@ def test_a_cell_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(METHODS, "pixel-knn", replace(METHODS["pixel-knn"], run=fail))
     with pytest.raises(KshotError, match="pixel-knn on icons, 1 shots, seed 0 failed: ValueError: no"):
-        bench_sweep.bench(True, tmp_path / "sweep.json")
+        sweep.bench(True, tmp_path / "sweep.json")

@@ -16,16 +16,15 @@ import pytest
 import tinker
 import torch
 
-from experiments import bench_train, bench_train_peers, bench_train_rows
-from experiments.bench_train_case import Case, Outcome, Plan, check_inputs, found, made, order, prompt_of
-from experiments.bench_train_children import children
-from experiments.bench_train_flops import text, tower, work_of
-from experiments.bench_train_ours import ours, step_pairs
-from experiments.bench_train_peers import PLAIN, plain
-from experiments.bench_train_rows import OURS
-from experiments.bench_train_shapes import Shape, write
-from experiments.bench_train_turns import Answer, training
-from kshot_errors import DatasetError, InputError, KshotError
+from experiments.bench import train as bench_train
+from experiments.bench import train as bench_train_rows
+from experiments.bench import train_implementations
+from experiments.bench.flops import text, tower, work_of
+from experiments.bench.harness import children
+from experiments.bench.train import OURS, Answer, training
+from experiments.bench.train_case import Case, Outcome, Plan, Shape, check_inputs, found, made, order, prompt_of, write
+from experiments.bench.train_implementations import PLAIN, ours, plain, step_pairs
+from kshot.errors import DatasetError, InputError, KshotError
 from vlm import nano
 
 TINY = Plan(classes=2, shots=1, batch=2, epochs=3, rounds=1)
@@ -85,7 +84,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not find_spec("trl"), reason="trl is not installed (pip install trl==1.16.0)")
 def test_everybody_trains_the_same(case: Case) -> None:
     """Equal losses at every step, though they move: so do the weights. TRL checks its tokens and labels by itself."""
-    contestants = {OURS: ours, **bench_train_peers.peers([0])}
+    contestants = {OURS: ours, **train_implementations.peers([0])}
     got = {name: losses(contestant, case) for name, contestant in contestants.items()}
     assert len(got) == 3
     for theirs in got.values():
@@ -102,7 +101,7 @@ def test_other_labels_are_noticed(case: Case) -> None:
     from transformers import AutoProcessor
 
     batch, processor = case.batches[0], AutoProcessor.from_pretrained(nano.folder())
-    inputs = bench_train_peers._inputs(case, processor, batch)
+    inputs = train_implementations._inputs(case, processor, batch)
     check_inputs(case, batch, inputs, processor.image_token_id)
     inputs["labels"][0, -1] = 7
     with pytest.raises(KshotError, match="is not the same training example for everybody"):
@@ -131,15 +130,15 @@ def test_an_answer_has_seconds_losses_and_memory(case: Case) -> None:
 
 def test_a_step_alone_is_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model alone has the gradient of a step: only then is its time that of a step's arithmetic."""
-    from vlm.local.run import Run
+    from vlm.local.training_run import TrainingRun
 
-    norms, step = list[float](), Run.step
+    norms, step = list[float](), TrainingRun.step
 
-    def kept(run: Run, params: tinker.types.AdamParams) -> float:
+    def kept(run: TrainingRun, params: tinker.types.AdamParams) -> float:
         norms.append(step(run, params.model_copy(update={"learning_rate": 0.0})))
         return norms[-1]
 
-    monkeypatch.setattr(Run, "step", kept)
+    monkeypatch.setattr(TrainingRun, "step", kept)
     assert all(min(pair) > 0 for pair in step_pairs(case, 3))
     assert norms == pytest.approx(2 * (1 + 3) * [norms[0]], rel=1e-4)
 
@@ -169,9 +168,9 @@ def test_the_operations_are_those_that_torch_counts(case: Case) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     one = replace(case, batches=(case.batches[0][:1],))
-    model, processor = bench_train_peers._start(one), bench_train_peers._processor(one)
+    model, processor = train_implementations._start(one), train_implementations._processor(one)
     model.set_attn_implementation("eager")
-    inputs = bench_train_peers._inputs(one, processor, one.batches[0])
+    inputs = train_implementations._inputs(one, processor, one.batches[0])
     with FlopCounterMode(display=False) as counter:
         model(**inputs).loss.backward()
     work, config = work_of(one), model.config
@@ -226,7 +225,7 @@ def test_a_device_that_is_not_there(kshot: Callable[..., Any]) -> None:
 
 def test_the_prompt_is_ours(case: Case) -> None:
     """The words that peers are given are those of vlm.prompts."""
-    from experiments.bench_train_case import ASKED
+    from experiments.bench.train_case import ASKED
 
     tokenizer = prompt_of(case).tokenizer
     before, after = prompt_of(case)._around

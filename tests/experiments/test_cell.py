@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from experiments.cell import Cell
-from experiments.config import Settings, load
-from experiments.methods import METHODS
-from experiments.sweep import plan
+from experiments.sweep.cells import Cell
+from experiments.sweep.config import Settings, load
+from experiments.sweep.grid import plan
+from experiments.sweep.methods import METHODS
 
 CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "limit_test": None})
 OTHER: dict[str, Any] = {

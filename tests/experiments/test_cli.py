@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
-from experiments.job import Job
-from experiments.store import Results
+from experiments.cli import sweep as sweep_command
+from experiments.sweep.cells import Job
+from experiments.sweep.store import Results
 
 HEAVY = {"torch", "transformers", "tinker", "timm", "sklearn", "matplotlib", "pyarrow", "numpy"}
 Files = dict[str, Path]
@@ -110,12 +110,12 @@ def test_failures_are_one_line(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setattr(sweep_command, "run", fail)
     assert kshot("demo") == (status, "", line)
 
 
 def test_a_defect_is_not_hidden(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "run", lambda *_: 1 // 0)
+    monkeypatch.setattr(sweep_command, "run", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         kshot("demo")
 
@@ -151,7 +151,7 @@ def test_the_list_of_data_fits_into_80_columns(kshot) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "list"], ["sweep", "--help"], ["nonsense"]])
 def test_the_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
-    code = f"import sys; from experiments import cli; sys.argv = ['kshot', *{arguments!r}]\n"
+    code = f"import sys; from experiments.cli import main as cli; sys.argv = ['kshot', *{arguments!r}]\n"
     code += "try: cli.main()\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert not HEAVY & set(done.stdout.splitlines()[-1].split())
@@ -159,7 +159,7 @@ def test_the_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(cli, "run", lambda sweep, *_: names.append(sweep.name))
+    monkeypatch.setattr(sweep_command, "run", lambda sweep, *_: names.append(sweep.name))
     monkeypatch.chdir(photos)
     folders: list[str] = [f"folder:{photos}", "folder:.", "folder:./", f"folder:{photos}/", "folder:/"]
     for dataset in folders:

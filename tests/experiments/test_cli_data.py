@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from data import catalog
-from data.protocols import Protocol, per_class
+from data.benchmarks.protocols import per_class
+from data.dataset import SplitProtocol
 from tests.data import published
 
-SMALL = Protocol("official", "", per_class(3), 3, 9, 3, seeded=True)
+SMALL = SplitProtocol("official", "", per_class(3), 3, 9, 3, seeded=True)
 
 
 @pytest.fixture

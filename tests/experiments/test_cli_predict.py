@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from stored import CLASSES
 
-from data.images import prepare
-from experiments import predict as predicting
+from data.preparation import prepare
+from experiments.adapters import predict as predicting
 from vlm import classifier, nano
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt, template
 
 ROOT = Path(__file__).parents[2]
@@ -185,11 +185,11 @@ def test_windows_keep_the_order_and_change_nothing(
 
 
 def test_the_model_is_loaded_once(adapter: Path, images: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.local import host
+    from vlm.local import registry
 
     loaded: list[str] = []
-    real = host.Model
-    monkeypatch.setattr(host, "Model", lambda name, *more: (loaded.append(name), real(name, *more))[1])
+    real = registry.Model
+    monkeypatch.setattr(registry, "Model", lambda name, *more: (loaded.append(name), real(name, *more))[1])
     monkeypatch.setattr(predicting, "WINDOW", 1)
     assert kshot("predict", images, "--adapter", adapter, "--json").status == 0
     assert loaded == [nano.NAME]
@@ -205,7 +205,7 @@ def test_ctrl_c(adapter: Path, images: Path, kshot, monkeypatch: pytest.MonkeyPa
 
 def test_many_images_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than two windows are prepared and not yet answered."""
-    from experiments.pictures import Picture
+    from experiments.adapters.predict import Picture
 
     alive, most = 0, 0
 

@@ -67,7 +67,7 @@ def test_no_image_is_asked_for(adapter: Path, kshot) -> None:
 
 
 def start(*words: object, **how: Any) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", "from experiments.cli import main; main()", "predict", *map(str, words)]
+    command = [sys.executable, "-c", "from experiments.cli.main import main; main()", "predict", *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 

@@ -122,7 +122,7 @@ def test_a_state_that_is_damaged_or_of_another_version(kshot, tmp_path: Path) ->
 
 def test_help_is_quick() -> None:
     code = (
-        "import sys\nfrom experiments.cli import main\nsys.argv = ['kshot', 'serve', '--help']\n"
+        "import sys\nfrom experiments.cli.main import main\nsys.argv = ['kshot', 'serve', '--help']\n"
         "try:\n main()\nexcept SystemExit as e:\n print(e.code)\n"
         f"print(sorted({HEAVY} & set(sys.modules)))"
     )
@@ -131,11 +131,13 @@ def test_help_is_quick() -> None:
     assert "--api-key-file" in done.stdout
 
 
-def test_with_keys_it_may_be_reached_by_others_until_it_is_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_with_keys_it_may_be_reached_by_others_until_it_is_stopped(tmp_path: Path, in_background: bool) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"# mine\n{KEY}\n")
     everywhere = "0.0.0.0"  # noqa: S104
-    with command(tmp_path / "state", "--host", everywhere, "--api-key-file", str(keys)) as running:
+    arguments = "--host", everywhere, "--api-key-file", str(keys)
+    with command(tmp_path / "state", *arguments, in_background=in_background) as running:
         port = running.address.rpartition(":")[2]
         assert running.address == f"http://{everywhere}:{port}"
         here = f"http://127.0.0.1:{port}/v1/models"

@@ -14,21 +14,21 @@ from stored import CLASSES, files
 from tinker import types
 from trained import TINY, train
 
-from data.core import Images
-from experiments import run
-from experiments import train as training
-from experiments.config import load
-from experiments.job import Job
-from experiments.run import run as run_cell
-from experiments.store import Results
-from experiments.sweep import plan
-from experiments.train import planned
-from kshot_errors import InputError
+from data.dataset import Images
+from experiments.adapters import train as training
+from experiments.adapters.train import planned
+from experiments.sweep import run
+from experiments.sweep.cells import Job
+from experiments.sweep.config import load
+from experiments.sweep.grid import plan
+from experiments.sweep.run import run as run_cell
+from experiments.sweep.store import Results
+from kshot.errors import InputError
 from tests.vlm.checkpoints import sharded
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, datum, model_input
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt, template
 
 PARTS = ["README.md", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "kshot.json"]
@@ -252,7 +252,7 @@ def test_training_uses_one_thread_on_a_cpu_and_gives_the_others_back() -> None:
 
 @pytest.mark.parametrize("command", ["train", "predict", "zero-shot"])
 def test_help_answers_at_once(command: str) -> None:
-    code = f"import sys; from experiments import cli; sys.argv = ['kshot', '{command}', '--help']\n"
+    code = f"import sys; from experiments.cli import main as cli; sys.argv = ['kshot', '{command}', '--help']\n"
     code += "try: cli.main()\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith(f"Usage: kshot {command}")

@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 
 from baselines import nano
-from experiments.command import command
-from experiments.config import COMPARED, OWN, Compare, Settings, load
-from experiments.job import Job
-from experiments.methods import METHODS, Outcome, Task
-from experiments.store import Results
-from experiments.sweep import plan
-from experiments.train import planned
-from kshot_errors import InputError, UnknownNameError
+from experiments.adapters.train import planned
+from experiments.sweep.cells import Job
+from experiments.sweep.config import COMPARED, OWN, Compare, Settings, command, load
+from experiments.sweep.grid import plan
+from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.store import Results
+from kshot.errors import InputError, UnknownNameError
 
 YAML = "name: mine\ndatasets: [icons]\nmethods: [dinov2-logreg]\nshots: [1]\nseeds: [0]\n"
 BOTH = ("--image-size", "own", "--image-size", "128", "--readout", "cls", "--readout", "last4")

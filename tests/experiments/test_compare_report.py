@@ -12,15 +12,25 @@ import pytest
 from pyarrow import parquet
 from reported import SWEEP, Page, cell, written
 
-from experiments.methods import METHODS
-from experiments.metrics import scores
-from experiments.plot import _draw
-from experiments.plot_axes import _shifts
-from experiments.series import Choice, Series, by_series, choices_of, from_zero, method_of, number_of, zero_shot_of
-from experiments.styles import STYLES, ordered, style
-from experiments.tables_run import all_planned
-from experiments.terminal import print_summary
-from kshot_errors import ResultsError
+from experiments.cli.sweep import print_summary
+from experiments.report.figures import _draw, _shifts
+from experiments.report.tables import all_planned
+from experiments.sweep.methods import METHODS
+from experiments.sweep.metrics import scores
+from experiments.sweep.series import (
+    STYLES,
+    Choice,
+    Series,
+    by_series,
+    choices_of,
+    from_zero,
+    method_of,
+    number_of,
+    ordered,
+    style,
+    zero_shot_of,
+)
+from kshot.errors import ResultsError
 
 COMPARE: dict[str, list[Any]] = {
     "backbone": ["vit_small_patch14_dinov2.lvd142m", "vit_base_patch14_dinov2.lvd142m"],

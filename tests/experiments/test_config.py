@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from experiments.config import Settings, Sweep, load, presets
-from experiments.methods import METHODS
-from kshot_errors import InputError, UnknownNameError
+from experiments.sweep.config import Settings, Sweep, load, presets
+from experiments.sweep.methods import METHODS
+from kshot.errors import InputError, UnknownNameError
 
 GOOD = "name: mine\ndatasets: [digits]\nmethods: [pixel-knn]\nshots: [1, 2, 2]\nseeds: [0]\n"
 

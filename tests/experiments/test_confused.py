@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 from reported import SWEEP, Page, cell, written
 
-from kshot_errors import ImageError
+from kshot.errors import ImageError
 
 NAMES = ["<b>cat", "dog|s", 'o"wl']
 RUNS = {  # {seed: {key: (label, prediction)}}

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.core import Example
-from experiments.config import Settings, load
-from experiments.job import Job
-from experiments.run import run, shown
-from experiments.sweep import plan
+from data.dataset import Example
+from experiments.sweep.cells import Job
+from experiments.sweep.config import Settings, load
+from experiments.sweep.grid import plan
+from experiments.sweep.run import run, shown
 
 
 def job(method: str, shots: int, **settings: object) -> Job:

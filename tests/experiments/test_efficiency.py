@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported import SWEEP, cell, grid, written
 
-from experiments.efficiency import Needed, efficiency_table, needed, targets
-from experiments.tables import NONE
+from experiments.report.comparisons import Needed, efficiency_table, needed, targets
+from experiments.report.tables import NONE
 
 SHOTS = (0, 1, 2, 3, 4, 8, 10, 16)
 shares = st.integers(0, 200).map(lambda n: n / 200)

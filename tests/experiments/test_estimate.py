@@ -15,24 +15,20 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from baselines import nano as nano_dinov2
 from data import pack
-from data.core import Example, Item, content_key
+from data.dataset import Access, Example, Item, content_key
 from data.fewshot import k_shot
-from data.images import prepare
-from data.row import Access
-from experiments import estimate_disk, estimate_downloads
-from experiments.config import Sweep, load
-from experiments.estimate import Room, check, estimate, of_jobs, of_sweep, room
-from experiments.estimate_counts import counts, work
-from experiments.estimate_disk import Disk, disks
-from experiments.estimate_downloads import Download, downloads
-from experiments.estimate_memory import PASS, Memory, memory, vit_of
-from experiments.estimate_parts import Todo, is_here
-from experiments.estimate_table import rows, seconds
-from experiments.estimate_tokens import lengths, reachable
-from experiments.methods import METHODS, Outcome, Task, prompt_of
-from experiments.predictions import predictions
-from experiments.sweep import plan
-from kshot_errors import InputError
+from data.preparation import prepare
+from experiments.plan import storage
+from experiments.plan.estimate import Room, check, estimate, of_jobs, of_sweep, room, rows, seconds
+from experiments.plan.memory import PASS, Memory, memory
+from experiments.plan.storage import Disk, Download, disks, downloads
+from experiments.sweep.cells import predictions
+from experiments.sweep.config import Sweep, load
+from experiments.sweep.grid import plan
+from experiments.sweep.methods import METHODS, Outcome, Task, prompt_of
+from experiments.sweep.shapes import vit_of
+from experiments.sweep.workload import Workload, counts, is_here, lengths, reachable, work
+from kshot.errors import InputError
 from vlm import models, nano
 
 FIVE = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
@@ -49,7 +45,7 @@ def sweep(photos: Path) -> Callable[..., Sweep]:
 
 
 @pytest.fixture
-def blog() -> Todo:
+def blog() -> Workload:
     return of_sweep(load("blog", {}, {}))
 
 
@@ -119,7 +115,7 @@ def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> 
     assert counts(by_jobs, None) == counts(by_sweep, None)
 
 
-def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Todo) -> None:
+def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -> None:
     assert blog.missing_sets == ["caltech101", "cars", "flowers", "pets"]
     found = counts(blog, None)
     assert found.cells == {"vlm-zero-shot": 4, "vlm-lora": 60, "dinov2-logreg": 60, "dinov2-lora": 60}
@@ -158,7 +154,7 @@ def test_what_comes_with_kshot_is_no_download(sweep: Callable[..., Sweep]) -> No
     assert downloads(of_sweep(sweep(model=str(nano.folder()), backbone=str(nano_dinov2.HERE)))) == []
 
 
-def test_downloads_where_the_hub_is_out_of_reach(blog: Todo) -> None:
+def test_downloads_where_the_hub_is_out_of_reach(blog: Workload) -> None:
     found = {each.name: each for each in downloads(blog)}
     assert found[models.SIZES["8B"]] == Download(models.SIZES["8B"], 2 * 8767123696, "about")
     assert {each.source for each in found.values()} == {"about"}
@@ -167,7 +163,7 @@ def test_downloads_where_the_hub_is_out_of_reach(blog: Todo) -> None:
     assert downloads(other)[0] == Download("somebody/a-model", None, "unknown")
 
 
-def test_downloads_as_the_hub_says(blog: Todo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_as_the_hub_says(blog: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [("model-1.safetensors", 7), ("config.json", 2), ("pytorch_model.bin", 100), ("other/a.safetensors", 100)]
     data = [("data/train-0.parquet", 5), ("data/test-0.parquet", 4), ("data/validation-0.parquet", 100)]
 
@@ -176,7 +172,7 @@ def test_downloads_as_the_hub_says(blog: Todo, monkeypatch: pytest.MonkeyPatch) 
         return lambda self, hub_id, **_: SimpleNamespace(siblings=named)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(estimate_downloads, "_has_model", lambda name: False)
+    monkeypatch.setattr(storage, "_has_model", lambda name: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info(data))
     found = downloads(blog)
@@ -242,7 +238,7 @@ def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
     check(found.room)
 
 
-def test_a_larger_model_needs_more(blog: Todo) -> None:
+def test_a_larger_model_needs_more(blog: Workload) -> None:
     needed = [memory(of_sweep(load("blog", {}, {"model": size})), 1, free=0).needed for size in models.SIZES]
     assert needed == sorted(needed)
 
@@ -253,10 +249,10 @@ def test_a_stored_prediction_takes_no_more_than_is_said(method: str, tmp_path: P
     test = [Example(content_key(str(n).encode()), b"", n % 50) for n in range(count)]
     answers = [(f"the name of class {n % 50}", n % 50) for n in range(count)] if method == "vlm-zero-shot" else None
     pq.write_table(predictions(test, Outcome(rng.normal(size=(count, 50)), True, {}, answers)), tmp_path / "p.parquet")
-    assert (tmp_path / "p.parquet").stat().st_size == pytest.approx(estimate_disk.ROW * count, rel=0.5)
+    assert (tmp_path / "p.parquet").stat().st_size == pytest.approx(storage.ROW * count, rel=0.5)
 
 
-def test_disk_by_file_system(blog: Todo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_by_file_system(blog: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "not/there"))
     fetched = [Download("a", 100, "about"), Download("b", 50, "about", dataset=True), Download("c", None, "unknown")]
     found = disks(blog, tmp_path / "out", fetched, workers=2)
@@ -324,7 +320,7 @@ def test_the_workers_are_those_that_a_sweep_would_have(sweep: Callable[..., Swee
     check(room(todo, tmp_path / "out", 2))
 
 
-def test_a_table_of_what_is_not_known(blog: Todo, tmp_path: Path) -> None:
+def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
     found = estimate(blog, tmp_path / "out", 1)
     assert (found.spent, found.measured) == (None, None)
     table = {row[0]: row[1:] for row in rows(found)}

@@ -10,23 +10,22 @@ from typing import Any
 import pytest
 
 from baselines import nano as nano_dinov2
-from experiments import executors
-from experiments.cli_run import How, _check_room
-from experiments.config import Sweep, load
-from experiments.estimate import estimate, of_jobs, of_sweep, room
-from experiments.estimate_disk import disks
-from experiments.estimate_features import PART, encodings, feature_bytes, seen_in_cell, shared, turns
-from experiments.estimate_memory import memory, vit_of, vlm_of
-from experiments.estimate_parts import Todo
-from experiments.estimate_probe import Rates, own_folder
-from experiments.estimate_table import rows
-from experiments.estimate_time import Measured, measure, spent
-from experiments.store import Results
-from experiments.sweep import plan
-from kshot_errors import InputError
-from kshot_files import STALE
+from experiments.cli.sweep import RunOptions, _check_room
+from experiments.plan.estimate import estimate, of_jobs, of_sweep, room, rows
+from experiments.plan.memory import memory
+from experiments.plan.storage import disks
+from experiments.plan.time import Measured, Rates, measure, own_folder, spent
+from experiments.sweep import workers as executors
+from experiments.sweep.config import Sweep, load
+from experiments.sweep.encoding import PART, encoding_schedule, encodings, feature_bytes, seen_in_cell, shared
+from experiments.sweep.grid import plan
+from experiments.sweep.shapes import vit_of, vlm_of
+from experiments.sweep.store import Results
+from experiments.sweep.workload import Workload
+from kshot.errors import InputError
+from kshot.files import STALE
 from vlm import nano
-from vlm.local import feature_files
+from vlm.local import features
 
 TINY = {"views_per_class": 4, "batch_size": 5, "rank": 4}
 COUNTS = {"a": 10, "b": 20, "c": 10}  # images a class
@@ -68,7 +67,7 @@ SMALL, LARGE = (4, 16), (8, 16)  # a fifth of a folder is tested on; 2 x 8 shots
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the cache keep so many bytes: 15/16 of its limit."""
-    return lambda kept: monkeypatch.setattr(feature_files, "DISK_BYTES", -(-kept * 16 // 15))
+    return lambda kept: monkeypatch.setattr(features, "DISK_BYTES", -(-kept * 16 // 15))
 
 
 def test_bytes_by_hand(sweep: Callable[..., Sweep], sets: tuple[str, ...]) -> None:
@@ -87,12 +86,24 @@ def test_the_first_that_fit_together_are_shared(
     limit(2 * each(*SMALL) + each(*LARGE))
     assert shared(todo) == (a, b, c)
     limit(2 * each(*SMALL) + each(*LARGE) - 16)
-    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((a, b), (c,), ())
+    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+        (a, b),
+        (c,),
+        (),
+    )
     limit(each(*LARGE) - 16)
-    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((a,), (c,), (b,))
+    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+        (a,),
+        (c,),
+        (b,),
+    )
     assert shared(turned) == (c,)
     limit(each(*SMALL) - 16)
-    assert (turns(todo).once, turns(todo).worker, turns(todo).cell) == ((), (), (a, b, c))
+    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+        (),
+        (),
+        (a, b, c),
+    )
     unknown = of_sweep(sweep(model="somebody/a-model"))
     assert shared(unknown) == (a, b, c)
 
@@ -113,8 +124,8 @@ def test_encoding_takes_workers_too(
     sweep: Callable[..., Sweep], limit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As many as are started: one cell, but 20 images in parts of 4."""
-    for module in ("estimate_features", "sweep"):
-        monkeypatch.setattr(f"experiments.{module}.PART", 4)
+    for module in ("encoding", "grid"):
+        monkeypatch.setattr(f"experiments.sweep.{module}.PART", 4)
     planned = plan(sweep(order=(0,)))
     todo = of_jobs(planned.jobs, planned.datasets)
     assert (PART, len(todo.parts)) == (64, 1)
@@ -124,7 +135,7 @@ def test_encoding_takes_workers_too(
     assert room(todo, tmp_path, 9).workers == 1
 
 
-def rates_of(todo: Todo, rates: Rates) -> Measured:
+def rates_of(todo: Workload, rates: Rates) -> Measured:
     of = dict.fromkeys(todo.sets, 0.0)
     return Measured(0, of, of, of, {(part.source, part.variant): rates for part in todo.parts}, 0, 0)
 
@@ -154,7 +165,9 @@ def test_the_table_says_when(
     found = replace(found, counts=replace(found.counts, tower=112))
 
     def said() -> tuple[str, str]:
-        return {row[0]: row[1:] for row in rows(replace(found, turns=turns(todo)))}["vision tower"]
+        return {row[0]: row[1:] for row in rows(replace(found, encoding_schedule=encoding_schedule(todo)))}[
+            "vision tower"
+        ]
 
     assert said() == ("112 images", "each once for all cells, mirrored twins too")
     limit(each(*LARGE) - 16)
@@ -173,7 +186,7 @@ def test_what_is_there_already_needs_no_disk(
     total = 2 * each(*SMALL) + each(*LARGE)
     assert vit is not None
 
-    def needed(todo: Todo = todo) -> int:
+    def needed(todo: Workload = todo) -> int:
         return sum(disk.needs["image features"] for disk in disks(todo, tmp_path / "out", [], 1))
 
     place = tmp_path / "vision/0123/ab"
@@ -245,10 +258,10 @@ def test_a_sweep_is_held_to_its_own_gpu(
     planned, results = plan(sweep()), Results(tmp_path)
     jobs = [replace(job, device="cuda") for job in planned.jobs]
     for device in ("cuda:0", "cuda:2"):
-        _check_room(planned, results, jobs, How(device=device))
+        _check_room(planned, results, jobs, RunOptions(device=device))
     for device in ("cuda:1", "cuda"):
         with pytest.raises(InputError, match=r"of the memory of cuda:1, .* and 1 MB are free"):
-            _check_room(planned, results, jobs, How(device=device))
+            _check_room(planned, results, jobs, RunOptions(device=device))
 
 
 def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:

@@ -20,16 +20,16 @@ from transformers import (
 from baselines import nano as nano_dinov2
 from baselines.backbone import load as load_backbone
 from baselines.lora import LoraHead, Shape
-from experiments import bench_train_shapes
-from experiments.bench_train_case import SIZES as PHOTOGRAPHS
-from experiments.config import load
-from experiments.estimate_memory import TEXT, vit_of, vlm_of
-from experiments.estimate_shapes import DINOV2, PUBLISHED, Vlm, of_folder
-from experiments.methods import Task, prompt_of
+from experiments.bench import train_case
+from experiments.bench.train_case import SIZES as PHOTOGRAPHS
+from experiments.plan.memory import TEXT
+from experiments.sweep.config import load
+from experiments.sweep.methods import Task, prompt_of
+from experiments.sweep.shapes import DINOV2, PUBLISHED, Vlm, of_folder, vit_of, vlm_of
 from tests.vlm.checkpoints import experts
 from vlm import models, nano
-from vlm.local import loading
-from vlm.local.adapter import Layout, LoraSpec
+from vlm.local.model import load as loading
+from vlm.local.model.lora import Layout, LoraSpec
 from vlm.service import connect
 
 PROFILE = Path(__file__).parents[2] / "results/bench/train-h200-profile.json"
@@ -137,7 +137,7 @@ def picture(number: int) -> bytes:
 
 
 def test_the_bench_and_the_plan_know_the_same_shapes() -> None:
-    for size, bench in bench_train_shapes.SHAPES.items():
+    for size, bench in train_case.SHAPES.items():
         shape = PUBLISHED[models.SIZES[size]]
         assert bench.text == (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.mlp)
         assert bench.vision[:2] == (shape.tower, shape.depth)

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import executors
-from experiments.config import load
-from experiments.estimate import estimate, of_sweep
-from experiments.estimate_parts import Part, Todo
-from experiments.estimate_probe import FEW, Rates, Run, Seen, _fitted
-from experiments.estimate_table import rows
-from experiments.estimate_time import Measured, makespan, measure, spent
-from kshot_errors import InputError
+from experiments.plan.estimate import estimate, of_sweep, rows
+from experiments.plan.time import FEW, Measured, ProbeResult, Rates, Run, _fitted, makespan, measure, spent
+from experiments.sweep import workers as executors
+from experiments.sweep.config import load
+from experiments.sweep.workload import CellSpec, Workload
+from kshot.errors import InputError
 
 TINY = {"views_per_class": 4, "batch_size": 4, "rank": 4}
 
@@ -53,8 +51,8 @@ def test_the_ends() -> None:
     assert makespan([5, 1, 1, 1], 8) == 5
 
 
-def part(method: str, **settings: Any) -> Part:
-    return Part("icons", method, 4, 0, load("demo", {}, settings).settings)
+def part(method: str, **settings: Any) -> CellSpec:
+    return CellSpec("icons", method, 4, 0, load("demo", {}, settings).settings)
 
 
 def cost(rates: Rates, *, train: int, test: int, steps: int, encode: bool = False, loads: bool = False) -> Run:
@@ -117,7 +115,7 @@ def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPa
         assert len(jobs) == workers == 2
         assert [each.shots for each in jobs[0]] == [(1, 2, 4, 8, 16)]
         for n, job in enumerate(jobs, 1):
-            yield job, [Seen(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)]
+            yield job, [ProbeResult(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)]
 
     monkeypatch.setattr(executors, "local", local)
     found = measure(todo, 2)
@@ -128,14 +126,16 @@ def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_measurement_that_fails_says_why(photos: Path) -> None:
     todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
-    gone = Todo([p._replace(source="folder:gone") for p in todo.parts], {"folder:gone": next(iter(todo.sets.values()))})
+    gone = Workload(
+        [p._replace(source="folder:gone") for p in todo.parts], {"folder:gone": next(iter(todo.sets.values()))}
+    )
     with pytest.raises(InputError, match="gone is not a folder"):
         measure(gone, 1)
 
 
 def test_a_small_sweep_is_measured(photos: Path, tmp_path: Path) -> None:
     """Every method is tried, in as many workers as there will be; nothing is left in the cache."""
-    from kshot_files import cache_folder
+    from kshot.files import cache_folder
 
     methods = ("dinov2-logreg", "dinov2-lora", "dinov2-knn", "pixel-knn")
     todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2)}, TINY))

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from experiments import executors
-from experiments.executor_ray import MISSING
-from experiments.processes import Failure
-from kshot_errors import InputError, KshotError
+from experiments.sweep import workers
+from experiments.sweep.workers import MISSING, Failure
+from kshot.errors import InputError, KshotError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kshot[ray]'")
 # what Ray leaves to the garbage collector
@@ -60,24 +59,24 @@ def cluster() -> Iterator[Any]:
 
 def test_results_and_failures_come_back(cluster: Any) -> None:
     jobs = [("do", 1), ("fail", 7), ("do", 2)]
-    found = dict(executors.ray(work, jobs))
+    found = dict(workers.ray(work, jobs))
     assert found == {("do", 1): (1, 1), ("do", 2): (2, 1), ("fail", 7): Failure("7 is wrong", 2)}
 
 
 def test_what_must_come_first_is_finished_before_the_rest_begins(cluster: Any, tmp_path: Path) -> None:
     first, rest = ([(name, 0.3, str(tmp_path)) for name in names] for names in ("ab", "cd"))
-    assert {answer for _, answer in executors.ray(note, rest, first=first)} == {*"abcd"}
+    assert {answer for _, answer in workers.ray(note, rest, first=first)} == {*"abcd"}
     lines = [line.split()[:2] for line in (tmp_path / "log").read_text().splitlines()]
     assert {name for name, _ in lines[:4]} == {"a", "b"}
 
 
 def test_a_job_that_fits_nowhere_is_an_error_and_does_not_wait(cluster: Any) -> None:
     with pytest.raises(KshotError, match="no node of the Ray cluster has 64 CPUs for a worker; give fewer --threads"):
-        list(executors.ray(work, [("do", 1)], threads=64))
+        list(workers.ray(work, [("do", 1)], threads=64))
 
 
 def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any) -> None:
-    ((_, answer),) = executors.ray(work, [("die", 1)])
+    ((_, answer),) = workers.ray(work, [("die", 1)])
     assert isinstance(answer, Failure)
     assert answer.lost
     assert "lost in the Ray cluster, 4 times" in answer.message
@@ -86,7 +85,7 @@ def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any) -> None:
 def test_the_jobs_of_a_node_that_is_removed_run_elsewhere(cluster: Any, tmp_path: Path) -> None:
     jobs = [(f"job{n}", 1.0, str(tmp_path)) for n in range(8)]
     found, removed = [], False
-    for _, answer in executors.ray(note, jobs):
+    for _, answer in workers.ray(note, jobs):
         found.append(answer)
         if len(found) == 3 and not removed:
             removed = True
@@ -101,5 +100,5 @@ def test_the_jobs_of_a_node_that_is_removed_run_elsewhere(cluster: Any, tmp_path
 def test_without_ray_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'kshot\[ray\]'"):
-        list(executors.ray(work, [("do", 1)]))
+        list(workers.ray(work, [("do", 1)]))
     assert "kshot[ray]" in MISSING

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments import executors, processes
-from experiments.executors import local, results
-from experiments.processes import Failure
-from kshot_errors import InputError, KshotError
+from experiments.sweep import workers
+from experiments.sweep.workers import Failure, local, results
+from kshot.errors import InputError, KshotError
 
 
 def work(job: tuple[str, int]) -> tuple[int, int, str]:
@@ -55,7 +54,7 @@ def visible(_: int) -> str:
 
 
 def test_no_job_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "Worker", None)
+    monkeypatch.setattr(workers, "Worker", None)
     assert list(local(work, [])) == []
 
 
@@ -112,7 +111,7 @@ def test_each_gpu_is_one_workers() -> None:
 
 @pytest.mark.parametrize(("what", "kind"), [("input", InputError), ("fail", KshotError)])
 def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> None:
-    failure = processes.answered(work, (what, 7))
+    failure = workers.answered(work, (what, 7))
     assert isinstance(failure, Failure)
     found = results(answer for answer in [(1, "one"), (2, failure), (3, "three")])
     assert next(found) == (1, "one")

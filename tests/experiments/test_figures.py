@@ -5,10 +5,10 @@ import re
 import pytest
 from reported import cell, grid
 
-from experiments.display import TOGETHER, file_stem, name, without_paths
-from experiments.plot import figure
-from experiments.styles import STYLES, ordered, style
-from kshot_errors import ResultsError
+from experiments.report.figures import figure
+from experiments.sweep.provenance import TOGETHER, file_stem, name, without_paths
+from experiments.sweep.series import STYLES, ordered, style
+from kshot.errors import ResultsError
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 from reported import cell, grid
 
-from experiments.metrics import scores
-from experiments.plot import _draw, figure
-from experiments.plot_axes import own_range
-from experiments.plot_published import COLOUR, label, remark, seen, within
-from experiments.plot_together import _draw as _draw_together
-from experiments.plot_together import together
-from experiments.references import ALL, Reference, drawn, published
-from experiments.series import Choice, Series
-from experiments.styles import style
+from experiments.report.figures import COLOUR, _draw, figure, label, own_range, remark, seen, together, within
+from experiments.report.figures import _draw_small as _draw_together
+from experiments.report.references import ALL, Reference, drawn, published
+from experiments.sweep.metrics import scores
+from experiments.sweep.series import Choice, Series, style
 
 VIT_B = "vit_base_patch14_dinov2.lvd142m"
 BENCHMARKS = ("caltech101", "cars", "flowers", "pets")

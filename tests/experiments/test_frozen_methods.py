@@ -13,12 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from baselines.heads import HEADS
-from data.core import Images
-from experiments.config import load
-from experiments.methods import METHODS, Task
-from experiments.run import _dataset, _test, run, task
-from experiments.sweep import plan
-from kshot_errors import InputError, TooFewImagesError
+from data.dataset import Images
+from experiments.sweep.config import load
+from experiments.sweep.grid import plan
+from experiments.sweep.methods import METHODS, Task
+from experiments.sweep.run import _dataset, _test, run, task
+from kshot.errors import InputError, TooFewImagesError
 from vlm import ImageRule, Prompt, connect, nano
 from vlm.embedding import embed_images
 

@@ -17,9 +17,9 @@ from hub_upload import TOKEN, UploadHub, accepting
 from stored import files, rewrite
 from trained import TINY
 
-from experiments import hub
-from experiments.adapters import FILES
-from kshot_errors import InputError
+from experiments.adapters import hub
+from experiments.adapters.folder import FILES
+from kshot.errors import InputError
 from tests.vlm.checkpoints import sharded
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +27,13 @@ OF_THE_LIBRARY = "Use 'content=<...>' to upload raw bytes"  # httpx says so of h
 DRIVER = """
 import json, sys
 from pathlib import Path
-from experiments import cli_hub
-from kshot_errors import KshotError
+from experiments.cli import hub
+from kshot.errors import KshotError
 
 def said(folder, repo, yes, public):
     try:
-        cli_hub.check(repo, yes, public)
-        return cli_hub.offer(Path(folder), repo, yes, public)
+        hub.check(repo, yes, public)
+        return hub.offer(Path(folder), repo, yes, public)
     except KshotError as error:
         return {"error": str(error), "status": error.exit_status}
 

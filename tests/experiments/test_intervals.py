@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from experiments.intervals import RESAMPLES, Difference, Score, bootstrap_difference, summary, wilson
-from kshot_errors import ResultsError
+from experiments.sweep.intervals import RESAMPLES, Difference, Score, bootstrap_difference, summary, wilson
+from kshot.errors import ResultsError
 
 
 def table(keys: list[str], label: ArrayLike, prediction: ArrayLike) -> pa.Table:

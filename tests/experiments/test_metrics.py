@@ -17,9 +17,9 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from experiments.intervals import Score
-from experiments.metrics import confusions, metrics, scores, seeds_of
-from kshot_errors import ResultsError
+from experiments.sweep.intervals import Score
+from experiments.sweep.metrics import confusions, metrics, scores, seeds_of
+from kshot.errors import ResultsError
 
 NAMES = {
     "accuracy",

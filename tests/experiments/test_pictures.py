@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import pictures as module
-from experiments.pictures import pictures, shown
-from kshot_errors import ImageError, InputError
+from experiments.adapters import predict as module
+from experiments.adapters.predict import pictures, shown
+from kshot.errors import ImageError, InputError
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from data import catalog
-from data.benchmark_rows import ROWS
-from data.core import Dataset, Example, content_key
-from data.row import Access
-from experiments.config import Settings, capped, load, presets
-from experiments.sweep import plan
-from kshot_errors import InputError
+from data.benchmarks.rows import ROWS
+from data.dataset import Access, Dataset, Example, content_key
+from experiments.sweep.config import Settings, capped, load, presets
+from experiments.sweep.grid import plan
+from kshot.errors import InputError
 from vlm import models
 
 EACH = {"caltech101": 30, "cars": 24, "flowers": 10, "pets": 93}  # fewest training images of a class, as published

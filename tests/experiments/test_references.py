@@ -7,8 +7,8 @@ import pytest
 from reported import SWEEP, Page, grid, written
 
 from data.catalog import DATASETS
-from experiments.references import ALL, ROWS, published, published_table
-from experiments.tables import NONE
+from experiments.report.references import ALL, ROWS, published, published_table
+from experiments.report.tables import NONE
 
 # Typed again, apart from the table: lines of the log that Tip-Adapter's authors publish (16 shots first) ...
 LOG = """

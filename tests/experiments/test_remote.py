@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.job import Job
-from experiments.store import Results
+from experiments.sweep.cells import Job
+from experiments.sweep.store import Results
 from tests.vlm.serving import served
 
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4", "--shots", "1", "--seeds", "0")

@@ -7,9 +7,8 @@ import sys
 from reported import SWEEP, Page, grid, written
 from scipy import stats
 
-from experiments.headline import headline
-from experiments.report import write_report
-from experiments.tables import NONE
+from experiments.report.report import headline, write_report
+from experiments.report.tables import NONE
 
 
 def test_files(tmp_path):
@@ -127,5 +126,5 @@ def test_a_single_run_has_its_interval_over_images(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, experiments.report, experiments.metrics; sys.exit('torch' in sys.modules)"
+    code = "import sys, experiments.report.report, experiments.sweep.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from reported import NASTY, SWEEP, Page, grid, written
 
-from experiments.report import write_report
+from experiments.report.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import re
 import numpy as np
 from reported import SWEEP, Page, cell, grid, written
 
-from experiments.tables import NONE
-from experiments.tables_cost import cost_table
+from experiments.report.tables import NONE, cost_table
 
 FINGERPRINT = "16173827d4a2d8dad71a8630fa04c24a"
 PROVEN = SWEEP | {

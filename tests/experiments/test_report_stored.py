@@ -10,8 +10,8 @@ from pyarrow import parquet
 from reported import SWEEP, cell, grid, written
 from sklearn.metrics import confusion_matrix
 
-from experiments.tables import NONE
-from kshot_errors import ResultsError
+from experiments.report.tables import NONE
+from kshot.errors import ResultsError
 
 
 def stored(folder: Path, cells: list[dict], classes: int = 10) -> None:

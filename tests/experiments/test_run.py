@@ -1,13 +1,13 @@
 """What a cell is given: the examples of its shots, each under its own label."""
 
-from experiments.config import load
-from experiments.run import _train
-from experiments.sweep import plan
+from experiments.sweep.config import load
+from experiments.sweep.grid import plan
+from experiments.sweep.run import _train
 
 
 def test_an_image_that_stands_in_two_classes_keeps_both_labels(make_image) -> None:
     """Whichever of them was prepared first."""
-    from data.core import Dataset, Example, content_key
+    from data.dataset import Dataset, Example, content_key
 
     image = make_image(4321)
     rows = [Example(content_key(image), image, label) for label in (0, 1)]

@@ -6,15 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from experiments.headline import headline
-from experiments.methods import METHODS
-from experiments.plot import figure
-from experiments.report import write_report
-from experiments.series import Choice, Series, by_series, choices_of, from_zero, method_of, zero_shot_of
-from experiments.styles import ordered, style
-from experiments.tables_run import all_planned
-from experiments.terminal import print_summary
-from kshot_errors import ResultsError
+from experiments.cli.sweep import print_summary
+from experiments.report.figures import figure
+from experiments.report.report import headline, write_report
+from experiments.report.tables import all_planned
+from experiments.sweep.methods import METHODS
+from experiments.sweep.series import (
+    Choice,
+    Series,
+    by_series,
+    choices_of,
+    from_zero,
+    method_of,
+    ordered,
+    style,
+    zero_shot_of,
+)
+from kshot.errors import ResultsError
 
 PROMPTS = ["recipe", "{image}What is it? => It is a {label}"]
 SWEEP = {

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from experiments.metrics import metrics
-from experiments.store import Results
-from kshot_errors import KshotError, ResultsError
+from experiments.sweep.metrics import metrics
+from experiments.sweep.store import Results
+from kshot.errors import KshotError, ResultsError
 
 SWEEP: dict[str, Any] = {
     **{"name": "x", "datasets": ["a"], "methods": ["m"], "shots": [2], "seeds": [1], "notes": ["about m"]},

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from stored import files, numbers, rewrite
 
-from experiments.job import Job
-from experiments.store import Results
+from experiments.sweep.cells import Job
+from experiments.sweep.store import Results
 
 CELLS = 17  # of the grid: one zero-shot, four methods x two shots x two seeds
 QUICK = ("--method", "pixel-knn", "--shots", "1")
@@ -51,7 +51,7 @@ def reversed_methods(grid: list[str]) -> list[str]:
 
 def test_a_rerun_starts_nothing(grid: list[str], copied: Path, kshot, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(copied)
-    monkeypatch.setattr("experiments.executors.Worker", None)
+    monkeypatch.setattr("experiments.sweep.workers.Worker", None)
     said = kshot(*grid, "--out", copied)
     after = files(copied)
     assert (said.status, said.err) == (0, "all 17 cells are there: nothing to compute\n")
@@ -139,7 +139,7 @@ def test_the_report_recomputes_the_metrics(two_workers: Path, copied: Path) -> N
     record = Results(copied).cells()[0]
     rewrite(copied / "cells" / f"{record['key']}.json", metrics={**record["metrics"], "accuracy": 0.123})
     (copied / "report.md").write_text("old")
-    code = f"import sys; from experiments import cli; sys.argv = ['kshot', 'report', {str(copied)!r}]\n"
+    code = f"import sys; from experiments.cli import main as cli; sys.argv = ['kshot', 'report', {str(copied)!r}]\n"
     code += "try: cli.main()\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "tinker", "timm", "sklearn"} & set(done.stdout.splitlines()[-1].split())
@@ -182,7 +182,7 @@ class Sweep:
 
     def __init__(self, grid: list[str], out: Path) -> None:
         self.out = out
-        command = [sys.executable, "-c", "from experiments.cli import main; main()", *grid, "--workers", "2"]
+        command = [sys.executable, "-c", "from experiments.cli.main import main; main()", *grid, "--workers", "2"]
         self.process = subprocess.Popen(
             [*command, "--out", str(out)],
             stderr=subprocess.PIPE,

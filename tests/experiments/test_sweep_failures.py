@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from experiments import methods
-from experiments.config import load
-from experiments.job import Job
-from experiments.methods import METHODS, Outcome, Task
-from experiments.store import Results
-from experiments.sweep import execute, gpus_of, plan
-from kshot_errors import InputError
+from experiments.sweep import methods
+from experiments.sweep.cells import Job
+from experiments.sweep.config import load
+from experiments.sweep.grid import execute, gpus_of, plan
+from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.store import Results
+from kshot.errors import InputError
 
 QUICK = ("--method", "pixel-knn", "--method", "dinov2-logreg", "--shots", "1,2", "--seeds", "0")
 

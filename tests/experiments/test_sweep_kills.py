@@ -18,7 +18,7 @@ from stored import files, numbers
 KILLS = 20
 STARTING, WORKING = 20.0, 4.0  # seconds, at most: until a kill that comes before a cell, and after some cells
 MOST = 3  # a run is killed after fewer new cells than this, and those of the seconds above
-COMMAND = [sys.executable, "-c", "from experiments.cli import main; main()", "demo", "--workers", "2", "--out"]
+COMMAND = [sys.executable, "-c", "from experiments.cli.main import main; main()", "demo", "--workers", "2", "--out"]
 
 
 def demo(out: Path, cache: Path) -> subprocess.Popen[bytes]:

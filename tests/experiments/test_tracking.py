@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from experiments.tracking import TRACKERS, Tracker, tracker
-from kshot_errors import InputError, UnknownNameError
+from experiments.sweep.tracking import TRACKERS, Tracker, tracker
+from kshot.errors import InputError, UnknownNameError
 
 SWEEP = {
     "name": "two",
@@ -201,7 +201,7 @@ def test_another_name_says_the_choices() -> None:
 def test_nothing_is_imported_before_a_tool_is_chosen() -> None:
     import subprocess
 
-    code = "import sys, experiments.tracking; print(*{'wandb', 'trackio', 'tensorboard', 'torch'} & set(sys.modules))"
+    code = "import sys, experiments.sweep.tracking; print(*{'wandb', 'trackio', 'tensorboard', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -269,7 +269,7 @@ sys.path.insert(0, "tests/experiments")
 import huggingface_hub
 from pathlib import Path
 from test_tracking import CELLS, follow
-from experiments.tracking import tracker
+from experiments.sweep.tracking import tracker
 folder = Path(sys.argv[1])
 for some in (CELLS[:2], CELLS[2:]):  # stopped, and continued in its folder
     follow(tracker("trackio"), folder, some)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
+from experiments.cli import main
 
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4", "--set", "max_side=40")
 
@@ -16,5 +16,5 @@ def train(photos: Path, out: Path, *options: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit, match=r"^0$"):
-            cli.main()
+            main.main()
     return out

@@ -12,8 +12,8 @@ from tests.vlm.raw import Raw, talking
 from tests.vlm.serving import Server, served
 from vlm import nano
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 

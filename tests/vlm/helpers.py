@@ -10,10 +10,9 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from tinker import types
 
-from kshot_images import open_image
+from kshot.images import open_image
 from vlm.inputs import ImageRule
-from vlm.local.sampling_client import LocalSamplingClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 
 IMAGE = 4082  # the nano tokenizer's <|image_pad|>
 CLASSES = ("star", "car", "cart", "crocodile", "crocodile head", "café ☕")

@@ -11,22 +11,22 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
-from kshot_errors import UnknownNameError
+from kshot.errors import UnknownNameError
 from vlm import nano
-from vlm.local.client import LocalServiceClient
-from vlm.local.sampling import Ask
-from vlm.local.sampling_client import LocalSamplingClient
-from vlm.server.openai_routes import router
+from vlm.local.clients import LocalSamplingClient
+from vlm.local.registry import LocalServiceClient
+from vlm.local.sampling.sampler import SamplingRequest
+from vlm.server.openai.routes import router
 
 PREFIXES = ("/v1", "/oai/api/v1")
 
 
 @dataclass
 class Models:
-    """Meets `vlm.server.openai_routes.Models`. asked, samplings: what the samplers it gave were asked, and gave."""
+    """Meets `vlm.server.openai.routes.Models`. asked, samplings: what the samplers it gave were asked, and gave."""
 
     service: LocalServiceClient
-    asked: list[Ask] = field(default_factory=list)
+    asked: list[SamplingRequest] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
 
     def names(self) -> list[str]:
@@ -50,7 +50,7 @@ class Watched:
     inner: LocalSamplingClient
     models: Models
 
-    def start(self, ask: Ask, on_token: Any = None) -> Any:
+    def start(self, ask: SamplingRequest, on_token: Any = None) -> Any:
         self.models.asked.append(ask)
         self.models.samplings.append(self.inner.start(ask, on_token))
         return self.models.samplings[-1]

@@ -20,13 +20,13 @@ from peft import PeftModel
 from tinker import types
 
 import vlm
-from kshot_errors import InputError
-from kshot_training import folder_of
+from kshot.checks import folder_of
+from kshot.errors import InputError
 from tests.vlm.helpers import stock_inputs
 from tests.vlm.serving import served
 from vlm import nano
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 
 MISTAKES: dict[str, Any] = {"local": InputError, "http": (tinker.RequestFailedError, tinker.APIStatusError)}
 PATIENCE = 15.0  # seconds after which a request that never ends has failed

@@ -18,9 +18,9 @@ from typing import Any
 import uvicorn
 
 from vlm import nano
-from vlm.local.host import Host
+from vlm.local.registry import EngineRegistry
 from vlm.server.app import Options, application
-from vlm.server.core import Core
+from vlm.server.state import ServerState
 from vlm.server.store import Store
 
 PLACES = {nano.NAME: nano.NAME}
@@ -32,15 +32,15 @@ class Server:
     """A running server and, of one in this process, its parts."""
 
     address: str
-    core: Core
+    core: ServerState
     app: Any
 
 
 @contextmanager
-def served(state: Path, host: Host | None = None, **options: Any) -> Iterator[Server]:
+def served(state: Path, host: EngineRegistry | None = None, **options: Any) -> Iterator[Server]:
     """A server on a free port of loopback, on a thread."""
-    host = host or Host(state, places=PLACES)
-    core = Core(host, Store(host.state))
+    host = host or EngineRegistry(state, places=PLACES)
+    core = ServerState(host, Store(host.state))
     app = application(core, Options(**options))
     config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
@@ -72,10 +72,13 @@ class Command:
 
 
 @contextmanager
-def command(state: Path, *arguments: str) -> Iterator[Command]:
-    """The command with these arguments, once it has said where it listens."""
+def command(state: Path, *arguments: str, in_background: bool = False) -> Iterator[Command]:
+    """The command with these arguments, once it has said where it listens. in_background: as a shell starts a
+    background job, with SIGINT ignored."""
     given = ["serve", "--port", "0", "--state", str(state), *arguments]
-    start = [sys.executable, "-c", "from experiments.cli import main; main()", *given]
+    start = [sys.executable, "-c", "from experiments.cli.main import main; main()", *given]
+    if in_background:
+        start = ["/bin/bash", "-c", 'trap "" INT; exec "$@"', "bash", *start]
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tinker import types
 
-from kshot_errors import ModelError, UnknownNameError
-from kshot_training import folder_of
+from kshot.checks import folder_of
+from kshot.errors import ModelError, UnknownNameError
 from tests.vlm.checkpoints import sharded
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.classifier import predict
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 

@@ -20,14 +20,14 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from kshot_errors import RequestError
+from kshot.errors import RequestError
 from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft, stock_inputs
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule
-from vlm.local.adapter import LoraSpec
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.model.lora import LoraSpec
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}

@@ -7,11 +7,11 @@ import pytest
 import tinker
 from tinker import types
 
-from kshot_errors import ImageError, RequestError, UnknownNameError
+from kshot.errors import ImageError, RequestError, UnknownNameError
 from tests.vlm.helpers import IMAGE, Pictured
 from vlm import nano
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)

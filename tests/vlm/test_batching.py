@@ -16,19 +16,20 @@ import tinker
 import torch
 from tinker import types
 
-from kshot_errors import ImageError, RequestError
+from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured, disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk, model_input
-from vlm.local import decoding, sampling
-from vlm.local.attention import Next
-from vlm.local.decoding import Decoder
+from vlm.local.clients import LocalTrainingClient
 from vlm.local.engine import BASE, Engine, Snapshot
-from vlm.local.model import Model
-from vlm.local.sampling import Ask
-from vlm.local.training_client import LocalTrainingClient
-from vlm.local.worker import Sampling, Worker
-from vlm.local.writing import Writer
+from vlm.local.model.attention import Next
+from vlm.local.model.load import Model
+from vlm.local.sampling import decoder as decoding
+from vlm.local.sampling import sampler
+from vlm.local.sampling.decoder import Decoder
+from vlm.local.sampling.sampler import SamplingRequest
+from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.scheduler import SamplingTask, Scheduler
 from vlm.prompts import Prompt
 
 SOON = 60  # seconds after which a test gives up
@@ -41,8 +42,8 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    made = Worker()
+def worker() -> Iterator[Scheduler]:
+    made = Scheduler()
     yield made
     made.close()
 
@@ -58,23 +59,23 @@ def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[t
 
 
 @pytest.fixture(scope="module")
-def asks(prompts: list[tinker.ModelInput]) -> list[Ask]:
+def asks(prompts: list[tinker.ModelInput]) -> list[SamplingRequest]:
     """Of every length and kind: greedy and drawn, one sample and several."""
     made = []
     for n, prompt in enumerate(prompts):
         greedy = types.SamplingParams(max_tokens=3 + 2 * n, temperature=0.0, stop=[])
         drawn = types.SamplingParams(max_tokens=12 - 2 * n, temperature=1.3, seed=n, stop=[])
-        made += [Ask(prompt, greedy), Ask(prompt, drawn, 1 + n % 3)]
+        made += [SamplingRequest(prompt, greedy), SamplingRequest(prompt, drawn, 1 + n % 3)]
     return made
 
 
 @pytest.fixture(scope="module")
-def alone(stock: Any, asks: list[Ask], rule: ImageRule) -> list[list[tuple[list[int], list[float]]]]:
+def alone(stock: Any, asks: list[SamplingRequest], rule: ImageRule) -> list[list[tuple[list[int], list[float]]]]:
     """Of each ask: what the stock model writes, sample by sample."""
     return [[reference(stock, ask, number, rule) for number in range(ask.num_samples)] for ask in asks]
 
 
-def reference(stock: Any, ask: Ask, number: int, rule: ImageRule) -> tuple[list[int], list[float]]:
+def reference(stock: Any, ask: SamplingRequest, number: int, rule: ImageRule) -> tuple[list[int], list[float]]:
     """Tokens and log-probabilities of a sample: a stock forward of the whole sequence for each, the inverse of the
     distribution function in numpy for what is drawn, by the numbers of the sample's own generator."""
     p, tokens, log_probs = ask.params, list[int](), list[float]()
@@ -101,7 +102,7 @@ def assert_alone(sequences: Sequence[types.SampledSequence], expected: list[tupl
         assert sequence.logprobs == pytest.approx(log_probs, abs=1e-5)
 
 
-def held(worker: Worker) -> Callable[[], None]:
+def held(worker: Scheduler) -> Callable[[], None]:
     """Keep the worker busy until what is returned is called, so that all that is asked meanwhile arrives together."""
     gate, begun = threading.Event(), threading.Event()
 
@@ -127,15 +128,15 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
 
 
 def test_a_sequence_is_the_same_whoever_is_in_the_batch(
-    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]]
+    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
 ) -> None:
     """They join at different times, in pairs or alone, and leave as they end."""
     for order in (range(len(asks)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
-        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampling.Answer](), list(order)
+        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampler.SamplingResult](), list(order)
         most = 0
         while left or decoder.going:
             some = [left.pop() for _ in range(min(len(left), 1 + len(left) % 2))]
-            answers |= zip(some, sampling.join(decoder, [asks[n] for n in some]) if some else [], strict=True)
+            answers |= zip(some, sampler.join(decoder, [asks[n] for n in some]) if some else [], strict=True)
             most = max(most, len(decoder.step()))
         assert most >= 8
         for number, answer in answers.items():
@@ -147,13 +148,13 @@ def test_those_that_find_no_row_or_no_room_wait(
     rows: int,
     cached: int,
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoding, "CACHED", cached)
     decoder, made = Decoder(engine, BASE, rows), passes(engine, monkeypatch)
-    answers = [sampling.join(decoder, [ask])[0] for ask in asks]
+    answers = [sampler.join(decoder, [ask])[0] for ask in asks]
     assert not decoder.free or rows == 64
     assert made == [("read", ask.prompt.length) for ask in asks]
     while decoder.going:
@@ -167,17 +168,17 @@ def test_those_that_find_no_row_or_no_room_wait(
 
 def test_many_threads_are_answered_together(
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Worker,
+    worker: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """64 at once: far fewer passes than one by one; every token is told, in order."""
-    made, told = passes(engine, monkeypatch), [dict[Writer, list[int]]() for _ in range(64)]
+    made, told = passes(engine, monkeypatch), [dict[TokenSequence, list[int]]() for _ in range(64)]
     chosen = [n % len(asks) for n in range(64)]
 
     def ask(n: int) -> Sequence[types.SampledSequence]:
-        def note(writer: Writer) -> None:
+        def note(writer: TokenSequence) -> None:
             told[n].setdefault(writer, []).append(writer.tokens[-1])
 
         return worker.sample(engine, BASE, asks[chosen[n]], note).future.result(SOON).sequences
@@ -195,18 +196,18 @@ def test_many_threads_are_answered_together(
     assert worker.tokens_sampled == written
     longest = max(len(tokens) for each in alone for tokens, _ in each)
     assert len(made) < 3 * longest + 10 < written / 5
-    assert max(size for kind, size in made if kind == "write") == sampling.ROWS
+    assert max(size for kind, size in made if kind == "write") == sampler.ROWS
     worker.submit(int).result(SOON)  # the turn in which the last answer was given is over
     assert (worker.waiting_jobs, worker.waiting_samples, worker.active_sequences) == (0, 0, 0)
     assert worker.busy_seconds > 0
 
 
 def test_requests_take_as_many_passes_as_the_longest(
-    engine: Engine, prompts: list[tinker.ModelInput], worker: Worker, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, prompts: list[tinker.ModelInput], worker: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, release = passes(engine, monkeypatch), held(worker)
     params = types.SamplingParams(max_tokens=9, temperature=0.0, stop=[])
-    started = [worker.sample(engine, BASE, Ask(prompts[4], params)) for _ in range(40)]
+    started = [worker.sample(engine, BASE, SamplingRequest(prompts[4], params)) for _ in range(40)]
     release()
     assert len({tuple(each.future.result(SOON).sequences[0].tokens) for each in started}) == 1
     assert made == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
@@ -214,12 +215,12 @@ def test_requests_take_as_many_passes_as_the_longest(
 
 def test_snapshots_take_turns(
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
     client: LocalTrainingClient,
     stock: Any,
     rule: ImageRule,
-    worker: Worker,
+    worker: Scheduler,
 ) -> None:
     disturb(client)
     tuned, tokens = engine.snapshot(client._run.adapter), list[str]()
@@ -237,7 +238,7 @@ def test_snapshots_take_turns(
     assert 0 < tokens.index("tuned") < tokens.index("base", tokens.index("tuned"))
 
 
-BAD: dict[str, tuple[Callable[[Ask], Ask], type[Exception], str]] = {
+BAD: dict[str, tuple[Callable[[SamplingRequest], SamplingRequest], type[Exception], str]] = {
     "off the vocabulary": (lambda a: replace(a, prompt=model_input([5, 4096])), RequestError, "4096 is outside"),
     "a broken image": (
         lambda a: replace(a, prompt=tinker.ModelInput(chunks=[types.ImageChunk(data=b"no", format="png")])),
@@ -269,7 +270,11 @@ BAD: dict[str, tuple[Callable[[Ask], Ask], type[Exception], str]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_request_fails_alone(
-    kind: str, engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]], worker: Worker
+    kind: str,
+    engine: Engine,
+    asks: list[SamplingRequest],
+    alone: list[list[tuple[list[int], list[float]]]],
+    worker: Scheduler,
 ) -> None:
     spoil, error, named = BAD[kind]
     release = held(worker)
@@ -282,9 +287,9 @@ def test_a_bad_request_fails_alone(
 
 
 def test_who_raises_when_told_fails_alone(
-    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]], worker: Worker
+    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]], worker: Scheduler
 ) -> None:
-    def third(writer: Writer) -> None:
+    def third(writer: TokenSequence) -> None:
         if len(writer.tokens) == 3:
             raise OSError("nobody listens")
 
@@ -298,12 +303,12 @@ def test_who_raises_when_told_fails_alone(
 
 def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Worker,
+    worker: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling, "ROWS", 2)
+    monkeypatch.setattr(sampler, "ROWS", 2)
     hidden, left, other = engine.model.text.hidden, [2], Snapshot()
 
     def failing(given: Any, attention: Any, *args: Any) -> torch.Tensor:
@@ -328,9 +333,9 @@ def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
 
 def test_a_full_context_ends_a_sequence_and_no_other(
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Worker,
+    worker: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last token needs no position of its own: nothing is computed from it."""
@@ -338,7 +343,7 @@ def test_a_full_context_ends_a_sequence_and_no_other(
     room = 2
     monkeypatch.setattr(engine.model, "context", asks[long].prompt.length + room)
     release = held(worker)
-    full, fitting = (worker.sample(engine, BASE, Ask(asks[n].prompt, ENDLESS)) for n in (long, short))
+    full, fitting = (worker.sample(engine, BASE, SamplingRequest(asks[n].prompt, ENDLESS)) for n in (long, short))
     release()
     (cut,), (longer,) = full.future.result(SOON).sequences, fitting.future.result(SOON).sequences
     assert (cut.stop_reason, longer.stop_reason) == ("length", "length")
@@ -349,21 +354,22 @@ def test_a_full_context_ends_a_sequence_and_no_other(
 
 def test_who_cancels_frees_the_rows(
     engine: Engine,
-    asks: list[Ask],
+    asks: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Worker,
+    worker: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling, "ROWS", 2)
+    monkeypatch.setattr(sampler, "ROWS", 2)
     going = threading.Semaphore(0)
     first, second = (
-        worker.sample(engine, BASE, Ask(asks[0].prompt, ENDLESS), lambda _: going.release()) for _ in range(2)
+        worker.sample(engine, BASE, SamplingRequest(asks[0].prompt, ENDLESS), lambda _: going.release())
+        for _ in range(2)
     )
     for _ in range(8):
         assert going.acquire(timeout=SOON)
     waiting, gone = worker.sample(engine, BASE, asks[1]), worker.sample(engine, BASE, asks[3])
     assert gone.cancel()
-    brief = Ask(asks[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
+    brief = SamplingRequest(asks[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
     answer = worker.sample(engine, BASE, brief).future.result(SOON)  # needs no row
     assert answer.sequences[0].tokens == alone[2][0][0][:1]
     assert gone.future in wait([gone.future], SOON).done
@@ -382,11 +388,15 @@ def test_who_cancels_frees_the_rows(
 
 
 def test_jobs_do_not_wait_for_sampling_to_end(
-    engine: Engine, asks: list[Ask], client: LocalTrainingClient, mixed: list[tinker.Datum], worker: Worker
+    engine: Engine,
+    asks: list[SamplingRequest],
+    client: LocalTrainingClient,
+    mixed: list[tinker.Datum],
+    worker: Scheduler,
 ) -> None:
     """A step of training runs on the engine between two tokens."""
     run = client._run
-    started = worker.sample(engine, BASE, Ask(asks[0].prompt, ENDLESS))
+    started = worker.sample(engine, BASE, SamplingRequest(asks[0].prompt, ENDLESS))
     loss = worker.submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
     step = worker.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
     assert loss.metrics["loss:sum"] > 0
@@ -395,7 +405,7 @@ def test_jobs_do_not_wait_for_sampling_to_end(
     started.cancel()
 
 
-def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[Ask], worker: Worker) -> None:
+def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[SamplingRequest], worker: Scheduler) -> None:
     """A token comes after every job."""
     ran, seen = list[int](), list[int]()
     release = held(worker)
@@ -410,7 +420,7 @@ def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[Ask], wo
     assert ran == list(range(200))
 
 
-def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Worker) -> None:
+def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Scheduler) -> None:
     release, ran = held(worker), list[str]()
 
     def fail() -> None:
@@ -426,16 +436,16 @@ def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Worker) -> Non
     assert ran == ["a"]
 
 
-def test_the_workers_own_thread_cannot_ask(engine: Engine, asks: list[Ask], worker: Worker) -> None:
+def test_the_workers_own_thread_cannot_ask(engine: Engine, asks: list[SamplingRequest], worker: Scheduler) -> None:
     for call in (lambda: worker.submit(int), lambda: worker.sample(engine, BASE, asks[0])):
         with pytest.raises(RequestError, match="cannot ask its own service"):
             worker.submit(call).result(SOON)
 
 
 def test_a_closed_worker_finishes_what_was_asked(
-    engine: Engine, asks: list[Ask], alone: list[list[tuple[list[int], list[float]]]]
+    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
 ) -> None:
-    worker = Worker()
+    worker = Scheduler()
     release = held(worker)
     started, job = worker.sample(engine, BASE, asks[1]), worker.submit(int)
     worker.close(wait=False)
@@ -450,10 +460,10 @@ def test_a_closed_worker_finishes_what_was_asked(
     assert_alone(started.future.result().sequences, alone[1])
 
 
-def test_a_worker_that_nobody_has_ends_its_thread(engine: Engine, asks: list[Ask]) -> None:
-    worker = Worker()
+def test_a_worker_that_nobody_has_ends_its_thread(engine: Engine, asks: list[SamplingRequest]) -> None:
+    worker = Scheduler()
     thread = worker.submit(threading.current_thread).result(SOON)
-    started: Sampling = worker.sample(engine, BASE, asks[0])
+    started: SamplingTask = worker.sample(engine, BASE, asks[0])
     started.future.result(SOON)
     del worker
     gc.collect()

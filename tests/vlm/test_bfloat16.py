@@ -7,11 +7,11 @@ import torch
 from tinker import types
 
 from tests.vlm.helpers import Pictured
-from vlm import labels, nano
-from vlm.local.adapter import LoraSpec
+from vlm import label_trie, nano
 from vlm.local.engine import BASE, Engine
-from vlm.local.model import Model
-from vlm.local.sampling import Ask, sample
+from vlm.local.model.load import Model
+from vlm.local.model.lora import LoraSpec
+from vlm.local.sampling.sampler import SamplingRequest, sample
 from vlm.local.scoring import score_tree
 from vlm.prompts import Prompt
 
@@ -38,12 +38,12 @@ def test_training(engines: tuple[Engine, Engine], mixed: list[tinker.Datum]) -> 
 
 def test_scoring_and_sampling(engines: tuple[Engine, Engine], prompt: Prompt, examples: list[Pictured]) -> None:
     asked = [prompt.question(e.image) for e in examples[:4]]
-    trie = labels.build(prompt.choices, "constrained")
+    trie = label_trie.build(prompt.choices, "constrained")
     half, full = (score_tree(engine, BASE, asked, trie) for engine in engines)
     assert np.abs(half - full).max() < 0.2
     tuned = engines[0].snapshot(engines[0].start(LoraSpec(rank=4), seed=0).adapter)
     assert (score_tree(engines[0], tuned, asked, trie) == half).all()  # B is zero
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
-    answers = sample(engines[0], BASE, [Ask(p, params, prompt_logprobs=True) for p in asked])
+    answers = sample(engines[0], BASE, [SamplingRequest(p, params, prompt_logprobs=True) for p in asked])
     assert [len(answer.sequences[0].tokens) for answer in answers] == [4] * 4
     assert answers[0].prompt_logprobs is not None

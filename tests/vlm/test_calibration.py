@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from experiments.config import Settings
-from kshot_errors import UnknownNameError
+from experiments.sweep.config import Settings
+from kshot.errors import UnknownNameError
 from vlm import calibration, nano
 from vlm.calibration import calibrated, choose, prior
 from vlm.classifier import predict
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 

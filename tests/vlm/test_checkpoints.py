@@ -8,12 +8,12 @@ import pytest
 import tinker
 from tinker import types
 
-from kshot_errors import ModelError, RequestError
+from kshot.errors import ModelError, RequestError
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.classifier import predict
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)

@@ -8,12 +8,12 @@ import tinker
 import torch
 from tinker import types
 
-from kshot_errors import RequestError, UnknownNameError
+from kshot.errors import RequestError, UnknownNameError
 from tests.vlm.helpers import CLASSES, Pictured, adapter_of, disturb, gradients_of, plain_peft, stock_inputs
 from vlm.classifier import fit, predict
 from vlm.inputs import ImageRule
-from vlm.labels import branches
-from vlm.local.training_client import LocalTrainingClient
+from vlm.label_trie import branches
+from vlm.local.clients import LocalTrainingClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)

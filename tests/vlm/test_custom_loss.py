@@ -7,10 +7,10 @@ import pytest
 import tinker
 import torch
 
-from kshot_errors import RequestError
+from kshot.errors import RequestError
 from tests.vlm.helpers import disturb, gradients_of
 from vlm.local import engine as engine_module
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
 
 
 def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from tinker import types
 
 from tests.vlm.helpers import Pictured
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local import pixels
+from vlm.local import vision
 
 
 @pytest.fixture
@@ -18,22 +18,22 @@ def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
 
 
 def test_decoding_ahead_takes_no_core_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(vision.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for used, spare in ((1, 0), (2, 4), (6, 2), (8, 0), (16, 0)):
         monkeypatch.setattr(torch, "get_num_threads", lambda used=used: used)
-        assert pixels.spare_threads(torch.device("cpu")) == spare
-        assert pixels.spare_threads(torch.device("cuda")) == 4
+        assert vision.spare_threads(torch.device("cpu")) == spare
+        assert vision.spare_threads(torch.device("cuda")) == 4
 
 
 def test_what_nobody_takes_does_not_pile_up(
     rule: ImageRule, chunks: list[types.ImageChunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = len(pixels.PixelLoader(rule, 0).take(b"", chunks[0].data).pixels.flatten()) * 4
-    loader = pixels.PixelLoader(rule, threads=1, limit=2 * size)
+    size = len(vision.PixelLoader(rule, 0).take(b"", chunks[0].data).pixels.flatten()) * 4
+    loader = vision.PixelLoader(rule, threads=1, limit=2 * size)
     for number, chunk in enumerate(chunks):
         loader.start(bytes([number]), chunk.data)
     assert (len(loader._started), loader._held) == (2, 2 * size)
-    monkeypatch.setattr(pixels, "ABANDONED", -1)
+    monkeypatch.setattr(vision, "ABANDONED", -1)
     loader.start(b"later", chunks[3].data)
     assert list(loader._started) == [b"later"]
     loader.drop(b"later")
@@ -43,7 +43,7 @@ def test_what_nobody_takes_does_not_pile_up(
 def test_an_image_that_two_requests_wait_for_is_decoded_once(
     rule: ImageRule, chunks: list[types.ImageChunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = pixels.PixelLoader(rule, threads=1)
+    loader = vision.PixelLoader(rule, threads=1)
     for _ in range(2):
         loader.start(b"key", chunks[0].data)
     first = loader._started[b"key"].future.result()
@@ -55,7 +55,7 @@ def test_an_image_that_two_requests_wait_for_is_decoded_once(
 def test_an_image_that_no_thread_has_begun_is_decoded_by_who_needs_it(
     rule: ImageRule, chunks: list[types.ImageChunk]
 ) -> None:
-    loader, gate = pixels.PixelLoader(rule, threads=1), threading.Event()
+    loader, gate = vision.PixelLoader(rule, threads=1), threading.Event()
     loader._pool.submit(gate.wait)
     loader.start(b"key", chunks[0].data)
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlm.local import elementwise, elementwise_torch
+from vlm.local.model import ops, ops_torch
 
 EPS = 1e-6
 SIZES = [(1, 3, 1, 4), (5, 9, 6, 12), (3, 48, 40, 128)]  # positions, heads, normed ones, width of one
@@ -56,10 +56,10 @@ def test_gradients_are_those_of_the_formulas(size: tuple[int, int, int, int]) ->
         (
             torch.cat((first, x[:, normed:]), 1),
             given["gradient"],
-            lambda y: elementwise.norm_rope(y, single["weight"], (single["cos"], single["sin"]), EPS),
+            lambda y: ops.norm_rope(y, single["weight"], (single["cos"], single["sin"]), EPS),
         ),
-        (_norm(flat, wide.double()), row, lambda y: elementwise.rms_norm(y.flatten(1), wide, EPS)),
-        (functional.silu(gate) * up, row[:, ::2], lambda y: elementwise.swiglu(y.flatten(1))),
+        (_norm(flat, wide.double()), row, lambda y: ops.rms_norm(y.flatten(1), wide, EPS)),
+        (functional.silu(gate) * up, row[:, ::2], lambda y: ops.swiglu(y.flatten(1))),
     ]
     for expected, gradient, ours in cases:
         y = x.detach().float().requires_grad_()
@@ -90,7 +90,7 @@ def _both_agree(way: ModuleType, size: tuple[int, int, int, int], dtype: torch.d
         out, kept = way.swiglu(flat)
         yield from (out, way.swiglu_back(gradient.flatten(1)[:, ::2], flat, *kept))
 
-    for ours, expected in zip(all_of(way, given), all_of(elementwise_torch, exact), strict=True):
+    for ours, expected in zip(all_of(way, given), all_of(ops_torch, exact), strict=True):
         close(ours, expected)
 
 
@@ -105,11 +105,11 @@ def test_kernels_agree_with_torch() -> None:
 
 
 def interpreted() -> None:
-    from vlm.local import elementwise_triton
+    from vlm.local.model import ops_triton
 
     cases = list(product(SIZES, TOLERANCE))
     for size, dtype in cases:
-        _both_agree(elementwise_triton, size, dtype, "cpu")
+        _both_agree(ops_triton, size, dtype, "cpu")
     print(len(cases), "agree")
 
 
@@ -117,15 +117,15 @@ def interpreted() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [*SIZES, (700, 48, 40, 128)])
 def test_compiled_kernels_agree_with_torch(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    way = elementwise._on_gpu(torch.device("cuda", 0))
-    assert way is not elementwise_torch
+    way = ops._on_gpu(torch.device("cuda", 0))
+    assert way is not ops_torch
     _both_agree(way, size, dtype, "cuda")
 
 
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vlm.local.elementwise_triton", None)
-    monkeypatch.delattr("vlm.local.elementwise_triton", raising=False)
-    elementwise._on_gpu.cache_clear()
+    monkeypatch.setitem(sys.modules, "vlm.local.model.ops_triton", None)
+    monkeypatch.delattr("vlm.local.model.ops_triton", raising=False)
+    ops._on_gpu.cache_clear()
     with pytest.warns(UserWarning, match="Triton compiles nothing here"):
-        assert elementwise._on_gpu(torch.device("cpu")) is elementwise_torch
-    elementwise._on_gpu.cache_clear()
+        assert ops._on_gpu(torch.device("cpu")) is ops_torch
+    ops._on_gpu.cache_clear()

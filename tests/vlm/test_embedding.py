@@ -9,15 +9,14 @@ import pytest
 import tinker
 import torch
 
-from kshot_errors import ImageError, RequestError, UnknownNameError
+from kshot.errors import ImageError, RequestError, UnknownNameError
 from tests.vlm.helpers import OtherService, Pictured, disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.embedding import FEATURES, Embedder, embed, embed_images
 from vlm.inputs import ImageRule, image_chunk, model_input
-from vlm.local.client import LocalServiceClient
-from vlm.local.sampling_client import LocalSamplingClient
-from vlm.local.text import Text
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
+from vlm.local.model.packed import Text
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 
@@ -101,7 +100,7 @@ def test_company_order_and_passes_change_no_more_than_rounding(
     whole = embed(sampler, asked, "tower+hidden")
     assert passes == [6]
     backwards = embed(sampler, asked[::-1], "tower+hidden")[::-1]
-    monkeypatch.setattr(f"vlm.local.embedding.{limit}", {"ROWS": 2, "POSITIONS": 130}[limit])
+    monkeypatch.setattr(f"vlm.local.scoring.{limit}", {"ROWS": 2, "POSITIONS": 130}[limit])
     parts = embed(sampler, asked, "tower+hidden")
     assert len(passes) >= 5
     assert max(passes[2:]) == 2

@@ -14,8 +14,8 @@ from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain
 from vlm import nano
 from vlm.classifier import batches, fit, predict
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.class_names import CALTECH101, CARS, FLOWERS, PETS
-from data.row import clean_name
-from kshot_errors import PromptError
+from data.benchmarks.layouts import CALTECH101, CARS, FLOWERS, PETS
+from data.dataset import clean_name
+from kshot.errors import PromptError
 from tests.vlm import genuine
 from tests.vlm.brute_force import scores
 from tests.vlm.helpers import IMAGE
-from vlm import labels, nano
+from vlm import label_trie, nano
 from vlm.classifier import predict, predict_and_decode
 from vlm.inputs import ImageRule
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt, template
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz      -'éß"
@@ -141,4 +141,4 @@ def test_few_tokens_more_than_the_prompt(names: Sequence[str], count: int, most:
     encode = genuine.tokenizer().encode
     choices = [tuple(encode(f" {clean_name(name)}\n")) for name in names]
     assert len(choices) == count
-    assert len(labels.build(choices, "constrained").tokens) <= most
+    assert len(label_trie.build(choices, "constrained").tokens) <= most

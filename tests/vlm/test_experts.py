@@ -14,8 +14,8 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
-from vlm.local import experts
-from vlm.local.experts import Pair, by_expert, sparse_mlp
+from vlm.local.model import experts
+from vlm.local.model.experts import Pair, by_expert, sparse_mlp
 
 EXPERTS, HIDDEN, MOE, TOP, RANK, SCALE = 8, 16, 12, 3, 4, 0.7
 SIZES: dict[str, Any] = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 from tinker import types
 
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local import feature_cache, feature_files
-from vlm.local.feature_cache import ImageFeatures, memory_limit
-from vlm.local.feature_files import DiskCache, fingerprint
-from vlm.local.vision import Vision
+from vlm.local import features, vision
+from vlm.local.features import DiskCache, fingerprint
+from vlm.local.model.tower import ImageFeatures
+from vlm.local.vision import Vision, memory_limit
 
 KEYS = [bytes([n]) * 32 for n in range(8)]
 
@@ -99,7 +99,7 @@ def test_the_fingerprint_is_of_everything_that_features_depend_on(
         other = copy.deepcopy(processor)
         setattr(other, field, value)
         seen.append(fingerprint(visual, other))
-    monkeypatch.setattr(feature_files, "FORMAT", 2)
+    monkeypatch.setattr(features, "FORMAT", 2)
     seen.append(fingerprint(visual, processor))
     assert len(set(seen)) == len(seen)
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_files, "write_file", full)
+    monkeypatch.setattr(features, "write_file", full)
     with pytest.warns(UserWarning, match=r"image features are not kept in .*: No space left on device"):
         cache(tmp_path).put(KEYS[0], layers())
 
@@ -165,11 +165,11 @@ def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
 
 
 def test_the_memory_limit_is_a_part_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 << 30))
-    monkeypatch.setattr(feature_cache, "group_free_bytes", lambda: float("inf"))
+    monkeypatch.setattr(vision.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 << 30))
+    monkeypatch.setattr(vision, "group_free_bytes", lambda: float("inf"))
     assert memory_limit() == 2 << 30
-    monkeypatch.setattr(feature_cache, "group_free_bytes", lambda: 4 << 30)
+    monkeypatch.setattr(vision, "group_free_bytes", lambda: 4 << 30)
     assert memory_limit() == 1 << 30
-    monkeypatch.setattr(feature_cache.psutil, "virtual_memory", lambda: SimpleNamespace(total=1 << 40))
-    monkeypatch.setattr(feature_cache, "group_free_bytes", lambda: float("inf"))
+    monkeypatch.setattr(vision.psutil, "virtual_memory", lambda: SimpleNamespace(total=1 << 40))
+    monkeypatch.setattr(vision, "group_free_bytes", lambda: float("inf"))
     assert memory_limit() == 16 << 30

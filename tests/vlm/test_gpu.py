@@ -11,7 +11,7 @@ from tinker import types
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.classifier import predict
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)

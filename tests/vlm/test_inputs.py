@@ -9,8 +9,8 @@ import tinker
 from PIL import Image
 from tinker import types
 
-from kshot_errors import ImageError, ModelError, RequestError, UnknownNameError
-from kshot_images import open_image
+from kshot.errors import ImageError, ModelError, RequestError, UnknownNameError
+from kshot.images import open_image
 from vlm import nano
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
 
-from kshot_errors import PromptError
-from vlm.labels import ROOT, build, greedy
+from kshot.errors import PromptError
+from vlm.label_trie import ROOT, build, greedy
 from vlm.scoring import score_and_decode, score_choices
 
 VOCABULARY = 7

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_weights
 from vlm import nano
-from vlm.local.loading import load
-from vlm.local.weight_files import StoredTensor, stored_tensors
+from vlm.local.model.load import load
+from vlm.local.model.placement import StoredTensor, stored_tensors
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 from tests.data.hub_server import CUT, RESET, HubRepo
 from tests.vlm.checkpoints import serve_models, sharded
 from vlm import models
@@ -24,7 +24,7 @@ import json, sys, time
 from huggingface_hub import constants
 time.sleep = lambda seconds: None  # it waits before it tries again
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # bytes; as it is, a small file is one piece and nothing is kept of a part
-from kshot_errors import KshotError
+from kshot.errors import KshotError
 from vlm import models
 
 def answer(what, name):
@@ -36,7 +36,7 @@ def answer(what, name):
 def loaded(name):
     from transformers import AutoTokenizer
     from vlm.inputs import ImageRule
-    from vlm.local.loading import load
+    from vlm.local.model.load import load
     tokenizer = AutoTokenizer.from_pretrained(models.source(name))
     model, tiles = load(name), ImageRule.from_pretrained(name).tokens(64, 64)
     text, total = tokenizer.decode(tokenizer.encode("star")), float(model.lm_head.weight.double().sum())

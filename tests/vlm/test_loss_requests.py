@@ -10,7 +10,7 @@ import tinker
 import torch
 from tinker import types
 
-from kshot_errors import RequestError, UnknownNameError
+from kshot.errors import RequestError, UnknownNameError
 from vlm.local.losses import LOSSES, fields_of, loss
 
 Arrays = Mapping[str, np.ndarray]

@@ -19,10 +19,10 @@ from tests.vlm.helpers import Pictured, stock_inputs
 from tests.vlm.openai_served import Models, application, checked, connected, listening
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import PREFILL, QUESTION, Prompt
-from vlm.server import openai_chat
-from vlm.server.openai_requests import ChatAsked
+from vlm.server.openai import chat
+from vlm.server.openai.requests import ChatRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -73,8 +73,8 @@ def written_by(stock: Any, asked: tinker.ModelInput, rule: ImageRule, length: in
 
 
 def rendered(tokenizer: Any, messages: Any, **options: Any) -> str:
-    asked = ChatAsked(model="any", messages=messages, **options)
-    return openai_chat.text(asked, tokenizer)
+    asked = ChatRequest(model="any", messages=messages, **options)
+    return chat.text(asked, tokenizer)
 
 
 def flat(asked: tinker.ModelInput) -> list[Any]:
@@ -112,11 +112,11 @@ def test_the_token_that_ends_the_turn_is_no_part_of_the_answer(
     api: openai.OpenAI, prompt: Prompt, stock: Any, rule: ImageRule, examples: list[Pictured], monkeypatch: Any
 ) -> None:
     known = prompt.tokenizer.convert_tokens_to_ids
-    assert openai_chat.ends(prompt.tokenizer) == [known("<|endoftext|>"), known("<|im_end|>")]
+    assert chat.ends(prompt.tokenizer) == [known("<|endoftext|>"), known("<|im_end|>")]
     tokens = written_by(stock, prompt.question(examples[0].image), rule, 12)
     end = tokens[5]
     kept = tokens[: tokens.index(end)]
-    monkeypatch.setattr(openai_chat, "ends", lambda _: [end])  # as if this token ended the turn
+    monkeypatch.setattr(chat, "ends", lambda _: [end])  # as if this token ended the turn
     for whole in (True, False):
         options: dict[str, Any] = {"extra_body": {"continue_final_message": True}, "max_tokens": 12, "logprobs": True}
         if whole:
@@ -176,7 +176,7 @@ def test_a_template_that_knows_images_is_used_and_no_other(tokenizer: Any) -> No
     begun = [*HELLO, {"role": "assistant", "content": "It is "}]
     assert rendered(own, begun, continue_final_message=True) == "[user]hello;[assistant]It is "
     assert rendered(texts, HELLO) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(openai_chat.PromptError, match="cannot write these messages: not so"):
+    with pytest.raises(chat.PromptError, match="cannot write these messages: not so"):
         rendered(with_template(tokenizer, STRICT), [{"role": "user", "content": "no"}])
 
 

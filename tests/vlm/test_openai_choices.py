@@ -14,10 +14,10 @@ from tests.vlm.openai_served import Models, application, checked, connected, lis
 from tests.vlm.test_openai_chat import recipe
 from vlm import nano
 from vlm.inputs import ImageRule, model_input
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
-from vlm.server.openai_choices import draw
-from vlm.server.openai_requests import CompletionAsked
+from vlm.server.openai.completions import draw
+from vlm.server.openai.requests import CompletionRequest
 
 NAMES = [f" {name}" for name in CLASSES]  # "crocodile" is the beginning of "crocodile head"
 CHOICES = {"structured_outputs": {"choice": NAMES}}
@@ -79,7 +79,7 @@ def test_seeds_reproduce_and_tiny_temperatures_choose_the_likeliest() -> None:
     scores = np.log(np.array([0.2, 0.5, 0.3], np.float32))
 
     def drawn(**options: Any) -> list[int]:
-        return list(draw(scores, CompletionAsked(model="any", prompt=["a"], n=16, **options)))
+        return list(draw(scores, CompletionRequest(model="any", prompt=["a"], n=16, **options)))
 
     assert drawn(seed=3) == drawn(seed=3) != drawn(seed=4)
     assert len({tuple(drawn()) for _ in range(3)}) == 3  # without a seed: any

@@ -11,8 +11,8 @@ from openai.types import Completion
 from tests.vlm.helpers import disturb, plain_peft
 from tests.vlm.openai_served import PREFIXES, Models, application, checked, connected, listening
 from vlm import nano
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 FRANCE = "The capital of France is"

@@ -14,14 +14,14 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 from tinker import types
 
-from kshot_errors import MissingError, ModelError, RequestError
+from kshot.errors import MissingError, ModelError, RequestError
 from tests.vlm.openai_served import PREFIXES, Models, application, checked, connected, listening
 from vlm import nano
-from vlm.local.client import LocalServiceClient
-from vlm.local.sampling import Ask
-from vlm.local.writing import Writer
-from vlm.server.answers import INTERNAL
-from vlm.server.openai_replies import stream
+from vlm.local.registry import LocalServiceClient
+from vlm.local.sampling.sampler import SamplingRequest
+from vlm.local.sampling.sequence import TokenSequence
+from vlm.server.futures import INTERNAL
+from vlm.server.openai.responses import stream
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 BODY = {"model": nano.NAME, "messages": HELLO}
@@ -89,9 +89,9 @@ class Scripted(Models):
         inner.start = lambda ask, on_token=None: self._start(inner.get_tokenizer(), ask, on_token)
         return inner
 
-    def _start(self, tokenizer: Any, ask: Ask, on_token: Any) -> Any:
+    def _start(self, tokenizer: Any, ask: SamplingRequest, on_token: Any) -> Any:
         future: Future[types.SampleResponse] = Future()
-        writer = Writer(tokenizer, ask.params, 0)
+        writer = TokenSequence(tokenizer, ask.params, 0)
         for token in tokenizer.encode("a b c d")[: self.tokens]:
             writer.write(token, -1.0)
             if on_token:

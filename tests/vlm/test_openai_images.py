@@ -13,20 +13,20 @@ from typing import Any
 import openai
 import pytest
 
-from kshot_errors import ImageError
+from kshot.errors import ImageError
 from tests.vlm.openai_served import Models, application, connected, listening
 from vlm import nano
-from vlm.local.client import LocalServiceClient
-from vlm.server import openai_images
+from vlm.local.registry import LocalServiceClient
+from vlm.server.openai import chat
 
 
 def read(url: str, allow_urls: bool = True) -> bytes:
-    return asyncio.run(openai_images.read(url, allow_urls=allow_urls))
+    return asyncio.run(chat.read(url, allow_urls=allow_urls))
 
 
 def fetch(url: str) -> bytes:
     """From anywhere: the checks of addresses are tested by themselves."""
-    return asyncio.run(openai_images.fetch(url, public=lambda _: True))
+    return asyncio.run(chat.fetch(url, public=lambda _: True))
 
 
 def test_data_urls() -> None:
@@ -54,7 +54,7 @@ def test_what_is_no_image_url(url: str, words: str) -> None:
 
 
 def test_data_urls_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_images, "MAX_BYTES", 9)
+    monkeypatch.setattr(chat, "MAX_BYTES", 9)
     assert read("data:;base64," + base64.b64encode(bytes(9)).decode()) == bytes(9)
     with pytest.raises(ImageError, match="holds more than"):
         read("data:;base64," + "A" * 20)
@@ -86,7 +86,7 @@ def test_data_urls_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
-    assert openai_images.is_public(ip_address(address)) is public
+    assert chat.is_public(ip_address(address)) is public
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -164,10 +164,10 @@ def test_redirects_failures_sizes_and_times(server: Any, monkeypatch: pytest.Mon
     with pytest.raises(ImageError, match="cannot be fetched"):
         fetch("http://127.0.0.1:99999/")
     assert [path for path, _ in server.seen] == ["/moved", "/missing"]
-    monkeypatch.setattr(openai_images, "SECONDS", 0.2)
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
     with pytest.raises(ImageError, match=r"within 0\.2 seconds"):
         fetch(f"{base}/slow")
-    monkeypatch.setattr(openai_images, "MAX_BYTES", 8)
+    monkeypatch.setattr(chat, "MAX_BYTES", 8)
     with pytest.raises(ImageError, match="holds more than"):
         fetch(f"{base}/image")
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.vlm import genuine
 from vlm import nano
-from vlm.local.loading import load_tokenizer
-from vlm.server.openai_text import Alphabet, Text
+from vlm.local.model.load import load_tokenizer
+from vlm.server.openai.text import Alphabet, Text
 
 NANO = load_tokenizer(nano.NAME)
 PIECES = st.one_of(

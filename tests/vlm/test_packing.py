@@ -8,16 +8,16 @@ import tinker
 import torch
 from tinker import types
 
-from kshot_errors import RequestError
+from kshot.errors import RequestError
 from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of, stock_inputs
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local import engine as engine_module
-from vlm.local.attention import Causal, Rows, ancestors
-from vlm.local.batch import collate, groups
-from vlm.local.client import LocalServiceClient
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.engine import collate, groups
+from vlm.local.model.attention import Causal, Rows, ancestors
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 from tests.vlm.checkpoints import experts, sharded
 from vlm import nano
-from vlm.local import placement
-from vlm.local.loading import load
-from vlm.local.placement import Sizes
-from vlm.local.weight_files import stored_tensors
+from vlm.local.model import placement
+from vlm.local.model.load import load
+from vlm.local.model.placement import Sizes, stored_tensors
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tinker import types
 
-from kshot_errors import PromptError
+from kshot.errors import PromptError
 from tests.vlm.helpers import CLASSES, Pictured
 from vlm.inputs import ImageRule
 from vlm.prompts import PREFILL, QUESTION, RECIPE, Prompt, template

@@ -10,8 +10,8 @@ from tests.vlm.helpers import OtherService, Pictured, stock_inputs
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
-from vlm.local.client import LocalServiceClient
-from vlm.local.sampling_client import LocalSamplingClient
+from vlm.local.clients import LocalSamplingClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import tinker
 
-from kshot_errors import RequestError
+from kshot.errors import RequestError
 from tests.vlm.raw import accepted, refused, sample_of, talking
 from tests.vlm.serving import command, served
 from vlm import nano
 from vlm.inputs import datum, model_input
-from vlm.local.worker import Worker
-from vlm.server import core, guard, runs, samplers
+from vlm.local.scheduler import Scheduler
+from vlm.server import guard, runs
+from vlm.server import state as core
+from vlm.server import state as samplers
 
 PROMPT = model_input([300, 301, 302])
 DATA = [datum(PROMPT, [400, 401])]
@@ -125,7 +127,7 @@ def test_a_body_that_stops_coming_is_not_waited_for(tmp_path: Path, monkeypatch:
 
 
 def test_a_worker_that_is_never_idle_does_not_grow() -> None:
-    worker, more = Worker(), threading.Event()
+    worker, more = Scheduler(), threading.Event()
 
     def again(left: int) -> None:
         if left:

@@ -35,9 +35,9 @@ from tinker.types.forward_backward_request import ForwardBackwardRequest
 from tests.vlm.hostile import FORWARD, KEY, PROTOBUF, a_run, a_session, asked, files, refused, until
 from tests.vlm.serving import Server, served
 from vlm import nano
-from vlm.server import routes_training
-from vlm.server.openai_requests import ChatAsked, CompletionAsked
-from vlm.server.wire import MAX_DATUMS
+from vlm.server.openai.requests import ChatRequest, CompletionRequest
+from vlm.server.tinker import routes
+from vlm.server.tinker.wire import MAX_DATUMS
 
 POSITIONS = 16  # of an image of 32x32 pixels in the nano model: 64x64, its least, in patches of 8, merged 2x2
 SOON = 10_000  # numbers of requests that are not that far ahead of their turn
@@ -433,9 +433,9 @@ IDLE_CLIENTS = pytest.mark.filterwarnings("ignore:Do not use the .random. module
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for what never ends, or reads a thousand tokens."""
-    monkeypatch.setattr(routes_training, "PATIENCE", 0.02)
-    monkeypatch.setattr(ChatAsked, "default_limit", 2)
-    monkeypatch.setattr(CompletionAsked, "default_limit", 2)
+    monkeypatch.setattr(routes, "PATIENCE", 0.02)
+    monkeypatch.setattr(ChatRequest, "default_limit", 2)
+    monkeypatch.setattr(CompletionRequest, "default_limit", 2)
 
 
 @IDLE_CLIENTS

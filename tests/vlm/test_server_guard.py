@@ -17,13 +17,13 @@ import httpx
 import pytest
 import zstandard
 
-from kshot_errors import InputError, RequestError
+from kshot.errors import InputError, RequestError
 from tests.vlm.hostile import FORWARD, JSON, KEY, PROTOBUF, SESSION, SESSION_BODY, refused, until
 from tests.vlm.serving import Server, served
-from vlm.server import guard, keys
+from vlm.server import guard
+from vlm.server import guard as keys
 from vlm.server.app import BODIES, HEALTH, LARGE, PAGE
-from vlm.server.guard import PLAIN, Budget, hosts_of, is_loopback, unpack, unpacked_size
-from vlm.server.keys import Keys
+from vlm.server.guard import PLAIN, Budget, Keys, hosts_of, is_loopback, unpack, unpacked_size
 
 OTHER = "tml-another-key-of-it"
 ZSTD = {**PROTOBUF, "Content-Encoding": "zstd"}

@@ -10,13 +10,13 @@ import pytest
 import tinker
 from tinker import types
 
-from kshot_training import folder_of
+from kshot.checks import folder_of
 from tests.vlm.raw import Raw, refused, talking
 from tests.vlm.services import PATIENCE, connected, step
 from tests.vlm.serving import HEADERS, PLACES, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
-from vlm.local.host import Host
+from vlm.local.registry import EngineRegistry
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 DATA = [datum(model_input([300, 301, 302]), [400, 401])]
@@ -25,7 +25,7 @@ DATA = [datum(model_input([300, 301, 302]), [400, 401])]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     state = tmp_path_factory.mktemp("state")
-    with served(state, Host(state, places={**PLACES, "other/nano": nano.NAME})) as server:
+    with served(state, EngineRegistry(state, places={**PLACES, "other/nano": nano.NAME})) as server:
         yield server
 
 

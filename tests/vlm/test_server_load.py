@@ -14,7 +14,7 @@ import vlm
 from tests.vlm.helpers import Pictured
 from tests.vlm.serving import served
 from vlm import nano
-from vlm.local.client import LocalServiceClient
+from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
 CLIENTS, STEPS = 64, 7

@@ -12,15 +12,14 @@ import pytest
 import tinker
 from tinker import types
 
-from kshot_errors import InputError
-from kshot_training import folder_of
+from kshot.checks import folder_of
+from kshot.errors import InputError
 from tests.vlm.raw import Raw, accepted, refused, talking
 from tests.vlm.services import PATIENCE, close, connected, log_probs, step
 from tests.vlm.serving import HEADERS, command, served
 from vlm import nano
 from vlm.inputs import datum, model_input
-from vlm.local.client import LocalServiceClient
-from vlm.local.host import Host
+from vlm.local.registry import EngineRegistry, LocalServiceClient
 from vlm.server.app import Options
 from vlm.server.serve import serve
 
@@ -168,7 +167,7 @@ def test_a_sampler_of_saved_weights_goes_on(restarted: Restarted) -> None:
 
 
 def test_a_folder_has_one_server(restarted: Restarted) -> None:
-    host = Host(restarted.state, places={nano.NAME: nano.NAME})
+    host = EngineRegistry(restarted.state, places={nano.NAME: nano.NAME})
     with pytest.raises(InputError, match=f"another server uses the folder {restarted.state}"):
         serve(host, Options(port=0), pytest.fail)
     host.close()

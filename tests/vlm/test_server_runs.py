@@ -21,8 +21,9 @@ from tests.vlm.services import PATIENCE, close, connected, log_probs, step
 from tests.vlm.serving import PLACES, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
-from vlm.local.host import Host
-from vlm.server import routes_training, runs, sampling
+from vlm.local.registry import EngineRegistry
+from vlm.server import runs
+from vlm.server.tinker import routes, sampling
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"
@@ -35,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     norm = "model.language_model.norm.weight"
     with_weights(folder, {norm: 1.5 * load_file(folder / "model.safetensors")[norm]})
     state = tmp_path_factory.mktemp("state")
-    with served(state, Host(state, places={**PLACES, OTHER: str(folder)})) as server:
+    with served(state, EngineRegistry(state, places={**PLACES, OTHER: str(folder)})) as server:
         yield server
 
 
@@ -61,7 +62,7 @@ def in_order(server: Server, data: list[tinker.Datum], base_model: str = nano.NA
 def test_requests_are_made_in_the_order_of_their_numbers(
     server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes_training, "PATIENCE", 0.1)
+    monkeypatch.setattr(routes, "PATIENCE", 0.1)
     session = raw.session()
     creating, run = raw.create(session), run_of(session)
     asked: dict[int, str] = {}
@@ -110,7 +111,7 @@ def test_a_batch_that_the_sdk_splits_is_one(
 ) -> None:
     """It sends the first part last."""
     losses, after = in_order(server, data)
-    monkeypatch.setitem(routes_training.FEATURES, "fwdbwd_max_chunk_len", 2)
+    monkeypatch.setitem(routes.FEATURES, "fwdbwd_max_chunk_len", 2)
     with connected(server.address) as client:
         run = client.create_lora_training_client(nano.NAME, rank=4, seed=7).result(PATIENCE)
         assert [step(run, data, ADAM) for _ in range(3)] == pytest.approx(losses, rel=1e-4)
@@ -125,7 +126,7 @@ def test_bodies_may_be_compressed(
     server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, _ = in_order(server, data)
-    monkeypatch.setitem(routes_training.FEATURES, "proto_compress_fwdbwd", True)
+    monkeypatch.setitem(routes.FEATURES, "proto_compress_fwdbwd", True)
     assert in_order(server, data)[0] == losses
     run = raw.run(raw.session())
     packed = zstandard.compress(body_of(run, 1, data))
@@ -230,7 +231,7 @@ def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, mo
     assert raw.post("cancel_future", request_id="nobody's").status_code == 204
     with connected(server.address) as client:
         sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
-        monkeypatch.setattr(routes_training, "PATIENCE", 0.1)
+        monkeypatch.setattr(routes, "PATIENCE", 0.1)
         before, future = fetches(raw), sampler.sample(prompt, 1, types.SamplingParams(**long))
         assert soon(lambda: fetches(raw) > before)  # told to try again, so the SDK knows what it waits for
         assert worker.active_sequences == 1

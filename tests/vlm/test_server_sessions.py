@@ -17,7 +17,7 @@ from tests.vlm.services import PATIENCE, connected, step
 from tests.vlm.serving import PLACES, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
-from vlm.local.host import Host
+from vlm.local.registry import EngineRegistry
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"
@@ -76,7 +76,7 @@ def test_a_run_can_be_asked_for_while_its_model_is_loaded(tmp_path: Path, data: 
     """And what was asked of a run that cannot be is told why."""
     may_load, broken = threading.Event(), copied(nano.folder(), tmp_path)
 
-    class Slow(Host):
+    class Slow(EngineRegistry):
         def engine(self, base_model: str) -> Any:
             assert may_load.wait(30)
             return super().engine(base_model)

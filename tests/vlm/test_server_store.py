@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from kshot_errors import InputError, KshotError, RequestError
-from vlm.server.database import FILE
-from vlm.server.store import Store
-from vlm.server.store_rows import Checkpoint, Future, Loss, Run, Sampler, Session
+from kshot.errors import InputError, KshotError, RequestError
+from vlm.server.store import FILE, Store
+from vlm.server.tables import Checkpoint, Future, Loss, Run, Sampler, Session
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}

@@ -24,9 +24,16 @@ from tinker.types.prompt_alt_tokens import PromptAltTokens
 from tinker.types.provenance_spans import SampledProvenanceSpan
 from tinker.types.topk_logprobs import TopkLogprobs
 
-from kshot_errors import KshotError, RequestError
-from vlm.server.tensors import of_model, tensor_data
-from vlm.server.wire import MAX_CHUNKS, MAX_DATUMS, forward_backward_output, parse_forward_backward, sample_response
+from kshot.errors import KshotError, RequestError
+from vlm.server.tinker.wire import (
+    MAX_CHUNKS,
+    MAX_DATUMS,
+    forward_backward_output,
+    of_model,
+    parse_forward_backward,
+    sample_response,
+    tensor_data,
+)
 
 few = settings(max_examples=60, deadline=None)
 floats = st.floats(width=32)  # NaN and infinities too

@@ -12,14 +12,13 @@ import pytest
 import tinker
 
 import vlm
-from kshot_errors import ModelError, RequestError, UnknownNameError
+from experiments.pretrain.tokenizer import prefix
+from kshot.errors import ModelError, RequestError, UnknownNameError
 from tests.vlm.helpers import Pictured
 from vlm import models, nano
 from vlm.classifier import batches
-from vlm.local.client import LocalServiceClient
-from vlm.local.sampling_client import LocalSamplingClient
-from vlm.local.training_client import LocalTrainingClient
-from vlm.nano.prefix import prefix
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
+from vlm.local.registry import LocalServiceClient
 
 GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer/tokenizer.json"
 

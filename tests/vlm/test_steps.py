@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tinker import types
 
-from kshot_errors import UnknownNameError
+from kshot.errors import UnknownNameError
 from vlm.classifier import fit, steps
 
 ADAM = types.AdamParams(learning_rate=1e-3)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionConfig, Qwen3VLMoeVisionModel
 
-from vlm.local import tower
+from vlm.local.model import tower
 
 SMALL: dict[str, Any] = {
     "depth": 4,

@@ -11,13 +11,15 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from kshot_errors import ImageError, RequestError
+from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local import pixels, tower, vision
-from vlm.local.feature_cache import ImageFeatures
-from vlm.local.training_client import LocalTrainingClient
+from vlm.local import vision
+from vlm.local import vision as pixels
+from vlm.local.clients import LocalTrainingClient
+from vlm.local.model import tower
+from vlm.local.model.tower import ImageFeatures
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kshot_errors import ModelError, RequestError
-from kshot_files import replace_folder
-from kshot_training import KINDS, folder_of
-from vlm.local.adapter import LoraSpec
+from kshot.checks import KINDS, folder_of
+from kshot.errors import ModelError, RequestError
+from kshot.files import replace_folder
+from vlm.local.model.lora import LoraSpec
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
 CONFIG = "adapter_config.json"  # PEFT's; written for others, never read here

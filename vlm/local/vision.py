@@ -3,23 +3,198 @@
 Exact as long as no LoRA touches the tower; with LoRA on it, `live` computes them anew. On a CPU every image is its own
 forward pass: features are then a function of the image alone, bit for bit, whatever else was asked for with it;
 elsewhere images of one size share a pass.
+
+TODO Encoded images → the patches that the vision tower takes, made ahead of time by a few threads. Knows no model.
+
+What is made does not depend on who makes it: the bits are those of the stock image processor, called on one image.
+TODO Image features, and those of them that are kept in memory. Computes none, and knows no files.
 """
 
 import hashlib
+import os
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from threading import Barrier, Lock
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 from tinker import types
+from torch import Tensor
 
-from kshot_errors import RequestError
-from vlm.local.feature_cache import ImageFeatures, MemoryCache, device_limit, memory_limit
-from vlm.local.feature_files import DISK_BYTES, DiskCache, fingerprint
-from vlm.local.model import Model
-from vlm.local.pixels import Patches, PixelLoader, spare_threads
-from vlm.local.tower import Linear, plain, tower
+from kshot.errors import ImageError, RequestError
+from kshot.images import open_header, open_image
+from vlm.inputs import ImageRule
+from vlm.local.features import DISK_BYTES, DiskCache, fingerprint
+from vlm.local.model.load import Model
+from vlm.local.model.placement import group_free_bytes
+from vlm.local.model.tower import ImageFeatures, Linear, plain, tower
+
+# ---- Encoded images → the patches that the vision tower takes, made ahead of time by a few threads. Knows no model.
+
+PIXEL_BYTES = 1 << 30
+MOST_THREADS = 4
+ABANDONED = 600  # seconds after which patches that nobody took may make room for others
+
+
+class Patches(NamedTuple):
+    """One image. pixels: (patches, channels x time x patch x patch). grid: patches (time, height, width)."""
+
+    pixels: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass
+class _Started:
+    future: "Future[Patches]"
+    bytes: int
+    asked: int  # how often it was started and not yet taken
+    since: float
+
+
+def spare_threads(device: torch.device) -> int:
+    """How many threads can decode without taking a core from the model on `device`.
+
+    Beside a model on the CPU these are the cores that torch does not use; none where torch has a single thread, because
+    then such processes run side by side, one a core.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    used = torch.get_num_threads() if device.type == "cpu" else 0
+    return 0 if used == 1 else max(0, min(MOST_THREADS, cores - used))
+
+
+class PixelLoader:
+    """Any thread may start images and take them. With no threads, `start` does nothing and `take` does all.
+
+    limit: bytes of patches that are made or being made and wait to be taken.
+    """
+
+    def __init__(self, rule: ImageRule, threads: int, limit: int = PIXEL_BYTES) -> None:
+        self.threads = threads
+        self._rule, self._limit, self._held = rule, limit, 0
+        self._started: dict[bytes, _Started] = {}
+        self._lock = Lock()
+
+    def start(self, key: bytes, data: bytes) -> None:
+        """Have the image made for a later `take`, unless there is no room. `take` raises what is wrong with it."""
+        if not self.threads:
+            return
+        try:
+            size = self._bytes(data)
+        except ImageError:
+            return
+        with self._lock:
+            if before := self._started.get(key):
+                before.asked, before.since = before.asked + 1, time.monotonic()
+            elif self._room(size):
+                future = self._pool.submit(self._make, data)
+                self._started[key] = _Started(future, size, 1, time.monotonic())
+                self._held += size
+
+    def take(self, key: bytes, data: bytes) -> Patches:
+        """The patches of an image, made here if nobody has begun. Raises ImageError for what is no image."""
+        with self._lock:
+            started = self._started.get(key)
+            unbegun = started is not None and started.future.cancel()
+            if started:
+                started.asked -= 1
+                if unbegun or not started.asked:
+                    self._remove(key)
+        return self._make(data) if started is None or unbegun else started.future.result()
+
+    def drop(self, key: bytes) -> None:
+        """Forget an image that is not needed any more."""
+        with self._lock:
+            if key in self._started:
+                self._remove(key)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        """All threads running, each with torch's own threads switched off: the images are many and small."""
+        before, ready = torch.get_num_threads(), Barrier(self.threads + 1)
+
+        def begin() -> None:
+            torch.set_num_threads(1)  # of this thread, but of threads that begin later too ...
+            ready.wait()
+
+        pool = ThreadPoolExecutor(self.threads, "kshot-pixels")
+        for _ in range(self.threads):
+            pool.submit(begin)
+        ready.wait()
+        torch.set_num_threads(before)  # ... which this takes back
+        return pool
+
+    def _remove(self, key: bytes) -> None:
+        gone = self._started.pop(key)
+        gone.future.cancel()
+        self._held -= gone.bytes
+
+    def _room(self, size: int) -> bool:
+        if self._held + size > self._limit:
+            long_ago = time.monotonic() - ABANDONED
+            for key in [key for key, each in self._started.items() if each.since < long_ago]:
+                self._remove(key)
+        return self._held + size <= self._limit
+
+    def _bytes(self, data: bytes) -> int:
+        """Of an image's patches in float32, from its header. Raises ImageError."""
+        processor: Any = self._rule.processor
+        with open_header(data) as image:
+            tokens = self._rule.tokens(image.height, image.width)
+        return tokens * processor.merge_size**2 * 3 * processor.temporal_patch_size * processor.patch_size**2 * 4
+
+    @torch.inference_mode(False)  # pool or caller: the same kind of tensor
+    def _make(self, data: bytes) -> Patches:
+        image = open_image(data)
+        self._rule.tokens(image.height, image.width)  # names the size where the processor would raise ValueError
+        made = self._rule.processor(images=[image], return_tensors="pt")
+        time_, height, width = made["image_grid_thw"][0].tolist()
+        return Patches(made["pixel_values"], (time_, height, width))
+
+
+# ---- Image features, and those of them that are kept in memory. Computes none, and knows no files.
+
+
+def memory_limit() -> int:
+    """A quarter of the memory that the machine, or the process's control group, has; at most 16 GiB (bytes)."""
+    return int(min(psutil.virtual_memory().total / 4, group_free_bytes() / 4, 16 << 30))
+
+
+def device_limit(device: torch.device) -> int:
+    """A sixteenth of a GPU's memory (bytes); 0 elsewhere, where the host's memory is as near."""
+    return torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 0
+
+
+class MemoryCache:
+    """Features in memory. Least recently used ones go first, beyond `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self._held = limit, 0
+        self._cache: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._cache
+
+    def get(self, key: bytes) -> ImageFeatures | None:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
+
+    def put(self, key: bytes, layers: ImageFeatures) -> None:
+        self._held += layers.values.nbytes
+        if key in self._cache:
+            self._held -= self._cache.pop(key).values.nbytes
+        self._cache[key] = layers
+        while self._held > self.limit:
+            self._held -= self._cache.popitem(last=False)[1].values.nbytes
+
+
+# ---- Image features: bytes of an image chunk → what the vision tower says of it, cached by content. Knows no text.
 
 PASS_PATCHES = 1 << 15  # of images that share a pass: activations of about 1 GB in the largest tower in bfloat16
 

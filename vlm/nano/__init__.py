@@ -1,12 +1,12 @@
 """The nano Qwen3-VL: the architecture of Qwen3-VL, small enough to train on two cores. Knows only its own files.
 
 This folder is the model in hub layout: configuration, processor settings, a tokenizer (a prefix of Qwen3's, see
-`prefix`), the weights and the model card README.md. `experiments.pretrain_nano` made the weights.
+`prefix`), the weights and the model card README.md. `experiments.pretrain.main` made the weights.
 """
 
 from pathlib import Path
 
-from kshot_errors import ModelError
+from kshot.errors import ModelError
 
 NAME = "kshot/nano-qwen3-vl"
 NOTE = f"{NAME} has 3 million weights and has learnt from drawings of icons alone: it says nothing about Qwen3-VL."

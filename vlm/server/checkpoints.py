@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from kshot_errors import MissingError, RequestError
-from kshot_files import remove_stale, set_aside
-from kshot_training import KINDS, folder_of, path_in
+from kshot.checks import KINDS, folder_of, path_in
+from kshot.errors import MissingError, RequestError
+from kshot.files import remove_stale, set_aside
 from vlm.local.checkpoint import OPTIMIZER, RECORD
 from vlm.server.store import Store
-from vlm.server.store_rows import Checkpoint
+from vlm.server.tables import Checkpoint
 
 log = logging.getLogger("kshot.server")
 LISTED = 1000  # of a run's checkpoints, newest first, that are looked through for one that has not expired

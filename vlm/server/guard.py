@@ -2,22 +2,39 @@
 
 Host names are checked against DNS rebinding, content types and Origin against requests that a foreign page makes the
 browser send, bodies for size before and while they are unpacked.
+
+TODO Who may ask: API keys, kept as SHA-256 and compared in constant time. Knows no HTTP.
+
+A key file has one key a line, as it is or as `sha256:` and the 64 hex digits of its SHA-256; lines that begin with #
+are left out. A key is printable ASCII without spaces, as HTTP headers carry it; the SDK insists on keys that begin
+with tml-.
+TODO How JSON bodies are read: strictly, so that whatever is taken can be kept and sent again. Knows no endpoint.
+
+Python's own reader takes halves of surrogate pairs, which nothing can send, NaN, which is no JSON, and depths at which
+whoever looks at the value later runs out of stack.
 """
 
 import asyncio
+import hashlib
+import hmac
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import zstandard
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.datastructures import Headers
 
-from kshot_errors import (
+from kshot.errors import (
     BusyError,
     DeniedError,
     InputError,
@@ -26,8 +43,57 @@ from kshot_errors import (
     UnauthorizedError,
     UnsupportedError,
 )
-from vlm.server.answers import JSON
-from vlm.server.keys import Keys
+from vlm.server.futures import JSON
+
+# ---- Who may ask: API keys, kept as SHA-256 and compared in constant time. Knows no HTTP.
+
+SHORTEST = 16  # characters; what is shorter can be guessed
+HASHED = "sha256:"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """digests: of the keys that are accepted; None accepts any key, but not none."""
+
+    digests: tuple[bytes, ...] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Keys":
+        """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
+        written = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        digests = [_digest(path, number, line) for number, line in written if line and not line.startswith("#")]
+        if not digests:
+            raise InputError(f"key file {path} has no key; write one a line, of {SHORTEST} characters or more")
+        return cls(tuple(digests))
+
+    def accept(self, key: str) -> bool:
+        """Whether a client with this key may ask. Takes as long for a wrong key as for a right one."""
+        if self.digests is None:
+            return bool(key)
+        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0  # not any(): all are compared
+
+
+def _digest(path: Path, number: int, line: str) -> bytes:
+    if line.startswith(HASHED):
+        digits = line.removeprefix(HASHED)
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digits):
+            raise InputError(f"key file {path}, line {number}: after {HASHED} come 64 hex digits, as sha256sum prints")
+        return bytes.fromhex(digits)
+    if not re.fullmatch(r"[!-~]*", line):
+        raise InputError(f"key file {path}, line {number}: a key is printable ASCII without spaces")
+    if len(line) < SHORTEST:
+        raise InputError(
+            f"key file {path}, line {number}: a key has {SHORTEST} characters or more, this has {len(line)}"
+        )
+    return hashlib.sha256(line.encode()).digest()
+
+
+# ---- What comes before any endpoint: who asks, from where, with what content, and how much of it. Knows no endpoint.
 
 MAX_VALUES = 1 << 22  # of a JSON body, as far as commas and brackets tell: each takes some 64 bytes once it is read
 MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
@@ -262,3 +328,52 @@ def _is_address(host: str) -> bool:
         return bool(ip_address(host))
     except ValueError:
         return False
+
+
+@dataclass
+class Requests:
+    """Counts requests by endpoint and status as ASGI middleware, innermost: `route` is known after the call."""
+
+    app: Any
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status = 500
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            route = scope.get("route")
+            self.counts[getattr(route, "path", "none"), status] += 1
+
+
+# ---- How JSON bodies are read: strictly, so that whatever is taken can be kept and sent again. Knows no endpoint.
+
+
+class Strict(Request):
+    """A request whose body is JSON by the letter of RFC 8259, at most some 200 levels deep."""
+
+    async def json(self) -> Any:
+        """The value. Raises json.JSONDecodeError, which the framework answers."""
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+class Route(APIRoute):
+    """A route that is given its body so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        inner = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await inner(Strict(request.scope, request.receive))
+
+        return handler

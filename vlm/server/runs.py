@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from kshot_errors import BusyError, RequestError
-from vlm.local.training_client import LocalTrainingClient
-from vlm.server.answers import Answer, error_answer, outcome
+from kshot.errors import BusyError, RequestError
+from vlm.local.clients import LocalTrainingClient
+from vlm.server.futures import Answer, error_answer, outcome
 
 WAITING = 512  # requests of a run that may wait, beside the one that is its next
 GAP = 300.0  # seconds for which those that came wait for one before them that does not

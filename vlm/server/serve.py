@@ -3,20 +3,22 @@
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 
 import torch
 import uvicorn
 
-from kshot_errors import InputError, RequestError
+from kshot.errors import InputError, RequestError
 from vlm import models
-from vlm.local.host import Host
+from vlm.local.registry import EngineRegistry
 from vlm.server.app import Options, application
-from vlm.server.core import Core
 from vlm.server.guard import is_loopback
+from vlm.server.state import ServerState
 from vlm.server.store import Store
 
 log = logging.getLogger("kshot.server")
@@ -45,10 +47,10 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(count or max(1, (os.cpu_count() or 2) - 1))
 
 
-def serve(host: Host, options: Options, on_start: Callable[[str], None]) -> None:
+def serve(host: EngineRegistry, options: Options, on_start: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
 
-    Raises InputError where the address cannot be listened on, is not loopback without keys, or where another server
+    Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on, is not loopback without keys, or where another server
     uses the state folder.
     """
     if options.keys.digests is None and not is_loopback(options.host):
@@ -56,7 +58,7 @@ def serve(host: Host, options: Options, on_start: Callable[[str], None]) -> None
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     with listening:
-        core = Core(host, Store(host.state))
+        core = ServerState(host, Store(host.state))
         config = uvicorn.Config(
             application(core, options),
             log_level="warning",
@@ -68,21 +70,31 @@ def serve(host: Host, options: Options, on_start: Callable[[str], None]) -> None
         )
         sys.setswitchinterval(SWITCH)
         gc.freeze()  # what was loaded stays: collecting it again and again costs milliseconds a time
+        server = _Server(config, core, options.address, on_start)
         try:
-            _Server(config, core, options.address, on_start).run([listening])
+            server.run([listening])
         finally:
             gc.unfreeze()  # or libraries complain at the end of what nobody could collect
             if not core.ended:  # the interpreter would wait for the pass that the engine is making
                 log.warning("stopped in the middle of a pass")
                 os._exit(STOPPED)
+        if server.interrupted:  # uvicorn raises the signal again, in vain where it is ignored: in a background job
+            raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
     """uvicorn, which says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, core: Core, address: str, on_start: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, core: ServerState, address: str, on_start: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._core, self._address, self._on_start = core, address, on_start
+        self.interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

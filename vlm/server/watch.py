@@ -6,44 +6,20 @@ Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/. Only r
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Response
 
-from vlm.server.core import Core
-from vlm.server.store_rows import Run
+from vlm.server.state import ServerState
+from vlm.server.tables import Run
 
 NEWEST = 50  # runs and checkpoints that the page is told of
 POINTS = 300  # of a curve
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@dataclass
-class Requests:
-    """Counts requests by endpoint and status as ASGI middleware, innermost: `route` is known after the call."""
-
-    app: Any
-    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        status = 500
-
-        async def noted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noted)
-        finally:
-            route = scope.get("route")
-            self.counts[getattr(route, "path", "none"), status] += 1
-
-
-def routes(core: Core, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
+def routes(core: ServerState, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
     """The router of one server."""
     router = APIRouter()
     curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
@@ -77,12 +53,12 @@ def routes(core: Core, requests: "Counter[tuple[str, int]]", address: str) -> AP
     return router
 
 
-def _model(core: Core, name: str) -> dict[str, Any]:
+def _model(core: ServerState, name: str) -> dict[str, Any]:
     engine = core.host.engines.get(name)
     return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
 
 
-def _run(core: Core, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
+def _run(core: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
     live, session = core.runs.get(row.id), core.store.session(row.session)
     over = session is not None and session.finished is not None
     losses = curves.get(row.id)
@@ -104,7 +80,7 @@ def _run(core: Core, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, 
     }
 
 
-def _queue(core: Core) -> dict[str, Any]:
+def _queue(core: ServerState) -> dict[str, Any]:
     worker = core.host.worker
     return {
         "jobs": worker.waiting_jobs,
@@ -115,7 +91,7 @@ def _queue(core: Core) -> dict[str, Any]:
     }
 
 
-def _metrics(core: Core, requests: "Counter[tuple[str, int]]") -> str:
+def _metrics(core: ServerState, requests: "Counter[tuple[str, int]]") -> str:
     worker = core.host.worker
     plain = {
         "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", worker.waiting_jobs),

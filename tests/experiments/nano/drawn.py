@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.iconfonts import Icon, inked, read_icons
-from experiments.nano.subjects import _mask
+from data.embedded.icons import Icon, inked, read_icons
+from experiments.pretrain.subjects import _mask
 
 SOLID = "fontawesome6-solid-webfont"
 NAMES = ("anchor", "bug", "leaf", "moon", "rocket", "tooth", "tree", "wrench")

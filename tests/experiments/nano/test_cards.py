@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from baselines import nano as dinov2
-from experiments.nano.cards import SHOTS, Facts, Making, dinov2_card, qwen_card
+from experiments.pretrain.cards import SHOTS, Facts, Making, dinov2_card, qwen_card
 from vlm import nano as qwen
 
 FACTS = Facts(

@@ -6,8 +6,8 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from experiments.nano import learning
-from experiments.nano.learning import Plan
+from experiments.pretrain import learning
+from experiments.pretrain.learning import Plan
 
 
 def test_the_loss_is_the_cross_entropy_between_two_views_of_likeness() -> None:

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from experiments import pretrain_nano
-from experiments.nano import cards, teacher
-from experiments.nano.subjects import Subjects
-from kshot_errors import InputError
+from experiments.pretrain import cards, learning, main
+from experiments.pretrain.subjects import Subjects
+from kshot.errors import InputError
 
 STAGES = ("vit", "tower", "answers")
 
@@ -32,11 +31,11 @@ def described(masks: torch.Tensor, device: str = "cpu") -> torch.Tensor:
 
 
 def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(pretrain_nano, "subjects", drawings)
-    monkeypatch.setattr(teacher, "describe", described)
-    monkeypatch.setattr(pretrain_nano, "_accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))
+    monkeypatch.setattr(main, "subjects", drawings)
+    monkeypatch.setattr(learning, "describe", described)
+    monkeypatch.setattr(main, "_accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))
     monkeypatch.setattr(sys, "argv", ["pretrain_nano", *map(str, arguments), "--steps", "2", "--threads", "1"])
-    pretrain_nano.main()
+    main.main()
 
 
 HALF = {1: 0.5, 4: 0.5, 16: 0.5}
@@ -67,7 +66,7 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(pretrain_nano, "_vit", fail)
+    monkeypatch.setattr(main, "_vit", fail)
     with pytest.raises(InterruptedError):
         pretrain(monkeypatch, "--work", tmp_path, "--stages", "vit")
     assert not list(tmp_path.glob("vit*"))

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 from scipy.spatial.distance import cdist
 
-from data import iconfonts
 from data.catalog import DATASETS
-from data.iconfonts import inked, read_icons, thumbnails
-from data.icons import first_word
-from experiments.nano import subjects as module
-from experiments.nano.subjects import (
+from data.embedded import icons as iconfonts
+from data.embedded.icons import first_word, inked, read_icons, thumbnails
+from experiments.pretrain import subjects as module
+from experiments.pretrain.subjects import (
     ALIKE,
     NUMBERS,
     SAME,
@@ -38,7 +37,7 @@ from experiments.nano.subjects import (
     allowed,
     subjects,
 )
-from kshot_errors import DatasetError
+from kshot.errors import DatasetError
 from tests.experiments.nano.drawn import NAMES, icon
 
 DEMO = DATASETS["icons"].classes or ()

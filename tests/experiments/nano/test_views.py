@@ -13,8 +13,8 @@ from scipy import ndimage, stats
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.nano import views
-from experiments.nano.views import BUTTON, DARK, MIN_CONTRAST, Pictures
+from experiments.pretrain import views
+from experiments.pretrain.views import BUTTON, DARK, MIN_CONTRAST, Pictures
 from tests.experiments.nano.drawn import masks
 
 SEEDS = st.integers(0, 2**31)

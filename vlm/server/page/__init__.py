@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Response
 
-from kshot_errors import KshotError
+from kshot.errors import KshotError
 
 HERE = Path(__file__).parent
 FILES = (  # path, file, content type

@@ -1,0 +1,84 @@
+"""Ridge regression on frozen features, one output a class, in closed form; its penalty is chosen by leave-one-out.
+
+Knows no encoder and never sees a test image. Scores are regression outputs: they rank classes and are no
+probabilities.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from baselines.heads.inputs import Fitted, Scaler, check_training, fitted, principal
+from baselines.heads.selection import choose
+
+# In units of the number of features: on standardised features 1 means that signal and noise are believed equally
+# strong. The first is the one fixed a priori.
+PENALTIES = (1.0, 1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
+
+
+def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+    """Outputs of the regression on 1 for an image's class and 0 for the others.
+
+    Minimises |Y - XW - b|² + λ |W|² over standardised features, with free intercepts. λ is the one of PENALTIES
+    (times D) with the most right leave-one-out answers, which a linear smoother has in closed form (Allen 1974): the
+    residual divided by one minus the leverage. The squared leave-one-out error would be the other usual criterion; at
+    few shots it is less for outputs near zero, whoever wins. (Features are standardised once, over all training
+    images, as in scikit-learn's RidgeClassifierCV on scaled features.) With one image a class, leaving it out leaves
+    none: λ is then the first.
+
+    Args:
+        train: (N, D) features. labels: (N,) class indices.
+
+    Raises:
+        InputError: shapes, labels or numbers that cannot be used; training images of a single class; a class with one
+            image beside classes with more.
+    """
+    present = check_training(train, labels, n_classes)
+    scaler, indices = Scaler.of(train), np.searchsorted(present, labels)
+    scaled, targets = scaler(train), np.eye(len(present))[indices]
+    spectrum = _Spectrum.of(scaled, targets)
+    penalty = choose([float(each * train.shape[1]) for each in PENALTIES], indices, spectrum.held_out)
+    weights = spectrum.weights(penalty).astype(np.float32)
+    return fitted(
+        train.shape[1],
+        n_classes,
+        present,
+        lambda test: scaler(test, np.float32) @ weights + spectrum.mean,
+        {"penalty": penalty},
+    )
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """The training images along their principal directions, where every λ's solution is a rescaling.
+
+    directions: (D, rank). squared: (rank,) squared singular values. left: (N, rank) orthonormal, the images' places.
+    targets: (N, classes), mean: (classes,) theirs. inside: (rank, classes) the centred targets in these coordinates.
+    """
+
+    directions: np.ndarray
+    squared: np.ndarray
+    left: np.ndarray
+    targets: np.ndarray
+    mean: np.ndarray
+    inside: np.ndarray
+
+    @classmethod
+    def of(cls, scaled: np.ndarray, targets: np.ndarray) -> "_Spectrum":
+        directions, squared = principal(scaled)
+        left, mean = scaled @ (directions / np.sqrt(squared)), targets.mean(axis=0)
+        return cls(directions, squared, left, targets, mean, left.T @ (targets - mean))
+
+    def held_out(self, penalty: float) -> np.ndarray:
+        """(N,) the class that a regression on all other images says for each one."""
+        shrunk = self.squared / (self.squared + penalty)
+        residual = self.targets - self.mean - self.left @ (shrunk[:, None] * self.inside)
+        free = 1 - 1 / len(self.targets) - self.left**2 @ shrunk  # one minus the leverage; the intercept has 1/N
+        answers: np.ndarray = (self.targets - residual / free[:, None]).argmax(axis=1)
+        return answers
+
+    def weights(self, penalty: float) -> np.ndarray:
+        """(D, classes)."""
+        slope = np.sqrt(self.squared) / (self.squared + penalty)
+        solution: np.ndarray = self.directions @ (slope[:, None] * self.inside)
+        return solution

@@ -1,0 +1,139 @@
+"""The original files of a data set as its authors published them: found, checked, read member by member. Nothing is
+unpacked to disk, so no name in an archive can lead anywhere. Knows no data set.
+"""
+
+import hashlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data.dataset import Part
+from kshot.errors import DatasetError
+
+MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
+HEADER = 1 << 20  # bytes; likewise the longest name
+SYSTEM = (".", "Thumbs.db", "desktop.ini")  # how the names of a system's own files begin
+
+
+@dataclass(frozen=True)
+class Files:
+    """The parts of a set in the folder root. Raises DatasetError for a root that is none, here and in every method."""
+
+    root: Path
+    parts: Mapping[str, Part]
+    url: str
+
+    def path(self, part: str) -> Path:
+        """Where the part is. Raises DatasetError where it is not."""
+        names = self.parts[part].names
+        for name in names:
+            if (self.root / name).exists():
+                return self.root / name
+        wanted = " nor ".join(names)
+        raise DatasetError(f"there is no {wanted} in {self.root}; --root names the folder of the files of {self.url}")
+
+    def members(self, part: str) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of every file in it: "top/folder/file", whether it is an archive or unpacked."""
+        path = self.path(part)
+        try:
+            if path.is_dir():
+                yield from _of_folder(path)
+            elif path.suffix == ".zip":
+                yield from _of_zip(path)
+            else:
+                with path.open("rb") as file:
+                    yield from _of_tar(file, path)
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+            raise DatasetError(f"{path} is broken ({error}); download it again") from error
+
+    def read(self, part: str, name: str) -> bytes:
+        """The file of that name, wherever it stands in the part; the part itself where that is the file."""
+        if (path := self.path(part)).name == name and path.is_file():
+            return path.read_bytes()
+        for member, content in self.members(part):
+            if member.rpartition("/")[2] == name:
+                return content
+        raise DatasetError(f"{self.path(part)} has no {name}; it is not the file of {self.url}")
+
+    def checksums(self) -> dict[str, str]:
+        """File name → MD5 of each part that is a file."""
+        return {path.name: _md5(path) for part in self.parts if (path := self.path(part)).is_file()}
+
+    def identity(self) -> str:
+        """16 hex digits that change when a part does: of names, sizes and times, for reading all would take minutes."""
+        digest = hashlib.sha256()
+        for path in (self.path(part) for part in self.parts):
+            for file in [path] if path.is_file() else sorted(path.rglob("*")):
+                stat = file.lstat()
+                digest.update(f"{file.relative_to(path.parent)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def modified(parts: Mapping[str, Part], checksums: Mapping[str, str]) -> list[str]:
+    """The names of the files whose MD5 is not that of the published ones."""
+    known = {name: md5 for part in parts.values() for name, md5 in part.md5.items()}
+    return sorted(name for name, md5 in checksums.items() if known.get(name, md5) != md5)
+
+
+def is_of_the_system(name: str) -> bool:
+    """Whether a file is one that file managers leave behind."""
+    return name.rpartition("/")[2].startswith(SYSTEM) or name.startswith("__MACOSX")
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise DatasetError(f"the link {path} leads out of {folder}; put the file itself there")
+        if path.is_symlink() and not path.exists():
+            raise DatasetError(f"the link {path} leads nowhere; remove it")
+        if path.is_file():
+            _check_size(path, path.stat().st_size)
+            yield path.relative_to(folder.parent).as_posix(), path.read_bytes()
+
+
+def _of_tar(file: IO[bytes], where: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+        for member in archive:
+            if member.isfile() and (opened := archive.extractfile(member)):
+                _check_size(where / member.name, member.size)
+                yield member.name.removeprefix("./"), opened.read()
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose long names are of a sane length: tarfile reads them whole, before anything else is known."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) and self.size > HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def _of_zip(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The members; those of an archive in the archive as well."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.endswith((".tar.gz", ".tgz", ".tar")):
+                with archive.open(info) as inner:
+                    yield from _of_tar(inner, path)
+            elif not info.is_dir():
+                _check_size(path / info.filename, info.file_size)
+                yield info.filename, archive.read(info)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MEMBER:
+        raise DatasetError(f"{path} has {size:,} bytes, more than the {MEMBER:,} of a file of images; remove it")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _no_secret).hexdigest()
+
+
+def _no_secret() -> Any:
+    """MD5 as the authors published it, against damage and mix-ups, not against an attacker."""
+    return hashlib.md5(usedforsecurity=False)

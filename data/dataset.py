@@ -1,0 +1,264 @@
+"""What a data set is: examples of image bytes with a label. Knows no archive, no protocol, no shots and no models.
+
+An image is encoded bytes in memory, or a Slice: where in a file its bytes lie. They are read when they are asked for,
+so a set of any size costs its index.
+
+TODO What the catalog says of a data set: one Row each. Imports the standard library only.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from kshot.errors import DatasetError
+
+# ---- What a data set is: examples of image bytes with a label. Knows no archive, no protocol, no shots and no
+
+
+def content_key(image: bytes) -> str:
+    """The identity of an image wherever it came from: the SHA-256 of its bytes, in hex."""
+    return hashlib.sha256(image).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`length` bytes of a file from `offset` on."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises DatasetError where the file is gone or has become shorter."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.length)
+        except OSError as error:
+            raise DatasetError(f"{self.path} cannot be read ({error.strerror}); get the data again") from error
+        if len(content) != self.length:
+            raise DatasetError(f"{self.path} ends before byte {self.offset + self.length}; get the data again")
+        return content
+
+
+class Readable(Protocol):
+    """Bytes that lie somewhere else: a Slice, or one of the spool's."""
+
+    def read(self) -> bytes: ...
+
+
+Stored = bytes | Readable
+
+
+def content(stored: Stored) -> bytes:
+    """The bytes, wherever they are kept."""
+    return stored if isinstance(stored, bytes) else stored.read()
+
+
+def digest(lines: Iterable[Sequence[str]]) -> str:
+    """64 hex digits for these lines of words, in whatever order they come."""
+    return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image as its source holds it.
+
+    path: its name in the source; split, label: the source's own words, "" where it has no split.
+    """
+
+    path: str
+    split: str
+    label: str
+    stored: Stored
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One labelled image.
+
+    key: `content_key` of the image as it came from its source.
+    stored: the encoded image (PNG, JPEG, ...), or where it lies.
+    label: index into the data set's classes.
+    stored_mirrored: likewise the horizontally flipped image where training may use it, else None.
+    """
+
+    key: str
+    stored: Stored
+    label: int
+    stored_mirrored: Stored | None = None
+
+    @property
+    def image(self) -> bytes:
+        """The encoded image."""
+        return content(self.stored)
+
+    @property
+    def mirrored(self) -> bytes | None:
+        """The encoded mirrored image, or None."""
+        return None if self.stored_mirrored is None else content(self.stored_mirrored)
+
+
+class Images(Sequence[bytes]):
+    """The images of examples, each read when it is asked for."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, n: int) -> bytes: ...
+    @overload
+    def __getitem__(self, n: slice) -> "Images": ...
+    def __getitem__(self, n: int | slice) -> "bytes | Images":
+        return Images(self._examples[n]) if isinstance(n, slice) else self._examples[n].image
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set under one named protocol: class names (label → text) and its two splits.
+
+    facts: where it came from and how it was verified, for the record; JSON values.
+    """
+
+    name: str
+    protocol: str
+    classes: tuple[str, ...]
+    train: Sequence[Example]
+    test: Sequence[Example]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---- What the catalog says of a data set: one Row each. Imports the standard library only.
+
+
+def clean_name(name: str) -> str:
+    """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC).
+
+    Some file systems write é as two characters, tokenizers as one: an answer could then never equal its class.
+    """
+    return unicodedata.normalize("NFC", " ".join(re.sub(r"[_.\-]", " ", name).lower().split()))
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a user gets at a set; none of it is in a row. source: "" is the set's first that fits the protocol.
+
+    root: folder of the original files, for the source archive. protocol: "" is the first one that the source allows.
+    split_file: for a protocol that reads one. allow_modified: take files that are not what was published.
+    """
+
+    source: str = ""
+    root: Path | None = None
+    protocol: str = ""
+    split_file: Path | None = None
+    allow_modified: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the original files.
+
+    names: what it may be called, an archive or the folder that comes out of it; the first that is there counts.
+    md5: name → MD5 of the published file, where it is known (32 hex digits).
+    """
+
+    names: tuple[str, ...]
+    md5: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What a rule may depend on besides the items. split_file: the user's copy of a split that others have drawn."""
+
+    split_seed: int = 0
+    split_file: Path | None = None
+
+
+Split = tuple[list[Item], list[Item]]
+
+Rule = Callable[[Sequence[Item], SplitOptions], Split]
+
+
+@dataclass(frozen=True)
+class SplitProtocol:
+    """A named way to use a benchmark.
+
+    about: the rule in words. classes, train, test: what it must give; 0 where nobody has stated it.
+    sources: where its rule can be applied. splits: those of the hub's copy that it needs; () is all.
+    seeded: whether it draws (its stamp then holds the split seed).
+    from_file: whether it reads a split file of the user's (its stamp then holds the file's fingerprint).
+    """
+
+    name: str
+    about: str
+    rule: Rule
+    classes: int
+    train: int = 0
+    test: int = 0
+    sources: tuple[str, ...] = ("hub", "archive")
+    splits: tuple[str, ...] = ()
+    seeded: bool = False
+    from_file: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set: what a reader, a trainer and a loader need to know of it.
+
+    classes: class names as the source writes them, in label order; None where only the data tell.
+    protocol: name of the split; "seeded-split" is drawn from the split seed and is recorded with it.
+    hflip: probability of a horizontal flip of an image in training; 0 where a mirrored image is another thing.
+    loader: "module:function"; called as function(row, root=..., split_seed=...) it returns a Dataset; that of a set
+        with sources is also given access=.
+    location: what the loader reads: a folder, a hub identifier or an address; "" where it needs none.
+    train, test: number of images, about; 0 where only the data tell.
+    clean: class name as its source writes it → as a model reads it.
+    sources: where it can be had, the usual one first; () where it comes with kshot or is the user's folder.
+    hub, revision: hub identifier and commit; "" is the newest, and the commit it resolved to is recorded.
+    parts: its original files. protocols: the named ways to use it, the usual one first.
+    content: `core.digest` of (class, key) of its images as they were published, "" where it is not known.
+    spellings: other ways in which sources write a class name → the one in `classes`.
+    """
+
+    name: str
+    title: str
+    licence: str
+    citation: str
+    url: str
+    protocol: str
+    hflip: float
+    loader: str
+    classes: tuple[str, ...] | None = None
+    location: str = ""
+    train: int = 0
+    test: int = 0
+    clean: Callable[[str], str] = clean_name
+    sources: tuple[str, ...] = ()
+    hub: str = ""
+    revision: str = ""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    protocols: tuple[SplitProtocol, ...] = ()
+    content: str = ""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+
+
+def clean_classes(row: DatasetSpec, names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a model reads them. Raises DatasetError where one is empty, or two are the same."""
+    origin: dict[str, str] = {}
+    for name in names:
+        cleaned = row.clean(name)
+        if not cleaned:
+            raise DatasetError(f"{row.name}: class {name!r} has no letters left once cleaned; rename it")
+        if cleaned in origin:
+            both = f"{origin[cleaned]!r} and {name!r}"
+            raise DatasetError(f"{row.name}: classes {both} both read {cleaned!r}; rename or merge them")
+        origin[cleaned] = name
+    return tuple(origin)

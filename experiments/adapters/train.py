@@ -1,0 +1,139 @@
+"""Train one adapter exactly as a `vlm-lora` cell of a sweep does, and write its folder. Knows no terminal.
+
+The images, their order and flips, the settings and the number of threads are the cell's: on a CPU the adapter is the
+cell's own, bit for bit. Nothing is tested, so settings that only a test depends on are refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from data.dataset import Access, Dataset
+from experiments.adapters import folder as adapters
+from experiments.adapters.folder import readme
+from experiments.sweep import run
+from experiments.sweep.cells import Job
+from experiments.sweep.config import Sweep, load
+from experiments.sweep.grid import plan
+from experiments.sweep.methods import METHODS, fit_lora, prompt_of
+from experiments.sweep.provenance import notes
+from kshot.errors import InputError
+from kshot.files import remove_stale
+
+if TYPE_CHECKING:
+    from vlm.prompts import Prompt
+
+METHOD = "vlm-lora"
+# settings that no training depends on
+OF_TESTS = (
+    *("backbone", "readout", "image_size", "vlm_features"),
+    *("limit_test", "shuffle_test", "calibration", "answer_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of several. loss: of its batch, a training image on average."""
+
+    number: int
+    steps: int
+    loss: float
+
+
+def planned(
+    dataset: str,
+    shots: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    *,
+    protocol: str = "",
+    device: str = "cpu",
+    access: Access | None = None,
+) -> tuple[Job, Dataset]:
+    """The cell of a sweep that is trained, checked as the sweep checks it, and its data set.
+
+    settings: put over the demo's, as `kshot sweep` does. Raises InputError for one that training does not depend on.
+    """
+    if unused := [name for name in OF_TESTS if name in settings]:
+        raise InputError(f"{unused[0]} is for sweeps, which test; training does not depend on it: leave it out")
+    grid = {"name": "train", "datasets": (dataset,), "methods": (METHOD,), "shots": (shots,), "seeds": (seed,)}
+    sweep = _placed(load("demo", {**grid, **({"protocol": protocol} if protocol else {})}, dict(settings)))
+    found = plan(sweep, device=device, access=access)
+    return replace(found.jobs[0], device=device), found.datasets[dataset]
+
+
+def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> Iterator[Step]:
+    """Train and write the adapter folder `target`, yielding each step when it is done; nothing is written before the
+    last one. Raises InputError, before anything is computed, where the folder holds other things."""
+    target = target.resolve()
+    adapters.check_target(target, force=force)
+    with _beside(target) as state, _as_a_worker(job.device):
+        from vlm.local.checkpoint import folder_of
+        from vlm.local.registry import LocalServiceClient
+
+        service = LocalServiceClient(state, job.device)
+        try:
+            task = run.task(job, dataset, [])
+            s = job.settings
+            client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+            for number, loss in enumerate(fit_lora(client, task), 1):
+                yield Step(number, task.steps, loss)
+            prompt = prompt_of(client, task)
+            path = client.save_weights_for_sampler("adapter").result().path
+        finally:
+            service.close()
+        adapters.check_target(target, force=force)  # it may have been filled meanwhile
+        card = _card(job, dataset, prompt)
+        said = notes(job.settings, set(METHODS[METHOD].settings))
+        adapters.write(target, folder_of(state, path), card, readme(card, said))
+
+
+def _card(job: Job, dataset: Dataset, prompt: "Prompt") -> adapters.Card:
+    trained = {**job.cell.identity, "data": dict(dataset.facts), "versions": run.versions(job)}
+    return adapters.Card(
+        classes=dataset.classes,
+        prompt=str(prompt.template),
+        max_side=job.settings.max_side,
+        base_model=job.settings.model,
+        trained=trained,
+    )
+
+
+def _placed(sweep: Sweep) -> Sweep:
+    """The sweep with a model's folder as a path that holds wherever the adapter is used."""
+    model = sweep.settings.model
+    if not (Path(model) / "config.json").is_file():
+        return sweep
+    return sweep.model_copy(
+        update={"settings": sweep.settings.model_copy(update={"model": str(Path(model).resolve())})}
+    )
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target: where it cannot be made, the target could not either."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target)
+        folder = TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        raise InputError(f"cannot write to {target} ({error.strerror}); give another folder with --out") from error
+    with folder as path:
+        yield Path(path)
+
+
+@contextmanager
+def _as_a_worker(device: str) -> Iterator[None]:
+    """One thread on a CPU, as in a sweep's workers: sums then come out the same."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,1 +1,0 @@
-"""The presets: sweeps written down as YAML."""

@@ -1,0 +1,120 @@
+"""One cell of a sweep: (data set, method, shots, seed) under its settings, and the key it is stored by.
+
+TODO What a worker is given: a cell, or images to encode for cells, and what only this machine needs. Loads nothing.
+TODO What a method said, as the table that is stored: one row a test image. Knows no metrics and no files.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.dataset import Access, Example
+from experiments.sweep.config import Settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from experiments.sweep.methods import Outcome
+
+# ---- One cell of a sweep: (data set, method, shots, seed) under its settings, and the key it is stored by.
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured. settings: only those that the method's numbers depend on, JSON values.
+
+    Where the data set lies, who computes and where results go are not part of a cell.
+    """
+
+    dataset: str
+    protocol: str
+    method: str
+    shots: int
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything the cell's numbers depend on."""
+        fields = ("dataset", "protocol", "method", "shots", "seed")
+        return {**{field: getattr(self, field) for field in fields}, "settings": dict(self.settings)}
+
+    @property
+    def key(self) -> str:
+        """Hash of the identity: the same cell has the same key on every machine."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.dataset}, {self.shots} shots, seed {self.seed}"
+
+
+# ---- What a worker is given: a cell, or images to encode for cells, and what only this machine needs. Loads nothing.
+
+
+@dataclass(frozen=True)
+class Job:
+    """source: how the data set is named here, maybe a path. service, device: who computes, and on what.
+    access: how the data set is had."""
+
+    cell: Cell
+    settings: Settings
+    source: str
+    service: str = "local"
+    device: str = "cpu"
+    access: Access = field(default_factory=Access)
+
+    def __str__(self) -> str:
+        return str(self.cell)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Images that cells like `like` will show the VLM: its test images and, where cells learn (shots > 0), those of all
+    `seeds`; of them every `parts`-th from `part` on."""
+
+    like: Job
+    seeds: tuple[int, ...]
+    shots: int
+    part: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"encoding the images of {self.like.cell.dataset}, part {self.part + 1} of {self.parts}"
+
+
+# ---- What a method said, as the table that is stored: one row a test image. Knows no metrics and no files.
+
+
+def predictions(test: Sequence[Example], outcome: "Outcome") -> "pa.Table":
+    """One row a test image: key, label, prediction, the five best classes, log-probabilities and free answers.
+
+    Ties between scores go to the lower class index.
+    """
+    import pyarrow as pa
+
+    scores = outcome.scores
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    labels = np.array([example.label for example in test], np.int32)
+    columns: dict[str, tuple[Any, pa.DataType]] = {
+        "key": ([example.key for example in test], pa.string()),
+        "label": (labels, pa.int32()),
+        "prediction": (best[:, 0], pa.int32()),
+        "top5": (list(best), pa.list_(pa.int32())),
+        "top5_log_probs": (None, pa.list_(pa.float32())),
+        "label_log_prob": (None, pa.float32()),
+        "answer": (None, pa.string()),
+        "answer_label": (None, pa.int32()),
+    }
+    if outcome.probabilities:
+        columns["top5_log_probs"] = (list(np.take_along_axis(scores, best, 1)), pa.list_(pa.float32()))
+        columns["label_log_prob"] = (scores[np.arange(len(labels)), labels], pa.float32())
+    if outcome.answers is not None:
+        columns["answer"] = ([text for text, _ in outcome.answers], pa.string())
+        columns["answer_label"] = ([label for _, label in outcome.answers], pa.int32())
+    arrays = {n: pa.nulls(len(labels), t) if v is None else pa.array(v, t) for n, (v, t) in columns.items()}
+    return pa.table(arrays)

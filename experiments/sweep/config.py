@@ -1,0 +1,299 @@
+"""What a sweep is: the schema of presets and YAML files. Knows the names of settings, not what they do.
+
+Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
+
+TODO What to type for a sweep that results describe. Knows sweep.json and the options, and runs nothing.
+"""
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from kshot.errors import InputError, UnknownNameError
+from vlm.models import full_name
+
+# ---- What a sweep is: the schema of presets and YAML files. Knows the names of settings, not what they do.
+
+OWN = "own"  # the image size of each image: what is said where None cannot be
+Readout = Literal["cls", "cls+mean", "last4", "last4+mean", "pooled"]
+ImageSize = Annotated[PositiveInt | None, BeforeValidator(lambda size: None if size == OWN else size)]
+VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
+Shots = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+ModelName = Annotated[str, AfterValidator(full_name)]
+
+
+class Settings(BaseModel):
+    """Everything besides data set, method, shots and seed that a cell's numbers may depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: ModelName = "Qwen/Qwen3-VL-2B-Instruct"
+    backbone: str = "vit_base_patch14_dinov2.lvd142m"
+    readout: Readout = "cls"  # what of the backbone is its feature, see baselines.backbone
+    image_size: ImageSize = None  # pixels, square, of the backbone's input; none: the image's own size
+    vlm_features: VlmFeatures = "tower"  # what vlm-vision-linear has its head on
+    max_side: PositiveInt = 480
+    limit_test: PositiveInt | None = None
+    split_seed: Seed = 0
+    allow_fewer: bool = False
+    shuffle_test: bool = False  # a control: each test image is shown in another's place
+    views_per_class: PositiveInt = 160
+    batch_size: PositiveInt = 32
+    rank: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    prompt: str = "recipe"  # a preset or a template, see vlm.prompts
+    answer_tokens: PositiveInt = 128  # of a free answer, at most
+    loss: Literal["text", "closed-set"] = "text"
+    calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
+
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(min_length=1)]
+
+
+class Compare(BaseModel):
+    """The settings of which a sweep may compare values; one that is not given has the one value of the settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: Several[str] = ()
+    image_size: Several[ImageSize] = ()
+    readout: Several[Readout] = ()
+    vlm_features: Several[VlmFeatures] = ()
+
+    @field_validator("*")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+
+COMPARED = tuple(Compare.model_fields)
+
+
+class Sweep(BaseModel):
+    """A grid of cells: data sets x methods x shots x seeds under one set of settings, or under several: every
+    combination of the values that are compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # the default folder is runs/NAME
+    datasets: Annotated[tuple[str, ...], Field(min_length=1)]
+    methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
+    prompts: tuple[str, ...] = ()  # phrasings of the question to compare; none: that of the settings
+    protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
+    settings: Settings = Settings()
+    compare: Compare = Compare()
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Setting → the values that it takes in this sweep, one or more, in the order in which they are reported."""
+        return {"prompt": self.phrasings, **{name: values for name, values in self.compare if values}}
+
+    @property
+    def variants(self) -> list[Settings]:
+        """The settings of every combination of these values; those of the later axes change first."""
+        grid = product(*self.axes.values())
+        return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
+
+    @property
+    def phrasings(self) -> tuple[str, ...]:
+        """Every prompt that is asked, one at least."""
+        return self.prompts or (self.settings.prompt,)
+
+    def shots_of(self, dataset: str) -> tuple[int, ...]:
+        """The shots that a data set is drawn at, in their order."""
+        return capped(self.shots, self.most_shots.get(dataset))
+
+    def points(self, dataset: str, read: Collection[str], *, learns: bool) -> Iterator[tuple[Settings, int, int]]:
+        """(settings, shots, seed) of each cell of a method on a data set.
+
+        read: the settings that the method's numbers depend on; where another one moves, its cells were there before.
+        learns: whether it sees shots; a method that does not has one cell, at 0 shots and seed 0.
+        """
+        for settings in self.variants:
+            moved = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
+            if moved <= set(read):
+                grid = product(self.shots_of(dataset), self.seeds) if learns else [(0, 0)]
+                yield from ((settings, shots, seed) for shots, seed in grid)
+
+    @field_validator("datasets", "methods", "shots", "seeds", "prompts")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _caps_are_of_its_sets(self) -> Self:
+        if odd := [name for name in self.most_shots if name not in self.datasets]:
+            raise ValueError(f"{odd[0]!r} is none of the data sets ({', '.join(self.datasets)})")
+        return self
+
+
+def capped(shots: Iterable[int], most: int | None) -> tuple[int, ...]:
+    """The shots, those above `most` replaced by it, once; None: all as they are."""
+    return tuple(dict.fromkeys(k if most is None else min(k, most) for k in shots))
+
+
+MODELS = ("model", "backbone")  # the settings that name one
+OF_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")  # those of what models are shown
+
+
+def presets() -> list[str]:
+    """The names of the sweeps that ship with kshot."""
+    names = [path.name for path in (files("experiments") / "presets").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sweep:
+    """The sweep of a preset's name or a YAML file, with the values given on the command line put over it.
+
+    settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
+    A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
+    The file's caps on shots hold for those of its data sets that are in the sweep.
+    Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
+    """
+    file = read(preset)
+    content = {**file, **overrides}
+    _drop_idle_caps(file, content)
+    own, compare = content.get("settings") or {}, content.get("compare") or {}
+    if isinstance(own, dict) and isinstance(compare, dict):
+        if twice := [name for name in own if name in compare]:
+            raise InputError(f"{preset} gives {twice[0]} twice: in settings and in compare; leave one out")
+        if preset in presets() and any(_is_new(kind, settings, own, compare) for kind in MODELS):
+            own = {name: value for name, value in own.items() if name in (*MODELS, *OF_DATA)}
+        several = {name: values for name, values in settings.items() if isinstance(values, tuple)}
+        one = {name: value for name, value in settings.items() if name not in several}
+        content["settings"] = {name: value for name, value in {**own, **one}.items() if name not in several}
+        content["compare"] = {name: values for name, values in {**compare, **several}.items() if name not in one}
+    try:
+        return Sweep.model_validate(content)
+    except ValidationError as error:
+        raise _explained(preset, error) from error
+
+
+def read(preset: str) -> dict[str, Any]:
+    """The content of a preset or a YAML file."""
+    if preset in presets():
+        path = files("experiments") / "presets" / f"{preset}.yaml"
+    elif preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
+    else:
+        raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{preset} cannot be read ({error.strerror}); presets are: {', '.join(presets())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{preset} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{preset} holds no sweep: it must be a mapping with name, datasets, methods, shots, seeds")
+    return content
+
+
+def _drop_idle_caps(file: Mapping[str, Any], content: dict[str, Any]) -> None:
+    """Add the file's caps on shots to those that are given, but those on data sets of its own that are not asked for; a
+    name that it never had stays, and is refused."""
+    caps, own = file.get("most_shots"), file.get("datasets")
+    if isinstance(caps, dict) and isinstance(own, list):
+        idle = [name for name in own if name not in content["datasets"]]
+        given = content["most_shots"] if content["most_shots"] is not caps else {}
+        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle} | given
+
+
+def _is_new(kind: str, given: Mapping[str, Any], own: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:
+    """Whether a model is given that the file does not have."""
+    known = compare.get(kind, (own.get(kind),))
+    named = given.get(kind, known)
+    several = named if isinstance(named, list | tuple) else (named,)
+    return not {_full(name) for name in several} <= {_full(name) for name in known}
+
+
+def _full(name: Any) -> Any:
+    return full_name(name) if isinstance(name, str) else name
+
+
+def _explained(preset: str, error: ValidationError) -> InputError:
+    """The first complaint in one line; a name that is none comes first, for it may be why another is missing."""
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        parts: dict[Any, tuple[str, type[BaseModel]]]
+        parts = {"settings": ("setting", Settings), "compare": ("setting to compare", Compare)}
+        kind, part = parts.get(first["loc"][0], ("setting", Sweep))
+        return UnknownNameError(kind, str(first["loc"][-1]), part.model_fields)
+    if first["type"] == "missing":
+        return InputError(f"{preset} does not say {where}; a sweep has: {', '.join(Sweep.model_fields)}")
+    if first["type"] == "value_error" and not where:
+        return InputError(f"{preset}: most_shots: {first['ctx']['error']}")
+    return InputError(f"{where} = {first['input']!r}: {first['msg']}")
+
+
+# ---- What to type for a sweep that results describe. Knows sweep.json and the options, and runs nothing.
+
+
+def command(content: Mapping[str, Any]) -> str:
+    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo.
+
+    Where a folder of images lies is not recorded: its path is to be filled in.
+    """
+    recorded_of = {kind: content["settings"][kind] for kind in MODELS}
+    models_of = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded_of.items()}
+    base = load("demo", {}, models_of).settings.model_dump()
+    base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
+    places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
+    options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
+    options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
+    place = dict(zip(content["datasets"], places, strict=True))
+    options += [("--most-shots", f"{place[name]}={most}") for name, most in content.get("most_shots", {}).items()]
+    if (service := content.get("service", "local")) != "local":
+        options.append(("--service", "ADDRESS" if service == "remote" else service))
+    if (device := content.get("device", "cpu")) != "cpu":
+        options.append(("--device", device))
+    changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
+    asked = changed.pop("prompt", [])
+    options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]
+    compared = {name: changed.pop(name) for name in COMPARED if isinstance(changed.get(name), list)}
+    for name, values in compared.items():
+        options += [(f"--{name.replace('_', '-')}", OWN if value is None else str(value)) for value in values]
+    options += [("--set", f"{k}={v}") for k, v in changed.items()]
+    facts = content.get("data", {})
+    options += _access_options(facts.values())
+    modified = any("-modified-" in protocol for protocol in content["protocols"].values())
+    flags = " --allow-modified" if modified else ""
+    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
+
+
+def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The options by which the data sets were had; where the files lay is not recorded."""
+    options: dict[str, str] = {}
+    for fact in facts:
+        if "protocol" in fact:
+            options |= {"--source": fact["source"], "--protocol": fact["protocol"]}
+        if fact.get("source") == "archive":
+            options |= {"--root": "PATH/TO/THE/ORIGINAL/FILES"}
+        if fact.get("protocol") == "coop":
+            options |= {"--split-file": "PATH/TO/THE/SPLIT.json"}
+    return list(options.items())

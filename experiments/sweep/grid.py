@@ -1,0 +1,300 @@
+"""A sweep: the grid of cells, checked before anything runs; those that are missing are run and stored as they finish.
+
+Knows no method and no model; what runs the cells is an executor.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from baselines import nano as nano_dinov2
+from data import catalog
+from data.dataset import Access, Dataset
+from experiments.sweep import workers as executors
+from experiments.sweep.cells import Cell, Encoding, Job
+from experiments.sweep.config import Settings, Sweep
+from experiments.sweep.encoding import PART, shared
+from experiments.sweep.methods import METHODS, check_left_out
+from experiments.sweep.provenance import notes, recorded, relevant
+from experiments.sweep.run import few_shot, to_encode, validation, work
+from experiments.sweep.store import Results
+from experiments.sweep.workers import Failure
+from experiments.sweep.workload import of_jobs
+from kshot.errors import DatasetError, InputError, UnknownNameError
+from vlm import models
+
+SHOWN = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")  # what images, as what
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep with the data sets they need, all checked.
+
+    jobs: one data set after the other, so that workers keep its images, and of each the long ones first, so that no
+    worker waits at the end. gpus: see `gpus_of`; a worker sees one of them, as cuda.
+    """
+
+    sweep: Sweep
+    datasets: dict[str, Dataset]
+    jobs: list[Job]
+    gpus: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """The content of sweep.json."""
+        names = [dataset.name for dataset in self.datasets.values()]
+        settings, compared = self._settings(), _compared(self.sweep)
+        return {
+            "name": self.sweep.name,
+            "datasets": names,
+            "methods": list(self.sweep.methods),
+            "shots": sorted(self.sweep.shots),
+            "seeds": sorted(self.sweep.seeds),
+            "settings": settings,
+            **({"most_shots": self._most_shots()} if self.sweep.most_shots else {}),
+            **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
+            **({"compare": {name: settings[name] for name in compared}} if compared else {}),
+            "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
+            "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
+            "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
+            "notes": self._notes(),
+            **({"service": _kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
+        }
+
+    def _most_shots(self) -> dict[str, int]:
+        return {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What the settings were; of one that has several values, and of its revision, each in a list."""
+        values = recorded(self.sweep.variants[0])
+        for name in self.sweep.axes:
+            first, *others = each = _recorded_along(self.sweep, name)
+            values |= {key: [one[key] for one in each] for key in values if any(o[key] != first[key] for o in others)}
+        return values
+
+    def _notes(self) -> list[str]:
+        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
+        of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
+        return [*of_settings, *of_files]
+
+    def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
+        """The jobs whose cells are not stored yet; of them those that have failed."""
+        keys = {record["key"] for record in results.failures()} if only_failed else {job.cell.key for job in self.jobs}
+        return [job for job in self.jobs if job.cell.key in keys and not results.has(job.cell.key)]
+
+    def encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
+        """What is encoded once, for all of these jobs: the images that the VLM of this machine is shown, of the data
+        sets whose features can be kept until they are used."""
+        alike: dict[Any, list[Job]] = defaultdict(list)
+        kept = shared(of_jobs(jobs, self.datasets))
+        for job in jobs:
+            if job.source in kept and METHODS[job.cell.method].looks:
+                alike[job.source, *(getattr(job.settings, name) for name in SHOWN)].append(job)
+        return [encoding for same in alike.values() for encoding in self._parts(same)]
+
+    def _parts(self, same: Sequence[Job]) -> Iterator[Encoding]:
+        learning = [job.cell for job in same if METHODS[job.cell.method].learns]
+        seeds, shots = tuple(sorted({c.seed for c in learning})), max((c.shots for c in learning), default=0)
+        dataset, settings = self.datasets[same[0].source], same[0].settings
+        test = len(dataset.test) if settings.limit_test is None else min(settings.limit_test, len(dataset.test))
+        parts = -(-(test + len(to_encode(dataset, seeds, shots, settings))) // PART)
+        return (Encoding(same[0], seeds, shots, part, parts) for part in range(parts))
+
+
+def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
+    """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
+    UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError,
+    InputError (an image size that does not fit a backbone, two that results could not tell apart).
+
+    access: for the data sets that can be had in several ways; InputError where none of them can.
+    """
+    for method in sweep.methods:
+        if method not in METHODS:
+            raise UnknownNameError("method", method, METHODS)
+    if service != "local" and (alone := [name for name in sweep.methods if METHODS[name].local]):
+        raise InputError(f"{alone[0]} needs features, which the Tinker API does not give; use --service local")
+    _check_machine(service, device)
+    _check_models(sweep, service)
+    _check_asking(sweep, service)
+    ways = ways_of(sweep, access or Access())
+    seed = sweep.settings.split_seed
+    datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
+    _check_names(datasets)
+    if any(METHODS[method].learns for method in sweep.methods):
+        for source, dataset in datasets.items():
+            most = max(sweep.shots_of(source))
+            for seed in sweep.seeds:
+                chosen = few_shot(dataset, most, seed, sweep.settings)
+                if any(METHODS[method].leaves_out for method in sweep.methods):
+                    check_left_out(dataset.classes, chosen)
+                validation(dataset, most, seed, sweep.settings)
+    jobs: list[Job] = []
+    for source, dataset in datasets.items():
+        kind = device.partition(":")[0]
+        make = partial(Job, source=source, service=service, device=kind, access=ways[source])
+        jobs += (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
+    order = {source: number for number, source in enumerate(datasets)}
+    jobs.sort(key=lambda job: (order[job.source], -METHODS[job.cell.method].cost))
+    return Plan(sweep, datasets, jobs, gpus_of(device))
+
+
+def execute(
+    planned: Plan,
+    results: Results,
+    jobs: Sequence[Job],
+    executor: str = "local",
+    workers: int | None = None,
+    threads: int = 1,
+) -> Generator[tuple[Job | Encoding, Failure | None], None, None]:
+    """Run and store these jobs of the plan; yields each when it is stored, or with why it failed: that stops no other.
+    Images that were encoded for them are yielded too; where that fails, their cells say so.
+
+    executor: a row of `executors.EXECUTORS`. Raises InputError where it cannot run here, or not with so many workers.
+    """
+    gpus = planned.gpus
+    if gpus and workers and workers > len(gpus) and executor == "local":
+        raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
+    start = getattr(executors, executor)
+    made = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
+    with closing(made) as finished:
+        for job, answer in finished:
+            failure = answer if isinstance(answer, Failure) else None
+            if isinstance(job, Job):
+                if failure:
+                    results.fail(job.cell.key, job.cell.identity, failure.message, failure.exit_status, failure.trace)
+                else:
+                    results.add(*answer)
+            yield job, failure
+
+
+def _of_its_files(dataset: Dataset) -> Iterator[str]:
+    """What a report must say of a data set's files."""
+    if "-modified-" in dataset.protocol:
+        changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
+        yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
+    if shared := dataset.facts.get("shared"):
+        yield f"{dataset.name}: images that are in both train and test: {shared}."
+
+
+def _kind(service: str) -> str:
+    """What results call a service: an address is nobody's business."""
+    return service if service in ("local", "tinker") else "remote"
+
+
+def gpus_of(device: str) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return ()
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if not names:
+        raise InputError(f"device {device!r} is not available here: torch sees no GPU; use --device cpu")
+    if not number:
+        return tuple(names)
+    if not number.isdecimal() or int(number) >= len(names):
+        raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
+    return (names[int(number)],)
+
+
+def _check_machine(service: str, device: str) -> None:
+    if service != "local":
+        from vlm.service import check
+
+        check(service)
+    if device == "cpu":
+        return
+    import torch
+
+    if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available here; use --device cpu")
+
+
+def _check_models(sweep: Sweep, service: str) -> None:
+    used = _used(sweep)
+    if "model" in used and service == "local":
+        models.check(sweep.settings.model)
+    if "backbone" in used:
+        usual = Settings(backbone=nano_dinov2.NAME)
+        encoders = dict.fromkeys((s.backbone, s.readout, s.image_size) for s in sweep.variants)
+        if [*encoders] != [(usual.backbone, usual.readout, usual.image_size)]:  # that needs no second of importing
+            from baselines.backbone import check
+
+            for encoder in encoders:
+                check(*encoder)
+    for name in _compared(sweep):
+        _check_apart(name, sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)])
+
+
+def _check_apart(setting: str, values: Iterable[Any], names: Iterable[Any]) -> None:
+    """Series are told apart by what results call a value; two folders may share their name."""
+    first: dict[Any, Any] = {}
+    for value, name in zip(values, names, strict=True):
+        twin = first.setdefault(name, value)
+        if twin != value:
+            raise InputError(f"{setting} {twin} and {value} would both be called {name}; rename one or leave it out")
+
+
+def _check_names(datasets: Mapping[str, Dataset]) -> None:
+    """Results are told apart by the name of their data set; two folders may share theirs."""
+    first: dict[str, str] = {}
+    for source, dataset in datasets.items():
+        twin = first.setdefault(dataset.name, source)
+        if twin != source:
+            raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
+
+
+def ways_of(sweep: Sweep, access: Access) -> dict[str, Access]:
+    """Data set → how it is had: `access` where there is a choice."""
+    access = replace(access, protocol=sweep.protocol) if sweep.protocol else access
+    rows = {source: catalog.find(source) for source in sweep.datasets}
+    if access != Access() and not any(row.sources for row in rows.values()):
+        catalog.load(sweep.datasets[0], access=access)  # says what is wrong with that
+    return {source: access if row.sources else Access() for source, row in rows.items()}
+
+
+def _check_asking(sweep: Sweep, service: str) -> None:
+    used = _used(sweep)
+    if "prompt" in used:
+        from vlm.prompts import template
+
+        for text in sweep.phrasings:
+            template(text)
+    if "loss" in used and sweep.settings.loss == "closed-set" and service == "tinker":
+        raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
+    asking = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
+    if asking and sweep.settings.calibration == "validated" and not any(method.learns for method in asking):
+        raise InputError(
+            "calibration validated chooses on labelled images, and zero-shot has none; give contextual, pmi or none"
+        )
+
+
+def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
+    """Each cell with the settings it is run under."""
+    values = {settings: recorded(settings) for settings in sweep.variants}
+    for name in sweep.methods:
+        method = METHODS[name]
+        for settings, shots, seed in sweep.points(source, method.settings, learns=method.learns):
+            named = relevant(values[settings], method.settings)
+            yield Cell(dataset.name, dataset.protocol, name, shots, seed, named), settings
+
+
+def _compared(sweep: Sweep) -> list[str]:
+    """The settings, besides the prompt, that have several values."""
+    return [name for name, values in sweep.compare if len(values) > 1]
+
+
+def _recorded_along(sweep: Sweep, setting: str) -> list[dict[str, Any]]:
+    """The sweep's first settings as results state them, with each value of one setting in turn."""
+    first = sweep.variants[0]
+    return [recorded(first.model_copy(update={setting: value})) for value in sweep.axes[setting]]
+
+
+def _used(sweep: Sweep) -> set[str]:
+    """The settings that any of the methods reads."""
+    return {name for method in sweep.methods for name in METHODS[method].settings}

@@ -1,0 +1,312 @@
+"""The methods: a function and a row each. What a method needs comes in a Task; what it says goes out as an Outcome.
+
+Knows no folders and no metrics. Nothing here sees a test label.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.dataset import Example, Images
+from experiments.sweep.config import OF_DATA as _DATA
+from experiments.sweep.config import Settings
+from kshot.errors import TooFewImagesError
+from kshot.files import cache_folder
+
+if TYPE_CHECKING:
+    from tinker import types
+
+    from baselines.features import Encoder
+    from baselines.heads import Fit
+    from vlm.embedding import Encoding
+    from vlm.prompts import Prompt
+    from vlm.service import SamplingClient, ServiceClient, TrainingClient
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: k labelled examples a class, the images to name, the class names, seed and settings.
+
+    hflip: probability of showing a training image mirrored. service, device: who computes, and on what.
+    validation: labelled images to choose settings on, where any are chosen; none of them is in train or test.
+    """
+
+    classes: tuple[str, ...]
+    train: Sequence[Example]
+    test: Sequence[bytes]
+    seed: int
+    settings: Settings
+    hflip: float = 0.5
+    service: str = "local"
+    device: str = "cpu"
+    validation: Sequence[Example] = ()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
+        return -(-self.settings.views_per_class * len(self.classes) // self.settings.batch_size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method says. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
+
+    seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
+    has encoded or loaded costs nothing again.
+    answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
+    chosen: settings that were chosen on labelled images that are no test images, and what was chosen.
+    """
+
+    scores: np.ndarray
+    probabilities: bool
+    seconds: Mapping[str, float]
+    answers: Sequence[tuple[str, int]] | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the function, the settings its numbers depend on, whether it learns, and its relative cost in time.
+
+    zero_shot: the method that asks the model before this one tunes it. leaves_out: whether it chooses by leaving a
+    training image of every class out. local: whether it needs what the Tinker API has not, so this process alone.
+    """
+
+    run: Callable[[Task], Outcome]
+    settings: tuple[str, ...]
+    learns: bool = True
+    cost: float = 1.0
+    zero_shot: str | None = None
+    leaves_out: bool = False
+    local: bool = False
+
+    @property
+    def looks(self) -> bool:
+        """Whether the VLM sees images in it."""
+        return "model" in self.settings
+
+
+def vlm_zero_shot(task: Task) -> Outcome:
+    """The base model asked without training: the k = 0 point."""
+    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
+    return _ask(sampler, task, fit_seconds=0.0)
+
+
+def vlm_lora(task: Task) -> Outcome:
+    """LoRA-tune the vision-language model to answer with the class name, then ask it."""
+    start, s, service = time.perf_counter(), task.settings, _connected(task.service, task.device)
+    client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    for _ in fit_lora(client, task):
+        pass
+    sampler = client.save_weights_and_get_sampling_client().result()
+    return _ask(sampler, task, fit_seconds=time.perf_counter() - start)
+
+
+def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
+    """Train a new run on the task's shots; yields the loss of each step, a training image on average."""
+    from vlm.classifier import fit
+
+    s = task.settings
+    for answer, _ in fit(client, _batches(task), prompt_of(client, task), _adam(s), s.loss):
+        yield answer.metrics["loss:sum"] / s.batch_size
+
+
+def vlm_vision_linear(task: Task) -> Outcome:
+    """Logistic regression on features of the base vision-language model: what a head makes of what the model sees."""
+    from vlm.embedding import embed_images
+
+    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
+    prompt = prompt_of(sampler, task)
+    return _frozen(task, lambda images: embed_images(sampler, images, prompt, task.settings.vlm_features), "logreg")
+
+
+def dinov2_frozen(head: str, task: Task) -> Outcome:
+    """Frozen DINOv2 features with a head of `baselines.heads`."""
+    return _frozen(task, _encoder(task.settings, task.device).features, head)
+
+
+def pixel_knn(task: Task) -> Outcome:
+    """Nearest neighbour on raw pixels: the floor."""
+    from baselines.heads.knn import fit_nearest_neighbour, pixels
+
+    return _fitted(task, pixels, fit_nearest_neighbour, probabilities=False)
+
+
+def dinov2_lora(task: Task) -> Outcome:
+    """LoRA and a linear head on DINOv2, by the same requests and on the very batches that `vlm_lora` makes."""
+    from baselines.lora import datum
+    from baselines.training import LoraHeadClient
+    from vlm.classifier import steps
+
+    start, s = time.perf_counter(), task.settings
+    client = LoraHeadClient(
+        s.backbone,
+        len(task.classes),
+        seed=task.seed,
+        rank=s.rank,
+        readout=s.readout,
+        size=s.image_size,
+        device=task.device,
+    )
+    data = ([datum(image, label) for image, label in batch] for batch in _batches(task))
+    for _ in steps(client, data, "cross_entropy", _adam(s)):
+        pass
+    sampler = client.save_weights_and_get_sampling_client().result()
+    fitted = time.perf_counter()
+    scores = sampler.class_log_probs(task.test)
+    client.close()
+    return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
+
+
+_TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+_ENCODED = ("backbone", "readout", "image_size")
+_ASKED = ("model", "prompt", "answer_tokens", "calibration")
+METHODS = {
+    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_ASKED), learns=False),
+    "vlm-lora": Method(vlm_lora, (*_DATA, *_ASKED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0, local=True),
+    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_ENCODED)),
+    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_ENCODED), leaves_out=True),
+    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_ENCODED), leaves_out=True),
+    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_ENCODED), leaves_out=True),
+    "dinov2-lora": Method(dinov2_lora, (*_DATA, *_ENCODED, *_TRAINED), cost=5.0),
+    "pixel-knn": Method(pixel_knn, _DATA),
+}
+
+
+def encode(images: Sequence[bytes], settings: Settings, device: str) -> None:
+    """Put what the local VLM's vision tower says of these images where all workers find it."""
+    from vlm.embedding import encode
+    from vlm.inputs import ImageRule
+
+    encode(_tower(settings, device), images, ImageRule.from_pretrained(settings.model))
+
+
+def tower_forwards(settings: Settings, device: str) -> int:
+    """Images that went through the local VLM's vision tower in this process."""
+    return _tower(settings, device).tower_forwards
+
+
+def _tower(settings: Settings, device: str) -> "Encoding":
+    sampler: Any = _connected("local", device).create_sampling_client(base_model=settings.model).result()
+    return sampler
+
+
+@lru_cache(maxsize=1)
+def _connected(service: str, device: str) -> "ServiceClient":
+    """One service a process, so that cells share the base model; image features are shared by processes too."""
+    from vlm.service import connect
+
+    if service != "local":
+        return connect(service)
+    return connect(service, device=device, features=cache_folder() / "vision")
+
+
+def _encoder(settings: Settings, device: str) -> "Encoder":
+    return _encoder_of(settings.backbone, settings.readout, settings.image_size, device)
+
+
+@lru_cache(maxsize=4)
+def _encoder_of(backbone: str, readout: str, size: int | None, device: str) -> "Encoder":
+    """One encoder a setting and process; its features are kept for the other processes and for later sweeps."""
+    from baselines.features import Encoder
+
+    return Encoder(backbone, readout=readout, size=size, device=device, folder=cache_folder() / "features")
+
+
+def _adam(settings: Settings) -> "types.AdamParams":
+    from tinker import types
+
+    s = settings
+    return types.AdamParams(learning_rate=s.learning_rate, beta1=s.beta1, beta2=s.beta2, eps=s.eps)
+
+
+def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
+    """The batches of (image, label) that every method that trains sees: fixed by the seed."""
+    from vlm.classifier import batches
+
+    rng = np.random.default_rng(task.seed)
+    return batches(task.train, task.settings.batch_size, task.steps, rng, hflip=task.hflip)
+
+
+def prompt_of(client: Any, task: Task) -> "Prompt":
+    """The question that the task's settings ask, in the tokens of their model.
+
+    The SDK's client would ask the hub for the tokenizer by the model's name, which ours and folders do not have there.
+    """
+    from vlm.inputs import ImageRule
+    from vlm.local.model.load import load_tokenizer
+    from vlm.prompts import Prompt, template
+
+    model = task.settings.model
+    tokenizer = client.get_tokenizer() if task.service == "local" else load_tokenizer(model)
+    return Prompt(tokenizer, ImageRule.from_pretrained(model), task.classes, template(task.settings.prompt))
+
+
+def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
+    from vlm.calibration import calibrated
+    from vlm.classifier import generate, predict
+
+    start, prompt = time.perf_counter(), prompt_of(sampler, task)
+    prior, chosen = _prior(sampler, task, prompt)
+    scores = calibrated(predict(sampler, task.test, prompt), prior)
+    scored = time.perf_counter()
+    answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt, task.settings.answer_tokens)]
+    seconds = {"fit": fit_seconds, "predict": scored - start, "answer": time.perf_counter() - scored}
+    return Outcome(scores, True, seconds, answers, chosen)
+
+
+def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.ndarray, dict[str, str]]:
+    """The log prior that the scores are corrected by, and what was chosen. Without labelled images, at zero-shot,
+    nothing can be chosen and the scores stay as they are."""
+    from vlm.calibration import NONE, PRIORS, choose, prior
+    from vlm.classifier import predict
+
+    name: str = task.settings.calibration
+    if name != "validated":
+        return prior(name, sampler, prompt), {}
+    if not task.validation:
+        return prior(NONE, sampler, prompt), {}
+    priors = {each: prior(each, sampler, prompt) for each in (NONE, *PRIORS)}
+    labels = np.array([example.label for example in task.validation])
+    name = choose(predict(sampler, Images(task.validation), prompt), labels, priors)
+    return priors[name], {"calibration": name}
+
+
+def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: str) -> Outcome:
+    """Features of a frozen encoder and a row of HEADS on them."""
+    from baselines.heads import HEADS
+
+    row = HEADS[head]
+    if row.chooses:
+        check_left_out(task.classes, task.train)
+    return _fitted(task, features, row.fit, probabilities=row.probabilities)
+
+
+def _fitted(
+    task: Task, features: Callable[[Sequence[bytes]], np.ndarray], fit: "Fit", *, probabilities: bool
+) -> Outcome:
+    """A head fitted on the training images alone, then asked. "fit" holds the encoding of the training images,
+    "predict" that of the test images."""
+    start = time.perf_counter()
+    labels = np.array([example.label for example in task.train])
+    fitted = fit(features(Images(task.train)), labels, len(task.classes))
+    learnt = time.perf_counter()
+    scores = fitted.scores(features(task.test))
+    seconds = {"fit": learnt - start, "predict": time.perf_counter() - learnt}
+    return Outcome(scores, probabilities, seconds, chosen=fitted.chosen)
+
+
+def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:
+    """Raises TooFewImagesError for a class with one image beside classes with more, by its name: heads know numbers."""
+    counts = np.bincount([example.label for example in train], minlength=len(classes))
+    if counts.max() > 1 and (counts == 1).any():
+        name = classes[int(np.argmax(counts == 1))]
+        raise TooFewImagesError(
+            f"class {name!r} has one training image and others have {counts.max()}: ridge, kNN and nearest mean choose "
+            "their settings by leaving one out, and then it has none; add an image, ask for 1 shot, or leave them out"
+        )

@@ -1,0 +1,203 @@
+"""Run one job: a cell, from the catalog row to a record and its predictions, or the encoding of images for cells.
+
+Knows no results folder and no other cell.
+
+Called in a worker process; data sets and prepared images stay there from cell to cell.
+"""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data import catalog
+from data.dataset import Access, Dataset, Example, Images
+from data.fewshot import k_shot
+from data.preparation import prepare_all
+from experiments.sweep import methods
+from experiments.sweep.cells import Encoding, Job, predictions
+from experiments.sweep.config import Settings
+from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.provenance import recorded, relevant
+from kshot.errors import DatasetError, KshotError, ModelError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+VALIDATION = 4  # images a class, at most
+VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "numpy", "pillow", "tinker")
+
+
+def work(job: Job | Encoding) -> "tuple[dict[str, Any], pa.Table] | None":
+    """What a worker does: `run` a cell or `encode` images."""
+    if isinstance(job, Encoding):
+        encode(job)
+        return None
+    return run(job)
+
+
+def encode(job: Encoding) -> None:
+    """Put the features of the job's images where the cells find them. Raises as `run` does."""
+    like = job.like
+    dataset, hflip = _dataset(like.source, like.access, like.settings.split_seed), catalog.find(like.source).hflip
+    new = to_encode(dataset, job.seeds, job.shots, like.settings)
+    test = {example.key: example for example in _test(like)}
+    keys = sorted({*test, *new})[job.part :: job.parts]
+    prepared = _prepared(like, [new[key] for key in keys if key in new], hflip)
+    images = [image for each in prepared for image in (each.image, each.mirrored) if image]
+    images += [test[key].image for key in keys if key in test]
+    methods.encode(images, like.settings, like.device)
+
+
+def to_encode(dataset: Dataset, seeds: Iterable[int], shots: int, settings: Settings) -> dict[str, Example]:
+    """The training images by key that cells of these seeds and at most these shots show."""
+    chosen = (few_shot(dataset, shots, seed, settings) for seed in seeds if shots)
+    more = (validation(dataset, shots, seed, settings) for seed in seeds if shots)
+    return {example.key: example for some in (*chosen, *more) for example in some}
+
+
+def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
+    """(record, predictions) of a cell. Raises InputError for what is wrong with its data or settings, KshotError
+    where a remote service fails."""
+    from experiments.sweep.metrics import metrics
+
+    cell, dataset = job.cell, _dataset(job.source, job.access, job.settings.split_seed)
+    if dataset.protocol != cell.protocol:
+        raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
+    if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
+        raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
+    test = _test(job)
+    before = _forwards(job)
+    outcome = _outcome(job, task(job, dataset, test))
+    table = predictions(test, outcome)
+    record = {
+        "key": cell.key,
+        **cell.identity,
+        "test_images": len(test),
+        "metrics": metrics(table, len(dataset.classes)),
+        "timings": {f"{name}_seconds": round(seconds, 3) for name, seconds in outcome.seconds.items()},
+        **({} if before is None else {"work": {"vision_forwards": (_forwards(job) or 0) - before}}),
+        "versions": versions(job),
+        **({"chosen": dict(outcome.chosen)} if outcome.chosen else {}),
+    }
+    return record, table
+
+
+def few_shot(dataset: Dataset, shots: int, seed: int, settings: Settings) -> list[Example]:
+    """The k labelled examples a class. Raises TooFewImagesError unless settings.allow_fewer."""
+    chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=settings.allow_fewer)
+    return [dataset.train[n] for n in chosen]
+
+
+def validation(dataset: Dataset, shots: int, seed: int, settings: Settings) -> list[Example]:
+    """The labelled examples on which settings are chosen, if any are: min(shots, VALIDATION) of each class, the next
+    ones of the permutation that the k shots come from (as CoOp does, Zhou et al. 2022). Raises TooFewImagesError where
+    a class has no more, unless settings.allow_fewer."""
+    if settings.calibration != "validated":
+        return []
+    more = shots + min(shots, VALIDATION)
+    taken = {example.key for example in few_shot(dataset, shots, seed, settings)}
+    return [example for example in few_shot(dataset, more, seed, settings) if example.key not in taken]
+
+
+def shown(test: list[Example], job: Job) -> Images:
+    """What a method is shown: the test images, or for the control each test image in another's place."""
+    if not job.settings.shuffle_test:
+        return Images(test)
+    order = np.random.default_rng(job.cell.seed).permutation(len(test))
+    placed = list(test)
+    for here, there in zip(order, np.roll(order, 1), strict=True):  # one round: no image stays where it was
+        placed[here] = test[there]
+    return Images(placed)
+
+
+def versions(job: Job) -> dict[str, str]:
+    """The versions of what the numbers come from, the kind of machine, and the kind of service that computed."""
+    machine = f"{platform.system()} {platform.machine()} {job.device}"
+    service = job.service if job.service in ("local", "tinker") else "remote"
+    numbers = {name: metadata.version(name) for name in VERSIONS}
+    return {"python": platform.python_version(), **numbers, "machine": machine, "service": service}
+
+
+def task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
+    """What the cell's method is given. Raises TooFewImagesError, ImageError."""
+    hflip = catalog.find(job.source).hflip
+    return Task(
+        classes=dataset.classes,
+        train=_train(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
+        test=shown(test, job),
+        seed=job.cell.seed,
+        settings=job.settings,
+        hflip=hflip,
+        service=job.service,
+        device=job.device,
+        validation=_validation(job, dataset, hflip),
+    )
+
+
+def _outcome(job: Job, given: Task) -> Outcome:
+    method = METHODS[job.cell.method]
+    if job.service == "local":
+        return method.run(given)
+    import tinker
+
+    try:
+        return method.run(given)
+    except tinker.TinkerError as error:
+        raise KshotError(f"service {job.service} failed with {job}: {error}") from error
+
+
+def _forwards(job: Job) -> int | None:
+    """Images that the vision tower has seen in this process; None where no VLM of this machine looks at any."""
+    if job.service != "local" or not METHODS[job.cell.method].looks:
+        return None
+    return methods.tower_forwards(job.settings, job.device)
+
+
+def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+    """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
+    return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
+
+
+def _validation(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+    method = METHODS[job.cell.method]
+    if not method.learns or "calibration" not in method.settings:
+        return []
+    return _prepared(job, validation(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
+
+
+def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
+    seen = _seen(job.source, job.access, job.settings.split_seed, job.settings.max_side)
+    new = [example for example in chosen if example.key not in seen]
+    prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
+    seen.update((example.key, example) for example in prepared)
+    # An image that stands in two classes is prepared once and keeps the label of the example that asks for it.
+    return [replace(seen[example.key], label=example.label) for example in chosen]
+
+
+def _test(job: Job) -> list[Example]:
+    s = job.settings
+    return _prepared_test(job.source, job.access, s.split_seed, s.max_side, s.limit_test)
+
+
+@lru_cache(maxsize=1)
+def _dataset(source: str, access: Access, split_seed: int) -> Dataset:
+    return catalog.load(source, access=access, split_seed=split_seed)
+
+
+@lru_cache(maxsize=1)
+def _seen(source: str, access: Access, split_seed: int, max_side: int) -> dict[str, Example]:
+    """Prepared training examples of one data set by key; filled as cells ask for them."""
+    return {}
+
+
+@lru_cache(maxsize=1)
+def _prepared_test(source: str, access: Access, split_seed: int, max_side: int, limit: int | None) -> list[Example]:
+    test = _dataset(source, access, split_seed).test
+    # keys are hashes: the smallest are a sample that does not depend on the order of the rows
+    chosen = test if limit is None else sorted(test, key=lambda e: e.key)[:limit]
+    return prepare_all(chosen, max_side=max_side, hflip=False)

@@ -1,0 +1,233 @@
+"""The series of a report: a method, or where a sweep compares, a method with one value of each setting that it compares
+(of the prompts, the prompt) and that the method reads.
+
+A series stands where a method's name stands, in sweep.json's content and in cell records. Nothing is parsed out of its
+text: `method_of` and `choices_of` say what it is. Knows no numbers and no looks.
+
+TODO How a series is called and drawn: title, colour, marker and line, and in which order series stand.
+
+It does not know numbers or figures; a method that has no row here gets a look by its name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
+
+from experiments.sweep.methods import METHODS
+from kshot.errors import ResultsError
+
+# ---- The series of a report: a method, or where a sweep compares, a method with one value of each setting that
+
+Record = Mapping[str, Any]
+Axes = Mapping[str, Sequence[Any]]  # {setting: the values of it that are compared, as results record them}
+T = TypeVar("T")
+PROMPT = "prompt"
+MAIN = ("vlm-lora", "dinov2-lora")  # what the comparison is about: both tuned on the very same batches
+ABSENT = object()
+
+
+class Choice(NamedTuple):
+    """One value of several that a setting has in a sweep: its place among them (from 0), and how many there are."""
+
+    setting: str
+    value: Any
+    place: int
+    of: int
+
+
+class Series(str):
+    """A method under one choice or more; as text, unique among the series of a sweep."""
+
+    method: str
+    choices: tuple[Choice, ...]
+
+    def __new__(cls, method: str, choices: Sequence[Choice]) -> "Series":
+        series = super().__new__(cls, ", ".join([method, *map(_text, choices)]))
+        series.method, series.choices = method, tuple(choices)
+        return series
+
+
+def by_series(sweep: Record, cells: Sequence[Record]) -> tuple[Record, list[Record]]:
+    """The sweep and its cells with series for the methods that read a setting of which the sweep compares values.
+
+    Where it compares nothing they come back as they are, and so does what has series already. Raises ResultsError for a
+    cell that was run with none of the sweep's values.
+    """
+    axes = _axes(sweep)
+    if not axes:
+        return sweep, list(cells)
+    methods = [series for method in sweep["methods"] for series in _series(method, axes)]
+    return {**sweep, "methods": methods}, [{**cell, "method": _of_cell(cell, axes)} for cell in cells]
+
+
+def method_of(series: str) -> str:
+    """The method's name."""
+    return series.method if isinstance(series, Series) else series
+
+
+def choices_of(series: str) -> tuple[Choice, ...]:
+    """What the series was run with of what is compared; nothing of a method that reads none of it."""
+    return series.choices if isinstance(series, Series) else ()
+
+
+def number_of(series: str) -> int:
+    """Its place among all series of its method, from 0."""
+    number = 0
+    for choice in choices_of(series):
+        number = number * choice.of + choice.place
+    return number
+
+
+def zero_shot_of(series: str) -> str | None:
+    """The series that asks the model that this one tunes, under the same choices as far as it reads them; None where
+    there is none."""
+    row = METHODS.get(method_of(series))
+    if row is None or row.zero_shot is None:
+        return None
+    return _named(row.zero_shot, [c for c in choices_of(series) if c.setting in METHODS[row.zero_shot].settings])
+
+
+def main_pairs(series: Iterable[str]) -> list[tuple[str, str]]:
+    """Each series of the first method of MAIN with each of the second, of those given and in their order."""
+    found = list(dict.fromkeys(series))
+    first, second = ([each for each in found if method_of(each) == method] for method in MAIN)
+    return list(product(first, second))
+
+
+def from_zero(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:
+    """{series: {shots: value}} in which the curve of a method that tunes begins at 0 shots, with the value of the model
+    untuned; where that was not measured, nothing changes."""
+    return {series: {**_start(table, series), **row} for series, row in table.items()}
+
+
+def _start(table: Mapping[str, Mapping[int, T]], series: str) -> dict[int, T]:
+    untuned = table.get(zero_shot_of(series) or "", {})
+    return {0: untuned[0]} if 0 in untuned else {}
+
+
+def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
+    """What is compared: settings of which the sweep has two values or more."""
+    given = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
+    return {setting: values for setting, values in given.items() if len(values) > 1}
+
+
+def _read(method: str, axes: Axes) -> Axes:
+    """The axes that the method reads."""
+    settings = METHODS[method].settings if method in METHODS else ()
+    return {setting: values for setting, values in axes.items() if setting in settings}
+
+
+def _series(method: str, axes: Axes) -> list[str]:
+    """The series of a method: every combination of what is compared and it reads."""
+    read = _read(method, axes).items()
+    each = ([Choice(setting, v, n, len(values)) for n, v in enumerate(values)] for setting, values in read)
+    return [_named(method, choices) for choices in product(*each)]
+
+
+def _of_cell(cell: Record, axes: Axes) -> str:
+    choices = []
+    for setting, values in _read(cell["method"], axes).items():
+        value = cell["settings"].get(setting, ABSENT)
+        if value not in values:
+            has = f"no {setting}" if value is ABSENT else f"{setting} {value!r}"
+            raise ResultsError(f"cell {cell['key']} has {has}; the sweep's are: {list(values)}")
+        choices.append(Choice(setting, value, values.index(value), len(values)))
+    return _named(cell["method"], choices)
+
+
+def _named(method: str, choices: Sequence[Choice]) -> str:
+    return Series(method, choices) if choices else method
+
+
+def _text(choice: Choice) -> str:
+    return f"{choice.setting} {choice.place + 1 if choice.setting == PROMPT else choice.value}"
+
+
+# ---- How a series is called and drawn: title, colour, marker and line, and in which order series stand.
+
+
+class Style(NamedTuple):
+    """How one series is written and drawn. hollow: a marker of which only the edge has the colour."""
+
+    title: str
+    colour: str
+    marker: str
+    line: str = "-"
+    hollow: bool = False
+
+
+# Colours of Okabe and Ito (2008), their yellow replaced by the olive of Tol's "muted" set: yellow is too pale on white.
+STYLES = {
+    "vlm-zero-shot": Style("VLM zero-shot", "#E69F00", "*"),
+    "vlm-lora": Style("VLM + LoRA", "#D55E00", "o"),
+    "vlm-vision-linear": Style("VLM features + linear", "#CC79A7", "D"),
+    "dinov2-logreg": Style("DINOv2 + logistic regression", "#0072B2", "s", "--"),
+    "dinov2-ridge": Style("DINOv2 + ridge", "#56B4E9", "^", "--"),
+    "dinov2-knn": Style("DINOv2 + kNN", "#009E73", "v", "--"),
+    "dinov2-mean": Style("DINOv2 + nearest mean", "#999933", "P", "--"),
+    "dinov2-lora": Style("DINOv2 + LoRA", "#000000", "X", "--"),
+    "pixel-knn": Style("pixel kNN", "#888888", "h", ":"),
+}
+SPARE = (("#332288", ">"), ("#882255", "<"), ("#44AA99", "p"), ("#AA4499", "d"), ("#117733", "8"))
+# Series of one method share its colour: (shade to which it is mixed, how far, whether the marker is hollow). Each line
+# has all shades: 20 series of a method look different, beyond that only their titles do.
+SHADES = ((0, 0.0, False), (0, 0.45, True), (255, 0.45, False), (0, 0.7, False), (255, 0.3, True))
+LINES = ("-", "--", "-.", ":")
+# How a choice is said, where its value alone would not do; and what a setting is called where its values are counted.
+SAID: dict[str, Callable[[Choice], str]] = {
+    PROMPT: lambda choice: f"prompt {choice.place + 1}",
+    "image_size": lambda choice: "own size" if choice.value is None else f"{choice.value} px",
+}
+COUNTED = {"image_size": "image size", "vlm_features": "VLM feature set"}
+
+
+def style(series: str) -> Style:
+    """The method's row, or a spare one chosen by its name; where settings are compared, a shade of it, whose title says
+    the choices."""
+    method, choices, number = method_of(series), choices_of(series), number_of(series)
+    colour, marker = SPARE[crc32(method.encode()) % len(SPARE)]
+    look = STYLES.get(method) or Style(method, colour, marker, "-.")
+    if not choices:
+        return look
+    lines = [*dict.fromkeys((look.line, *LINES))]
+    line, nuance = divmod(number, _shades(choices))
+    shade, far, hollow = SHADES[nuance]
+    return Style(
+        title=f"{look.title} ({', '.join(map(said, choices))})",
+        colour=_mixed(look.colour, shade, far),
+        marker=look.marker,
+        line=lines[line % len(lines)],
+        hollow=hollow,
+    )
+
+
+def _shades(choices: Sequence[Choice]) -> int:
+    """How many shades a line has: so many that it stands for the first setting that is compared, where there are
+    others and shades suffice for them; else all."""
+    first, *others = choices
+    needed = prod(choice.of for choice in others)
+    return needed if others and needed <= len(SHADES) and first.of <= len(LINES) else len(SHADES)
+
+
+def said(choice: Choice) -> str:
+    """A choice in a title: `prompt 2`, `518 px`, `last4`."""
+    return SAID[choice.setting](choice) if choice.setting in SAID else str(choice.value)
+
+
+def ordered(series: Iterable[str]) -> list[str]:
+    """Methods in the order of the table, then the others by name; each with its choices in their order."""
+    rank = {method: index for index, method in enumerate(STYLES)}
+
+    def place(each: str) -> tuple[int, str, int]:
+        return rank.get(method_of(each), len(rank)), method_of(each), number_of(each)
+
+    return sorted(set(series), key=place)
+
+
+def _mixed(colour: str, shade: int, far: float) -> str:
+    """`#rrggbb` with each part moved as far towards the shade of grey; black, which cannot be darker, towards white."""
+    shade = 255 if colour == "#000000" else shade
+    parts = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
+    return "#" + "".join(f"{round(part + far * (shade - part)):02X}" for part in parts)

@@ -1,0 +1,310 @@
+"""One training run behind the SDK's `TrainingClient` methods. Knows no mathematics and no other run.
+
+TODO Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no mathematics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tinker
+from tinker import types
+from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
+
+from kshot.checks import path_of
+from kshot.errors import RequestError
+from vlm.inputs import ImageRule
+from vlm.label_trie import Trie
+from vlm.local import checkpoint, scoring
+from vlm.local import scoring as embedding
+from vlm.local.checkpoint import Checkpoint
+from vlm.local.engine import CustomLoss, Engine, Snapshot
+from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.sampling import sampler
+from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.scheduler import SamplingTask, Scheduler
+from vlm.local.training_run import TrainingRun
+
+# ---- Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no
+
+
+def refuse(**given: object) -> None:
+    """Raise RequestError for an option of the SDK that this service does not have, if it is given."""
+    for name, value in given.items():
+        if value:
+            raise RequestError(f"{name}={value!r} is not supported by the local service; leave it out")
+
+
+class LocalSamplingClient:
+    """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
+
+    def __init__(self, engine: Engine, snapshot: Snapshot, worker: Scheduler) -> None:
+        self._engine, self._snapshot, self._worker = engine, snapshot, worker
+
+    def sample(
+        self,
+        prompt: tinker.ModelInput,
+        num_samples: int,
+        sampling_params: types.SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> AwaitableConcurrentFuture[types.SampleResponse]:
+        """Samples after a prompt, and log-probabilities of the prompt where asked (see the SDK)."""
+        ask = sampler.SamplingRequest(
+            prompt,
+            sampling_params,
+            num_samples,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            target_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [ask])[0])
+
+    def start(
+        self, ask: sampler.SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None
+    ) -> SamplingTask:
+        """The same, written together with whatever else is sampled at the time: sooner where much is, and equal to
+        what it would be alone but for rounding. on_token: see `vlm.local.scheduler.Worker.sample`."""
+        self._engine.prefetch([ask.prompt])
+        return self._worker.sample(self._engine, self._snapshot, ask, on_token)
+
+    def compute_logprobs(
+        self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> AwaitableConcurrentFuture[list[float | None]]:
+        """Each position's log-probability given those before it; None at position 0 and at image positions."""
+        params = types.SamplingParams(max_tokens=1)
+        ask = sampler.SamplingRequest(
+            prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n
+        )
+        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs)
+
+    def sample_batch(
+        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+    ) -> list[types.SampleResponse]:
+        """One sample after each prompt, in shared passes: the same answers as one by one, sooner."""
+        asks = [sampler.SamplingRequest(prompt, params) for prompt in prompts]
+        return self._submit(prompts, sampler.sample, self._engine, self._snapshot, asks).result()
+
+    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
+        """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
+        return self._submit(prompts, scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
+
+    def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
+        """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
+        call = partial(embedding.embed, tower=tower, hidden=hidden)
+        return self._submit(prompts, call, self._engine, self._snapshot, prompts).result()
+
+    def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
+        """See `vlm.embedding.Encoding`."""
+        new = self._engine.vision.unseen(images)
+        self._engine.vision.prefetch(new)
+        self._worker.submit(self._engine.vision.features, new).result()
+
+    @property
+    def tower_forwards(self) -> int:
+        """Images that went through the vision tower of the base model in this process."""
+        return self._engine.vision.forwards
+
+    def get_tokenizer(self) -> Any:
+        """The stock tokenizer of the base model."""
+        return self._engine.model.tokenizer
+
+    def get_base_model(self) -> str:
+        """The name of the base model."""
+        return self._engine.model.name
+
+    @property
+    def rule(self) -> ImageRule:
+        """How the base model counts an image's tokens."""
+        return self._engine.model.rule
+
+    @property
+    def context(self) -> int:
+        """How many positions the base model takes."""
+        return self._engine.model.context
+
+    def _submit(
+        self, prompts: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any
+    ) -> AwaitableConcurrentFuture[Any]:
+        self._engine.prefetch(prompts)
+        return AwaitableConcurrentFuture(self._worker.submit(call, *args))
+
+
+# ---- One training run behind the SDK's `TrainingClient` methods. Knows no mathematics and no other run.
+
+
+class LocalTrainingClient:
+    """One training run; meets `vlm.service.TrainingClient`. Requests run in the order they are made."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: TrainingRun,
+        model_id: str,
+        state: Path,
+        worker: Scheduler,
+        user_metadata: Mapping[str, str] | None,
+    ) -> None:
+        self.model_id = model_id
+        self._engine, self._run, self._state, self._worker = engine, run, state, worker
+        self._user_metadata = user_metadata
+
+    def forward(
+        self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The loss and every position's log-probability, without a gradient."""
+        call, data = partial(self._engine.forward_backward, forward_only=True), list(data)
+        self._engine.prefetch([datum.model_input for datum in data])
+        return self._submit(call, self._run, data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The loss and its gradient, which is added to what the run has gathered since its last step."""
+        data = list(data)  # the caller's may change before its turn comes
+        self._engine.prefetch([datum.model_input for datum in data])
+        return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self,
+        data: list[tinker.Datum],
+        loss_fn: CustomLoss,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
+    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+        """The gradient of any function of the log-probabilities, added to what the run has gathered (see the SDK).
+
+        loss_fn(data, log_probs) runs on the service's worker; log_probs are float32 vectors that require gradients, one
+        a datum and as long as it, and it returns a 0-d loss and a dict of metrics.
+        """
+        refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
+        if not callable(loss_fn):
+            raise RequestError(f"a custom loss must be callable, got {loss_fn!r}; loss handles need the hosted service")
+        data = list(data)
+        self._engine.prefetch([datum.model_input for datum in data])
+        return self._submit(self._engine.forward_backward_custom, self._run, data, loss_fn)
+
+    def optim_step(
+        self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
+    ) -> AwaitableConcurrentFuture[types.OptimStepResponse]:
+        """One AdamW step with the gathered gradients, which are then cleared. Takes one of its two arguments."""
+        given = [params for params in (optim_params, adam_params) if params is not None]
+        if len(given) != 1 or not isinstance(given[0], types.AdamParams):
+            raise RequestError(f"optim_step takes one AdamParams, got {given or 'none'}")
+        return self._submit(self._engine.optim_step, self._run, given[0])
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> AwaitableConcurrentFuture[types.SaveWeightsResponse]:
+        """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
+        refuse(ttl_seconds=ttl_seconds)
+        path = path_of(self.model_id, "weights", name)
+        return self._submit(self._save, path, overwrite, user_metadata)
+
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+        """Take the weights of a checkpoint; the optimizer starts anew."""
+        refuse(weights_access_token=weights_access_token)
+        return self._submit(self._load, path, optimizer=False)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+        """Take the weights and the optimizer of a checkpoint."""
+        refuse(weights_access_token=weights_access_token)
+        return self._submit(self._load, path, optimizer=True)
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
+    ) -> AwaitableConcurrentFuture[types.SaveWeightsForSamplerResponse]:
+        """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
+        refuse(ttl_seconds=ttl_seconds)
+        path = path_of(self.model_id, "sampler_weights", name)
+        return self._submit(self._save_for_sampler, path, user_metadata)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
+    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+        """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
+        refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
+        refuse(kind=None if kind == "snapshot" else kind)
+        return self._submit(self._sampler)
+
+    def get_tokenizer(self) -> Any:
+        """The stock tokenizer of the base model."""
+        return self._engine.model.tokenizer
+
+    def get_info(self) -> types.GetInfoResponse:
+        """Base model, run id and LoRA rank."""
+        model = self._engine.model
+        data = types.ModelData(arch=model.kind, model_name=model.name, tokenizer_id=model.tokenizer_id)
+        return types.GetInfoResponse(
+            model_data=data,
+            model_id=self.model_id,
+            is_lora=True,
+            lora_rank=self.spec.rank,
+            model_name=model.name,
+        )
+
+    @property
+    def spec(self) -> LoraSpec:
+        """What the run's adapter covers."""
+        return self._run.adapter.layout.spec
+
+    def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
+        """Take a loaded checkpoint; to be called on the worker. Raises RequestError where it does not fit the run,
+        ModelError where its tensors do not; the run is then as it was."""
+        model, layout = self._engine.model, self._run.adapter.layout
+        if (saved.base_model, saved.spec) != (model.name, layout.spec):
+            raise RequestError(
+                f"checkpoint {path} is {saved.spec} of {saved.base_model!r}, this run is {layout.spec} of "
+                f"{model.name!r}; use create_training_client_from_state"
+            )
+        if optimizer and saved.optimizer is None:
+            raise RequestError(f"checkpoint {path} was saved without optimizer state; use load_state")
+        self._run.restore(Adapter.of(layout, saved.weights), (saved.optimizer or {}) if optimizer else {})
+
+    def _submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
+        return AwaitableConcurrentFuture(self._worker.submit(call, *args, **kwargs))
+
+    def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
+        self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
+        return types.LoadWeightsResponse(path=path)
+
+    def _save(self, path: str, overwrite: bool, metadata: Mapping[str, str] | None) -> types.SaveWeightsResponse:
+        checkpoint.save(
+            self._state, path, self._checkpoint(self._run.optimizer_tensors(), metadata), overwrite=overwrite
+        )
+        return types.SaveWeightsResponse(path=path)
+
+    def _save_for_sampler(self, path: str, metadata: Mapping[str, str] | None) -> types.SaveWeightsForSamplerResponse:
+        checkpoint.save(self._state, path, self._checkpoint(None, metadata))
+        return types.SaveWeightsForSamplerResponse(path=path)
+
+    def _sampler(self) -> LocalSamplingClient:
+        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._worker)
+
+    def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
+        layout = self._run.adapter.layout
+        weights = {name: tensor.detach().clone() for name, tensor in self._run.adapter.named().items()}
+        return Checkpoint(
+            self._engine.model.name, layout.spec, weights, layout.experts, optimizer, metadata or self._user_metadata
+        )

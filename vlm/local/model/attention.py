@@ -1,0 +1,268 @@
+"""Who sees whom in a packed pass: causal rows, their last queries, a tree after each row, one token after a cache.
+
+A pass is packed: its positions are one list, row after row, without padding. Only here are rows padded, for
+scaled_dot_product_attention, behind their end, where no real position looks and anything finite may stand. Queries are
+(positions, heads, dim), keys and values (positions, key heads, dim), the answer (queries, heads x dim). Knows no
+weights and no layer but its number.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlm.label_trie import ROOT
+
+
+class Attention(Protocol):
+    """Attention of one pass, layer by layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The answer to every position's query."""
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The answer to the queries of those positions whose hidden state is wanted: the last layer needs no others."""
+
+    def on(self, device: torch.device) -> "Attention":
+        """The same for layers on another device."""
+
+
+class Rows:
+    """The rows of a packed pass, and how they stand side by side when padded."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths, self.count, self.longest, self.device = list(lengths), len(lengths), max(lengths), device
+        self.even = min(lengths) == self.longest
+        row = np.repeat(np.arange(self.count), self.lengths)
+        column = np.arange(len(row)) - (np.cumsum(self.lengths) - self.lengths)[row]
+        self.row = torch.from_numpy(row).to(device)  # (positions,) whose row it is
+        self.column = torch.from_numpy(column).to(device)
+        place = row * self.longest + column
+        self.place = torch.from_numpy(place).to(device)  # where it stands in the padded rows
+        source = np.zeros(self.count * self.longest, np.int64)
+        source[place] = np.arange(len(row))
+        self._source = torch.from_numpy(source).to(device)  # which position stands there; behind a row's end any does
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(positions, heads, dim) → (rows, heads, longest, dim)."""
+        padded = packed if self.even else _Scatter.apply(packed, self._source, self.place)
+        return padded.view(self.count, self.longest, *packed.shape[1:]).transpose(1, 2)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(rows, heads, longest, dim) → (positions, heads x dim)."""
+        flat = padded.transpose(1, 2).reshape(self.count * self.longest, -1)
+        return flat if self.even else _Gather.apply(flat, self.place)
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows of a tensor to distinct places. What stands elsewhere is a row of it too, and nobody's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Distinct rows of a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (place,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, place, gradient), None
+
+
+def gather(x: Tensor, place: Tensor) -> Tensor:
+    """x[place] for distinct places: its gradient is a copy, not a sum."""
+    return _Gather.apply(x, place)
+
+
+class Causal:
+    """Every position sees its row up to itself. wanted: the packed positions that `last` answers (None: all)."""
+
+    def __init__(self, rows: Rows, wanted: Tensor | None = None) -> None:
+        self.rows, self._positions, self._wanted = rows, wanted, None
+        if wanted is not None:
+            counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
+            self._wanted = Rows(counts, wanted.device)
+            column = torch.zeros(self._wanted.count * self._wanted.longest, dtype=torch.long, device=wanted.device)
+            column[self._wanted.place] = rows.column[wanted]
+            seen = torch.arange(rows.longest, device=wanted.device) <= column[:, None]
+            self._mask = seen.view(rows.count, 1, self._wanted.longest, rows.longest)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = self.rows.pad(q), *self.keys(layer, k, v)
+        return self.rows.pack(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._wanted is None:
+            return self(layer, q, k, v)
+        q, k, v = self._wanted.pad(q), *self.keys(layer, k, v)
+        return self._wanted.pack(scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True))
+
+    def on(self, device: torch.device) -> "Causal":
+        return self if device == self.rows.device else self._made(*self._moved(device))
+
+    def _made(self, rows: Rows, wanted: Tensor | None) -> "Causal":
+        return Causal(rows, wanted)
+
+    def _moved(self, device: torch.device) -> tuple[Rows, Tensor | None]:
+        return Rows(self.rows.lengths, device), None if self._positions is None else self._positions.to(device)
+
+    def keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded keys and values, (rows, key heads, longest, dim)."""
+        return self.rows.pad(k), self.rows.pad(v)
+
+
+class Cache:
+    """Keys and values of every layer, (rows, key heads, capacity, dim), each row filled from the left."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = torch.tensor(lengths, device=device)  # (rows,) positions that are filled
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take a layer's padded keys and values."""
+        self._layers[layer] = (k, v)
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["Cache", Sequence[int]]], capacity: int) -> "Cache":
+        """A cache for `capacity` positions of these rows of each cache, in order (repeated where they stand twice)."""
+        first, _ = parts[0]
+        other = cls([n for cache, rows in parts for n in cache.lengths[list(rows)].tolist()], first.lengths.device)
+        for layer in first._layers:
+            keys, values = zip(*(cache._chosen(layer, rows, capacity) for cache, rows in parts), strict=True)
+            other.put(layer, *(each[0] if len(each) == 1 else torch.cat(each) for each in (keys, values)))
+        return other
+
+    def _chosen(self, layer: int, rows: Sequence[int], capacity: int) -> Iterator[Tensor]:
+        for whole in self._layers[layer]:
+            chosen = whole.index_select(0, torch.tensor(rows, device=whole.device))
+            yield functional.pad(chosen, (0, 0, 0, capacity - self.capacity))  # cuts what no row has filled
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one position behind each row; gives the layer's keys and values. k, v: (rows, key heads, dim)."""
+        rows, lengths = torch.arange(len(k), device=k.device), self.lengths.to(k.device)
+        for whole, new in zip(self._layers[layer], (k, v), strict=True):
+            whole[rows, :, lengths] = new
+        return self._layers[layer]
+
+    @property
+    def capacity(self) -> int:
+        return self._layers[0][0].shape[2]
+
+
+class Filling(Causal):
+    """Causal attention that leaves keys and values in a cache."""
+
+    def __init__(self, cache: Cache, rows: Rows, wanted: Tensor | None = None) -> None:
+        super().__init__(rows, wanted)
+        self._cache = cache
+
+    def _made(self, rows: Rows, wanted: Tensor | None) -> "Filling":
+        return Filling(self._cache, rows, wanted)
+
+    def keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().keys(layer, k, v)
+        self._cache.put(layer, k, v)
+        return k, v
+
+
+class Next:
+    """One new position behind each row of a cache."""
+
+    def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
+        self._cache = cache
+        lengths = cache.lengths.to(device or cache.lengths.device)
+        columns = torch.arange(cache.capacity, device=lengths.device)
+        self._mask = (columns <= lengths[:, None])[:, None, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self._cache.append(layer, k, v)
+        return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self._mask, enable_gqa=True).flatten(1)
+
+    last = __call__
+
+    def on(self, device: torch.device) -> "Next":
+        return self if device == self._mask.device else Next(self._cache, device)
+
+
+class Tree:
+    """Causal rows, and behind them the nodes of one tree for each row: `rows` first, then (rows x nodes) positions.
+
+    A node sees its row, its ancestors and itself. `last` answers for each row its last position, if `nodes` has ROOT,
+    and the other `nodes`, in order. parents: of each node, ROOT for the first ones.
+    """
+
+    def __init__(self, rows: Rows, parents: Sequence[int], nodes: Sequence[int]) -> None:
+        self._causal, self._parents, self._nodes, self._size = Causal(rows), parents, nodes, len(parents)
+        self.wanted = self._places(rows, nodes)
+        sees = ancestors(parents).to(rows.device)
+        lengths = torch.tensor(rows.lengths, device=rows.device)
+        prompt = torch.arange(rows.longest, device=rows.device) < lengths[:, None]
+        self._mask = self._masks(prompt, sees)
+        none = sees.new_zeros(1, self._size)
+        self._last = self._masks(prompt, torch.cat([none if n == ROOT else sees[n : n + 1] for n in nodes]))
+
+    def on(self, device: torch.device) -> "Tree":
+        rows = self._causal.rows
+        return self if device == rows.device else Tree(Rows(rows.lengths, device), self._parents, self._nodes)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = self._causal.rows
+        prompt = len(rows.row)
+        first = self._causal(layer, q[:prompt], k[:prompt], v[:prompt])
+        return torch.cat([first, self._seen(q[prompt:], k, v, self._mask)]) if self._size else first
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._seen(q, k, v, self._last)
+
+    def _seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The answer to (rows x queries) queries that see what `mask` says of (row's positions, nodes)."""
+        rows = self._causal.rows
+        k, v = self._side_by_side(k), self._side_by_side(v)
+        q = q.view(rows.count, -1, *q.shape[1:]).transpose(1, 2)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1)
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        rows = self._causal.rows
+        nodes = x[len(rows.row) :].view(rows.count, self._size, *x.shape[1:]).transpose(1, 2)
+        return torch.cat([rows.pad(x[: len(rows.row)]), nodes], 2)
+
+    @staticmethod
+    def _masks(prompt: Tensor, tree: Tensor) -> Tensor:
+        shape = len(prompt), len(tree)
+        parts = prompt[:, None].expand(*shape, -1), tree[None].expand(*shape, -1)
+        return torch.cat(parts, 2)[:, None]
+
+    def _places(self, rows: Rows, nodes: Sequence[int]) -> Tensor:
+        ends = torch.tensor(rows.lengths, device=rows.device).cumsum(0) - 1
+        firsts = len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
+        return torch.stack([ends if node == ROOT else firsts + node for node in nodes], 1).flatten()
+
+
+def ancestors(parents: Sequence[int]) -> Tensor:
+    """(nodes, nodes) True where the second is the first one's ancestor or itself."""
+    sees = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent != ROOT:
+            sees[node] |= sees[parent]
+    return sees

@@ -1,0 +1,203 @@
+"""Loading a Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts, as the stock transformers class.
+
+What can be wrong is found before a weight is read: the kind of model, missing or broken files, too little memory. The
+weights go straight to their devices. Nothing of a checkpoint is run. Knows no adapters, tokenizers or batches.
+
+TODO A Qwen3-VL checkpoint in memory: the stock weights, its text model on packed positions, tokenizer and image rule.
+
+Several adapters live over one of these; it knows none of them, and no batches, losses or clients.
+"""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kshot.errors import KshotError, ModelError, RequestError
+from vlm import models
+from vlm.inputs import ImageRule
+from vlm.local.model import placement
+from vlm.local.model.lora import Layout, LoraSpec
+from vlm.local.model.packed import Text
+from vlm.local.model.placement import StoredTensor, stored_tensors
+
+# ---- Loading a Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts, as the stock transformers class.
+
+KINDS = {  # model_type → the stock class
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+
+
+def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The model of a name, folder or hub id, in eval mode and without gradients, on its device or devices.
+
+    device: cpu, cuda, cuda:N, mps, or auto, which spreads whole decoder layers over all visible GPUs.
+    dtype: None takes the checkpoint's. Raises UnknownNameError for what can be no model, and ModelError, in one line
+    that says the way out, for whatever cannot be loaded whole.
+    """
+    stock, config = _read_config(name, Path(models.source(name)))
+    places = placement.devices(device)
+    folder = Path(models.weights(name))
+    tensors = stored_tensors(name, folder)
+    dtype = dtype or _dtype(config, tensors)
+    if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
+        raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
+    layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
+    size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(place) for place in places]
+    device_map = placement.device_map(name, dtype, size, tied, places, free)
+    return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The stock tokenizer of a name, folder or hub id. Raises as `load` does, also where its files are missing or are
+    those of another kind of model: transformers would make an empty one."""
+    folder = Path(models.source(name))
+    _, config = _read_config(name, folder)
+    with _errors_of(name), _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN or not tokenizer.encode("a"):
+        raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
+    return tokenizer
+
+
+def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
+    """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
+    with _errors_of(name):
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = written.get("model_type")
+    if kind not in KINDS:
+        raise ModelError(f"model {name} is of type {kind!r}; this engine runs Qwen3-VL ({' and '.join(KINDS)})")
+    if written.get("quantization_config"):
+        raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
+    stock = getattr(transformers, KINDS[kind])
+    with _errors_of(name), _quiet():
+        return stock, stock.config_class.from_pretrained(folder)
+
+
+def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """As the configuration says (the hub's say it of the text model), else what most weights are stored in."""
+    said = config.dtype or config.get_text_config().dtype
+    if isinstance(said, torch.dtype):
+        return said
+    stored: Counter[str] = Counter()
+    for tensor in tensors.values():
+        stored[tensor.dtype] += tensor.elements
+    return next((DTYPES[dtype] for dtype, _ in stored.most_common() if dtype in DTYPES), torch.float32)
+
+
+def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
+    with _errors_of(name), _quiet():
+        model, info = stock.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=dict(device_map),
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
+            output_loading_info=True,
+        )
+    _check_whole(name, info)
+    return model
+
+
+def _check_whole(name: str, info: Mapping[str, Any]) -> None:
+    """Raise ModelError for tensors that were not in the checkpoint (they would be random), or do not belong to it."""
+    shapes = [f"{key} ({list(here)}, not {list(there)})" for key, here, there in info["mismatched_keys"]]
+    found = {
+        "lacks {} of the model's tensors": info["missing_keys"],
+        "has {} tensors of other shapes than the model's": shapes,
+        "has {} tensors that the model does not know": info["unexpected_keys"],
+    }
+    wrong = [f"{what.format(len(keys))}, first {min(keys)}" for what, keys in found.items() if keys]
+    if wrong:
+        way_out = "give the weights that belong to its config.json"
+        raise ModelError(f"checkpoint {name} {'; it '.join(wrong)}; {way_out}")
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Whatever transformers, torch or safetensors raise for a checkpoint, in one line of ours."""
+    try:
+        yield
+    except KshotError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"model {name} cannot be loaded ({reason}); download it again or give another") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' log lines and progress bars; what matters of them is raised instead."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    _show_progress(False)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        _show_progress(bars)
+
+
+def _show_progress(on: bool) -> None:
+    from transformers.utils import logging
+
+    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS has decided already
+        warnings.filterwarnings("ignore", message=".*progress bars.*")
+        (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+
+
+# ---- A Qwen3-VL checkpoint in memory: the stock weights, its text model on packed positions, tokenizer and image
+
+
+class Model:
+    """A checkpoint in memory.
+
+    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
+    place: its folder or hub id, where its name is another.
+    vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
+    image_token, placeholders: the id at image positions, and all ids that no text may hold.
+    """
+
+    def __init__(
+        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, place: str | None = None
+    ) -> None:
+        self.name, place = name, place or name
+        self.tokenizer = load_tokenizer(place)  # first: what is small fails before what is large
+        self.stock = load(place, device, dtype)
+        self.text = Text(self.stock)
+        self.rule = ImageRule.from_pretrained(place)
+        self.tokenizer_id = models.loadable(place)  # where others on this machine find it
+        self.layout = lru_cache(maxsize=None)(self._layout)
+        config = self.stock.config  # asking it takes long, and is done for every token
+        self.vocabulary: int = config.text_config.vocab_size
+        self.context: int = config.text_config.max_position_embeddings
+        self.merge: int = config.vision_config.spatial_merge_size
+        self.image_token: int = config.image_token_id
+        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id)
+        self.kind: str = config.model_type
+        embeddings = self.stock.model.language_model.embed_tokens.weight
+        self.device: torch.device = embeddings.device
+        self.dtype: torch.dtype = embeddings.dtype
+
+    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
+        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
+            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
+
+    def _layout(self, spec: LoraSpec) -> Layout:
+        """Where everything is in an adapter of a spec."""
+        return Layout(self.stock, spec)

@@ -1,0 +1,366 @@
+"""LoRA adapters: which layers one covers, its numbers in flat buffers, and its tensors under PEFT's own names.
+
+An adapter is one flat float32 buffer a device, so that a snapshot is one copy and an optimizer step a few operations;
+tensors are views of it. Layers that read the same input (q, k, v; gate, up) have their A side by side: one product
+serves them. Knows no forward pass, no loss and no file.
+
+TODO Linear layers with LoRA beside frozen weights, with few passes over memory and no gradient for what is frozen.
+
+Knows no model and no batch.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from kshot.errors import ModelError, RequestError
+from vlm.local.model.experts import by_expert
+
+# ---- LoRA adapters: which layers one covers, its numbers in flat buffers, and its tensors under PEFT's own names.
+
+MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
+ALPHA = 32  # at any rank, as the Tinker API fixes it
+_TEXT = r".*language_model\.layers\.\d+\."
+TARGETS = {  # what each flag trains; the first three are those of create_lora_training_client
+    "train_attn": _TEXT + r"self_attn\.(q|k|v|o)_proj",
+    "train_mlp": _TEXT + r"mlp\.(gate|up|down)_proj",
+    "train_unembed": r".*lm_head",
+    "train_vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
+}
+EXPERTS = "mlp.experts"  # the module whose parameters hold all experts of a layer
+EXPERT_PARAMETERS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # PEFT nests one wrapper a parameter, last outside
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+Pair = tuple[Tensor, tuple[Tensor, ...]]  # A (parts x rank, in), and for each part its B (out, rank)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What a LoRA adapter covers; two adapters of one spec over one model have the same tensors."""
+
+    rank: int = 32
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    train_vision: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank > MAX_RANK:
+            raise RequestError(f"LoRA of rank {self.rank} is beyond {MAX_RANK}; take a smaller one")
+        if self.rank < 1 or not self.patterns:
+            raise RequestError(f"LoRA of rank {self.rank} on {len(self.patterns)} kinds of layers trains nothing")
+
+    @property
+    def patterns(self) -> list[str]:
+        """Regular expressions of the linear layers that are covered, by their names in the stock model."""
+        return [pattern for flag, pattern in TARGETS.items() if getattr(self, flag)]
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return ALPHA / self.rank
+
+    def config(self, *, experts: bool = False) -> LoraConfig:
+        """PEFT's configuration. experts: whether the model has experts, which `train_mlp` covers."""
+        parameters = [f"{EXPERTS}.{name}" for name in EXPERT_PARAMETERS] if experts and self.train_mlp else None
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=ALPHA,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules="|".join(self.patterns),
+            target_parameters=parameters,
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of an adapter: PEFT's name, shape, and where it begins in the flat buffer of its device."""
+
+    name: str
+    shape: tuple[int, int]
+    device: torch.device
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0] * self.shape[1]
+
+    def of(self, flats: Mapping[torch.device, Tensor]) -> Tensor:
+        """The view of this piece."""
+        return flats[self.device][self.start : self.end].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read one input. name: that of the first one; a and b: their pieces."""
+
+    name: str
+    a: tuple[Piece, ...]
+    b: tuple[Piece, ...]
+
+
+class Layout:
+    """Where everything is that an adapter of a spec holds over a stock model."""
+
+    def __init__(self, stock: nn.Module, spec: LoraSpec) -> None:
+        self.spec, self.sizes = spec, dict[torch.device, int]()
+        self.experts = any(name.endswith(EXPERTS) for name, _ in stock.named_modules())
+        self.groups = {group.name: group for group in self._groups(stock)}
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        """All tensors by PEFT's names."""
+        return {piece.name: piece for group in self.groups.values() for piece in (*group.a, *group.b)}
+
+    def config(self) -> LoraConfig:
+        """PEFT's configuration of such an adapter."""
+        return self.spec.config(experts=self.experts)
+
+    def _groups(self, stock: nn.Module) -> Iterator[Group]:
+        pattern = re.compile("|".join(self.spec.patterns))
+        chosen = {name: layer for name, layer in stock.named_modules() if pattern.fullmatch(name)}
+        for names in _sharing_input(list(chosen)):
+            shapes = [(chosen[n].in_features, chosen[n].out_features) for n in names]
+            yield self._group(names[0], names, shapes, chosen[names[0]].weight.device, 1)
+        for name, module in stock.named_modules():
+            if self.spec.train_mlp and name.endswith(EXPERTS):
+                for parameter, inner in EXPERT_PARAMETERS.items():
+                    stack = getattr(module, parameter)
+                    count, out, into = stack.shape
+                    yield self._group(
+                        f"{name}.{parameter}", [f"{name}.{inner}".rstrip(".")], [(into, out)], stack.device, count
+                    )
+
+    def _group(
+        self, key: str, names: Sequence[str], shapes: Sequence[tuple[int, int]], device: torch.device, experts: int
+    ) -> Group:
+        rank = self.spec.rank * experts
+        a = [self._piece(f"{n}.lora_A", (rank, into), device) for n, (into, _) in zip(names, shapes, strict=True)]
+        b = [self._piece(f"{n}.lora_B", (out, rank), device) for n, (_, out) in zip(names, shapes, strict=True)]
+        return Group(key, tuple(a), tuple(b))
+
+    def _piece(self, name: str, shape: tuple[int, int], device: torch.device) -> Piece:
+        start = self.sizes.get(device, 0)
+        piece = Piece(f"base_model.model.{name}.weight", shape, device, start)
+        self.sizes[device] = piece.end
+        return piece
+
+
+def _sharing_input(names: Sequence[str]) -> Iterator[list[str]]:
+    """The names, those that read one input together."""
+    left = list(names)
+    while left:
+        parent, _, own = left[0].rpartition(".")
+        together = next((kinds for kinds in SHARED_INPUT if own in kinds), (own,))
+        members = [name for kind in together if (name := f"{parent}.{kind}" if parent else kind) in left]
+        yield members
+        left = [name for name in left if name not in members]
+
+
+class Adapter:
+    """The numbers of one adapter: a flat float32 buffer a device."""
+
+    def __init__(self, layout: Layout, flats: Mapping[torch.device, Tensor]) -> None:
+        self.layout, self.flats = layout, dict(flats)
+
+    @classmethod
+    def fresh(cls, layout: Layout, seed: int) -> "Adapter":
+        """A random from `seed` (uniform to 1/sqrt(in), as PEFT's default), B zero: no change to the model."""
+        adapter = cls(layout, {device: torch.zeros(size, device=device) for device, size in layout.sizes.items()})
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in adapter.named().items():
+            if name.endswith(".lora_A.weight"):
+                bound = tensor.shape[1] ** -0.5
+                tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+        return adapter
+
+    @classmethod
+    def of(cls, layout: Layout, weights: Mapping[str, Tensor]) -> "Adapter":
+        """The adapter with these tensors. Raises ModelError where names or shapes are not the layout's."""
+        here = {name: piece.shape for name, piece in layout.pieces.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = sorted(name for name in {*here, *given} if here.get(name) != given.get(name))
+        if wrong:
+            first = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, not {here.get(wrong[0], 'to be there')}"
+            raise ModelError(f"checkpoint does not fit the adapter in {len(wrong)} tensors: {first}")
+        flats = {device: torch.empty(size, device=device) for device, size in layout.sizes.items()}
+        adapter = cls(layout, flats)
+        for name, tensor in adapter.named().items():
+            tensor.copy_(weights[name])
+        return adapter
+
+    def named(self) -> dict[str, Tensor]:
+        """PEFT's name → the view of that tensor."""
+        return {name: piece.of(self.flats) for name, piece in self.layout.pieces.items()}
+
+    def copy(self) -> "Adapter":
+        """The same numbers in memory of their own."""
+        return Adapter(self.layout, {device: flat.detach().clone() for device, flat in self.flats.items()})
+
+    def factors(self, dtype: torch.dtype) -> "Factors":
+        """What a forward pass in `dtype` multiplies by."""
+        return Factors(self.layout, {device: flat.detach().to(dtype) for device, flat in self.flats.items()})
+
+
+class Factors:
+    """An adapter as a forward pass uses it: by the name of a layer (the first of those that share its input)."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        flats: Mapping[torch.device, Tensor],
+        gradients: Mapping[torch.device, Tensor] | None = None,
+    ) -> None:
+        self.spec, self.scale, self._groups = layout.spec, layout.spec.scale, dict[str, Pair]()
+        for name, group in layout.groups.items():
+            a, *bs = (self._leaf(pieces, flats, gradients) for pieces in (group.a, *((b,) for b in group.b)))
+            self._groups[name] = (a, tuple(bs))
+            if gradients is None and f"{EXPERTS}." in name:  # fixed: put in the experts' order once, not at every use
+                a, b = by_expert((a, bs[0]), a.shape[0] // self.spec.rank)
+                self._groups[name] = (a, (b,))
+
+    def pair(self, name: str) -> Pair | None:
+        """A and Bs of the layers that read one input, or None where the adapter leaves them alone."""
+        return self._groups.get(name)
+
+    @staticmethod
+    def _leaf(pieces: Sequence[Piece], flats: Any, gradients: Any) -> Tensor:
+        """The view of neighbouring pieces; a leaf of autograd that adds to `gradients`, if there are any."""
+        rows = sum(piece.shape[0] for piece in pieces)
+        whole = Piece("", (rows, pieces[0].shape[1]), pieces[0].device, pieces[0].start)
+        leaf = whole.of(flats).detach()
+        if gradients is not None:
+            leaf.requires_grad_()
+            leaf.grad = whole.of(gradients)
+        return leaf
+
+
+# ---- Linear layers with LoRA beside frozen weights, with few passes over memory and no gradient for what is frozen.
+
+SMALL = 1 << 20  # numbers in a weight that is worth having twice: with its delta, as one product instead of many
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None, scale: float, residual: Tensor | None = None
+) -> Tensor:
+    """(n, out): x W^T + bias + residual, and for each part of the outputs scale · x A^T B^T (Hu et al. 2021).
+
+    x: (n, in). weight: (out, in), frozen: the rows of the parts one after the other. residual: (n, out).
+    Where a pass is long and the layer small, the delta is added to the weight once for all positions.
+    """
+    if pair is None:
+        return _frozen(x, weight, bias, residual)
+    a, bs = pair
+    way = _Merged if _worth_merging(x, weight) else _Beside
+    return way.apply(x, weight, bias, residual, a, scale, *bs)
+
+
+def _worth_merging(x: Tensor, weight: Tensor) -> bool:
+    """By operations; in float32 alone, as a sum in another type would lose the small delta."""
+    out, into = weight.shape
+    return weight.dtype == torch.float32 and weight.numel() <= SMALL and len(x) * (out + into) >= 2 * out * into
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return functional.linear(x, weight, bias)
+    out = torch.addmm(residual, x, weight.t())
+    return out if bias is None else out + bias
+
+
+class _Beside(torch.autograd.Function):
+    """The narrow products beside the frozen one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        a: Tensor,
+        scale: float,
+        *bs: Tensor,
+    ) -> Tensor:
+        out, inner = _frozen(x, weight, bias, residual), x @ a.t()
+        for part, narrow, b in zip(_parts(out, bs), inner.chunk(len(bs), 1), bs, strict=True):
+            part.addmm_(narrow, b.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, inner, a, *bs)
+        ctx.scale, ctx.gathered = scale, _gathered(a, *bs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, inner, a, *bs = ctx.saved_tensors
+        back = torch.empty_like(inner)  # the gradient of x A^T
+        parts = _parts(gradient, bs)
+        for part, into, b in zip(parts, back.chunk(len(bs), 1), bs, strict=True):
+            torch.mm(part, b, out=into)
+        if ctx.scale != 1:
+            back *= ctx.scale
+        to_x = (gradient @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
+        to_residual = gradient if ctx.needs_input_grad[3] else None
+        narrow = inner.chunk(len(bs), 1)
+        if ctx.needs_input_grad[4] and ctx.gathered:
+            of_a, *of_bs = ctx.gathered
+            of_a.addmm_(back.t(), x)
+            for of_b, part, each in zip(of_bs, parts, narrow, strict=True):
+                of_b.addmm_(part.t(), each, alpha=ctx.scale)
+        if ctx.gathered or not ctx.needs_input_grad[4]:
+            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
+        to_bs = ((part.t() @ each).mul_(ctx.scale) for part, each in zip(parts, narrow, strict=True))
+        return to_x, None, None, to_residual, back.t() @ x, None, *to_bs
+
+
+def _gathered(*leaves: Tensor) -> tuple[Tensor, ...]:
+    """On a GPU, where starting a kernel costs more than a small sum: what the leaves' gradients are added to."""
+    gradients = tuple(leaf.grad for leaf in leaves if leaf.is_cuda and leaf.grad is not None)
+    return gradients if len(gradients) == len(leaves) else ()
+
+
+class _Merged(torch.autograd.Function):
+    """The same with W + scale · B A as the weight: its gradient is one product, from which those of A and B follow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        a: Tensor,
+        scale: float,
+        *bs: Tensor,
+    ) -> Tensor:
+        merged = weight.clone()
+        for part, each, b in zip(merged.split([len(b) for b in bs]), a.chunk(len(bs)), bs, strict=True):
+            part.addmm_(b, each, alpha=scale)
+        ctx.save_for_backward(x, merged, a, *bs)
+        ctx.scale = scale
+        return _frozen(x, merged, bias, residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, merged, a, *bs = ctx.saved_tensors
+        to_x = gradient @ merged if ctx.needs_input_grad[0] else None
+        to_residual = gradient if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[4]:
+            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
+        parts = (gradient.t() @ x).mul_(ctx.scale).split([len(b) for b in bs])
+        to_a = torch.cat([b.t() @ part for b, part in zip(bs, parts, strict=True)])
+        to_bs = (part @ each.t() for part, each in zip(parts, a.chunk(len(bs)), strict=True))
+        return to_x, None, None, to_residual, to_a, None, *to_bs
+
+
+def _parts(whole: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return whole.split([b.shape[0] for b in bs], 1)

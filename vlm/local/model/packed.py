@@ -1,0 +1,165 @@
+"""The text model of Qwen3-VL, dense or with experts, on packed positions: (positions, hidden), no padding.
+
+The stock model's weights, computed as the stock model does; layers that read one input are one product, and the last
+layer answers only for the positions that are asked for. Knows no rows (attention does), no images but their features,
+and no loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.local.model.attention import Attention, gather
+from vlm.local.model.experts import sparse_mlp
+from vlm.local.model.lora import Factors, Pair, linear
+from vlm.local.model.ops import norm_rope, rms_norm, swiglu
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What goes into a pass. ids: (positions,). places: (3, positions) M-RoPE positions (time, height, width).
+
+    images: (image positions,) where `embeds` (image positions, hidden) stand, and each of `deepstack`, likewise, is
+    added after its layer.
+    """
+
+    ids: Tensor
+    places: Tensor
+    images: Tensor | None = None
+    embeds: Tensor | None = None
+    deepstack: Sequence[Tensor] | Tensor = ()
+
+
+class Text:
+    """The text model and the head of a stock Qwen3-VL."""
+
+    def __init__(self, stock: Any) -> None:
+        text = stock.model.language_model
+        name = next(name for name, module in stock.named_modules() if module is text)
+        self.layers = [_Layer(f"{name}.layers.{number}", layer) for number, layer in enumerate(text.layers)]
+        self._embed, self._norm, self._rope, self._head = text.embed_tokens, text.norm, text.rotary_emb, stock.lm_head
+
+    def hidden(
+        self, given: Positions, attention: Attention, factors: Factors | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(positions, hidden), or (wanted, hidden): the last hidden states, after the final norm.
+
+        wanted: the positions that are asked for, in order; `attention` must have been told them too.
+        """
+        x, rope = self._embedded(given), self._angles(given.places)
+        final = len(self.layers) - 1
+        early = wanted is not None and len(given.deepstack) <= final  # the last layer's own features need all positions
+        for number, layer in enumerate(self.layers):
+            if layer.device != x.device:
+                x, rope, attention = (
+                    x.to(layer.device),
+                    tuple(r.to(layer.device) for r in rope),
+                    attention.on(layer.device),
+                )
+            x = layer(number, x, rope, attention, factors, wanted if early and number == final else None)
+            if number < len(given.deepstack) and given.images is not None:
+                # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
+                added = torch.zeros_like(x).index_copy_(0, given.images.to(x.device), given.deepstack[number].to(x))
+                x = x.add_(added)
+        if wanted is not None and not early:
+            x = gather(x, wanted.to(x.device))
+        return rms_norm(x.to(self._norm.weight.device), self._norm.weight, self._norm.variance_epsilon)
+
+    def logits(self, hidden: Tensor, factors: Factors | None, tokens: Tensor | None = None) -> Tensor:
+        """(n, vocabulary) logits in float32 of (n, hidden) states, or (n, tokens) of these tokens alone.
+
+        Those of a few tokens are also computed in float32: in bfloat16 two logits near 20 are equal or 0.125 apart.
+        """
+        pair, scale = (factors.pair("lm_head"), factors.scale) if factors else (None, 1.0)
+        head, hidden = self._head, hidden.to(self._head.weight.device)
+        if tokens is None:
+            return linear(hidden, head.weight, head.bias, pair, scale).float()
+        rows, hidden = tokens.to(hidden.device), hidden.float()
+        out = hidden @ head.weight[rows].float().t()
+        if head.bias is not None:
+            out = out + head.bias[rows].float()
+        if pair is not None:
+            a, (b,) = pair
+            out = out + scale * (hidden @ a.float().t()) @ b.index_select(0, rows).float().t()
+        return out
+
+    def _embedded(self, given: Positions) -> Tensor:
+        x = self._embed.weight[given.ids]
+        if given.images is not None and given.embeds is not None:
+            x = x.index_copy_(0, given.images, given.embeds.to(x))
+        return x
+
+    def _angles(self, places: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines, (positions, 1, dim)."""
+        cos, sin = self._rope(self._embed.weight, places[:, None])
+        return cos[0][:, None], sin[0][:, None]
+
+
+class _Layer:
+    """One decoder layer. The stock layer's weights become views of the products' weights: nothing is held twice."""
+
+    def __init__(self, name: str, stock: Any) -> None:
+        attention, mlp = stock.self_attn, stock.mlp
+        self.device = attention.q_proj.weight.device
+        self._name, self._eps = name, stock.input_layernorm.variance_epsilon
+        self._norm1, self._norm2 = stock.input_layernorm.weight, stock.post_attention_layernorm.weight
+        self._qkv = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = (attention.o_proj.weight, attention.o_proj.bias)
+        self._dim, self._heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
+        self._key_heads = attention.k_proj.out_features // attention.head_dim
+        norms = attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._key_heads, -1)
+        self._qk_norm = torch.cat(norms).detach()
+        self._sparse = mlp if hasattr(mlp, "experts") else None
+        if self._sparse is None:
+            self._gate_up = _beside(mlp.gate_proj, mlp.up_proj)
+            self._down = (mlp.down_proj.weight, mlp.down_proj.bias)
+
+    def __call__(
+        self,
+        number: int,
+        x: Tensor,
+        rope: tuple[Tensor, ...],
+        attention: Attention,
+        factors: Factors | None,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """(positions, hidden) → the same after this layer, or only at the `wanted` positions."""
+        scale = factors.scale if factors else 1.0
+        pair = partial(_pair, factors, self._name)
+        mixed = linear(rms_norm(x, self._norm1, self._eps), *self._qkv, pair("self_attn.q_proj"), scale)
+        mixed = norm_rope(mixed.view(len(x), -1, self._dim), self._qk_norm, rope, self._eps)
+        q, k, v = mixed.split((self._heads, self._key_heads, self._key_heads), 1)
+        if wanted is None:
+            seen = attention(number, q, k, v)
+        else:
+            wanted = wanted.to(x.device)
+            x, seen = gather(x, wanted), attention.last(number, gather(q, wanted), k, v)
+        x = linear(seen, *self._o, pair("self_attn.o_proj"), scale, residual=x)
+        normal = rms_norm(x, self._norm2, self._eps)
+        if self._sparse is not None:
+            gate_up, down = _single(pair("mlp.experts.gate_up_proj")), _single(pair("mlp.experts.down_proj"))
+            return x + sparse_mlp(normal, self._sparse, gate_up, down, scale)
+        inner = swiglu(linear(normal, *self._gate_up, pair("mlp.gate_proj"), scale))
+        return linear(inner, *self._down, pair("mlp.down_proj"), scale, residual=x)
+
+
+def _pair(factors: Factors | None, layer: str, name: str) -> Pair | None:
+    return factors.pair(f"{layer}.{name}") if factors else None
+
+
+def _single(pair: Pair | None) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (pair[0], pair[1][0])
+
+
+def _beside(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layers as one, whose parts the layers' own parameters become."""
+    parts = [layer.out_features for layer in linears]
+    weight = torch.cat([layer.weight.detach() for layer in linears])
+    bias = None if linears[0].bias is None else torch.cat([layer.bias.detach() for layer in linears])
+    for layer, part in zip(linears, weight.split(parts), strict=True):
+        layer.weight.data = part
+    return weight, bias

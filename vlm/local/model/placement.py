@@ -1,0 +1,234 @@
+"""Where a model's weights go: the devices asked for, what is free on them, and which modules each one holds.
+
+Only whole modules on CPU, CUDA or MPS devices: nothing is offloaded to disk, or to the CPU beside a GPU. Knows the
+names of Qwen3-VL's modules, and of the weights their sizes; reads none.
+
+TODO The weight files of a checkpoint's folder, by their headers: all there, whole, and what they hold. Reads no weight.
+
+A safetensors file is 8 bytes with the length of its header, the header (JSON: name → dtype, shape, offsets), and the
+tensors. Knows no architecture and no device.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from kshot.errors import ModelError
+
+# ---- The weight files of a checkpoint's folder, by their headers: all there, whole, and what they hold. Reads no
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER = 100 << 20  # bytes, as the format allows
+LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """dtype: as the format writes it, such as BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def stored_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
+    """What a whole checkpoint holds. Raises ModelError, with the model's name, where files are missing or broken."""
+    files = _files(name, folder)
+    missing = sorted(file for file in files if not (folder / file).is_file())
+    if missing:
+        count = f"{len(missing)} of {len(files)} weight files are missing, first {missing[0]}"
+        raise ModelError(f"checkpoint {name} is incomplete: {count}; download it again")
+    return {key: tensor for file in files for key, tensor in _header(name, folder / file).items()}
+
+
+def _files(name: str, folder: Path) -> list[str]:
+    """The names that the folder says its weights have, as transformers chooses them."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ModelError(_no_weights(name, folder))
+    try:
+        return sorted({str(file) for file in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{INDEX} of checkpoint {name} is broken ({error!r}); download it again") from error
+
+
+def _no_weights(name: str, folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        way_out = "load it elsewhere and save it with save_pretrained"
+        return f"checkpoint {name} has pickled weights ({pickles[0]}), but only safetensors are read; {way_out}"
+    return f"model {name} cannot be loaded: it has no weights as safetensors ({SINGLE} or {INDEX}), all that is read"
+
+
+def _header(name: str, path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        text = file.read(length) if length <= MAX_HEADER else b""
+    if LFS.startswith(start) and start:
+        raise ModelError(f"{path.name} of checkpoint {name} is a Git LFS pointer; run `git lfs pull` in {path.parent}")
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        tensors = {key: StoredTensor(entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
+        size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {_again(path)}") from error
+    _check_size(name, path, size)
+    return tensors
+
+
+def _check_size(name: str, path: Path, size: Any) -> None:
+    has = path.stat().st_size
+    if has != size:
+        what = "cut short" if has < size else "broken"
+        raise ModelError(f"checkpoint {name} is {what}: {path.name} has {has:,} of {size:,} bytes; {_again(path)}")
+
+
+def _again(path: Path) -> str:
+    """The hub's cache keeps the content elsewhere, and takes it for whole as long as it is there."""
+    return f"delete {path.resolve()} and download it again"
+
+
+# ---- Where a model's weights go: the devices asked for, what is free on them, and which modules each one holds.
+
+DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
+HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
+FIRST = ("model.visual", EMBEDDINGS, "model.language_model.rotary_emb")
+NORM, LAYERS = "model.language_model.norm", "model.language_model.layers"
+_V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"  # what a control group says where
+_V2 = "memory.max", "memory.current", "inactive_file"
+STEPS = 100  # shares of the free memory that are tried, from the smallest
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weights in memory, by what stays together. A head that is tied to the embeddings takes none.
+
+    first: vision tower, embeddings and what else there is. layers: each decoder layer. last: final norm and head.
+    """
+
+    first: int
+    layers: tuple[int, ...]
+    last: int
+
+    @property
+    def total(self) -> int:
+        return self.first + sum(self.layers) + self.last
+
+
+def sizes(tensors: Mapping[str, StoredTensor], layers: int, tied: bool, dtype: torch.dtype) -> Sizes:
+    """The sizes that stored tensors have once they are of `dtype`."""
+    of = [0] * (layers + 2)
+    for name, tensor in tensors.items():
+        layer = re.match(rf"{re.escape(LAYERS)}\.(\d+)\.", name)
+        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((HEAD, NORM)) else 0)
+        if part <= layers and not (tied and name.startswith(HEAD)):
+            of[part] += tensor.elements * dtype.itemsize
+    return Sizes(of[0], tuple(of[1:-1]), of[-1])
+
+
+def devices(device: str) -> list[torch.device]:
+    """The devices that a name means: several only for `auto`. Raises ModelError for one that is not here."""
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return [torch.device("cuda", n) for n in range(count)] or [torch.device("cpu")]
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; choose {DEVICES}") from error
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ModelError(f"no device {device!r}: torch sees {count} CUDA devices here; choose {DEVICES}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"no device {device!r}: torch sees no MPS device here; choose {DEVICES}")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"device {device!r} is not supported; choose {DEVICES}")
+    return [torch.device("cuda", found.index or 0)] if found.type == "cuda" else [torch.device(found.type)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """What new tensors on a device can take."""
+    if device.type != "cuda":  # MPS shares the memory of the CPU
+        return int(min(psutil.virtual_memory().available, group_free_bytes()))
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def group_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What the limits of the process's control groups (version 2 or 1, each with those above it) leave."""
+    free = math.inf
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        top, names = (root / "memory", _V1) if controllers == "memory" else (root, _V2)
+        group = top / path.lstrip("/")
+        if controllers in ("", "memory"):
+            free = min([free, *(_left(folder, *names) for folder in (group, *group.parents) if folder >= top)])
+    return free
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> float:
+    """The limit less what is in use; cached files are given up when memory is short."""
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / usage).read_text()) - int(statistics.get(cache, 0))
+        return max(int((group / limit).read_text()) - used, 0)
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return math.inf
+
+
+def device_map(
+    name: str, dtype: torch.dtype, size: Sizes, tied: bool, places: Sequence[torch.device], free: Sequence[int]
+) -> dict[str, torch.device | int]:
+    """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
+    free on them. Raises ModelError where the weights do not fit, before any is read."""
+    blocks = [size.first, *size.layers, size.last]
+    if len(places) == 1:
+        chosen = [0] * len(blocks) if size.total <= free[0] else None
+    else:
+        shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
+        chosen = next((found for share in shares if (found := _fill(blocks, share))), None)
+    if chosen is None:
+        raise ModelError(_too_little(name, dtype, size.total, places, free))
+    if len(places) == 1:
+        return {"": places[0]}
+    return _named([places[n].index for n in chosen], tied)
+
+
+def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
+    """The device of each block, in order; None where they do not fit."""
+    left, device, found = list(room), 0, []
+    for block in blocks:
+        while device < len(left) and left[device] < block:
+            device += 1
+        if device == len(left):
+            return None
+        left[device] -= block
+        found.append(device)
+    return found
+
+
+def _named(chosen: Sequence[int], tied: bool) -> dict[str, torch.device | int]:
+    """As numbers, because accelerate takes a main device out of a set of them: the order must not vary."""
+    first, *layers, last = chosen
+    places = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
+    return {**places, NORM: last, HEAD: first if tied else last}
+
+
+def _too_little(name: str, dtype: torch.dtype, needed: int, places: Sequence[torch.device], free: Sequence[int]) -> str:
+    has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(places, free, strict=True))
+    ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
+    ways_out += ["`auto` to spread it over several GPUs"] if places[0].type == "cuda" and len(places) == 1 else []
+    what = f"model {name} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
+    return f"{what}, but free are {has}; use {', or '.join(ways_out)}"

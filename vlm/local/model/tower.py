@@ -1,0 +1,161 @@
+"""The vision tower's forward pass: pixels → features. Knows no image files, no cache and no LoRA.
+
+The weights stay in the stock module; what it computes is computed here for all images of one size at once. The stock
+forward has a Conv3d for patches (its stride is its kernel: a matrix product, many times faster as one, pytorch#174051),
+makes its position tables anew every time, and runs attention image by image in every layer.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+Linear = Callable[[str, nn.Module, Tensor], Tensor]
+Grid = tuple[int, int, int]  # patches: time, height, width
+Tables = tuple[Tensor, Tensor, Tensor]  # of a grid: position embeddings, cosines, signed sines
+
+GRIDS = 64  # grids of a tower whose tables are kept: at 1,320 patches of 1,152 channels in bfloat16 about 4 MB each
+
+_tables: WeakKeyDictionary[nn.Module, OrderedDict[tuple[object, ...], Tables]] = WeakKeyDictionary()
+
+
+def plain(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer as it is."""
+    return layer(x)
+
+
+def tower(
+    visual: Any, pixels: Tensor, grid: Grid, count: int, linear: Linear = plain
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The features of `count` images of one grid: embeds (count, tokens, hidden), and the same of each deepstack layer.
+
+    visual: the stock Qwen3VLVisionModel of a dense or a mixture-of-experts model.
+    pixels: (count x height x width, channels x time x patch x patch), as the stock image processor orders them.
+    grid: patches (1, height, width) of each image.
+    linear: computes layer(x) for each linear layer of the blocks, which it gets with its name in the tower
+        ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "blocks.0.mlp.linear_fc2").
+    """
+    positions, *rotation = _grid_tables(visual, grid)
+    x = _patches(visual.patch_embed.proj, pixels).unflatten(0, (count, -1)) + positions
+    merged: dict[int, Tensor] = {}
+    for number, block in enumerate(visual.blocks):
+        name = f"blocks.{number}"
+        x = x + _attention(f"{name}.attn", block.attn, _norm(block.norm1, x), rotation, linear)
+        x = x + _mlp(f"{name}.mlp", block.mlp, _norm(block.norm2, x), linear)
+        if number in visual.deepstack_visual_indexes:
+            level = visual.deepstack_visual_indexes.index(number)
+            merged[level] = _merge(visual.deepstack_merger_list[level], x)
+    return _merge(visual.merger, x), tuple(merged[level] for level in sorted(merged))
+
+
+def _patches(convolution: Any, pixels: Tensor) -> Tensor:
+    weight = convolution.weight
+    return functional.linear(pixels.to(weight.dtype), weight.flatten(1), convolution.bias)
+
+
+def _attention(name: str, attention: Any, x: Tensor, rotation: list[Tensor], linear: Linear) -> Tensor:
+    qkv = linear(f"{name}.qkv", attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
+    query, key = _rotate(qkv[:, :, :2], *rotation).transpose(1, 3).unbind(2)  # (images, heads, patches, channels)
+    value = qkv[:, :, 2].transpose(1, 2)
+    out = functional.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
+    return linear(f"{name}.proj", attention.proj, out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x: (images, patches, 2, heads, channels). In float32, as the stock tower does; the sines bring their signs."""
+    first, second = x.float().chunk(2, -1)
+    return (x * cosines + torch.cat((second, first), -1) * sines).to(x.dtype)
+
+
+def _mlp(name: str, mlp: Any, x: Tensor, linear: Linear) -> Tensor:
+    inner = mlp.act_fn(linear(f"{name}.linear_fc1", mlp.linear_fc1, x))
+    return linear(f"{name}.linear_fc2", mlp.linear_fc2, inner)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _merge(merger: Any, x: Tensor) -> Tensor:
+    """Neighbouring patches become one token: they lie side by side already."""
+    after = merger.use_postshuffle_norm
+    joined = (x if after else _norm(merger.norm, x)).reshape(len(x), -1, merger.hidden_size)
+    joined = _norm(merger.norm, joined) if after else joined
+    return merger.linear_fc2(merger.act_fn(merger.linear_fc1(joined)))
+
+
+def _grid_tables(visual: Any, grid: Grid) -> Tables:
+    """From the cache, or made: frozen weights are taken for granted."""
+    weight = visual.pos_embed.weight
+    kept = _tables.setdefault(visual, OrderedDict())
+    key = (grid, weight.device, weight.dtype, weight.data_ptr(), weight._version)
+    tables = kept.pop(key, None) or _make_tables(visual, grid)
+    kept[key] = tables  # the last one used is the last to go
+    while len(kept) > GRIDS:
+        kept.popitem(last=False)
+    return tables
+
+
+@torch.inference_mode(False)  # tables made in inference mode would be useless to a later backward pass
+@torch.no_grad()
+def _make_tables(visual: Any, grid: Grid) -> Tables:
+    """By the stock functions: position embeddings (patches, hidden); cosines and sines (patches, 1, 1, channels)."""
+    weight, merge = visual.pos_embed.weight, visual.spatial_merge_size
+    grids = torch.tensor([grid], device=weight.device)
+    indices, shares = get_vision_interpolation_indices_and_weights(
+        grids,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
+    positions = (visual.pos_embed(indices) * shares[:, :, None]).sum(1).to(weight.dtype)
+    cosines, sines = visual.rotary_pos_emb(positions, get_vision_position_ids(grids, merge))
+    half = sines.shape[-1] // 2
+    signed = torch.cat((-sines[:, :half], sines[:, half:]), -1)  # rotate_half(x) * sin = swapped(x) * signed
+    return positions, cosines[:, None, None].float(), signed[:, None, None].float()
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image. grid: patches (time, height, width).
+
+    values: (1 + deepstack layers, tokens, hidden), the embeds first.
+    """
+
+    grid: tuple[int, int, int]
+    values: Tensor
+
+    @property
+    def embeds(self) -> Tensor:
+        """(tokens, hidden)"""
+        return self.values[0]
+
+    @property
+    def deepstack(self) -> tuple[Tensor, ...]:
+        """(tokens, hidden), one a layer."""
+        return tuple(self.values[1:])
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return self.values.nbytes
+
+    def on(self, device: torch.device) -> "ImageFeatures":
+        """The same on a device."""
+        return self if self.values.device == device else ImageFeatures(self.grid, self.values.to(device))
+
+    def kept(self, host: bool = True) -> "ImageFeatures":
+        """In memory of its own, the host's unless told: a view would keep a whole pass, or a padded file, alive."""
+        values = self.values.cpu() if host else self.values
+        whole = values.untyped_storage().nbytes() == values.nbytes
+        return ImageFeatures(self.grid, values if whole else values.clone())

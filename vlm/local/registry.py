@@ -1,0 +1,261 @@
+"""What a service holds in this process: engines by the names of their models, saved checkpoints, and the one worker.
+
+Clients of the SDK's shape stand on it, and so does the server. Methods that say so must be called on the worker. Knows
+no futures' shape, no HTTP and no mathematics.
+
+TODO The SDK's `ServiceClient` methods over engines of this process. Knows no mathematics.
+
+One worker thread runs the requests of a service in the order they were made, so a client may submit
+forward_backward and optim_step before it waits for either.
+"""
+
+import secrets
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from tinker import types
+from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
+
+from kshot.errors import ModelError, RequestError, UnknownNameError
+from vlm.local import checkpoint
+from vlm.local.checkpoint import Checkpoint
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
+from vlm.local.engine import BASE, Engine
+from vlm.local.model.load import Model
+from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.scheduler import Scheduler
+from vlm.local.vision import Vision
+from vlm.models import MODELS
+
+# ---- What a service holds in this process: engines by the names of their models, saved checkpoints, and the one
+
+SEEDS = 2**63
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # None: the checkpoint's own
+
+
+@dataclass
+class EngineRegistry:
+    """Models in memory and what is done with them.
+
+    state: where checkpoints are. device, dtype: where and in what models compute (None: the checkpoint's).
+    train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a folder that keeps
+    image features between processes. cache_bytes: how much memory they may take in this one (None: a quarter, at most
+    16 GiB). places: name of a model → its folder or hub id; None: a name says itself where its model is.
+    """
+
+    state: Path = field(default_factory=checkpoint.state_folder)
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    train_vision: bool = False
+    features: Path | None = None
+    cache_bytes: int | None = None
+    places: Mapping[str, str] | None = None
+    worker: Scheduler = field(default_factory=Scheduler)
+    engines: dict[str, Engine] = field(default_factory=dict)
+
+    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
+        """A future of a call on the worker, in the order of submission."""
+        return AwaitableConcurrentFuture(self.worker.submit(call, *args, **kwargs))
+
+    def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
+        """What a run covers here. Raises RequestError where that is nothing."""
+        return LoraSpec(rank, train_mlp, train_attn, train_unembed, self.train_vision)
+
+    def engine(self, base_model: str) -> Engine:
+        """The engine of a model, loaded at its first use; on the worker. Raises UnknownNameError, ModelError."""
+        if base_model not in self.engines:
+            if self.places is not None and base_model not in self.places:
+                raise UnknownNameError("model", base_model, self.places)
+            model = Model(base_model, self.device, self.dtype, (self.places or {}).get(base_model))
+            self.engines[base_model] = Engine(model, Vision(model, self.cache_bytes, self.features))
+        return self.engines[base_model]
+
+    def start(
+        self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None
+    ) -> LocalTrainingClient:
+        """A new run called `model_id`; seed None: any. On the worker."""
+        engine = self.engine(base_model)
+        run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
+        return LocalTrainingClient(engine, run, model_id, self.state, self.worker, user_metadata)
+
+    def resume(
+        self,
+        model_id: str,
+        path: str,
+        base_model: str | None,
+        user_metadata: dict[str, str] | None,
+        *,
+        optimizer: bool,
+    ) -> LocalTrainingClient:
+        """A new run with what a checkpoint holds; on the worker. Raises RequestError where that is of another model."""
+        saved = checkpoint.load(self.state, path)
+        if base_model not in (None, saved.base_model):
+            raise RequestError(f"checkpoint {path} is of {saved.base_model!r}, not of {base_model!r}")
+        client = self.start(model_id, saved.base_model, saved.spec, 0, user_metadata)
+        client.restore(saved, path, optimizer=optimizer)
+        return client
+
+    def sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
+        """A client on saved weights or on a base model; on the worker."""
+        if base_model is not None:
+            return LocalSamplingClient(self.engine(base_model), BASE, self.worker)
+        return self.adapted(checkpoint.load(self.state, model_path or ""))
+
+    def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
+        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; on the worker."""
+        saved = checkpoint.load_folder(folder)
+        name = base_model or saved.base_model
+        try:
+            self.engine(name)
+        except UnknownNameError as error:
+            if base_model is not None:
+                raise
+            way_out = "say with base_model (--model) where it is"
+            raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
+        try:
+            return self.adapted(replace(saved, base_model=name))
+        except ModelError as error:
+            raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
+
+    def adapted(self, saved: Checkpoint) -> LocalSamplingClient:
+        """A client on a checkpoint in memory; on the worker."""
+        engine = self.engine(saved.base_model)
+        adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
+        return LocalSamplingClient(engine, engine.snapshot(adapter), self.worker)
+
+    def close(self) -> None:
+        """Finish what was requested and stop the worker."""
+        self.worker.close()
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """What models are told to compute in. Raises UnknownNameError."""
+    if name not in DTYPES:
+        raise UnknownNameError("dtype", str(name), [each for each in DTYPES if each])
+    return DTYPES[name]
+
+
+def check_seed(seed: Any) -> None:
+    """Raise RequestError for what is no seed."""
+    if not (seed is None or (isinstance(seed, int) and 0 <= seed < SEEDS)):
+        raise RequestError(f"seed {seed!r} must be a whole number from 0 to 2^63 - 1, or None for a random one")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise RequestError for another optimizer than Adam."""
+    if not (optimizer is None or isinstance(optimizer, types.AdamOptimizerConfig)):
+        raise RequestError(f"optimizer={optimizer!r} is not supported by the local service; leave it out")
+
+
+# ---- The SDK's `ServiceClient` methods over engines of this process. Knows no mathematics.
+
+
+class LocalServiceClient:
+    """Training and sampling on models of this process; meets `vlm.service.ServiceClient`.
+
+    state_dir: where checkpoints are written and found. device: where models are put ("auto": spread over all GPUs).
+    dtype: what they compute in; None is the checkpoint's own. train_vision: whether LoRA covers the vision tower too.
+    features: a folder that keeps image features between processes, or None. cache_bytes: how much memory they may
+    take in this one; None is a quarter of the machine's, at most 16 GiB.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        train_vision: bool = False,
+        features: Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        state = state_dir or checkpoint.state_folder()
+        self._host = EngineRegistry(state, device, dtype, train_vision, features, cache_bytes)
+        self._session, self._runs = str(uuid.uuid4()), count()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: types.AdamOptimizerConfig | None = None,
+    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+        """A future of a new training run on `base_model`; the LoRA weights are initialised from `seed`."""
+        check_optimizer(optimizer)
+        check_seed(seed)
+        spec = self._host.spec(rank, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)
+        return self._host.submit(self._host.start, self._next_id(), base_model, spec, seed, user_metadata)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.AdamOptimizerConfig | None = None,
+    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+        """A future of a new run with the weights of a checkpoint and a fresh optimizer."""
+        refuse(weights_access_token=weights_access_token)
+        check_optimizer(optimizer)
+        return self._resume(path, base_model, user_metadata, optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+        """A future of a new run with the weights and the optimizer of a checkpoint."""
+        refuse(weights_access_token=weights_access_token)
+        return self._resume(path, base_model, user_metadata, optimizer=True)
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+        """A future of a client on saved sampler weights, or on a base model as it is."""
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
+        if (model_path is None) == (base_model is None):
+            raise RequestError("create_sampling_client takes either model_path or base_model")
+        return self._host.submit(self._host.sampler, model_path, base_model)
+
+    def create_sampling_client_from_folder(
+        self, folder: Path, base_model: str | None = None
+    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+        """A future of a client on the adapter in a folder of the checkpoint layout, wherever it lies.
+
+        base_model: the model under another name than the recorded one, as where its folder was moved. Not of the SDK,
+        and for callers in this process alone: it reads what folder it is told, so no request from outside may reach it.
+        """
+        return self._host.submit(self._host.sampler_of_folder, Path(folder), base_model)
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """The models with names of their own; any Qwen3-VL folder or hub id works besides."""
+        models = [types.SupportedModel(model_name=name) for name in MODELS]
+        return types.GetServerCapabilitiesResponse(supported_models=models)
+
+    def close(self) -> None:
+        """Finish what was requested and stop the worker."""
+        self._host.close()
+
+    def _resume(
+        self, path: str, base_model: str | None, user_metadata: dict[str, str] | None, *, optimizer: bool
+    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+        given = self._next_id(), path, base_model, user_metadata
+        return self._host.submit(self._host.resume, *given, optimizer=optimizer)
+
+    def _next_id(self) -> str:
+        return f"{self._session}:train:{next(self._runs)}"

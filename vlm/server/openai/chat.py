@@ -1,0 +1,231 @@
+"""Messages → the model's input: turns as the model's chat template writes them, images in their places.
+
+The template is the tokenizer's own if that knows images; else the ChatML turns of Qwen3-VL, which `vlm.prompts` writes
+too. What a client says can end no turn and begin none. Knows no HTTP.
+
+TODO Image URLs → bytes: data: URLs, and http(s) where the server allows it. Knows no format and no model.
+
+A server that fetches what strangers name can be used to reach what only it can reach. So: public addresses alone,
+looked up once and connected to by number (a name may answer otherwise the second time), no redirect, no proxy, and
+limits of bytes and time.
+"""
+
+import asyncio
+import base64
+import binascii
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import httpx
+import tinker
+from jinja2 import TemplateError
+from tinker import types
+
+from kshot.errors import ImageError, PromptError
+from vlm.inputs import image_chunk, model_input
+from vlm.prompts import TURN
+from vlm.server.openai.models import Sampler
+from vlm.server.openai.requests import ChatRequest, ImagePart, Message, TextPart
+
+# ---- Image URLs → bytes: data: URLs, and http(s) where the server allows it. Knows no format and no model.
+
+MAX_BYTES = 32 << 20  # of one image
+SECONDS = 20.0  # for fetching one
+PORTS = {"http": 80, "https": 443}
+EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # hold IPv4 addresses
+Address = IPv4Address | IPv6Address
+
+
+async def read(url: str, *, allow_urls: bool) -> bytes:
+    """The bytes behind an image URL. Raises ImageError for what is refused, too large or not there."""
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        return embedded(url)
+    if scheme not in PORTS:
+        raise ImageError(f"image URL {url!r:.60}: give a data: URL or an http(s) address")
+    if not allow_urls:
+        raise ImageError(f"image URL {url!r:.60}: this server fetches no images; send it as data:image/png;base64,...")
+    return await fetch(url)
+
+
+def embedded(url: str) -> bytes:
+    """The bytes in a base64 data: URL."""
+    head, comma, text = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"image URL {url!r:.40}: a data: URL must read data:image/png;base64,...")
+    if len(text) > MAX_BYTES * 4 // 3 + 4:
+        raise _too_large(url)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"image URL {url!r:.40}: no base64 ({error})") from error
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the public internet."""
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        if any(address in network for network in EMBEDDING):
+            return False
+    return address.is_global and not address.is_multicast
+
+
+async def fetch(url: str, public: Callable[[Address], bool] = is_public) -> bytes:
+    """The answer of an http(s) address. public: which addresses may be connected to."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await _fetch(url, public)
+    except TimeoutError as error:
+        raise ImageError(f"image URL {url!r:.60} gave no image within {SECONDS:g} seconds") from error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        raise ImageError(f"image URL {url!r:.60} cannot be fetched ({type(error).__name__})") from error
+
+
+async def _fetch(url: str, public: Callable[[Address], bool]) -> bytes:
+    parts = urlsplit(url)
+    target = await _target(url, parts, public)
+    headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
+    options = {"sni_hostname": parts.hostname}  # the certificate must be that of the name
+    async with (
+        httpx.AsyncClient(trust_env=False, follow_redirects=False) as client,
+        client.stream("GET", target, headers=headers, extensions=options) as response,
+    ):
+        if response.status_code != httpx.codes.OK:
+            raise ImageError(
+                f"image URL {url!r:.60} answers with status {response.status_code}; no redirect is followed"
+            )
+        data = bytearray()
+        async for part in response.aiter_raw():
+            data += part
+            if len(data) > MAX_BYTES:
+                raise _too_large(url)
+        return bytes(data)
+
+
+async def _target(url: str, parts: SplitResult, public: Callable[[Address], bool]) -> str:
+    """The URL with its host's address in place of the name."""
+    if not parts.hostname or parts.username is not None:
+        raise ImageError(f"image URL {url!r:.60} must be http(s)://HOST/..., without a user")
+    port = parts.port or PORTS[parts.scheme]
+    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = [ip_address(str(each[4][0]).partition("%")[0]) for each in found]
+    if not addresses or not all(map(public, addresses)):
+        raise ImageError(f"image URL {url!r:.60} is not at a public address")
+    host = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
+    return parts._replace(netloc=f"{host}:{port}", fragment="").geturl()
+
+
+def _too_large(url: str) -> ImageError:
+    return ImageError(f"image URL {url!r:.40} holds more than {MAX_BYTES >> 20} MiB; send a smaller image")
+
+
+# ---- Messages → the model's input: turns as the model's chat template writes them, images in their places.
+
+MAX_IMAGES = 64  # of one request
+START, PLACE, VIDEO = "<|im_start|>", "<|image_pad|>", "<|video_pad|>"
+PICTURE = f"<|vision_start|>{PLACE}<|vision_end|>"
+ENDS = (TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
+PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+
+
+async def prompt(asked: ChatRequest, sampler: Sampler, *, allow_urls: bool) -> tinker.ModelInput:
+    """The input of a conversation. Raises ImageError for images, PromptError for texts that cannot be given."""
+    urls = [p.image_url.url for m in asked.messages for p in m.content if isinstance(p, ImagePart)]
+    if len(urls) > MAX_IMAGES:
+        raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
+    images = [await read(url, allow_urls=allow_urls) for url in urls]
+    return await asyncio.to_thread(_prompt, asked, sampler, images)
+
+
+def _prompt(asked: ChatRequest, sampler: Sampler, images: Sequence[bytes]) -> tinker.ModelInput:
+    tokenizer = sampler.get_tokenizer()
+    written = text(asked, tokenizer).split(PLACE)
+    if len(written) != len(images) + 1:
+        raise PromptError(f"the chat template has {len(written) - 1} places for {len(images)} image(s)")
+    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, written[0])]
+    for image, after in zip(images, written[1:], strict=True):
+        chunks += [image_chunk(image, sampler.rule), encode(tokenizer, after)]
+    return model_input(*chunks)
+
+
+def encode(tokenizer: Any, piece: str) -> list[int]:
+    """The tokens of a piece of a prompt, and none besides."""
+    return list(tokenizer.encode(piece, add_special_tokens=False))
+
+
+def text(asked: ChatRequest, tokenizer: Any) -> str:
+    """The conversation as one text, PLACE where an image is."""
+    steering = steering_tokens(tokenizer)
+    for number, message in enumerate(asked.messages):
+        _check(f"messages[{number}]", message, steering)
+    if not _knows_images(tokenizer):
+        return _layout(asked)
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": m.role, "content": _content(m)} for m in asked.messages],
+                tokenize=False,
+                add_generation_prompt=asked.begins_answer,
+                continue_final_message=asked.continue_final_message,
+            )
+        )
+    except (TemplateError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PromptError(f"the model's chat template cannot write these messages: {reason}") from error
+
+
+def steering_tokens(tokenizer: Any) -> list[str]:
+    """The tokens that steer the model: no message may write one."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def steers(said: str, steering: Sequence[str]) -> str | None:
+    """The first of these tokens that a text writes."""
+    return next((token for token in steering if token in said), None)
+
+
+def ends(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    known = tokenizer.added_tokens_encoder
+    return sorted({tokenizer.eos_token_id, *(known[token] for token in ENDS if token in known)})
+
+
+def _check(name: str, message: Message, steering: Sequence[str]) -> None:
+    if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
+        raise PromptError(f"{name}: only messages of the user may hold images")
+    said = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
+    if token := steers(said, steering):
+        raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
+
+
+def _knows_images(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template that writes an image's place."""
+    if not tokenizer.chat_template:
+        return False
+    try:
+        written = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # one of texts alone trips over a list
+        return False
+    return bool(written.count(PICTURE) == 1)
+
+
+def _content(message: Message) -> str | list[dict[str, str]]:
+    """As templates take it: texts alone as one text."""
+    if all(isinstance(part, TextPart) for part in message.content):
+        return _said(message)
+    return [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.content]
+
+
+def _said(message: Message) -> str:
+    return "".join(part.text if isinstance(part, TextPart) else PICTURE for part in message.content)
+
+
+def _layout(asked: ChatRequest) -> str:
+    written = "".join(f"{START}{m.role}\n{_said(m)}{TURN}\n" for m in asked.messages)
+    if asked.continue_final_message:
+        return written.removesuffix(f"{TURN}\n")
+    return written + (f"{START}assistant\n" if asked.begins_answer else "")

@@ -1,0 +1,78 @@
+"""What the OpenAI-compatible endpoints see of a server: names of models, and weights to sample from. Knows no HTTP.
+
+TODO What the OpenAI interface needs of fixed weights: to sample, to score, and how texts and images become tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import tinker
+from tinker import types
+
+from kshot.errors import BusyError
+from vlm.inputs import ImageRule
+from vlm.label_trie import Trie
+from vlm.local.clients import LocalSamplingClient
+from vlm.local.sampling.sampler import SamplingRequest
+from vlm.local.sampling.sequence import TokenSequence
+from vlm.server.state import ServerState
+from vlm.server.tinker.sampling import WAITING
+from vlm.service import SamplingClient
+
+# ---- What the OpenAI-compatible endpoints see of a server: names of models, and weights to sample from. Knows no
+
+PATH = "tinker://"
+
+
+@dataclass(frozen=True)
+class OpenAIModels:
+    """Meets `vlm.server.openai.routes.Models`."""
+
+    core: ServerState
+
+    def names(self) -> Sequence[str]:
+        """The base models."""
+        return list(self.core.host.places or {})
+
+    def created(self) -> float:
+        """When the server was started, in seconds since 1970."""
+        return self.core.started
+
+    async def sampler(self, model: str) -> LocalSamplingClient:
+        """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
+        where too many requests wait."""
+        if max(len(self.core.samplings), self.core.host.worker.waiting_samples) >= WAITING:
+            raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
+        saved = model.startswith(PATH)
+        return await self.core.samplers.client(model if saved else None, None if saved else model)
+
+
+# ---- What the OpenAI interface needs of fixed weights: to sample, to score, and how texts and images become tokens.
+
+
+class Sampling(Protocol):
+    """A request that is being answered."""
+
+    @property
+    def future(self) -> "Future[types.SampleResponse]": ...
+    def cancel(self) -> Any:
+        """Let it be, as nobody waits for it."""
+
+
+class Sampler(SamplingClient, Protocol):
+    """Fixed weights; `vlm.local.clients.LocalSamplingClient` is one."""
+
+    @property
+    def rule(self) -> ImageRule: ...
+    @property
+    def context(self) -> int:
+        """Positions the model takes."""
+
+    def start(self, ask: SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None) -> Sampling:
+        """Begin to answer; on_token is called on the engine's thread after each token of each sample, in order."""
+
+    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
+        """See `vlm.scoring.TreeScorer`; blocks."""

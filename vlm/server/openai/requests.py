@@ -1,0 +1,307 @@
+"""What an OpenAI client may ask, field by field: types, ranges, and what is refused by name. Knows no model.
+
+Nothing is ignored that would change the answer: a field has an effect, or it is on the list of those that have none
+anywhere (HARMLESS), or it is an error that names it.
+
+TODO How the fields of a request are read: what may be left out, what is refused by name, which forms become one.
+
+null means the same as leaving a field out. Knows no endpoint.
+"""
+
+import reprlib
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+# ---- How the fields of a request are read: what may be left out, what is refused by name, which forms become one.
+
+MAX_PROMPTS = 128
+Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not built → the values that ask for nothing; None: any
+
+
+class Model(BaseModel):
+    """An object of a request; fields that are neither its own nor NEUTRAL are errors, and so are other types."""
+
+    NEUTRAL: ClassVar[Neutral] = {}
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        for name in [name for name in given if name not in cls.model_fields]:
+            allowed = cls.NEUTRAL.get(name, ())
+            if name in cls.NEUTRAL and (allowed is None or any(_same(given[name], each) for each in allowed)):
+                del given[name]
+            elif name in cls.NEUTRAL:
+                raise wrong(name, f"{name} = {reprlib.repr(given[name])} is not supported by this server; leave it out")
+        return given
+
+
+def wrong(param: str | None, message: str) -> PydanticCustomError:
+    """A validation error about a field, in one line of ours."""
+    return PydanticCustomError("wrong", "{message}", {"param": param, "message": message})
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a character
+        raise ValueError(f"no text: {error.reason}") from error
+    return text
+
+
+Words = Annotated[str, AfterValidator(_encodable)]  # any text
+Said = Annotated[Words, Field(min_length=1)]
+
+
+def listed(kind: str) -> BeforeValidator:
+    """A text or a list of them, as a list."""
+
+    def read(value: Any) -> list[str]:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
+            raise wrong(
+                kind, f"{kind} must be a text or a list of texts, none of them empty; got {reprlib.repr(value)}"
+            )
+        return values
+
+    return BeforeValidator(read)
+
+
+def prompts(value: Any) -> list[str | list[int]]:
+    """The four forms of a prompt as a list of texts or of token lists."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_token, value))):
+        return [value]
+    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS and all(map(_is_prompt, value)):
+        return value
+    forms = f"a text, a list of token ids, or a list of at most {MAX_PROMPTS} of either, none of them empty"
+    raise wrong("prompt", f"prompt must be {forms}; got {reprlib.repr(value)}")
+
+
+def _is_prompt(value: Any) -> bool:
+    return (isinstance(value, str) and value != "") or (
+        isinstance(value, list) and value != [] and all(map(_is_token, value))
+    )
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+# ---- What an OpenAI client may ask, field by field: types, ranges, and what is refused by name. Knows no model.
+
+MAX_SAMPLES, MAX_STOPS, MAX_TOP = 16, 16, 20
+
+HARMLESS: Neutral = {  # the values taken; None: any
+    "user": None,
+    "safety_identifier": None,
+    "metadata": None,
+    "prompt_cache_key": None,
+    "parallel_tool_calls": None,  # there are no tools to call
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+_PENALTIES: Neutral = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+}
+_TOOLS: Neutral = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "audio": (),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+}
+
+
+class StreamOptions(Model):
+    """Whether a last chunk says how many tokens there were."""
+
+    include_usage: bool = False
+
+
+class Choices(Model):
+    """vLLM's structured outputs, of which a closed list of answers is built."""
+
+    choice: list[Said]
+
+
+class GenerationRequest(Model, ABC):
+    """What both endpoints take. The ranges of numbers are those of the OpenAI API, but for temperature's upper end."""
+
+    model: Words
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Annotated[list[Words], listed("stop"), Field(max_length=MAX_STOPS)] = Field([])
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    structured_outputs: Choices | None = None
+    guided_choice: list[Said] | None = None
+
+    @property
+    def choice(self) -> list[str] | None:
+        """The closed list of answers, if there is one."""
+        return self.structured_outputs.choice if self.structured_outputs else self.guided_choice
+
+    default_limit: ClassVar[int]  # tokens of an answer where the client says nothing
+
+    @property
+    @abstractmethod
+    def limit(self) -> int | None:
+        """The most tokens of an answer, where the client says so."""
+
+    @property
+    @abstractmethod
+    def tops(self) -> int | None:
+        """How many of the likeliest tokens come with each; None: no log-probabilities at all."""
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise wrong("stream_options", "stream_options is for streams; set stream to true or leave it out")
+        if self.structured_outputs and self.guided_choice:
+            raise wrong("guided_choice", "guided_choice and structured_outputs.choice are the same; give one")
+        if self.choice is not None:
+            self._check_choice()
+        return self
+
+    def _check_choice(self) -> None:
+        """What changes nothing about a choice is refused."""
+        off = "top_p", "top_k", "stop", "stop_token_ids", "logprobs", "top_logprobs", "echo"
+        fields = type(self).model_fields
+        given = next((n for n in off if n in fields and getattr(self, n) != fields[n].default), None)
+        if given:
+            raise wrong(given, f"{given} does not go with a closed list of choices, which come with choice_log_probs")
+
+
+class CompletionRequest(GenerationRequest):
+    """POST completions. prompt: as a list, whatever form it came in."""
+
+    NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, "best_of": (1,), "suffix": ("",)}
+    default_limit = 16
+
+    prompt: Annotated[list[Words | list[int]], BeforeValidator(prompts)]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    echo: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _echoes(self) -> Self:
+        if self.max_tokens == 0 and not (self.echo and not self.stream):
+            raise wrong("max_tokens", "max_tokens = 0 needs echo, without stream: there would be no answer")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise wrong("logprobs", "logprobs of an echoed prompt cannot be streamed; set stream or echo to false")
+        return self
+
+
+class TextPart(Model):
+    """A piece of text in a message."""
+
+    type: Literal["text"]
+    text: Words
+
+
+class ImageURL(Model):
+    """Where an image is: a data: URL that holds it, or an http(s) address."""
+
+    url: Words
+    detail: Literal["auto"] = "auto"
+
+
+class ImagePart(Model):
+    """An image in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Message(Model):
+    """A turn of a conversation. content: as a list of parts, whatever form it came in."""
+
+    NEUTRAL: ClassVar[Neutral] = {
+        "tool_calls": ([],),
+        "annotations": ([],),
+    }  # as answers of this kind of server hold them
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)]
+
+
+class ChatRequest(GenerationRequest):
+    """POST chat/completions."""
+
+    NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, **_TOOLS}
+    default_limit = 1024
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the prompt ends with the beginning of the assistant's turn."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @model_validator(mode="after")
+    def _turns(self) -> Self:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise wrong("max_tokens", "max_tokens and max_completion_tokens are the same; give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise wrong("top_logprobs", "top_logprobs needs logprobs; set it to true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong("add_generation_prompt", "add_generation_prompt and continue_final_message exclude each other")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise wrong("continue_final_message", "continue_final_message needs a last message of the assistant")
+        late = next((n for n, m in enumerate(self.messages) if m.role == "system" and n), None)
+        if late is not None:
+            raise wrong("messages", f"messages[{late}] is of the system; only the first one may be")
+        return self

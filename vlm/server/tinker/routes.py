@@ -1,0 +1,413 @@
+"""The Tinker protocol's endpoints of sessions, training and sampling. Turns bodies into calls; knows no order and no
+weights. Requests and responses are the SDK's own types (tinker 0.38).
+
+TODO The Tinker protocol's endpoints that show and keep what there is: models, runs, checkpoints, sessions, samplers.
+
+Knows no training and no sampling.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from tinker import types
+
+from kshot.checks import KINDS
+from kshot.errors import LostError, MissingError, RequestError
+from vlm.server.checkpoints import check_ttl
+from vlm.server.futures import JSON, PROTOBUF, error_body
+from vlm.server.guard import Route
+from vlm.server.state import ServerState
+from vlm.server.tables import Checkpoint, Run
+from vlm.server.tinker import wire
+from vlm.server.tinker.sampling import SamplingService
+from vlm.server.tinker.training import TrainingService
+
+# ---- The Tinker protocol's endpoints of sessions, training and sampling. Turns bodies into calls; knows no order and no
+
+PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
+FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
+DYNAMIC = {"sample_cancel_enabled": True}
+
+
+class Plain(BaseModel):
+    """A body of ours: nothing in it is ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Finish(Plain):
+    reason: dict[str, Any]
+    detail: str | None = None
+
+
+class Cancel(Plain):
+    request_id: str
+
+
+class Join(Plain):
+    sampling_session_id: str
+    type: str = "join_sampling_session"
+
+
+class Heartbeat(Plain):
+    session_id: str
+    type: str = "session_heartbeat"
+
+
+SAMPLE = TypeAdapter(types.SampleRequest)
+BINARY = {"requestBody": {"required": True, "content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}}
+SAMPLE_SCHEMA = {"$ref": "#/components/schemas/SampleRequest"}  # which `vlm.server.app` puts there
+SAMPLE_BODY = {"requestBody": {"required": True, "content": {JSON: {"schema": SAMPLE_SCHEMA}}}}
+
+
+def routes(core: ServerState, training: TrainingService, samples: SamplingService) -> APIRouter:
+    """The router of one server."""
+    router = APIRouter(prefix="/api/v1", route_class=Route)
+    _sessions(router, core)
+    _training(router, training)
+    _sampling(router, core, samples)
+    _answers(router, core)
+    return router
+
+
+def _sessions(router: APIRouter, core: ServerState) -> None:
+    @router.post("/client/config")
+    async def client_config(request: types.ClientConfigRequest) -> dict[str, Any]:
+        return FEATURES
+
+    @router.post("/client/dynamic_config")
+    async def dynamic_config(request: types.ClientConfigRequest) -> dict[str, Any]:
+        return DYNAMIC
+
+    @router.post("/telemetry")
+    async def telemetry(request: Annotated[dict[str, Any], Body()]) -> dict[str, str]:
+        return {"status": "accepted"}  # nothing of it is kept
+
+    @router.post("/create_session")
+    async def create_session(request: types.CreateSessionRequest) -> dict[str, Any]:
+        return {"type": "create_session", "session_id": core.create_session(request)}
+
+    @router.post("/session_heartbeat")
+    async def heartbeat(request: Heartbeat) -> dict[str, str]:
+        core.heartbeat(request.session_id)
+        return {"type": "session_heartbeat"}
+
+    @router.post("/sessions/{session_id}/finish", status_code=204)
+    async def finish(session_id: str, request: Finish) -> None:
+        core.finish_session(session_id, {"reason": request.reason, "detail": request.detail})
+
+
+def _training(router: APIRouter, training: TrainingService) -> None:
+    @router.post("/create_model")
+    async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
+        return _later(training.create_model(request))
+
+    @router.post("/get_info")
+    async def get_info(request: types.GetInfoRequest) -> dict[str, Any]:
+        return (await training.info(request.model_id)).model_dump(mode="json")
+
+    @router.post("/forward_backward", openapi_extra=BINARY)
+    async def forward_backward(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        try:
+            parsed = wire.parse_forward_backward(body) if len(body) < LARGE else await _parse(body)
+        except RequestError as error:
+            run, seq = wire.numbers_of(body)
+            return _later(training.numbered(run, seq, partial(_refuse, error)), run)
+        return _later(training.forward_backward(parsed, len(body)), parsed.model_id)
+
+    @router.post("/optim_step")
+    async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
+        return _begun(training, request, training.optim_step)
+
+    @router.post("/save_weights")
+    async def save_weights(request: types.SaveWeightsRequest) -> dict[str, Any]:
+        return _begun(training, request, training.save_weights)
+
+    @router.post("/save_weights_for_sampler")
+    async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
+        return _begun(training, request, training.save_weights_for_sampler)
+
+    @router.post("/save_weights_external")
+    async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
+        return _begun(training, request, training.save_weights_external)
+
+    @router.post("/load_weights")
+    async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
+        return _begun(training, request, training.load_weights)
+
+
+LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
+
+
+def _refuse(error: RequestError) -> str:
+    raise error
+
+
+def _begun(training: TrainingService, request: Any, begin: Callable[[Any], str]) -> dict[str, Any]:
+    """A request of a run by its number, if it names one."""
+    if request.model_id is None:
+        return _later(begin(request))
+    return _later(training.numbered(request.model_id, request.seq_id, partial(begin, request)), request.model_id)
+
+
+async def _parse(body: bytes) -> wire.ForwardBackward:
+    return await asyncio.to_thread(wire.parse_forward_backward, body)
+
+
+def _sampling(router: APIRouter, core: ServerState, samples: SamplingService) -> None:
+    @router.post("/create_sampling_session")
+    async def create_sampling_session(request: types.CreateSamplingSessionRequest) -> dict[str, str]:
+        return {"type": "create_sampling_session", "sampling_session_id": samples.create_sampling_session(request)}
+
+    @router.post("/join_sampling_session")
+    async def join_sampling_session(request: Join) -> dict[str, Any]:
+        core.samplers.check_session(request.sampling_session_id)
+        number = core.store.next_clone(request.sampling_session_id)
+        return {"type": "join_sampling_session", "client_counter": number}
+
+    @router.post("/asample", openapi_extra=SAMPLE_BODY)
+    async def asample(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        # not by FastAPI: images are large, and JSON is read once
+        asked = _sample_request(body) if len(body) < LARGE else await asyncio.to_thread(_sample_request, body)
+        request_id, sequence_ids = samples.sample(asked)
+        return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
+
+    @router.post("/cancel_future", status_code=204)
+    async def cancel_future(request: Cancel) -> None:
+        samples.cancel(request.request_id)
+
+
+def _answers(router: APIRouter, core: ServerState) -> None:
+    @router.post("/retrieve_future")
+    async def retrieve_future(
+        request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
+    ) -> Response:
+        try:
+            answer = await core.futures.wait(request.request_id, PATIENCE)
+        except LostError as error:
+            if x_tinker_request_type in (None, "Sample"):
+                raise  # the SDK then asks for the sample anew; of a run's requests it would only say that one is broken
+            return Response(_TEXTS.dump_json(error_body(error)), media_type=JSON)
+        if answer is None:
+            waiting = {"type": "try_again", "request_id": request.request_id, "queue_state": "active"}
+            return Response(_TEXTS.dump_json(waiting), media_type=JSON)
+        core.futures.retrieved(request.request_id)
+        return Response(answer.content, media_type=answer.content_type)
+
+
+_TEXTS = TypeAdapter(dict[str, str])
+
+
+def _later(request_id: str, model_id: str | None = None) -> dict[str, Any]:
+    return {"request_id": request_id, "model_id": model_id}
+
+
+def _sample_request(body: bytes) -> types.SampleRequest:
+    try:
+        asked = SAMPLE.validate_json(body)
+    except ValidationError as error:
+        raise RequestError(first_fault(error.errors(include_url=False, include_input=False))) from error
+    for number, chunk in enumerate(asked.prompt.chunks):
+        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):
+            raise RequestError(f"prompt chunk {number} is {chunk.type}; only text and images are supported")
+    return asked
+
+
+def first_fault(errors: Any) -> str:
+    """The first thing that is wrong with a body, in one line."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON: {first['ctx']['error']}"
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return " ".join(f"{place or 'body'}: {first['msg']}{more}".split())
+
+
+# ---- The Tinker protocol's endpoints that show and keep what there is: models, runs, checkpoints, sessions,
+
+TYPES = dict(zip(KINDS, ("training", "sampler"), strict=True))  # our folders → the protocol's words
+OWNER = "local"
+ALL = 2**31
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=2**31)]
+Scope = Literal["owned", "accessible"]
+
+
+class Ttl(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    ttl_seconds: int | None
+
+
+class WeightsInfo(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tinker_path: str
+
+
+def list_routes(core: ServerState) -> APIRouter:
+    """The router of one server."""
+    router = APIRouter(prefix="/api/v1", route_class=Route)
+    _server(router, core)
+    _runs(router, core)
+    _checkpoints(router, core)
+    _session_routes(router, core)
+    return router
+
+
+def _server(router: APIRouter, core: ServerState) -> None:
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("/get_server_capabilities")
+    async def get_server_capabilities() -> dict[str, Any]:
+        return {"supported_models": [_model(core, name) for name in core.host.places or {}]}
+
+
+def _runs(router: APIRouter, core: ServerState) -> None:
+    @router.get("/training_runs")
+    async def training_runs(
+        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> dict[str, Any]:
+        _no_projects(project_id)
+        runs = [_run(core, row) for row in core.store.runs(limit, offset)]
+        return {"training_runs": runs, "cursor": _cursor(limit, offset, core.store.run_count())}
+
+    @router.get("/training_runs/{run}")
+    async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
+        return _run(core, _existing(core, run))
+
+    @router.get("/training_runs/{run}/checkpoints")
+    async def checkpoints_of(run: str) -> dict[str, Any]:
+        _existing(core, run)
+        return {"checkpoints": [_checkpoint(row) for row in core.store.checkpoints(run, limit=ALL)]}
+
+    @router.post("/weights_info")
+    async def weights_info(request: WeightsInfo) -> dict[str, Any]:
+        row = core.checkpoints.existing(request.tinker_path)
+        flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
+        return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
+
+
+def _checkpoints(router: APIRouter, core: ServerState) -> None:
+    @router.get("/checkpoints")
+    async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+        rows = core.store.checkpoints(limit=limit, offset=offset)
+        return {
+            "checkpoints": [_checkpoint(row) for row in rows],
+            "cursor": _cursor(limit, offset, core.store.checkpoint_count()),
+        }
+
+    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
+    async def delete(run: str, kind: str, name: str) -> None:
+        path = core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
+        core.checkpoints.remove(path)
+
+    @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
+    async def set_ttl(run: str, kind: str, name: str, request: Ttl) -> None:
+        check_ttl(request.ttl_seconds)
+        core.checkpoints.expire(f"tinker://{run}/{kind}/{name}", request.ttl_seconds)
+
+    @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+    async def publish(run: str, kind: str, name: str) -> None:
+        core.store.set_public(core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, True)
+
+    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+    async def unpublish(run: str, kind: str, name: str) -> None:
+        core.store.set_public(core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, False)
+
+
+def _session_routes(router: APIRouter, core: ServerState) -> None:
+    @router.get("/sessions")
+    async def sessions(
+        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> dict[str, Any]:
+        _no_projects(project_id)
+        return {"sessions": [row.id for row in core.store.sessions(limit, offset)]}
+
+    @router.get("/sessions/{session}")
+    async def session(session: str, access_scope: Scope = "owned") -> dict[str, Any]:
+        row = core.store.session(session)
+        if row is None:
+            raise MissingError(f"there is no session {session!r}")
+        return {
+            "training_run_ids": [run.id for run in core.store.runs_of(session)],
+            "sampler_ids": [sampler.id for sampler in core.store.samplers_of(session)],
+            "user_metadata": row.user_metadata,
+            "display_name": row.display_name,
+        }
+
+    @router.get("/samplers/{sampler}")
+    async def sampler(sampler: str) -> dict[str, Any]:
+        row = core.store.sampler(sampler)
+        if row is None:
+            raise MissingError(f"there is no sampler {sampler!r}")
+        return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
+
+
+def _existing(core: ServerState, run: str) -> Run:
+    row = core.store.run(run)
+    if row is None:
+        raise MissingError(f"there is no run {run!r}")
+    return row
+
+
+def _model(core: ServerState, name: str) -> dict[str, Any]:
+    engine = core.host.engines.get(name)
+    context = None if engine is None else engine.model.context  # known once it is loaded
+    return types.SupportedModel(
+        model_name=name, max_context_length=context, trainable=True, sampleable=True
+    ).model_dump()
+
+
+def _run(core: ServerState, row: Run) -> dict[str, Any]:
+    live = core.runs.get(row.id)
+    last = {kind: core.store.last_checkpoint(row.id, kind) for kind in KINDS}
+    return {
+        "training_run_id": row.id,
+        "base_model": row.base_model,
+        "model_owner": OWNER,
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": row.lora["rank"],
+        "last_request_time": _time(live.last_request if live else row.last_request),
+        "last_checkpoint": _optional(last[KINDS[0]]),
+        "last_sampler_checkpoint": _optional(last[KINDS[1]]),
+        "user_metadata": row.user_metadata,
+    }
+
+
+def _optional(row: Checkpoint | None) -> dict[str, Any] | None:
+    return None if row is None else _checkpoint(row)
+
+
+def _checkpoint(row: Checkpoint) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{row.kind}/{row.name}",
+        "checkpoint_type": TYPES[row.kind],
+        "time": _time(row.created),
+        "tinker_path": row.path,
+        "size_bytes": row.size_bytes,
+        "public": row.public,
+        "user_metadata": row.user_metadata,
+        "expires_at": None if row.expires is None else _time(row.expires),
+    }
+
+
+def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:
+    return {"offset": offset, "limit": limit, "total_count": total}
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _no_projects(project: str | None) -> None:
+    if project is not None:
+        raise RequestError(f"project_id {project!r}: this server has no projects; leave it out")
