@@ -25,6 +25,8 @@ raise from it, so that data, vlm and baselines can share it and still not know e
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
+
 
 class KshotError(Exception):
     """Base of everything kshot raises on purpose: a failure that is not the input's fault."""

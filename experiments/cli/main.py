@@ -16,7 +16,7 @@ from experiments.cli.serve import serve
 from experiments.cli.sweep import demo, report, sweep
 from experiments.cli.train import train, zero_shot
 from experiments.terminal import err, out
-from kshot.errors import InputError, KshotError
+from kshot.errors import INTERRUPTED, InputError, KshotError
 
 app = typer.Typer(
     name="kshot",
@@ -29,7 +29,6 @@ app.add_typer(data_app)
 app.add_typer(bench_app)
 # Typer carries a click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 
 
 @app.callback(invoke_without_command=True)

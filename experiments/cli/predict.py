@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from experiments.terminal import err
-from kshot.errors import InputError, KshotError, UnknownNameError
+from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
 
 if TYPE_CHECKING:
     from experiments.adapters.predict import Answer, Source
 
-BROKEN_PIPE, INTERRUPTED = 141, 130  # the shells' status of a program whose reader has gone, or that Ctrl-C ended
+BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
 TOP = 5
 
 Images = Annotated[

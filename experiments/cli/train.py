@@ -13,12 +13,11 @@ from experiments.cli.data import Modified, Protocol, Root, Source, SplitFile, ac
 from experiments.cli.hub import Public, PushToHub, Yes
 from experiments.cli.options import file_name, pairs
 from experiments.terminal import err, out, print_paths
-from kshot.errors import InputError
+from kshot.errors import INTERRUPTED, InputError
 
 if TYPE_CHECKING:
     from experiments.adapters.train import Step
 
-INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 EVERY = 10  # seconds between two lines of progress, where there is no terminal
 
 DatasetName = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, folder:PATH or hub:ID.")]
