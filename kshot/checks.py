@@ -1,14 +1,14 @@
-"""What every training run of the Tinker API shares, whatever it trains: where checkpoints are, what Adam may be given.
-
-Knows no weights and no service. Like `kshot.errors` it stands below vlm and baselines, which do not know each other.
-"""
+"""Checks that several packages share: checkpoints' names, Adam's ranges, and that Python finds kshot's packages."""
 
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kshot.errors import RequestError
+from kshot.errors import InputError, RequestError
+
+PACKAGES = ("data", "vlm", "baselines", "experiments")
 
 KINDS = ("weights", "sampler_weights")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -51,3 +51,20 @@ def check_adam(params: Any) -> None:
             raise RequestError(f"{name} = {getattr(params, name)} must be at least 0 and below 1")
     if not 0 < params.eps < math.inf:  # where a gradient is 0, so is its moment: 0 / 0
         raise RequestError(f"eps = {params.eps} must be above 0; the Tinker API's default is 1e-12")
+
+
+def check_packages() -> None:
+    """Raise InputError where a module of the user's, such as a `data.py` beside their script, hides a package of
+    kshot's: Python would import theirs."""
+    root = Path(__file__).parents[1]
+    for name in PACKAGES:
+        try:
+            spec = find_spec(name)
+        except ValueError:  # a module that was made by hand has none
+            spec = None
+        places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
+        if root / name not in places:
+            hiding = (spec and spec.origin) or (places[0] if places else f"another module {name!r}")
+            raise InputError(
+                f"{hiding} hides kshot's own package {name!r} from Python; rename it, or start Python in another folder"
+            )

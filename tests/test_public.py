@@ -1,0 +1,44 @@
+"""What users import: `kshot`, light, with its errors; and what it says where a user's module hides one of ours."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kshot
+from kshot import errors
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_it_offers_every_error_and_what_it_names() -> None:
+    every = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert every <= set(kshot.__all__) == set(dir(kshot))
+    assert all(getattr(kshot, name) is not None for name in kshot.__all__)
+    with pytest.raises(AttributeError, match="'kshot' has no attribute 'no_such'"):
+        kshot.no_such  # noqa: B018
+
+
+@pytest.mark.parametrize("hidden", ["data.py", "data/__init__.py", "data/cats.csv", "vlm.py", "experiments.py"])
+def test_a_module_of_the_user_that_hides_ours_is_one_line(tmp_path: Path, hidden: str) -> None:
+    (tmp_path / hidden).parent.mkdir(exist_ok=True)
+    (tmp_path / hidden).write_text("")
+    name = hidden.split("/")[0].removesuffix(".py")
+    place = tmp_path / (hidden if hidden.endswith(".py") else name)
+    line = f"{place} hides kshot's own package '{name}' from Python; rename it, or start Python in another folder\n"
+    said = python("import kshot; kshot.Results", tmp_path)
+    assert said.stderr.endswith(f"kshot.errors.InputError: {line}")
+    said = python("import sys; from kshot.__main__ import main; sys.argv = ['kshot', 'data', 'list']; main()", tmp_path)
+    assert (said.returncode, said.stdout, said.stderr) == (2, "", f"kshot: {line}")
+
+
+def test_another_folder_of_the_user_does_not_disturb(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "my_data.py").write_text("")
+    said = python("import kshot; print(kshot.Results.__name__)", tmp_path)
+    assert (said.stdout, said.stderr) == ("Results\n", "")
