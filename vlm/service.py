@@ -1,19 +1,22 @@
-"""The training API as Protocols, and `connect`, which picks who answers it. Knows no model, image or class.
+"""The training API as Protocols; `connect`, which gives a client of it; and what the local engine says of this machine.
 
 Names, arguments and futures are those of the official SDK (`tinker`, Apache-2.0). "tinker" and http addresses are the
-official client itself; "local" runs the engine in this process.
+official client itself; "local" runs the engine in this process. The engine is imported only when it is used.
 """
 
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import tinker
 from tinker import types
 
 from kshot.errors import RequestError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
 
 T_co = TypeVar("T_co", covariant=True)
 SCHEMES = {"http": 80, "https": 443}
@@ -87,6 +90,7 @@ def connect(
     dtype: str | None = None,
     train_vision: bool = False,
     features: Path | None = None,
+    cache_bytes: int | None = None,
     api_key: str | None = None,
 ) -> ServiceClient:
     """The service client of "local" (this process), "tinker" (the hosted service) or an http address.
@@ -94,15 +98,17 @@ def connect(
     Of "local" alone: state_dir, where it keeps checkpoints (default: kshot's folder below the user's state home);
     device, what it computes on ("auto" spreads a model over all GPUs); dtype, "float32" or "bfloat16" (default: the
     checkpoint's); train_vision, whether LoRA covers the vision tower too, beside what each run says; features, a folder
-    that keeps image features for later processes. api_key: of the others; on loopback it defaults to the key any local
+    that keeps image features for later processes; cache_bytes, of image features in memory (default: see
+    `feature_memory`). api_key: of the others; on loopback it defaults to the key any local
     server takes. Raises UnknownNameError for another name, RequestError for an option of the other kind.
     """
     local = {"state_dir": state_dir, "dtype": dtype, "train_vision": train_vision, "features": features}
+    local["cache_bytes"] = cache_bytes
     given = [name for name, value in local.items() if value] + ["device"] * (device != "cpu")
     if service == "local":
         if api_key is not None:
             raise RequestError("api_key is for remote services; the local one has none")
-        return _local(state_dir, device, dtype, train_vision=train_vision, features=features)
+        return _local(state_dir, device, dtype, train_vision=train_vision, features=features, cache_bytes=cache_bytes)
     if given:
         raise RequestError(f"{', '.join(given)}: for the local service, not for {service!r}")
     if service == "tinker":
@@ -122,6 +128,49 @@ def check(service: str, timeout: float = 3.0) -> None:
         socket.create_connection((parts.hostname, parts.port or SCHEMES[parts.scheme]), timeout).close()
     except OSError as error:
         raise RequestError(f"no server answers at {service} ({error.strerror or error}); start it first") from error
+
+
+def tokenizer(model: str) -> Any:
+    """The stock tokenizer of a model, by name, folder or hub id. Raises UnknownNameError and ModelError."""
+    from vlm.local.model.load import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def devices(name: str) -> "list[torch.device]":
+    """The devices that a name such as "cuda:1" means; several only for "auto". Raises ModelError for one that is not
+    here."""
+    from vlm.local.model import placement
+
+    return placement.devices(name)
+
+
+def free_bytes(device: "torch.device") -> int:
+    """What new processes can take: of the machine's memory as far as its control group allows, or of a GPU's."""
+    from vlm.local.model import placement
+
+    return placement.free_bytes(device)
+
+
+def feature_memory(device: "torch.device") -> int:
+    """Bytes of image features that a process keeps in the memory of this device, unless told otherwise."""
+    from vlm.local.vision import device_limit, memory_limit
+
+    return memory_limit() if device.type == "cpu" else device_limit(device)
+
+
+def feature_disk_bytes() -> int:
+    """Bytes of image features that a folder of them (`features` of `connect`) has at most."""
+    from vlm.local.features import DISK_BYTES
+
+    return DISK_BYTES
+
+
+def feature_disk_room() -> int:
+    """Bytes of them that stay there: at its limit the folder makes room for what comes next."""
+    from vlm.local.features import DISK_BYTES, SHARE
+
+    return DISK_BYTES - DISK_BYTES // SHARE
 
 
 def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:

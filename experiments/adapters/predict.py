@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -32,9 +32,8 @@ from experiments.sweep.config import Settings
 from kshot.errors import ImageError, InputError
 
 if TYPE_CHECKING:
-    from vlm.local.clients import LocalSamplingClient
-    from vlm.local.registry import LocalServiceClient
     from vlm.prompts import Prompt
+    from vlm.service import SamplingClient
 
 # ---- What `kshot predict` is asked about: its arguments become images with a name, in order. Decodes none, knows
 
@@ -208,7 +207,7 @@ class Classifier:
     """A model with its question, loaded. method: "constrained", or "likelihood": that of each whole class name,
     normalised over the classes by softmax. greedy: whether answers have theirs."""
 
-    sampler: "LocalSamplingClient"
+    sampler: "SamplingClient"
     prompt: "Prompt"
     max_side: int
     method: str = METHODS[0]
@@ -252,15 +251,15 @@ def classifier(source: Source, method: str = METHODS[0], *, greedy: bool = False
     together or cannot be loaded, before a weight is read where that can be known."""
     from vlm.inputs import ImageRule
     from vlm.label_trie import check
-    from vlm.local.registry import LocalServiceClient
     from vlm.prompts import Prompt, template
+    from vlm.service import connect
 
     card = read_card(source.adapter) if source.adapter else None
     classes = source.classes or (card.classes if card else ())
     _check(source, classes)
     form = template(source.prompt or (card.prompt if card else Settings().prompt))
     max_side = source.max_side or (card.max_side if card else Settings().max_side)
-    service = LocalServiceClient(device=source.device, cache_bytes=CACHE_BYTES)
+    service: Any = connect("local", device=source.device, cache_bytes=CACHE_BYTES)
     try:
         sampler = _sampler(service, source)
         prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(sampler.get_base_model()), classes, form)
@@ -280,7 +279,7 @@ def _check(source: Source, classes: Sequence[str]) -> None:
         raise InputError(f"there is one class, {classes[0]!r}; a choice needs two or more")
 
 
-def _sampler(service: "LocalServiceClient", source: Source) -> "LocalSamplingClient":
+def _sampler(service: Any, source: Source) -> Any:
     if source.adapter is None:
         return service.create_sampling_client(base_model=source.model).result()
     return service.create_sampling_client_from_folder(source.adapter, source.model).result()

@@ -20,6 +20,7 @@ from experiments.sweep.config import Sweep, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, fit_lora, prompt_of
 from experiments.sweep.provenance import notes
+from kshot.checks import folder_of
 from kshot.errors import InputError
 from kshot.files import remove_stale
 
@@ -71,10 +72,9 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
     target = target.resolve()
     adapters.check_target(target, force=force)
     with _beside(target) as state, _as_a_worker(job.device):
-        from vlm.local.checkpoint import folder_of
-        from vlm.local.registry import LocalServiceClient
+        from vlm.service import connect
 
-        service = LocalServiceClient(state, job.device)
+        service: Any = connect("local", state_dir=state, device=job.device)
         try:
             task = run.task(job, dataset, [])
             s = job.settings

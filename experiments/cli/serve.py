@@ -39,22 +39,17 @@ def serve(
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
-    from vlm.local.checkpoint import state_folder
-    from vlm.local.model.placement import devices
-    from vlm.local.registry import EngineRegistry, dtype_of
     from vlm.server.app import Options
     from vlm.server.guard import Keys
-    from vlm.server.serve import places, set_threads
+    from vlm.server.serve import registry, set_threads
     from vlm.server.serve import serve as run
 
     keys = Keys() if api_key_file is None else Keys.read(api_key_file)
     options = Options(host, port, keys, tuple(allow_host or ()), allow_urls, image_log_probs)
-    devices(device)  # now, not when the first request comes
-    folder = (state or state_folder()).resolve()
-    made = EngineRegistry(folder, device, dtype_of(dtype), train_vision, features, places=places(model or []))
+    made = registry(model or [], state, device, dtype, train_vision=train_vision, features=features)
 
     def say(address: str) -> None:
-        line = f"kshot serves {', '.join(made.places or ())} at {address}  (state: {folder})"
+        line = f"kshot serves {', '.join(made.model_paths or ())} at {address}  (state: {made.state})"
         out.print(line, highlight=False, soft_wrap=True)
 
     set_threads(threads)

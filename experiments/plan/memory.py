@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
-PACK = 4096  # positions of a training pass of the local engine, see vlm.local.engine
-SCORED = 1 << 15  # positions of a pass that scores, at most, see vlm.local.scoring
+PACK = 4096  # positions of a training pass of the local engine
+SCORED = 1 << 15  # positions of a pass of it that scores, at most
 ROWS = 64  # prompts in it, at most
 CHUNK = 32  # images of a training pass of the backbone, see baselines.lora
 TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
@@ -82,25 +82,25 @@ def memory(
 
 def free_bytes(device: "torch.device") -> int:
     """What new processes can take: of the machine's memory as far as its control group allows, or of a GPU's."""
-    from vlm.local.model import placement
+    from vlm import service
 
-    return placement.free_bytes(device)
+    return service.free_bytes(device)
 
 
 def _tightest(device: str, workers: int) -> "torch.device":
     """Of the devices that these workers get the one with the least free memory. Raises ModelError for none."""
-    from vlm.local.model import placement
+    from vlm import service
 
-    found = placement.devices(device)
-    every = placement.devices("auto") if device == "cuda" else found  # one a worker, in this order
-    return min(every[:workers], key=placement.free_bytes)
+    found = service.devices(device)
+    every = service.devices("auto") if device == "cuda" else found  # one a worker, in this order
+    return min(every[:workers], key=service.free_bytes)
 
 
 def _cached(device: "torch.device") -> int:
     """Bytes of image features that a process keeps in the memory of its device, at most."""
-    from vlm.local.vision import device_limit, memory_limit
+    from vlm import service
 
-    return memory_limit() if device.type == "cpu" else device_limit(device)
+    return service.feature_memory(device)
 
 
 def _vlm(todo: Workload, unknown: list[str], at: "torch.device") -> Iterator[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Which images the vision tower sees once for a whole sweep: those whose features the disk cache can hold until then.
 
 All that are encoded ahead are encoded before the first cell. Where a sweep has more features than the cache keeps (see
-vlm.local.features), the least recently used go, which a later data set's would be; so its cells encode its images.
+`vlm.service`), the least recently used go, which a later data set's would be; so its cells encode its images.
 Encodes none.
 """
 
@@ -76,13 +76,13 @@ def seen_in_cell(part: CellSpec, known: DatasetInfo) -> int:
 
 def disk_limit() -> int:
     """Bytes of features that the disk cache has at most."""
-    from vlm.local.features import DISK_BYTES
+    from vlm import service
 
-    return DISK_BYTES
+    return service.feature_disk_bytes()
 
 
 def _room() -> int:
     """Bytes that it keeps: at its limit it makes room for what comes next."""
-    from vlm.local.features import SHARE
+    from vlm import service
 
-    return disk_limit() - disk_limit() // SHARE
+    return service.feature_disk_room()

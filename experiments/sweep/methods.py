@@ -238,12 +238,12 @@ def prompt_of(client: Any, task: Task) -> "Prompt":
 
     The SDK's client would ask the hub for the tokenizer by the model's name, which ours and folders do not have there.
     """
+    from vlm import service
     from vlm.inputs import ImageRule
-    from vlm.local.model.load import load_tokenizer
     from vlm.prompts import Prompt, template
 
     model = task.settings.model
-    tokenizer = client.get_tokenizer() if task.service == "local" else load_tokenizer(model)
+    tokenizer = client.get_tokenizer() if task.service == "local" else service.tokenizer(model)
     return Prompt(tokenizer, ImageRule.from_pretrained(model), task.classes, template(task.settings.prompt))
 
 

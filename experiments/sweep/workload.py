@@ -266,10 +266,10 @@ def _lengths(known: DatasetInfo, settings: Settings, seed: int) -> Lengths:
     from tinker import types
 
     from vlm.inputs import ImageRule
-    from vlm.local.model.load import load_tokenizer
     from vlm.prompts import Prompt, template
+    from vlm.service import tokenizer as tokenizer_of
 
-    rule, tokenizer = ImageRule.from_pretrained(settings.model), load_tokenizer(settings.model)
+    rule, tokenizer = ImageRule.from_pretrained(settings.model), tokenizer_of(settings.model)
     prompt = Prompt(tokenizer, rule, known.names or (NAME,), template(settings.prompt))
     found = sample(known, seed)
     shown = [prepare(image, max_side=settings.max_side) for image in found or [_photograph()]]

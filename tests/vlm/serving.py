@@ -32,16 +32,16 @@ class Server:
     """A running server and, of one in this process, its parts."""
 
     address: str
-    core: ServerState
+    state: ServerState
     app: Any
 
 
 @contextmanager
 def served(state: Path, host: EngineRegistry | None = None, **options: Any) -> Iterator[Server]:
     """A server on a free port of loopback, on a thread."""
-    host = host or EngineRegistry(state, places=PLACES)
-    core = ServerState(host, Store(host.state))
-    app = application(core, Options(**options))
+    host = host or EngineRegistry(state, model_paths=PLACES)
+    state = ServerState(host, Store(host.state))
+    app = application(state, Options(**options))
     config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -51,7 +51,7 @@ def served(state: Path, host: EngineRegistry | None = None, **options: Any) -> I
         thread.join(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Server(f"http://127.0.0.1:{port}", core, app)
+        yield Server(f"http://127.0.0.1:{port}", state, app)
     finally:
         server.should_exit = True
         thread.join(30)

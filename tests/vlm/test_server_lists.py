@@ -25,7 +25,7 @@ DATA = [datum(model_input([300, 301, 302]), [400, 401])]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     state = tmp_path_factory.mktemp("state")
-    with served(state, EngineRegistry(state, places={**PLACES, "other/nano": nano.NAME})) as server:
+    with served(state, EngineRegistry(state, model_paths={**PLACES, "other/nano": nano.NAME})) as server:
         yield server
 
 
@@ -97,7 +97,7 @@ def test_a_run_and_what_was_saved_of_it(rest: Any, run: Any) -> None:
 def test_a_size_is_that_of_the_files(server: Server, rest: Any, run: Any) -> None:
     step(run, DATA, types.AdamParams(learning_rate=1e-3))
     path = run.save_state("sized").result(PATIENCE).path
-    files = folder_of(server.core.host.state, path).iterdir()
+    files = folder_of(server.state.registry.state, path).iterdir()
     (found,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
     assert found.size_bytes == sum(file.stat().st_size for file in files)
 
@@ -115,7 +115,7 @@ def test_lists_come_in_pages_newest_first(rest: Any, client: Any, server: Server
     whole = rest.list_training_runs(limit=1000).result(PATIENCE)
     ids = [run.training_run_id for run in whole.training_runs]
     assert ids[:3] == [run.model_id for run in reversed(made)]
-    assert whole.cursor.total_count == len(ids) == server.core.store.run_count()
+    assert whole.cursor.total_count == len(ids) == server.state.store.run_count()
     parts = [rest.list_training_runs(limit=2, offset=n).result(PATIENCE) for n in range(0, len(ids), 2)]
     assert [run.training_run_id for part in parts for run in part.training_runs] == ids
     assert [part.cursor.offset for part in parts] == list(range(0, len(ids), 2))
@@ -134,7 +134,7 @@ def test_what_is_deleted_is_gone(server: Server, rest: Any, client: Any, run: An
     rest.delete_checkpoint(run.model_id, "weights/by-id").result(PATIENCE)
     assert paths(rest.list_checkpoints(run.model_id).result(PATIENCE)) == [kept]
     for gone in (by_path, by_id):
-        assert not folder_of(server.core.host.state, gone).exists()
+        assert not folder_of(server.state.registry.state, gone).exists()
         with pytest.raises(tinker.NotFoundError, match="does not exist"):
             client.create_training_client_from_state(gone).result(PATIENCE)
         with pytest.raises(tinker.NotFoundError, match="does not exist"):
@@ -153,8 +153,8 @@ def test_a_sampler_ends_with_its_checkpoint(rest: Any, client: Any, run: Any) ->
 
 
 def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
-    core, session = server.core, client.holder.get_session_id()
-    core.store.heartbeat(session, time.time() + 10**7)  # lest the run is put away meanwhile
+    state, session = server.state, client.holder.get_session_id()
+    state.store.heartbeat(session, time.time() + 10**7)  # lest the run is put away meanwhile
     hour = run.save_state("hour", ttl_seconds=3600).result(PATIENCE).path
     for_ever, later = (run.save_state(name).result(PATIENCE).path for name in ("ever", "later"))
     rest.set_checkpoint_ttl_from_tinker_path(later, 7200).result(PATIENCE)
@@ -166,15 +166,15 @@ def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
     assert near(ends()[hour], 3600)
     assert near(ends()[later], 7200)
     assert ends()[for_ever] is None
-    core.tidy(time.time() + 3500)
+    state.tidy(time.time() + 3500)
     assert set(ends()) == {hour, for_ever, later}
-    core.tidy(time.time() + 3700)
+    state.tidy(time.time() + 3700)
     assert set(ends()) == {for_ever, later}
-    assert not folder_of(core.host.state, hour).exists()
+    assert not folder_of(state.registry.state, hour).exists()
     rest.set_checkpoint_ttl_from_tinker_path(later, None).result(PATIENCE)
-    core.tidy(time.time() + 10**6)
+    state.tidy(time.time() + 10**6)
     assert set(ends()) == {for_ever, later}
-    core.store.set_expiry(later, time.time() - 1)  # over, and not taken off the disk yet
+    state.store.set_expiry(later, time.time() - 1)  # over, and not taken off the disk yet
     with pytest.raises(tinker.NotFoundError, match="or not any more"):
         client.create_training_client_from_state(later).result(PATIENCE)
     assert run.save_state("later").result(PATIENCE).path == later
@@ -262,7 +262,7 @@ def test_the_state_of_another_process_is_found(tmp_path: Path) -> None:
     with served(tmp_path / "one") as one, connected(one.address) as client:
         run = client.create_lora_training_client(nano.NAME, rank=2, seed=0).result(PATIENCE)
         path = run.save_state("moved", user_metadata={"from": "afar"}).result(PATIENCE).path
-        source = folder_of(one.core.host.state, path)
+        source = folder_of(one.state.registry.state, path)
         target = folder_of(tmp_path / "other", path)
         target.parent.mkdir(parents=True)
         source.rename(target)

@@ -167,7 +167,7 @@ def test_a_sampler_of_saved_weights_goes_on(restarted: Restarted) -> None:
 
 
 def test_a_folder_has_one_server(restarted: Restarted) -> None:
-    host = EngineRegistry(restarted.state, places={nano.NAME: nano.NAME})
+    host = EngineRegistry(restarted.state, model_paths={nano.NAME: nano.NAME})
     with pytest.raises(InputError, match=f"another server uses the folder {restarted.state}"):
         serve(host, Options(port=0), pytest.fail)
     host.close()

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     norm = "model.language_model.norm.weight"
     with_weights(folder, {norm: 1.5 * load_file(folder / "model.safetensors")[norm]})
     state = tmp_path_factory.mktemp("state")
-    with served(state, EngineRegistry(state, places={**PLACES, OTHER: str(folder)})) as server:
+    with served(state, EngineRegistry(state, model_paths={**PLACES, OTHER: str(folder)})) as server:
         yield server
 
 
@@ -116,7 +116,7 @@ def test_a_batch_that_the_sdk_splits_is_one(
         run = client.create_lora_training_client(nano.NAME, rank=4, seed=7).result(PATIENCE)
         assert [step(run, data, ADAM) for _ in range(3)] == pytest.approx(losses, rel=1e-4)
         assert close(log_probs(run, data), after, 1e-2)
-        assert server.core.runs[run.model_id].next_seq == 1 + 3 * (4 + 1) + 4
+        assert server.state.runs[run.model_id].next_seq == 1 + 3 * (4 + 1) + 4
         custom = run.forward_backward_custom(data, lambda _, given: (torch.cat(given).square().sum(), {}))
         everywhere = np.concatenate(log_probs(run, data))
         assert custom.result(PATIENCE).metrics["loss:sum"] == pytest.approx((everywhere**2).sum(), rel=1e-4)
@@ -162,7 +162,7 @@ def test_an_answer_may_be_fetched_again_and_by_another_connection(
     free = threading.Event()
     with talking(server.address) as gone:
         run = gone.run(gone.session())
-        blocked = server.core.host.submit(free.wait, 30)
+        blocked = server.state.registry.submit(free.wait, 30)
         asked = accepted(gone.pass_of(run, 1, data))
         with pytest.raises(httpx.ReadTimeout):  # it hangs up while the server holds its question
             gone.http.post("/api/v1/retrieve_future", json={"request_id": asked}, timeout=0.2)
@@ -220,7 +220,7 @@ def fetches(raw: Raw) -> int:
 
 
 def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, prompt = server.core.host.worker, tinker.ModelInput.from_ints([5, 6, 7])
+    worker, prompt = server.state.registry.worker, tinker.ModelInput.from_ints([5, 6, 7])
     long: dict[str, Any] = {"max_tokens": 4000, "temperature": 1.0, "seed": 1, "stop": []}
     asked = raw.asked("asample", **sample_of(prompt, **long))
     assert soon(lambda: worker.active_sequences == 1)
@@ -237,4 +237,4 @@ def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, mo
         assert worker.active_sequences == 1
         future.future().cancel()
         assert soon(lambda: worker.active_sequences == 0)
-    assert not server.core.samplings
+    assert not server.state.samplings

@@ -23,8 +23,10 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.sampling import sampler
-from vlm.local.sampling.sequence import TokenSequence
-from vlm.local.scheduler import SamplingTask, Scheduler
+from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
+from vlm.local.sampling.sequence import TokenSequence as TokenSequence
+from vlm.local.scheduler import SamplingTask as SamplingTask
+from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
 # ---- Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no

@@ -23,11 +23,14 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
 
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
-from vlm.local.checkpoint import Checkpoint
+from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
+from vlm.local.checkpoint import RECORD as RECORD
+from vlm.local.checkpoint import Checkpoint, state_folder
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
 from vlm.local.engine import BASE, Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.model.placement import devices as devices
 from vlm.local.scheduler import Scheduler
 from vlm.local.vision import Vision
 from vlm.models import MODELS
@@ -45,16 +48,16 @@ class EngineRegistry:
     state: where checkpoints are. device, dtype: where and in what models compute (None: the checkpoint's).
     train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a folder that keeps
     image features between processes. cache_bytes: how much memory they may take in this one (None: a quarter, at most
-    16 GiB). places: name of a model → its folder or hub id; None: a name says itself where its model is.
+    16 GiB). model_paths: name of a model → its folder or hub id; None: a name says itself where its model is.
     """
 
-    state: Path = field(default_factory=checkpoint.state_folder)
+    state: Path = field(default_factory=state_folder)
     device: str = "cpu"
     dtype: torch.dtype | None = None
     train_vision: bool = False
     features: Path | None = None
     cache_bytes: int | None = None
-    places: Mapping[str, str] | None = None
+    model_paths: Mapping[str, str] | None = None
     worker: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
 
@@ -69,9 +72,9 @@ class EngineRegistry:
     def engine(self, base_model: str) -> Engine:
         """The engine of a model, loaded at its first use; on the worker. Raises UnknownNameError, ModelError."""
         if base_model not in self.engines:
-            if self.places is not None and base_model not in self.places:
-                raise UnknownNameError("model", base_model, self.places)
-            model = Model(base_model, self.device, self.dtype, (self.places or {}).get(base_model))
+            if self.model_paths is not None and base_model not in self.model_paths:
+                raise UnknownNameError("model", base_model, self.model_paths)
+            model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
             self.engines[base_model] = Engine(model, Vision(model, self.cache_bytes, self.features))
         return self.engines[base_model]
 
@@ -174,7 +177,7 @@ class LocalServiceClient:
         features: Path | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        state = state_dir or checkpoint.state_folder()
+        state = state_dir or state_folder()
         self._host = EngineRegistry(state, device, dtype, train_vision, features, cache_bytes)
         self._session, self._runs = str(uuid.uuid4()), count()
 

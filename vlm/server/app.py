@@ -160,17 +160,17 @@ class Options:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
-def application(core: ServerState, options: Options) -> Any:
-    """The ASGI application of a server; it closes `core` when it ends."""
+def application(state: ServerState, options: Options) -> Any:
+    """The ASGI application of a server; it closes `state` when it ends."""
     requests: Counter[tuple[str, int]] = Counter()
-    api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(core))
-    samples = SamplingService(core, options.image_log_probs)
-    training = TrainingService(core)
-    api.include_router(tinker_routes.routes(core, training, samples))
-    api.include_router(tinker_routes.list_routes(core))
-    api.include_router(watch.routes(core, requests, options.address))
+    api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
+    samples = SamplingService(state, options.image_log_probs)
+    training = TrainingService(state)
+    api.include_router(tinker_routes.routes(state, training, samples))
+    api.include_router(tinker_routes.list_routes(state))
+    api.include_router(watch.routes(state, requests, options.address))
     for prefix in OPENAI:
-        api.include_router(openai_routes.router(OpenAIModels(core), options.allow_urls), prefix=prefix)
+        api.include_router(openai_routes.router(OpenAIModels(state), options.allow_urls), prefix=prefix)
     api.include_router(page.routes())
     free = frozenset({HEALTH, *PAGE})
     describe(api, OPENAI, free)
@@ -179,15 +179,15 @@ def application(core: ServerState, options: Options) -> Any:
     return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget())
 
 
-def _lifespan(core: ServerState) -> Any:
+def _lifespan(state: ServerState) -> Any:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tidying = asyncio.create_task(core.keep_tidy())
+        tidying = asyncio.create_task(state.keep_tidy())
         yield
         tidying.cancel()
         with suppress(asyncio.CancelledError):
             await tidying
-        await core.close()
+        await state.close()
 
     return lifespan
 

@@ -13,7 +13,7 @@ from threading import Thread
 from kshot.checks import KINDS, folder_of, path_in
 from kshot.errors import MissingError, RequestError
 from kshot.files import remove_stale, set_aside
-from vlm.local.checkpoint import OPTIMIZER, RECORD
+from vlm.local.registry import OPTIMIZER, RECORD
 from vlm.server.store import Store
 from vlm.server.tables import Checkpoint
 
@@ -36,12 +36,12 @@ def _over(row: Checkpoint) -> bool:
 class Checkpoints:
     """The checkpoints below a state folder."""
 
-    state: Path
+    root: Path
     store: Store
 
     def existing(self, path: str) -> Checkpoint:
         """What is known of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
-        folder_of(self.state, path)
+        folder_of(self.root, path)
         row = self.store.checkpoint(path)
         if row is None or _over(row):
             raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
@@ -55,7 +55,7 @@ class Checkpoints:
     def note(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
         """Take a checkpoint that was saved into the list, to go after so many seconds."""
         now = time.time()
-        self._add(path, folder_of(self.state, path), now, None if ttl is None else now + ttl, metadata)
+        self._add(path, folder_of(self.root, path), now, None if ttl is None else now + ttl, metadata)
 
     def expire(self, path: str, ttl: int | None) -> None:
         """Let a checkpoint go after so many seconds from now, or never. Raises as `existing`."""
@@ -69,7 +69,7 @@ class Checkpoints:
 
     def remove(self, path: str) -> None:
         """Delete a checkpoint: at once out of the list, and its files. Raises as `folder_of`."""
-        folder = folder_of(self.state, path)
+        folder = folder_of(self.root, path)
         self.store.remove_checkpoint(path)
         if folder.is_dir():  # gone at once; its files at leisure, beside the event loop
             Thread(target=shutil.rmtree, args=(set_aside(folder), True), daemon=True).start()
@@ -94,10 +94,10 @@ class Checkpoints:
 
     def _folders(self) -> Iterator[tuple[str, Path]]:
         for kind in KINDS:
-            for parent in self.state.glob(f"*/{kind}"):
+            for parent in self.root.glob(f"*/{kind}"):
                 remove_stale(parent / "*")
                 for folder in parent.iterdir():
-                    path = path_in(self.state, folder)
+                    path = path_in(self.root, folder)
                     if path is not None and (folder / RECORD).is_file():
                         yield path, folder
 

@@ -8,14 +8,15 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import torch
 import uvicorn
 
-from kshot.errors import InputError, RequestError
+from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models
-from vlm.local.registry import EngineRegistry
+from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
 from vlm.server.app import Options, application
 from vlm.server.guard import is_loopback
 from vlm.server.state import ServerState
@@ -23,11 +24,10 @@ from vlm.server.store import Store
 
 log = logging.getLogger("kshot.server")
 SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread
-STOPPED = 130  # the shells' status of a program that was interrupted
 GRACE = 5  # seconds that open connections have when the server stops
 
 
-def places(given: list[str]) -> dict[str, str]:
+def model_paths(given: list[str]) -> dict[str, str]:
     """NAME=PATH, or a name alone, of each model → where it is. Raises InputError and what `vlm.models.check` raises."""
     found: dict[str, str] = {}
     for text in given or list(models.MODELS):
@@ -41,13 +41,31 @@ def places(given: list[str]) -> dict[str, str]:
     return found
 
 
+def registry(
+    given: list[str],
+    state: Path | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    *,
+    train_vision: bool = False,
+    features: Path | None = None,
+) -> EngineRegistry:
+    """The engines of a server, none of them loaded yet. given: see `model_paths`; the rest: see `vlm.connect`.
+
+    Raises ModelError for a device that is not here, UnknownNameError for a dtype, and as `model_paths`.
+    """
+    devices(device)  # now, not when the first request comes
+    folder = (state or state_folder()).resolve()
+    return EngineRegistry(folder, device, dtype_of(dtype), train_vision, features, model_paths=model_paths(given))
+
+
 def set_threads(count: int | None) -> None:
     """Of the models' arithmetic on a CPU; by default all cores but one, which answers requests meanwhile. Before any
     model is loaded."""
     torch.set_num_threads(count or max(1, (os.cpu_count() or 2) - 1))
 
 
-def serve(host: EngineRegistry, options: Options, on_start: Callable[[str], None]) -> None:
+def serve(registry: EngineRegistry, options: Options, on_start: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
 
     Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on, is not loopback without keys, or where another server
@@ -58,9 +76,9 @@ def serve(host: EngineRegistry, options: Options, on_start: Callable[[str], None
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     with listening:
-        core = ServerState(host, Store(host.state))
+        state = ServerState(registry, Store(registry.state))
         config = uvicorn.Config(
-            application(core, options),
+            application(state, options),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE,
@@ -70,14 +88,14 @@ def serve(host: EngineRegistry, options: Options, on_start: Callable[[str], None
         )
         sys.setswitchinterval(SWITCH)
         gc.freeze()  # what was loaded stays: collecting it again and again costs milliseconds a time
-        server = _Server(config, core, options.address, on_start)
+        server = _Server(config, state, options.address, on_start)
         try:
             server.run([listening])
         finally:
             gc.unfreeze()  # or libraries complain at the end of what nobody could collect
-            if not core.ended:  # the interpreter would wait for the pass that the engine is making
+            if not state.ended:  # the interpreter would wait for the pass that the engine is making
                 log.warning("stopped in the middle of a pass")
-                os._exit(STOPPED)
+                os._exit(INTERRUPTED)
         if server.interrupted:  # uvicorn raises the signal again, in vain where it is ignored: in a background job
             raise KeyboardInterrupt
 
@@ -86,10 +104,10 @@ class _Server(uvicorn.Server):
     """uvicorn, which says when it listens."""
 
     def __init__(
-        self, config: uvicorn.Config, core: ServerState, address: str, on_start: Callable[[str], None]
+        self, config: uvicorn.Config, state: ServerState, address: str, on_start: Callable[[str], None]
     ) -> None:
         super().__init__(config)
-        self._core, self._address, self._on_start = core, address, on_start
+        self._state, self._address, self._on_start = state, address, on_start
         self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -101,7 +119,7 @@ class _Server(uvicorn.Server):
         self._on_start(self._address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._core.futures.stop()  # or it would wait for those who wait for answers
+        self._state.futures.stop()  # or it would wait for those who wait for answers
         await super().shutdown(sockets)
 
 

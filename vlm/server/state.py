@@ -22,9 +22,8 @@ from typing import Any
 from tinker import types
 
 from kshot.errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
-from vlm.local.clients import LocalSamplingClient
+from vlm.local.clients import LocalSamplingClient, SamplingTask
 from vlm.local.registry import EngineRegistry
-from vlm.local.scheduler import SamplingTask
 from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Answer, Futures
 from vlm.server.runs import LiveRun
@@ -48,7 +47,7 @@ class Unsaved:
 class Samplers:
     """Sampling clients by the weights that they stand for. ephemeral: by sampler, those that are in memory alone."""
 
-    host: EngineRegistry
+    registry: EngineRegistry
     store: Store
     checkpoints: Checkpoints
     ephemeral: "OrderedDict[str, Unsaved]" = field(default_factory=OrderedDict)
@@ -58,8 +57,8 @@ class Samplers:
         """Raise UnknownNameError or MissingError for weights that are not here."""
         if model_path is not None:
             self.checkpoints.existing(model_path)
-        elif base_model not in (self.host.places or {}):
-            raise UnknownNameError("model", str(base_model), self.host.places or {})
+        elif base_model not in (self.registry.model_paths or {}):
+            raise UnknownNameError("model", str(base_model), self.registry.model_paths or {})
 
     def check_session(self, sampler_id: str) -> None:
         """Raise MissingError for a sampling session that is not here."""
@@ -113,7 +112,7 @@ class Samplers:
         self.ephemeral.pop(sampler_id, None)
 
     async def _load(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
-        return await self.host.submit(self.host.sampler, model_path, None if model_path else base_model)
+        return await self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
 
     def _drop_oldest(self) -> None:
         while len(self._loaded) > KEPT_LOADED:
@@ -137,7 +136,7 @@ class ServerState:
     requests of runs that wait. steps, examples: trained since the start. ended:
     whether the worker was done when the server was closed."""
 
-    host: EngineRegistry
+    registry: EngineRegistry
     store: Store
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
@@ -149,8 +148,8 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.futures = Futures(self.store)
-        self.checkpoints = Checkpoints(self.host.state, self.store)
-        self.samplers = Samplers(self.host, self.store, self.checkpoints)
+        self.checkpoints = Checkpoints(self.registry.state, self.store)
+        self.samplers = Samplers(self.registry, self.store, self.checkpoints)
         self.checkpoints.reconcile()
         self._tasks = set[asyncio.Task[None]]()
 
@@ -248,7 +247,9 @@ class ServerState:
             each.cancel()
         for task in self._tasks:
             task.cancel()
-        ending = threading.Thread(target=self.host.close, daemon=True)  # of a pool, the interpreter would wait for it
+        ending = threading.Thread(
+            target=self.registry.close, daemon=True
+        )  # of a pool, the interpreter would wait for it
         ending.start()
         deadline = time.monotonic() + GRACE
         while ending.is_alive() and time.monotonic() < deadline:
@@ -279,8 +280,8 @@ class ServerState:
 
     def check_model(self, name: str) -> None:
         """Raise UnknownNameError for a model that is not served."""
-        if name not in (self.host.places or {}):
-            raise UnknownNameError("model", name, self.host.places or {})
+        if name not in (self.registry.model_paths or {}):
+            raise UnknownNameError("model", name, self.registry.model_paths or {})
 
     def _ephemeral_sessions(self) -> set[str]:
         rows = (self.store.sampler(sampler_id) for sampler_id in self.samplers.ephemeral)

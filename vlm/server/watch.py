@@ -19,7 +19,7 @@ POINTS = 300  # of a curve
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def routes(core: ServerState, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
+def routes(state: ServerState, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
     """The router of one server."""
     router = APIRouter()
     curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
@@ -28,11 +28,11 @@ def routes(core: ServerState, requests: "Counter[tuple[str, int]]", address: str
     async def overview() -> dict[str, Any]:
         return {
             "version": version("kshot"),
-            "started": core.started,
+            "started": state.started,
             "now": time.time(),
             "address": address,
-            "models": [_model(core, name) for name in core.host.places or {}],
-            "runs": [_run(core, row, curves) for row in core.store.runs(NEWEST, 0)],
+            "models": [_model(state, name) for name in state.registry.model_paths or {}],
+            "runs": [_run(state, row, curves) for row in state.store.runs(NEWEST, 0)],
             "checkpoints": [
                 {
                     "path": row.path,
@@ -41,29 +41,29 @@ def routes(core: ServerState, requests: "Counter[tuple[str, int]]", address: str
                     "size_bytes": row.size_bytes,
                     "expires": row.expires,
                 }
-                for row in core.store.checkpoints(limit=NEWEST)
+                for row in state.store.checkpoints(limit=NEWEST)
             ],
-            "queue": _queue(core),
+            "queue": _queue(state),
         }
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(_metrics(core, requests), media_type=TEXT)
+        return Response(_metrics(state, requests), media_type=TEXT)
 
     return router
 
 
-def _model(core: ServerState, name: str) -> dict[str, Any]:
-    engine = core.host.engines.get(name)
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    engine = state.registry.engines.get(name)
     return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
 
 
-def _run(core: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
-    live, session = core.runs.get(row.id), core.store.session(row.session)
+def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
+    live, session = state.runs.get(row.id), state.store.session(row.session)
     over = session is not None and session.finished is not None
     losses = curves.get(row.id)
     if losses is None:
-        points = core.store.losses(row.id, POINTS)
+        points = state.store.losses(row.id, POINTS)
         losses = [[each.step, each.time, each.loss if math.isfinite(each.loss) else None] for each in points]
         if live is None:
             curves[row.id] = losses
@@ -80,30 +80,30 @@ def _run(core: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dic
     }
 
 
-def _queue(core: ServerState) -> dict[str, Any]:
-    worker = core.host.worker
+def _queue(state: ServerState) -> dict[str, Any]:
+    worker = state.registry.worker
     return {
         "jobs": worker.waiting_jobs,
         "samples": worker.waiting_samples,
         "sequences": worker.active_sequences,
         "tokens_sampled": worker.tokens_sampled,
-        "busy_share": worker.busy_seconds / max(1e-9, time.time() - core.started),
+        "busy_share": worker.busy_seconds / max(1e-9, time.time() - state.started),
     }
 
 
-def _metrics(core: ServerState, requests: "Counter[tuple[str, int]]") -> str:
-    worker = core.host.worker
+def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
+    worker = state.registry.worker
     plain = {
         "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", worker.waiting_jobs),
         "kshot_waiting_samples": ("gauge", "Sampling requests that wait for the engine.", worker.waiting_samples),
         "kshot_active_sequences": ("gauge", "Sequences that are being written.", worker.active_sequences),
-        "kshot_pending_requests": ("gauge", "Requests without an answer yet.", core.futures.pending),
-        "kshot_live_runs": ("gauge", "Training runs in memory.", len(core.runs)),
-        "kshot_loaded_models": ("gauge", "Base models in memory.", len(core.host.engines)),
+        "kshot_pending_requests": ("gauge", "Requests without an answer yet.", state.futures.pending),
+        "kshot_live_runs": ("gauge", "Training runs in memory.", len(state.runs)),
+        "kshot_loaded_models": ("gauge", "Base models in memory.", len(state.registry.engines)),
         "kshot_engine_busy_seconds_total": ("counter", "Time the engine has worked.", worker.busy_seconds),
         "kshot_sampled_tokens_total": ("counter", "Tokens that were sampled.", worker.tokens_sampled),
-        "kshot_examples_total": ("counter", "Examples that were trained on.", core.examples),
-        "kshot_optimizer_steps_total": ("counter", "Optimizer steps.", core.steps),
+        "kshot_examples_total": ("counter", "Examples that were trained on.", state.examples),
+        "kshot_optimizer_steps_total": ("counter", "Optimizer steps.", state.steps),
     }
     lines = [
         line

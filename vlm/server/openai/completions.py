@@ -22,8 +22,7 @@ import tinker
 from tinker import types
 
 from kshot.errors import PromptError, RequestError
-from vlm.local.sampling.sampler import SamplingRequest
-from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.clients import SamplingRequest, TokenSequence
 from vlm.prompts import TURN
 from vlm.scoring import score_choices
 from vlm.server.openai import chat as openai_chat

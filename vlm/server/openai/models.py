@@ -15,9 +15,7 @@ from tinker import types
 from kshot.errors import BusyError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
-from vlm.local.clients import LocalSamplingClient
-from vlm.local.sampling.sampler import SamplingRequest
-from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.clients import LocalSamplingClient, SamplingRequest, TokenSequence
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import WAITING
 from vlm.service import SamplingClient
@@ -31,23 +29,23 @@ PATH = "tinker://"
 class OpenAIModels:
     """Meets `vlm.server.openai.routes.Models`."""
 
-    core: ServerState
+    state: ServerState
 
     def names(self) -> Sequence[str]:
         """The base models."""
-        return list(self.core.host.places or {})
+        return list(self.state.registry.model_paths or {})
 
     def created(self) -> float:
         """When the server was started, in seconds since 1970."""
-        return self.core.started
+        return self.state.started
 
     async def sampler(self, model: str) -> LocalSamplingClient:
         """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
         where too many requests wait."""
-        if max(len(self.core.samplings), self.core.host.worker.waiting_samples) >= WAITING:
+        if max(len(self.state.samplings), self.state.registry.worker.waiting_samples) >= WAITING:
             raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
         saved = model.startswith(PATH)
-        return await self.core.samplers.client(model if saved else None, None if saved else model)
+        return await self.state.samplers.client(model if saved else None, None if saved else model)
 
 
 # ---- What the OpenAI interface needs of fixed weights: to sample, to score, and how texts and images become tokens.

@@ -65,17 +65,17 @@ SAMPLE_SCHEMA = {"$ref": "#/components/schemas/SampleRequest"}  # which `vlm.ser
 SAMPLE_BODY = {"requestBody": {"required": True, "content": {JSON: {"schema": SAMPLE_SCHEMA}}}}
 
 
-def routes(core: ServerState, training: TrainingService, samples: SamplingService) -> APIRouter:
+def routes(state: ServerState, training: TrainingService, samples: SamplingService) -> APIRouter:
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
-    _sessions(router, core)
+    _sessions(router, state)
     _training(router, training)
-    _sampling(router, core, samples)
-    _answers(router, core)
+    _sampling(router, state, samples)
+    _answers(router, state)
     return router
 
 
-def _sessions(router: APIRouter, core: ServerState) -> None:
+def _sessions(router: APIRouter, state: ServerState) -> None:
     @router.post("/client/config")
     async def client_config(request: types.ClientConfigRequest) -> dict[str, Any]:
         return FEATURES
@@ -90,16 +90,16 @@ def _sessions(router: APIRouter, core: ServerState) -> None:
 
     @router.post("/create_session")
     async def create_session(request: types.CreateSessionRequest) -> dict[str, Any]:
-        return {"type": "create_session", "session_id": core.create_session(request)}
+        return {"type": "create_session", "session_id": state.create_session(request)}
 
     @router.post("/session_heartbeat")
     async def heartbeat(request: Heartbeat) -> dict[str, str]:
-        core.heartbeat(request.session_id)
+        state.heartbeat(request.session_id)
         return {"type": "session_heartbeat"}
 
     @router.post("/sessions/{session_id}/finish", status_code=204)
     async def finish(session_id: str, request: Finish) -> None:
-        core.finish_session(session_id, {"reason": request.reason, "detail": request.detail})
+        state.finish_session(session_id, {"reason": request.reason, "detail": request.detail})
 
 
 def _training(router: APIRouter, training: TrainingService) -> None:
@@ -160,15 +160,15 @@ async def _parse(body: bytes) -> wire.ForwardBackward:
     return await asyncio.to_thread(wire.parse_forward_backward, body)
 
 
-def _sampling(router: APIRouter, core: ServerState, samples: SamplingService) -> None:
+def _sampling(router: APIRouter, state: ServerState, samples: SamplingService) -> None:
     @router.post("/create_sampling_session")
     async def create_sampling_session(request: types.CreateSamplingSessionRequest) -> dict[str, str]:
         return {"type": "create_sampling_session", "sampling_session_id": samples.create_sampling_session(request)}
 
     @router.post("/join_sampling_session")
     async def join_sampling_session(request: Join) -> dict[str, Any]:
-        core.samplers.check_session(request.sampling_session_id)
-        number = core.store.next_clone(request.sampling_session_id)
+        state.samplers.check_session(request.sampling_session_id)
+        number = state.store.next_clone(request.sampling_session_id)
         return {"type": "join_sampling_session", "client_counter": number}
 
     @router.post("/asample", openapi_extra=SAMPLE_BODY)
@@ -184,13 +184,13 @@ def _sampling(router: APIRouter, core: ServerState, samples: SamplingService) ->
         samples.cancel(request.request_id)
 
 
-def _answers(router: APIRouter, core: ServerState) -> None:
+def _answers(router: APIRouter, state: ServerState) -> None:
     @router.post("/retrieve_future")
     async def retrieve_future(
         request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
     ) -> Response:
         try:
-            answer = await core.futures.wait(request.request_id, PATIENCE)
+            answer = await state.futures.wait(request.request_id, PATIENCE)
         except LostError as error:
             if x_tinker_request_type in (None, "Sample"):
                 raise  # the SDK then asks for the sample anew; of a run's requests it would only say that one is broken
@@ -198,7 +198,7 @@ def _answers(router: APIRouter, core: ServerState) -> None:
         if answer is None:
             waiting = {"type": "try_again", "request_id": request.request_id, "queue_state": "active"}
             return Response(_TEXTS.dump_json(waiting), media_type=JSON)
-        core.futures.retrieved(request.request_id)
+        state.futures.retrieved(request.request_id)
         return Response(answer.content, media_type=answer.content_type)
 
 
@@ -250,125 +250,125 @@ class WeightsInfo(BaseModel):
     tinker_path: str
 
 
-def list_routes(core: ServerState) -> APIRouter:
+def list_routes(state: ServerState) -> APIRouter:
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
-    _server(router, core)
-    _runs(router, core)
-    _checkpoints(router, core)
-    _session_routes(router, core)
+    _server(router, state)
+    _runs(router, state)
+    _checkpoints(router, state)
+    _session_routes(router, state)
     return router
 
 
-def _server(router: APIRouter, core: ServerState) -> None:
+def _server(router: APIRouter, state: ServerState) -> None:
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
     @router.get("/get_server_capabilities")
     async def get_server_capabilities() -> dict[str, Any]:
-        return {"supported_models": [_model(core, name) for name in core.host.places or {}]}
+        return {"supported_models": [_model(state, name) for name in state.registry.model_paths or {}]}
 
 
-def _runs(router: APIRouter, core: ServerState) -> None:
+def _runs(router: APIRouter, state: ServerState) -> None:
     @router.get("/training_runs")
     async def training_runs(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
         _no_projects(project_id)
-        runs = [_run(core, row) for row in core.store.runs(limit, offset)]
-        return {"training_runs": runs, "cursor": _cursor(limit, offset, core.store.run_count())}
+        runs = [_run(state, row) for row in state.store.runs(limit, offset)]
+        return {"training_runs": runs, "cursor": _cursor(limit, offset, state.store.run_count())}
 
     @router.get("/training_runs/{run}")
     async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        return _run(core, _existing(core, run))
+        return _run(state, _existing(state, run))
 
     @router.get("/training_runs/{run}/checkpoints")
     async def checkpoints_of(run: str) -> dict[str, Any]:
-        _existing(core, run)
-        return {"checkpoints": [_checkpoint(row) for row in core.store.checkpoints(run, limit=ALL)]}
+        _existing(state, run)
+        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run, limit=ALL)]}
 
     @router.post("/weights_info")
     async def weights_info(request: WeightsInfo) -> dict[str, Any]:
-        row = core.checkpoints.existing(request.tinker_path)
+        row = state.checkpoints.existing(request.tinker_path)
         flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
 
 
-def _checkpoints(router: APIRouter, core: ServerState) -> None:
+def _checkpoints(router: APIRouter, state: ServerState) -> None:
     @router.get("/checkpoints")
     async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-        rows = core.store.checkpoints(limit=limit, offset=offset)
+        rows = state.store.checkpoints(limit=limit, offset=offset)
         return {
             "checkpoints": [_checkpoint(row) for row in rows],
-            "cursor": _cursor(limit, offset, core.store.checkpoint_count()),
+            "cursor": _cursor(limit, offset, state.store.checkpoint_count()),
         }
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
     async def delete(run: str, kind: str, name: str) -> None:
-        path = core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
-        core.checkpoints.remove(path)
+        path = state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
+        state.checkpoints.remove(path)
 
     @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
     async def set_ttl(run: str, kind: str, name: str, request: Ttl) -> None:
         check_ttl(request.ttl_seconds)
-        core.checkpoints.expire(f"tinker://{run}/{kind}/{name}", request.ttl_seconds)
+        state.checkpoints.expire(f"tinker://{run}/{kind}/{name}", request.ttl_seconds)
 
     @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
     async def publish(run: str, kind: str, name: str) -> None:
-        core.store.set_public(core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, True)
+        state.store.set_public(state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, True)
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
     async def unpublish(run: str, kind: str, name: str) -> None:
-        core.store.set_public(core.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, False)
+        state.store.set_public(state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, False)
 
 
-def _session_routes(router: APIRouter, core: ServerState) -> None:
+def _session_routes(router: APIRouter, state: ServerState) -> None:
     @router.get("/sessions")
     async def sessions(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
         _no_projects(project_id)
-        return {"sessions": [row.id for row in core.store.sessions(limit, offset)]}
+        return {"sessions": [row.id for row in state.store.sessions(limit, offset)]}
 
     @router.get("/sessions/{session}")
     async def session(session: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        row = core.store.session(session)
+        row = state.store.session(session)
         if row is None:
             raise MissingError(f"there is no session {session!r}")
         return {
-            "training_run_ids": [run.id for run in core.store.runs_of(session)],
-            "sampler_ids": [sampler.id for sampler in core.store.samplers_of(session)],
+            "training_run_ids": [run.id for run in state.store.runs_of(session)],
+            "sampler_ids": [sampler.id for sampler in state.store.samplers_of(session)],
             "user_metadata": row.user_metadata,
             "display_name": row.display_name,
         }
 
     @router.get("/samplers/{sampler}")
     async def sampler(sampler: str) -> dict[str, Any]:
-        row = core.store.sampler(sampler)
+        row = state.store.sampler(sampler)
         if row is None:
             raise MissingError(f"there is no sampler {sampler!r}")
         return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
 
 
-def _existing(core: ServerState, run: str) -> Run:
-    row = core.store.run(run)
+def _existing(state: ServerState, run: str) -> Run:
+    row = state.store.run(run)
     if row is None:
         raise MissingError(f"there is no run {run!r}")
     return row
 
 
-def _model(core: ServerState, name: str) -> dict[str, Any]:
-    engine = core.host.engines.get(name)
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    engine = state.registry.engines.get(name)
     context = None if engine is None else engine.model.context  # known once it is loaded
     return types.SupportedModel(
         model_name=name, max_context_length=context, trainable=True, sampleable=True
     ).model_dump()
 
 
-def _run(core: ServerState, row: Run) -> dict[str, Any]:
-    live = core.runs.get(row.id)
-    last = {kind: core.store.last_checkpoint(row.id, kind) for kind in KINDS}
+def _run(state: ServerState, row: Run) -> dict[str, Any]:
+    live = state.runs.get(row.id)
+    last = {kind: state.store.last_checkpoint(row.id, kind) for kind in KINDS}
     return {
         "training_run_id": row.id,
         "base_model": row.base_model,

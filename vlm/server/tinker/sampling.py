@@ -14,9 +14,7 @@ import numpy as np
 from tinker import types
 
 from kshot.errors import BusyError, RequestError
-from vlm.local.clients import refuse
-from vlm.local.sampling.sampler import SamplingRequest
-from vlm.local.scheduler import SamplingTask
+from vlm.local.clients import SamplingRequest, SamplingTask, refuse
 from vlm.server.futures import PROTOBUF, Answer
 from vlm.server.runs import answered, when_done
 from vlm.server.state import ServerState, check_number
@@ -36,23 +34,23 @@ class SamplingService:
     or a number for clients that multiply all of them with weights.
     """
 
-    core: ServerState
+    state: ServerState
     image_log_probs: float = math.nan
 
     def create_sampling_session(self, request: types.CreateSamplingSessionRequest) -> str:
         """The id of a sampling session, the same for the same number. Raises where its weights are not here."""
         check_number("sampling_session_seq_id", request.sampling_session_seq_id)
-        self.core.active(request.session_id)
-        self.core.samplers.check(request.model_path, request.base_model)
+        self.state.active(request.session_id)
+        self.state.samplers.check(request.model_path, request.base_model)
         base = request.base_model
         if request.model_path is not None:
-            base = self.core.checkpoints.existing(request.model_path).base_model
+            base = self.state.checkpoints.existing(request.model_path).base_model
             if request.base_model not in (None, base):
                 raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
         name = sampler_id(request.session_id, request.sampling_session_seq_id)
-        before = self.core.store.sampler(name)
+        before = self.state.store.sampler(name)
         if before is None:
-            self.core.store.add_sampler(name, request.session_id, str(base), request.model_path)
+            self.state.store.add_sampler(name, request.session_id, str(base), request.model_path)
         elif before.ephemeral or (before.base_model, before.model_path) != (base, request.model_path):
             raise RequestError(f"sampling session {name} is of other weights; take the next sampling_session_seq_id")
         return name
@@ -62,20 +60,20 @@ class SamplingService:
         refuse(record_stability_info=request.record_stability_info)
         _check_size(request)
         source, key = self._source(request)
-        request_id = self.core.futures.known(key)
+        request_id = self.state.futures.known(key)
         if request_id is None:
-            if len(self.core.samplings) >= WAITING:
+            if len(self.state.samplings) >= WAITING:
                 raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
             asked = request.target_prompt_logprobs
             targets = None if asked is None else tensors.of_model(asked, "target_prompt_logprobs")
-            request_id = self.core.futures.open(key)
-            self.core.samplings[request_id] = SamplingTask(Future())  # until its weights are there; may be cancelled
-            self.core.background(self._sample(request_id, request, source, targets))
+            request_id = self.state.futures.open(key)
+            self.state.samplings[request_id] = SamplingTask(Future())  # until its weights are there; may be cancelled
+            self.state.background(self._sample(request_id, request, source, targets))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
         """Stop sampling that nobody waits for any more."""
-        if (under_way := self.core.samplings.get(request_id)) is not None:
+        if (under_way := self.state.samplings.get(request_id)) is not None:
             under_way.cancel()
 
     def _source(self, request: types.SampleRequest) -> tuple[Callable[[], Any], str]:
@@ -83,12 +81,12 @@ class SamplingService:
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
-            self.core.samplers.check_session(name)
-            return lambda: self.core.samplers.of(name), f"{name}/{request.seq_id}"
+            self.state.samplers.check_session(name)
+            return lambda: self.state.samplers.of(name), f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:
             raise RequestError("asample names no weights; give sampling_session_id, model_path or base_model")
-        self.core.samplers.check(request.model_path, request.base_model)
-        return lambda: self.core.samplers.client(request.model_path, request.base_model), uuid.uuid4().hex
+        self.state.samplers.check(request.model_path, request.base_model)
+        return lambda: self.state.samplers.client(request.model_path, request.base_model), uuid.uuid4().hex
 
     async def _sample(
         self, request_id: str, request: types.SampleRequest, source: Callable[[], Any], targets: types.TensorData | None
@@ -97,17 +95,17 @@ class SamplingService:
             return Answer(wire.sample_response(self._with_images(request, response), targets), PROTOBUF)
 
         def done(result: Any) -> None:
-            self.core.samplings.pop(request_id, None)
-            self.core.futures.finish(request_id, answered(answer, result))
+            self.state.samplings.pop(request_id, None)
+            self.state.futures.finish(request_id, answered(answer, result))
 
         try:
             client = await source()
-            if self.core.samplings[request_id].future.cancelled():
+            if self.state.samplings[request_id].future.cancelled():
                 return done(CancelledError())
             started = client.start(_ask(request, targets))
         except Exception as error:
             return done(error)
-        self.core.samplings[request_id] = started
+        self.state.samplings[request_id] = started
         return when_done(started.future, done)
 
     def _with_images(self, request: types.SampleRequest, response: types.SampleResponse) -> types.SampleResponse:

@@ -28,7 +28,7 @@ WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that ar
 class TrainingService:
     """The training side of a server. Every method that begins a request gives its id; sent again, it is the same."""
 
-    core: ServerState
+    state: ServerState
 
     def create_model(self, request: types.CreateModelRequest) -> str:
         """A new run with fresh LoRA weights; the id of the request."""
@@ -37,14 +37,16 @@ class TrainingService:
             raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
         check_optimizer(request.optimizer_config)
         check_seed(lora.seed)
-        self.core.check_model(request.base_model)
-        spec = self.core.host.spec(
+        self.state.check_model(request.base_model)
+        spec = self.state.registry.spec(
             lora.rank, train_mlp=lora.train_mlp, train_attn=lora.train_attn, train_unembed=lora.train_unembed
         )
 
         def make(model_id: str) -> Any:
             metadata = kept(request.user_metadata)
-            return self.core.host.submit(self.core.host.start, model_id, request.base_model, spec, lora.seed, metadata)
+            return self.state.registry.submit(
+                self.state.registry.start, model_id, request.base_model, spec, lora.seed, metadata
+            )
 
         def answer(model_id: str) -> Answer:
             return json_answer({"model_id": model_id, "type": "create_model"})
@@ -55,7 +57,7 @@ class TrainingService:
         """Weights of a checkpoint into a run, or into a new one; the id of the request."""
         refuse(weights_access_token=request.weights_access_token)
         check_optimizer(request.optimizer_config)
-        saved = self.core.checkpoints.existing(request.path)
+        saved = self.state.checkpoints.existing(request.path)
 
         def answer(model_id: str) -> Answer:
             return json_answer({"path": saved.path, "model_id": model_id, "type": "load_weights"})
@@ -73,7 +75,7 @@ class TrainingService:
 
         def make(model_id: str) -> Any:
             given = model_id, saved.path, request.base_model, kept(request.user_metadata)
-            return self.core.host.submit(self.core.host.resume, *given, optimizer=request.optimizer)
+            return self.state.registry.submit(self.state.registry.resume, *given, optimizer=request.optimizer)
 
         return self._begin(request.session_id, request.model_seq_id, make, answer, request.user_metadata)
 
@@ -89,14 +91,14 @@ class TrainingService:
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
-        if (known := self.core.futures.known(key)) is not None:
+        if (known := self.state.futures.known(key)) is not None:
             return known
         run = self.live(model_id)
         run.check(seq)
-        if size and seq != run.next_seq and sum(self.core.sizes.values()) + size > WAITING_BYTES:
+        if size and seq != run.next_seq and sum(self.state.sizes.values()) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
-        request_id = self.core.futures.open(key)
-        self.core.sizes[request_id] = size
+        request_id = self.state.futures.open(key)
+        self.state.sizes[request_id] = size
         run.add(seq, Operation(request_id, call, answer))
         return request_id
 
@@ -114,7 +116,7 @@ class TrainingService:
         except BusyError:  # it is sent again
             raise
         except KshotError as error:
-            if model_id not in self.core.runs:
+            if model_id not in self.state.runs:
                 raise
             refused = error
 
@@ -128,7 +130,7 @@ class TrainingService:
         later, for the reason that `numbered` has. None for any other."""
         named = body if isinstance(body, dict) else {}
         run, seq = named.get("model_id"), named.get("seq_id")
-        if not isinstance(run, str) or run not in self.core.runs or type(seq) is not int:
+        if not isinstance(run, str) or run not in self.state.runs or type(seq) is not int:
             return None
 
         def begin() -> str:
@@ -138,11 +140,11 @@ class TrainingService:
 
     def live(self, model_id: str) -> LiveRun:
         """A run in memory. Raises MissingError for another, and says what was last saved of it."""
-        if model_id in self.core.runs:
-            return self.core.runs[model_id]
-        if self.core.store.run(model_id) is None:
+        if model_id in self.state.runs:
+            return self.state.runs[model_id]
+        if self.state.store.run(model_id) is None:
             raise MissingError(f"there is no run {model_id!r}; create one")
-        raise self.core.lost(model_id, "this server was started again, or its session is over")
+        raise self.state.lost(model_id, "this server was started again, or its session is over")
 
     async def info(self, model_id: str) -> types.GetInfoResponse:
         """What a run is, as soon as its model is loaded."""
@@ -160,10 +162,10 @@ class TrainingService:
             return method(request.data, request.loss_fn, request.loss_fn_config)
 
         def answer(output: types.ForwardBackwardOutput) -> Answer:
-            if not request.forward_only and (run := self.core.runs.get(request.model_id)):
+            if not request.forward_only and (run := self.state.runs.get(request.model_id)):
                 run.loss += output.metrics["loss:sum"]
                 run.examples += len(request.data)
-                self.core.examples += len(request.data)
+                self.state.examples += len(request.data)
             return Answer(wire.forward_backward_output(output), PROTOBUF)
 
         return self.add(request.model_id, request.seq_id, call, answer, size)
@@ -172,11 +174,11 @@ class TrainingService:
         """An optimizer step; the id of the request."""
 
         def answer(response: types.OptimStepResponse) -> Answer:
-            if run := self.core.runs.get(request.model_id):
+            if run := self.state.runs.get(request.model_id):
                 run.steps += 1
-                self.core.steps += 1
-                with self.core.logged("a loss was not written"):  # the step was made all the same
-                    self.core.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
+                self.state.steps += 1
+                with self.state.logged("a loss was not written"):  # the step was made all the same
+                    self.state.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
                 run.loss, run.examples = 0.0, 0
             return json_answer({"metrics": response.metrics, "type": "optim_step"})
 
@@ -192,11 +194,11 @@ class TrainingService:
         metadata = kept(request.user_metadata)
 
         def answer(_: Any) -> Answer:
-            self.core.checkpoints.note(path, request.ttl_seconds, metadata)
+            self.state.checkpoints.note(path, request.ttl_seconds, metadata)
             return json_answer({"path": path, "type": "save_weights"})
 
         def call(client: LocalTrainingClient) -> Any:
-            self.core.checkpoints.free(path)
+            self.state.checkpoints.free(path)
             return client.save_state(name, overwrite=request.overwrite, user_metadata=metadata)
 
         return self.add(request.model_id, request.seq_id, call, answer)
@@ -211,11 +213,11 @@ class TrainingService:
         name, metadata = request.path, kept(request.user_metadata)
 
         def answer(_: Any) -> Answer:
-            self.core.checkpoints.note(path, request.ttl_seconds, metadata)
+            self.state.checkpoints.note(path, request.ttl_seconds, metadata)
             return json_answer({"path": path, "type": "save_weights_for_sampler"})
 
         def call(client: LocalTrainingClient) -> Any:
-            self.core.checkpoints.free(path)
+            self.state.checkpoints.free(path)
             return client.save_weights_for_sampler(name, user_metadata=metadata)
 
         return self.add(request.model_id, request.seq_id, call, answer)
@@ -230,32 +232,32 @@ class TrainingService:
     ) -> str:
         """A new run, called as the SDK expects it to be; the id of the request."""
         check_number("model_seq_id", seq)
-        self.core.active(session)
+        self.state.active(session)
         model_id = f"{session}:train:{seq}"
         key = f"{model_id}/0"
-        if (known := self.core.futures.known(key)) is not None:
+        if (known := self.state.futures.known(key)) is not None:
             return known
-        if self.core.store.run(model_id) is not None:
+        if self.state.store.run(model_id) is not None:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
-        if len(self.core.runs) >= RUNS:
+        if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
         metadata = kept(metadata)
-        request_id = self.core.futures.open(key)
-        run = self.core.runs[model_id] = LiveRun(model_id, session, self.core.settle)
+        request_id = self.state.futures.open(key)
+        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.settle)
 
         def begun(result: Any) -> None:
             if isinstance(result, BaseException):
-                self.core.runs.pop(model_id, None)
+                self.state.runs.pop(model_id, None)
                 run.end(result)
-                return self.core.futures.finish(request_id, error_answer(result))
+                return self.state.futures.finish(request_id, error_answer(result))
             base_model = result.get_info().model_name
             try:
-                self.core.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
+                self.state.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
             except KshotError as error:
                 return begun(error)
-            if model_id in self.core.runs:  # else its session was finished meanwhile
+            if model_id in self.state.runs:  # else its session was finished meanwhile
                 run.begin(result)
-            return self.core.futures.finish(request_id, answer(model_id))
+            return self.state.futures.finish(request_id, answer(model_id))
 
         when_done(make(model_id), begun)
         return request_id
@@ -265,14 +267,14 @@ class TrainingService:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
         session = self.live(request.model_id).session
         name = sampler_id(session, request.sampling_session_seq_id)
-        if self.core.futures.known(f"{request.model_id}/{request.seq_id}") is None and self.core.store.sampler(name):
+        if self.state.futures.known(f"{request.model_id}/{request.seq_id}") is None and self.state.store.sampler(name):
             raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
 
         def answer(client: LocalSamplingClient) -> Answer:
-            if self.core.store.sampler(name) is not None:
+            if self.state.store.sampler(name) is not None:
                 raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
-            self.core.store.add_sampler(name, session, client.get_base_model(), None, ephemeral=True)
-            self.core.samplers.keep(name, request.model_id, client)
+            self.state.store.add_sampler(name, session, client.get_base_model(), None, ephemeral=True)
+            self.state.samplers.keep(name, request.model_id, client)
             return json_answer({"sampling_session_id": name, "type": "save_weights_for_sampler"})
 
         return self.add(
