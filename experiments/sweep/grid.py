@@ -82,8 +82,9 @@ class Plan:
 
     def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
         """The jobs whose cells are not stored yet; of them those that have failed."""
+        finished = results.finished()
         keys = {record["key"] for record in results.failures()} if only_failed else {job.cell.key for job in self.jobs}
-        return [job for job in self.jobs if job.cell.key in keys and not results.has(job.cell.key)]
+        return [job for job in self.jobs if job.cell.key in keys - finished]
 
     def encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
         """What is encoded once, for all of these jobs: the images that the VLM of this machine is shown, of the data

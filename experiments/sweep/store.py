@@ -1,12 +1,13 @@
-"""A results folder: sweep.json, cells/<key>.json, predictions/<key>.parquet, and failed/<key>.json where a cell failed.
+"""A results folder: sweep.json, a record of each finished cell, and its predictions in predictions/<key>.parquet.
 
-Knows no method and draws nothing. Every file is written to a temporary name and renamed, predictions before their cell:
-a cell that exists is complete.
-One writer a folder, held by a lock that dies with its process.
+A record is a file, cells/<key>.json, or in a packed folder a line of cells.jsonl; a file wins over a line of the same
+key. A cell that failed has failed/<key>.json instead. Every file is written under a temporary name and renamed, and
+predictions are written before their record: a cell that has one is complete. A folder has one writer at a time, held by
+a lock that ends with its process.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +18,77 @@ from kshot.errors import KshotError, ResultsError
 from kshot.files import remove_unfinished, write_file
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 GROWING = ("datasets", "methods", "shots", "seeds", "notes")  # what a folder may gain from one run to the next
-COMPUTED = ("service", "device")  # who computed the numbers, and on what kind of device
+COMPUTED = ("service", "device")  # what computed the numbers, and on what kind of device
 SWEEP_FIELDS = (*GROWING, "name", "settings", "protocols", "classes")
 IDENTITY = ("key", "dataset", "protocol", "method", "shots", "seed", "settings")
 CELL_FIELDS = (*IDENTITY, "test_images", "metrics", "timings", "versions")
+FOLDERS = ("cells", "predictions", "figures")
+PACKED = "cells.jsonl"
+RUN_AGAIN = "run the sweep again"
 
 
 class Results:
     """The results of one sweep, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def sweep(self) -> dict[str, Any]:
+        """The content of sweep.json. Raises ResultsError where there is none."""
+        missing = f"{self.folder} is no results folder; name one that kshot sweep wrote, or a new one with --out"
+        path = self.folder / "sweep.json"
+        return _checked(_read(path, missing), path, SWEEP_FIELDS, "restore it or use another --out")
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The records of all finished cells, in the order of data set, method, shots and seed."""
+        return _in_order({**self._packed(), **self._single()}.values())
+
+    def cell(self, key: str) -> dict[str, Any]:
+        """The record of one finished cell."""
+        return self._record(key) if self._path(key).exists() else self._packed()[key]
+
+    def frame(self) -> "pd.DataFrame":
+        """A table with a row a finished cell, in the order of `cells`. Columns: dataset, protocol, method (its name on
+        the command line), shots, seed; `accuracy`, which is the number that reports show, and every other metric (see
+        `experiments.sweep.metrics.metrics`); and each setting. What a method does not have or read is missing (NaN)."""
+        import pandas as pd
+
+        cells, fields = self.cells(), IDENTITY[1:-1]
+        rows = [{**{name: c[name] for name in fields}, **c["metrics"], **c["settings"]} for c in cells]
+        metrics = dict.fromkeys(["accuracy", *(name for cell in cells for name in cell["metrics"])])
+        columns = dict.fromkeys([*fields, *metrics, *(name for row in rows for name in row)])
+        return pd.DataFrame(rows, columns=[*columns]).astype(dict.fromkeys(metrics, float))
+
+    def predictions(self, key: str) -> "pa.Table":
+        """The stored predictions of a cell. Raises ResultsError where they cannot be read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.folder / "predictions" / f"{key}.parquet"
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ResultsError(f"{path} cannot be read; delete it and {RUN_AGAIN}") from error
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What `fail` noted, in the order of data set, method, shots and seed."""
+        finished, paths = self.finished(), (self.folder / "failed").glob("*.json")
+        fields, again = (*IDENTITY, "error", "exit_status"), f"delete it and {RUN_AGAIN}"
+        left = [path for path in paths if path.stem not in finished]
+        return _in_order(_checked(_read(path, f"a record is gone; {again}"), path, fields, again) for path in left)
+
+    def finished(self) -> set[str]:
+        """The keys of the cells whose record and predictions are both there."""
+        records = {path.stem for path in self._paths()} | self._packed().keys()
+        return records & {path.stem for path in self._prediction_paths()}
+
+    def has_predictions(self) -> bool:
+        """Whether any are there; committed results leave all of them out."""
+        return any(self._prediction_paths())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -40,7 +98,7 @@ class Results:
                 f"{self.folder} holds other things and no results; choose a new or empty folder with --out"
             )
         try:
-            for part in ("cells", "predictions", "figures"):
+            for part in FOLDERS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / ".lock", blocking=False)
             lock.acquire()
@@ -50,59 +108,32 @@ class Results:
             reason = f"cannot write to {self.folder}: {error.strerror}"
             raise ResultsError(f"{reason}; choose another folder with --out") from error
         try:
-            for part in ("", "cells", "predictions", "figures", "failed"):
+            for part in ("", *FOLDERS, "failed"):
                 remove_unfinished(self.folder / part)
             yield
         finally:
             lock.release()
 
-    def _is_foreign(self) -> bool:
-        """Whether the folder is somebody's: it has visible things in it that no sweep made."""
-        if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
-            return False
-        visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        return not visible <= {"cells", "predictions", "figures", "failed"}
-
     def begin(self, sweep: Mapping[str, Any]) -> dict[str, Any]:
         """Write sweep.json, joined with the one that is there; returns the joined one.
 
         Data sets, methods, shots and seeds may grow; raises ResultsError, with the difference, for any other change,
-        also of what is compared: a value that is new or forgotten is more likely a slip than a wish to go on for hours.
-        A folder without a finished cell takes any sweep.
+        also of what is compared: a value that is new or left out is more likely a slip than a wish to go on for hours.
+        A folder without a finished cell takes any sweep, and forgets the failures of the last one.
         """
         joined = dict(sweep)
-        if any((self.folder / "cells").glob("*.json")):
+        if any(self._paths()) or (self.folder / PACKED).exists():
             old = self.sweep()
             self._check_same(old, sweep)
             joined.update({field: _union(old[field], sweep[field]) for field in GROWING})
-            joined.update(
-                {field: {**old.get(field, {}), **sweep.get(field, {})} for field in ("protocols", "classes", "data")}
-            )
-            if caps := {**old.get("most_shots", {}), **sweep.get("most_shots", {})}:
-                joined["most_shots"] = caps
+            for field in ("protocols", "classes", "data", "most_shots"):
+                if both := {**old.get(field, {}), **sweep.get(field, {})}:
+                    joined[field] = both
         else:
-            self._forget_failures()
+            for path in (self.folder / "failed").glob("*.json"):
+                path.unlink()
         self._write_json("sweep.json", joined)
         return joined
-
-    def _forget_failures(self) -> None:
-        """Without a finished cell the folder takes any sweep: those of the last one are not this one's."""
-        for path in (self.folder / "failed").glob("*.json"):
-            path.unlink()
-
-    def sweep(self) -> dict[str, Any]:
-        """The content of sweep.json. Raises ResultsError where there is none."""
-        missing = f"{self.folder} is no results folder; name one that kshot sweep wrote, or a new one with --out"
-        return _read_json(self.folder / "sweep.json", SWEEP_FIELDS, missing, "restore it or use another --out")
-
-    def has(self, key: str) -> bool:
-        """Whether a cell is finished: its record and its predictions are there."""
-        files = self.folder / "cells" / f"{key}.json", self.folder / "predictions" / f"{key}.parquet"
-        return all(file.exists() for file in files)
-
-    def has_predictions(self) -> bool:
-        """Whether any are there; committed results leave all of them out."""
-        return any((self.folder / "predictions").glob("*.parquet"))
 
     def add(self, record: Mapping[str, Any], predictions: "pa.Table") -> None:
         """Store a finished cell. Raises KshotError where the folder can no longer be written."""
@@ -122,48 +153,65 @@ class Results:
             f"failed/{key}.json", {"key": key, **identity, "error": error, "exit_status": exit_status, "trace": trace}
         )
 
-    def failures(self) -> list[dict[str, Any]]:
-        """What `fail` noted, in the order of data set, method, shots and seed."""
-        again, fields = "delete it and run the sweep again", (*IDENTITY, "error", "exit_status")
-        paths = [path for path in (self.folder / "failed").glob("*.json") if not self.has(path.stem)]
-        records = [_read_json(path, fields, f"a record is gone; {again}", again) for path in paths]
-        return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
-
-    def cell(self, key: str) -> dict[str, Any]:
-        """The record of one finished cell."""
-        again = "run the sweep again"
-        path = self.folder / "cells" / f"{key}.json"
-        return _read_json(path, CELL_FIELDS, f"a record is gone; {again}", f"delete it and {again}")
-
-    def cells(self) -> list[dict[str, Any]]:
-        """The records of all finished cells, in the order of data set, method, shots and seed."""
-        paths = (self.folder / "cells").glob("*.json")
-        records = [self.cell(path.stem) for path in paths]
-        return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
-
     def recompute(self) -> int:
-        """Compute the metrics of every finished cell anew from its predictions; how many records were wrong and are
-        rewritten. Loads no model."""
+        """Compute the metrics of every finished cell again from its predictions, without a model; how many records were
+        wrong and are rewritten, each where it is."""
         from experiments.sweep.metrics import metrics
 
-        wrong, classes = 0, self.sweep()["classes"]
+        classes, wrong = self.sweep()["classes"], dict[str, dict[str, Any]]()
         for record in self.cells():
-            found = metrics(self.predictions(record["key"]), len(classes[record["dataset"]]))
-            if found != record["metrics"]:
-                self._write_json(f"cells/{record['key']}.json", {**record, "metrics": found})
-                wrong += 1
-        return wrong
+            correct = metrics(self.predictions(record["key"]), len(classes[record["dataset"]]))
+            if correct != record["metrics"]:
+                wrong[record["key"]] = {**record, "metrics": correct}
+        for key in wrong.keys() & {path.stem for path in self._paths()}:
+            self._write_json(f"cells/{key}.json", wrong[key])
+        packed = self._packed()
+        if wrong.keys() & packed.keys():
+            self._write_packed([wrong.get(key, record) for key, record in packed.items()])
+        return len(wrong)
 
-    def predictions(self, key: str) -> "pa.Table":
-        """The stored predictions of a cell. Raises ResultsError where they cannot be read."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def pack(self) -> None:
+        """Put the records of all cells into one file, cells.jsonl, in place of a file each."""
+        self._write_packed(self.cells())
+        for path in self._paths():
+            path.unlink()
 
-        path = self.folder / "predictions" / f"{key}.parquet"
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ResultsError(f"{path} cannot be read; delete cells/{key}.json and run the sweep again") from error
+    def _path(self, key: str) -> Path:
+        return self.folder / "cells" / f"{key}.json"
+
+    def _paths(self) -> Iterator[Path]:
+        return (self.folder / "cells").glob("*.json")
+
+    def _prediction_paths(self) -> Iterator[Path]:
+        return (self.folder / "predictions").glob("*.parquet")
+
+    def _record(self, key: str) -> dict[str, Any]:
+        path = self._path(key)
+        return _checked(_read(path, f"a record is gone; {RUN_AGAIN}"), path, CELL_FIELDS, f"delete it and {RUN_AGAIN}")
+
+    def _single(self) -> dict[str, dict[str, Any]]:
+        return {path.stem: self._record(path.stem) for path in self._paths()}
+
+    def _packed(self) -> dict[str, dict[str, Any]]:
+        """The records of cells.jsonl by key; none where it is not there."""
+        path = self.folder / PACKED
+        if not path.exists():
+            return {}
+        lines = _read(path, f"the records are gone; {RUN_AGAIN}").removesuffix("\n").split("\n")
+        way_out = f"delete the line and {RUN_AGAIN}"
+        records = [_checked(text, f"{path}, line {n},", CELL_FIELDS, way_out) for n, text in enumerate(lines, 1)]
+        return {record["key"]: record for record in records}
+
+    def _write_packed(self, records: Iterable[Mapping[str, Any]]) -> None:
+        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+        self._write(PACKED, "".join(f"{line}\n" for line in lines).encode())
+
+    def _is_foreign(self) -> bool:
+        """Whether the folder is somebody else's: it has visible things in it that no sweep made."""
+        if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
+            return False
+        visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+        return not visible <= {*FOLDERS, "failed"}
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = _changes(old["settings"], new["settings"])
@@ -188,6 +236,10 @@ class Results:
             raise KshotError(f"{reason}; make room, then the same command goes on from there") from error
 
 
+def _in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
+
+
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{k} {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
@@ -197,13 +249,22 @@ def _union(old: list[Any], new: list[Any]) -> list[Any]:
     return sorted(both) if all(isinstance(each, int) for each in both) else both
 
 
-def _read_json(path: Path, fields: Sequence[str], missing: str, way_out: str) -> dict[str, Any]:
+def _read(path: Path, missing: str) -> str:
+    """The text of a file, of which `missing` says what it means where there is none."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"{missing} (no readable {path.name}: {error.strerror})") from error
     except ValueError as error:
-        raise ResultsError(f"{path} is damaged ({error}); {way_out}") from error
+        raise ResultsError(f"{path} is damaged ({error}); restore it") from error
+
+
+def _checked(text: str, name: Path | str, fields: Sequence[str], way_out: str) -> dict[str, Any]:
+    """The JSON object of a text. Raises ResultsError where it is none or lacks a field."""
+    try:
+        content: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ResultsError(f"{name} is damaged ({error}); {way_out}") from error
     if absent := [field for field in fields if not isinstance(content, dict) or field not in content]:
-        raise ResultsError(f"{path} is damaged (no {absent[0]!r}); {way_out}")
+        raise ResultsError(f"{name} is damaged (no {absent[0]!r}); {way_out}")
     return content

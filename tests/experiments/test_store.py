@@ -46,7 +46,7 @@ def test_what_is_stored_comes_back(results: Results) -> None:
     assert results.sweep() == SWEEP
     assert results.cells() == [record()]
     assert results.predictions("k").equals(TABLE)
-    assert (results.has("k"), results.has("other")) == (True, False)
+    assert results.finished() == {"k"}
     assert not list(results.folder.rglob("*.tmp"))
 
 
@@ -106,7 +106,7 @@ def test_a_cell_is_there_with_its_predictions_or_not_at_all(results: Results, mo
     with pytest.raises(KshotError, match=r"predictions/new.parquet: No space left .* the same command") as raised:
         results.add(record("new"), TABLE)
     assert raised.value.exit_status == 1
-    assert not results.has("new")
+    assert results.finished() == {"k"}
 
 
 @pytest.mark.parametrize("path", ["file/below", "/proc/kshot"])
@@ -127,11 +127,64 @@ def test_a_damaged_file_is_named(results: Results, content: str) -> None:
 
 def test_predictions_that_cannot_be_read(results: Results) -> None:
     (results.folder / "predictions/k.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete cells/k.json"):
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete it and run"):
         results.predictions("k")
     shutil.rmtree(results.folder / "predictions")
-    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete cells/k.json"):
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete it and run"):
         results.predictions("k")
+
+
+def packed(results: Results) -> Results:
+    """The same folder with a second cell, its records in one file."""
+    results.add(record("w", metrics={**metrics(TABLE, 2), "accuracy": 1.0}), TABLE)
+    results.pack()
+    return results
+
+
+def test_a_packed_folder_reads_as_before(results: Results) -> None:
+    before = results.cells()
+    results.pack()
+    assert results.cells() == before == [results.cell("k")]
+    assert results.finished() == {"k"}
+    assert sorted(path.name for path in results.folder.rglob("*.json*")) == ["cells.jsonl", "sweep.json"]
+    with pytest.raises(ResultsError, match="another configuration"):
+        results.begin({**SWEEP, "settings": {"rank": 2}})
+
+
+def test_a_cell_file_wins_over_a_line(results: Results) -> None:
+    packed(results).add(record("w"), TABLE)
+    assert results.cells() == [record(), record("w")]
+    assert results.cell("w") == record("w")
+    results.pack()
+    assert [json.loads(line) for line in (results.folder / "cells.jsonl").read_text().splitlines()] == [
+        record(),
+        record("w"),
+    ]
+
+
+def test_metrics_are_corrected_where_they_are(results: Results) -> None:
+    packed(results).add(record("x", metrics={**metrics(TABLE, 2), "top5": 0.5}), TABLE)
+    assert results.recompute() == 2
+    assert results.cells() == [record(), record("w"), record("x")]
+    assert [path.name for path in (results.folder / "cells").iterdir()] == ["x.json"]
+    assert results.recompute() == 0
+
+
+def test_a_damaged_line_is_named(results: Results) -> None:
+    with (packed(results).folder / "cells.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(ResultsError, match=r"cells.jsonl, line 3, is damaged .*; delete the line and run"):
+        results.cells()
+
+
+def test_a_table_has_a_row_a_cell(results: Results) -> None:
+    results.add(record("z", method="n", settings={"prompt": "recipe"}), TABLE)
+    frame = results.frame()
+    assert [*frame][:6] == ["dataset", "protocol", "method", "shots", "seed", "accuracy"]
+    assert frame[["method", "shots", "accuracy"]].to_numpy().tolist() == [["m", 2, 0.5], ["n", 2, 0.5]]
+    assert [*frame][-2:] == ["rank", "prompt"]
+    assert frame["nll"].isna().all()
+    assert Results(results.folder.parent / "none").frame().empty
 
 
 def test_no_sweep(tmp_path: Path) -> None:
