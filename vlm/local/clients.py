@@ -4,6 +4,7 @@ TODO Fixed weights behind the SDK's `SamplingClient` methods, and what this serv
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +117,14 @@ class LocalSamplingClient:
         """Images that went through the vision tower of the base model in this process."""
         return self._engine.vision.forwards
 
+    def clear_features(self) -> None:
+        """Forget the image features that are in memory, so that each image is new to the vision tower."""
+        self._worker.submit(self._engine.vision.clear).result()
+
+    def profile(self) -> AbstractContextManager[dict[str, float]]:
+        """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
+        return self._engine.model.profile()
+
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
         return self._engine.model.tokenizer
@@ -128,6 +137,11 @@ class LocalSamplingClient:
     def rule(self) -> ImageRule:
         """How the base model counts an image's tokens."""
         return self._engine.model.rule
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the base model knows."""
+        return self._engine.model.vocabulary
 
     @property
     def context(self) -> int:
@@ -265,6 +279,15 @@ class LocalTrainingClient:
             lora_rank=self.spec.rank,
             model_name=model.name,
         )
+
+    @property
+    def tower_forwards(self) -> int:
+        """Images that went through the vision tower of the base model in this process."""
+        return self._engine.vision.forwards
+
+    def profile(self) -> AbstractContextManager[dict[str, float]]:
+        """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
+        return self._engine.model.profile()
 
     @property
     def spec(self) -> LoraSpec:

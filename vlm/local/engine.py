@@ -212,10 +212,12 @@ class Engine:
         total, outputs = 0.0, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only), run.request():
             for pack, batch in self._batches(items, run.factors):
-                log_probs = self._log_probs(run.factors, pack, batch)
-                value = chosen(log_probs, pack.fields(log_probs.device))
+                with self.model.timed("forward"):
+                    log_probs = self._log_probs(run.factors, pack, batch)
+                    value = chosen(log_probs, pack.fields(log_probs.device))
                 if not forward_only:
-                    run.add(value.backward)
+                    with self.model.timed("backward"):
+                        run.add(value.backward)
                 total += float(value.detach())
                 outputs |= pack.answers(log_probs)
         return _output([outputs[item.number] for item in items], {"loss:sum": total})
@@ -251,7 +253,8 @@ class Engine:
 
     def optim_step(self, run: TrainingRun, params: types.AdamParams) -> types.OptimStepResponse:
         """AdamW with these parameters on the gradients gathered since the last step; raises as `Run.step`."""
-        return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
+        with self.model.timed("optimizer"):
+            return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
 
     def prefetch(self, inputs: Sequence[tinker.ModelInput]) -> None:
         """Begin to decode the images that a coming request will need. From any thread; raises nothing about images."""

@@ -69,8 +69,9 @@ def _score(
 ) -> Tensor:
     batch = engine.collate(prompts, snapshot.factors)
     tree = Tree(batch.rows, trie.parents, edges.nodes)
-    states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
-    values = _values(engine, snapshot, states.view(len(prompts), len(edges.nodes), -1), edges)
+    with engine.model.timed("forward"):
+        states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
+        values = _values(engine, snapshot, states.view(len(prompts), len(edges.nodes), -1), edges)
     node = torch.from_numpy(edges.node).to(values.device)
     if trie.children:
         padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)
@@ -151,4 +152,5 @@ def _tower(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
 def _hidden(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
     """(rows, hidden) last hidden state at each row's end."""
     ends = batch.ends
-    return engine.model.text.hidden(batch.given, Causal(batch.rows, ends), snapshot.factors, ends)
+    with engine.model.timed("forward"):
+        return engine.model.text.hidden(batch.given, Causal(batch.rows, ends), snapshot.factors, ends)

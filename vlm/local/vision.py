@@ -260,6 +260,10 @@ class Vision:
             self._disk.touch(key)  # type: ignore[union-attr]
         return [chunk for chunk, key in keys if not self._kept(key)]
 
+    def clear(self) -> None:
+        """Forget the features in memory, as if no image had been seen."""
+        self._memory, self._near = MemoryCache(self._memory.limit), MemoryCache(self._near.limit)
+
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
         images = {_key(chunk): chunk.data for chunk in chunks}
@@ -311,7 +315,8 @@ class Vision:
         """Images of one grid, in one pass."""
         grid = images[0].grid
         pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
-        embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
+        with self._model.timed("tower"):
+            embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
         self.forwards += len(images)
         return [ImageFeatures(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
 

@@ -9,11 +9,12 @@ Several adapters live over one of these; it knows none of them, and no batches, 
 """
 
 import json
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ KINDS = {  # model_type → the stock class
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
+PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profile
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
@@ -191,6 +193,24 @@ class Model:
         embeddings = self.stock.model.language_model.embed_tokens.weight
         self.device: torch.device = embeddings.device
         self.dtype: torch.dtype = embeddings.dtype
+        self._seconds: dict[str, float] | None = None  # of the profile that is open
+
+    @contextmanager
+    def profile(self) -> Iterator[dict[str, float]]:
+        """Seconds spent in the model's own arithmetic while the context is open, one entry for each of PROFILED.
+
+        "tower": the vision tower, where no cache has an image's features. "forward": the text model, its head and the
+        loss. Each part waits for the device, so on a GPU a profiled request may take longer than others.
+        """
+        before, self._seconds = self._seconds, dict.fromkeys(PROFILED, 0.0)
+        try:
+            yield self._seconds
+        finally:
+            self._seconds = before
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Around a part of PROFILED: its seconds are added to the profile, where one is open."""
+        return nullcontext() if self._seconds is None else _timed(self._seconds, part, self.device)
 
     def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
         """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
@@ -201,3 +221,13 @@ class Model:
     def _layout(self, spec: LoraSpec) -> Layout:
         """Where everything is in an adapter of a spec."""
         return Layout(self.stock, spec)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str, device: torch.device) -> Iterator[None]:
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
+    wait()
+    start = time.perf_counter()
+    yield
+    wait()
+    seconds[part] += time.perf_counter() - start

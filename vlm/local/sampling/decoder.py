@@ -80,12 +80,14 @@ class Decoder:
         going, text, factors = self._running, self.engine.model.text, self.snapshot.factors
         tokens = [(each.writer.tokens[-1], each.place) for each in going]
         ids, places = torch.tensor(tokens, device=self.engine.model.device).unbind(1)
-        hidden = text.hidden(Positions(ids, places.expand(3, -1)), Next(self._cache), factors)
+        with self.engine.model.timed("forward"):
+            hidden = text.hidden(Positions(ids, places.expand(3, -1)), Next(self._cache), factors)
+            logits = text.logits(hidden, factors)
         self._cache.lengths = self._cache.lengths + 1
         for each in going:
             each.length, each.place = each.length + 1, each.place + 1
         writers = [each.writer for each in going]
-        advance(writers, text.logits(hidden, factors))
+        advance(writers, logits)
         self._cut(going)
         return writers
 

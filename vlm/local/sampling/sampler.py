@@ -121,8 +121,9 @@ def join(decoder: Decoder, asks: Sequence[SamplingRequest]) -> list[SamplingResu
     cache = Cache(batch.rows.lengths, engine.model.device)
     about = any(ask.about_prompt for ask in asks)
     wanted = None if about else batch.ends
-    hidden = engine.model.text.hidden(batch.given, Filling(cache, batch.rows, wanted), factors, wanted)
-    logits = engine.model.text.logits(hidden[batch.ends] if about else hidden, factors)
+    with engine.model.timed("forward"):
+        hidden = engine.model.text.hidden(batch.given, Filling(cache, batch.rows, wanted), factors, wanted)
+        logits = engine.model.text.logits(hidden[batch.ends] if about else hidden, factors)
     about_prompts = _about_prompts(decoder, batch, hidden, asks)
     answers = [SamplingResult(_writers(engine, ask), values) for ask, values in zip(asks, about_prompts, strict=True)]
     decoder.join(cache, logits, batch.next_place, [answer.writers for answer in answers])
