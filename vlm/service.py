@@ -7,7 +7,7 @@ official client itself; "local" runs the engine in this process. The engine is i
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import tinker
@@ -171,6 +171,30 @@ def feature_disk_room() -> int:
     from vlm.local.features import DISK_BYTES, SHARE
 
     return DISK_BYTES - DISK_BYTES // SHARE
+
+
+def adapter_parameters(model: Any, rank: int) -> int:
+    """Numbers of a LoRA adapter on attention, MLP and head of a stock model of transformers; it may be on the meta
+    device. Raises ModelError for a model without such layers."""
+    from vlm.local.model.lora import Layout, LoraSpec
+
+    return sum(Layout(model, LoraSpec(rank)).sizes.values())
+
+
+class PassLimits(NamedTuple):
+    """What the local engine puts into one pass, at most. training, scoring: positions; prompts: of a scoring pass."""
+
+    training: int
+    scoring: int
+    prompts: int
+
+
+def pass_limits() -> PassLimits:
+    """Those of the local engine; a longer sequence has a pass of its own."""
+    from vlm.local.engine import PACK
+    from vlm.local.scoring import POSITIONS, ROWS
+
+    return PassLimits(PACK, POSITIONS, ROWS)
 
 
 def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:
