@@ -32,10 +32,11 @@ from kshot.errors import (
 )
 
 if TYPE_CHECKING:
+    from experiments.sweep import sweep
     from experiments.sweep.store import Results
     from vlm.service import connect
 
-_AT_FIRST_USE = {"connect": "vlm.service", "Results": "experiments.sweep.store", "sweep": "experiments.sweep.grid"}
+_AT_FIRST_USE = {"connect": "vlm.service", "Results": "experiments.sweep.store", "sweep": "experiments.sweep"}
 
 __all__ = [
     "BusyError",

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,25 @@ def test_another_folder_of_the_user_does_not_disturb(tmp_path: Path) -> None:
     (tmp_path / "my_data.py").write_text("")
     said = python("import kshot; print(kshot.Results.__name__)", tmp_path)
     assert (said.stdout, said.stderr) == ("Results\n", "")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_sweep_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.sweep.workers.local", here)
+    grid = {"datasets": ["digits"], "methods": ["dinov2-logreg", "pixel-knn"], "shots": [1, 2], "seeds": [0]}
+    results = kshot.sweep("demo", tmp_path / "out", **grid, settings={"limit_test": 20})
+    frame = results.frame()
+    assert isinstance(results, kshot.Results)
+    assert [*frame.columns[:6]] == ["dataset", "protocol", "method", "shots", "seed", "accuracy"]
+    assert frame[["dataset", "method", "shots", "seed"]].values.tolist() == [
+        ["digits", method, shots, 0] for method in ("dinov2-logreg", "pixel-knn") for shots in (1, 2)
+    ]
+    assert frame["accuracy"].between(0, 1).all()
+    assert set(frame["limit_test"]) == {20}
+    with pytest.raises(kshot.InputError, match="unknown method 'no-such'"):
+        kshot.sweep("demo", tmp_path / "other", methods=["no-such"])
+
+
+def here(run: Any, jobs: Any, *_: Any, first: Any = (), **__: Any) -> Any:
+    """In place of worker processes."""
+    return ((job, run(job)) for job in (*first, *jobs))

@@ -1,0 +1,39 @@
+"""Sweeps: their configuration, their cells, who runs them, and their results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.sweep.store import Results
+
+
+def sweep(
+    preset: str = "demo",
+    folder: Path | str | None = None,
+    *,
+    datasets: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    shots: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> "Results":
+    """Run a sweep as `kshot sweep` does and return its results; cells that the folder has already are not run again.
+
+    preset: a preset's name or a YAML file; datasets, methods, shots and seeds replace its own.
+    folder: where results are kept (default: runs/NAME).
+    settings: {name: value}, or a tuple of values to compare; see `experiments.sweep.config.Settings`.
+    options: of `experiments.sweep.grid.RunOptions` (device, workers, executor, service, ...).
+
+    Reports are not written: `kshot report FOLDER` does that. Workers are processes of their own, so a script calls this
+    below `if __name__ == "__main__":`. Raises InputError for what is wrong before anything runs, KshotError where cells
+    failed.
+    """
+    from experiments.sweep.config import load
+    from experiments.sweep.grid import RunOptions, run_sweep
+
+    grid = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
+    overrides = {name: tuple(values) for name, values in grid.items() if values is not None}
+    chosen = load(preset, overrides, dict(settings or {}))
+    return run_sweep(chosen, folder or Path("runs") / chosen.name, RunOptions(**options))
