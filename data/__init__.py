@@ -1,1 +1,1 @@
-"""Data sets: catalog rows, sources, images as bytes, the k-shot sampler. Knows no model; imports no torch."""
+"""Data sets: the catalog, loaders, images as bytes, the k-shot sampler. Imports no torch."""

@@ -1,25 +1,21 @@
-"""The table of data sets, one row per set, and `load`, the one way to get a Dataset by name.
+"""The catalog of data sets, one DatasetSpec each, and `load`, the one way to get a Dataset by name.
 
-Knows titles, licences, sizes and where the loader of a set is; knows nothing of how images are read. It imports the
-standard library only, and a loader when its set is asked for, so that listing the table costs milliseconds.
+It imports a loader only when its data set is loaded, so that listing the catalog takes milliseconds.
 """
 
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
-from data.benchmarks.rows import ROWS
-from data.dataset import Access, Dataset, DatasetSpec, clean_classes, clean_name
+from data.benchmarks.specs import BENCHMARKS
+from data.dataset import Access, Dataset, DatasetSpec, clean_classes
 from kshot.errors import InputError, UnknownNameError
-
-__all__ = ["DATASETS", "Access", "DatasetSpec", "clean_name", "find", "load"]
 
 FOLDER, HUB = "folder:", "hub:"
 
-
 DATASETS: dict[str, DatasetSpec] = {
-    row.name: row
-    for row in (
+    spec.name: spec
+    for spec in (
         DatasetSpec(
             name="icons",
             title="Icons by many designers from 10 open icon fonts, drawn as interfaces show them (64x64)",
@@ -50,23 +46,23 @@ DATASETS: dict[str, DatasetSpec] = {
             train=1297,
             test=500,
         ),
-        *ROWS,
+        *BENCHMARKS,
     )
 }
 
 
 def find(name: str) -> DatasetSpec:
-    """The row of a data set.
+    """The spec of a data set.
 
-    name: a key of DATASETS, "folder:PATH", whose row has PATH as its location, or "hub:ID" or "hub:ID@REVISION".
+    name: a key of DATASETS, "folder:PATH", whose spec has PATH as its location, or "hub:ID" or "hub:ID@REVISION".
     Raises UnknownNameError.
     """
     if name in DATASETS:
         return DATASETS[name]
     if name.startswith(FOLDER) and name != FOLDER:
-        return _own_row(name, "A folder of images, one sub-folder per class", "data.folder:load_folder", FOLDER)
+        return _user_spec(name, "A folder of images, one sub-folder per class", "data.folder:load_folder", FOLDER)
     if name.startswith(HUB) and name != HUB:
-        return _own_row(name, "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", HUB)
+        return _user_spec(name, "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", HUB)
     raise UnknownNameError("data set", name, [*DATASETS, f"{FOLDER}PATH", f"{HUB}ID"])
 
 
@@ -76,26 +72,26 @@ def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Ac
     root: folder for the files that a set builds or downloads (default: the user's cache).
     split_seed: draws the split of a set that comes without one; a given split does not depend on it.
     access: for the benchmarks: where to get them and which protocol to follow.
-    Raises UnknownNameError, DatasetError, ImageError; InputError for an access that the set does not have.
+    Raises UnknownNameError, DatasetError, ImageError; InputError for access options that the set does not have.
     """
-    row, access = find(name), access or Access()
-    module, function = row.loader.split(":")
-    more = {"access": access} if row.sources else _no_access(row, access)
-    dataset: Dataset = getattr(import_module(module), function)(row, root=root, split_seed=split_seed, **more)
-    return replace(dataset, classes=clean_classes(row, dataset.classes))
+    spec, access = find(name), access or Access()
+    module, function = spec.loader.split(":")
+    options = {"access": access} if spec.sources else _refuse_access(spec, access)
+    dataset: Dataset = getattr(import_module(module), function)(spec, root=root, split_seed=split_seed, **options)
+    return replace(dataset, classes=clean_classes(spec, dataset.classes))
 
 
-def _no_access(row: DatasetSpec, access: Access) -> dict[str, Access]:
-    """For a set that is had in one way only. Raises InputError where another one is asked for."""
-    others = ", ".join(other.name for other in ROWS)
+def _refuse_access(spec: DatasetSpec, access: Access) -> dict[str, Access]:
+    """For a set with a single source. Raises InputError where another one is requested."""
+    others = ", ".join(other.name for other in BENCHMARKS)
     for field in fields(Access):
         if value := getattr(access, field.name):
             option = f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            raise InputError(f"{option} is for {others}; {row.name} has no choice of it")
+            raise InputError(f"{option} is for {others}; {spec.name} has no choice of it")
     return {}
 
 
-def _own_row(name: str, title: str, loader: str, kind: str) -> DatasetSpec:
+def _user_spec(name: str, title: str, loader: str, kind: str) -> DatasetSpec:
     return DatasetSpec(
         name=name,
         title=title,

@@ -1,6 +1,6 @@
-"""Is a data set what it says it is: every image decoded and hashed anew, and what train and test have in common.
+"""Checks a data set: decodes and hashes every image anew, and looks for images that train and test share.
 
-Knows a Dataset, not where it came from; counts, checksums and class names are verified where it is loaded.
+Counts, checksums and class names are verified where a data set is loaded.
 """
 
 import os
@@ -23,35 +23,34 @@ BLOCK = 1 << 22  # pairs compared at a time
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found. broken: a line each. exact, near: (row in train, row in test) of the same and of like images.
+    """The result. broken: an error message each. exact, near: (row in train, row in test) of equal and similar images.
 
-    twice: images that stand more than once in train or in test.
+    duplicates: images that occur more than once within train or within test.
     """
 
     images: int
     broken: list[str]
     exact: list[tuple[int, int]]
     near: list[tuple[int, int]]
-    twice: int
+    duplicates: int
 
 
 def check(dataset: Dataset) -> CheckReport:
     """Read, hash and decode every image. Bad images are listed, not raised."""
     rows = [*dataset.train, *dataset.test]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seen = list(pool.map(_look, rows))
-    hashes = np.array([found if isinstance(found, int) else 0 for found in seen], np.uint64)
-    bad = {n for n, found in enumerate(seen) if isinstance(found, str)}
+        results = list(pool.map(_hash_or_error, rows))
+    hashes = np.array([result if isinstance(result, int) else 0 for result in results], np.uint64)
+    bad = {n: result for n, result in enumerate(results) if isinstance(result, str)}
     split = len(dataset.train)
-    exact = _same(dataset.train, dataset.test)
-    known = {*exact}
+    exact = _equal_pairs(dataset.train, dataset.test)
     near = [
         pair
-        for pair in alike(hashes[:split], hashes[split:])
-        if pair not in known and not bad & {pair[0], split + pair[1]}
+        for pair in near_pairs(hashes[:split], hashes[split:])
+        if pair not in {*exact} and pair[0] not in bad and split + pair[1] not in bad
     ]
-    twice = sum(len(part) - len({example.key for example in part}) for part in (dataset.train, dataset.test))
-    return CheckReport(len(rows), [found for found in seen if isinstance(found, str)], exact, near, twice)
+    duplicates = sum(len(part) - len({example.key for example in part}) for part in (dataset.train, dataset.test))
+    return CheckReport(len(rows), [*bad.values()], exact, near, duplicates)
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -64,7 +63,7 @@ def perceptual_hash(image: Image.Image) -> int:
     return int(np.packbits(low > np.median(low)).view(">u8")[0])
 
 
-def alike(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
+def near_pairs(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
     """one: (N,) uint64, other: (M,) uint64 → pairs of rows whose hashes differ in at most NEAR bits."""
     step = max(1, BLOCK // max(1, len(other)))
     blocks = ((start, one[start : start + step]) for start in range(0, len(one), step))
@@ -72,12 +71,12 @@ def alike(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
     return list(chain.from_iterable(((start + int(i), int(j)) for i, j in pairs) for start, pairs in found))
 
 
-def _same(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, int]]:
+def _equal_pairs(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, int]]:
     rows = {example.key: n for n, example in enumerate(train)}
     return [(rows[example.key], n) for n, example in enumerate(test) if example.key in rows]
 
 
-def _look(example: Example) -> int | str:
+def _hash_or_error(example: Example) -> int | str:
     """The perceptual hash of an image, or what is wrong with it."""
     name, content = f"image {example.key[:12]}", example.image
     if content_key(content) != example.key:

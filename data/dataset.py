@@ -1,9 +1,7 @@
-"""What a data set is: examples of image bytes with a label. Knows no archive, no protocol, no shots and no models.
+"""What a data set is: labelled images as bytes, in train and test; and what the catalog states of each data set.
 
-An image is encoded bytes in memory, or a Slice: where in a file its bytes lie. They are read when they are asked for,
-so a set of any size costs its index.
-
-TODO What the catalog says of a data set: one Row each. Imports the standard library only.
+An image is encoded bytes in memory, or a Slice: where in a file its bytes are. They are read when they are needed, so a
+data set of any size costs only its index.
 """
 
 import hashlib
@@ -16,12 +14,24 @@ from typing import Any, Protocol, overload
 
 from kshot.errors import DatasetError
 
-# ---- What a data set is: examples of image bytes with a label. Knows no archive, no protocol, no shots and no
-
 
 def content_key(image: bytes) -> str:
-    """The identity of an image wherever it came from: the SHA-256 of its bytes, in hex."""
+    """The identity of an image, whatever its source: the SHA-256 of its bytes, in hex."""
     return hashlib.sha256(image).hexdigest()
+
+
+class Readable(Protocol):
+    """Bytes that are not in memory: a Slice of a file, or spooled to a temporary file."""
+
+    def read(self) -> bytes: ...
+
+
+Stored = bytes | Readable
+
+
+def stored_bytes(stored: Stored) -> bytes:
+    """The bytes, wherever they are kept."""
+    return stored if isinstance(stored, bytes) else stored.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class Slice:
     length: int
 
     def read(self) -> bytes:
-        """The bytes. Raises DatasetError where the file is gone or has become shorter."""
+        """The bytes. Raises DatasetError where the file is missing or has become shorter."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -45,47 +55,14 @@ class Slice:
         return content
 
 
-class Readable(Protocol):
-    """Bytes that lie somewhere else: a Slice, or one of the spool's."""
-
-    def read(self) -> bytes: ...
-
-
-Stored = bytes | Readable
-
-
-def content(stored: Stored) -> bytes:
-    """The bytes, wherever they are kept."""
-    return stored if isinstance(stored, bytes) else stored.read()
-
-
-def digest(lines: Iterable[Sequence[str]]) -> str:
-    """64 hex digits for these lines of words, in whatever order they come."""
-    return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image as its source holds it.
-
-    path: its name in the source; split, label: the source's own words, "" where it has no split.
-    """
-
-    path: str
-    split: str
-    label: str
-    stored: Stored
-    key: str
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
     """One labelled image.
 
-    key: `content_key` of the image as it came from its source.
-    stored: the encoded image (PNG, JPEG, ...), or where it lies.
+    key: `content_key` of the image as its source has it.
+    stored: the encoded image (PNG, JPEG, ...), or where it is kept.
     label: index into the data set's classes.
-    stored_mirrored: likewise the horizontally flipped image where training may use it, else None.
+    stored_mirrored: the same for the horizontally flipped image where training may use it, else None.
     """
 
     key: str
@@ -96,16 +73,16 @@ class Example:
     @property
     def image(self) -> bytes:
         """The encoded image."""
-        return content(self.stored)
+        return stored_bytes(self.stored)
 
     @property
     def mirrored(self) -> bytes | None:
         """The encoded mirrored image, or None."""
-        return None if self.stored_mirrored is None else content(self.stored_mirrored)
+        return None if self.stored_mirrored is None else stored_bytes(self.stored_mirrored)
 
 
 class Images(Sequence[bytes]):
-    """The images of examples, each read when it is asked for."""
+    """The images of examples, each read when it is accessed."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -123,7 +100,7 @@ class Images(Sequence[bytes]):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set under one named protocol: class names (label → text) and its two splits.
+    """A data set under one named protocol: class names (label → text), train and test.
 
     facts: where it came from and how it was verified, for the record; JSON values.
     """
@@ -136,7 +113,29 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-# ---- What the catalog says of a data set: one Row each. Imports the standard library only.
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image as its source has it.
+
+    path: its name in the source; split, label: the source's own words, "" where it has no split.
+    """
+
+    path: str
+    split: str
+    label: str
+    stored: Stored
+    key: str
+
+
+def examples_of(items: Iterable[Item], classes: Sequence[str]) -> list[Example]:
+    """The items as examples, their labels as indices into `classes`."""
+    labels = {name: label for label, name in enumerate(classes)}
+    return [Example(item.key, item.stored, labels[item.label]) for item in items]
+
+
+def digest(lines: Iterable[Sequence[str]]) -> str:
+    """64 hex digits for a set of lines of words; their order does not count."""
+    return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
 
 
 def clean_name(name: str) -> str:
@@ -149,10 +148,10 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Access:
-    """How a user gets at a set; none of it is in a row. source: "" is the set's first that fits the protocol.
+    """How a user gets a data set. source: "" is the set's first one that fits the protocol.
 
     root: folder of the original files, for the source archive. protocol: "" is the first one that the source allows.
-    split_file: for a protocol that reads one. allow_modified: take files that are not what was published.
+    split_file: for a protocol that reads one. allow_modified: accept files that are not the published ones.
     """
 
     source: str = ""
@@ -163,10 +162,10 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the original files.
+class SourceFile:
+    """One of the original files of a data set.
 
-    names: what it may be called, an archive or the folder that comes out of it; the first that is there counts.
+    names: what it may be called, an archive or the folder that comes out of it; the first that exists counts.
     md5: name → MD5 of the published file, where it is known (32 hex digits).
     """
 
@@ -176,30 +175,29 @@ class Part:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What a rule may depend on besides the items. split_file: the user's copy of a split that others have drawn."""
+    """What a split may depend on besides the items. split_file: the user's copy of a split drawn by others."""
 
     split_seed: int = 0
     split_file: Path | None = None
 
 
-Split = tuple[list[Item], list[Item]]
-
-Rule = Callable[[Sequence[Item], SplitOptions], Split]
+Split = tuple[list[Item], list[Item]]  # train, test
+SplitRule = Callable[[Sequence[Item], SplitOptions], Split]
 
 
 @dataclass(frozen=True)
 class SplitProtocol:
     """A named way to use a benchmark.
 
-    about: the rule in words. classes, train, test: what it must give; 0 where nobody has stated it.
+    about: the rule in words. classes, train, test: the counts that it must give; 0 where none is published.
     sources: where its rule can be applied. splits: those of the hub's copy that it needs; () is all.
-    seeded: whether it draws (its stamp then holds the split seed).
-    from_file: whether it reads a split file of the user's (its stamp then holds the file's fingerprint).
+    seeded: whether it draws (its name in results then has the split seed).
+    from_file: whether it reads a split file of the user's (its name in results then has the file's fingerprint).
     """
 
     name: str
     about: str
-    rule: Rule
+    rule: SplitRule
     classes: int
     train: int = 0
     test: int = 0
@@ -211,20 +209,20 @@ class SplitProtocol:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set: what a reader, a trainer and a loader need to know of it.
+    """One data set of the catalog: what a reader, a trainer and a loader need to know of it.
 
     classes: class names as the source writes them, in label order; None where only the data tell.
     protocol: name of the split; "seeded-split" is drawn from the split seed and is recorded with it.
     hflip: probability of a horizontal flip of an image in training; 0 where a mirrored image is another thing.
-    loader: "module:function"; called as function(row, root=..., split_seed=...) it returns a Dataset; that of a set
+    loader: "module:function"; called as function(spec, root=..., split_seed=...) it returns a Dataset; that of a set
         with sources is also given access=.
     location: what the loader reads: a folder, a hub identifier or an address; "" where it needs none.
     train, test: number of images, about; 0 where only the data tell.
     clean: class name as its source writes it → as a model reads it.
     sources: where it can be had, the usual one first; () where it comes with kshot or is the user's folder.
     hub, revision: hub identifier and commit; "" is the newest, and the commit it resolved to is recorded.
-    parts: its original files. protocols: the named ways to use it, the usual one first.
-    content: `core.digest` of (class, key) of its images as they were published, "" where it is not known.
+    files: its original files. protocols: the named ways to use it, the usual one first.
+    content: `digest` of (class, key) of its images as they were published, "" where it is not known.
     spellings: other ways in which sources write a class name → the one in `classes`.
     """
 
@@ -244,21 +242,21 @@ class DatasetSpec:
     sources: tuple[str, ...] = ()
     hub: str = ""
     revision: str = ""
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    files: Mapping[str, SourceFile] = field(default_factory=dict)
     protocols: tuple[SplitProtocol, ...] = ()
     content: str = ""
     spellings: Mapping[str, str] = field(default_factory=dict)
 
 
-def clean_classes(row: DatasetSpec, names: Sequence[str]) -> tuple[str, ...]:
+def clean_classes(spec: DatasetSpec, names: Sequence[str]) -> tuple[str, ...]:
     """The names as a model reads them. Raises DatasetError where one is empty, or two are the same."""
     origin: dict[str, str] = {}
     for name in names:
-        cleaned = row.clean(name)
+        cleaned = spec.clean(name)
         if not cleaned:
-            raise DatasetError(f"{row.name}: class {name!r} has no letters left once cleaned; rename it")
+            raise DatasetError(f"{spec.name}: class {name!r} has no letters left once cleaned; rename it")
         if cleaned in origin:
             both = f"{origin[cleaned]!r} and {name!r}"
-            raise DatasetError(f"{row.name}: classes {both} both read {cleaned!r}; rename or merge them")
+            raise DatasetError(f"{spec.name}: classes {both} both read {cleaned!r}; rename or merge them")
         origin[cleaned] = name
     return tuple(origin)

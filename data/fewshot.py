@@ -1,7 +1,7 @@
-"""Which examples are in the few shots, and which are in train and in test. Pure: no files, no global randomness.
+"""Draws the k shots of each class, and splits into train and test. Pure: no files, no global random state.
 
-Every order is that of a SHA-256 of (seed, class name, image key). An image's rank in its class therefore depends on
-nothing else: not on the order of the rows, not on the other classes, not on the number of shots.
+Images are ordered by the SHA-256 of (seed, class name, image key). An image's rank in its class therefore does not
+depend on the order of the rows, on the other classes or on the number of shots.
 """
 
 import hashlib
@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from data.dataset import Example
+from data.dataset import Example, Item, Split
 from kshot.errors import InputError, TooFewImagesError
+
+TEST_SHARE = 5  # one image of five goes to test, at least one per class, where nothing else is stated
 
 
 def k_shot(
@@ -58,6 +60,18 @@ def stratified_split(
     }
     test = [(label, key) in held_out for key, label in zip(keys, labels, strict=True)]
     return [i for i, out in enumerate(test) if not out], [i for i, out in enumerate(test) if out]
+
+
+def one_in_five(count: int) -> int:
+    """How many of a class's images go to test, where nothing else is stated."""
+    return max(1, count // TEST_SHARE)
+
+
+def split_items(items: Sequence[Item], *, test_size: Callable[[int], int], seed: int) -> Split:
+    """The items of train and of test; see `stratified_split`."""
+    keys, labels = [item.key for item in items], [item.label for item in items]
+    train, test = stratified_split(keys, labels, test_size=test_size, seed=seed)
+    return [items[n] for n in train], [items[n] for n in test]
 
 
 def _draw_test(label: str, groups: dict[str, set[str]], test_size: Callable[[int], int], seed: int) -> set[str]:

@@ -1,8 +1,8 @@
-"""Image classification sets on the Hugging Face hub: which files hold a split, their download, and their items.
+"""Reads image classification sets of the Hugging Face hub: which files hold a split, their download, their items.
 
-`datasets` knows how sets are laid out and stored, `huggingface_hub` downloads and caches. The layout is asked of empty
-stand-ins for a set's files beside its real card: so only the files of the splits asked for are downloaded, and the
-cache alone answers just as well. Nothing of a set is run. Knows nothing of class-name clean-up, protocols or packs.
+`datasets` resolves how a set is laid out and stored, `huggingface_hub` downloads and caches. `datasets` is given empty
+placeholders for a set's files beside its real card: so only the files of the requested splits are downloaded, and the
+cache alone is enough. No code of a set is run.
 """
 
 import shutil
@@ -30,8 +30,8 @@ class HubSet:
     """A set as the hub has it.
 
     revision: the commit, 40 hex digits. classes: the names of its label column, label → name.
-    items: each row once, by split and in the set's order, with path "<split>/<row>"; read from disk as they are asked
-    for. Raises DatasetError for a row without an image or a label.
+    items: each row once, by split and in the set's order, with path "<split>/<row>"; read from disk as they are
+    needed. Raises DatasetError for a row without an image or a label.
     """
 
     revision: str
@@ -57,7 +57,7 @@ def read(hub_id: str, revision: str | None = None, splits: Sequence[str] | None 
     Raises DatasetError for a set that is not there, not open to this user or not of images with class labels,
     UnknownNameError for a split it does not have, KshotError where the hub cannot be reached.
     """
-    with _errors_of(hub_id, revision):
+    with _translate_errors(hub_id, revision):
         snapshot = _snapshot(hub_id, revision)
         builder, files = _layout(hub_id, snapshot)
         wanted = {split: _files_of(hub_id, split, files) for split in splits or files}
@@ -82,15 +82,15 @@ def _layout(hub_id: str, snapshot: Path) -> tuple[Any, dict[str, list[str]]]:
     tree = get_cached_repo_tree(hub_id, repo_type="dataset", revision=snapshot.name)
     with TemporaryDirectory() as temporary:
         home = Path(temporary).resolve() / "set"
-        _stand_in(home, snapshot, [file.path for file in tree])
+        _write_placeholders(home, snapshot, [file.path for file in tree])
         builder = load_dataset_builder(str(home), cache_dir=temporary)
         if builder.name not in FORMATS:
             raise DatasetError(f"{hub_id} is stored as {builder.name}; use a set stored as {', '.join(FORMATS)}")
-        places = builder.config.data_files.items()
-        return builder, {str(split): [_inside(hub_id, home, file) for file in names] for split, names in places}
+        files = builder.config.data_files.items()
+        return builder, {str(split): [_name_within(hub_id, home, file) for file in names] for split, names in files}
 
 
-def _stand_in(home: Path, snapshot: Path, names: Sequence[str]) -> None:
+def _write_placeholders(home: Path, snapshot: Path, names: Sequence[str]) -> None:
     """Fill home with an empty file for each name and with the cards. Code and archives, which need reading, are left
     out."""
     home.mkdir()
@@ -105,7 +105,7 @@ def _stand_in(home: Path, snapshot: Path, names: Sequence[str]) -> None:
             path.touch()
 
 
-def _inside(hub_id: str, home: Path, file: str) -> str:
+def _name_within(hub_id: str, home: Path, file: str) -> str:
     """The name of one of the set's files. A card may name any place on this machine or elsewhere: that is refused."""
     if not Path(file).is_relative_to(home) or ".." in Path(file).parts:
         raise DatasetError(f"the card of {hub_id} names {file!r}, which is none of its files; use another revision")
@@ -175,7 +175,7 @@ def _items(hub_id: str, snapshot: Path, builder: Any, columns: Columns) -> Itera
     from datasets import Image
     from pyarrow.dataset import ParquetFragmentScanOptions
 
-    with _errors_of(hub_id, snapshot.name):
+    with _translate_errors(hub_id, snapshot.name):
         if builder.name == "parquet":
             builder.config.columns = [columns.image, columns.label]  # others are not even read
             builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)  # else whole files are
@@ -199,17 +199,17 @@ def _image(hub_id: str, stored: Mapping[str, Any] | None, snapshot: Path) -> byt
 
 
 @contextmanager
-def _errors_of(hub_id: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong with a set, in one line of ours."""
+def _translate_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    """Raise errors of the libraries as one-line errors of kshot."""
     try:
         yield
     except KshotError:
         raise
     except Exception as error:
-        raise _plain(hub_id, revision, error) from error
+        raise _translated(hub_id, revision, error) from error
 
 
-def _plain(hub_id: str, revision: str | None, error: Exception) -> KshotError:
+def _translated(hub_id: str, revision: str | None, error: Exception) -> KshotError:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
     from huggingface_hub import errors
@@ -240,7 +240,7 @@ def _plain(hub_id: str, revision: str | None, error: Exception) -> KshotError:
 
 
 def _reason(error: BaseException) -> str:
-    """What kept the hub away: the first cause."""
+    """Why the hub could not be reached: the first cause."""
     from huggingface_hub import constants
 
     while error.__cause__ is not None:

@@ -1,7 +1,7 @@
 """A pack: the images of one source in one file, with an index, in the user's cache; made once, read in slices.
 
-A compressed archive can only be read from its beginning, a pack anywhere: so images stay on disk until they are asked
-for. Knows nothing of archives, hubs or protocols; what `facts` says is for the record.
+A compressed archive can only be read from its beginning, a pack anywhere: so images stay on disk until they are
+needed. `facts` are for the record.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.dataset import Item, Slice, content, content_key
+from data.dataset import Item, Slice, content_key, stored_bytes
 from kshot.errors import DatasetError
 from kshot.files import cache_folder, remove_stale, replace_folder, write_folder
 
@@ -22,7 +22,7 @@ Fill = Callable[[dict[str, Any]], Iterator[Item]]
 
 
 class _ReadError(Exception):
-    """What went wrong while `fill` read its source, on its way past the handler of errors of writing."""
+    """An error of `fill` while it reads its source, kept apart from errors of writing."""
 
 
 def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list[Item], dict[str, Any]]:
@@ -34,18 +34,18 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
     """
     folder = (cache or cache_folder()) / f"{name}-{VERSION}"
     try:
-        if (found := _opened(folder)) is not None:
-            return found
+        if (pack := _open(folder)) is not None:
+            return pack
         remove_stale(folder)
         (replace_folder if folder.exists() else write_folder)(folder, lambda target: _write(target, fill))
-        found = _opened(folder)
+        pack = _open(folder)
     except _ReadError as error:
         raise error.__cause__ or error from None
     except OSError as error:
         raise DatasetError(f"cannot write {folder} ({error.strerror}); set KSHOT_CACHE to another folder") from error
-    if found is None:
+    if pack is None:
         raise DatasetError(f"{folder} was damaged as soon as it was written; set KSHOT_CACHE to another disk")
-    return found
+    return pack
 
 
 def _write(folder: Path, fill: Fill) -> None:
@@ -56,7 +56,7 @@ def _write(folder: Path, fill: Fill) -> None:
     rows: list[tuple[str, str, str, str, int, int]] = []
     with (folder / IMAGES).open("wb") as images:
         for item in _read(fill, facts):
-            image = content(item.stored)
+            image = stored_bytes(item.stored)
             rows.append(
                 (_text(item.path), item.split, _text(item.label), content_key(image), images.tell(), len(image))
             )
@@ -80,8 +80,8 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def _opened(folder: Path) -> tuple[list[Item], dict[str, Any]] | None:
-    """The items and facts of a pack that is whole, as far as sizes tell; None for any other."""
+def _open(folder: Path) -> tuple[list[Item], dict[str, Any]] | None:
+    """The items and facts of a complete pack, as far as sizes show; None for any other."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,11 +1,8 @@
 """Image bytes in, image bytes out: the one rule by which every model's input is prepared.
 
-Both sides of a comparison get exactly the bytes made here. Knows no data set and no model.
-
-TODO Bytes put aside on disk: kept in a temporary file that nobody sees, read again when they are asked for.
-
-The file has no name and goes when the last reference to it dies, or with the process. It lies in kshot's cache folder,
-since /tmp may be memory. Knows nothing of what the bytes mean.
+Both sides of a comparison get exactly the bytes made here. Prepared images are spooled to a temporary file without a
+name, which the system removes with the last reference to it or with the process. It is in kshot's cache folder, since
+/tmp may be memory.
 """
 
 import io
@@ -25,78 +22,7 @@ from kshot.errors import DatasetError, InputError
 from kshot.files import cache_folder
 from kshot.images import Size, open_image
 
-# ---- Bytes put aside on disk: kept in a temporary file that nobody sees, read again when they are asked for.
-
 SEGMENT = 256 << 20  # bytes after which a new file is begun, so that space comes back while some references live
-
-
-class _Segment:
-    """One file, shared by the calls of a process: open are as many as SEGMENTs are kept, not as many as calls."""
-
-    def __init__(self) -> None:
-        folder = cache_folder()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as we do
-        except OSError as error:
-            raise _unwritable(error) from error
-        self.end = 0
-
-    def __del__(self) -> None:
-        if file := getattr(self, "file", None):  # which is missing where it could not be opened
-            file.close()
-
-    def write(self, content: bytes, offset: int) -> None:
-        rest, descriptor = memoryview(content), self.file.fileno()
-        try:
-            while rest:
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
-        except OSError as error:
-            raise _unwritable(error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """`length` bytes of the spool from `offset` on, for the process that kept them."""
-
-    segment: _Segment
-    offset: int
-    length: int
-
-    def read(self) -> bytes:
-        """The bytes; any thread may ask."""
-        return os.pread(self.segment.file.fileno(), self.length, self.offset)
-
-
-_current: WeakValueDictionary[int, _Segment] = WeakValueDictionary()  # by process: a fork must not write into ours
-_lock = Lock()
-
-
-def keep(content: bytes) -> Kept:
-    """Put bytes aside; any thread may do so. Raises DatasetError where the cache folder cannot be written."""
-    kept = _reserve(len(content))
-    kept.segment.write(content, kept.offset)
-    return kept
-
-
-def _reserve(length: int) -> Kept:
-    with _lock:
-        segment = _current.get(os.getpid())
-        if segment is None or segment.end >= SEGMENT:
-            segment = _current[os.getpid()] = _Segment()
-        kept = Kept(segment, segment.end, length)
-        segment.end += length
-    return kept
-
-
-def _unwritable(error: OSError) -> DatasetError:
-    return DatasetError(
-        f"the cache folder {cache_folder()} cannot be written ({error.strerror}); set KSHOT_CACHE to one that can"
-    )
-
-
-# ---- Image bytes in, image bytes out: the one rule by which every model's input is prepared.
 
 
 def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> bytes:
@@ -111,24 +37,24 @@ def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: s
 
 
 def prepare_all(examples: Sequence[Example], *, max_side: int = 480, hflip: bool) -> list[Example]:
-    """The examples in order with prepared images, key and label kept; read, prepared and put aside in a thread pool.
+    """The examples in order with prepared images, key and label kept; read, prepared and spooled in a thread pool.
 
-    In memory is one image a thread; the prepared ones go to disk (`data.preparation`) and are read when asked for.
+    In memory is one image a thread; the prepared ones go to disk and are read when they are accessed.
     hflip: also make `mirrored`, the prepared image flipped left to right; else mirrored is None.
-    Raises ImageError; InputError if max_side < 1; DatasetError where images can be neither read nor put aside.
+    Raises ImageError; InputError if max_side < 1; DatasetError where images cannot be read or spooled.
     """
 
     def one(example: Example) -> Example:
         image = decode(_checked(example), max_side=max_side, name=f"image {example.key[:12]}")
-        mirrored = keep(_encode(image, True)) if hflip else None
-        return replace(example, stored=keep(_encode(image, False)), stored_mirrored=mirrored)
+        mirrored = spool(_encode(image, True)) if hflip else None
+        return replace(example, stored=spool(_encode(image, False)), stored_mirrored=mirrored)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, examples))
 
 
 def _checked(example: Example) -> bytes:
-    """The image. Raises DatasetError where it is not the one that the example was made of."""
+    """The image. Raises DatasetError where it is no longer the one that the example was made of."""
     image = example.image
     if content_key(image) != example.key:
         where = f" in {example.stored.path}" if isinstance(example.stored, Slice) else ""
@@ -155,3 +81,72 @@ def _encode(image: Image.Image, mirrored: bool) -> bytes:
     buffer = io.BytesIO()
     (ImageOps.mirror(image) if mirrored else image).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+# Spooling to disk
+
+
+class _Segment:
+    """One file, shared by the calls of a process: few files are open, however many calls there are."""
+
+    def __init__(self) -> None:
+        folder = cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as we do
+        except OSError as error:
+            raise _unwritable(error) from error
+        self.end = 0
+
+    def __del__(self) -> None:
+        if file := getattr(self, "file", None):  # which is missing where it could not be opened
+            file.close()
+
+    def write(self, content: bytes, offset: int) -> None:
+        rest, descriptor = memoryview(content), self.file.fileno()
+        try:
+            while rest:
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+        except OSError as error:
+            raise _unwritable(error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledBytes:
+    """`length` bytes of the spool from `offset` on, for the process that wrote them."""
+
+    segment: _Segment
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """The bytes; any thread may read."""
+        return os.pread(self.segment.file.fileno(), self.length, self.offset)
+
+
+_current: WeakValueDictionary[int, _Segment] = WeakValueDictionary()  # by process: a fork must not write into ours
+_lock = Lock()
+
+
+def spool(content: bytes) -> SpooledBytes:
+    """Write bytes to the spool; any thread may do so. Raises DatasetError where the cache folder cannot be written."""
+    spooled = _reserve(len(content))
+    spooled.segment.write(content, spooled.offset)
+    return spooled
+
+
+def _reserve(length: int) -> SpooledBytes:
+    with _lock:
+        segment = _current.get(os.getpid())
+        if segment is None or segment.end >= SEGMENT:
+            segment = _current[os.getpid()] = _Segment()
+        spooled = SpooledBytes(segment, segment.end, length)
+        segment.end += length
+    return spooled
+
+
+def _unwritable(error: OSError) -> DatasetError:
+    return DatasetError(
+        f"the cache folder {cache_folder()} cannot be written ({error.strerror}); set KSHOT_CACHE to one that can"
+    )

@@ -1,5 +1,6 @@
-"""The original files of a data set as its authors published them: found, checked, read member by member. Nothing is
-unpacked to disk, so no name in an archive can lead anywhere. Knows no data set.
+"""The original files of a data set as its authors published them: found, checked, read member by member.
+
+Nothing is unpacked to disk, so no name in an archive can lead out of a folder.
 """
 
 import hashlib
@@ -11,34 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data.dataset import Part
+from data.dataset import SourceFile
 from kshot.errors import DatasetError
 
 MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
 HEADER = 1 << 20  # bytes; likewise the longest name
-SYSTEM = (".", "Thumbs.db", "desktop.ini")  # how the names of a system's own files begin
+SYSTEM = (".", "Thumbs.db", "desktop.ini")  # how the names of system files begin
 
 
 @dataclass(frozen=True)
-class Files:
-    """The parts of a set in the folder root. Raises DatasetError for a root that is none, here and in every method."""
+class SourceFiles:
+    """The original files of a data set in the folder root. Every method raises DatasetError where one is missing."""
 
     root: Path
-    parts: Mapping[str, Part]
+    files: Mapping[str, SourceFile]
     url: str
 
-    def path(self, part: str) -> Path:
-        """Where the part is. Raises DatasetError where it is not."""
-        names = self.parts[part].names
+    def path(self, key: str) -> Path:
+        """Where the file is. Raises DatasetError where it is missing."""
+        names = self.files[key].names
         for name in names:
             if (self.root / name).exists():
                 return self.root / name
         wanted = " nor ".join(names)
         raise DatasetError(f"there is no {wanted} in {self.root}; --root names the folder of the files of {self.url}")
 
-    def members(self, part: str) -> Iterator[tuple[str, bytes]]:
+    def members(self, key: str) -> Iterator[tuple[str, bytes]]:
         """(name, content) of every file in it: "top/folder/file", whether it is an archive or unpacked."""
-        path = self.path(part)
+        path = self.path(key)
         try:
             if path.is_dir():
                 yield from _of_folder(path)
@@ -50,36 +51,36 @@ class Files:
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
             raise DatasetError(f"{path} is broken ({error}); download it again") from error
 
-    def read(self, part: str, name: str) -> bytes:
-        """The file of that name, wherever it stands in the part; the part itself where that is the file."""
-        if (path := self.path(part)).name == name and path.is_file():
+    def read(self, key: str, name: str) -> bytes:
+        """The member of that name, in whatever folder of the archive; the file itself where that is its name."""
+        if (path := self.path(key)).name == name and path.is_file():
             return path.read_bytes()
-        for member, content in self.members(part):
+        for member, content in self.members(key):
             if member.rpartition("/")[2] == name:
                 return content
-        raise DatasetError(f"{self.path(part)} has no {name}; it is not the file of {self.url}")
+        raise DatasetError(f"{self.path(key)} has no {name}; it is not the file of {self.url}")
 
     def checksums(self) -> dict[str, str]:
-        """File name → MD5 of each part that is a file."""
-        return {path.name: _md5(path) for part in self.parts if (path := self.path(part)).is_file()}
+        """File name → MD5, without what is an unpacked folder."""
+        return {path.name: _md5(path) for key in self.files if (path := self.path(key)).is_file()}
 
     def identity(self) -> str:
-        """16 hex digits that change when a part does: of names, sizes and times, for reading all would take minutes."""
+        """16 hex digits that change when a file does: of names, sizes and times, since reading all takes minutes."""
         digest = hashlib.sha256()
-        for path in (self.path(part) for part in self.parts):
+        for path in map(self.path, self.files):
             for file in [path] if path.is_file() else sorted(path.rglob("*")):
                 stat = file.lstat()
                 digest.update(f"{file.relative_to(path.parent)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
 
-def modified(parts: Mapping[str, Part], checksums: Mapping[str, str]) -> list[str]:
+def modified(files: Mapping[str, SourceFile], checksums: Mapping[str, str]) -> list[str]:
     """The names of the files whose MD5 is not that of the published ones."""
-    known = {name: md5 for part in parts.values() for name, md5 in part.md5.items()}
+    known = {name: md5 for file in files.values() for name, md5 in file.md5.items()}
     return sorted(name for name, md5 in checksums.items() if known.get(name, md5) != md5)
 
 
-def is_of_the_system(name: str) -> bool:
+def is_system_file(name: str) -> bool:
     """Whether a file is one that file managers leave behind."""
     return name.rpartition("/")[2].startswith(SYSTEM) or name.startswith("__MACOSX")
 
@@ -131,9 +132,9 @@ def _check_size(path: Path, size: int) -> None:
 
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _no_secret).hexdigest()
+        return hashlib.file_digest(file, _new_md5).hexdigest()
 
 
-def _no_secret() -> Any:
+def _new_md5() -> Any:
     """MD5 as the authors published it, against damage and mix-ups, not against an attacker."""
     return hashlib.md5(usedforsecurity=False)

@@ -1,7 +1,7 @@
-"""Which images of a benchmark are train and which are test: one pure function per rule. Knows no archive and no hub.
+"""Which images of a benchmark are train and which are test: one pure function per rule.
 
-A rule takes the items of a source and an Ask, and returns (train, test). What a benchmark's protocols are and how many
-images each must give is in the catalog.
+A rule takes the items of a source and SplitOptions, and returns (train, test). Which protocols a benchmark has and how
+many images each must give is in `data.benchmarks.specs`.
 """
 
 import hashlib
@@ -11,43 +11,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.dataset import Item, Rule, Split, SplitOptions, SplitProtocol
-from data.fewshot import stratified_split
+from data.dataset import Item, Split, SplitOptions, SplitProtocol, SplitRule
+from data.fewshot import split_items
 from kshot.errors import DatasetError
 
 
-def given(train: Sequence[str] = ("train",), test: Sequence[str] = ("test",)) -> Rule:
+def given(train: Sequence[str] = ("train",), test: Sequence[str] = ("test",)) -> SplitRule:
     """The source's own split; what is in none of the named ones (validation, say) is left out."""
 
-    def rule(items: Sequence[Item], ask: SplitOptions) -> Split:
+    def rule(items: Sequence[Item], options: SplitOptions) -> Split:
         return [i for i in items if i.split in train], [i for i in items if i.split in test]
 
     return rule
 
 
-def per_class(count: int) -> Rule:
+def per_class(count: int) -> SplitRule:
     """`count` images of each class, drawn by the split seed, are train; the rest are test."""
 
-    def rule(items: Sequence[Item], ask: SplitOptions) -> Split:
-        keys, labels = [item.key for item in items], [item.label for item in items]
-        test, train = stratified_split(keys, labels, test_size=lambda _: count, seed=ask.split_seed)
-        return [items[n] for n in train], [items[n] for n in test]
+    def rule(items: Sequence[Item], options: SplitOptions) -> Split:
+        test, train = split_items(items, test_size=lambda _: count, seed=options.split_seed)
+        return train, test
 
     return rule
 
 
-def from_file(items: Sequence[Item], ask: SplitOptions) -> Split:
+def from_file(items: Sequence[Item], options: SplitOptions) -> Split:
     """The train and test lists of a split file in CoOp's format (Zhou et al. 2022), class names as it writes them.
 
     The file is JSON: {"train": [[path, label, class name], ...], "val": ..., "test": ...}; paths are those of the
     archive's images. Raises DatasetError where there is no file, it is no such JSON, or it names an image that the
     source does not have.
     """
-    by_path, parts = {item.path: item for item in items}, _parts(ask.split_file)
+    by_path, parts = {item.path: item for item in items}, _parts(options.split_file)
     paths = Counter(str(entry[0]) for part in parts for entry in part)
     if twice := [path for path, count in paths.items() if count > 1]:
-        raise DatasetError(f"{ask.split_file} lists the image {twice[0]!r} more than once; mend the file")
-    train, test = ([_listed(by_path, entry, ask.split_file) for entry in part] for part in parts)
+        raise DatasetError(f"{options.split_file} lists the image {twice[0]!r} more than once; mend the file")
+    train, test = ([_listed(by_path, entry, options.split_file) for entry in part] for part in parts)
     return train, test
 
 
@@ -69,10 +68,6 @@ def _parts(file: Path | None) -> tuple[list[list[object]], list[list[object]]]:
     return parts[0] or [], parts[1] or []
 
 
-def _file_fingerprint(file: Path | None) -> str:
-    return hashlib.sha256(_read(file)).hexdigest()[:12]
-
-
 def _read(file: Path | None) -> bytes:
     if file is None:
         raise DatasetError("this protocol reads a split that others have drawn; give its JSON file with --split-file")
@@ -86,8 +81,10 @@ def _read(file: Path | None) -> bytes:
     return content
 
 
-def stamp(protocol: SplitProtocol, ask: SplitOptions) -> str:
+def stamp(protocol: SplitProtocol, options: SplitOptions) -> str:
     """The protocol's name in results: another one wherever the split may differ."""
     if protocol.seeded:
-        return f"{protocol.name}-{ask.split_seed}"
-    return f"{protocol.name}-{_file_fingerprint(ask.split_file)}" if protocol.from_file else protocol.name
+        return f"{protocol.name}-{options.split_seed}"
+    if protocol.from_file:
+        return f"{protocol.name}-{hashlib.sha256(_read(options.split_file)).hexdigest()[:12]}"
+    return protocol.name

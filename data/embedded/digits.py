@@ -1,41 +1,37 @@
-"""The set `digits`: scikit-learn's 1,797 handwritten digits as PNG. Knows nothing of shots or models.
+"""The data set `digits`: scikit-learn's 1,797 handwritten digits as PNG.
 
 The originals have 8x8 pixels of 17 grey levels, smaller than any vision model takes. They are drawn at 64x64 with
-Pillow's BICUBIC filter, dark ink on white paper. The split is by image: who wrote which
-digit is not recorded.
+Pillow's BICUBIC filter, dark ink on white paper. The split is by image: who wrote which digit is not recorded.
 """
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data.dataset import Dataset, Example, content_key
+from data.dataset import Dataset, DatasetSpec, Example, content_key
 from data.fewshot import stratified_split
-
-if TYPE_CHECKING:
-    from data.catalog import DatasetSpec
 
 SIDE = 64
 LEVELS = 16  # the darkest ink of the originals
 TEST_PER_CLASS = 50  # of 174 to 183
 
 
-def load(row: "DatasetSpec", *, root: Path | None, split_seed: int) -> Dataset:
+def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
     """50 test images per class, the other 1,297 images are train; nothing is written, so root is not used."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = [_png(pixels) for pixels in digits.images]
     examples = [Example(content_key(i), i, int(y)) for i, y in zip(images, digits.target, strict=True)]
-    classes = row.classes or ()
+    classes = spec.classes or ()
     train, test = stratified_split(
         [e.key for e in examples],
         [classes[e.label] for e in examples],
         test_size=lambda count: TEST_PER_CLASS,
         seed=split_seed,
     )
-    protocol = f"{row.protocol}-{split_seed}"
-    return Dataset(row.name, protocol, classes, [examples[i] for i in train], [examples[i] for i in test])
+    protocol = f"{spec.protocol}-{split_seed}"
+    return Dataset(spec.name, protocol, classes, [examples[i] for i in train], [examples[i] for i in test])
 
 
 def _png(pixels: Any) -> bytes:

@@ -1,23 +1,17 @@
-"""The set `icons`: real icons of many designers, in 20 classes, drawn once each and kept in the user cache.
+"""The data set `icons`: real icons of many designers, in 20 classes, drawn once each and kept in the user's cache.
 
 An icon's class is the first word of its name ("cart-plus" is a cart). The same drawing in two fonts or under two names
-is one design; a drawing that stands in two classes is in neither, for its label would be a guess. Designs that are near
-the same, or bear one name in two editions of one family (redrawn), are one group and lie on one side of the split.
-Knows nothing of shots or models.
+is one design; a drawing in two classes is left out of both, since its label would be a guess. Designs that are nearly
+the same, or have one name in two editions of one family (redrawn), are one group and are on one side of the split.
 
-TODO The icon fonts in the package QtAwesome, read as files: which icons there are and what each looks like.
-
-Knows nothing of classes, of data sets or of colours. QtAwesome is never imported: its code needs Qt, its fonts do not.
-TODO Draws a glyph as an interface shows it: 64x64, its own size, place, tilt and colours, at times on a button.
-
-Knows neither fonts nor classes. Every choice comes from the generator it is given.
+The icon fonts in the package QtAwesome are read as files: importing QtAwesome would need Qt.
 """
 
 import colorsys
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -29,17 +23,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data.dataset import Dataset, Example, content_key
+from data.dataset import Dataset, DatasetSpec, Example, content_key
 from data.fewshot import stratified_split
-from data.folder import cached
 from kshot.errors import DatasetError
+from kshot.files import cache_folder, write_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from data.catalog import DatasetSpec
-
-# ---- The icon fonts in the package QtAwesome, read as files: which icons there are and what each looks like.
+# Reading the fonts
 
 EM = 256  # pixels; the size at which glyphs are drawn
 THUMBNAIL = 24  # pixels; the size at which drawings are compared
@@ -148,7 +140,7 @@ def _truetype(path: Path) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, EM, layout_engine=ImageFont.Layout.BASIC)
 
 
-# ---- Draws a glyph as an interface shows it: 64x64, its own size, place, tilt and colours, at times on a button.
+# Drawing
 
 DRAWING_VERSION = 1  # raise it when a drawing changes: caches of drawings are named by it
 SIDE = 64
@@ -163,7 +155,11 @@ Colour = tuple[int, int, int]
 
 
 def render(glyph: Image.Image, rng: Random) -> bytes:
-    """glyph: ink as greyscale, cropped to it → PNG bytes, 64x64 RGB; what is drawn is 28 to 60 pixels long."""
+    """A glyph as an interface shows it, of random size, position, tilt and colours, at times on a button.
+
+    glyph: ink as greyscale, cropped to it → PNG bytes, 64x64 RGB; the drawing is 28 to 60 pixels long. Every choice
+    comes from rng.
+    """
     ground, fill, ink = _colours(rng)
     layers = [(_tile(glyph, rng.uniform(0.58, 0.72)), ink)] if fill else [(_tile(glyph, 1.0), ink)]
     size = rng.uniform(46, SIDE - 2 * MARGIN) if fill else rng.uniform(28, 56)
@@ -201,14 +197,14 @@ def _compose(ground: Colour, layers: list[tuple[Image.Image, Colour]], size: flo
     box = turned[0][0].getbbox() or (0, 0, *turned[0][0].size)
     scale = size * SUPERSAMPLE / max(box[2] - box[0], box[3] - box[1])
     width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
-    corner = (_place(width, rng), _place(height, rng))
+    corner = (_offset(width, rng), _offset(height, rng))
     canvas = Image.new("RGB", (SIDE * SUPERSAMPLE, SIDE * SUPERSAMPLE), ground)
     for mask, colour in turned:
         canvas.paste(colour, corner, mask.resize((width, height), Image.Resampling.BOX, box))
     return canvas
 
 
-def _place(extent: int, rng: Random) -> int:
+def _offset(extent: int, rng: Random) -> int:
     free = (SIDE - 2 * MARGIN) * SUPERSAMPLE - extent
     return MARGIN * SUPERSAMPLE + int(rng.random() * (free + 1))
 
@@ -242,7 +238,7 @@ def _luminance(colour: Colour) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-# ---- The set `icons`: real icons of many designers, in 20 classes, drawn once each and kept in the user cache.
+# The data set
 
 SAME = 0.001  # mean absolute difference of two thumbnails, 1 = black against white: one drawing
 NEAR = 0.02  # likewise: near duplicates
@@ -250,13 +246,13 @@ MAX_TEST = 40  # test designs per class; a third of a class where that is less
 CHOICE_VERSION = 1  # raise it when the choice of icons changes
 
 
-def load(row: "DatasetSpec", *, root: Path | None, split_seed: int) -> Dataset:
+def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
     """Seeded split of the designs, stratified by class: a third is test, at most 40 per class.
 
     The first call draws the icons (seconds) and keeps them as one file in root, the next ones read it.
     Raises DatasetError where the fonts are not installed or root cannot be written.
     """
-    words = row.classes or ()
+    words = spec.classes or ()
     table = _read(cached(f"icons-{_key(words)}.parquet", lambda: build(words), root))
     images, labels = table["image"].to_pylist(), table["word"].to_pylist()
     examples = [Example(content_key(i), i, words.index(w)) for i, w in zip(images, labels, strict=True)]
@@ -267,8 +263,23 @@ def load(row: "DatasetSpec", *, root: Path | None, split_seed: int) -> Dataset:
         seed=split_seed,
         groups=table["group"].to_pylist(),
     )
-    protocol = f"{row.protocol}-{split_seed}"
-    return Dataset(row.name, protocol, words, [examples[i] for i in train], [examples[i] for i in test])
+    protocol = f"{spec.protocol}-{split_seed}"
+    return Dataset(spec.name, protocol, words, [examples[i] for i in train], [examples[i] for i in test])
+
+
+def cached(name: str, build: Callable[[], bytes], root: Path | None = None) -> bytes:
+    """What `build` returned once, kept as the file root/name (root: default the user's cache).
+
+    The file begins with the SHA-256 of the rest: a damaged one is built anew. It is written under another name and
+    renamed, so processes may race: each reads or writes a complete file.
+    Raises DatasetError if the folder cannot be written.
+    """
+    path = (root or cache_folder()) / name
+    content = _read_checked(path)
+    if content is None:
+        content = build()
+        _write_checked(path, content)
+    return content
 
 
 def build(words: Sequence[str]) -> bytes:
@@ -345,3 +356,22 @@ def _read(content: bytes) -> "pa.Table":
     import pyarrow.parquet as pq
 
     return pq.read_table(io.BytesIO(content))
+
+
+def _read_checked(path: Path) -> bytes | None:
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None  # not there yet; where it cannot be read, writing it will say why
+    digest, content = stored[:32], stored[32:]
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def _write_checked(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        raise DatasetError(
+            f"cannot write {path} ({error.strerror}); set KSHOT_CACHE to a folder that can be written"
+        ) from error

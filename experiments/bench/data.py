@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.dataset import Example, Slice, Stored, content, content_key
+from data.dataset import Example, Slice, Stored, content_key, stored_bytes
 from data.preparation import decode, prepare_all
 from experiments.bench.harness import FOLDER, finish, in_turn, result, row
 from kshot.errors import DatasetError
@@ -34,7 +34,7 @@ def bench(root: Path | None, quick: bool, json_path: Path | None) -> None:
 
 
 def run(root: Path | None, quick: bool) -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of photographs; None: photographs made here, from a seed.
+    """The record of `experiments.bench.harness`. root: a folder of photographs; None: made here, from a seed.
 
     quick: fewer photographs and rounds.
     Raises DatasetError where the folder has none; ImageError.
@@ -50,7 +50,7 @@ def run(root: Path | None, quick: bool) -> dict[str, Any]:
 
 def _photographs(images: Sequence[Stored], rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Images a second, read and decoded to MAX_SIDE, and prepared."""
-    examples = [Example(content_key(content(stored)), stored, 0) for stored in images]
+    examples = [Example(content_key(stored_bytes(stored)), stored, 0) for stored in images]
     tasks: dict[str, Callable[[], object]] = {
         f"decode and resize to {MAX_SIDE}": lambda: _each(_ours, images, THREADS),
         "the same in plain Pillow": lambda: _each(_plain, images, THREADS),
@@ -88,11 +88,11 @@ def _each(function: Callable[[Stored], object], images: Sequence[Stored], thread
 
 
 def _ours(stored: Stored) -> None:
-    decode(content(stored), max_side=MAX_SIDE, name=str(stored.path) if isinstance(stored, Slice) else "image")
+    decode(stored_bytes(stored), max_side=MAX_SIDE, name=str(stored.path) if isinstance(stored, Slice) else "image")
 
 
 def _plain(stored: Stored) -> None:
-    with Image.open(io.BytesIO(content(stored))) as image:
+    with Image.open(io.BytesIO(stored_bytes(stored))) as image:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         scale = min(1.0, MAX_SIDE / max(rgb.size))
         rgb.resize((max(1, int(rgb.width * scale)), max(1, int(rgb.height * scale))), Image.Resampling.LANCZOS)

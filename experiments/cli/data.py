@@ -123,7 +123,7 @@ def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:
 
 def _lines(dataset: "Dataset", found: "CheckReport") -> Iterator[str]:
     yield f"decoded: {found.images - len(found.broken):,} of {found.images:,}"
-    yield f"the same image twice on one side: {found.twice:,}"
+    yield f"the same image twice on one side: {found.duplicates:,}"
     for what, pairs in (("same image", found.exact), ("near duplicates (perceptual hash)", found.near)):
         yield f"{what} in train and test: {len(pairs):,}"
         for i, j in pairs[:SHOWN]:

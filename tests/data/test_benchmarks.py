@@ -12,9 +12,9 @@ from scipy.io import savemat
 
 from data import catalog, hub
 from data.benchmarks import layouts, sources
-from data.benchmarks.archives import Files
-from data.benchmarks.rows import ROWS
-from data.dataset import Access, Item, content_key
+from data.benchmarks.archives import SourceFiles
+from data.benchmarks.specs import BENCHMARKS
+from data.dataset import Access, Item, clean_name, content_key
 from data.fewshot import k_shot
 from kshot.errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
 from tests.data import published
@@ -37,7 +37,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", SETS)
 def test_every_image_with_its_class_and_its_side(root: Path, name: str) -> None:
     ignored: list[str] = []
-    items = list(layouts.LAYOUTS[name](Files(root / name, row(name).parts, ""), ignored))
+    items = list(layouts.LAYOUTS[name](SourceFiles(root / name, row(name).files, ""), ignored))
     assert {(i.path, i.split, i.label) for i in items} >= EXPECTED[name]
     assert all(isinstance(i.stored, bytes) and i.key == content_key(i.stored) for i in items)
     passed_over = {"caltech101": ["BACKGROUND_Google/tmp"], "pets": ["images/Abyssinian_100.mat", "images/._pug_1.jpg"]}
@@ -92,8 +92,8 @@ def test_the_images_of_caltech_are_vouched_for_by_their_content(root: Path) -> N
 def test_files_that_are_not_the_published_ones(root: Path) -> None:
     with pytest.raises(DatasetError, match=r"checksum of 102flowers.tgz, imagelabels.mat, setid.mat is not that"):
         load(row("flowers"), root / "flowers", allow_modified=False)
-    parts = {key: replace(part, md5={}) for key, part in row("flowers").parts.items()}
-    same = replace(row("flowers"), parts=parts)
+    files = {key: replace(file, md5={}) for key, file in row("flowers").files.items()}
+    same = replace(row("flowers"), files=files)
     assert load(same, root / "flowers", allow_modified=False).protocol == "official"
     before = load(row("flowers"), root / "flowers").protocol
     published.tar(
@@ -118,7 +118,7 @@ def on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
 
         def read(hub_id: str, revision: str | None, splits: tuple[str, ...] | None) -> hub.HubSet:
             asked.append((hub_id, revision, splits))
-            found = layouts.LAYOUTS[name](Files(root / name, row(name).parts, ""), [])
+            found = layouts.LAYOUTS[name](SourceFiles(root / name, row(name).files, ""), [])
             items = [
                 replace(i, path=f"{i.split or 'train'}/{n}", split=i.split or "train", label=i.label.lower())
                 for n, i in enumerate(found)
@@ -134,7 +134,7 @@ def on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
 @pytest.mark.parametrize("name", SETS)
 def test_the_same_set_from_the_hub(root: Path, on_the_hub: Callable[[str], list[object]], name: str) -> None:
     asked = on_the_hub(name)
-    ours = replace(row(name), clean=catalog.clean_name)
+    ours = replace(row(name), clean=clean_name)
     archive, downloaded = load(ours, root / name), load(ours, None, source="hub")
     names = [tuple(map(ours.clean, dataset.classes)) for dataset in (archive, downloaded)]
     assert names[0] == names[1]
@@ -166,11 +166,11 @@ def test_any_set_of_the_hub(on_the_hub: Callable[[str], list[object]]) -> None:
 def test_copies_of_a_set_may_spell_a_flower_otherwise() -> None:
     flower = catalog.DATASETS["flowers"]
     items = [Item(f"train/{n}", "train", label, b"", "") for n, label in enumerate(("barbeton daisy", "Rose"))]
-    assert [item.label for item in sources.named(flower, items)] == ["barberton daisy", "rose"]
+    assert [item.label for item in sources.with_clean_labels(flower, items)] == ["barberton daisy", "rose"]
     assert set(flower.spellings.values()) <= set(flower.classes or ())
     twice = [*items, replace(items[0], label="barberton daisy")]
     with pytest.raises(DatasetError, match="both read 'barberton daisy'"):
-        sources.named(flower, twice)
+        sources.with_clean_labels(flower, twice)
 
 
 @pytest.mark.parametrize(
@@ -221,16 +221,16 @@ def test_sixteen_shots_of_ten_images(root: Path) -> None:
 
 
 def test_rows_state_their_protocols() -> None:
-    stated = {(r.name, p.name): (p.classes, p.train, p.test) for r in ROWS for p in r.protocols}
+    stated = {(r.name, p.name): (p.classes, p.train, p.test) for r in BENCHMARKS for p in r.protocols}
     assert stated["caltech101", "official"] == (102, 3060, 6084)
     assert stated["flowers", "official"] == (102, 1020, 6149)
     assert stated["pets", "official"] == (37, 3680, 3669)
     assert stated["cars", "official"] == (196, 8144, 8041)
     assert stated["caltech101", "coop"][0] == 100
-    for r in ROWS:
+    for r in BENCHMARKS:
         assert [p.name for p in r.protocols] == ["recipe", "official", "coop"]
         assert len(r.classes or ()) in (0, r.protocols[0].classes)
-        assert all(len(md5) == 32 for part in r.parts.values() for md5 in part.md5.values())
+        assert all(len(md5) == 32 for file in r.files.values() for md5 in file.md5.values())
 
 
 def rolled(root: Path) -> None:

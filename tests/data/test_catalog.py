@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from data import catalog
-from data.dataset import Dataset, clean_classes
+from data.dataset import Dataset, clean_classes, clean_name
 from kshot.errors import DatasetError, UnknownNameError
 
 
@@ -59,12 +59,12 @@ def test_a_folder_has_a_row() -> None:
     ],
 )
 def test_clean_name(raw: str, cleaned: str) -> None:
-    assert catalog.clean_name(raw) == cleaned
+    assert clean_name(raw) == cleaned
 
 
 def test_a_decomposed_name_is_composed() -> None:
     """As folder names on some file systems are."""
-    assert catalog.clean_name("Cafe\u0301") == "caf\u00e9"
+    assert clean_name("Cafe\u0301") == "caf\u00e9"
 
 
 def test_names_that_fall_together() -> None:

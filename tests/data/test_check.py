@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from data.check import NEAR, alike, check, perceptual_hash
+from data.check import NEAR, check, near_pairs, perceptual_hash
 from data.dataset import Dataset, Example, content_key
 
 
@@ -34,14 +34,14 @@ def dataset(train: list[bytes], test: list[bytes]) -> Dataset:
 
 def test_a_sound_set(make_image: Callable[..., bytes]) -> None:
     found = check(dataset([make_image(n) for n in range(5)], [make_image(n) for n in range(5, 9)]))
-    assert (found.images, found.broken, found.exact, found.near, found.twice) == (9, [], [], [], 0)
+    assert (found.images, found.broken, found.exact, found.near, found.duplicates) == (9, [], [], [], 0)
 
 
 def test_images_that_train_and_test_share(make_image: Callable[..., bytes]) -> None:
     images = [make_image(n, 200, 150) for n in range(6)]
     smaller = encoded(opened(images[2]).resize((120, 90)), quality=60)
     found = check(dataset([*images[:4], images[0]], [images[5], images[1], smaller]))
-    assert (found.exact, found.near, found.twice) == ([(1, 1)], [(2, 2)], 1)
+    assert (found.exact, found.near, found.duplicates) == ([(1, 1)], [(2, 2)], 1)
 
 
 def test_every_bad_image_is_listed(make_image: Callable[..., bytes]) -> None:
@@ -75,4 +75,4 @@ def test_a_copy_is_near_and_another_image_is_not(make_image: Callable[..., bytes
 def test_pairs_are_those_of_counting_bits(one: list[int], other: list[int]) -> None:
     other = [*other, *(bits ^ 0b10110 for bits in one[:3]), *(bits ^ (2**7 - 1) for bits in one[:3])]
     expected = [(i, j) for i, a in enumerate(one) for j, b in enumerate(other) if (a ^ b).bit_count() <= NEAR]
-    assert alike(np.array(one, np.uint64), np.array(other, np.uint64)) == expected
+    assert near_pairs(np.array(one, np.uint64), np.array(other, np.uint64)) == expected

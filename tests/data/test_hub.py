@@ -28,14 +28,14 @@ import json, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 10  # bytes; as it is, a small file is one piece and nothing is kept of a part
 from data import hub
-from data.dataset import content
+from data.dataset import stored_bytes
 from kshot.errors import KshotError
 
 def answer(request):
     try:
         found = hub.read(*request)
         assert iter(found.items) is found.items
-        items = [(i.path, i.split, i.label, i.key, len(content(i.stored))) for i in found.items]
+        items = [(i.path, i.split, i.label, i.key, len(stored_bytes(i.stored))) for i in found.items]
         return {"revision": found.revision, "classes": found.classes, "items": items}
     except KshotError as error:
         return {"error": type(error).__name__, "text": str(error), "status": error.exit_status}

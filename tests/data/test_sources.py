@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import catalog
 from data.dataset import Dataset
-from data.folder import cached
+from data.embedded.icons import cached
 from kshot.errors import DatasetError, ImageError
 
 

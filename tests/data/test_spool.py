@@ -12,7 +12,7 @@ import pytest
 
 from data import preparation
 from data.dataset import Example, content_key
-from data.preparation import keep, prepare_all
+from data.preparation import prepare_all, spool
 from kshot.errors import DatasetError
 
 ROOT = Path(__file__).parents[2]
@@ -36,14 +36,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_kept_comes_back_to_many_threads(folder: Path) -> None:
     contents = [bytes([n % 251]) * (n % 4000) for n in range(2000)]
     with ThreadPoolExecutor(8) as pool:
-        kept = list(pool.map(keep, contents))
+        kept = list(pool.map(spool, contents))
         assert list(pool.map(lambda one: one.read(), kept)) == contents
     assert list(folder.iterdir()) == []  # the file has no name
 
 
 @LINUX
 def test_one_file_for_many_calls_until_the_last_reference_dies(folder: Path) -> None:
-    kept = [keep(b"some"), keep(b"thing")]
+    kept = [spool(b"some"), spool(b"thing")]
     assert open_files(folder) == 1
     del kept[0]
     gc.collect()
@@ -56,7 +56,7 @@ def test_one_file_for_many_calls_until_the_last_reference_dies(folder: Path) -> 
 @LINUX
 def test_a_full_file_is_followed_by_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "SEGMENT", 10)
-    kept = [keep(b"123456") for _ in range(6)]
+    kept = [spool(b"123456") for _ in range(6)]
     assert open_files(folder) == 3
     assert [one.read() for one in kept] == [b"123456"] * 6
     del kept[:4]
@@ -65,9 +65,9 @@ def test_a_full_file_is_followed_by_another(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_forked_process_begins_its_own_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = keep(b"mine")
+    mine = spool(b"mine")
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    child = keep(b"its")
+    child = spool(b"its")
     assert child.segment is not mine.segment
     assert (mine.read(), child.read()) == (b"mine", b"its")
 
@@ -75,7 +75,7 @@ def test_a_forked_process_begins_its_own_file(folder: Path, monkeypatch: pytest.
 def test_a_cache_that_cannot_be_written(folder: Path) -> None:
     folder.write_text("a file where the folder should be")
     with pytest.raises(DatasetError, match=r"cache folder .*cache cannot be written \(.*\); set KSHOT_CACHE"):
-        keep(b"x")
+        spool(b"x")
 
 
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +84,14 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(DatasetError, match=r"No space left on device\); set KSHOT_CACHE"):
-        keep(b"x")
+        spool(b"x")
 
 
 def test_prepared_images_are_put_aside(folder: Path, make_image: Callable[..., bytes]) -> None:
     image = make_image(0)
     (prepared,) = prepare_all([Example(content_key(image), image, 0)], hflip=True)
-    assert isinstance(prepared.stored, preparation.Kept)
-    assert isinstance(prepared.stored_mirrored, preparation.Kept)
+    assert isinstance(prepared.stored, preparation.SpooledBytes)
+    assert isinstance(prepared.stored_mirrored, preparation.SpooledBytes)
     assert prepared.image != prepared.mirrored
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import catalog
-from data.benchmarks.rows import ROWS
+from data.benchmarks.specs import BENCHMARKS
 from data.dataset import Access, Dataset, Example, content_key
 from experiments.sweep.config import Settings, capped, load, presets
 from experiments.sweep.grid import plan
@@ -20,7 +20,7 @@ GOOD = "name: mine\ndatasets: [flowers, pets]\nmethods: [pixel-knn]\nshots: [8, 
 
 def stand_in(name: str, protocol: str) -> Dataset:
     """As many classes as the benchmark has, with as many training images a class; no image that could be read."""
-    classes = next(p.classes for row in ROWS if row.name == name for p in row.protocols if p.name == protocol)
+    classes = next(p.classes for row in BENCHMARKS if row.name == name for p in row.protocols if p.name == protocol)
     train = [
         Example(content_key(f"{name} {c} {n}".encode()), b"", c) for c in range(classes) for n in range(EACH[name])
     ]

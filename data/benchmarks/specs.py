@@ -1,4 +1,4 @@
-"""The rows of the four benchmarks: what they are, where they are to be had, and how their papers split them.
+"""The specs of the four benchmarks: what they are, where to get them, and how their papers split them.
 
 MD5 sums are those that torchvision and earlier versions of it check; the content digest of Caltech-101 was taken of the
 photographs as CaltechDATA publishes them. Where a commit of the hub is not named, the newest is taken and recorded.
@@ -6,7 +6,7 @@ photographs as CaltechDATA publishes them. Where a commit of the hub is not name
 
 from data.benchmarks import layouts
 from data.benchmarks.protocols import from_file, given, per_class
-from data.dataset import DatasetSpec, Part, SplitProtocol
+from data.dataset import DatasetSpec, SourceFile, SplitProtocol
 
 LOADER = "data.benchmarks.sources:load"
 BOTH = ("train", "test")
@@ -22,7 +22,7 @@ def _coop(classes: int) -> SplitProtocol:
     return SplitProtocol("coop", about, from_file, classes, sources=("archive",), from_file=True)
 
 
-ROWS = (
+BENCHMARKS = (
     DatasetSpec(
         name="caltech101",
         title="Caltech-101: photographs of 101 kinds of objects, and background",
@@ -37,8 +37,8 @@ ROWS = (
         test=6084,
         sources=("hub", "archive"),
         hub="dpdl-benchmark/caltech101",
-        parts={
-            "images": Part(
+        files={
+            "images": SourceFile(
                 ("101_ObjectCategories.tar.gz", "caltech-101.zip", "101_ObjectCategories"),
                 {
                     "101_ObjectCategories.tar.gz": "b224c7392d521a49829488ab0f1120d9",
@@ -74,11 +74,13 @@ ROWS = (
         test=8041,
         sources=("hub", "archive"),
         hub="tanganke/stanford_cars",
-        parts={
-            "train": Part(("cars_train.tgz", "cars_train"), {"cars_train.tgz": "065e5b463ae28d29e77c1b4b166cfe61"}),
-            "test": Part(("cars_test.tgz", "cars_test"), {"cars_test.tgz": "4ce7ebf6a94d07f1952d94dd34c4d501"}),
-            "devkit": Part(("car_devkit.tgz", "devkit"), {"car_devkit.tgz": "c3b158d763b6e2245038c8ad08e45376"}),
-            "test labels": Part(
+        files={
+            "train": SourceFile(
+                ("cars_train.tgz", "cars_train"), {"cars_train.tgz": "065e5b463ae28d29e77c1b4b166cfe61"}
+            ),
+            "test": SourceFile(("cars_test.tgz", "cars_test"), {"cars_test.tgz": "4ce7ebf6a94d07f1952d94dd34c4d501"}),
+            "devkit": SourceFile(("car_devkit.tgz", "devkit"), {"car_devkit.tgz": "c3b158d763b6e2245038c8ad08e45376"}),
+            "test labels": SourceFile(
                 ("cars_test_annos_withlabels.mat",),
                 {"cars_test_annos_withlabels.mat": "b0a2b23655a3edd16d84508592a98d10"},
             ),
@@ -103,10 +105,10 @@ ROWS = (
         test=6149,
         sources=("hub", "archive"),
         hub="dpdl-benchmark/oxford_flowers102",
-        parts={
-            "images": Part(("102flowers.tgz", "jpg"), {"102flowers.tgz": "52808999861908f626f3c1f4e79d11fa"}),
-            "labels": Part(("imagelabels.mat",), {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d"}),
-            "split": Part(("setid.mat",), {"setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}),
+        files={
+            "images": SourceFile(("102flowers.tgz", "jpg"), {"102flowers.tgz": "52808999861908f626f3c1f4e79d11fa"}),
+            "labels": SourceFile(("imagelabels.mat",), {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d"}),
+            "split": SourceFile(("setid.mat",), {"setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}),
         },
         protocols=(
             _recipe(102, 1020, 6149),
@@ -137,9 +139,9 @@ ROWS = (
         test=3669,
         sources=("hub", "archive"),
         hub="dpdl-benchmark/oxford_iiit_pet",
-        parts={
-            "images": Part(("images.tar.gz", "images"), {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c"}),
-            "annotations": Part(
+        files={
+            "images": SourceFile(("images.tar.gz", "images"), {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c"}),
+            "annotations": SourceFile(
                 ("annotations.tar.gz", "annotations"), {"annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f"}
             ),
         },
