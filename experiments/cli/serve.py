@@ -1,4 +1,4 @@
-"""`kshot serve`: the training and sampling API for Tinker and OpenAI clients. Turns arguments into calls."""
+"""`kshot serve`: the training and sampling API for Tinker and OpenAI clients."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,16 +41,17 @@ def serve(
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
     from vlm.server.app import Options
     from vlm.server.guard import Keys
-    from vlm.server.serve import registry, set_threads
+    from vlm.server.serve import engine_registry
     from vlm.server.serve import serve as run
 
     keys = Keys() if api_key_file is None else Keys.read(api_key_file)
     options = Options(host, port, keys, tuple(allow_host or ()), allow_urls, image_log_probs)
-    made = registry(model or [], state, device, dtype, train_vision=train_vision, features=features)
+    registry = engine_registry(
+        model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads
+    )
 
-    def say(address: str) -> None:
-        line = f"kshot serves {', '.join(made.model_paths or ())} at {address}  (state: {made.state})"
+    def print_address(address: str) -> None:
+        line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state})"
         out.print(line, highlight=False, soft_wrap=True)
 
-    set_threads(threads)
-    run(made, options, say)
+    run(registry, options, print_address)

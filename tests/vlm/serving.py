@@ -23,7 +23,7 @@ from vlm.server.app import Options, application
 from vlm.server.state import ServerState
 from vlm.server.store import Store
 
-PLACES = {nano.NAME: nano.NAME}
+MODEL_PATHS = {nano.NAME: nano.NAME}
 HEADERS = {"X-API-Key": "tml-local"}
 
 
@@ -37,10 +37,10 @@ class Server:
 
 
 @contextmanager
-def served(state: Path, host: EngineRegistry | None = None, **options: Any) -> Iterator[Server]:
+def served(folder: Path, registry: EngineRegistry | None = None, **options: Any) -> Iterator[Server]:
     """A server on a free port of loopback, on a thread."""
-    host = host or EngineRegistry(state, model_paths=PLACES)
-    state = ServerState(host, Store(host.state))
+    registry = registry or EngineRegistry(folder, model_paths=MODEL_PATHS)
+    state = ServerState(registry, Store(registry.state))
     app = application(state, Options(**options))
     config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

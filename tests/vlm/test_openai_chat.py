@@ -112,11 +112,11 @@ def test_the_token_that_ends_the_turn_is_no_part_of_the_answer(
     api: openai.OpenAI, prompt: Prompt, stock: Any, rule: ImageRule, examples: list[Pictured], monkeypatch: Any
 ) -> None:
     known = prompt.tokenizer.convert_tokens_to_ids
-    assert chat.ends(prompt.tokenizer) == [known("<|endoftext|>"), known("<|im_end|>")]
+    assert chat.end_tokens(prompt.tokenizer) == [known("<|endoftext|>"), known("<|im_end|>")]
     tokens = written_by(stock, prompt.question(examples[0].image), rule, 12)
     end = tokens[5]
     kept = tokens[: tokens.index(end)]
-    monkeypatch.setattr(chat, "ends", lambda _: [end])  # as if this token ended the turn
+    monkeypatch.setattr(chat, "end_tokens", lambda _: [end])  # as if this token ended the turn
     for whole in (True, False):
         options: dict[str, Any] = {"extra_body": {"continue_final_message": True}, "max_tokens": 12, "logprobs": True}
         if whole:

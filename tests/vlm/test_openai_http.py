@@ -91,11 +91,11 @@ class Scripted(Models):
 
     def _start(self, tokenizer: Any, ask: SamplingRequest, on_token: Any) -> Any:
         future: Future[types.SampleResponse] = Future()
-        writer = TokenSequence(tokenizer, ask.params, 0)
+        sequence = TokenSequence(tokenizer, ask.params, 0)
         for token in tokenizer.encode("a b c d")[: self.tokens]:
-            writer.write(token, -1.0)
+            sequence.append(token, -1.0)
             if on_token:
-                on_token(writer)
+                on_token(sequence)
         future.set_exception(self.ending)
 
         class Made:

@@ -21,7 +21,7 @@ from vlm.server.openai import chat
 
 
 def read(url: str, allow_urls: bool = True) -> bytes:
-    return asyncio.run(chat.read(url, allow_urls=allow_urls))
+    return asyncio.run(chat.read_image(url, allow_urls=allow_urls))
 
 
 def fetch(url: str) -> bytes:

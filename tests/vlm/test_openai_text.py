@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.vlm import genuine
 from vlm import nano
 from vlm.local.model.load import load_tokenizer
-from vlm.server.openai.text import Alphabet, Text
+from vlm.server.openai.text import DecodedText, Vocabulary
 
 NANO = load_tokenizer(nano.NAME)
 PIECES = st.one_of(
@@ -21,9 +21,9 @@ PIECES = st.one_of(
 
 def pieces(tokens: list[int], stops: list[str], tokenizer: Any = NANO) -> list[str]:
     """What can be shown after each token, and at the end."""
-    text, taken = Text(Alphabet(tokenizer), stops), []
+    text, taken = DecodedText(Vocabulary(tokenizer), stops), []
     for token in tokens:
-        text.push(token)
+        text.add(token)
         taken.append(text.take()[0])
     text.end()
     return [*taken, text.take()[0]]
@@ -61,9 +61,9 @@ def test_characters_come_whole_and_stops_are_held_back() -> None:
 
 def test_each_token_says_where_it_begins() -> None:
     tokens = NANO.encode("a☕b")
-    text = Text(Alphabet(NANO))
+    text = DecodedText(Vocabulary(NANO))
     for token in tokens:
-        text.push(token, -1.0)
+        text.add(token, -1.0)
     text.end()
     taken = text.take()[1]
     assert [token.id for token in taken] == tokens
@@ -72,9 +72,9 @@ def test_each_token_says_where_it_begins() -> None:
 
 def test_tokens_of_a_stopped_text_are_those_that_begin_in_it() -> None:
     letters = [NANO.encode(sign)[0] for sign in "abcd"]
-    text = Text(Alphabet(NANO), ["bc"])
+    text = DecodedText(Vocabulary(NANO), ["bc"])
     for token in letters:
-        text.push(token)
+        text.add(token)
     text.end()
     said, tokens = text.take()
     assert (said, text.stopped) == ("a", True)
@@ -82,12 +82,12 @@ def test_tokens_of_a_stopped_text_are_those_that_begin_in_it() -> None:
 
 
 def test_names_of_tokens() -> None:
-    alphabet = Alphabet(NANO)
+    vocabulary = Vocabulary(NANO)
     parts = NANO.encode("☕")
-    assert b"".join(alphabet.data(token) for token in parts) == "☕".encode()
-    assert alphabet.name(parts[0]).startswith("bytes:\\xe2")
-    assert alphabet.name(NANO.eos_token_id) == "<|im_end|>"
-    assert alphabet.data(99_999) == b""  # the vocabulary of a model may be padded
+    assert b"".join(vocabulary.data(token) for token in parts) == "☕".encode()
+    assert vocabulary.name(parts[0]).startswith("bytes:\\xe2")
+    assert vocabulary.name(NANO.eos_token_id) == "<|im_end|>"
+    assert vocabulary.data(99_999) == b""  # the vocabulary of a model may be padded
 
 
 @genuine.needed

@@ -17,8 +17,7 @@ from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.scheduler import Scheduler
 from vlm.server import guard, runs
-from vlm.server import state as core
-from vlm.server import state as samplers
+from vlm.server import state as server_state
 
 PROMPT = model_input([300, 301, 302])
 DATA = [datum(PROMPT, [400, 401])]
@@ -50,11 +49,11 @@ def test_a_stop_is_soon_and_no_answer(tmp_path: Path) -> None:
 def test_a_pass_that_takes_long_does_not_keep_a_server_from_ending(tmp_path: Path) -> None:
     over = threading.Event()
     with served(tmp_path) as server:
-        core_ = server.core
-        core_.host.worker.submit(over.wait, 60)
+        state = server.state
+        state.registry.scheduler.submit(over.wait, 60)
         begun = time.monotonic()
-    assert time.monotonic() - begun < core.GRACE + 4
-    assert not core_.ended
+    assert time.monotonic() - begun < server_state.GRACE + 4
+    assert not state.ended
     over.set()
 
 
@@ -62,10 +61,10 @@ def test_what_waits_for_a_number_that_never_comes_is_told(tmp_path: Path) -> Non
     with served(tmp_path) as server, talking(server.address) as raw:
         run = raw.run(raw.session())
         held = [accepted(raw.pass_of(run, seq, DATA)) for seq in (2, 4)]
-        server.core.tidy(time.time())
-        assert server.core.runs[run].waiting == 2
-        loop = server.core.futures._answers[held[0]].get_loop()
-        loop.call_soon_threadsafe(server.core.tidy, time.time() + runs.GAP + 1)
+        server.state.tidy(time.time())
+        assert server.state.runs[run].waiting == 2
+        loop = server.state.futures._answers[held[0]].get_loop()
+        loop.call_soon_threadsafe(server.state.tidy, time.time() + runs.GAP + 1)
         for request_id in held:
             assert f"request 1 of run {run} never came" in raw.answer(request_id)["error"]
         raw.output(accepted(raw.pass_of(run, 5, DATA)))
@@ -83,10 +82,10 @@ def test_unsaved_weights_of_a_run_are_those_last_asked_for(tmp_path: Path) -> No
     with served(tmp_path) as server, talking(server.address) as raw:
         run = raw.run(raw.session())
         made = []
-        for seq in range(1, samplers.UNSAVED + 3):
+        for seq in range(1, server_state.UNSAVED + 3):
             asked = raw.post("save_weights_for_sampler", model_id=run, seq_id=seq, sampling_session_seq_id=seq)
             made.append(raw.answer(accepted(asked))["sampling_session_id"])
-        assert list(server.core.samplers.ephemeral) == made[2:]
+        assert list(server.state.samplers.ephemeral) == made[2:]
         body = sample_of(PROMPT, max_tokens=1) | {"base_model": None, "seq_id": 0}
         gone = raw.answer(accepted(raw.post("asample", **body, sampling_session_id=made[0])))
         assert "were in memory alone and are gone" in gone["error"]
@@ -99,7 +98,7 @@ def test_a_damaged_checkpoint_does_not_keep_a_server_from_starting(tmp_path: Pat
         for seq, name in enumerate(("good", "bad"), 1):
             raw.answer(accepted(raw.http.post("/api/v1/save_weights", json=save_of(run, seq, name))))
         for name in ("good", "bad"):
-            server.core.store.remove_checkpoint(f"tinker://{run}/weights/{name}")
+            server.state.store.remove_checkpoint(f"tinker://{run}/weights/{name}")
     next(tmp_path.glob("*/weights/bad/kshot.json")).write_text("")
     with served(tmp_path) as server, talking(server.address) as raw:
         listed = [row["tinker_path"] for row in raw.get("checkpoints").json()["checkpoints"]]

@@ -372,7 +372,7 @@ def step(fuzzed: Fuzzed, run: str, number: int) -> None:
 
 
 def next_number(fuzzed: Fuzzed) -> int:
-    live = fuzzed.server.core.runs[fuzzed.run]
+    live = fuzzed.server.state.runs[fuzzed.run]
     return next(n for n in range(live.next_seq, 10**9) if n not in live.held)
 
 
@@ -382,16 +382,16 @@ def next_number(fuzzed: Fuzzed) -> int:
 def come_to_an_end(fuzzed: Fuzzed) -> int:
     """Steps for numbers that are missing, so that what was accepted is made, and the session's end for what is still
     ahead of its turn; how many requests that took."""
-    sent, runs = 1, fuzzed.server.core.runs
+    sent, runs = 1, fuzzed.server.state.runs
     for run in list(runs.values()):
         soon = [number for number in run.held if number < SOON]
         for number in set(range(run.next_seq, max(soon, default=0))) - run.held.keys():
             step(fuzzed, run.id, number)
             sent += 1
-    until(lambda: fuzzed.server.core.futures.pending == sum(n >= SOON for run in runs.values() for n in run.held))
+    until(lambda: fuzzed.server.state.futures.pending == sum(n >= SOON for run in runs.values() for n in run.held))
     response = fuzzed.client.post(f"/api/v1/sessions/{fuzzed.known['session_id'][0]}/finish", json={"reason": {}})
     fuzzed.note(response.status_code, {})
-    until(lambda: fuzzed.server.core.futures.pending == 0)
+    until(lambda: fuzzed.server.state.futures.pending == 0)
     return sent
 
 

@@ -59,7 +59,7 @@ def run(client: httpx.Client, session: str) -> str:
 
 def number(server: Server, run: str) -> int:
     """Of the run's next request."""
-    return server.core.runs[run].next_seq
+    return server.state.runs[run].next_seq
 
 
 # ---- Bodies
@@ -318,9 +318,9 @@ def test_a_failure_of_the_servers_own_is_told_without_details(
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("a secret of /home/somebody")
 
-    monkeypatch.setattr(type(server.core.store), "runs", fail)
-    monkeypatch.setattr(type(server.core.samplers), "client", fail)
-    monkeypatch.setattr(type(server.core.runs[run].client), "optim_step", fail)
+    monkeypatch.setattr(type(server.state.store), "runs", fail)
+    monkeypatch.setattr(type(server.state.samplers), "client", fail)
+    monkeypatch.setattr(type(server.state.runs[run].client), "optim_step", fail)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     client.headers["connection"] = "close"  # after such a failure the server closes it
     told = client.get(f"{API}/training_runs")

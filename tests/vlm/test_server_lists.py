@@ -13,7 +13,7 @@ from tinker import types
 from kshot.checks import folder_of
 from tests.vlm.raw import Raw, refused, talking
 from tests.vlm.services import PATIENCE, connected, step
-from tests.vlm.serving import HEADERS, PLACES, Server, served
+from tests.vlm.serving import HEADERS, MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
@@ -25,7 +25,7 @@ DATA = [datum(model_input([300, 301, 302]), [400, 401])]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     state = tmp_path_factory.mktemp("state")
-    with served(state, EngineRegistry(state, model_paths={**PLACES, "other/nano": nano.NAME})) as server:
+    with served(state, EngineRegistry(state, model_paths={**MODEL_PATHS, "other/nano": nano.NAME})) as server:
         yield server
 
 

@@ -66,12 +66,12 @@ def test_64_clients_with_20_operations_each(
         clients = [vlm.connect(server.address) for _ in range(CLIENTS)]
         with ThreadPoolExecutor(CLIENTS) as pool:
             found = list(pool.map(lambda n: work(clients[n], n % 8, prompt, examples), range(CLIENTS)))
-        core = server.core
+        state = server.state
         rest = tinker.RestClient(base_url=server.address, api_key="tml-local")
         listed = {row.tinker_path for row in rest.list_user_checkpoints(limit=1000).result().checkpoints}
         for client in clients:
             client.close("success").result()
-    assert (core.steps, core.futures.pending, len(core.runs)) == (CLIENTS * STEPS, 0, 0)
+    assert (state.steps, state.futures.pending, len(state.runs)) == (CLIENTS * STEPS, 0, 0)
     assert len({each["model"] for each in found}) == CLIENTS
     assert listed == {each["path"] for each in found}
     for number, each in enumerate(found):

@@ -57,9 +57,9 @@ def test_bodies_without_a_run_in_memory_are_refused_at_once(raw: Raw) -> None:
 def test_a_run_is_made_once(server: Server, raw: Raw) -> None:
     session = raw.session()
     raw.run(session)
-    while server.core.futures.known(f"{session}:train:0/0") in server.core.futures._answers:
+    while server.state.futures.known(f"{session}:train:0/0") in server.state.futures._answers:
         time.sleep(0.01)  # until it is written
-    server.core.store.prune(0, -1e12, -1e12, 0)  # as after a day: the answer is not known any more
+    server.state.store.prune(0, -1e12, -1e12, 0)  # as after a day: the answer is not known any more
     lora = {"session_id": session, "base_model": nano.NAME, "lora_config": {"rank": 4}}
     assert "was made before" in refused(raw.post("create_model", model_seq_id=0, **lora), 400)
     assert "model_seq_id = -1" in refused(raw.post("create_model", model_seq_id=-1, **lora), 400)
@@ -90,11 +90,11 @@ def test_a_sample_is_cancelled_before_its_weights_are_there(server: Server, raw:
     run = raw.run(raw.session())
     path = raw.answer(accepted(save(raw, "save_weights_for_sampler", model_id=run, seq_id=1, path="x")))["path"]
     hold = threading.Event()
-    server.core.host.worker.submit(hold.wait, 20)  # whatever loads weights waits behind it
+    server.state.registry.scheduler.submit(hold.wait, 20)  # whatever loads weights waits behind it
     asked = sample_of(PROMPT, max_tokens=2000) | {"base_model": None, "model_path": path}
     request_id = accepted(raw.post("asample", **asked))
-    written = server.core.host.worker.tokens_sampled
+    written = server.state.registry.scheduler.tokens_sampled
     assert raw.post("cancel_future", request_id=request_id).status_code == 204
     hold.set()
     assert "cancelled" in raw.answer(request_id)["error"]
-    assert server.core.host.worker.tokens_sampled == written
+    assert server.state.registry.scheduler.tokens_sampled == written

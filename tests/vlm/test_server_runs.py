@@ -18,7 +18,7 @@ from tinker import types
 from tests.vlm.checkpoints import copied, with_weights
 from tests.vlm.raw import PROTOBUF, Raw, accepted, body_of, refused, run_of, sample_of, talking
 from tests.vlm.services import PATIENCE, close, connected, log_probs, step
-from tests.vlm.serving import PLACES, Server, served
+from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     norm = "model.language_model.norm.weight"
     with_weights(folder, {norm: 1.5 * load_file(folder / "model.safetensors")[norm]})
     state = tmp_path_factory.mktemp("state")
-    with served(state, EngineRegistry(state, model_paths={**PLACES, OTHER: str(folder)})) as server:
+    with served(state, EngineRegistry(state, model_paths={**MODEL_PATHS, OTHER: str(folder)})) as server:
         yield server
 
 
@@ -220,7 +220,7 @@ def fetches(raw: Raw) -> int:
 
 
 def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, prompt = server.state.registry.worker, tinker.ModelInput.from_ints([5, 6, 7])
+    worker, prompt = server.state.registry.scheduler, tinker.ModelInput.from_ints([5, 6, 7])
     long: dict[str, Any] = {"max_tokens": 4000, "temperature": 1.0, "seed": 1, "stop": []}
     asked = raw.asked("asample", **sample_of(prompt, **long))
     assert soon(lambda: worker.active_sequences == 1)

@@ -14,7 +14,7 @@ from tinker import types
 from tests.vlm.checkpoints import copied
 from tests.vlm.raw import Raw, accepted, refused, run_of, sample_of, talking
 from tests.vlm.services import PATIENCE, connected, step
-from tests.vlm.serving import PLACES, Server, served
+from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
@@ -36,8 +36,8 @@ def test_a_session_that_is_finished_gives_its_memory_back(server: Server, raw: R
         sampler = saved.save_weights_and_get_sampling_client().result(PATIENCE)
         assert raw.post("session_heartbeat", session_id=session).status_code == 200
         waiting = accepted(raw.step(unsaved.model_id, 9))
-    assert not {saved.model_id, unsaved.model_id} & set(server.core.runs)
-    assert not server.core.samplers.ephemeral
+    assert not {saved.model_id, unsaved.model_id} & set(server.state.runs)
+    assert not server.state.samplers.ephemeral
     way = f"go on from '{path}' with create_training_client_from_state_with_optimizer"
     assert way in refused(raw.pass_of(saved.model_id, 20, data), 404)
     assert "nothing of it was saved" in refused(raw.pass_of(unsaved.model_id, 1, data), 404)
@@ -57,17 +57,17 @@ def test_a_session_without_a_sign_of_life_is_put_away(server: Server, raw: Raw, 
     quiet, lively = raw.session(), raw.session()
     runs_of = [raw.run(each) for each in (quiet, lively)]
     now = time.time()
-    server.core.store.heartbeat(quiet, now - 4000)
-    server.core.runs[runs_of[0]].last_request = now - 4000
-    server.core.tidy(now)
-    assert [run in server.core.runs for run in runs_of] == [False, True]
+    server.state.store.heartbeat(quiet, now - 4000)
+    server.state.runs[runs_of[0]].last_request = now - 4000
+    server.state.tidy(now)
+    assert [run in server.state.runs for run in runs_of] == [False, True]
     said = refused(raw.pass_of(runs_of[0], 1, data), 404)
     assert "not in memory any more" in said
     raw.answer(accepted(raw.pass_of(runs_of[1], 1, data)))
-    server.core.store.heartbeat(lively, now - 4000)
+    server.state.store.heartbeat(lively, now - 4000)
     assert raw.post("session_heartbeat", session_id=lively).status_code == 200
-    server.core.tidy(now)
-    assert runs_of[1] in server.core.runs
+    server.state.tidy(now)
+    assert runs_of[1] in server.state.runs
     assert "there is no session" in refused(raw.post("session_heartbeat", session_id="nobody's"), 404)
     assert "there is no run" in refused(raw.pass_of(run_of("0" * 36), 1, data), 404)
 
@@ -82,7 +82,7 @@ def test_a_run_can_be_asked_for_while_its_model_is_loaded(tmp_path: Path, data: 
             return super().engine(base_model)
 
     with (
-        served(tmp_path / "state", Slow(tmp_path / "state", places={**PLACES, OTHER: str(broken)})) as server,
+        served(tmp_path / "state", Slow(tmp_path / "state", model_paths={**MODEL_PATHS, OTHER: str(broken)})) as server,
         talking(server.address) as raw,
     ):
         (broken / "model.safetensors").unlink()

@@ -1,5 +1,7 @@
-"""Saved checkpoints as clients see them: what there is, until when, and how it goes. The folders themselves are
-`vlm.local.checkpoint`'s; the store knows of each what a list shows. Knows no HTTP and no weights."""
+"""The list of saved checkpoints: registered when they are saved, found, deleted at once or when they expire.
+
+The folders are written and read by the local service; the list is a table of the store.
+"""
 
 import json
 import logging
@@ -18,7 +20,7 @@ from vlm.server.store import Store
 from vlm.server.tables import Checkpoint
 
 log = logging.getLogger("kshot.server")
-LISTED = 1000  # of a run's checkpoints, newest first, that are looked through for one that has not expired
+LISTED = 1000  # of a run's checkpoints, newest first, that are searched for one that has not expired
 LONGEST = 10 * 366 * 86400  # seconds: ten years
 
 
@@ -28,64 +30,60 @@ def check_ttl(seconds: int | None) -> None:
         raise RequestError(f"ttl_seconds = {seconds} is out of range: it must be from 1 to {LONGEST}, or null for ever")
 
 
-def _over(row: Checkpoint) -> bool:
-    return row.expires is not None and row.expires <= time.time()
-
-
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints below a state folder."""
+    """The checkpoints below the state folder `root`."""
 
     root: Path
     store: Store
 
     def existing(self, path: str) -> Checkpoint:
-        """What is known of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
+        """The row of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
         folder_of(self.root, path)
         row = self.store.checkpoint(path)
-        if row is None or _over(row):
+        if row is None or _expired(row):
             raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
         return row
 
     def last(self, run: str) -> str | None:
         """The path of the last checkpoint with which a run can go on."""
         rows = self.store.checkpoints(run, limit=LISTED, kind=KINDS[0])
-        return next((row.path for row in rows if not _over(row)), None)
+        return next((row.path for row in rows if not _expired(row)), None)
 
-    def note(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
-        """Take a checkpoint that was saved into the list, to go after so many seconds."""
+    def register(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
+        """Add a checkpoint that was saved; ttl: seconds after which it is deleted."""
         now = time.time()
         self._add(path, folder_of(self.root, path), now, None if ttl is None else now + ttl, metadata)
 
-    def expire(self, path: str, ttl: int | None) -> None:
-        """Let a checkpoint go after so many seconds from now, or never. Raises as `existing`."""
-        self.store.set_expiry(self.existing(path).path, None if ttl is None else time.time() + ttl)
+    def set_ttl(self, path: str, ttl: int | None) -> None:
+        """Delete a checkpoint in so many seconds, or never."""
+        self.store.set_expiry(path, None if ttl is None else time.time() + ttl)
 
-    def free(self, path: str) -> None:
-        """Take away an expired checkpoint whose name is to be used again."""
+    def remove_if_expired(self, path: str) -> None:
+        """Delete an expired checkpoint, whose name is to be used again."""
         row = self.store.checkpoint(path)
-        if row is not None and _over(row):
+        if row is not None and _expired(row):
             self.remove(path)
 
     def remove(self, path: str) -> None:
-        """Delete a checkpoint: at once out of the list, and its files. Raises as `folder_of`."""
+        """Delete a checkpoint, from the list and from the disk. Raises as `folder_of`."""
         folder = folder_of(self.root, path)
         self.store.remove_checkpoint(path)
-        if folder.is_dir():  # gone at once; its files at leisure, beside the event loop
+        if folder.is_dir():  # it is renamed at once; deleting the files may take long
             Thread(target=shutil.rmtree, args=(set_aside(folder), True), daemon=True).start()
 
     def remove_expired(self, now: float) -> None:
-        """Delete all whose time is over."""
+        """Delete all that have expired."""
         for path in self.store.expired(now):
             self.remove(path)
 
     def reconcile(self) -> None:
-        """Make the list say what is on the disk: a server may have been killed between the two."""
-        found = dict(self._folders())
+        """Make the list agree with the disk: a server may have been killed between the two writes."""
+        folders = dict(self._folders())
         for path in self.store.checkpoint_paths():
-            if path not in found:
+            if path not in folders:
                 self.store.remove_checkpoint(path)
-        for path, folder in found.items():
+        for path, folder in folders.items():
             if self.store.checkpoint(path) is None:
                 try:
                     self._add(path, folder, folder.stat().st_mtime, None, None)
@@ -122,3 +120,7 @@ class Checkpoints:
                 has_optimizer=(folder / OPTIMIZER).is_file(),
             )
         )
+
+
+def _expired(row: Checkpoint) -> bool:
+    return row.expires is not None and row.expires <= time.time()

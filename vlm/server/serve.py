@@ -1,4 +1,4 @@
-"""`kshot serve`: a server on a socket, until it is told to stop. Knows no endpoint."""
+"""`kshot serve`: runs a server on a socket until a signal stops it."""
 
 import gc
 import logging
@@ -27,49 +27,35 @@ SWITCH = 0.0005  # seconds after which Python lets another thread run: requests 
 GRACE = 5  # seconds that open connections have when the server stops
 
 
-def model_paths(given: list[str]) -> dict[str, str]:
-    """NAME=PATH, or a name alone, of each model → where it is. Raises InputError and what `vlm.models.check` raises."""
-    found: dict[str, str] = {}
-    for text in given or list(models.MODELS):
-        name, equals, place = text.partition("=")
-        if not name or (equals and not place):
-            raise InputError(f"--model {text!r}: give a name, or NAME=PATH")
-        if name in found:
-            raise InputError(f"--model {name!r} is given twice; leave one out")
-        models.check(place or name)
-        found[name] = place or name
-    return found
-
-
-def registry(
-    given: list[str],
+def engine_registry(
+    model_arguments: list[str],
     state: Path | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     *,
     train_vision: bool = False,
     features: Path | None = None,
+    threads: int | None = None,
 ) -> EngineRegistry:
-    """The engines of a server, none of them loaded yet. given: see `model_paths`; the rest: see `vlm.connect`.
+    """The engines of a server; none of them is loaded yet.
 
-    Raises ModelError for a device that is not here, UnknownNameError for a dtype, and as `model_paths`.
+    model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
+    arithmetic on a CPU, by default all cores but one, which answers requests meanwhile. The rest: see `vlm.connect`.
+
+    Raises InputError for an argument that is neither, ModelError for a device that is not here, UnknownNameError for a
+    dtype, and as `vlm.models.check`.
     """
     devices(device)  # now, not when the first request comes
-    folder = (state or state_folder()).resolve()
-    return EngineRegistry(folder, device, dtype_of(dtype), train_vision, features, model_paths=model_paths(given))
-
-
-def set_threads(count: int | None) -> None:
-    """Of the models' arithmetic on a CPU; by default all cores but one, which answers requests meanwhile. Before any
-    model is loaded."""
-    torch.set_num_threads(count or max(1, (os.cpu_count() or 2) - 1))
+    folder, torch_dtype, paths = (state or state_folder()).resolve(), dtype_of(dtype), _model_paths(model_arguments)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths)
 
 
 def serve(registry: EngineRegistry, options: Options, on_start: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
 
-    Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on, is not loopback without keys, or where another server
-    uses the state folder.
+    Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on or is not loopback without
+    keys, or where another server uses the state folder.
     """
     if options.keys.digests is None and not is_loopback(options.host):
         raise InputError(f"--host {options.host} is reached by others; give --api-key-file, or listen on 127.0.0.1")
@@ -87,21 +73,35 @@ def serve(registry: EngineRegistry, options: Options, on_start: Callable[[str], 
             lifespan="on",
         )
         sys.setswitchinterval(SWITCH)
-        gc.freeze()  # what was loaded stays: collecting it again and again costs milliseconds a time
+        gc.freeze()  # what was loaded stays: looking at it in each collection costs milliseconds
         server = _Server(config, state, options.address, on_start)
         try:
             server.run([listening])
         finally:
-            gc.unfreeze()  # or libraries complain at the end of what nobody could collect
-            if not state.ended:  # the interpreter would wait for the pass that the engine is making
+            gc.unfreeze()  # or libraries complain at exit of objects that were not collected
+            if not state.ended:  # the interpreter would wait for the engine's thread
                 log.warning("stopped in the middle of a pass")
                 os._exit(INTERRUPTED)
         if server.interrupted:  # uvicorn raises the signal again, in vain where it is ignored: in a background job
             raise KeyboardInterrupt
 
 
+def _model_paths(arguments: list[str]) -> dict[str, str]:
+    """Model name → folder or hub id."""
+    paths: dict[str, str] = {}
+    for text in arguments or list(models.MODELS):
+        name, equals, path = text.partition("=")
+        if not name or (equals and not path):
+            raise InputError(f"--model {text!r}: give a name, or NAME=PATH")
+        if name in paths:
+            raise InputError(f"--model {name!r} is given twice; leave one out")
+        models.check(path or name)
+        paths[name] = path or name
+    return paths
+
+
 class _Server(uvicorn.Server):
-    """uvicorn, which says when it listens."""
+    """uvicorn, with a call when it listens."""
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, address: str, on_start: Callable[[str], None]
@@ -119,7 +119,7 @@ class _Server(uvicorn.Server):
         self._on_start(self._address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._state.futures.stop()  # or it would wait for those who wait for answers
+        self._state.futures.stop()  # or it would wait for requests that wait for answers
         await super().shutdown(sockets)
 
 

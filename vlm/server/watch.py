@@ -81,7 +81,7 @@ def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> di
 
 
 def _queue(state: ServerState) -> dict[str, Any]:
-    worker = state.registry.worker
+    worker = state.registry.scheduler
     return {
         "jobs": worker.waiting_jobs,
         "samples": worker.waiting_samples,
@@ -92,7 +92,7 @@ def _queue(state: ServerState) -> dict[str, Any]:
 
 
 def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
-    worker = state.registry.worker
+    worker = state.registry.scheduler
     plain = {
         "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", worker.waiting_jobs),
         "kshot_waiting_samples": ("gauge", "Sampling requests that wait for the engine.", worker.waiting_samples),

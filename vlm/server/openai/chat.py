@@ -1,13 +1,11 @@
-"""Messages → the model's input: turns as the model's chat template writes them, images in their places.
+"""Messages → the model's input: turns as the model's chat template writes them, and images from their URLs.
 
-The template is the tokenizer's own if that knows images; else the ChatML turns of Qwen3-VL, which `vlm.prompts` writes
-too. What a client says can end no turn and begin none. Knows no HTTP.
+The template is the tokenizer's own if that supports images; else the ChatML turns of Qwen3-VL, which `vlm.prompts`
+writes too. The text of a message can end no turn and begin none.
 
-TODO Image URLs → bytes: data: URLs, and http(s) where the server allows it. Knows no format and no model.
-
-A server that fetches what strangers name can be used to reach what only it can reach. So: public addresses alone,
-looked up once and connected to by number (a name may answer otherwise the second time), no redirect, no proxy, and
-limits of bytes and time.
+A server that fetches the addresses that strangers name can be used to reach what only it can reach. So: public
+addresses alone, looked up once and connected to by number (a name may resolve otherwise the second time), no redirect,
+no proxy, and limits of bytes and time.
 """
 
 import asyncio
@@ -26,24 +24,129 @@ from tinker import types
 
 from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
-from vlm.prompts import TURN
+from vlm.prompts import END_OF_TURN
 from vlm.server.openai.models import Sampler
 from vlm.server.openai.requests import ChatRequest, ImagePart, Message, TextPart
 
-# ---- Image URLs → bytes: data: URLs, and http(s) where the server allows it. Knows no format and no model.
-
+MAX_IMAGES = 64  # of one request
+TURN_START, IMAGE_TOKEN, VIDEO_TOKEN = "<|im_start|>", "<|image_pad|>", "<|video_pad|>"
+IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+END_TOKENS = (END_OF_TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
+PROBE_MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 MAX_BYTES = 32 << 20  # of one image
-SECONDS = 20.0  # for fetching one
+SECONDS = 20.0  # to fetch one
 PORTS = {"http": 80, "https": 443}
 EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # hold IPv4 addresses
 Address = IPv4Address | IPv6Address
 
 
-async def read(url: str, *, allow_urls: bool) -> bytes:
+async def prompt(request: ChatRequest, sampler: Sampler, *, allow_urls: bool) -> tinker.ModelInput:
+    """The input of a conversation. Raises ImageError for images, PromptError for texts that cannot be given."""
+    urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
+    if len(urls) > MAX_IMAGES:
+        raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
+    images = [await read_image(url, allow_urls=allow_urls) for url in urls]
+    return await asyncio.to_thread(_prompt, request, sampler, images)
+
+
+def _prompt(request: ChatRequest, sampler: Sampler, images: Sequence[bytes]) -> tinker.ModelInput:
+    tokenizer = sampler.get_tokenizer()
+    written = text(request, tokenizer).split(IMAGE_TOKEN)
+    if len(written) != len(images) + 1:
+        raise PromptError(f"the chat template has {len(written) - 1} places for {len(images)} image(s)")
+    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, written[0])]
+    for image, after in zip(images, written[1:], strict=True):
+        chunks += [image_chunk(image, sampler.rule), encode(tokenizer, after)]
+    return model_input(*chunks)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a part of a prompt, and none besides."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def text(request: ChatRequest, tokenizer: Any) -> str:
+    """The conversation as one text, IMAGE_TOKEN where an image is."""
+    special = special_tokens(tokenizer)
+    for number, message in enumerate(request.messages):
+        _check(f"messages[{number}]", message, special)
+    if not _supports_images(tokenizer):
+        return _chatml(request)
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": m.role, "content": _content(m)} for m in request.messages],
+                tokenize=False,
+                add_generation_prompt=request.begins_answer,
+                continue_final_message=request.continue_final_message,
+            )
+        )
+    except (TemplateError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PromptError(f"the model's chat template cannot write these messages: {reason}") from error
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The tokens that steer the model: no message may contain one."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def special_token_in(text: str, special: Sequence[str]) -> str | None:
+    """The first of these tokens in a text, or None."""
+    return next((token for token in special if token in text), None)
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    known = tokenizer.added_tokens_encoder
+    return sorted({tokenizer.eos_token_id, *(known[token] for token in END_TOKENS if token in known)})
+
+
+def _check(name: str, message: Message, special: Sequence[str]) -> None:
+    if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
+        raise PromptError(f"{name}: only messages of the user may hold images")
+    text = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
+    if token := special_token_in(text, special):
+        raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
+
+
+def _supports_images(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template that writes an image's place."""
+    if not tokenizer.chat_template:
+        return False
+    try:
+        written = tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # one of texts alone trips over a list
+        return False
+    return bool(written.count(IMAGE_BLOCK) == 1)
+
+
+def _content(message: Message) -> str | list[dict[str, str]]:
+    """As templates take it: texts alone as one text."""
+    if all(isinstance(part, TextPart) for part in message.content):
+        return _text_of(message)
+    return [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.content]
+
+
+def _text_of(message: Message) -> str:
+    return "".join(part.text if isinstance(part, TextPart) else IMAGE_BLOCK for part in message.content)
+
+
+def _chatml(request: ChatRequest) -> str:
+    written = "".join(f"{TURN_START}{m.role}\n{_text_of(m)}{END_OF_TURN}\n" for m in request.messages)
+    if request.continue_final_message:
+        return written.removesuffix(f"{END_OF_TURN}\n")
+    return written + (f"{TURN_START}assistant\n" if request.begins_answer else "")
+
+
+# Image URLs
+
+
+async def read_image(url: str, *, allow_urls: bool) -> bytes:
     """The bytes behind an image URL. Raises ImageError for what is refused, too large or not there."""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
-        return embedded(url)
+        return decode_data_url(url)
     if scheme not in PORTS:
         raise ImageError(f"image URL {url!r:.60}: give a data: URL or an http(s) address")
     if not allow_urls:
@@ -51,7 +154,7 @@ async def read(url: str, *, allow_urls: bool) -> bytes:
     return await fetch(url)
 
 
-def embedded(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
     """The bytes in a base64 data: URL."""
     head, comma, text = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
@@ -121,111 +224,3 @@ async def _target(url: str, parts: SplitResult, public: Callable[[Address], bool
 
 def _too_large(url: str) -> ImageError:
     return ImageError(f"image URL {url!r:.40} holds more than {MAX_BYTES >> 20} MiB; send a smaller image")
-
-
-# ---- Messages → the model's input: turns as the model's chat template writes them, images in their places.
-
-MAX_IMAGES = 64  # of one request
-START, PLACE, VIDEO = "<|im_start|>", "<|image_pad|>", "<|video_pad|>"
-PICTURE = f"<|vision_start|>{PLACE}<|vision_end|>"
-ENDS = (TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
-PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-
-
-async def prompt(asked: ChatRequest, sampler: Sampler, *, allow_urls: bool) -> tinker.ModelInput:
-    """The input of a conversation. Raises ImageError for images, PromptError for texts that cannot be given."""
-    urls = [p.image_url.url for m in asked.messages for p in m.content if isinstance(p, ImagePart)]
-    if len(urls) > MAX_IMAGES:
-        raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
-    images = [await read(url, allow_urls=allow_urls) for url in urls]
-    return await asyncio.to_thread(_prompt, asked, sampler, images)
-
-
-def _prompt(asked: ChatRequest, sampler: Sampler, images: Sequence[bytes]) -> tinker.ModelInput:
-    tokenizer = sampler.get_tokenizer()
-    written = text(asked, tokenizer).split(PLACE)
-    if len(written) != len(images) + 1:
-        raise PromptError(f"the chat template has {len(written) - 1} places for {len(images)} image(s)")
-    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, written[0])]
-    for image, after in zip(images, written[1:], strict=True):
-        chunks += [image_chunk(image, sampler.rule), encode(tokenizer, after)]
-    return model_input(*chunks)
-
-
-def encode(tokenizer: Any, piece: str) -> list[int]:
-    """The tokens of a piece of a prompt, and none besides."""
-    return list(tokenizer.encode(piece, add_special_tokens=False))
-
-
-def text(asked: ChatRequest, tokenizer: Any) -> str:
-    """The conversation as one text, PLACE where an image is."""
-    steering = steering_tokens(tokenizer)
-    for number, message in enumerate(asked.messages):
-        _check(f"messages[{number}]", message, steering)
-    if not _knows_images(tokenizer):
-        return _layout(asked)
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": m.role, "content": _content(m)} for m in asked.messages],
-                tokenize=False,
-                add_generation_prompt=asked.begins_answer,
-                continue_final_message=asked.continue_final_message,
-            )
-        )
-    except (TemplateError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PromptError(f"the model's chat template cannot write these messages: {reason}") from error
-
-
-def steering_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that steer the model: no message may write one."""
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def steers(said: str, steering: Sequence[str]) -> str | None:
-    """The first of these tokens that a text writes."""
-    return next((token for token in steering if token in said), None)
-
-
-def ends(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
-    known = tokenizer.added_tokens_encoder
-    return sorted({tokenizer.eos_token_id, *(known[token] for token in ENDS if token in known)})
-
-
-def _check(name: str, message: Message, steering: Sequence[str]) -> None:
-    if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
-        raise PromptError(f"{name}: only messages of the user may hold images")
-    said = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
-    if token := steers(said, steering):
-        raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
-
-
-def _knows_images(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template that writes an image's place."""
-    if not tokenizer.chat_template:
-        return False
-    try:
-        written = tokenizer.apply_chat_template(PROBE, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # one of texts alone trips over a list
-        return False
-    return bool(written.count(PICTURE) == 1)
-
-
-def _content(message: Message) -> str | list[dict[str, str]]:
-    """As templates take it: texts alone as one text."""
-    if all(isinstance(part, TextPart) for part in message.content):
-        return _said(message)
-    return [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.content]
-
-
-def _said(message: Message) -> str:
-    return "".join(part.text if isinstance(part, TextPart) else PICTURE for part in message.content)
-
-
-def _layout(asked: ChatRequest) -> str:
-    written = "".join(f"{START}{m.role}\n{_said(m)}{TURN}\n" for m in asked.messages)
-    if asked.continue_final_message:
-        return written.removesuffix(f"{TURN}\n")
-    return written + (f"{START}assistant\n" if asked.begins_answer else "")

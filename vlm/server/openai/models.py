@@ -1,7 +1,4 @@
-"""What the OpenAI-compatible endpoints see of a server: names of models, and weights to sample from. Knows no HTTP.
-
-TODO What the OpenAI interface needs of fixed weights: to sample, to score, and how texts and images become tokens.
-"""
+"""What the OpenAI-compatible endpoints need of a server: names of models, and weights to sample from and score with."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,8 +17,6 @@ from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import WAITING
 from vlm.service import SamplingClient
 
-# ---- What the OpenAI-compatible endpoints see of a server: names of models, and weights to sample from. Knows no
-
 PATH = "tinker://"
 
 
@@ -33,7 +28,7 @@ class OpenAIModels:
 
     def names(self) -> Sequence[str]:
         """The base models."""
-        return list(self.state.registry.model_paths or {})
+        return list(self.state.models)
 
     def created(self) -> float:
         """When the server was started, in seconds since 1970."""
@@ -42,22 +37,19 @@ class OpenAIModels:
     async def sampler(self, model: str) -> LocalSamplingClient:
         """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
         where too many requests wait."""
-        if max(len(self.state.samplings), self.state.registry.worker.waiting_samples) >= WAITING:
+        if max(len(self.state.samplings), self.state.registry.scheduler.waiting_samples) >= WAITING:
             raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
         saved = model.startswith(PATH)
         return await self.state.samplers.client(model if saved else None, None if saved else model)
 
 
-# ---- What the OpenAI interface needs of fixed weights: to sample, to score, and how texts and images become tokens.
-
-
 class Sampling(Protocol):
-    """A request that is being answered."""
+    """A sampling request in progress."""
 
     @property
     def future(self) -> "Future[types.SampleResponse]": ...
     def cancel(self) -> Any:
-        """Let it be, as nobody waits for it."""
+        """Stop it, as nobody waits for it."""
 
 
 class Sampler(SamplingClient, Protocol):
@@ -70,7 +62,7 @@ class Sampler(SamplingClient, Protocol):
         """Positions the model takes."""
 
     def start(self, ask: SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None) -> Sampling:
-        """Begin to answer; on_token is called on the engine's thread after each token of each sample, in order."""
+        """Start to sample; on_token is called on the engine's thread after each token of each sample, in order."""
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """See `vlm.scoring.TreeScorer`; blocks."""

@@ -1,11 +1,7 @@
-"""What an OpenAI client may ask, field by field: types, ranges, and what is refused by name. Knows no model.
+"""Requests of the OpenAI API, field by field: types, ranges, and what is refused by name. null means left out.
 
-Nothing is ignored that would change the answer: a field has an effect, or it is on the list of those that have none
+No field is ignored that would change the answer: a field has an effect, or it is on the list of those that have none
 anywhere (HARMLESS), or it is an error that names it.
-
-TODO How the fields of a request are read: what may be left out, what is refused by name, which forms become one.
-
-null means the same as leaving a field out. Knows no endpoint.
 """
 
 import reprlib
@@ -15,21 +11,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-# ---- How the fields of a request are read: what may be left out, what is refused by name, which forms become one.
-
 MAX_PROMPTS = 128
-Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not built → the values that ask for nothing; None: any
+Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not supported → the values without an effect; None: any
 
 
 class Model(BaseModel):
-    """An object of a request; fields that are neither its own nor NEUTRAL are errors, and so are other types."""
+    """An object of a request; fields that are neither declared nor NEUTRAL are errors, and so are other types."""
 
     NEUTRAL: ClassVar[Neutral] = {}
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _drop_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -59,11 +53,11 @@ def _encodable(text: str) -> str:
     return text
 
 
-Words = Annotated[str, AfterValidator(_encodable)]  # any text
-Said = Annotated[Words, Field(min_length=1)]
+Text = Annotated[str, AfterValidator(_encodable)]
+NonEmptyText = Annotated[Text, Field(min_length=1)]
 
 
-def listed(kind: str) -> BeforeValidator:
+def text_list(kind: str) -> BeforeValidator:
     """A text or a list of them, as a list."""
 
     def read(value: Any) -> list[str]:
@@ -96,8 +90,6 @@ def _is_prompt(value: Any) -> bool:
 def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
-
-# ---- What an OpenAI client may ask, field by field: types, ranges, and what is refused by name. Knows no model.
 
 MAX_SAMPLES, MAX_STOPS, MAX_TOP = 16, 16, 20
 
@@ -135,24 +127,24 @@ class StreamOptions(Model):
 class Choices(Model):
     """vLLM's structured outputs, of which a closed list of answers is built."""
 
-    choice: list[Said]
+    choice: list[NonEmptyText]
 
 
 class GenerationRequest(Model, ABC):
     """What both endpoints take. The ranges of numbers are those of the OpenAI API, but for temperature's upper end."""
 
-    model: Words
+    model: Text
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[list[Words], listed("stop"), Field(max_length=MAX_STOPS)] = Field([])
+    stop: Annotated[list[Text], text_list("stop"), Field(max_length=MAX_STOPS)] = Field([])
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     structured_outputs: Choices | None = None
-    guided_choice: list[Said] | None = None
+    guided_choice: list[NonEmptyText] | None = None
 
     @property
     def choice(self) -> list[str] | None:
@@ -168,8 +160,8 @@ class GenerationRequest(Model, ABC):
 
     @property
     @abstractmethod
-    def tops(self) -> int | None:
-        """How many of the likeliest tokens come with each; None: no log-probabilities at all."""
+    def top(self) -> int | None:
+        """How many of the likeliest tokens come with each token; None: no log-probabilities at all."""
 
     @property
     def with_usage(self) -> bool:
@@ -177,7 +169,7 @@ class GenerationRequest(Model, ABC):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
+    def _check_fields(self) -> Self:
         if self.stream_options and not self.stream:
             raise wrong("stream_options", "stream_options is for streams; set stream to true or leave it out")
         if self.structured_outputs and self.guided_choice:
@@ -187,7 +179,7 @@ class GenerationRequest(Model, ABC):
         return self
 
     def _check_choice(self) -> None:
-        """What changes nothing about a choice is refused."""
+        """Refuse fields without an effect on a choice."""
         off = "top_p", "top_k", "stop", "stop_token_ids", "logprobs", "top_logprobs", "echo"
         fields = type(self).model_fields
         given = next((n for n in off if n in fields and getattr(self, n) != fields[n].default), None)
@@ -201,7 +193,7 @@ class CompletionRequest(GenerationRequest):
     NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, "best_of": (1,), "suffix": ("",)}
     default_limit = 16
 
-    prompt: Annotated[list[Words | list[int]], BeforeValidator(prompts)]
+    prompt: Annotated[list[Text | list[int]], BeforeValidator(prompts)]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: bool = False
@@ -211,11 +203,11 @@ class CompletionRequest(GenerationRequest):
         return self.max_tokens
 
     @property
-    def tops(self) -> int | None:
+    def top(self) -> int | None:
         return self.logprobs
 
     @model_validator(mode="after")
-    def _echoes(self) -> Self:
+    def _check_echo(self) -> Self:
         if self.max_tokens == 0 and not (self.echo and not self.stream):
             raise wrong("max_tokens", "max_tokens = 0 needs echo, without stream: there would be no answer")
         if self.echo and self.stream and self.logprobs is not None:
@@ -224,16 +216,16 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(Model):
-    """A piece of text in a message."""
+    """Text in a message."""
 
     type: Literal["text"]
-    text: Words
+    text: Text
 
 
 class ImageURL(Model):
     """Where an image is: a data: URL that holds it, or an http(s) address."""
 
-    url: Words
+    url: Text
     detail: Literal["auto"] = "auto"
 
 
@@ -282,7 +274,7 @@ class ChatRequest(GenerationRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def tops(self) -> int | None:
+    def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -291,7 +283,7 @@ class ChatRequest(GenerationRequest):
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     @model_validator(mode="after")
-    def _turns(self) -> Self:
+    def _check_messages(self) -> Self:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise wrong("max_tokens", "max_tokens and max_completion_tokens are the same; give one")

@@ -1,7 +1,7 @@
 """The OpenAI-compatible endpoints, to be put under /v1 and, as the hosted service has them, under /oai/api/v1.
 
-Knows HTTP alone: what is asked is read by `openai_requests`, turned into tokens by `openai_chat`, and answered by
-`openai_writing` or, from a closed list, by `openai_choices`.
+The way of a request: `requests` reads the body → `chat` turns messages into the model's input → `completions` samples
+or chooses → `responses` writes the body or the stream.
 """
 
 import asyncio
@@ -12,17 +12,24 @@ from fastapi import APIRouter, Request, Response
 
 from kshot.errors import PromptError
 from vlm.inputs import model_input
-from vlm.server.openai import chat as openai_chat
-from vlm.server.openai.completions import Choosing, Closed, Question, Writing, limit
+from vlm.server.openai import chat
+from vlm.server.openai.completions import (
+    ChoiceList,
+    ChosenCompletion,
+    Completion,
+    EncodedPrompt,
+    SampledCompletion,
+    limit,
+)
 from vlm.server.openai.models import Sampler
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
-from vlm.server.openai.responses import CHAT, COMPLETION, Envelope, Fields, Route, stream, whole
+from vlm.server.openai.responses import CHAT, COMPLETION, Envelope, Fields, Route, body, stream
 
 OWNER = "kshot"
 
 
 class Models(Protocol):
-    """The weights that may be asked for."""
+    """The weights that are served."""
 
     def names(self) -> Sequence[str]:
         """Of the base models."""
@@ -37,69 +44,70 @@ class Models(Protocol):
 
 def router(models: Models, allow_urls: bool) -> APIRouter:
     """All endpoints. allow_urls: whether the server fetches images from http(s) addresses that clients name."""
-    each = APIRouter(route_class=Route)
+    router = APIRouter(route_class=Route)
 
-    @each.get("/models")
+    def model_fields(name: str) -> Fields:
+        return {"id": name, "object": "model", "created": int(models.created()), "owned_by": OWNER}
+
+    @router.get("/models")
     async def list_models() -> Fields:
-        return {"object": "list", "data": [_model(name, models) for name in models.names()]}
+        return {"object": "list", "data": [model_fields(name) for name in models.names()]}
 
-    @each.get("/models/{model:path}")
+    @router.get("/models/{model:path}")
     async def one_model(model: str) -> Fields:
         if model not in models.names():
             await models.sampler(model)
-        return _model(model, models)
+        return model_fields(model)
 
-    @each.post("/completions", response_model=None)
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        sampler = await models.sampler(asked.model)
-        questions = await asyncio.to_thread(_questions, asked, sampler)
-        return await _answer(asked, request, sampler, questions)
+    @router.post("/completions", response_model=None)
+    async def completions(request: CompletionRequest, http_request: Request) -> Response:
+        sampler = await models.sampler(request.model)
+        prompts = await asyncio.to_thread(_encode, request, sampler)
+        return await _answer(request, http_request, sampler, prompts)
 
-    @each.post("/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        sampler = await models.sampler(asked.model)
-        prompt = await openai_chat.prompt(asked, sampler, allow_urls=allow_urls)
-        return await _answer(asked, request, sampler, [Question(prompt, limit(asked, prompt, sampler.context))])
+    @router.post("/chat/completions", response_model=None)
+    async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
+        sampler = await models.sampler(request.model)
+        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
+        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
+        return await _answer(request, http_request, sampler, [encoded])
 
-    return each
-
-
-def _model(name: str, models: Models) -> Fields:
-    return {"id": name, "object": "model", "created": int(models.created()), "owned_by": OWNER}
+    return router
 
 
-def _questions(asked: CompletionRequest, sampler: Sampler) -> list[Question]:
-    """Of a completion's prompts. Raises PromptError for places of images, RequestError for what is too long."""
-    tokenizer, questions = sampler.get_tokenizer(), list[Question]()
-    for given in asked.prompt:
-        tokens = openai_chat.encode(tokenizer, given) if isinstance(given, str) else given
-        _check_places(tokenizer, tokens)
-        prompt = model_input(tokens)
-        echo = given if isinstance(given, str) else tokenizer.decode(tokens)
-        echoed = (echo, tokens) if asked.echo else ("", ())
-        questions.append(Question(prompt, limit(asked, prompt, sampler.context), *echoed))
-    return questions
+def _encode(request: CompletionRequest, sampler: Sampler) -> list[EncodedPrompt]:
+    """A completion's prompts. Raises PromptError for image tokens, RequestError for what is too long."""
+    tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
+    for prompt in request.prompt:
+        tokens = chat.encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        _check_no_image_token(tokenizer, tokens)
+        inputs = model_input(tokens)
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
+        echo = (text, tokens) if request.echo else ("", ())
+        prompts.append(EncodedPrompt(inputs, limit(request, inputs, sampler.context), *echo))
+    return prompts
 
 
-def _check_places(tokenizer: Any, tokens: Sequence[int]) -> None:
-    known = tokenizer.added_tokens_encoder
-    for name in (openai_chat.PLACE, openai_chat.VIDEO):
-        if known.get(name) in tokens:
+def _check_no_image_token(tokenizer: Any, tokens: Sequence[int]) -> None:
+    for name in (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN):
+        if tokenizer.added_tokens_encoder.get(name) in tokens:
             raise PromptError(
                 f"the prompt writes {name}, which stands for an image; ask chat/completions, with the image"
             )
 
 
 async def _answer(
-    asked: GenerationRequest, request: Request, sampler: Sampler, questions: Sequence[Question]
+    request: GenerationRequest, http_request: Request, sampler: Sampler, prompts: Sequence[EncodedPrompt]
 ) -> Response:
-    envelope = Envelope(CHAT if isinstance(asked, ChatRequest) else COMPLETION, asked.model)
-    answer: Writing | Choosing
-    if asked.choice is None:
-        ends = openai_chat.ends(sampler.get_tokenizer())
-        answer = Writing(asked, envelope, sampler, questions, ends)
+    envelope = Envelope(CHAT if isinstance(request, ChatRequest) else COMPLETION, request.model)
+    tokenizer = sampler.get_tokenizer()
+    completion: Completion
+    if request.choice is None:
+        completion = SampledCompletion(request, envelope, sampler, prompts, chat.end_tokens(tokenizer))
     else:
-        closed = await asyncio.to_thread(Closed.of, asked, asked.choice, sampler.get_tokenizer())
-        closed.check(asked, questions, sampler.context)
-        answer = Choosing(asked, envelope, sampler, questions, closed)
-    return await (stream(request, answer.pieces()) if asked.stream else whole(request, answer.response()))
+        choices = await asyncio.to_thread(ChoiceList.of, request, request.choice, tokenizer)
+        choices.check(request, prompts, sampler.context)
+        completion = ChosenCompletion(request, envelope, sampler, prompts, choices)
+    if request.stream:
+        return await stream(http_request, completion.chunks())
+    return await body(http_request, completion.response())

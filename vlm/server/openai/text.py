@@ -1,6 +1,6 @@
-"""Tokens → text as they come: whole characters only, and nothing that a stop string may still take back.
+"""Tokens → text, token by token: whole characters only, and nothing that a stop string may still cut off.
 
-Knows no model and no HTTP. Tokens are pieces of UTF-8 (byte-level BPE, as all Qwen tokenizers are); what is no UTF-8
+Tokens are pieces of UTF-8 (byte-level BPE, as all Qwen tokenizers are); what is no UTF-8
 becomes U+FFFD, just as the tokenizer's own `decode` writes it.
 """
 
@@ -13,35 +13,35 @@ from typing import Any
 
 from tinker import types
 
-Tops = Sequence[tuple[int, float]]  # token ids and log-probabilities, likeliest first
+TopTokens = Sequence[tuple[int, float]]  # token ids and log-probabilities, likeliest first
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a text. start: how many characters of the text are complete before it. log_prob, tops: None where the
+    """A token of a text. start: how many characters of the text are complete before it. log_prob, top: None where the
     model says nothing, as about the first token of a prompt."""
 
     id: int
     log_prob: float | None
-    tops: Tops | None
+    top: TopTokens | None
     start: int
 
 
 @dataclass(frozen=True)
-class Alphabet:
-    """What each token of a tokenizer writes."""
+class Vocabulary:
+    """The bytes of each token of a tokenizer."""
 
     tokenizer: Any
-    known: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def data(self, token: int) -> bytes:
         """The token's bytes; none where the tokenizer has no such token, as of rows that pad a model's vocabulary."""
-        if token not in self.known:
-            piece = self.tokenizer.convert_ids_to_tokens(token) or ""
+        if token not in self.cache:
+            text = self.tokenizer.convert_ids_to_tokens(token) or ""
             table = _bytes()
-            whole = all(sign in table for sign in piece)  # a special token may be written as it is
-            self.known[token] = bytes(table[sign] for sign in piece) if whole else piece.encode()
-        return self.known[token]
+            is_bytes = all(sign in table for sign in text)  # a special token may be written as it is
+            self.cache[token] = bytes(table[sign] for sign in text) if is_bytes else text.encode()
+        return self.cache[token]
 
     def name(self, token: int) -> str:
         """The token as text; a part of a character as OpenAI writes it: bytes:\\xe2\\x98."""
@@ -60,30 +60,30 @@ def _bytes() -> dict[str, int]:
     return {sign: byte for byte, sign in bytes_to_unicode().items()}
 
 
-class Text:
+class DecodedText:
     """A text that grows by tokens. stops: texts that end it and are no part of it. stopped: whether one has."""
 
-    def __init__(self, alphabet: Alphabet, stops: Sequence[str] = ()) -> None:
-        self._alphabet, self._stops = alphabet, stops
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
+        self._vocabulary, self._stops = vocabulary, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text, self._taken = "", 0
         self._tokens = deque[Token]()
         self.stopped, self._ended = False, False
 
-    def push(self, token: int, log_prob: float | None = None, tops: Tops | None = None) -> None:
+    def add(self, token: int, log_prob: float | None = None, top: TopTokens | None = None) -> None:
         """Append a token, unless the text has been stopped."""
         if not self.stopped:
-            self._tokens.append(Token(token, log_prob, tops, len(self._text)))
-            self._append(self._decoder.decode(self._alphabet.data(token)))
+            self._tokens.append(Token(token, log_prob, top, len(self._text)))
+            self._append(self._decoder.decode(self._vocabulary.data(token)))
 
     def end(self) -> None:
-        """Nothing follows: what was held back is text, if it holds no stop string."""
+        """End the text: what was held back belongs to it, if it has no stop string."""
         self._ended = True
         if not self.stopped:
             self._append(self._decoder.decode(b"", final=True))
 
     def take(self) -> tuple[str, list[Token]]:
-        """What is certain and was not taken before: text, and the tokens that begin in what is taken."""
+        """The text that is certain and was not taken before, and the tokens that begin in it."""
         ready = len(self._text) - (0 if self._ended or self.stopped else self._held())
         text, self._taken = self._text[self._taken : ready], max(self._taken, ready)
         tokens = list[Token]()
@@ -95,8 +95,8 @@ class Text:
         """Cut at the first of the stop strings that the text now holds."""
         before = len(self._text)
         self._text += more
-        found = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
-        if cuts := [place for place in found if place >= 0]:
+        starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
+        if cuts := [start for start in starts if start >= 0]:
             self._text, self.stopped = self._text[: min(cuts)], True
 
     def _held(self) -> int:
@@ -107,31 +107,31 @@ class Text:
 
 
 class Sample:
-    """One answer as it is written. ends: tokens that end it and are no part of it. reason: why it has ended, if so."""
+    """One completion as it grows. ends: tokens that end it and are no part of it. reason: why it has ended, or None."""
 
-    def __init__(self, alphabet: Alphabet, stops: Sequence[str], ends: Collection[int]) -> None:
-        self._text, self._ends = Text(alphabet, stops), ends
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], ends: Collection[int]) -> None:
+        self._text, self._ends = DecodedText(vocabulary, stops), ends
         self.reason: types.StopReason | None = None
         self.take = self._text.take
 
-    def feed(self, token: int, log_prob: float, tops: Tops | None, reason: types.StopReason | None) -> None:
-        """The next token; of the last one, why it is that."""
+    def add(self, token: int, log_prob: float, top: TopTokens | None, reason: types.StopReason | None) -> None:
+        """Add the next token; reason: why it is the last one."""
         if self.reason is None:
             if not (reason == "stop" and token in self._ends):
-                self._text.push(token, log_prob, tops)
+                self._text.add(token, log_prob, top)
             if reason or self._text.stopped:
                 self.finish(reason or "stop")
 
-    def feed_all(self, sequence: types.SampledSequence) -> None:
-        """All tokens of an answer that is there."""
+    def add_all(self, sequence: types.SampledSequence) -> None:
+        """Add all tokens of a sequence."""
         count = len(sequence.tokens)
-        tops: Sequence[Tops | None] = sequence.topk_logprobs or [None] * count
+        top: Sequence[TopTokens | None] = sequence.topk_logprobs or [None] * count
         reasons = [*[None] * (count - 1), sequence.stop_reason]
-        for each in zip(sequence.tokens, sequence.logprobs or (), tops, reasons, strict=True):
-            self.feed(*each)
+        for each in zip(sequence.tokens, sequence.logprobs or (), top, reasons, strict=True):
+            self.add(*each)
 
     def finish(self, reason: types.StopReason) -> None:
-        """Nothing follows, for this reason unless there was one before."""
+        """End it, for this reason unless it has ended before."""
         if self.reason is None:
             self._text.end()
             self.reason = "stop" if self._text.stopped else reason

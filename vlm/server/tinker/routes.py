@@ -1,15 +1,10 @@
-"""The Tinker protocol's endpoints of sessions, training and sampling. Turns bodies into calls; knows no order and no
-weights. Requests and responses are the SDK's own types (tinker 0.38).
+"""The Tinker protocol's endpoints: bodies → calls of the services → JSON. Bodies are the SDK's own types (tinker 0.38).
 
-TODO The Tinker protocol's endpoints that show and keep what there is: models, runs, checkpoints, sessions, samplers.
-
-Knows no training and no sampling.
+How a training request goes on from here: `vlm.server.tinker.training`.
 """
 
 import asyncio
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
@@ -19,63 +14,85 @@ from tinker import types
 from kshot.checks import KINDS
 from kshot.errors import LostError, MissingError, RequestError
 from vlm.server.checkpoints import check_ttl
-from vlm.server.futures import JSON, PROTOBUF, error_body
+from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route
 from vlm.server.state import ServerState
 from vlm.server.tables import Checkpoint, Run
-from vlm.server.tinker import wire
+from vlm.server.tinker import training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
 
-# ---- The Tinker protocol's endpoints of sessions, training and sampling. Turns bodies into calls; knows no order and no
-
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
+LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
 DYNAMIC = {"sample_cancel_enabled": True}
-
-
-class Plain(BaseModel):
-    """A body of ours: nothing in it is ignored."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Finish(Plain):
-    reason: dict[str, Any]
-    detail: str | None = None
-
-
-class Cancel(Plain):
-    request_id: str
-
-
-class Join(Plain):
-    sampling_session_id: str
-    type: str = "join_sampling_session"
-
-
-class Heartbeat(Plain):
-    session_id: str
-    type: str = "session_heartbeat"
-
-
+TYPES = dict(zip(KINDS, ("training", "sampler"), strict=True))  # our folders → the protocol's words
+OWNER = "local"
+ALL = 2**31
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=2**31)]
+Scope = Literal["owned", "accessible"]
 SAMPLE = TypeAdapter(types.SampleRequest)
 BINARY = {"requestBody": {"required": True, "content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}}
 SAMPLE_SCHEMA = {"$ref": "#/components/schemas/SampleRequest"}  # which `vlm.server.app` puts there
 SAMPLE_BODY = {"requestBody": {"required": True, "content": {JSON: {"schema": SAMPLE_SCHEMA}}}}
 
 
-def routes(state: ServerState, training: TrainingService, samples: SamplingService) -> APIRouter:
+class StrictBody(BaseModel):
+    """A body of which no field is ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Finish(StrictBody):
+    reason: dict[str, Any]
+    detail: str | None = None
+
+
+class Cancel(StrictBody):
+    request_id: str
+
+
+class Join(StrictBody):
+    sampling_session_id: str
+    type: str = "join_sampling_session"
+
+
+class Heartbeat(StrictBody):
+    session_id: str
+    type: str = "session_heartbeat"
+
+
+class Ttl(StrictBody):
+    ttl_seconds: int | None
+
+
+class WeightsInfo(StrictBody):
+    tinker_path: str
+
+
+def routes(state: ServerState, training_service: TrainingService, sampling_service: SamplingService) -> APIRouter:
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
+    _server(router, state)
     _sessions(router, state)
-    _training(router, training)
-    _sampling(router, state, samples)
+    _training(router, state, training_service)
+    _sampling(router, state, sampling_service)
     _answers(router, state)
+    _runs(router, state)
+    _checkpoints(router, state)
     return router
 
 
-def _sessions(router: APIRouter, state: ServerState) -> None:
+def _server(router: APIRouter, state: ServerState) -> None:
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("/get_server_capabilities")
+    async def get_server_capabilities() -> dict[str, Any]:
+        return {"supported_models": [_model(state, name) for name in state.models]}
+
     @router.post("/client/config")
     async def client_config(request: types.ClientConfigRequest) -> dict[str, Any]:
         return FEATURES
@@ -88,6 +105,8 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
     async def telemetry(request: Annotated[dict[str, Any], Body()]) -> dict[str, str]:
         return {"status": "accepted"}  # nothing of it is kept
 
+
+def _sessions(router: APIRouter, state: ServerState) -> None:
     @router.post("/create_session")
     async def create_session(request: types.CreateSessionRequest) -> dict[str, Any]:
         return {"type": "create_session", "session_id": state.create_session(request)}
@@ -101,229 +120,6 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
     async def finish(session_id: str, request: Finish) -> None:
         state.finish_session(session_id, {"reason": request.reason, "detail": request.detail})
 
-
-def _training(router: APIRouter, training: TrainingService) -> None:
-    @router.post("/create_model")
-    async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
-        return _later(training.create_model(request))
-
-    @router.post("/get_info")
-    async def get_info(request: types.GetInfoRequest) -> dict[str, Any]:
-        return (await training.info(request.model_id)).model_dump(mode="json")
-
-    @router.post("/forward_backward", openapi_extra=BINARY)
-    async def forward_backward(request: Request) -> dict[str, Any]:
-        body = await request.body()
-        try:
-            parsed = wire.parse_forward_backward(body) if len(body) < LARGE else await _parse(body)
-        except RequestError as error:
-            run, seq = wire.numbers_of(body)
-            return _later(training.numbered(run, seq, partial(_refuse, error)), run)
-        return _later(training.forward_backward(parsed, len(body)), parsed.model_id)
-
-    @router.post("/optim_step")
-    async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
-        return _begun(training, request, training.optim_step)
-
-    @router.post("/save_weights")
-    async def save_weights(request: types.SaveWeightsRequest) -> dict[str, Any]:
-        return _begun(training, request, training.save_weights)
-
-    @router.post("/save_weights_for_sampler")
-    async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
-        return _begun(training, request, training.save_weights_for_sampler)
-
-    @router.post("/save_weights_external")
-    async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
-        return _begun(training, request, training.save_weights_external)
-
-    @router.post("/load_weights")
-    async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
-        return _begun(training, request, training.load_weights)
-
-
-LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
-
-
-def _refuse(error: RequestError) -> str:
-    raise error
-
-
-def _begun(training: TrainingService, request: Any, begin: Callable[[Any], str]) -> dict[str, Any]:
-    """A request of a run by its number, if it names one."""
-    if request.model_id is None:
-        return _later(begin(request))
-    return _later(training.numbered(request.model_id, request.seq_id, partial(begin, request)), request.model_id)
-
-
-async def _parse(body: bytes) -> wire.ForwardBackward:
-    return await asyncio.to_thread(wire.parse_forward_backward, body)
-
-
-def _sampling(router: APIRouter, state: ServerState, samples: SamplingService) -> None:
-    @router.post("/create_sampling_session")
-    async def create_sampling_session(request: types.CreateSamplingSessionRequest) -> dict[str, str]:
-        return {"type": "create_sampling_session", "sampling_session_id": samples.create_sampling_session(request)}
-
-    @router.post("/join_sampling_session")
-    async def join_sampling_session(request: Join) -> dict[str, Any]:
-        state.samplers.check_session(request.sampling_session_id)
-        number = state.store.next_clone(request.sampling_session_id)
-        return {"type": "join_sampling_session", "client_counter": number}
-
-    @router.post("/asample", openapi_extra=SAMPLE_BODY)
-    async def asample(request: Request) -> dict[str, Any]:
-        body = await request.body()
-        # not by FastAPI: images are large, and JSON is read once
-        asked = _sample_request(body) if len(body) < LARGE else await asyncio.to_thread(_sample_request, body)
-        request_id, sequence_ids = samples.sample(asked)
-        return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
-
-    @router.post("/cancel_future", status_code=204)
-    async def cancel_future(request: Cancel) -> None:
-        samples.cancel(request.request_id)
-
-
-def _answers(router: APIRouter, state: ServerState) -> None:
-    @router.post("/retrieve_future")
-    async def retrieve_future(
-        request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
-    ) -> Response:
-        try:
-            answer = await state.futures.wait(request.request_id, PATIENCE)
-        except LostError as error:
-            if x_tinker_request_type in (None, "Sample"):
-                raise  # the SDK then asks for the sample anew; of a run's requests it would only say that one is broken
-            return Response(_TEXTS.dump_json(error_body(error)), media_type=JSON)
-        if answer is None:
-            waiting = {"type": "try_again", "request_id": request.request_id, "queue_state": "active"}
-            return Response(_TEXTS.dump_json(waiting), media_type=JSON)
-        state.futures.retrieved(request.request_id)
-        return Response(answer.content, media_type=answer.content_type)
-
-
-_TEXTS = TypeAdapter(dict[str, str])
-
-
-def _later(request_id: str, model_id: str | None = None) -> dict[str, Any]:
-    return {"request_id": request_id, "model_id": model_id}
-
-
-def _sample_request(body: bytes) -> types.SampleRequest:
-    try:
-        asked = SAMPLE.validate_json(body)
-    except ValidationError as error:
-        raise RequestError(first_fault(error.errors(include_url=False, include_input=False))) from error
-    for number, chunk in enumerate(asked.prompt.chunks):
-        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):
-            raise RequestError(f"prompt chunk {number} is {chunk.type}; only text and images are supported")
-    return asked
-
-
-def first_fault(errors: Any) -> str:
-    """The first thing that is wrong with a body, in one line."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return f"the body is no JSON: {first['ctx']['error']}"
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return " ".join(f"{place or 'body'}: {first['msg']}{more}".split())
-
-
-# ---- The Tinker protocol's endpoints that show and keep what there is: models, runs, checkpoints, sessions,
-
-TYPES = dict(zip(KINDS, ("training", "sampler"), strict=True))  # our folders → the protocol's words
-OWNER = "local"
-ALL = 2**31
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Offset = Annotated[int, Query(ge=0, le=2**31)]
-Scope = Literal["owned", "accessible"]
-
-
-class Ttl(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    ttl_seconds: int | None
-
-
-class WeightsInfo(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    tinker_path: str
-
-
-def list_routes(state: ServerState) -> APIRouter:
-    """The router of one server."""
-    router = APIRouter(prefix="/api/v1", route_class=Route)
-    _server(router, state)
-    _runs(router, state)
-    _checkpoints(router, state)
-    _session_routes(router, state)
-    return router
-
-
-def _server(router: APIRouter, state: ServerState) -> None:
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @router.get("/get_server_capabilities")
-    async def get_server_capabilities() -> dict[str, Any]:
-        return {"supported_models": [_model(state, name) for name in state.registry.model_paths or {}]}
-
-
-def _runs(router: APIRouter, state: ServerState) -> None:
-    @router.get("/training_runs")
-    async def training_runs(
-        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
-    ) -> dict[str, Any]:
-        _no_projects(project_id)
-        runs = [_run(state, row) for row in state.store.runs(limit, offset)]
-        return {"training_runs": runs, "cursor": _cursor(limit, offset, state.store.run_count())}
-
-    @router.get("/training_runs/{run}")
-    async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        return _run(state, _existing(state, run))
-
-    @router.get("/training_runs/{run}/checkpoints")
-    async def checkpoints_of(run: str) -> dict[str, Any]:
-        _existing(state, run)
-        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run, limit=ALL)]}
-
-    @router.post("/weights_info")
-    async def weights_info(request: WeightsInfo) -> dict[str, Any]:
-        row = state.checkpoints.existing(request.tinker_path)
-        flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
-        return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
-
-
-def _checkpoints(router: APIRouter, state: ServerState) -> None:
-    @router.get("/checkpoints")
-    async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-        rows = state.store.checkpoints(limit=limit, offset=offset)
-        return {
-            "checkpoints": [_checkpoint(row) for row in rows],
-            "cursor": _cursor(limit, offset, state.store.checkpoint_count()),
-        }
-
-    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-    async def delete(run: str, kind: str, name: str) -> None:
-        path = state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
-        state.checkpoints.remove(path)
-
-    @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-    async def set_ttl(run: str, kind: str, name: str, request: Ttl) -> None:
-        check_ttl(request.ttl_seconds)
-        state.checkpoints.expire(f"tinker://{run}/{kind}/{name}", request.ttl_seconds)
-
-    @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-    async def publish(run: str, kind: str, name: str) -> None:
-        state.store.set_public(state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, True)
-
-    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-    async def unpublish(run: str, kind: str, name: str) -> None:
-        state.store.set_public(state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path, False)
-
-
-def _session_routes(router: APIRouter, state: ServerState) -> None:
     @router.get("/sessions")
     async def sessions(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
@@ -343,12 +139,184 @@ def _session_routes(router: APIRouter, state: ServerState) -> None:
             "display_name": row.display_name,
         }
 
+
+def _training(router: APIRouter, state: ServerState, service: TrainingService) -> None:
+    def submit(operation: training.RunOperation, size: int = 0) -> dict[str, Any]:
+        return accepted(service.submit(operation, size), operation.request.model_id)
+
+    @router.post("/create_model")
+    async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
+        return accepted(service.create(training.CreateModel(state, request)))
+
+    @router.post("/get_info")
+    async def get_info(request: types.GetInfoRequest) -> dict[str, Any]:
+        return (await service.info(request.model_id)).model_dump(mode="json")
+
+    @router.post("/forward_backward", openapi_extra=BINARY)
+    async def forward_backward(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        try:
+            parse = wire.parse_forward_backward
+            parsed = parse(body) if len(body) < LARGE else await asyncio.to_thread(parse, body)
+        except RequestError as error:
+            return submit(training.Refused(state, wire.number_of(body), error))
+        return submit(training.ForwardBackward(state, parsed), len(body))
+
+    @router.post("/optim_step")
+    async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
+        return submit(training.OptimStep(state, request))
+
+    @router.post("/save_weights")
+    async def save_weights(request: types.SaveWeightsRequest) -> dict[str, Any]:
+        return submit(training.SaveWeights(state, request))
+
+    @router.post("/save_weights_for_sampler")
+    async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
+        named = request.path is not None
+        return submit((training.SaveWeightsForSampler if named else training.SnapshotForSampler)(state, request))
+
+    @router.post("/save_weights_external")
+    async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
+        text = "save_weights_external is not offered; checkpoints lie below --state as PEFT's safetensors: save_state"
+        return submit(training.Refused(state, request, RequestError(text)))
+
+    @router.post("/load_weights")
+    async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
+        if request.model_id is None:
+            return accepted(service.create(training.ResumeModel(state, request)))
+        return submit(training.LoadWeights(state, request))
+
+
+def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:
+    """What a request is answered with whose result is fetched later."""
+    return {"request_id": request_id, "model_id": model_id}
+
+
+def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -> None:
+    @router.post("/create_sampling_session")
+    async def create_sampling_session(request: types.CreateSamplingSessionRequest) -> dict[str, str]:
+        return {"type": "create_sampling_session", "sampling_session_id": service.create_sampling_session(request)}
+
+    @router.post("/join_sampling_session")
+    async def join_sampling_session(request: Join) -> dict[str, Any]:
+        state.samplers.check_sampler(request.sampling_session_id)
+        number = state.store.next_clone(request.sampling_session_id)
+        return {"type": "join_sampling_session", "client_counter": number}
+
     @router.get("/samplers/{sampler}")
     async def sampler(sampler: str) -> dict[str, Any]:
         row = state.store.sampler(sampler)
         if row is None:
             raise MissingError(f"there is no sampler {sampler!r}")
         return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
+
+    @router.post("/asample", openapi_extra=SAMPLE_BODY)
+    async def asample(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        # not by FastAPI: images are large, and JSON is read once
+        parsed = _sample_request(body) if len(body) < LARGE else await asyncio.to_thread(_sample_request, body)
+        request_id, sequence_ids = service.sample(parsed)
+        return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
+
+    @router.post("/cancel_future", status_code=204)
+    async def cancel_future(request: Cancel) -> None:
+        service.cancel(request.request_id)
+
+
+def _sample_request(body: bytes) -> types.SampleRequest:
+    try:
+        request = SAMPLE.validate_json(body)
+    except ValidationError as error:
+        raise RequestError(first_fault(error.errors(include_url=False, include_input=False))) from error
+    for number, chunk in enumerate(request.prompt.chunks):
+        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):
+            raise RequestError(f"prompt chunk {number} is {chunk.type}; only text and images are supported")
+    return request
+
+
+def first_fault(errors: Any) -> str:
+    """The first thing that is wrong with a body, in one line."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON: {first['ctx']['error']}"
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return " ".join(f"{place or 'body'}: {first['msg']}{more}".split())
+
+
+def _answers(router: APIRouter, state: ServerState) -> None:
+    @router.post("/retrieve_future")
+    async def retrieve_future(
+        request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
+    ) -> Response:
+        try:
+            answer = await state.futures.wait(request.request_id, PATIENCE)
+        except LostError as error:
+            if x_tinker_request_type in (None, "Sample"):
+                raise  # the SDK then sends the sample again; of a run's requests it would only say that one is broken
+            return _response(json_answer(error_body(error)))
+        if answer is None:
+            waiting = {"type": "try_again", "request_id": request.request_id, "queue_state": "active"}
+            return _response(json_answer(waiting))
+        state.futures.retrieved(request.request_id)
+        return _response(answer)
+
+
+def _response(answer: Answer) -> Response:
+    return Response(answer.content, media_type=answer.content_type)
+
+
+def _runs(router: APIRouter, state: ServerState) -> None:
+    @router.get("/training_runs")
+    async def training_runs(
+        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> dict[str, Any]:
+        _no_projects(project_id)
+        cursor = {"offset": offset, "limit": limit, "total_count": state.store.run_count()}
+        return {"training_runs": [_run(state, row) for row in state.store.runs(limit, offset)], "cursor": cursor}
+
+    @router.get("/training_runs/{run}")
+    async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
+        return _run(state, _existing(state, run))
+
+    @router.get("/training_runs/{run}/checkpoints")
+    async def checkpoints_of(run: str) -> dict[str, Any]:
+        _existing(state, run)
+        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run, limit=ALL)]}
+
+    @router.post("/weights_info")
+    async def weights_info(request: WeightsInfo) -> dict[str, Any]:
+        row = state.checkpoints.existing(request.tinker_path)
+        flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
+        return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
+
+
+def _checkpoints(router: APIRouter, state: ServerState) -> None:
+    def existing(run: str, kind: str, name: str) -> str:
+        return state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
+
+    @router.get("/checkpoints")
+    async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+        rows = state.store.checkpoints(limit=limit, offset=offset)
+        cursor = {"offset": offset, "limit": limit, "total_count": state.store.checkpoint_count()}
+        return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
+
+    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
+    async def delete(run: str, kind: str, name: str) -> None:
+        state.checkpoints.remove(existing(run, kind, name))
+
+    @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
+    async def set_ttl(run: str, kind: str, name: str, request: Ttl) -> None:
+        check_ttl(request.ttl_seconds)
+        state.checkpoints.set_ttl(existing(run, kind, name), request.ttl_seconds)
+
+    @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+    async def publish(run: str, kind: str, name: str) -> None:
+        state.store.set_public(existing(run, kind, name), True)
+
+    @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+    async def unpublish(run: str, kind: str, name: str) -> None:
+        state.store.set_public(existing(run, kind, name), False)
 
 
 def _existing(state: ServerState, run: str) -> Run:
@@ -368,7 +336,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
 
 def _run(state: ServerState, row: Run) -> dict[str, Any]:
     live = state.runs.get(row.id)
-    last = {kind: state.store.last_checkpoint(row.id, kind) for kind in KINDS}
+    last, last_sampler = (state.store.last_checkpoint(row.id, kind) for kind in KINDS)
     return {
         "training_run_id": row.id,
         "base_model": row.base_model,
@@ -377,14 +345,10 @@ def _run(state: ServerState, row: Run) -> dict[str, Any]:
         "corrupted": False,
         "lora_rank": row.lora["rank"],
         "last_request_time": _time(live.last_request if live else row.last_request),
-        "last_checkpoint": _optional(last[KINDS[0]]),
-        "last_sampler_checkpoint": _optional(last[KINDS[1]]),
+        "last_checkpoint": last and _checkpoint(last),
+        "last_sampler_checkpoint": last_sampler and _checkpoint(last_sampler),
         "user_metadata": row.user_metadata,
     }
-
-
-def _optional(row: Checkpoint | None) -> dict[str, Any] | None:
-    return None if row is None else _checkpoint(row)
 
 
 def _checkpoint(row: Checkpoint) -> dict[str, Any]:
@@ -398,10 +362,6 @@ def _checkpoint(row: Checkpoint) -> dict[str, Any]:
         "user_metadata": row.user_metadata,
         "expires_at": None if row.expires is None else _time(row.expires),
     }
-
-
-def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:
-    return {"offset": offset, "limit": limit, "total_count": total}
 
 
 def _time(seconds: float) -> str:

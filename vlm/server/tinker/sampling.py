@@ -1,25 +1,24 @@
-"""Requests of sampling: sampling sessions, samples, log-probabilities of prompts. Answers come later, by request id.
+"""Sampling requests of the Tinker protocol: sampling sessions, samples, and log-probabilities of prompts.
 
-Runs on the event loop. Knows no HTTP and no mathematics.
+The answer to a sample is fetched later, by request id. Everything here runs on the event loop.
 """
 
 import math
 import uuid
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tinker import types
 
 from kshot.errors import BusyError, RequestError
-from vlm.local.clients import SamplingRequest, SamplingTask, refuse
+from vlm.local.clients import LocalSamplingClient, SamplingRequest, SamplingTask, refuse
 from vlm.server.futures import PROTOBUF, Answer
-from vlm.server.runs import answered, when_done
-from vlm.server.state import ServerState, check_number
+from vlm.server.runs import answer_of, when_done
+from vlm.server.state import ServerState, check_number, sampler_id
 from vlm.server.tinker import wire
-from vlm.server.tinker import wire as tensors
 
 WAITING = 4096  # sampling requests that may wait
 SAMPLES = 1024  # sequences of one request
@@ -27,8 +26,42 @@ TOP = 1 << 20  # positions x likeliest tokens of one request
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One sampling request. targets: its target_prompt_logprobs. image_log_probs: see `SamplingService`."""
+
+    request: types.SampleRequest
+    targets: types.TensorData | None
+    image_log_probs: float
+
+    def run(self, client: LocalSamplingClient) -> SamplingTask:
+        """Start to sample."""
+        request = self.request
+        return client.start(
+            SamplingRequest(
+                request.prompt,
+                request.sampling_params,
+                request.num_samples,
+                bool(request.prompt_logprobs),
+                request.topk_prompt_logprobs,
+                self.targets,
+                topk_sample_logprobs=request.topk_sample_logprobs,
+                prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+                prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+            )
+        )
+
+    def reply(self, response: types.SampleResponse) -> Answer:
+        """The answer: of a whole prompt, image positions but the first have `image_log_probs`."""
+        values = response.prompt_logprobs_np
+        if not (values is None or self.request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs)):
+            values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
+            response = replace(response, prompt_logprobs_np=values)
+        return Answer(wire.sample_response(response, self.targets), PROTOBUF)
+
+
+@dataclass(frozen=True)
 class SamplingService:
-    """The sampling side of a server.
+    """Takes sampling requests.
 
     image_log_probs: what stands at image positions among a prompt's log-probabilities: NaN, as nothing is scored there,
     or a number for clients that multiply all of them with weights.
@@ -40,7 +73,7 @@ class SamplingService:
     def create_sampling_session(self, request: types.CreateSamplingSessionRequest) -> str:
         """The id of a sampling session, the same for the same number. Raises where its weights are not here."""
         check_number("sampling_session_seq_id", request.sampling_session_seq_id)
-        self.state.active(request.session_id)
+        self.state.check_session(request.session_id)
         self.state.samplers.check(request.model_path, request.base_model)
         base = request.base_model
         if request.model_path is not None:
@@ -56,88 +89,61 @@ class SamplingService:
         return name
 
     def sample(self, request: types.SampleRequest) -> tuple[str, list[str]]:
-        """Samples after a prompt; the id of the request, and of each sample."""
+        """Begin to sample after a prompt; the id of the request, and of each sample. Raises RequestError and
+        MissingError for a request that cannot be, BusyError where too many wait."""
         refuse(record_stability_info=request.record_stability_info)
         _check_size(request)
-        source, key = self._source(request)
+        key = self._key(request)
         request_id = self.state.futures.known(key)
         if request_id is None:
             if len(self.state.samplings) >= WAITING:
                 raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
-            asked = request.target_prompt_logprobs
-            targets = None if asked is None else tensors.of_model(asked, "target_prompt_logprobs")
+            targets = request.target_prompt_logprobs
+            tensor = None if targets is None else wire.of_model(targets, "target_prompt_logprobs")
             request_id = self.state.futures.open(key)
             self.state.samplings[request_id] = SamplingTask(Future())  # until its weights are there; may be cancelled
-            self.state.background(self._sample(request_id, request, source, targets))
+            self.state.background(self._start(request_id, Sample(request, tensor, self.image_log_probs)))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
         """Stop sampling that nobody waits for any more."""
-        if (under_way := self.state.samplings.get(request_id)) is not None:
-            under_way.cancel()
+        if (task := self.state.samplings.get(request_id)) is not None:
+            task.cancel()
 
-    def _source(self, request: types.SampleRequest) -> tuple[Callable[[], Any], str]:
-        """Where a request's weights come from, and its key."""
+    def _key(self, request: types.SampleRequest) -> str:
+        """The request's key, once its weights were looked up."""
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
-            self.state.samplers.check_session(name)
-            return lambda: self.state.samplers.of(name), f"{name}/{request.seq_id}"
+            self.state.samplers.check_sampler(name)
+            return f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:
             raise RequestError("asample names no weights; give sampling_session_id, model_path or base_model")
         self.state.samplers.check(request.model_path, request.base_model)
-        return lambda: self.state.samplers.client(request.model_path, request.base_model), uuid.uuid4().hex
+        return uuid.uuid4().hex
 
-    async def _sample(
-        self, request_id: str, request: types.SampleRequest, source: Callable[[], Any], targets: types.TensorData | None
-    ) -> None:
-        def answer(response: types.SampleResponse) -> Answer:
-            return Answer(wire.sample_response(self._with_images(request, response), targets), PROTOBUF)
-
-        def done(result: Any) -> None:
-            self.state.samplings.pop(request_id, None)
-            self.state.futures.finish(request_id, answered(answer, result))
-
+    async def _start(self, request_id: str, sample: Sample) -> None:
+        request, samplers = sample.request, self.state.samplers
         try:
-            client = await source()
+            if request.sampling_session_id is not None:
+                client = await samplers.client_of(request.sampling_session_id)
+            else:
+                client = await samplers.client(request.model_path, request.base_model)
             if self.state.samplings[request_id].future.cancelled():
-                return done(CancelledError())
-            started = client.start(_ask(request, targets))
+                return self._done(request_id, sample, CancelledError())
+            task = sample.run(client)
         except Exception as error:
-            return done(error)
-        self.state.samplings[request_id] = started
-        return when_done(started.future, done)
+            return self._done(request_id, sample, error)
+        self.state.samplings[request_id] = task
+        return when_done(task.future, partial(self._done, request_id, sample))
 
-    def _with_images(self, request: types.SampleRequest, response: types.SampleResponse) -> types.SampleResponse:
-        """The response with the number for image positions: of a whole prompt, those but the first that have none."""
-        values = response.prompt_logprobs_np
-        if values is None or request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs):
-            return response
-        values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
-        return replace(response, prompt_logprobs_np=values)
-
-
-def _ask(request: types.SampleRequest, targets: types.TensorData | None) -> SamplingRequest:
-    return SamplingRequest(
-        request.prompt,
-        request.sampling_params,
-        request.num_samples,
-        bool(request.prompt_logprobs),
-        request.topk_prompt_logprobs,
-        targets,
-        topk_sample_logprobs=request.topk_sample_logprobs,
-        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
-        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
-    )
-
-
-def sampler_id(session: str, seq: int) -> str:
-    """The id of a sampling session of a session."""
-    return f"{session}:sample:{seq}"
+    def _done(self, request_id: str, sample: Sample, result: Any) -> None:
+        self.state.samplings.pop(request_id, None)
+        self.state.futures.finish(request_id, answer_of(sample.reply, result))
 
 
 def _check_size(request: types.SampleRequest) -> None:
-    """Raise RequestError for what would take much memory before anybody looks at it."""
+    """Raise RequestError for what would take much memory before it is checked elsewhere."""
     if not 1 <= request.num_samples <= SAMPLES:
         raise RequestError(f"num_samples = {request.num_samples} is out of range: it must be from 1 to {SAMPLES}")
     shape = request.target_prompt_logprobs.shape if request.target_prompt_logprobs else None

@@ -1,11 +1,13 @@
-"""Requests of training: runs, passes, steps and checkpoints, in the SDK's own types. Answers come later, by request id.
+"""Training requests of the Tinker protocol: an operation for each kind of request, and the service that queues them.
 
-Runs on the event loop. Knows no HTTP and no mathematics.
+The way of a request: `routes` parses it → an operation → `TrainingService.submit` → the run's queue (`vlm.server.runs`)
+→ the operation's `run`, on the run's client → its `reply`. Clients fetch the answer by the request id that `submit`
+gives. Everything here runs on the event loop.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from tinker import types
 
@@ -16,223 +18,278 @@ from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.runs import LiveRun, Operation, when_done
-from vlm.server.state import ServerState, check_number, kept
+from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
 from vlm.server.tinker import wire
-from vlm.server.tinker.sampling import sampler_id
 
 RUNS = 4096  # in memory
 WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that are their run's next
 
 
 @dataclass(frozen=True)
+class RunOperation(Operation):
+    """A request of a run, by its model_id and seq_id."""
+
+    state: ServerState
+    request: Any
+
+    def check(self) -> None:
+        """Raise a KshotError for what is wrong with the request, before it is queued."""
+
+
+class ForwardBackward(RunOperation):
+    """A pass, with or without a gradient."""
+
+    request: wire.ForwardBackward
+
+    def run(self, client: LocalTrainingClient) -> Any:
+        method = client.forward if self.request.forward_only else client.forward_backward
+        return method(self.request.data, self.request.loss_fn, self.request.loss_fn_config)
+
+    def reply(self, output: types.ForwardBackwardOutput) -> Answer:
+        if not self.request.forward_only and (run := self.state.runs.get(self.request.model_id)):
+            run.loss += output.metrics["loss:sum"]
+            run.examples += len(self.request.data)
+            self.state.examples += len(self.request.data)
+        return Answer(wire.forward_backward_output(output), PROTOBUF)
+
+
+class OptimStep(RunOperation):
+    """An optimizer step."""
+
+    request: types.OptimStepRequest
+
+    def run(self, client: LocalTrainingClient) -> Any:
+        return client.optim_step(self.request.optim_params)
+
+    def reply(self, response: types.OptimStepResponse) -> Answer:
+        if run := self.state.runs.get(self.request.model_id):
+            run.steps += 1
+            self.state.steps += 1
+            with self.state.logged("a loss was not written"):  # the step was made all the same
+                self.state.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
+            run.loss, run.examples = 0.0, 0
+        return json_answer({"metrics": response.metrics, "type": "optim_step"})
+
+
+class SaveWeights(RunOperation):
+    """A checkpoint with the optimizer. Without a path in the request, its name is the request's number."""
+
+    kind, type = "weights", "save_weights"
+
+    @property
+    def name(self) -> str:
+        return f"{self.request.seq_id or 0:06d}" if self.request.path is None else self.request.path
+
+    @property
+    def path(self) -> str:
+        return path_of(self.request.model_id, self.kind, self.name)
+
+    @property
+    def metadata(self) -> dict[str, str] | None:
+        return metadata_text(self.request.user_metadata)
+
+    def check(self) -> None:
+        _ = self.path
+        check_ttl(self.request.ttl_seconds)
+        _ = self.metadata
+
+    def run(self, client: LocalTrainingClient) -> Any:
+        self.state.checkpoints.remove_if_expired(self.path)
+        return self.save(client)
+
+    def save(self, client: LocalTrainingClient) -> Any:
+        return client.save_state(self.name, overwrite=self.request.overwrite, user_metadata=self.metadata)
+
+    def reply(self, _: Any) -> Answer:
+        self.state.checkpoints.register(self.path, self.request.ttl_seconds, self.metadata)
+        return json_answer({"path": self.path, "type": self.type})
+
+
+class SaveWeightsForSampler(SaveWeights):
+    """A checkpoint of the weights alone."""
+
+    kind, type = "sampler_weights", "save_weights_for_sampler"
+
+    def check(self) -> None:
+        refuse(kind=None if self.request.kind == "snapshot" else self.request.kind)
+        super().check()
+
+    def save(self, client: LocalTrainingClient) -> Any:
+        return client.save_weights_for_sampler(self.name, user_metadata=self.metadata)
+
+
+class SnapshotForSampler(RunOperation):
+    """A sampling session on the weights as they are now, in memory alone."""
+
+    request: types.SaveWeightsForSamplerRequest
+
+    @property
+    def session(self) -> str:
+        return self.request.model_id.partition(":")[0]
+
+    @property
+    def sampler(self) -> str:
+        return sampler_id(self.session, self.request.sampling_session_seq_id or 0)
+
+    def check(self) -> None:
+        refuse(kind=None if self.request.kind == "snapshot" else self.request.kind)
+        if self.request.sampling_session_seq_id is None:
+            raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
+        self.state.live_run(self.request.model_id)
+        if self.state.futures.known(f"{self.request.model_id}/{self.request.seq_id}") is None:
+            self._check_unused()
+
+    def run(self, client: LocalTrainingClient) -> Any:
+        return client.save_weights_and_get_sampling_client()
+
+    def reply(self, client: LocalSamplingClient) -> Answer:
+        self._check_unused()
+        self.state.store.add_sampler(self.sampler, self.session, client.get_base_model(), None, ephemeral=True)
+        self.state.samplers.keep(self.sampler, self.request.model_id, client)
+        return json_answer({"sampling_session_id": self.sampler, "type": "save_weights_for_sampler"})
+
+    def _check_unused(self) -> None:
+        if self.state.store.sampler(self.sampler) is not None:
+            raise RequestError(
+                f"sampling session {self.sampler} was made before; take the next sampling_session_seq_id"
+            )
+
+
+class LoadWeights(RunOperation):
+    """The weights of a checkpoint into a run that there is."""
+
+    request: types.LoadWeightsRequest
+
+    def check(self) -> None:
+        refuse(weights_access_token=self.request.weights_access_token)
+        check_optimizer(self.request.optimizer_config)
+        self.state.checkpoints.existing(self.request.path)
+
+    def run(self, client: LocalTrainingClient) -> Any:
+        return (client.load_state_with_optimizer if self.request.optimizer else client.load_state)(self.request.path)
+
+    def reply(self, _: Any) -> Answer:
+        return json_answer({"path": self.request.path, "model_id": self.request.model_id, "type": "load_weights"})
+
+
+@dataclass(frozen=True)
+class Refused(RunOperation):
+    """A request that was refused. It takes its number all the same and is answered with the error: the client goes on
+    counting, and what is numbered behind it would wait for ever."""
+
+    error: KshotError
+
+    def check(self) -> None:
+        raise self.error
+
+    def run(self, client: LocalTrainingClient) -> NoReturn:
+        raise self.error
+
+    def reply(self, result: Any) -> NoReturn:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class CreateModel:
+    """A new run with fresh LoRA weights."""
+
+    state: ServerState
+    request: types.CreateModelRequest
+
+    def check(self) -> None:
+        """Raise a KshotError for what is wrong with the request."""
+        lora = self._lora
+        check_optimizer(self.request.optimizer_config)
+        check_seed(lora.seed)
+        self.state.samplers.check(None, self.request.base_model)
+        _ = self._spec
+
+    def run(self, model_id: str) -> Any:
+        """Start to make the run; gives the future of its client."""
+        registry, metadata = self.state.registry, metadata_text(self.request.user_metadata)
+        arguments = model_id, self.request.base_model, self._spec, self._lora.seed, metadata
+        return registry.submit(registry.start, *arguments)
+
+    def reply(self, model_id: str) -> Answer:
+        """The answer once it is made."""
+        return json_answer({"model_id": model_id, "type": "create_model"})
+
+    @property
+    def _lora(self) -> types.LoraConfig:
+        if self.request.lora_config is None:
+            raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
+        return self.request.lora_config
+
+    @property
+    def _spec(self) -> Any:
+        lora = self._lora
+        flags = {"train_mlp": lora.train_mlp, "train_attn": lora.train_attn, "train_unembed": lora.train_unembed}
+        return self.state.registry.spec(lora.rank, **flags)
+
+
+@dataclass(frozen=True)
+class ResumeModel:
+    """A new run with the weights of a checkpoint: load_weights without a model_id."""
+
+    state: ServerState
+    request: types.LoadWeightsRequest
+
+    def check(self) -> None:
+        """Raise a KshotError for what is wrong with the request."""
+        LoadWeights(self.state, self.request).check()
+        if self.request.session_id is None or self.request.model_seq_id is None:
+            raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
+
+    def run(self, model_id: str) -> Any:
+        """Start to make the run; gives the future of its client."""
+        request, registry = self.request, self.state.registry
+        arguments = model_id, request.path, request.base_model, metadata_text(request.user_metadata)
+        return registry.submit(registry.resume, *arguments, optimizer=request.optimizer)
+
+    def reply(self, model_id: str) -> Answer:
+        """The answer once it is made."""
+        return json_answer({"path": self.request.path, "model_id": model_id, "type": "load_weights"})
+
+
+@dataclass(frozen=True)
 class TrainingService:
-    """The training side of a server. Every method that begins a request gives its id; sent again, it is the same."""
+    """Takes training requests: gives the id of each, the same one when it is sent again."""
 
     state: ServerState
 
-    def create_model(self, request: types.CreateModelRequest) -> str:
-        """A new run with fresh LoRA weights; the id of the request."""
-        lora = request.lora_config
-        if lora is None:
-            raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
-        check_optimizer(request.optimizer_config)
-        check_seed(lora.seed)
-        self.state.check_model(request.base_model)
-        spec = self.state.registry.spec(
-            lora.rank, train_mlp=lora.train_mlp, train_attn=lora.train_attn, train_unembed=lora.train_unembed
-        )
+    def submit(self, operation: RunOperation, size: int = 0) -> str:
+        """Queue an operation of a run; size: bytes of its body.
 
-        def make(model_id: str) -> Any:
-            metadata = kept(request.user_metadata)
-            return self.state.registry.submit(
-                self.state.registry.start, model_id, request.base_model, spec, lora.seed, metadata
-            )
-
-        def answer(model_id: str) -> Answer:
-            return json_answer({"model_id": model_id, "type": "create_model"})
-
-        return self._begin(request.session_id, request.model_seq_id, make, answer, request.user_metadata)
-
-    def load_weights(self, request: types.LoadWeightsRequest) -> str:
-        """Weights of a checkpoint into a run, or into a new one; the id of the request."""
-        refuse(weights_access_token=request.weights_access_token)
-        check_optimizer(request.optimizer_config)
-        saved = self.state.checkpoints.existing(request.path)
-
-        def answer(model_id: str) -> Answer:
-            return json_answer({"path": saved.path, "model_id": model_id, "type": "load_weights"})
-
-        if request.model_id is not None:
-            name = "load_state_with_optimizer" if request.optimizer else "load_state"
-            return self.add(
-                request.model_id,
-                request.seq_id,
-                lambda client: getattr(client, name)(saved.path),
-                lambda _: answer(request.model_id or ""),
-            )
-        if request.session_id is None or request.model_seq_id is None:
-            raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
-
-        def make(model_id: str) -> Any:
-            given = model_id, saved.path, request.base_model, kept(request.user_metadata)
-            return self.state.registry.submit(self.state.registry.resume, *given, optimizer=request.optimizer)
-
-        return self._begin(request.session_id, request.model_seq_id, make, answer, request.user_metadata)
-
-    def add(
-        self,
-        model_id: str,
-        seq: int | None,
-        call: Callable[[LocalTrainingClient], Any],
-        answer: Callable[[Any], Answer],
-        size: int = 0,
-    ) -> str:
-        """A request of a run, of so many bytes; its id. Sent again, it is the same one."""
+        Raises MissingError for a run that is not in memory, RequestError for a number that cannot be, BusyError where
+        too much waits. Any other mistake in a request of a run in memory is its answer: see `Refused`.
+        """
+        model_id, seq = operation.request.model_id, operation.request.seq_id
+        try:
+            operation.check()
+        except KshotError as error:
+            if model_id not in self.state.runs:
+                raise
+            operation, size = Refused(self.state, operation.request, error), 0
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
         if (known := self.state.futures.known(key)) is not None:
             return known
-        run = self.live(model_id)
+        run = self.state.live_run(model_id)
         run.check(seq)
         if size and seq != run.next_seq and sum(self.state.sizes.values()) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
         request_id = self.state.futures.open(key)
         self.state.sizes[request_id] = size
-        run.add(seq, Operation(request_id, call, answer))
+        run.add(seq, request_id, operation)
         return request_id
 
-    def save_weights_external(self, request: types.SaveWeightsExternalRequest) -> str:
-        """Refused: checkpoints are files already, in PEFT's layout."""
-        raise RequestError(
-            "save_weights_external is not offered; checkpoints lie below --state as PEFT's safetensors: save_state"
-        )
-
-    def numbered(self, model_id: str, seq: int | None, begin: Callable[[], str]) -> str:
-        """The id of the request that `begin` begins. One that it refuses takes its number all the same and is answered
-        with the error: the client goes on counting, and what is numbered behind it would wait for ever."""
-        try:
-            return begin()
-        except BusyError:  # it is sent again
-            raise
-        except KshotError as error:
-            if model_id not in self.state.runs:
-                raise
-            refused = error
-
-        def call(_: LocalTrainingClient) -> Any:
-            raise refused
-
-        return self.add(model_id, seq, call, json_answer)
-
-    def refused(self, body: Any, fault: RequestError) -> dict[str, Any] | None:
-        """What is answered to a body that is no request, where it names a run in memory and the number there: an error
-        later, for the reason that `numbered` has. None for any other."""
-        named = body if isinstance(body, dict) else {}
-        run, seq = named.get("model_id"), named.get("seq_id")
-        if not isinstance(run, str) or run not in self.state.runs or type(seq) is not int:
-            return None
-
-        def begin() -> str:
-            raise fault
-
-        return {"request_id": self.numbered(run, seq, begin), "model_id": run}
-
-    def live(self, model_id: str) -> LiveRun:
-        """A run in memory. Raises MissingError for another, and says what was last saved of it."""
-        if model_id in self.state.runs:
-            return self.state.runs[model_id]
-        if self.state.store.run(model_id) is None:
-            raise MissingError(f"there is no run {model_id!r}; create one")
-        raise self.state.lost(model_id, "this server was started again, or its session is over")
-
-    async def info(self, model_id: str) -> types.GetInfoResponse:
-        """What a run is, as soon as its model is loaded."""
-        run = self.live(model_id)
-        await run.started.wait()
-        if run.client is None:
-            raise run.failure or MissingError(f"there is no run {model_id!r}")
-        return run.client.get_info()
-
-    def forward_backward(self, request: wire.ForwardBackward, size: int) -> str:
-        """A pass, with or without a gradient, from a body of so many bytes; the id of the request."""
-
-        def call(client: LocalTrainingClient) -> Any:
-            method = client.forward if request.forward_only else client.forward_backward
-            return method(request.data, request.loss_fn, request.loss_fn_config)
-
-        def answer(output: types.ForwardBackwardOutput) -> Answer:
-            if not request.forward_only and (run := self.state.runs.get(request.model_id)):
-                run.loss += output.metrics["loss:sum"]
-                run.examples += len(request.data)
-                self.state.examples += len(request.data)
-            return Answer(wire.forward_backward_output(output), PROTOBUF)
-
-        return self.add(request.model_id, request.seq_id, call, answer, size)
-
-    def optim_step(self, request: types.OptimStepRequest) -> str:
-        """An optimizer step; the id of the request."""
-
-        def answer(response: types.OptimStepResponse) -> Answer:
-            if run := self.state.runs.get(request.model_id):
-                run.steps += 1
-                self.state.steps += 1
-                with self.state.logged("a loss was not written"):  # the step was made all the same
-                    self.state.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
-                run.loss, run.examples = 0.0, 0
-            return json_answer({"metrics": response.metrics, "type": "optim_step"})
-
-        return self.add(
-            request.model_id, request.seq_id, lambda client: client.optim_step(request.optim_params), answer
-        )
-
-    def save_weights(self, request: types.SaveWeightsRequest) -> str:
-        """A checkpoint with optimizer; the id of the request."""
-        name = _named(request.path, request.seq_id)
-        path = path_of(request.model_id, "weights", name)
-        check_ttl(request.ttl_seconds)
-        metadata = kept(request.user_metadata)
-
-        def answer(_: Any) -> Answer:
-            self.state.checkpoints.note(path, request.ttl_seconds, metadata)
-            return json_answer({"path": path, "type": "save_weights"})
-
-        def call(client: LocalTrainingClient) -> Any:
-            self.state.checkpoints.free(path)
-            return client.save_state(name, overwrite=request.overwrite, user_metadata=metadata)
-
-        return self.add(request.model_id, request.seq_id, call, answer)
-
-    def save_weights_for_sampler(self, request: types.SaveWeightsForSamplerRequest) -> str:
-        """Weights to sample from, in a checkpoint or (without a name) in memory; the id of the request."""
-        refuse(kind=None if request.kind == "snapshot" else request.kind)
-        if request.path is None:
-            return self._snapshot(request)
-        path = path_of(request.model_id, "sampler_weights", request.path)
-        check_ttl(request.ttl_seconds)
-        name, metadata = request.path, kept(request.user_metadata)
-
-        def answer(_: Any) -> Answer:
-            self.state.checkpoints.note(path, request.ttl_seconds, metadata)
-            return json_answer({"path": path, "type": "save_weights_for_sampler"})
-
-        def call(client: LocalTrainingClient) -> Any:
-            self.state.checkpoints.free(path)
-            return client.save_weights_for_sampler(name, user_metadata=metadata)
-
-        return self.add(request.model_id, request.seq_id, call, answer)
-
-    def _begin(
-        self,
-        session: str,
-        seq: int,
-        make: Callable[[str], Any],
-        answer: Callable[[str], Answer],
-        metadata: dict[str, Any] | None,
-    ) -> str:
-        """A new run, called as the SDK expects it to be; the id of the request."""
+    def create(self, creation: CreateModel | ResumeModel) -> str:
+        """Begin a new run, called as the SDK expects it to be. Raises a KshotError for a mistake in the request."""
+        creation.check()
+        session, seq = creation.request.session_id or "", creation.request.model_seq_id or 0
         check_number("model_seq_id", seq)
-        self.state.active(session)
+        self.state.check_session(session)
         model_id = f"{session}:train:{seq}"
         key = f"{model_id}/0"
         if (known := self.state.futures.known(key)) is not None:
@@ -241,46 +298,49 @@ class TrainingService:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
         if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
-        metadata = kept(metadata)
+        metadata = metadata_text(creation.request.user_metadata)
         request_id = self.state.futures.open(key)
         run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.settle)
-
-        def begun(result: Any) -> None:
-            if isinstance(result, BaseException):
-                self.state.runs.pop(model_id, None)
-                run.end(result)
-                return self.state.futures.finish(request_id, error_answer(result))
-            base_model = result.get_info().model_name
-            try:
-                self.state.store.add_run(model_id, session, base_model, asdict(result.spec), metadata)
-            except KshotError as error:
-                return begun(error)
-            if model_id in self.state.runs:  # else its session was finished meanwhile
-                run.begin(result)
-            return self.state.futures.finish(request_id, answer(model_id))
-
-        when_done(make(model_id), begun)
+        when_done(creation.run(model_id), partial(self._created, creation, run, request_id, metadata))
         return request_id
 
-    def _snapshot(self, request: types.SaveWeightsForSamplerRequest) -> str:
-        if request.sampling_session_seq_id is None:
-            raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
-        session = self.live(request.model_id).session
-        name = sampler_id(session, request.sampling_session_seq_id)
-        if self.state.futures.known(f"{request.model_id}/{request.seq_id}") is None and self.state.store.sampler(name):
-            raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
+    def _created(
+        self,
+        creation: CreateModel | ResumeModel,
+        run: LiveRun,
+        request_id: str,
+        metadata: dict[str, str] | None,
+        result: Any,
+    ) -> None:
+        """Take the client of a new run, or the exception."""
+        if not isinstance(result, BaseException):
+            base_model, lora = result.get_info().model_name, asdict(result.spec)
+            try:
+                self.state.store.add_run(run.id, run.session, base_model, lora, metadata)
+            except KshotError as error:
+                result = error
+        if isinstance(result, BaseException):
+            self.state.runs.pop(run.id, None)
+            run.end(result)
+            self.state.futures.finish(request_id, error_answer(result))
+            return
+        if run.id in self.state.runs:  # else its session was finished meanwhile
+            run.begin(result)
+        self.state.futures.finish(request_id, creation.reply(run.id))
 
-        def answer(client: LocalSamplingClient) -> Answer:
-            if self.state.store.sampler(name) is not None:
-                raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
-            self.state.store.add_sampler(name, session, client.get_base_model(), None, ephemeral=True)
-            self.state.samplers.keep(name, request.model_id, client)
-            return json_answer({"sampling_session_id": name, "type": "save_weights_for_sampler"})
+    def refuse_body(self, body: Any, error: RequestError) -> tuple[str, str] | None:
+        """Request id and run of a body that is no request but names a run in memory and a number there: it is answered
+        as `Refused`. None for any other."""
+        fields = body if isinstance(body, dict) else {}
+        run, seq = fields.get("model_id"), fields.get("seq_id")
+        if not isinstance(run, str) or run not in self.state.runs or type(seq) is not int:
+            return None
+        return self.submit(Refused(self.state, wire.RequestNumber(run, seq), error)), run
 
-        return self.add(
-            request.model_id, request.seq_id, lambda client: client.save_weights_and_get_sampling_client(), answer
-        )
-
-
-def _named(name: str | None, seq: int | None) -> str:
-    return f"{seq or 0:06d}" if name is None else name
+    async def info(self, model_id: str) -> types.GetInfoResponse:
+        """What a run is, as soon as its model is loaded. Raises MissingError for one that is not in memory."""
+        run = self.state.live_run(model_id)
+        await run.started.wait()
+        if run.client is None:
+            raise run.failure or MissingError(f"there is no run {model_id!r}")
+        return run.client.get_info()

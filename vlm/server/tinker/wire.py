@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tinker
@@ -136,6 +136,13 @@ class ForwardBackward:
     forward_only: bool
 
 
+class RequestNumber(NamedTuple):
+    """The run of a request and its number there."""
+
+    model_id: str
+    seq_id: int
+
+
 @dataclass(frozen=True)
 class _Number:
     """How a tensor's numbers lie on the wire, and what they are in the SDK's types."""
@@ -177,14 +184,14 @@ def parse_forward_backward(body: bytes) -> ForwardBackward:
     return ForwardBackward(message.model_id, message.seq_id, data, message.loss_fn, config, message.forward_only)
 
 
-def numbers_of(body: bytes) -> tuple[str, int]:
+def number_of(body: bytes) -> RequestNumber:
     """The run that a body names and its number there, also of one that `parse_forward_backward` refuses; "" and 0 where
     it is no message at all."""
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
-        return "", 0
-    return message.model_id, message.seq_id
+        return RequestNumber("", 0)
+    return RequestNumber(message.model_id, message.seq_id)
 
 
 def forward_backward_output(output: types.ForwardBackwardOutput) -> bytes:
