@@ -1,8 +1,7 @@
 """The vision-language side: prompts, the training API, the local engine, classification by answering in text.
 
 `connect` gives a service client whose methods, arguments and futures are those of the official `tinker` SDK. Importing
-this package loads neither torch nor transformers nor the SDK: they are loaded where they are used. It knows no data
-set and no baseline.
+this package loads neither torch nor transformers nor the SDK: they are loaded where they are used.
 """
 
 from importlib import import_module

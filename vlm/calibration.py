@@ -2,8 +2,7 @@
 
 A prior is what the model answers where nothing speaks for any class: about images without content (contextual
 calibration, Zhao et al., ICML 2021) or about no image at all (domain conditional PMI, Holtzman et al., EMNLP 2021). A
-choice between them is made on labelled validation images, never on test images. Knows no data set and no service in
-particular.
+choice between them is made on labelled validation images, never on test images.
 """
 
 import io

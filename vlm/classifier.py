@@ -1,4 +1,4 @@
-"""The main job: teach a model to answer with the class name, then ask it. Knows no data set, no service in particular.
+"""The main job: teach a model to answer with the class name, then ask it, on any service.
 
 An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`.
 """

@@ -1,4 +1,4 @@
-"""What the model itself sees, as a vector for each prompt: features for a head of one's own. Knows no heads.
+"""Features of the vision-language model itself, a vector for each prompt, for a head of one's own.
 
 "tower": the vision tower's output after its merger, which is what is put into the text at the image's positions
 (deepstack layers left out), as the mean over the image's tokens. "hidden": the text model's last hidden state at the
@@ -28,12 +28,12 @@ class Embedder(Protocol):
     """A sampling client that gives features of its model."""
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
-        """(prompts, D) float32: the features that are asked for, the tower's first."""
+        """(prompts, D) float32: the requested features, the tower's first."""
 
 
 @runtime_checkable
-class Encoding(Protocol):
-    """A sampling client that keeps what the vision tower says of an image.
+class ImageEncoder(Protocol):
+    """A sampling client that caches the vision tower's features of images.
 
     tower_forwards: images that went through the tower of its model in this process.
     """
@@ -45,7 +45,7 @@ class Encoding(Protocol):
         """Have these images' features ready, in memory or on disk; those that are cost nothing."""
 
 
-def encode(sampler: Encoding, images: Sequence[bytes], rule: ImageRule) -> None:
+def encode(sampler: ImageEncoder, images: Sequence[bytes], rule: ImageRule) -> None:
     """Put the tower's features of images where later requests, also of other processes, find them: `connect` names
     the folder. Raises ImageError for bytes that are no image."""
     for start in range(0, len(images), WINDOW):
@@ -57,8 +57,8 @@ def embed(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], what: s
     model, twice that for "tower+hidden".
 
     On a CPU "tower" is a function of the image alone, bit for bit, and an image seen before costs nothing; both unless
-    the sampler's LoRA covers the vision tower. Otherwise what is asked for together shares matrix products: other
-    company for a prompt changes its features by rounding, and no more.
+    the sampler's LoRA covers the vision tower. Otherwise prompts of one call share matrix products: their
+    number changes a prompt's features by rounding, and no more.
     Raises UnknownNameError for another name, and RequestError for a service that gives no features and, where the
     tower's are asked for, for a prompt that does not hold exactly one image.
     """

@@ -1,7 +1,6 @@
 """Builders of the SDK's types: image bytes and text become a `tinker.ModelInput`, an answer becomes a `tinker.Datum`.
 
-The next-token shift lives here and nowhere else. This module knows no question, no class and no model; of the model
-it takes only the `ImageRule`, which says how many tokens an image of a size becomes.
+The next-token shift lives here and nowhere else. `ImageRule` says how many tokens an image of a size becomes.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 Format = Literal["png", "jpeg"]
-KNOWN = 1 << 16  # headers that a rule remembers: training shows the same images again and again
+CACHED_HEADERS = 1 << 16  # headers that a rule remembers: training shows the same images again and again
 CHUNK_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
 
 
@@ -32,11 +31,11 @@ CHUNK_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg"}  # what an Ima
 class ImageRule:
     """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint.
 
-    known: SHA-256 of an image that travels as it is → its format and tokens.
+    headers: SHA-256 of an image that travels as it is → its format and tokens.
     """
 
     processor: "BaseImageProcessor"
-    known: dict[bytes, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
+    headers: dict[bytes, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_pretrained(cls, model: str) -> "ImageRule":
@@ -72,13 +71,13 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     Raises ImageError for bytes that are no image.
     """
     digest = hashlib.sha256(data).digest()
-    format, tokens = rule.known.get(digest) or _read_header(data, rule)
+    format, tokens = rule.headers.get(digest) or _read_header(data, rule)
     if format is None:
         buffer = io.BytesIO()
         open_image(data).save(buffer, "PNG")
         data, format = buffer.getvalue(), "png"
-    elif len(rule.known) < KNOWN:
-        rule.known[digest] = format, tokens
+    elif len(rule.headers) < CACHED_HEADERS:
+        rule.headers[digest] = format, tokens
     return types.ImageChunk(data=data, format=format, expected_tokens=tokens)
 
 
@@ -114,12 +113,12 @@ def closed_datum(prompt: tinker.ModelInput, choice: Sequence[int], branches: Seq
     The loss is on the tokens at its branches; `candidates`, a sparse (positions, most) matrix of int64, holds in the
     row of each the tokens that may stand there. Raises RequestError for an empty prompt or choice.
     """
-    answer = choice[: branches[-1].place + 1]  # what follows is certain
+    answer = choice[: branches[-1].position + 1]  # what follows is certain
     weights = np.zeros(len(answer), np.float32)
-    weights[[branch.place for branch in branches]] = 1.0
+    weights[[branch.position for branch in branches]] = 1.0
     made = _datum(prompt, answer, weights)
     rows = np.zeros(made.model_input.length, np.int64)
-    rows[[prompt.length - 1 + branch.place for branch in branches]] = [len(b.candidates) for b in branches]
+    rows[[prompt.length - 1 + branch.position for branch in branches]] = [len(b.candidates) for b in branches]
     candidates = tinker.TensorData(
         data=np.concatenate([branch.candidates for branch in branches]),
         dtype="int64",

@@ -1,4 +1,4 @@
-"""The label trie: a closed list of answers as one tree of tokens. Knows no model and no tokenizer.
+"""The label trie: a closed list of answers as one tree of tokens.
 
 Under a model restricted to the tree, a token whose node has one child has probability 1. So P(choice | prompt) is the
 product, over the *branching* nodes of its path, of a softmax over that node's children (`constrained`); the true
@@ -19,9 +19,9 @@ ROOT = -1  # the last position of the prompt
 
 @dataclass(frozen=True)
 class Branch:
-    """A token of a choice at which others part from it: its place in the choice, and which tokens may stand there."""
+    """A token of a choice at which others part from it: its position in the choice, and which tokens may stand there."""
 
-    place: int
+    position: int
     candidates: tuple[int, ...]
 
 

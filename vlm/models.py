@@ -1,4 +1,4 @@
-"""Names of models, and the folder that has a name's files. Loads no model and reads no weight.
+"""Names of models, and the folder that has a name's files.
 
 A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVISION). The hub's files are fetched once,
 into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.

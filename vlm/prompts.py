@@ -2,7 +2,7 @@
 
 A template is two lines of text with a slot each; the preset "recipe" has the words of the official vlm_classifier
 recipe, whose way of reading an answer holds for all. Class names come in as they are to be written (their clean-up
-belongs to the data set). This module knows no model and no data set.
+belongs to the data set).
 """
 
 import re
@@ -22,7 +22,7 @@ QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
 IMAGE, LABEL = "{image}", "{label}"
 BETWEEN = "=>"  # question and answer of a template that is written as one line
-TURN = "<|im_end|>"
+END_OF_TURN = "<|im_end|>"
 SPECIAL = "<|"  # begins the tokens that steer the model: no name may write one
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
 
@@ -113,8 +113,8 @@ class Prompt:
 
     def without_image(self) -> tinker.ModelInput:
         """The same question with no image in it: what the model would answer blindly."""
-        asked = self.template.question.replace(IMAGE, "").strip()
-        return model_input(self.tokenizer.encode(f"{_USER}{asked}{_ASSISTANT}"), self._prefill)
+        question = self.template.question.replace(IMAGE, "").strip()
+        return model_input(self.tokenizer.encode(f"{_USER}{question}{_ASSISTANT}"), self._prefill)
 
     def datum(self, image: bytes, label: int) -> tinker.Datum:
         """The training example: the assistant's whole turn is the target, as in the recipe."""
@@ -138,17 +138,17 @@ class Prompt:
     @cached_property
     def _answers(self) -> tuple[list[int], ...]:
         """label → the assistant's whole turn."""
-        turn = self.tokenizer.encode(TURN)
+        turn = self.tokenizer.encode(END_OF_TURN)
         return tuple([*self._prefill, *choice, *turn] for choice in self.choices)
 
     @cached_property
     def stops(self) -> list[int]:
         """The token that ends an answer: that of the turn."""
-        return list(self.tokenizer.encode(TURN))
+        return list(self.tokenizer.encode(END_OF_TURN))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens write: what stands before the end of the turn."""
-        return str(self.tokenizer.decode(list(tokens))).split(TURN, 1)[0].strip()
+        return str(self.tokenizer.decode(list(tokens))).split(END_OF_TURN, 1)[0].strip()
 
     def parse(self, answer: str) -> int:
         """The label whose class name the answer is, or -1 where it is none.
@@ -159,9 +159,9 @@ class Prompt:
         whole = answer.strip().removeprefix(self.template.prefill).strip()
         for read in (whole, answer.rpartition(":")[2].strip()):
             name = read.removesuffix(self.template.tail).strip()
-            for known, key in ((self._labels, name), (self._lower, name.lower())):
-                if key in known:
-                    return known[key]
+            for labels, key in ((self._labels, name), (self._lower, name.lower())):
+                if key in labels:
+                    return labels[key]
         return -1
 
     @cached_property
@@ -185,4 +185,4 @@ class Prompt:
         return self.tokenizer.encode(self.template.prefill)
 
 
-_USER, _ASSISTANT = "<|im_start|>user\n", f"{TURN}\n<|im_start|>assistant\n"
+_USER, _ASSISTANT = "<|im_start|>user\n", f"{END_OF_TURN}\n<|im_start|>assistant\n"

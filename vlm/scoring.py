@@ -1,4 +1,4 @@
-"""`score_choices`: the exact distribution over a closed list of answers, on any service. Knows no images or classes.
+"""`score_choices`: the exact distribution over a closed list of answers, on any service.
 
 The local engine scores the whole trie in one forward pass. Every other service is asked through the SDK's
 `sample(..., target_prompt_logprobs=...)`, path by path: the same numbers, more requests. It never samples instead.
@@ -43,7 +43,7 @@ def score_and_decode(
     sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], choices: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The constrained scores, and from the same pass (prompts,) the choice that token-by-token constrained decoding
-    writes after each prompt (see `labels.greedy`). Raises as `score_choices` does."""
+    writes after each prompt (see `label_trie.greedy`). Raises as `score_choices` does."""
     trie = label_trie.build(choices, "constrained")
     edges = _edges(sampler, prompts, trie)
     return _summed(trie, edges), label_trie.greedy(trie, edges)
@@ -65,11 +65,11 @@ def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """The edges' log-probabilities, a request for each node that edges leave from."""
     nodes = sorted({edge.node for edge in trie.edges})
-    futures = [[_ask(sampler, prompt, trie, node) for node in nodes] for prompt in prompts]
+    futures = [[_request(sampler, prompt, trie, node) for node in nodes] for prompt in prompts]
     rows = []
-    for asked in futures:
-        answers = {node: _answer(trie, node, future) for node, future in zip(nodes, asked, strict=True)}
-        rows.append([answers[edge.node][edge.token] for edge in trie.edges])
+    for requested in futures:
+        by_node = {node: _log_probs(trie, node, future) for node, future in zip(nodes, requested, strict=True)}
+        rows.append([by_node[edge.node][edge.token] for edge in trie.edges])
     return np.array(rows, np.float64).reshape(len(prompts), len(trie.edges))
 
 
@@ -77,7 +77,7 @@ def _tokens(trie: label_trie.Trie, node: int) -> list[int]:
     return [edge.token for edge in trie.edges if edge.node == node]
 
 
-def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: label_trie.Trie, node: int) -> Any:
+def _request(sampler: SamplingClient, prompt: tinker.ModelInput, trie: label_trie.Trie, node: int) -> Any:
     """Log-probabilities of the node's children: the prompt, its path and any child to score it at."""
     tokens = _tokens(trie, node)
     full = model_input(*prompt.chunks, [*trie.path(node), tokens[0]])
@@ -87,7 +87,7 @@ def _ask(sampler: SamplingClient, prompt: tinker.ModelInput, trie: label_trie.Tr
     return sampler.sample(full, 1, types.SamplingParams(max_tokens=1), target_prompt_logprobs=target)
 
 
-def _answer(trie: label_trie.Trie, node: int, future: Any) -> dict[int, float]:
+def _log_probs(trie: label_trie.Trie, node: int, future: Any) -> dict[int, float]:
     tokens = _tokens(trie, node)
     values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
     if trie.children:

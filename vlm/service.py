@@ -102,15 +102,15 @@ def connect(
     `feature_memory`). api_key: of the others; on loopback it defaults to the key any local
     server takes. Raises UnknownNameError for another name, RequestError for an option of the other kind.
     """
-    local = {"state_dir": state_dir, "dtype": dtype, "train_vision": train_vision, "features": features}
-    local["cache_bytes"] = cache_bytes
-    given = [name for name, value in local.items() if value] + ["device"] * (device != "cpu")
+    options = {"train_vision": train_vision, "features": features, "cache_bytes": cache_bytes}
+    local: dict[str, Any] = {"state_dir": state_dir, "dtype": dtype, **options}
+    local_only = [name for name, value in local.items() if value] + ["device"] * (device != "cpu")
     if service == "local":
         if api_key is not None:
             raise RequestError("api_key is for remote services; the local one has none")
-        return _local(state_dir, device, dtype, train_vision=train_vision, features=features, cache_bytes=cache_bytes)
-    if given:
-        raise RequestError(f"{', '.join(given)}: for the local service, not for {service!r}")
+        return _local(state_dir, device, dtype, **options)
+    if local_only:
+        raise RequestError(f"{', '.join(local_only)}: for the local service, not for {service!r}")
     if service == "tinker":
         return _official(None, api_key)
     if service.startswith(("http://", "https://")):
@@ -204,8 +204,8 @@ def _local(state_dir: Path | None, device: str, dtype: str | None, **options: An
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
-    given: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
-    client: Any = tinker.ServiceClient(**{name: value for name, value in given.items() if value is not None})
+    options: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
+    client: Any = tinker.ServiceClient(**{name: value for name, value in options.items() if value is not None})
     return client
 
 

@@ -1,1 +1,1 @@
-"""The local engine: the training API answered in this process by stock transformers classes with PEFT LoRA."""
+"""The local engine: the training API in this process, on stock transformers checkpoints with LoRA."""

@@ -1,8 +1,7 @@
 """Checkpoints on disk, in PEFT's own layout: adapter_model.safetensors, adapter_config.json, optimizer, a record.
 
-`tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; nothing a name says
-leads out of it. Written to a temporary folder, then renamed. A folder of this layout can be read wherever it lies.
-Knows no model in memory.
+`tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; no name leads out of
+it. Written to a temporary folder, then renamed. A folder of this layout can be read wherever it lies.
 """
 
 import json

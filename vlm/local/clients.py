@@ -1,7 +1,4 @@
-"""One training run behind the SDK's `TrainingClient` methods. Knows no mathematics and no other run.
-
-TODO Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no mathematics.
-"""
+"""The SDK's `SamplingClient` and `TrainingClient` over an engine of this process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +16,6 @@ from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
 from vlm.local import checkpoint, scoring
-from vlm.local import scoring as embedding
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.model.lora import Adapter, LoraSpec
@@ -29,8 +25,6 @@ from vlm.local.sampling.sequence import TokenSequence as TokenSequence
 from vlm.local.scheduler import SamplingTask as SamplingTask
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
-
-# ---- Fixed weights behind the SDK's `SamplingClient` methods, and what this service adds to them. Knows no
 
 
 def refuse(**given: object) -> None:
@@ -43,8 +37,8 @@ def refuse(**given: object) -> None:
 class LocalSamplingClient:
     """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
 
-    def __init__(self, engine: Engine, snapshot: Snapshot, worker: Scheduler) -> None:
-        self._engine, self._snapshot, self._worker = engine, snapshot, worker
+    def __init__(self, engine: Engine, snapshot: Snapshot, scheduler: Scheduler) -> None:
+        self._engine, self._snapshot, self._scheduler = engine, snapshot, scheduler
 
     def sample(
         self,
@@ -58,8 +52,8 @@ class LocalSamplingClient:
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> AwaitableConcurrentFuture[types.SampleResponse]:
-        """Samples after a prompt, and log-probabilities of the prompt where asked (see the SDK)."""
-        ask = sampler.SamplingRequest(
+        """Samples after a prompt, and log-probabilities of the prompt where requested (see the SDK)."""
+        request = sampler.SamplingRequest(
             prompt,
             sampling_params,
             num_samples,
@@ -70,32 +64,34 @@ class LocalSamplingClient:
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [ask])[0])
+        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [request])[0])
 
     def start(
-        self, ask: sampler.SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None
+        self, request: sampler.SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None
     ) -> SamplingTask:
-        """The same, written together with whatever else is sampled at the time: sooner where much is, and equal to
-        what it would be alone but for rounding. on_token: see `vlm.local.scheduler.Worker.sample`."""
-        self._engine.prefetch([ask.prompt])
-        return self._worker.sample(self._engine, self._snapshot, ask, on_token)
+        """The same, in a batch with whatever else is sampled at the time: sooner where much is, and equal to what it
+        would be alone but for rounding. on_token: see `vlm.local.scheduler.Scheduler.sample`."""
+        self._engine.prefetch([request.prompt])
+        return self._scheduler.sample(self._engine, self._snapshot, request, on_token)
 
     def compute_logprobs(
         self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> AwaitableConcurrentFuture[list[float | None]]:
         """Each position's log-probability given those before it; None at position 0 and at image positions."""
         params = types.SamplingParams(max_tokens=1)
-        ask = sampler.SamplingRequest(
+        request = sampler.SamplingRequest(
             prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n
         )
-        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [ask])[0].prompt_logprobs)
+        return self._submit(
+            [prompt], lambda: sampler.sample(self._engine, self._snapshot, [request])[0].prompt_logprobs
+        )
 
     def sample_batch(
         self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
     ) -> list[types.SampleResponse]:
-        """One sample after each prompt, in shared passes: the same answers as one by one, sooner."""
-        asks = [sampler.SamplingRequest(prompt, params) for prompt in prompts]
-        return self._submit(prompts, sampler.sample, self._engine, self._snapshot, asks).result()
+        """One sample after each prompt, in shared passes: the same results as one by one, sooner."""
+        requests = [sampler.SamplingRequest(prompt, params) for prompt in prompts]
+        return self._submit(prompts, sampler.sample, self._engine, self._snapshot, requests).result()
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
@@ -103,14 +99,14 @@ class LocalSamplingClient:
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
         """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
-        call = partial(embedding.embed, tower=tower, hidden=hidden)
+        call = partial(scoring.embed, tower=tower, hidden=hidden)
         return self._submit(prompts, call, self._engine, self._snapshot, prompts).result()
 
     def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
-        """See `vlm.embedding.Encoding`."""
-        new = self._engine.vision.unseen(images)
+        """See `vlm.embedding.ImageEncoder`."""
+        new = self._engine.vision.uncached(images)
         self._engine.vision.prefetch(new)
-        self._worker.submit(self._engine.vision.features, new).result()
+        self._scheduler.submit(self._engine.vision.features, new).result()
 
     @property
     def tower_forwards(self) -> int:
@@ -119,7 +115,7 @@ class LocalSamplingClient:
 
     def clear_features(self) -> None:
         """Forget the image features that are in memory, so that each image is new to the vision tower."""
-        self._worker.submit(self._engine.vision.clear).result()
+        self._scheduler.submit(self._engine.vision.clear).result()
 
     def profile(self) -> AbstractContextManager[dict[str, float]]:
         """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
@@ -152,10 +148,7 @@ class LocalSamplingClient:
         self, prompts: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any
     ) -> AwaitableConcurrentFuture[Any]:
         self._engine.prefetch(prompts)
-        return AwaitableConcurrentFuture(self._worker.submit(call, *args))
-
-
-# ---- One training run behind the SDK's `TrainingClient` methods. Knows no mathematics and no other run.
+        return AwaitableConcurrentFuture(self._scheduler.submit(call, *args))
 
 
 class LocalTrainingClient:
@@ -167,11 +160,11 @@ class LocalTrainingClient:
         run: TrainingRun,
         model_id: str,
         state: Path,
-        worker: Scheduler,
+        scheduler: Scheduler,
         user_metadata: Mapping[str, str] | None,
     ) -> None:
         self.model_id = model_id
-        self._engine, self._run, self._state, self._worker = engine, run, state, worker
+        self._engine, self._run, self._state, self._scheduler = engine, run, state, scheduler
         self._user_metadata = user_metadata
 
     def forward(
@@ -185,7 +178,7 @@ class LocalTrainingClient:
     def forward_backward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
-        """The loss and its gradient, which is added to what the run has gathered since its last step."""
+        """The loss and its gradient, which is added to the run's gradients since its last step."""
         data = list(data)  # the caller's may change before its turn comes
         self._engine.prefetch([datum.model_input for datum in data])
         return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
@@ -199,8 +192,8 @@ class LocalTrainingClient:
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The gradient of any function of the log-probabilities, added to what the run has gathered (see the SDK).
 
-        loss_fn(data, log_probs) runs on the service's worker; log_probs are float32 vectors that require gradients, one
-        a datum and as long as it, and it returns a 0-d loss and a dict of metrics.
+        loss_fn(data, log_probs) runs on the service's scheduler; log_probs are float32 vectors that require gradients,
+        one a datum and as long as it, and it returns a 0-d loss and a dict of metrics.
         """
         refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
         if not callable(loss_fn):
@@ -295,8 +288,8 @@ class LocalTrainingClient:
         return self._run.adapter.layout.spec
 
     def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
-        """Take a loaded checkpoint; to be called on the worker. Raises RequestError where it does not fit the run,
-        ModelError where its tensors do not; the run is then as it was."""
+        """Take a loaded checkpoint; to be called on the scheduler's thread. Raises RequestError where it does not fit
+        the run, ModelError where its tensors do not; the run is then as it was."""
         model, layout = self._engine.model, self._run.adapter.layout
         if (saved.base_model, saved.spec) != (model.name, layout.spec):
             raise RequestError(
@@ -308,7 +301,7 @@ class LocalTrainingClient:
         self._run.restore(Adapter.of(layout, saved.weights), (saved.optimizer or {}) if optimizer else {})
 
     def _submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
-        return AwaitableConcurrentFuture(self._worker.submit(call, *args, **kwargs))
+        return AwaitableConcurrentFuture(self._scheduler.submit(call, *args, **kwargs))
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
@@ -325,7 +318,7 @@ class LocalTrainingClient:
         return types.SaveWeightsForSamplerResponse(path=path)
 
     def _sampler(self) -> LocalSamplingClient:
-        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._worker)
+        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._scheduler)
 
     def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
         layout = self._run.adapter.layout

@@ -1,12 +1,11 @@
-"""One base model and everything that is trained and sampled on it. Knows no futures, names of paths, or classes.
+"""One base model and what is trained and sampled on it; and model inputs as the packed positions of one pass.
 
 Runs and snapshots are LoRA adapters over the shared base. Gradients of a run accumulate until its optimizer step. The
-calls here are not thread-safe: one worker makes them, in order.
+calls here are not thread-safe: the scheduler makes them, in order.
 
-TODO Model inputs → the packed positions of one pass. Knows no weights, no attention and no loss.
-
-Rows stand one after the other without padding. M-RoPE positions are those of the stock model: text counts up on all
-three axes, an image's tokens spread over (time, height, width), and what follows goes on after the largest.
+In a batch the rows stand one after the other without padding. M-RoPE positions are those of the stock model: text
+counts up on all three axes, an image's tokens spread over (time, height, width), and what follows goes on after the
+largest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,33 +28,33 @@ from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of
 from vlm.local.model.attention import Causal, Rows
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Factors, LoraSpec, linear
-from vlm.local.model.packed import Positions
+from vlm.local.model.packed import PackedInputs
 from vlm.local.training_run import TrainingRun
 from vlm.local.vision import ImageFeatures, Vision
 
-# ---- Model inputs → the packed positions of one pass. Knows no weights, no attention and no loss.
+# Packed batches
 
 Encode = Callable[[Sequence[types.ImageChunk]], list[ImageFeatures]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows. given: what the text model takes. next_place: (rows,) the M-RoPE position after each row's last."""
+    """Packed rows. inputs: of the text model. next_position: (rows,) the M-RoPE position after each row's last."""
 
     rows: Rows
-    given: Positions
-    next_place: Tensor
+    inputs: PackedInputs
+    next_position: Tensor
 
     @property
     def ends(self) -> Tensor:
         """(rows,) where each row's last position is in the pack."""
-        return torch.tensor(self.rows.lengths, device=self.given.ids.device).cumsum(0) - 1
+        return torch.tensor(self.rows.lengths, device=self.inputs.ids.device).cumsum(0) - 1
 
     def is_image(self) -> Tensor:
         """(positions,) True at image positions."""
-        mask = torch.zeros_like(self.given.ids, dtype=torch.bool)
-        if self.given.images is not None:
-            mask[self.given.images] = True
+        mask = torch.zeros_like(self.inputs.ids, dtype=torch.bool)
+        if self.inputs.image_positions is not None:
+            mask[self.inputs.image_positions] = True
         return mask
 
 
@@ -68,7 +67,7 @@ def collate(model: Model, encode: Encode, inputs: Sequence[tinker.ModelInput]) -
         _check(model, each)
     images = encode([chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)])
     remaining = iter(images)
-    rows = [_row(model, each, remaining) for each in inputs]
+    rows = [_packed_row(model, each, remaining) for each in inputs]
     lengths = [len(ids) for ids, _, _ in rows]
     wrong = next((length for length in lengths if not 0 < length <= model.context), None)
     if wrong is not None:
@@ -76,9 +75,9 @@ def collate(model: Model, encode: Encode, inputs: Sequence[tinker.ModelInput]) -
             f"a model input has {wrong} positions; this model takes at least one token, at most {model.context}"
         )
     ids = np.array([token for ids, _, _ in rows for token in ids], np.int64)
-    given = _positions(model, ids, np.concatenate([places for _, places, _ in rows], 1), images)
+    packed = _packed_inputs(model, ids, np.concatenate([positions for _, positions, _ in rows], 1), images)
     after = torch.tensor([after for _, _, after in rows], device=model.device)
-    return Batch(Rows(lengths, model.device), given, after)
+    return Batch(Rows(lengths, model.device), packed, after)
 
 
 def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]:
@@ -102,14 +101,16 @@ def length_of(each: tinker.ModelInput) -> int:
     return sum(sizes)
 
 
-def _positions(model: Model, ids: np.ndarray, places: np.ndarray, images: Sequence[ImageFeatures]) -> Positions:
+def _packed_inputs(
+    model: Model, ids: np.ndarray, position_ids: np.ndarray, images: Sequence[ImageFeatures]
+) -> PackedInputs:
     device = model.device
-    packed = torch.from_numpy(ids).to(device), torch.from_numpy(places).to(device)
+    packed = torch.from_numpy(ids).to(device), torch.from_numpy(position_ids).to(device)
     if not images:
-        return Positions(*packed)
-    where = torch.from_numpy(np.flatnonzero(ids == model.image_token)).to(device)
+        return PackedInputs(*packed)
+    image_positions = torch.from_numpy(np.flatnonzero(ids == model.image_token)).to(device)
     values = torch.cat([image.values for image in images], 1).to(device)
-    return Positions(*packed, where, values[0], values[1:])
+    return PackedInputs(*packed, image_positions, values[0], values[1:])
 
 
 def _check(model: Model, each: tinker.ModelInput) -> None:
@@ -129,7 +130,9 @@ def _check(model: Model, each: tinker.ModelInput) -> None:
             after_image = True
 
 
-def _row(model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]) -> tuple[list[int], np.ndarray, int]:
+def _packed_row(
+    model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]
+) -> tuple[list[int], np.ndarray, int]:
     """Token ids, M-RoPE positions (3, length), and the position that comes after them, of one input."""
     ids, shape = list[int](), list[int | tuple[int, int, int]]()
     for chunk in each.chunks:
@@ -140,25 +143,25 @@ def _row(model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures])
             image = next(images)
             ids += [model.image_token] * image.tokens
             shape.append(image.grid)
-    return ids, *_places(tuple(shape), model.merge)
+    return ids, *_mrope_positions(tuple(shape), model.merge)
 
 
 @lru_cache(maxsize=4096)  # most prompts have one of few shapes
-def _places(shape: tuple[int | tuple[int, int, int], ...], merge: int) -> tuple[np.ndarray, int]:
-    """M-RoPE positions (3, length), and the one after them, of text chunks (their lengths) and images (their grids)."""
-    places, start = [np.zeros((3, 0), np.int64)], 0
-    for part in shape:
-        if isinstance(part, int):  # text counts up on all three axes
-            places.append(np.arange(start, start + part)[None].repeat(3, 0))
-            start += part
+def _mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) -> tuple[np.ndarray, int]:
+    """M-RoPE positions (3, length) and the one after them. shape: of each chunk, a text's length or an image's grid."""
+    positions, start = [np.zeros((3, 0), np.int64)], 0
+    for chunk in shape:
+        if isinstance(chunk, int):  # text counts up on all three axes
+            positions.append(np.arange(start, start + chunk)[None].repeat(3, 0))
+            start += chunk
         else:  # an image's tokens spread by time, row and column
-            size = part[0], part[1] // merge, part[2] // merge
-            places.append(start + np.indices(size).reshape(3, -1))
+            size = chunk[0], chunk[1] // merge, chunk[2] // merge
+            positions.append(start + np.indices(size).reshape(3, -1))
             start += max(size)
-    return np.concatenate(places, 1), start
+    return np.concatenate(positions, 1), start
 
 
-# ---- One base model and everything that is trained and sampled on it. Knows no futures, names of paths, or classes.
+# The engine
 
 CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
@@ -206,8 +209,8 @@ class Engine:
         what the run has gathered is dropped, so that no step is made with a part.
         """
         chosen = loss(loss_fn, config)
-        everything = (forward_only or chosen.about_samples) and not chosen.closed
-        items = [_Item.of(number, datum, chosen, everything=everything) for number, datum in enumerate(data)]
+        every = (forward_only or chosen.uses_sampled) and not chosen.closed
+        items = [_Item.of(number, datum, chosen, every=every) for number, datum in enumerate(data)]
         self._check(items)
         total, outputs = 0.0, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only), run.request():
@@ -219,7 +222,7 @@ class Engine:
                     with self.model.timed("backward"):
                         run.add(value.backward)
                 total += float(value.detach())
-                outputs |= pack.answers(log_probs)
+                outputs |= pack.log_probs_of(log_probs)
         return _output([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
@@ -232,27 +235,29 @@ class Engine:
         memory together. Raises RequestError where the loss has no finite gradient; what `loss_fn` raises goes through.
         """
         plain = loss("cross_entropy", None)
-        items = [_Item.of(number, _targets_only(d), plain, everything=True) for number, d in enumerate(data)]
+        items = [_Item.of(number, _targets_only(d), plain, every=True) for number, d in enumerate(data)]
         self._check(items)
         packs = _packs(items)
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(once):
             for pack in packs:
                 log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                outputs |= pack.answers(log_probs)
-        answers = [outputs[item.number] for item in items]
-        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in answers])
+                outputs |= pack.log_probs_of(log_probs)
+        log_probs_of = [outputs[item.number] for item in items]
+        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in log_probs_of])
         with torch.enable_grad(), run.request():
             for pack in packs:
                 if not once:
                     log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
                 slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
                 run.add(partial(log_probs.backward, slope))
-        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, answers, strict=True))
-        return _output(answers, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
+        surrogate = sum(
+            float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, log_probs_of, strict=True)
+        )
+        return _output(log_probs_of, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
 
     def optim_step(self, run: TrainingRun, params: types.AdamParams) -> types.OptimStepResponse:
-        """AdamW with these parameters on the gradients gathered since the last step; raises as `Run.step`."""
+        """AdamW with these parameters on the gradients gathered since the last step; raises as `TrainingRun.step`."""
         with self.model.timed("optimizer"):
             return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
 
@@ -284,7 +289,7 @@ class Engine:
         return made if factors.spec.train_vision else iter(list(made))
 
     def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
-        batch = self.collate([item.given for item in pack.items], factors)
+        batch = self.collate([item.model_input for item in pack.items], factors)
         for item, length in zip(pack.items, batch.rows.lengths, strict=True):
             if item.length != length:
                 raise RequestError(
@@ -295,17 +300,17 @@ class Engine:
 
     def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch) -> Tensor:
         """(scored,) float32 log-probabilities of the targets at the pack's scored positions, in order."""
-        if not len(pack.places):
+        if not len(pack.scored_positions):
             return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
-        places = pack.places.to(self.model.device)
-        wanted = None if len(places) == len(batch.given.ids) else places
-        hidden = self.model.text.hidden(batch.given, Causal(batch.rows, wanted), factors, wanted)
+        scored = pack.scored_positions.to(self.model.device)
+        wanted = None if len(scored) == len(batch.inputs.ids) else scored
+        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, wanted)
         targets = pack.scored("target_tokens").to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)
         score = partial(self._score, factors)
         step = max(1, LOGITS // self.model.vocabulary)
-        if len(places) <= step:
+        if len(scored) <= step:
             return score(hidden, targets)
         parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient
         return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
@@ -321,15 +326,15 @@ class _Item:
     loss is a closed one."""
 
     number: int
-    given: tinker.ModelInput
+    model_input: tinker.ModelInput
     fields: Fields
     scored: np.ndarray
     candidates: Candidates | None = None
 
     @classmethod
-    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, everything: bool) -> "_Item":
+    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, every: bool) -> "_Item":
         fields = fields_of(datum, chosen)
-        counts = np.ones(len(fields["target_tokens"]), bool) if everything else chosen.scored(fields).numpy()
+        counts = np.ones(len(fields["target_tokens"]), bool) if every else chosen.scored(fields).numpy()
         targets, scored, candidates = fields["target_tokens"].numpy(), np.flatnonzero(counts), None
         if chosen.closed:
             candidates = candidates_of(datum.loss_fn_inputs[CANDIDATES], targets, scored)
@@ -351,7 +356,7 @@ class _Pack:
         return [item.length for item in self.items]
 
     @cached_property
-    def places(self) -> Tensor:
+    def scored_positions(self) -> Tensor:
         """(scored,) the scored positions in the pack."""
         starts = [0, *accumulate(self.lengths[:-1])]
         parts = [item.scored + start for item, start in zip(self.items, starts, strict=True)]
@@ -359,7 +364,7 @@ class _Pack:
 
     def scored(self, name: str) -> Tensor:
         """(scored,) a field at these positions."""
-        return torch.cat([item.fields[name] for item in self.items])[self.places]
+        return torch.cat([item.fields[name] for item in self.items])[self.scored_positions]
 
     @property
     def candidates(self) -> Candidates | None:
@@ -371,10 +376,10 @@ class _Pack:
         """All fields at these positions."""
         return {name: self.scored(name).to(device) for name in self.items[0].fields}
 
-    def answers(self, log_probs: Tensor) -> dict[int, tinker.TensorData]:
+    def log_probs_of(self, log_probs: Tensor) -> dict[int, tinker.TensorData]:
         """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
         full = np.zeros(sum(self.lengths), np.float32)
-        full[self.places.numpy()] = log_probs.detach().float().cpu().numpy()
+        full[self.scored_positions.numpy()] = log_probs.detach().float().cpu().numpy()
         parts = pairwise([0, *accumulate(self.lengths)])
         return {i.number: tinker.TensorData.from_numpy(full[a:b]) for i, (a, b) in zip(self.items, parts, strict=True)}
 
@@ -385,12 +390,12 @@ def _packs(items: Sequence[_Item]) -> list[_Pack]:
     return [_Pack([items[n] for n in members]) for members in by_length]
 
 
-def _output(answers: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
-    return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in answers], metrics)
+def _output(log_probs: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
+    return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in log_probs], metrics)
 
 
 def _targets_only(datum: tinker.Datum) -> tinker.Datum:
-    """What a custom loss's passes read: its other fields are the loss's own affair."""
+    """The datum as the passes of a custom loss read it: only the loss itself reads other fields."""
     fields = datum.loss_fn_inputs
     return replace(datum, loss_fn_inputs={name: fields[name] for name in ("target_tokens",) if name in fields})
 

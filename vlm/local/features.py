@@ -1,4 +1,4 @@
-"""Image features in a folder that outlives the process. Computes none.
+"""Image features in a folder that outlives the process.
 
 A file is good for a later run only if that run would compute the same bits, so its path names everything that features
 depend on (`fingerprint`). Several processes may share a folder.
@@ -44,7 +44,7 @@ class DiskCache:
 
     def __init__(self, folder: Path, fingerprint: Callable[[], str], limit: int = DISK_BYTES) -> None:
         self._folder, self._fingerprint, self._limit = folder, fingerprint, limit
-        self._unseen: int | None = None  # bytes written since the folder was looked through
+        self._written: int | None = None  # bytes written since the folder was looked through
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -62,35 +62,35 @@ class DiskCache:
 
     def path(self, key: bytes) -> Path:
         """Where the features of the image with this SHA-256 are or would be."""
-        return self._place / key.hex()[:2] / f"{key.hex()}.safetensors"
+        return self._version_folder / key.hex()[:2] / f"{key.hex()}.safetensors"
 
     def get(self, key: bytes) -> ImageFeatures | None:
         """None where there is no file, or a damaged one."""
         path = self.path(key)
         try:
-            layers = _decode(path.read_bytes())
+            features = _decode(path.read_bytes())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         with suppress(OSError):  # another process has just removed it, or owns it
             os.utime(path)
-        return layers
+        return features
 
-    def put(self, key: bytes, layers: ImageFeatures) -> None:
+    def put(self, key: bytes, features: ImageFeatures) -> None:
         """Write the file, over one that is there. A full disk is a warning: the run does not need the file."""
-        content, path = _encode(layers), self.path(key)
+        content, path = _encode(features), self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
         except OSError as error:
             warnings.warn(f"image features are not kept in {self._folder}: {error.strerror}", stacklevel=2)
             return
-        if self._unseen is None or self._unseen + len(content) > self._limit // SHARE:
+        if self._written is None or self._written + len(content) > self._limit // SHARE:
             self._shrink()
-            self._unseen = 0
-        self._unseen += len(content)
+            self._written = 0
+        self._written += len(content)
 
     @cached_property
-    def _place(self) -> Path:
+    def _version_folder(self) -> Path:
         return self._folder / self._fingerprint()
 
     def _shrink(self) -> None:
@@ -139,8 +139,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _encode(layers: ImageFeatures) -> bytes:
-    tensors = {"grid": torch.tensor(layers.grid), "values": layers.values.contiguous()}
+def _encode(features: ImageFeatures) -> bytes:
+    tensors = {"grid": torch.tensor(features.grid), "values": features.values.contiguous()}
     check = torch.frombuffer(bytearray.fromhex(_digest(tensors)), dtype=torch.uint8)
     return safetensors.torch.save({**tensors, "sha256": check})
 

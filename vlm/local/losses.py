@@ -1,4 +1,4 @@
-"""Loss functions of the Tinker API, on log-probabilities of target tokens. Knows no model.
+"""Loss functions of the Tinker API on log-probabilities of target tokens, and the choice among candidate tokens.
 
 A loss is a sum over positions of a function of the position's log-probability and of the datum's fields there; LOSSES
 is the table. Definitions, names and defaults are those of the Tinker API's documentation
@@ -8,10 +8,8 @@ a named error, never another loss.
 `log_probs` below are log p of the target tokens under the model that is trained, `logprobs` log q under the model that
 sampled them, in nats; log_probs and fields are vectors over the same positions.
 
-TODO The choice among a few tokens: log-probabilities restricted to candidates, position by position.
-
-`candidates` is a field of a datum, beside those of the Tinker API: (positions, most) int64, the tokens that may stand
-at each position, sparse (CSR) or dense with -1 where there is none. Knows no class, and no tree of them.
+`candidates` is a field of a datum for `closed_set`, beside those of the Tinker API: (positions, most) int64, the tokens
+that may stand at each position, sparse (CSR) or dense with -1 where there is none.
 """
 
 import math
@@ -29,10 +27,8 @@ from kshot.errors import RequestError, UnknownNameError
 from vlm.local.model.lora import Factors
 from vlm.local.model.packed import Text
 
-# ---- Loss functions of the Tinker API, on log-probabilities of target tokens. Knows no model.
-
 Fields = Mapping[str, Tensor]
-CANDIDATES = "candidates"  # see vlm.local.losses
+CANDIDATES = "candidates"
 
 
 def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
@@ -98,7 +94,7 @@ def _penalised(fields: Fields, *, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES, and with its configuration filled in the loss that `loss` returns."""
+    """A loss of LOSSES; `loss` returns it with its configuration filled in."""
 
     name: str
     function: Callable[..., Tensor]
@@ -109,8 +105,8 @@ class Loss:
     closed: bool = False  # whether log-probabilities are among the candidates that a datum names, not all tokens
 
     @property
-    def about_samples(self) -> bool:
-        """Whether it reads sampled sequences, whose log-probabilities are then of interest at every position."""
+    def uses_sampled(self) -> bool:
+        """Whether it reads sampled sequences: then their log-probabilities are returned at every position."""
         return "logprobs" in self.required
 
     def __call__(self, log_probs: Tensor, fields: Fields) -> Tensor:
@@ -125,8 +121,8 @@ class Loss:
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 LOSSES: dict[str, Loss] = {
-    row.name: row
-    for row in (
+    each.name: each
+    for each in (
         Loss("cross_entropy", cross_entropy, _weighted, optional={"weights": 1.0}),
         Loss("closed_set", cross_entropy, _weighted, optional={"weights": 1.0}, closed=True),
         Loss("importance_sampling", importance_sampling, _advantaged, _SAMPLED),
@@ -146,17 +142,21 @@ def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
     """
     if name not in LOSSES:
         raise UnknownNameError("loss function", name, LOSSES)
-    row, given = LOSSES[name], config or {}
-    unknown = sorted(set(given) - set(row.config))
+    definition, config = LOSSES[name], config or {}
+    unknown = sorted(set(config) - set(definition.config))
     if unknown:
-        takes = f"takes {sorted(row.config)} in its configuration" if row.config else "takes no configuration"
+        takes = (
+            f"takes {sorted(definition.config)} in its configuration" if definition.config else "takes no configuration"
+        )
         raise RequestError(f"loss {name!r} {takes}, got {unknown}")
-    values = {key: _number(name, key, given[key]) if key in given else default for key, default in row.config.items()}
+    values = {
+        key: _number(name, key, config[key]) if key in config else default for key, default in definition.config.items()
+    }
     for key in (key for key, value in values.items() if math.isnan(value)):
         raise RequestError(f"loss {name!r} has no default {key}; give one: loss_fn_config={{{key!r}: 0.05}}")
     if "clip_low_threshold" in values and values["clip_low_threshold"] > values["clip_high_threshold"]:
         raise RequestError(f"loss {name!r} has clip_low_threshold above clip_high_threshold: {values}")
-    return replace(row, config=values)
+    return replace(definition, config=values)
 
 
 def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> dict[str, Tensor]:
@@ -220,9 +220,6 @@ def _check(name: str, values: Tensor, length: int) -> None:
         raise RequestError(f"{name} at position {wrong[0]} is {float(values[wrong[0]])}, not a finite number; check it")
 
 
-# ---- The choice among a few tokens: log-probabilities restricted to candidates, position by position.
-
-
 @dataclass(frozen=True)
 class Candidates:
     """One entry a candidate. rows: (n,) which of the scored positions it may stand at; tokens: (n,) its id."""
@@ -242,12 +239,13 @@ def candidates_of(data: tinker.TensorData, targets: np.ndarray, scored: np.ndarr
     positions, tokens = _entries(data)
     kept = np.isin(positions, scored)
     rows, tokens = np.searchsorted(scored, positions[kept]), tokens[kept]
-    there = np.zeros(len(scored), bool)
-    there[rows[tokens == targets[scored[rows]]]] = True
-    if not there.all():
-        position = scored[~there][0]
+    has_target = np.zeros(len(scored), bool)
+    has_target[rows[tokens == targets[scored[rows]]]] = True
+    if not has_target.all():
+        position = scored[~has_target][0]
         raise RequestError(
-            f"{CANDIDATES} at position {position} do not hold its target {targets[position]}; add it, or set its weight to 0"
+            f"{CANDIDATES} at position {position} do not hold its target {targets[position]}; add it, or "
+            "set its weight to 0"
         )
     return Candidates(rows, tokens)
 

@@ -1,12 +1,8 @@
-"""What a service holds in this process: engines by the names of their models, saved checkpoints, and the one worker.
+"""What a service holds in this process: engines by the names of their models, checkpoints, and one scheduler.
 
-Clients of the SDK's shape stand on it, and so does the server. Methods that say so must be called on the worker. Knows
-no futures' shape, no HTTP and no mathematics.
-
-TODO The SDK's `ServiceClient` methods over engines of this process. Knows no mathematics.
-
-One worker thread runs the requests of a service in the order they were made, so a client may submit
-forward_backward and optim_step before it waits for either.
+`LocalServiceClient` has the SDK's `ServiceClient` methods over it; the server uses it too. Requests of a service run in
+the order they were made, so a client may submit forward_backward and optim_step before it waits for either. Methods
+that say so must be called on the scheduler's thread.
 """
 
 import secrets
@@ -35,8 +31,6 @@ from vlm.local.scheduler import Scheduler
 from vlm.local.vision import Vision
 from vlm.models import MODELS
 
-# ---- What a service holds in this process: engines by the names of their models, saved checkpoints, and the one
-
 SEEDS = 2**63
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # None: the checkpoint's own
 
@@ -58,19 +52,20 @@ class EngineRegistry:
     features: Path | None = None
     cache_bytes: int | None = None
     model_paths: Mapping[str, str] | None = None
-    worker: Scheduler = field(default_factory=Scheduler)
+    scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
-        """A future of a call on the worker, in the order of submission."""
-        return AwaitableConcurrentFuture(self.worker.submit(call, *args, **kwargs))
+        """A future of a call on the scheduler's thread, in the order of submission."""
+        return AwaitableConcurrentFuture(self.scheduler.submit(call, *args, **kwargs))
 
     def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
         """What a run covers here. Raises RequestError where that is nothing."""
         return LoraSpec(rank, train_mlp, train_attn, train_unembed, self.train_vision)
 
     def engine(self, base_model: str) -> Engine:
-        """The engine of a model, loaded at its first use; on the worker. Raises UnknownNameError, ModelError."""
+        """The engine of a model, loaded at its first use; on the scheduler's thread. Raises UnknownNameError,
+        ModelError."""
         if base_model not in self.engines:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
@@ -84,7 +79,7 @@ class EngineRegistry:
         """A new run called `model_id`; seed None: any. On the worker."""
         engine = self.engine(base_model)
         run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
-        return LocalTrainingClient(engine, run, model_id, self.state, self.worker, user_metadata)
+        return LocalTrainingClient(engine, run, model_id, self.state, self.scheduler, user_metadata)
 
     def resume(
         self,
@@ -95,7 +90,8 @@ class EngineRegistry:
         *,
         optimizer: bool,
     ) -> LocalTrainingClient:
-        """A new run with what a checkpoint holds; on the worker. Raises RequestError where that is of another model."""
+        """A new run with what a checkpoint holds; on the scheduler's thread. Raises RequestError where that is of
+        another model."""
         saved = checkpoint.load(self.state, path)
         if base_model not in (None, saved.base_model):
             raise RequestError(f"checkpoint {path} is of {saved.base_model!r}, not of {base_model!r}")
@@ -104,13 +100,13 @@ class EngineRegistry:
         return client
 
     def sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
-        """A client on saved weights or on a base model; on the worker."""
+        """A client on saved weights or on a base model; on the scheduler's thread."""
         if base_model is not None:
-            return LocalSamplingClient(self.engine(base_model), BASE, self.worker)
+            return LocalSamplingClient(self.engine(base_model), BASE, self.scheduler)
         return self.adapted(checkpoint.load(self.state, model_path or ""))
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
-        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; on the worker."""
+        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; on the scheduler's thread."""
         saved = checkpoint.load_folder(folder)
         name = base_model or saved.base_model
         try:
@@ -126,18 +122,18 @@ class EngineRegistry:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
     def adapted(self, saved: Checkpoint) -> LocalSamplingClient:
-        """A client on a checkpoint in memory; on the worker."""
+        """A client on a checkpoint in memory; on the scheduler's thread."""
         engine = self.engine(saved.base_model)
         adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
-        return LocalSamplingClient(engine, engine.snapshot(adapter), self.worker)
+        return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
 
     def close(self) -> None:
-        """Finish what was requested and stop the worker."""
-        self.worker.close()
+        """Finish what was requested and stop the scheduler."""
+        self.scheduler.close()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """What models are told to compute in. Raises UnknownNameError."""
+    """The type of a name. Raises UnknownNameError."""
     if name not in DTYPES:
         raise UnknownNameError("dtype", str(name), [each for each in DTYPES if each])
     return DTYPES[name]
@@ -153,9 +149,6 @@ def check_optimizer(optimizer: Any) -> None:
     """Raise RequestError for another optimizer than Adam."""
     if not (optimizer is None or isinstance(optimizer, types.AdamOptimizerConfig)):
         raise RequestError(f"optimizer={optimizer!r} is not supported by the local service; leave it out")
-
-
-# ---- The SDK's `ServiceClient` methods over engines of this process. Knows no mathematics.
 
 
 class LocalServiceClient:
@@ -178,7 +171,7 @@ class LocalServiceClient:
         cache_bytes: int | None = None,
     ) -> None:
         state = state_dir or state_folder()
-        self._host = EngineRegistry(state, device, dtype, train_vision, features, cache_bytes)
+        self._registry = EngineRegistry(state, device, dtype, train_vision, features, cache_bytes)
         self._session, self._runs = str(uuid.uuid4()), count()
 
     def create_lora_training_client(
@@ -195,8 +188,8 @@ class LocalServiceClient:
         """A future of a new training run on `base_model`; the LoRA weights are initialised from `seed`."""
         check_optimizer(optimizer)
         check_seed(seed)
-        spec = self._host.spec(rank, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)
-        return self._host.submit(self._host.start, self._next_id(), base_model, spec, seed, user_metadata)
+        spec = self._registry.spec(rank, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)
+        return self._registry.submit(self._registry.start, self._next_id(), base_model, spec, seed, user_metadata)
 
     def create_training_client_from_state(
         self,
@@ -233,7 +226,7 @@ class LocalServiceClient:
         refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise RequestError("create_sampling_client takes either model_path or base_model")
-        return self._host.submit(self._host.sampler, model_path, base_model)
+        return self._registry.submit(self._registry.sampler, model_path, base_model)
 
     def create_sampling_client_from_folder(
         self, folder: Path, base_model: str | None = None
@@ -241,9 +234,9 @@ class LocalServiceClient:
         """A future of a client on the adapter in a folder of the checkpoint layout, wherever it lies.
 
         base_model: the model under another name than the recorded one, as where its folder was moved. Not of the SDK,
-        and for callers in this process alone: it reads what folder it is told, so no request from outside may reach it.
+        and for callers in this process alone: it reads any folder, so no request from outside may reach it.
         """
-        return self._host.submit(self._host.sampler_of_folder, Path(folder), base_model)
+        return self._registry.submit(self._registry.sampler_of_folder, Path(folder), base_model)
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """The models with names of their own; any Qwen3-VL folder or hub id works besides."""
@@ -251,14 +244,15 @@ class LocalServiceClient:
         return types.GetServerCapabilitiesResponse(supported_models=models)
 
     def close(self) -> None:
-        """Finish what was requested and stop the worker."""
-        self._host.close()
+        """Finish what was requested and stop the scheduler."""
+        self._registry.close()
 
     def _resume(
         self, path: str, base_model: str | None, user_metadata: dict[str, str] | None, *, optimizer: bool
     ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
-        given = self._next_id(), path, base_model, user_metadata
-        return self._host.submit(self._host.resume, *given, optimizer=optimizer)
+        return self._registry.submit(
+            self._registry.resume, self._next_id(), path, base_model, user_metadata, optimizer=optimizer
+        )
 
     def _next_id(self) -> str:
         return f"{self._session}:train:{next(self._runs)}"

@@ -1,13 +1,11 @@
-"""Every choice in one forward pass: the trie's nodes appended to the prompt, each seeing its own path.
+"""Scores of a label trie in one forward pass, and features of prompts.
 
-A node sees the prompt, its ancestors and itself, and stands at the position its depth gives it. The head computes the
-edges' tokens alone, in float32; the whole vocabulary only where the softmax is over it. Knows no choices as text and no
-clients.
+The trie's nodes are appended to the prompt. A node sees the prompt, its ancestors and itself, and stands at the
+position its depth gives it. The head computes the edges' tokens alone, in float32; the whole vocabulary only where the
+softmax is over it.
 
-TODO Features of prompts: the vision tower's, averaged over an image, and the text model's last hidden state. Knows no
-clients and no heads.
-
-The tower's alone need no pass of the text model, and with a frozen tower they come from the cache of image features.
+Features are the vision tower's, averaged over an image, and the text model's last hidden state. The tower's alone need
+no pass of the text model, and with a frozen tower they come from the cache of image features.
 """
 
 from collections.abc import Sequence
@@ -24,9 +22,7 @@ from kshot.errors import RequestError
 from vlm.label_trie import Trie
 from vlm.local.engine import LOGITS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Causal, Tree
-from vlm.local.model.packed import Positions
-
-# ---- Every choice in one forward pass: the trie's nodes appended to the prompt, each seeing its own path.
+from vlm.local.model.packed import PackedInputs
 
 ROWS = 64  # prompts in one pass
 POSITIONS = 1 << 15  # of prompts and nodes in one pass
@@ -93,24 +89,18 @@ def _values(engine: Engine, snapshot: Snapshot, states: Tensor, edges: _Edges) -
     return torch.cat(parts)
 
 
-def _with_nodes(batch: Batch, trie: Trie) -> Positions:
+def _with_nodes(batch: Batch, trie: Trie) -> PackedInputs:
     """The batch's positions, and behind them the nodes of each row."""
-    given, device = batch.given, batch.given.ids.device
+    inputs, device = batch.inputs, batch.inputs.ids.device
     tokens = torch.tensor(trie.tokens, dtype=torch.long, device=device).repeat(batch.rows.count)
-    after = batch.next_place[:, None] + torch.tensor(trie.depths, dtype=torch.long, device=device)
-    return Positions(
-        torch.cat([given.ids, tokens]),
-        torch.cat([given.places, after.flatten().expand(3, -1)], 1),
-        given.images,
-        given.embeds,
-        given.deepstack,
+    after = batch.next_position[:, None] + torch.tensor(trie.depths, dtype=torch.long, device=device)
+    return PackedInputs(
+        torch.cat([inputs.ids, tokens]),
+        torch.cat([inputs.position_ids, after.flatten().expand(3, -1)], 1),
+        inputs.image_positions,
+        inputs.embeds,
+        inputs.deepstack,
     )
-
-
-# ---- Features of prompts: the vision tower's, averaged over an image, and the text model's last hidden state.
-
-ROWS = 64  # prompts in one pass
-POSITIONS = 1 << 15  # of prompts in one pass
 
 
 @torch.no_grad()
@@ -121,7 +111,7 @@ def embed(
     `tower`."""
     if tower:
         _check(prompts)
-    parts = [part for part, asked in ((_tower, tower), (_hidden, hidden)) if asked]
+    parts = [part for part, wanted in ((_tower, tower), (_hidden, hidden)) if wanted]
     width = engine.model.stock.config.text_config.hidden_size
     features = np.empty((len(prompts), len(parts), width), np.float32)
     for members in groups([length_of(prompt) for prompt in prompts], ROWS, POSITIONS):
@@ -144,7 +134,7 @@ def _check(prompts: Sequence[tinker.ModelInput]) -> None:
 def _tower(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
     """(rows, hidden) mean of what stands at the positions of each row's one image. Row by row, so that the digits do
     not depend on the other rows; in float32, since the mean of many bfloat16 numbers has more digits than they have."""
-    embeds = cast(Tensor, batch.given.embeds)  # every row has an image
+    embeds = cast(Tensor, batch.inputs.embeds)  # every row has an image
     tokens = torch.bincount(batch.rows.row[batch.is_image()]).tolist()
     return torch.stack([image.float().mean(0) for image in embeds.split(tokens)])
 
@@ -153,4 +143,4 @@ def _hidden(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
     """(rows, hidden) last hidden state at each row's end."""
     ends = batch.ends
     with engine.model.timed("forward"):
-        return engine.model.text.hidden(batch.given, Causal(batch.rows, ends), snapshot.factors, ends)
+        return engine.model.text.hidden(batch.inputs, Causal(batch.rows, ends), snapshot.factors, ends)

@@ -1,4 +1,4 @@
-"""What one training run changes: its adapter, the gradients gathered for it, and its optimizer. Knows no forward pass.
+"""What one training run changes: its adapter, its accumulated gradients, and its optimizer.
 
 Weights, gradients and moments are flat float32 buffers. A model of another dtype computes with a copy of the weights in
 its own, whose gradients are added to the float32 ones after each pass.
@@ -22,7 +22,7 @@ class TrainingRun:
     """A training run over a model that computes in `dtype`."""
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.adapter, self._dtype, self._gathered, self._begun = adapter, dtype, False, False
+        self.adapter, self._dtype, self._has_gradients, self._started = adapter, dtype, False, False
         self._masters = {device: nn.Parameter(flat) for device, flat in adapter.flats.items()}
         for master in self._masters.values():
             master.grad = torch.zeros_like(master)
@@ -37,48 +37,48 @@ class TrainingRun:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around the passes of one request: its gradients are gathered whole. Where a later one fails, all that is
-        gathered is dropped, so that no step is made with a part; a request that fails before its first changes nothing.
+        """Around the passes of one request: its gradients are accumulated whole. Where a later pass fails, all
+        are dropped, so that no step is made with a part; a request that fails before its first changes nothing.
         """
-        self._begun = False
+        self._started = False
         try:
             yield
         except BaseException:
-            if self._begun:
-                self.forget()
+            if self._started:
+                self.clear_gradients()
             raise
 
     def add(self, backward: Callable[[], None]) -> None:
-        """Run a backward pass and gather its gradients."""
-        self._begun = True
+        """Run a backward pass and accumulate its gradients."""
+        self._started = True
         backward()
-        self._gathered = True
+        self._has_gradients = True
         if self._dtype != torch.float32:
             for device, master in self._masters.items():
                 _gradient(master).add_(self._gradients[device])
                 self._gradients[device].zero_()
 
-    def forget(self) -> None:
-        """Drop the gathered gradients."""
-        self._gathered = False
+    def clear_gradients(self) -> None:
+        """Set the accumulated gradients to zero."""
+        self._has_gradients = False
         for gradient in map(_gradient, self._masters.values()):
             gradient.zero_()
         for gradient in self._gradients.values() if self._dtype != torch.float32 else ():
             gradient.zero_()
 
     def step(self, params: types.AdamParams) -> float:
-        """AdamW (Loshchilov & Hutter 2019) on the gathered gradients, which are then cleared. Returns their norm.
+        """AdamW (Loshchilov & Hutter 2019) on the accumulated gradients, which are then cleared. Returns their norm.
 
         Raises RequestError where there are none, for parameters out of range, and for gradients that are not finite,
         which are cleared.
         """
-        if not self._gathered:
+        if not self._has_gradients:
             raise RequestError("optim_step without gradients; call forward_backward first")
         check_adam(params)
         limit = params.grad_clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
         if not norm.isfinite():
-            self.forget()
+            self.clear_gradients()
             raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
         self._optimizer.param_groups[0].update(
             lr=params.learning_rate,
@@ -87,12 +87,12 @@ class TrainingRun:
             weight_decay=params.weight_decay,
         )
         self._optimizer.step()
-        self.forget()
+        self.clear_gradients()
         self._refresh()
         return float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
-        """PEFT's name → the view of that tensor's gathered gradient."""
+        """PEFT's name → the view of that tensor's accumulated gradient."""
         flats = {device: _gradient(master) for device, master in self._masters.items()}
         return {name: piece.of(flats) for name, piece in self.adapter.layout.pieces.items()}
 
@@ -101,12 +101,12 @@ class TrainingRun:
         states = {device: self._optimizer.state[master] for device, master in self._masters.items()}
         if not all(states.values()):
             return {}
-        kept = {"step": next(iter(states.values()))["step"].detach().cpu().clone()}
+        tensors = {"step": next(iter(states.values()))["step"].detach().cpu().clone()}
         for moment in MOMENTS:
             flats = {device: state[moment] for device, state in states.items()}
             for name, piece in self.adapter.layout.pieces.items():
-                kept[f"{name}.{moment}"] = piece.of(flats).clone()
-        return kept
+                tensors[f"{name}.{moment}"] = piece.of(flats).clone()
+        return tensors
 
     def restore(self, adapter: Adapter, optimizer: Mapping[str, Tensor]) -> None:
         """Take the numbers of another adapter of this layout, and Adam's state as `optimizer_tensors` gives it.
@@ -119,9 +119,9 @@ class TrainingRun:
             self._optimizer.state.pop(master, None)
             if moments:
                 step = optimizer["step"].to(device).clone()
-                own = {moment: flats[device] for moment, flats in moments.items()}
-                self._optimizer.state[master] = {"step": step, **own}
-        self.forget()
+                values = {moment: flats[device] for moment, flats in moments.items()}
+                self._optimizer.state[master] = {"step": step, **values}
+        self.clear_gradients()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -139,14 +139,14 @@ def _gradient(master: nn.Parameter) -> Tensor:
 def _moments(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, dict[torch.device, Tensor]]:
     """Adam's moments as flat buffers; empty for an empty state."""
     pieces = adapter.layout.pieces
-    wanted = {f"{name}.{m}": piece.shape for name, piece in pieces.items() for m in MOMENTS} | {"step": ()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
+    expected = {f"{name}.{m}": piece.shape for name, piece in pieces.items() for m in MOMENTS} | {"step": ()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
     if tensors and wrong:
         raise ModelError(f"checkpoint does not fit the optimizer in {len(wrong)} tensors: first {wrong[0]!r}")
-    made: dict[str, dict[torch.device, Tensor]] = {}
+    moments: dict[str, dict[torch.device, Tensor]] = {}
     for moment in MOMENTS if tensors else ():
-        made[moment] = {device: torch.empty_like(flat) for device, flat in adapter.flats.items()}
+        moments[moment] = {device: torch.empty_like(flat) for device, flat in adapter.flats.items()}
         for name, piece in pieces.items():
-            piece.of(made[moment]).copy_(tensors[f"{name}.{moment}"])
-    return made
+            piece.of(moments[moment]).copy_(tensors[f"{name}.{moment}"])
+    return moments

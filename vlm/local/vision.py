@@ -1,13 +1,11 @@
-"""Image features: bytes of an image chunk → what the vision tower says of it, cached by content. Knows no text.
+"""Image features: the bytes of an image chunk → the output of the vision tower, cached by content.
 
-Exact as long as no LoRA touches the tower; with LoRA on it, `live` computes them anew. On a CPU every image is its own
-forward pass: features are then a function of the image alone, bit for bit, whatever else was asked for with it;
-elsewhere images of one size share a pass.
+Cached features are exact as long as no LoRA covers the tower; with LoRA on it, `live` computes them anew. On a CPU
+every image is its own forward pass, so that features are a function of the image alone, bit for bit, whatever else was
+requested with it; elsewhere images of one size share a pass.
 
-TODO Encoded images → the patches that the vision tower takes, made ahead of time by a few threads. Knows no model.
-
-What is made does not depend on who makes it: the bits are those of the stock image processor, called on one image.
-TODO Image features, and those of them that are kept in memory. Computes none, and knows no files.
+A few threads decode images ahead of time (`PixelLoader`). Their patches have the bits of the stock image processor,
+called on one image, whichever thread makes them.
 """
 
 import hashlib
@@ -35,8 +33,6 @@ from vlm.local.model.load import Model
 from vlm.local.model.placement import group_free_bytes
 from vlm.local.model.tower import ImageFeatures, Linear, plain, tower
 
-# ---- Encoded images → the patches that the vision tower takes, made ahead of time by a few threads. Knows no model.
-
 PIXEL_BYTES = 1 << 30
 MOST_THREADS = 4
 ABANDONED = 600  # seconds after which patches that nobody took may make room for others
@@ -50,10 +46,10 @@ class Patches(NamedTuple):
 
 
 @dataclass
-class _Started:
+class _PendingImage:
     future: "Future[Patches]"
     bytes: int
-    asked: int  # how often it was started and not yet taken
+    requests: int  # how often it was started and not yet taken
     since: float
 
 
@@ -77,7 +73,7 @@ class PixelLoader:
     def __init__(self, rule: ImageRule, threads: int, limit: int = PIXEL_BYTES) -> None:
         self.threads = threads
         self._rule, self._limit, self._held = rule, limit, 0
-        self._started: dict[bytes, _Started] = {}
+        self._started: dict[bytes, _PendingImage] = {}
         self._lock = Lock()
 
     def start(self, key: bytes, data: bytes) -> None:
@@ -90,22 +86,22 @@ class PixelLoader:
             return
         with self._lock:
             if before := self._started.get(key):
-                before.asked, before.since = before.asked + 1, time.monotonic()
+                before.requests, before.since = before.requests + 1, time.monotonic()
             elif self._room(size):
                 future = self._pool.submit(self._make, data)
-                self._started[key] = _Started(future, size, 1, time.monotonic())
+                self._started[key] = _PendingImage(future, size, 1, time.monotonic())
                 self._held += size
 
     def take(self, key: bytes, data: bytes) -> Patches:
         """The patches of an image, made here if nobody has begun. Raises ImageError for what is no image."""
         with self._lock:
             started = self._started.get(key)
-            unbegun = started is not None and started.future.cancel()
+            not_begun = started is not None and started.future.cancel()
             if started:
-                started.asked -= 1
-                if unbegun or not started.asked:
+                started.requests -= 1
+                if not_begun or not started.requests:
                     self._remove(key)
-        return self._make(data) if started is None or unbegun else started.future.result()
+        return self._make(data) if started is None or not_begun else started.future.result()
 
     def drop(self, key: bytes) -> None:
         """Forget an image that is not needed any more."""
@@ -157,9 +153,6 @@ class PixelLoader:
         return Patches(made["pixel_values"], (time_, height, width))
 
 
-# ---- Image features, and those of them that are kept in memory. Computes none, and knows no files.
-
-
 def memory_limit() -> int:
     """A quarter of the memory that the machine, or the process's control group, has; at most 16 GiB (bytes)."""
     return int(min(psutil.virtual_memory().total / 4, group_free_bytes() / 4, 16 << 30))
@@ -185,16 +178,14 @@ class MemoryCache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
-    def put(self, key: bytes, layers: ImageFeatures) -> None:
-        self._held += layers.values.nbytes
+    def put(self, key: bytes, features: ImageFeatures) -> None:
+        self._held += features.values.nbytes
         if key in self._cache:
             self._held -= self._cache.pop(key).values.nbytes
-        self._cache[key] = layers
+        self._cache[key] = features
         while self._held > self.limit:
             self._held -= self._cache.popitem(last=False)[1].values.nbytes
 
-
-# ---- Image features: bytes of an image chunk → what the vision tower says of it, cached by content. Knows no text.
 
 PASS_PATCHES = 1 << 15  # of images that share a pass: activations of about 1 GB in the largest tower in bfloat16
 
@@ -223,9 +214,9 @@ class Vision:
     ) -> None:
         self._model = model
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
-        self._near = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
-        known = partial(fingerprint, self._visual, model.rule.processor)
-        self._disk = None if disk is None else DiskCache(disk, known, disk_bytes)
+        self._device_memory = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
+        tower_fingerprint = partial(fingerprint, self._visual, model.rule.processor)
+        self._disk = None if disk is None else DiskCache(disk, tower_fingerprint, disk_bytes)
         self._pixels = PixelLoader(model.rule, spare_threads(model.device) if threads is None else threads)
         self.forwards = 0  # images that went through the tower
 
@@ -234,7 +225,7 @@ class Vision:
         about images; does nothing where no thread is spare or too many wait already."""
         images = {_key(chunk): chunk for chunk in chunks} if self._pixels.threads else {}
         for key, chunk in images.items():
-            if not self._kept(key):
+            if not self._is_cached(key):
                 self._pixels.start(key, chunk.data)
 
     def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
@@ -243,26 +234,28 @@ class Vision:
         image."""
         keys = [_key(chunk) for chunk in chunks]
         images = dict(zip(keys, chunks, strict=True))
-        found = {key: layers for key in images if (layers := self._near.get(key) or self._known(key))}
-        found |= self._encode({key: chunk.data for key, chunk in images.items() if key not in found})
-        ready = {key: layers.on(self._model.device) for key, layers in found.items()}
-        for key, layers in ready.items():
-            if self._near.limit and key not in self._near:
-                self._near.put(key, layers.kept(host=False))
+        cached = {
+            key: features for key in images if (features := self._device_memory.get(key) or self._from_cache(key))
+        }
+        cached |= self._encode({key: chunk.data for key, chunk in images.items() if key not in cached})
+        ready = {key: features.to(self._model.device) for key, features in cached.items()}
+        for key, features in ready.items():
+            if self._device_memory.limit and key not in self._device_memory:
+                self._device_memory.put(key, features.compact(host=False))
         for key, chunk in zip(keys, chunks, strict=True):
             self._check(chunk, ready[key].tokens)
         return [ready[key] for key in keys]
 
-    def unseen(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
+    def uncached(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
         """Those whose features no cache has; the others count as used now, and stay while new ones come."""
         keys = [(chunk, _key(chunk)) for chunk in chunks]
         for _, key in keys if self._disk else ():
             self._disk.touch(key)  # type: ignore[union-attr]
-        return [chunk for chunk, key in keys if not self._kept(key)]
+        return [chunk for chunk, key in keys if not self._is_cached(key)]
 
     def clear(self) -> None:
         """Forget the features in memory, as if no image had been seen."""
-        self._memory, self._near = MemoryCache(self._memory.limit), MemoryCache(self._near.limit)
+        self._memory, self._device_memory = MemoryCache(self._memory.limit), MemoryCache(self._device_memory.limit)
 
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
@@ -272,24 +265,24 @@ class Vision:
             self._check(chunk, self._tokens(patches[_key(chunk)]))
         ready: dict[bytes, ImageFeatures] = {}
         for keys in _groups(patches):
-            layers = self._run([patches[key] for key in keys], linear)
-            ready |= {key: each.on(self._model.device) for key, each in zip(keys, layers, strict=True)}
+            features = self._run([patches[key] for key in keys], linear)
+            ready |= {key: each.to(self._model.device) for key, each in zip(keys, features, strict=True)}
         return [ready[_key(chunk)] for chunk in chunks]
 
     @property
     def _visual(self) -> Any:
         return self._model.stock.model.visual
 
-    def _kept(self, key: bytes) -> bool:
-        return key in self._near or key in self._memory or bool(self._disk and key in self._disk)
+    def _is_cached(self, key: bytes) -> bool:
+        return key in self._device_memory or key in self._memory or bool(self._disk and key in self._disk)
 
-    def _known(self, key: bytes) -> ImageFeatures | None:
-        layers = self._memory.get(key)
-        if layers is None and self._disk and (layers := self._disk.get(key)):
-            self._memory.put(key, layers.kept())
-        if layers is not None:
+    def _from_cache(self, key: bytes) -> ImageFeatures | None:
+        features = self._memory.get(key)
+        if features is None and self._disk and (features := self._disk.get(key)):
+            self._memory.put(key, features.compact())
+        if features is not None:
             self._pixels.drop(key)
-        return layers
+        return features
 
     @torch.inference_mode(False)  # kept for passes with gradients too
     @torch.no_grad()
@@ -301,15 +294,15 @@ class Vision:
             done = {k: v for each in passes for k, v in zip(each, self._run([*each.values()]), strict=True)}
         else:
             done = {key: self._run([self._pixels.take(key, data)])[0] for key, data in images.items()}
-        for key, layers in done.items():
-            self._keep(key, layers.kept())
+        for key, features in done.items():
+            self._keep(key, features.compact())
         return done
 
-    def _keep(self, key: bytes, layers: ImageFeatures) -> None:
+    def _keep(self, key: bytes, features: ImageFeatures) -> None:
         self._pixels.drop(key)  # other requests may wait for it
-        self._memory.put(key, layers)
+        self._memory.put(key, features)
         if self._disk:
-            self._disk.put(key, layers)
+            self._disk.put(key, features)
 
     def _run(self, images: Sequence[Patches], linear: Linear = plain) -> list[ImageFeatures]:
         """Images of one grid, in one pass."""

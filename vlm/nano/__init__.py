@@ -1,4 +1,4 @@
-"""The nano Qwen3-VL: the architecture of Qwen3-VL, small enough to train on two cores. Knows only its own files.
+"""The nano Qwen3-VL: the architecture of Qwen3-VL, small enough to train on two cores.
 
 This folder is the model in hub layout: configuration, processor settings, a tokenizer (a prefix of Qwen3's, see
 `prefix`), the weights and the model card README.md. `experiments.pretrain.main` made the weights.

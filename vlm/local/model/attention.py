@@ -1,9 +1,8 @@
-"""Who sees whom in a packed pass: causal rows, their last queries, a tree after each row, one token after a cache.
+"""Attention in a packed pass: causal rows, their last queries, a tree after each row, one token after a cache.
 
 A pass is packed: its positions are one list, row after row, without padding. Only here are rows padded, for
 scaled_dot_product_attention, behind their end, where no real position looks and anything finite may stand. Queries are
-(positions, heads, dim), keys and values (positions, key heads, dim), the answer (queries, heads x dim). Knows no
-weights and no layer but its number.
+(positions, heads, dim), keys and values (positions, key heads, dim), the output (queries, heads x dim).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +22,12 @@ class Attention(Protocol):
     """Attention of one pass, layer by layer."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The answer to every position's query."""
+        """The output of every position's query."""
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The answer to the queries of those positions whose hidden state is wanted: the last layer needs no others."""
+        """The output of the queries of those positions whose hidden state is wanted: the last layer needs no others."""
 
-    def on(self, device: torch.device) -> "Attention":
+    def to(self, device: torch.device) -> "Attention":
         """The same for layers on another device."""
 
 
@@ -95,7 +94,7 @@ def gather(x: Tensor, place: Tensor) -> Tensor:
 
 
 class Causal:
-    """Every position sees its row up to itself. wanted: the packed positions that `last` answers (None: all)."""
+    """Every position sees its row up to itself. wanted: the packed positions that `last` computes (None: all)."""
 
     def __init__(self, rows: Rows, wanted: Tensor | None = None) -> None:
         self.rows, self._positions, self._wanted = rows, wanted, None
@@ -117,7 +116,7 @@ class Causal:
         q, k, v = self._wanted.pad(q), *self.keys(layer, k, v)
         return self._wanted.pack(scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True))
 
-    def on(self, device: torch.device) -> "Causal":
+    def to(self, device: torch.device) -> "Causal":
         return self if device == self.rows.device else self._made(*self._moved(device))
 
     def _made(self, rows: Rows, wanted: Tensor | None) -> "Causal":
@@ -200,14 +199,14 @@ class Next:
 
     last = __call__
 
-    def on(self, device: torch.device) -> "Next":
+    def to(self, device: torch.device) -> "Next":
         return self if device == self._mask.device else Next(self._cache, device)
 
 
 class Tree:
     """Causal rows, and behind them the nodes of one tree for each row: `rows` first, then (rows x nodes) positions.
 
-    A node sees its row, its ancestors and itself. `last` answers for each row its last position, if `nodes` has ROOT,
+    A node sees its row, its ancestors and itself. `last` computes for each row its last position, if `nodes` has ROOT,
     and the other `nodes`, in order. parents: of each node, ROOT for the first ones.
     """
 
@@ -221,7 +220,7 @@ class Tree:
         none = sees.new_zeros(1, self._size)
         self._last = self._masks(prompt, torch.cat([none if n == ROOT else sees[n : n + 1] for n in nodes]))
 
-    def on(self, device: torch.device) -> "Tree":
+    def to(self, device: torch.device) -> "Tree":
         rows = self._causal.rows
         return self if device == rows.device else Tree(Rows(rows.lengths, device), self._parents, self._nodes)
 
@@ -235,7 +234,7 @@ class Tree:
         return self._seen(q, k, v, self._last)
 
     def _seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """The answer to (rows x queries) queries that see what `mask` says of (row's positions, nodes)."""
+        """The output of (rows x queries) queries that see what `mask` says of (row's positions, nodes)."""
         rows = self._causal.rows
         k, v = self._side_by_side(k), self._side_by_side(v)
         q = q.view(rows.count, -1, *q.shape[1:]).transpose(1, 2)

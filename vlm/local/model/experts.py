@@ -1,4 +1,4 @@
-"""The sparse mixture-of-experts block of Qwen3-VL-MoE with LoRA on its experts. Knows no model, adapter or batch.
+"""The sparse mixture-of-experts block of Qwen3-VL-MoE with LoRA on its experts.
 
 PEFT's own layer for experts adds the product of A and B to the weights of all of them, a tensor as large as the model's
 experts, in every forward. Here the two thin products run on the rows that reach an expert, sorted by expert, and no

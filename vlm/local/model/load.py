@@ -1,11 +1,7 @@
-"""Loading a Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts, as the stock transformers class.
+"""A Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts: loaded by stock transformers, and held in memory.
 
 What can be wrong is found before a weight is read: the kind of model, missing or broken files, too little memory. The
-weights go straight to their devices. Nothing of a checkpoint is run. Knows no adapters, tokenizers or batches.
-
-TODO A Qwen3-VL checkpoint in memory: the stock weights, its text model on packed positions, tokenizer and image rule.
-
-Several adapters live over one of these; it knows none of them, and no batches, losses or clients.
+weights go straight to their devices. No code of a checkpoint is run. Several adapters live over one model.
 """
 
 import json
@@ -29,8 +25,6 @@ from vlm.local.model.lora import Layout, LoraSpec
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
 
-# ---- Loading a Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts, as the stock transformers class.
-
 KINDS = {  # model_type → the stock class
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
@@ -48,15 +42,15 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     that says the way out, for whatever cannot be loaded whole.
     """
     stock, config = _read_config(name, Path(models.source(name)))
-    places = placement.devices(device)
+    devices = placement.devices(device)
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
     dtype = dtype or _dtype(config, tensors)
     if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
         raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
-    size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(place) for place in places]
-    device_map = placement.device_map(name, dtype, size, tied, places, free)
+    size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(each) for each in devices]
+    device_map = placement.device_map(name, dtype, size, tied, devices, free)
     return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
 
 
@@ -88,9 +82,9 @@ def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
 
 def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """As the configuration says (the hub's say it of the text model), else what most weights are stored in."""
-    said = config.dtype or config.get_text_config().dtype
-    if isinstance(said, torch.dtype):
-        return said
+    named = config.dtype or config.get_text_config().dtype
+    if isinstance(named, torch.dtype):
+        return named
     stored: Counter[str] = Counter()
     for tensor in tensors.values():
         stored[tensor.dtype] += tensor.elements
@@ -115,12 +109,12 @@ def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, de
 def _check_whole(name: str, info: Mapping[str, Any]) -> None:
     """Raise ModelError for tensors that were not in the checkpoint (they would be random), or do not belong to it."""
     shapes = [f"{key} ({list(here)}, not {list(there)})" for key, here, there in info["mismatched_keys"]]
-    found = {
+    problems = {
         "lacks {} of the model's tensors": info["missing_keys"],
         "has {} tensors of other shapes than the model's": shapes,
         "has {} tensors that the model does not know": info["unexpected_keys"],
     }
-    wrong = [f"{what.format(len(keys))}, first {min(keys)}" for what, keys in found.items() if keys]
+    wrong = [f"{what.format(len(keys))}, first {min(keys)}" for what, keys in problems.items() if keys]
     if wrong:
         way_out = "give the weights that belong to its config.json"
         raise ModelError(f"checkpoint {name} {'; it '.join(wrong)}; {way_out}")
@@ -161,29 +155,26 @@ def _show_progress(on: bool) -> None:
         (logging.enable_progress_bar if on else logging.disable_progress_bar)()
 
 
-# ---- A Qwen3-VL checkpoint in memory: the stock weights, its text model on packed positions, tokenizer and image
-
-
 class Model:
     """A checkpoint in memory.
 
     device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
-    place: its folder or hub id, where its name is another.
+    path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
     image_token, placeholders: the id at image positions, and all ids that no text may hold.
     """
 
     def __init__(
-        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, place: str | None = None
+        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
     ) -> None:
-        self.name, place = name, place or name
-        self.tokenizer = load_tokenizer(place)  # first: what is small fails before what is large
-        self.stock = load(place, device, dtype)
+        self.name, path = name, path or name
+        self.tokenizer = load_tokenizer(path)  # first: what is small fails before what is large
+        self.stock = load(path, device, dtype)
         self.text = Text(self.stock)
-        self.rule = ImageRule.from_pretrained(place)
-        self.tokenizer_id = models.loadable(place)  # where others on this machine find it
+        self.rule = ImageRule.from_pretrained(path)
+        self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = lru_cache(maxsize=None)(self._layout)
-        config = self.stock.config  # asking it takes long, and is done for every token
+        config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.text_config.vocab_size
         self.context: int = config.text_config.max_position_embeddings
         self.merge: int = config.vision_config.spatial_merge_size

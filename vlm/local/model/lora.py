@@ -1,12 +1,8 @@
-"""LoRA adapters: which layers one covers, its numbers in flat buffers, and its tensors under PEFT's own names.
+"""LoRA adapters: which layers one covers, its numbers in flat buffers, and linear layers that compute with it.
 
 An adapter is one flat float32 buffer a device, so that a snapshot is one copy and an optimizer step a few operations;
-tensors are views of it. Layers that read the same input (q, k, v; gate, up) have their A side by side: one product
-serves them. Knows no forward pass, no loss and no file.
-
-TODO Linear layers with LoRA beside frozen weights, with few passes over memory and no gradient for what is frozen.
-
-Knows no model and no batch.
+tensors under PEFT's own names are views of it. Layers that read the same input (q, k, v; gate, up) have their A side by
+side: one product computes them. The linear layers need few passes over memory and give no gradient for frozen weights.
 """
 
 import re
@@ -23,8 +19,6 @@ from torch.nn import functional
 
 from kshot.errors import ModelError, RequestError
 from vlm.local.model.experts import by_expert
-
-# ---- LoRA adapters: which layers one covers, its numbers in flat buffers, and its tensors under PEFT's own names.
 
 MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
 ALPHA = 32  # at any rank, as the Tinker API fixes it
@@ -158,8 +152,8 @@ def _sharing_input(names: Sequence[str]) -> Iterator[list[str]]:
     """The names, those that read one input together."""
     left = list(names)
     while left:
-        parent, _, own = left[0].rpartition(".")
-        together = next((kinds for kinds in SHARED_INPUT if own in kinds), (own,))
+        parent, _, kind = left[0].rpartition(".")
+        together = next((kinds for kinds in SHARED_INPUT if kind in kinds), (kind,))
         members = [name for kind in together if (name := f"{parent}.{kind}" if parent else kind) in left]
         yield members
         left = [name for name in left if name not in members]
@@ -185,11 +179,11 @@ class Adapter:
     @classmethod
     def of(cls, layout: Layout, weights: Mapping[str, Tensor]) -> "Adapter":
         """The adapter with these tensors. Raises ModelError where names or shapes are not the layout's."""
-        here = {name: piece.shape for name, piece in layout.pieces.items()}
-        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = sorted(name for name in {*here, *given} if here.get(name) != given.get(name))
+        expected = {name: piece.shape for name, piece in layout.pieces.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
         if wrong:
-            first = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, not {here.get(wrong[0], 'to be there')}"
+            first = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}, not {expected.get(wrong[0], 'to be there')}"
             raise ModelError(f"checkpoint does not fit the adapter in {len(wrong)} tensors: {first}")
         flats = {device: torch.empty(size, device=device) for device, size in layout.sizes.items()}
         adapter = cls(layout, flats)
@@ -243,8 +237,6 @@ class Factors:
         return leaf
 
 
-# ---- Linear layers with LoRA beside frozen weights, with few passes over memory and no gradient for what is frozen.
-
 SMALL = 1 << 20  # numbers in a weight that is worth having twice: with its delta, as one product instead of many
 
 
@@ -259,8 +251,8 @@ def linear(
     if pair is None:
         return _frozen(x, weight, bias, residual)
     a, bs = pair
-    way = _Merged if _worth_merging(x, weight) else _Beside
-    return way.apply(x, weight, bias, residual, a, scale, *bs)
+    function = _Merged if _worth_merging(x, weight) else _Separate
+    return function.apply(x, weight, bias, residual, a, scale, *bs)
 
 
 def _worth_merging(x: Tensor, weight: Tensor) -> bool:
@@ -276,7 +268,7 @@ def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return out if bias is None else out + bias
 
 
-class _Beside(torch.autograd.Function):
+class _Separate(torch.autograd.Function):
     """The narrow products beside the frozen one."""
 
     @staticmethod

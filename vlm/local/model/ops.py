@@ -1,7 +1,7 @@
 """The text model's operations beside its matrix products, with their gradients: norms, rotation, gated activation.
 
 Each gives what the stock operations give, with few passes over memory and no gradient for what is frozen. On a GPU
-Triton's kernels compute them (`elementwise_triton`), elsewhere torch's (`elementwise_torch`). Knows no model.
+Triton's kernels compute them (`ops_triton`), elsewhere torch's (`ops_torch`).
 """
 
 import warnings
@@ -40,43 +40,43 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, inverse = _way(x).rms(x, weight, eps)
+        out, inverse = _backend(x).rms(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _way(gradient).rms_back(gradient, *ctx.saved_tensors), None, None
+        return _backend(gradient).rms_back(gradient, *ctx.saved_tensors), None, None
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        out, inverse = _way(x).norm_rope(x, weight, cos, sin, eps)
+        out, inverse = _backend(x).norm_rope(x, weight, cos, sin, eps)
         ctx.save_for_backward(x, weight, cos, sin, inverse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _way(gradient).norm_rope_back(gradient, *ctx.saved_tensors), None, None, None, None
+        return _backend(gradient).norm_rope_back(gradient, *ctx.saved_tensors), None, None, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        out, kept = _way(gate_up).swiglu(gate_up)
+        out, kept = _backend(gate_up).swiglu(gate_up)
         ctx.save_for_backward(gate_up, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _way(gradient).swiglu_back(gradient, *ctx.saved_tensors)
+        return _backend(gradient).swiglu_back(gradient, *ctx.saved_tensors)
 
 
-def _way(x: Tensor) -> Any:
+def _backend(x: Tensor) -> Any:
     return _on_gpu(x.device) if x.is_cuda else ops_torch
 
 

@@ -1,4 +1,5 @@
-"""Norms, rotation and gated activation by torch's operations, and their gradients. What each means: `elementwise`.
+"""Norms, rotation and gated activation by torch's operations, and their gradients. What each means:
+`vlm.local.model.ops`.
 
 Functions named `…_back` give the gradient of the first argument of their namesake from that of its result.
 """

@@ -1,4 +1,5 @@
-"""Norms, rotation and gated activation as one Triton kernel each, and their gradients. What each means: `elementwise`.
+"""Norms, rotation and gated activation as one Triton kernel each, and their gradients. What each means:
+`vlm.local.model.ops`.
 
 One pass over memory, in float32 inside, rounded where torch's operations round. Functions named `…_back` give the
 gradient of the first argument of their namesake from that of its result. Needs Triton; tensors may be of any GPU.

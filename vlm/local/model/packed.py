@@ -1,8 +1,7 @@
 """The text model of Qwen3-VL, dense or with experts, on packed positions: (positions, hidden), no padding.
 
 The stock model's weights, computed as the stock model does; layers that read one input are one product, and the last
-layer answers only for the positions that are asked for. Knows no rows (attention does), no images but their features,
-and no loss.
+layer computes only the positions whose hidden state is wanted.
 """
 
 from collections.abc import Sequence
@@ -20,16 +19,16 @@ from vlm.local.model.ops import norm_rope, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
-class Positions:
-    """What goes into a pass. ids: (positions,). places: (3, positions) M-RoPE positions (time, height, width).
+class PackedInputs:
+    """The inputs of a pass. ids: (positions,) tokens. position_ids: (3, positions) M-RoPE (time, height, width).
 
-    images: (image positions,) where `embeds` (image positions, hidden) stand, and each of `deepstack`, likewise, is
-    added after its layer.
+    image_positions: (image positions,) where `embeds` (image positions, hidden) stand, and each of `deepstack`,
+    likewise, is added after its layer.
     """
 
     ids: Tensor
-    places: Tensor
-    images: Tensor | None = None
+    position_ids: Tensor
+    image_positions: Tensor | None = None
     embeds: Tensor | None = None
     deepstack: Sequence[Tensor] | Tensor = ()
 
@@ -44,26 +43,30 @@ class Text:
         self._embed, self._norm, self._rope, self._head = text.embed_tokens, text.norm, text.rotary_emb, stock.lm_head
 
     def hidden(
-        self, given: Positions, attention: Attention, factors: Factors | None, wanted: Tensor | None = None
+        self, inputs: PackedInputs, attention: Attention, factors: Factors | None, wanted: Tensor | None = None
     ) -> Tensor:
         """(positions, hidden), or (wanted, hidden): the last hidden states, after the final norm.
 
-        wanted: the positions that are asked for, in order; `attention` must have been told them too.
+        wanted: the positions to return, in order; `attention` must have been made with them too.
         """
-        x, rope = self._embedded(given), self._angles(given.places)
+        x, rope = self._embedded(inputs), self._angles(inputs.position_ids)
         final = len(self.layers) - 1
-        early = wanted is not None and len(given.deepstack) <= final  # the last layer's own features need all positions
+        early = (
+            wanted is not None and len(inputs.deepstack) <= final
+        )  # the last layer's own features need all positions
         for number, layer in enumerate(self.layers):
             if layer.device != x.device:
                 x, rope, attention = (
                     x.to(layer.device),
                     tuple(r.to(layer.device) for r in rope),
-                    attention.on(layer.device),
+                    attention.to(layer.device),
                 )
             x = layer(number, x, rope, attention, factors, wanted if early and number == final else None)
-            if number < len(given.deepstack) and given.images is not None:
+            if number < len(inputs.deepstack) and inputs.image_positions is not None:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
-                added = torch.zeros_like(x).index_copy_(0, given.images.to(x.device), given.deepstack[number].to(x))
+                added = torch.zeros_like(x).index_copy_(
+                    0, inputs.image_positions.to(x.device), inputs.deepstack[number].to(x)
+                )
                 x = x.add_(added)
         if wanted is not None and not early:
             x = gather(x, wanted.to(x.device))
@@ -87,15 +90,15 @@ class Text:
             out = out + scale * (hidden @ a.float().t()) @ b.index_select(0, rows).float().t()
         return out
 
-    def _embedded(self, given: Positions) -> Tensor:
-        x = self._embed.weight[given.ids]
-        if given.images is not None and given.embeds is not None:
-            x = x.index_copy_(0, given.images, given.embeds.to(x))
+    def _embedded(self, inputs: PackedInputs) -> Tensor:
+        x = self._embed.weight[inputs.ids]
+        if inputs.image_positions is not None and inputs.embeds is not None:
+            x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
         return x
 
-    def _angles(self, places: Tensor) -> tuple[Tensor, ...]:
+    def _angles(self, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines, (positions, 1, dim)."""
-        cos, sin = self._rope(self._embed.weight, places[:, None])
+        cos, sin = self._rope(self._embed.weight, position_ids[:, None])
         return cos[0][:, None], sin[0][:, None]
 
 

@@ -1,12 +1,8 @@
-"""Where a model's weights go: the devices asked for, what is free on them, and which modules each one holds.
+"""Where a model's weights go: what a checkpoint's files hold, what is free on the devices, which module each one gets.
 
-Only whole modules on CPU, CUDA or MPS devices: nothing is offloaded to disk, or to the CPU beside a GPU. Knows the
-names of Qwen3-VL's modules, and of the weights their sizes; reads none.
-
-TODO The weight files of a checkpoint's folder, by their headers: all there, whole, and what they hold. Reads no weight.
-
-A safetensors file is 8 bytes with the length of its header, the header (JSON: name → dtype, shape, offsets), and the
-tensors. Knows no architecture and no device.
+Weight files are read by their headers alone: a safetensors file is 8 bytes with the length of its header, the header
+(JSON: name → dtype, shape, offsets), and the tensors. Only whole modules are placed, on CPU, CUDA or MPS devices:
+nothing is offloaded to disk, or to the CPU beside a GPU.
 """
 
 import json
@@ -21,8 +17,6 @@ import psutil
 import torch
 
 from kshot.errors import ModelError
-
-# ---- The weight files of a checkpoint's folder, by their headers: all there, whole, and what they hold. Reads no
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -85,7 +79,7 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
         tensors = {key: StoredTensor(entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
         size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {_again(path)}") from error
+        raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {_download_again(path)}") from error
     _check_size(name, path, size)
     return tensors
 
@@ -94,15 +88,15 @@ def _check_size(name: str, path: Path, size: Any) -> None:
     has = path.stat().st_size
     if has != size:
         what = "cut short" if has < size else "broken"
-        raise ModelError(f"checkpoint {name} is {what}: {path.name} has {has:,} of {size:,} bytes; {_again(path)}")
+        raise ModelError(
+            f"checkpoint {name} is {what}: {path.name} has {has:,} of {size:,} bytes; {_download_again(path)}"
+        )
 
 
-def _again(path: Path) -> str:
+def _download_again(path: Path) -> str:
     """The hub's cache keeps the content elsewhere, and takes it for whole as long as it is there."""
     return f"delete {path.resolve()} and download it again"
 
-
-# ---- Where a model's weights go: the devices asked for, what is free on them, and which modules each one holds.
 
 DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
 HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
@@ -189,21 +183,21 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> float:
 
 
 def device_map(
-    name: str, dtype: torch.dtype, size: Sizes, tied: bool, places: Sequence[torch.device], free: Sequence[int]
+    name: str, dtype: torch.dtype, size: Sizes, tied: bool, targets: Sequence[torch.device], free: Sequence[int]
 ) -> dict[str, torch.device | int]:
     """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
     free on them. Raises ModelError where the weights do not fit, before any is read."""
     blocks = [size.first, *size.layers, size.last]
-    if len(places) == 1:
+    if len(targets) == 1:
         chosen = [0] * len(blocks) if size.total <= free[0] else None
     else:
         shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
         chosen = next((found for share in shares if (found := _fill(blocks, share))), None)
     if chosen is None:
-        raise ModelError(_too_little(name, dtype, size.total, places, free))
-    if len(places) == 1:
-        return {"": places[0]}
-    return _named([places[n].index for n in chosen], tied)
+        raise ModelError(_too_little(name, dtype, size.total, targets, free))
+    if len(targets) == 1:
+        return {"": targets[0]}
+    return _named([targets[n].index for n in chosen], tied)
 
 
 def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
@@ -222,13 +216,15 @@ def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
 def _named(chosen: Sequence[int], tied: bool) -> dict[str, torch.device | int]:
     """As numbers, because accelerate takes a main device out of a set of them: the order must not vary."""
     first, *layers, last = chosen
-    places = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
-    return {**places, NORM: last, HEAD: first if tied else last}
+    modules = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
+    return {**modules, NORM: last, HEAD: first if tied else last}
 
 
-def _too_little(name: str, dtype: torch.dtype, needed: int, places: Sequence[torch.device], free: Sequence[int]) -> str:
-    has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(places, free, strict=True))
+def _too_little(
+    name: str, dtype: torch.dtype, needed: int, targets: Sequence[torch.device], free: Sequence[int]
+) -> str:
+    has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
     ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
-    ways_out += ["`auto` to spread it over several GPUs"] if places[0].type == "cuda" and len(places) == 1 else []
+    ways_out += ["`auto` to spread it over several GPUs"] if targets[0].type == "cuda" and len(targets) == 1 else []
     what = f"model {name} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
     return f"{what}, but free are {has}; use {', or '.join(ways_out)}"

@@ -1,4 +1,4 @@
-"""The vision tower's forward pass: pixels → features. Knows no image files, no cache and no LoRA.
+"""The vision tower's forward pass: pixels → features.
 
 The weights stay in the stock module; what it computes is computed here for all images of one size at once. The stock
 forward has a Conv3d for patches (its stride is its kernel: a matrix product, many times faster as one, pytorch#174051),
@@ -150,11 +150,11 @@ class ImageFeatures:
     def bytes(self) -> int:
         return self.values.nbytes
 
-    def on(self, device: torch.device) -> "ImageFeatures":
+    def to(self, device: torch.device) -> "ImageFeatures":
         """The same on a device."""
         return self if self.values.device == device else ImageFeatures(self.grid, self.values.to(device))
 
-    def kept(self, host: bool = True) -> "ImageFeatures":
+    def compact(self, host: bool = True) -> "ImageFeatures":
         """In memory of its own, the host's unless told: a view would keep a whole pass, or a padded file, alive."""
         values = self.values.cpu() if host else self.values
         whole = values.untyped_storage().nbytes() == values.nbytes

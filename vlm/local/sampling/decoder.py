@@ -1,7 +1,6 @@
-"""The sequences of one snapshot, written side by side; others join them between two tokens.
+"""Decoding of one snapshot's sequences side by side: one pass appends one token to each, and others join between two.
 
-One pass writes one token of each. A sequence that ends leaves its row, and one that waits takes it. Knows no prompts,
-no requests and no threads.
+A sequence that ends frees its row of the key-value cache, and one that waits takes it.
 """
 
 from collections import deque
@@ -14,111 +13,113 @@ from torch import Tensor
 
 from vlm.local.engine import Engine, Snapshot
 from vlm.local.model.attention import Cache, Next
-from vlm.local.model.packed import Positions
-from vlm.local.sampling.sequence import TokenSequence, advance
+from vlm.local.model.packed import PackedInputs
+from vlm.local.sampling.sequence import TokenSequence, append_next_tokens
 
 ROOM = 64  # positions by which the cache grows
 CACHED = 1 << 17  # positions to which sequences that join others may bring the cache
 
 
 @dataclass(eq=False)
-class _Sequence:
-    """Where a sequence is. cache, row: its keys and values, of `length` positions; place: the M-RoPE position of its
-    last token, which is not in the cache yet."""
+class _Entry:
+    """A sequence with its state. cache, row: its keys and values, of `length` positions; position: the M-RoPE position
+    of its last token, which is not in the cache yet."""
 
-    writer: TokenSequence
+    sequence: TokenSequence
     cache: Cache
     row: int
     length: int
-    place: int
+    position: int
 
 
 class Decoder:
-    """The sequences that one snapshot writes, at most `rows` in one pass; those beyond wait for a row.
+    """The sequences of one snapshot that are decoded, at most `rows` in one pass; those beyond wait for a row.
 
-    A `step` that raises leaves it unusable. A writer that is told to `end` leaves at the next step.
+    A `step` that raises leaves it unusable. A sequence whose `end` was called leaves at the next step.
     """
 
     def __init__(self, engine: Engine, snapshot: Snapshot, rows: int) -> None:
         self.engine, self.snapshot, self.rows = engine, snapshot, rows
         self._cache: Cache | None = None
-        self._running: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Entry] = []
+        self._waiting: deque[_Entry] = deque()
 
     @property
-    def going(self) -> int:
+    def active(self) -> int:
         """How many sequences have not ended, those that wait for a row included."""
-        return sum(each.writer.reason is None for each in (*self._running, *self._waiting))
+        return sum(each.sequence.reason is None for each in (*self._running, *self._waiting))
 
     @property
-    def free(self) -> int:
+    def free_rows(self) -> int:
         """How many rows nobody has or waits for."""
-        return max(0, self.rows - self.going)
+        return max(0, self.rows - self.active)
 
     @torch.no_grad()
-    def join(self, cache: Cache, logits: Tensor, places: Tensor, writers: Sequence[Sequence[TokenSequence]]) -> None:
-        """Let the writers of each prompt write their first token; from the next step on they go with the others.
+    def add(
+        self, cache: Cache, logits: Tensor, positions: Tensor, sequences: Sequence[Sequence[TokenSequence]]
+    ) -> None:
+        """Append the first token to the sequences of each prompt; from the next step on they run with the others.
 
-        A row of the cache, of logits (prompts, vocabulary) and of places (prompts,), the M-RoPE position after the
-        prompt, is a prompt's; its writers share it.
+        A row of the cache, of logits (prompts, vocabulary) and of positions (prompts,), the M-RoPE position after the
+        prompt, is a prompt's; its sequences share it.
         """
-        owners = [(row, writer) for row, each in enumerate(writers) for writer in each]
+        owners = [(row, sequence) for row, each in enumerate(sequences) for sequence in each]
         for start in range(0, len(owners), self.rows):
             rows, some = zip(*owners[start : start + self.rows], strict=True)
-            advance(some, logits[list(rows)])
-        lengths, after = cache.lengths.tolist(), places.tolist()
-        joining = [_Sequence(writer, cache, row, lengths[row], after[row]) for row, writer in owners]
-        self._cut(joining)
+            append_next_tokens(some, logits[list(rows)])
+        lengths, after = cache.lengths.tolist(), positions.tolist()
+        joining = [_Entry(sequence, cache, row, lengths[row], after[row]) for row, sequence in owners]
+        self._end_full(joining)
         self._waiting += joining
 
     @torch.no_grad()
     def step(self) -> list[TokenSequence]:
-        """Write one token of every sequence that has a row, in one pass; gives their writers."""
-        self._settle()
+        """Append one token to every sequence that has a row, in one pass; returns these sequences."""
+        self._assign_rows()
         if self._cache is None:
             return []
-        going, text, factors = self._running, self.engine.model.text, self.snapshot.factors
-        tokens = [(each.writer.tokens[-1], each.place) for each in going]
-        ids, places = torch.tensor(tokens, device=self.engine.model.device).unbind(1)
+        running, text, factors = self._running, self.engine.model.text, self.snapshot.factors
+        tokens = [(each.sequence.tokens[-1], each.position) for each in running]
+        ids, position_ids = torch.tensor(tokens, device=self.engine.model.device).unbind(1)
         with self.engine.model.timed("forward"):
-            hidden = text.hidden(Positions(ids, places.expand(3, -1)), Next(self._cache), factors)
+            hidden = text.hidden(PackedInputs(ids, position_ids.expand(3, -1)), Next(self._cache), factors)
             logits = text.logits(hidden, factors)
         self._cache.lengths = self._cache.lengths + 1
-        for each in going:
-            each.length, each.place = each.length + 1, each.place + 1
-        writers = [each.writer for each in going]
-        advance(writers, logits)
-        self._cut(going)
-        return writers
+        for each in running:
+            each.length, each.position = each.length + 1, each.position + 1
+        sequences = [each.sequence for each in running]
+        append_next_tokens(sequences, logits)
+        self._end_full(running)
+        return sequences
 
-    def _cut(self, sequences: Sequence[_Sequence]) -> None:
+    def _end_full(self, sequences: Sequence[_Entry]) -> None:
         """End those that fill the model's context."""
         for each in sequences:
             if each.length >= self.engine.model.context:
-                each.writer.end()
+                each.sequence.end()
 
-    def _settle(self) -> None:
-        """Let go of the ended ones, give their rows to those that wait, and see that every row has room."""
-        staying = [each for each in self._running if each.writer.reason is None]
+    def _assign_rows(self) -> None:
+        """Drop the ended sequences, give their rows to those that wait, and see that every row has room."""
+        staying = [each for each in self._running if each.sequence.reason is None]
         joining = self._admitted(staying)
-        going, before = staying + joining, len(self._running)
-        self._running = going
-        if not going:
+        before = len(self._running)
+        self._running = staying + joining
+        if not self._running:
             self._cache = None
             return
-        longest = max(each.length for each in going)
+        longest = max(each.length for each in self._running)
         if self._cache is None or joining:
             self._gather(max(longest, *(each.cache.capacity for each in joining)) + ROOM)
-        elif len(going) < before or longest >= self._cache.capacity:
+        elif len(self._running) < before or longest >= self._cache.capacity:
             self._gather(self._cache.capacity + (ROOM if longest >= self._cache.capacity else 0))
 
-    def _admitted(self, staying: Sequence[_Sequence]) -> list[_Sequence]:
+    def _admitted(self, staying: Sequence[_Entry]) -> list[_Entry]:
         """Those of the waiting for whom there is a row, in order, and whom the cache can take beside the others."""
-        joining: list[_Sequence] = []
+        joining: list[_Entry] = []
         longest = max((each.length for each in staying), default=0)
         while self._waiting and len(staying) + len(joining) < self.rows:
             first = self._waiting[0]
-            if first.writer.reason is not None:
+            if first.sequence.reason is not None:
                 self._waiting.popleft()
                 continue
             longest = max(longest, first.length)

@@ -1,4 +1,4 @@
-"""Sampling from a snapshot: prompts into a decoder, and log-probabilities of prompts. Knows no clients and no classes.
+"""Sampling from a snapshot: prefill of prompts into a decoder, and log-probabilities of the prompts themselves.
 
 Prompts are packed, whatever their lengths; the samples of one prompt share its prefill.
 """
@@ -18,7 +18,7 @@ from kshot.errors import RequestError
 from vlm.local.engine import LOGITS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Filling
 from vlm.local.sampling.decoder import Decoder
-from vlm.local.sampling.sequence import TokenSequence, draws, generator_of
+from vlm.local.sampling.sequence import TokenSequence, generator_of, sample_tokens
 
 ROWS = 64  # sequences in one pass
 POSITIONS = 1 << 15  # of prompts in one pass
@@ -26,7 +26,7 @@ POSITIONS = 1 << 15  # of prompts in one pass
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What is asked about one prompt, in the SDK's terms (see `tinker.SamplingClient.sample`)."""
+    """What a client wants for one prompt, in the SDK's terms (see `tinker.SamplingClient.sample`)."""
 
     prompt: tinker.ModelInput
     params: types.SamplingParams
@@ -39,57 +39,58 @@ class SamplingRequest:
     prompt_logprobs_last_n: int | None = None
 
     @property
-    def about_prompt(self) -> bool:
-        """Whether the prompt's own log-probabilities, or draws in its place, are asked for."""
-        asked = self.prompt_logprobs, self.topk_prompt_logprobs, self.prompt_alt_tokens_k
-        return any(asked) or self.targets is not None
+    def prompt_fields(self) -> bool:
+        """Whether log-probabilities of the prompt, or draws in its place, are requested."""
+        requested = self.prompt_logprobs, self.topk_prompt_logprobs, self.prompt_alt_tokens_k
+        return any(requested) or self.targets is not None
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What is written for an ask, and the fields of SampleResponse about its prompt."""
+    """The samples of a request, and the fields of SampleResponse about its prompt."""
 
-    writers: Sequence[TokenSequence]
-    about_prompt: dict[str, Any]
+    sequences: Sequence[TokenSequence]
+    prompt_fields: dict[str, Any]
 
     @property
     def done(self) -> bool:
         """Whether every sample has ended."""
-        return all(writer.reason is not None for writer in self.writers)
+        return all(sequence.reason is not None for sequence in self.sequences)
 
     def response(self) -> types.SampleResponse:
-        """What there is so far."""
-        return types.SampleResponse(sequences=[writer.sequence() for writer in self.writers], **self.about_prompt)
+        """What was sampled so far."""
+        return types.SampleResponse(sequences=[each.sampled() for each in self.sequences], **self.prompt_fields)
 
 
-def sample(engine: Engine, snapshot: Snapshot, asks: Sequence[SamplingRequest]) -> list[types.SampleResponse]:
-    """The answers, in order. Same asks in the same order → the same answers where each has a seed or temperature 0."""
-    for ask in asks:
-        check(engine, ask)
+def sample(engine: Engine, snapshot: Snapshot, requests: Sequence[SamplingRequest]) -> list[types.SampleResponse]:
+    """The results, in order. The same requests in the same order give the same results where each has a seed or
+    temperature 0. Raises RequestError and ImageError for what cannot be sampled."""
+    for request in requests:
+        check(engine, request)
     done: dict[int, types.SampleResponse] = {}
-    for members in groups([length_of(ask.prompt) for ask in asks], ROWS, POSITIONS):
+    for members in groups([length_of(request.prompt) for request in requests], ROWS, POSITIONS):
         decoder = Decoder(engine, snapshot, ROWS)
-        answers = join(decoder, [asks[n] for n in members])
-        while decoder.going:
+        results = prefill(decoder, [requests[n] for n in members])
+        while decoder.active:
             decoder.step()
-        done |= {n: answer.response() for n, answer in zip(members, answers, strict=True)}
-    return [done[n] for n in range(len(asks))]
+        done |= {n: result.response() for n, result in zip(members, results, strict=True)}
+    return [done[n] for n in range(len(requests))]
 
 
-def check(engine: Engine, ask: SamplingRequest) -> None:
+def check(engine: Engine, request: SamplingRequest) -> None:
     """Raise RequestError for what cannot be sampled, as far as it shows before the prompt is read."""
-    p, vocabulary = ask.params, engine.model.vocabulary
-    last = 1 if ask.prompt_logprobs_last_n is None else ask.prompt_logprobs_last_n
+    p, vocabulary = request.params, engine.model.vocabulary
+    last = 1 if request.prompt_logprobs_last_n is None else request.prompt_logprobs_last_n
     ranges = {
-        "num_samples": (ask.num_samples, 1, float("inf")),
+        "num_samples": (request.num_samples, 1, float("inf")),
         "max_tokens": (1 if p.max_tokens is None else p.max_tokens, 1, float("inf")),
         "temperature": (p.temperature, 0, float("inf")),
         "top_p": (p.top_p, 1e-9, 1),
         "top_k": (p.top_k, -1, float("inf")),
         "seed": (p.seed or 0, 0, 2**63 - 1),
-        "topk_prompt_logprobs": (ask.topk_prompt_logprobs, 0, vocabulary),
-        "topk_sample_logprobs": (ask.topk_sample_logprobs, 0, vocabulary),
-        "prompt_alt_tokens_k": (ask.prompt_alt_tokens_k, 0, vocabulary),
+        "topk_prompt_logprobs": (request.topk_prompt_logprobs, 0, vocabulary),
+        "topk_sample_logprobs": (request.topk_sample_logprobs, 0, vocabulary),
+        "prompt_alt_tokens_k": (request.prompt_alt_tokens_k, 0, vocabulary),
         "prompt_logprobs_last_n": (last, 1, float("inf")),
     }
     if (isinstance(p.stop, str) and not p.stop) or (isinstance(p.stop, list) and "" in p.stop):
@@ -97,79 +98,86 @@ def check(engine: Engine, ask: SamplingRequest) -> None:
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
-    for chunk in ask.prompt.chunks:
-        if not isinstance(
-            chunk, types.EncodedTextChunk | types.ImageChunk
-        ):  # others have no length that could be asked
+    for chunk in request.prompt.chunks:
+        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):  # others have no length
             raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
-    if ask.prompt_logprobs_last_n is not None and not ask.prompt_logprobs:
+    if request.prompt_logprobs_last_n is not None and not request.prompt_logprobs:
         raise RequestError(f"prompt_logprobs_last_n = {last} is of prompt_logprobs; ask for these too")
-    if ask.targets is not None:
+    if request.targets is not None:
         engine.model.check_tokens(
-            [int(t) for t in ask.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
+            [int(t) for t in request.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
         )
 
 
 @torch.no_grad()
-def join(decoder: Decoder, asks: Sequence[SamplingRequest]) -> list[SamplingResult]:
-    """Read the prompts in one pass; their samples, a first token in each, join the others of the decoder.
+def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
+    """Read the prompts in one pass, and add their samples to the decoder, each with its first token.
 
-    Raises RequestError or ImageError for a prompt that the model does not take; then none has joined.
+    Raises RequestError or ImageError for a prompt that the model does not take; then none is added.
     """
     engine, factors = decoder.engine, decoder.snapshot.factors
-    batch = engine.collate([ask.prompt for ask in asks], factors)
+    batch = engine.collate([request.prompt for request in requests], factors)
     cache = Cache(batch.rows.lengths, engine.model.device)
-    about = any(ask.about_prompt for ask in asks)
-    wanted = None if about else batch.ends
+    any_fields = any(request.prompt_fields for request in requests)
+    wanted = None if any_fields else batch.ends
     with engine.model.timed("forward"):
-        hidden = engine.model.text.hidden(batch.given, Filling(cache, batch.rows, wanted), factors, wanted)
-        logits = engine.model.text.logits(hidden[batch.ends] if about else hidden, factors)
-    about_prompts = _about_prompts(decoder, batch, hidden, asks)
-    answers = [SamplingResult(_writers(engine, ask), values) for ask, values in zip(asks, about_prompts, strict=True)]
-    decoder.join(cache, logits, batch.next_place, [answer.writers for answer in answers])
-    return answers
+        hidden = engine.model.text.hidden(batch.inputs, Filling(cache, batch.rows, wanted), factors, wanted)
+        logits = engine.model.text.logits(hidden[batch.ends] if any_fields else hidden, factors)
+    prompt_fieldss = _prompt_fieldss(decoder, batch, hidden, requests)
+    results = [
+        SamplingResult(_sequences(engine, request), values)
+        for request, values in zip(requests, prompt_fieldss, strict=True)
+    ]
+    decoder.add(cache, logits, batch.next_position, [result.sequences for result in results])
+    return results
 
 
-def _writers(engine: Engine, ask: SamplingRequest) -> list[TokenSequence]:
-    given = engine.model.tokenizer, ask.params
-    return [TokenSequence(*given, number, ask.topk_sample_logprobs) for number in range(ask.num_samples)]
+def _sequences(engine: Engine, request: SamplingRequest) -> list[TokenSequence]:
+    tokenizer, top = engine.model.tokenizer, request.topk_sample_logprobs
+    return [TokenSequence(tokenizer, request.params, number, top) for number in range(request.num_samples)]
 
 
-def _about_prompts(
-    decoder: Decoder, batch: Batch, hidden: Tensor, asks: Sequence[SamplingRequest]
+def _prompt_fieldss(
+    decoder: Decoder, batch: Batch, hidden: Tensor, requests: Sequence[SamplingRequest]
 ) -> Iterator[dict[str, Any]]:
-    """What each ask wants to know about its prompt."""
-    if not any(ask.about_prompt for ask in asks):
-        yield from ({} for _ in asks)
+    """For each request the fields of its response about the prompt."""
+    if not any(request.prompt_fields for request in requests):
+        yield from ({} for _ in requests)
         return
-    rows = (t.split(batch.rows.lengths) for t in (batch.given.ids, hidden, batch.is_image()))
-    for ask, ids, states, is_image in zip(asks, *rows, strict=True):
+    rows = (t.split(batch.rows.lengths) for t in (batch.inputs.ids, hidden, batch.is_image()))
+    for request, ids, states, is_image in zip(requests, *rows, strict=True):
         image = is_image.cpu().numpy()
-        yield _prompt_values(decoder.engine, decoder.snapshot, ids, states, image, ask) if ask.about_prompt else {}
+        yield (
+            _prompt_values(decoder.engine, decoder.snapshot, ids, states, image, request)
+            if request.prompt_fields
+            else {}
+        )
 
 
 def _prompt_values(
-    engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: np.ndarray, ask: SamplingRequest
+    engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: np.ndarray, request: SamplingRequest
 ) -> dict[str, Any]:
     """The fields of SampleResponse about the prompt: hidden states (length, hidden) predict ids from position 1 on."""
     rows, values = len(ids) - 1, dict[str, Any]()
-    targets, uniform = _wanted(ask.targets, rows), _uniform(ask, rows)
-    own_from = 1 + _unasked(ask, rows)  # the first position whose own token is scored
-    start = 1 if ask.targets is not None or ask.prompt_alt_tokens_k else own_from  # the first one that is scored at all
-    given = hidden[start - 1 : -1], ids[start:], ask, targets[start - 1 :], uniform[start - 1 :]
-    parts = zip(*_scored(engine, snapshot, *given), strict=True)
+    targets, uniform = _target_ids(request.targets, rows), _uniform(request, rows)
+    first_own = 1 + _skipped(request, rows)  # the position of the first token of the prompt that is scored
+    start = (
+        1 if request.targets is not None or request.prompt_alt_tokens_k else first_own
+    )  # the first position at which anything is scored
+    inputs = hidden[start - 1 : -1], ids[start:], request, targets[start - 1 :], uniform[start - 1 :]
+    parts = zip(*_scored(engine, snapshot, *inputs), strict=True)
     own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
-    if ask.prompt_logprobs:
-        values["prompt_logprobs_np"] = _behind(own_from, own[own_from - start :], np.nan)
+    if request.prompt_logprobs:
+        values["prompt_logprobs_np"] = _behind(first_own, own[first_own - start :], np.nan)
         values["prompt_logprobs_np"][is_image] = np.nan
-    if ask.topk_prompt_logprobs:
-        top_ids, tops = top_ids[own_from - start :].astype(np.int32), tops[own_from - start :]
+    if request.topk_prompt_logprobs:
+        top_ids, tops = top_ids[first_own - start :].astype(np.int32), tops[first_own - start :]
         values["topk_prompt_logprobs_np"] = TopkLogprobs(
-            token_ids=_behind(own_from, top_ids, 0), logprobs=_behind(own_from, tops, MASK_LOGPROB)
+            token_ids=_behind(first_own, top_ids, 0), logprobs=_behind(first_own, tops, MASK_LOGPROB)
         )
-    if ask.targets is not None:
+    if request.targets is not None:
         values["target_prompt_logprobs"] = types.TensorData.from_numpy(chosen)
-    if ask.prompt_alt_tokens_k:
+    if request.prompt_alt_tokens_k:
         tensors = (types.TensorData.from_numpy(each) for each in (drawn, drawn_values))
         values["prompt_alt_tokens"] = types.PromptAltTokens(*tensors)
     return values
@@ -180,7 +188,7 @@ def _scored(
     snapshot: Snapshot,
     hidden: Tensor,
     ids: Tensor,
-    ask: SamplingRequest,
+    request: SamplingRequest,
     targets: Tensor,
     uniform: Tensor,
 ) -> Iterator[tuple[Tensor, ...]]:
@@ -194,17 +202,17 @@ def _scored(
         # not log_softmax: of 150,000 float32 logits that may be 2e-4 off on a CPU, and logsumexp is not
         log_probs = logits - logits.logsumexp(-1, keepdim=True)
         own = log_probs.gather(1, ids[part, None].to(log_probs.device))[:, 0]
-        best = log_probs.topk(ask.topk_prompt_logprobs)
-        asked = targets[part].to(log_probs.device)
-        chosen = log_probs.gather(1, asked.clamp(min=0)).masked_fill(asked < 0, 0.0)
-        drawn = draws(logits, ask.params.temperature, uniform[part])
+        best = log_probs.topk(request.topk_prompt_logprobs)
+        chosen_ids = targets[part].to(log_probs.device)
+        chosen = log_probs.gather(1, chosen_ids.clamp(min=0)).masked_fill(chosen_ids < 0, 0.0)
+        drawn = sample_tokens(logits, request.params.temperature, uniform[part])
         values = own, best.indices, best.values, chosen, drawn, log_probs.gather(1, drawn)
         yield tuple(each.cpu() for each in values)
 
 
-def _unasked(ask: SamplingRequest, rows: int) -> int:
-    """How many of the `rows` positions behind the first are not asked for. Raises RequestError for more than all."""
-    last = rows if ask.prompt_logprobs_last_n is None else ask.prompt_logprobs_last_n
+def _skipped(request: SamplingRequest, rows: int) -> int:
+    """How many of the `rows` positions behind the first are not requested. Raises RequestError for more than all."""
+    last = rows if request.prompt_logprobs_last_n is None else request.prompt_logprobs_last_n
     if last > rows:
         raise RequestError(
             f"prompt_logprobs_last_n = {last} is out of range: it must be from 1 to {rows}, "
@@ -213,20 +221,20 @@ def _unasked(ask: SamplingRequest, rows: int) -> int:
     return rows - last
 
 
-def _wanted(asked: types.TensorData | None, rows: int) -> Tensor:
+def _target_ids(targets: types.TensorData | None, rows: int) -> Tensor:
     """The ids to score, (rows, any number), -1 where none is. Raises RequestError for another number of rows."""
-    if asked is None:
+    if targets is None:
         return torch.zeros(rows, 0, dtype=torch.long)
-    ids = asked.to_torch(pad_value=-1)
+    ids = targets.to_torch(pad_value=-1)
     if ids.ndim != 2 or len(ids) != rows:
         raise RequestError(f"target_prompt_logprobs must have {rows} rows, one a position, got {tuple(ids.shape)}")
     return ids
 
 
-def _uniform(ask: SamplingRequest, rows: int) -> Tensor:
+def _uniform(request: SamplingRequest, rows: int) -> Tensor:
     """(rows, prompt_alt_tokens_k) numbers from [0, 1), by the request's seed, that draw in the prompt's place."""
-    generator = generator_of(ask.params.seed, 0, prompt=True)
-    return torch.rand(rows, ask.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
+    generator = generator_of(request.params.seed, 0, prompt=True)
+    return torch.rand(rows, request.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
 
 
 def _behind(start: int, values: np.ndarray, empty: float) -> np.ndarray:

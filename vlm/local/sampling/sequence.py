@@ -1,4 +1,4 @@
-"""Sequences as they are written: which token comes next, its log-probability, and when to stop. Knows no model."""
+"""Token sequences as they grow: which token comes next, its log-probability, and when to stop."""
 
 import uuid
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ DRAWN = 64  # distributions in float64 that are in memory together
 
 
 class TokenSequence:
-    """One sequence as it grows. number: of the sample in its request. top: how many of the likeliest tokens it notes
-    at each position."""
+    """One sample as it grows. number: of the sample in its request. top: how many of the likeliest tokens are kept
+    at each position. reason: why it has ended, or None."""
 
     def __init__(self, tokenizer: Any, params: types.SamplingParams, number: int, top: int = 0) -> None:
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
-        self.reason: types.StopReason | None = None  # why it has ended, if it has
+        self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
         self._tokenizer, self._generator = tokenizer, generator_of(params.seed, number)
         self._strings, self._ids = _stops(params.stop, tokenizer.eos_token_id)
         self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
 
-    def write(self, token: int, log_prob: float) -> None:
+    def append(self, token: int, log_prob: float) -> None:
         """Append a token; its log-probability is the model's, before any filter or temperature."""
         self.tokens.append(token)
         self.log_probs.append(log_prob)
@@ -36,19 +36,19 @@ class TokenSequence:
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
 
-    def note(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+    def append_top(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
         """Keep the likeliest tokens of the position last written, the `top` first of these."""
         self.tops.append((tokens[: self.top], log_probs[: self.top]))
 
     def end(self) -> None:
-        """Write no more: the model's context is full, or nobody waits for the rest."""
+        """Let it get no more tokens: the model's context is full, or nobody waits for the rest."""
         self.reason = self.reason or "length"
 
     def draw(self, logits: Tensor) -> int:
         """A token from (vocabulary,) logits by the request's temperature, top-k, top-p and generator."""
-        return pick(logits, self.params, self._generator)
+        return sample_token(logits, self.params, self._generator)
 
-    def sequence(self) -> types.SampledSequence:
+    def sampled(self) -> types.SampledSequence:
         """The sequence in the SDK's terms."""
         return types.SampledSequence(
             stop_reason=self.reason or "length",
@@ -67,24 +67,24 @@ class TokenSequence:
         return any(stop in text for stop in self._strings)
 
 
-def advance(writers: Sequence[TokenSequence], logits: Tensor) -> None:
-    """Let every writer write its next token, from (writers, vocabulary) float32 logits."""
+def append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> None:
+    """Append its next token to every sequence, from (sequences, vocabulary) float32 logits."""
     tokens = logits.argmax(-1).tolist()
-    drawn = [n for n, writer in enumerate(writers) if writer.params.temperature]
+    drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
     for n, row in zip(drawn, logits[drawn].cpu() if drawn else (), strict=True):
-        tokens[n] = writers[n].draw(row)
+        tokens[n] = sequences[n].draw(row)
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     totals = logits.logsumexp(-1)
-    for writer, token, log_prob in zip(writers, tokens, (chosen - totals).tolist(), strict=True):
-        writer.write(token, log_prob)
-    if noting := [n for n, writer in enumerate(writers) if writer.top]:
-        best = logits[noting].topk(max(writers[n].top for n in noting))
-        values = best.values - totals[noting, None]
-        for n, *top in zip(noting, best.indices.tolist(), values.tolist(), strict=True):
-            writers[n].note(*top)
+    for sequence, token, log_prob in zip(sequences, tokens, (chosen - totals).tolist(), strict=True):
+        sequence.append(token, log_prob)
+    if with_top := [n for n, sequence in enumerate(sequences) if sequence.top]:
+        best = logits[with_top].topk(max(sequences[n].top for n in with_top))
+        values = best.values - totals[with_top, None]
+        for n, *top in zip(with_top, best.indices.tolist(), values.tolist(), strict=True):
+            sequences[n].append_top(*top)
 
 
-def draws(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """(n, k) tokens, each drawn alone from its row of (n, vocabulary) logits at this temperature, without filters.
 
     uniform: (n, k) float64 from [0, 1) that choose them. At temperature 0 all are the largest.
@@ -99,7 +99,7 @@ def draws(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def pick(logits: Tensor, params: types.SamplingParams, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, params: types.SamplingParams, generator: torch.Generator) -> int:
     """A token from (vocabulary,) logits: the largest at temperature 0, else drawn after top-k and top-p."""
     if params.temperature == 0:
         return int(logits.argmax())
