@@ -19,7 +19,7 @@ ROOT = -1  # the last position of the prompt
 
 @dataclass(frozen=True)
 class Branch:
-    """A token of a choice at which others part from it: its position in the choice, and which tokens may stand there."""
+    """A token of a choice at which others part from it: its position there, and which tokens may stand at it."""
 
     position: int
     candidates: tuple[int, ...]

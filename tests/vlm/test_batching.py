@@ -42,7 +42,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def worker() -> Iterator[Scheduler]:
+def scheduler() -> Iterator[Scheduler]:
     made = Scheduler()
     yield made
     made.close()
@@ -59,7 +59,7 @@ def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[t
 
 
 @pytest.fixture(scope="module")
-def asks(prompts: list[tinker.ModelInput]) -> list[SamplingRequest]:
+def requests(prompts: list[tinker.ModelInput]) -> list[SamplingRequest]:
     """Of every length and kind: greedy and drawn, one sample and several."""
     made = []
     for n, prompt in enumerate(prompts):
@@ -70,22 +70,24 @@ def asks(prompts: list[tinker.ModelInput]) -> list[SamplingRequest]:
 
 
 @pytest.fixture(scope="module")
-def alone(stock: Any, asks: list[SamplingRequest], rule: ImageRule) -> list[list[tuple[list[int], list[float]]]]:
-    """Of each ask: what the stock model writes, sample by sample."""
-    return [[reference(stock, ask, number, rule) for number in range(ask.num_samples)] for ask in asks]
+def alone(stock: Any, requests: list[SamplingRequest], rule: ImageRule) -> list[list[tuple[list[int], list[float]]]]:
+    """Of each request: what the stock model writes, sample by sample."""
+    return [[reference(stock, request, number, rule) for number in range(request.num_samples)] for request in requests]
 
 
-def reference(stock: Any, ask: SamplingRequest, number: int, rule: ImageRule) -> tuple[list[int], list[float]]:
+def reference(stock: Any, request: SamplingRequest, number: int, rule: ImageRule) -> tuple[list[int], list[float]]:
     """Tokens and log-probabilities of a sample: a stock forward of the whole sequence for each, the inverse of the
     distribution function in numpy for what is drawn, by the numbers of the sample's own generator."""
-    p, tokens, log_probs = ask.params, list[int](), list[float]()
+    p, tokens, log_probs = request.params, list[int](), list[float]()
     assert p.max_tokens is not None
     mixed = np.random.SeedSequence([p.seed or 0, number]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed))
     while len(tokens) < p.max_tokens:
         stock.model.rope_deltas = None
         with torch.no_grad():
-            logits = stock(**stock_inputs(model_input(*ask.prompt.chunks, tokens), rule)).logits[0, -1].double().numpy()
+            logits = (
+                stock(**stock_inputs(model_input(*request.prompt.chunks, tokens), rule)).logits[0, -1].double().numpy()
+            )
         token = int(logits.argmax())
         if p.temperature:
             mass = np.exp((logits - logits.max()) / p.temperature).cumsum()
@@ -102,15 +104,15 @@ def assert_alone(sequences: Sequence[types.SampledSequence], expected: list[tupl
         assert sequence.logprobs == pytest.approx(log_probs, abs=1e-5)
 
 
-def held(worker: Scheduler) -> Callable[[], None]:
-    """Keep the worker busy until what is returned is called, so that all that is asked meanwhile arrives together."""
+def held(scheduler: Scheduler) -> Callable[[], None]:
+    """Keep the scheduler busy until what is returned is called, so that all requests meanwhile arrive together."""
     gate, begun = threading.Event(), threading.Event()
 
     def hold() -> None:
         begun.set()
         gate.wait(SOON)
 
-    worker.submit(hold)
+    scheduler.submit(hold)
     begun.wait(SOON)
     return gate.set
 
@@ -119,24 +121,24 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
     """Of each pass of the text model from now on, whether it reads prompts or writes, and how many positions it has."""
     hidden, made = engine.model.text.hidden, list[tuple[str, int]]()
 
-    def counted(given: Any, attention: Any, *args: Any) -> torch.Tensor:
-        made.append(("write" if isinstance(attention, Next) else "read", len(given.ids)))
-        return hidden(given, attention, *args)
+    def counted(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
+        made.append(("write" if isinstance(attention, Next) else "read", len(inputs.ids)))
+        return hidden(inputs, attention, *args)
 
     monkeypatch.setattr(engine.model.text, "hidden", counted)
     return made
 
 
 def test_a_sequence_is_the_same_whoever_is_in_the_batch(
-    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
+    engine: Engine, requests: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
 ) -> None:
     """They join at different times, in pairs or alone, and leave as they end."""
-    for order in (range(len(asks)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
+    for order in (range(len(requests)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
         decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampler.SamplingResult](), list(order)
         most = 0
-        while left or decoder.going:
+        while left or decoder.active:
             some = [left.pop() for _ in range(min(len(left), 1 + len(left) % 2))]
-            answers |= zip(some, sampler.join(decoder, [asks[n] for n in some]) if some else [], strict=True)
+            answers |= zip(some, sampler.prefill(decoder, [requests[n] for n in some]) if some else [], strict=True)
             most = max(most, len(decoder.step()))
         assert most >= 8
         for number, answer in answers.items():
@@ -148,66 +150,66 @@ def test_those_that_find_no_row_or_no_room_wait(
     rows: int,
     cached: int,
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoding, "CACHED", cached)
     decoder, made = Decoder(engine, BASE, rows), passes(engine, monkeypatch)
-    answers = [sampler.join(decoder, [ask])[0] for ask in asks]
-    assert not decoder.free or rows == 64
-    assert made == [("read", ask.prompt.length) for ask in asks]
-    while decoder.going:
+    answers = [sampler.prefill(decoder, [request])[0] for request in requests]
+    assert not decoder.free_rows or rows == 64
+    assert made == [("read", request.prompt.length) for request in requests]
+    while decoder.active:
         decoder.step()
         capacity = decoder._cache.capacity if decoder._cache else 0
         assert len(decoder._running) == 1 or len(decoder._running) * (capacity - decoding.ROOM) <= cached
-    assert 2 <= max(made[len(asks) :])[1] <= min(rows, 9)
+    assert 2 <= max(made[len(requests) :])[1] <= min(rows, 9)
     for answer, expected in zip(answers, alone, strict=True):
         assert_alone(answer.response().sequences, expected)
 
 
 def test_many_threads_are_answered_together(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Scheduler,
+    scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """64 at once: far fewer passes than one by one; every token is told, in order."""
     made, told = passes(engine, monkeypatch), [dict[TokenSequence, list[int]]() for _ in range(64)]
-    chosen = [n % len(asks) for n in range(64)]
+    chosen = [n % len(requests) for n in range(64)]
 
-    def ask(n: int) -> Sequence[types.SampledSequence]:
-        def note(writer: TokenSequence) -> None:
-            told[n].setdefault(writer, []).append(writer.tokens[-1])
+    def request(n: int) -> Sequence[types.SampledSequence]:
+        def note(sequence: TokenSequence) -> None:
+            told[n].setdefault(sequence, []).append(sequence.tokens[-1])
 
-        return worker.sample(engine, BASE, asks[chosen[n]], note).future.result(SOON).sequences
+        return scheduler.sample(engine, BASE, requests[chosen[n]], note).future.result(SOON).sequences
 
-    release = held(worker)
+    release = held(scheduler)
     with ThreadPoolExecutor(64) as pool:
-        answers = [pool.submit(ask, n) for n in range(64)]
-        while worker.waiting_samples < 64:
+        answers = [pool.submit(request, n) for n in range(64)]
+        while scheduler.waiting_samples < 64:
             threading.Event().wait(0.001)
         release()
         for n, answer in enumerate(answers):
             assert_alone(answer.result(), alone[chosen[n]])
             assert list(told[n].values()) == [sequence.tokens for sequence in answer.result()]
     written = sum(len(s.tokens) for answer in answers for s in answer.result())
-    assert worker.tokens_sampled == written
+    assert scheduler.tokens_sampled == written
     longest = max(len(tokens) for each in alone for tokens, _ in each)
     assert len(made) < 3 * longest + 10 < written / 5
     assert max(size for kind, size in made if kind == "write") == sampler.ROWS
-    worker.submit(int).result(SOON)  # the turn in which the last answer was given is over
-    assert (worker.waiting_jobs, worker.waiting_samples, worker.active_sequences) == (0, 0, 0)
-    assert worker.busy_seconds > 0
+    scheduler.submit(int).result(SOON)  # the turn in which the last answer was inputs is over
+    assert (scheduler.waiting_jobs, scheduler.waiting_samples, scheduler.active_sequences) == (0, 0, 0)
+    assert scheduler.busy_seconds > 0
 
 
 def test_requests_take_as_many_passes_as_the_longest(
-    engine: Engine, prompts: list[tinker.ModelInput], worker: Scheduler, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, prompts: list[tinker.ModelInput], scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, release = passes(engine, monkeypatch), held(worker)
+    made, release = passes(engine, monkeypatch), held(scheduler)
     params = types.SamplingParams(max_tokens=9, temperature=0.0, stop=[])
-    started = [worker.sample(engine, BASE, SamplingRequest(prompts[4], params)) for _ in range(40)]
+    started = [scheduler.sample(engine, BASE, SamplingRequest(prompts[4], params)) for _ in range(40)]
     release()
     assert len({tuple(each.future.result(SOON).sequences[0].tokens) for each in started}) == 1
     assert made == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
@@ -215,21 +217,21 @@ def test_requests_take_as_many_passes_as_the_longest(
 
 def test_snapshots_take_turns(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
     client: LocalTrainingClient,
     stock: Any,
     rule: ImageRule,
-    worker: Scheduler,
+    scheduler: Scheduler,
 ) -> None:
     disturb(client)
     tuned, tokens = engine.snapshot(client._run.adapter), list[str]()
-    asked = [replace(ask, params=ask.params.model_copy(update={"max_tokens": 4})) for ask in asks[:4]]
+    asked = [replace(request, params=request.params.model_copy(update={"max_tokens": 4})) for request in requests[:4]]
     plain = plain_peft(client, stock).base_model.model
-    expected = [[reference(plain, ask, number, rule) for number in range(ask.num_samples)] for ask in asked]
-    release = held(worker)
-    base = worker.sample(engine, BASE, asks[2], lambda _: tokens.append("base"))
-    started = [worker.sample(engine, tuned, ask, lambda _: tokens.append("tuned")) for ask in asked]
+    expected = [[reference(plain, request, number, rule) for number in range(request.num_samples)] for request in asked]
+    release = held(scheduler)
+    base = scheduler.sample(engine, BASE, requests[2], lambda _: tokens.append("base"))
+    started = [scheduler.sample(engine, tuned, request, lambda _: tokens.append("tuned")) for request in asked]
     release()
     for each, what in zip(started, expected, strict=True):
         assert_alone(each.future.result(SOON).sequences, what)
@@ -272,13 +274,15 @@ BAD: dict[str, tuple[Callable[[SamplingRequest], SamplingRequest], type[Exceptio
 def test_a_bad_request_fails_alone(
     kind: str,
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Scheduler,
+    scheduler: Scheduler,
 ) -> None:
     spoil, error, named = BAD[kind]
-    release = held(worker)
-    before, bad, after = (worker.sample(engine, BASE, ask) for ask in (asks[0], spoil(asks[0]), asks[1]))
+    release = held(scheduler)
+    before, bad, after = (
+        scheduler.sample(engine, BASE, request) for request in (requests[0], spoil(requests[0]), requests[1])
+    )
     release()
     with pytest.raises(error, match=named):
         bad.future.result(SOON)
@@ -287,14 +291,17 @@ def test_a_bad_request_fails_alone(
 
 
 def test_who_raises_when_told_fails_alone(
-    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]], worker: Scheduler
+    engine: Engine,
+    requests: list[SamplingRequest],
+    alone: list[list[tuple[list[int], list[float]]]],
+    scheduler: Scheduler,
 ) -> None:
-    def third(writer: TokenSequence) -> None:
-        if len(writer.tokens) == 3:
+    def third(sequence: TokenSequence) -> None:
+        if len(sequence.tokens) == 3:
             raise OSError("nobody listens")
 
-    release = held(worker)
-    good, bad = worker.sample(engine, BASE, asks[1]), worker.sample(engine, BASE, asks[1], third)
+    release = held(scheduler)
+    good, bad = scheduler.sample(engine, BASE, requests[1]), scheduler.sample(engine, BASE, requests[1], third)
     release()
     with pytest.raises(OSError, match="nobody listens"):
         bad.future.result(SOON)
@@ -303,74 +310,76 @@ def test_who_raises_when_told_fails_alone(
 
 def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Scheduler,
+    scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampler, "ROWS", 2)
     hidden, left, other = engine.model.text.hidden, [2], Snapshot()
 
-    def failing(given: Any, attention: Any, *args: Any) -> torch.Tensor:
-        if isinstance(attention, Next) and len(given.ids) == 2:  # of the two asks below
+    def failing(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
+        if isinstance(attention, Next) and len(inputs.ids) == 2:  # of the two requests below
             left[0] -= 1
             if left[0] == 0:
                 raise torch.OutOfMemoryError("no memory")
-        return hidden(given, attention, *args)
+        return hidden(inputs, attention, *args)
 
     monkeypatch.setattr(engine.model.text, "hidden", failing)
-    release = held(worker)
-    lost = [worker.sample(engine, BASE, ask) for ask in (asks[0], asks[1])]
-    kept, waiting = worker.sample(engine, other, asks[0]), worker.sample(engine, BASE, asks[3])
+    release = held(scheduler)
+    lost = [scheduler.sample(engine, BASE, request) for request in (requests[0], requests[1])]
+    kept, waiting = scheduler.sample(engine, other, requests[0]), scheduler.sample(engine, BASE, requests[3])
     release()
     for each in lost:
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
             each.future.result(SOON)
     assert_alone(kept.future.result(SOON).sequences, alone[0])
     assert_alone(waiting.future.result(SOON).sequences, alone[3])
-    assert_alone(worker.sample(engine, BASE, asks[1]).future.result(SOON).sequences, alone[1])
+    assert_alone(scheduler.sample(engine, BASE, requests[1]).future.result(SOON).sequences, alone[1])
 
 
 def test_a_full_context_ends_a_sequence_and_no_other(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Scheduler,
+    scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last token needs no position of its own: nothing is computed from it."""
-    long, short = 2 * np.argsort([ask.prompt.length for ask in asks[::2]])[[-1, 0]]
+    long, short = 2 * np.argsort([request.prompt.length for request in requests[::2]])[[-1, 0]]
     room = 2
-    monkeypatch.setattr(engine.model, "context", asks[long].prompt.length + room)
-    release = held(worker)
-    full, fitting = (worker.sample(engine, BASE, SamplingRequest(asks[n].prompt, ENDLESS)) for n in (long, short))
+    monkeypatch.setattr(engine.model, "context", requests[long].prompt.length + room)
+    release = held(scheduler)
+    full, fitting = (
+        scheduler.sample(engine, BASE, SamplingRequest(requests[n].prompt, ENDLESS)) for n in (long, short)
+    )
     release()
     (cut,), (longer,) = full.future.result(SOON).sequences, fitting.future.result(SOON).sequences
     assert (cut.stop_reason, longer.stop_reason) == ("length", "length")
     assert cut.tokens == alone[long][0][0][: room + 1]
-    assert len(longer.tokens) == asks[long].prompt.length + room + 1 - asks[short].prompt.length
+    assert len(longer.tokens) == requests[long].prompt.length + room + 1 - requests[short].prompt.length
     assert longer.tokens[: len(alone[short][0][0])] == alone[short][0][0]
 
 
 def test_who_cancels_frees_the_rows(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     alone: list[list[tuple[list[int], list[float]]]],
-    worker: Scheduler,
+    scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampler, "ROWS", 2)
     going = threading.Semaphore(0)
     first, second = (
-        worker.sample(engine, BASE, SamplingRequest(asks[0].prompt, ENDLESS), lambda _: going.release())
+        scheduler.sample(engine, BASE, SamplingRequest(requests[0].prompt, ENDLESS), lambda _: going.release())
         for _ in range(2)
     )
     for _ in range(8):
         assert going.acquire(timeout=SOON)
-    waiting, gone = worker.sample(engine, BASE, asks[1]), worker.sample(engine, BASE, asks[3])
+    waiting, gone = scheduler.sample(engine, BASE, requests[1]), scheduler.sample(engine, BASE, requests[3])
     assert gone.cancel()
-    brief = SamplingRequest(asks[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
-    answer = worker.sample(engine, BASE, brief).future.result(SOON)  # needs no row
+    brief = SamplingRequest(requests[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
+    answer = scheduler.sample(engine, BASE, brief).future.result(SOON)  # needs no row
     assert answer.sequences[0].tokens == alone[2][0][0][:1]
     assert gone.future in wait([gone.future], SOON).done
     assert not waiting.future.done()
@@ -382,36 +391,38 @@ def test_who_cancels_frees_the_rows(
         with pytest.raises(CancelledError):
             each.future.result(SOON)
     assert not waiting.cancel()
-    worker.submit(int).result(SOON)
-    worker.submit(int).result(SOON)
-    assert worker.active_sequences == 0
+    scheduler.submit(int).result(SOON)
+    scheduler.submit(int).result(SOON)
+    assert scheduler.active_sequences == 0
 
 
 def test_jobs_do_not_wait_for_sampling_to_end(
     engine: Engine,
-    asks: list[SamplingRequest],
+    requests: list[SamplingRequest],
     client: LocalTrainingClient,
     mixed: list[tinker.Datum],
-    worker: Scheduler,
+    scheduler: Scheduler,
 ) -> None:
     """A step of training runs on the engine between two tokens."""
     run = client._run
-    started = worker.sample(engine, BASE, SamplingRequest(asks[0].prompt, ENDLESS))
-    loss = worker.submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
-    step = worker.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
+    started = scheduler.sample(engine, BASE, SamplingRequest(requests[0].prompt, ENDLESS))
+    loss = scheduler.submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
+    step = scheduler.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
     assert loss.metrics["loss:sum"] > 0
     assert step.metrics is not None
     assert not started.future.done()
     started.cancel()
 
 
-def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[SamplingRequest], worker: Scheduler) -> None:
+def test_sampling_does_not_wait_for_all_jobs(
+    engine: Engine, requests: list[SamplingRequest], scheduler: Scheduler
+) -> None:
     """A token comes after every job."""
     ran, seen = list[int](), list[int]()
-    release = held(worker)
-    jobs = [worker.submit(ran.append, n) for n in range(200)]
-    started = worker.sample(engine, BASE, asks[0], lambda _: seen.append(len(ran)))
-    assert (worker.waiting_jobs, worker.waiting_samples) == (200, 1)
+    release = held(scheduler)
+    jobs = [scheduler.submit(ran.append, n) for n in range(200)]
+    started = scheduler.sample(engine, BASE, requests[0], lambda _: seen.append(len(ran)))
+    assert (scheduler.waiting_jobs, scheduler.waiting_samples) == (200, 1)
     release()
     assert len(started.future.result(SOON).sequences[0].tokens) == len(seen) == 3
     assert all(after - before <= 1 for before, after in zip([0, *seen], seen, strict=False))
@@ -420,14 +431,18 @@ def test_sampling_does_not_wait_for_all_jobs(engine: Engine, asks: list[Sampling
     assert ran == list(range(200))
 
 
-def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Scheduler) -> None:
-    release, ran = held(worker), list[str]()
+def test_jobs_fail_alone_and_are_not_begun_once_cancelled(scheduler: Scheduler) -> None:
+    release, ran = held(scheduler), list[str]()
 
     def fail() -> None:
         raise ValueError("this one")
 
-    futures: list[Future[Any]] = [worker.submit(ran.append, "a"), worker.submit(fail), worker.submit(ran.append, "b")]
-    last = worker.submit(lambda word, times=1: word * times, "c", times=2)
+    futures: list[Future[Any]] = [
+        scheduler.submit(ran.append, "a"),
+        scheduler.submit(fail),
+        scheduler.submit(ran.append, "b"),
+    ]
+    last = scheduler.submit(lambda word, times=1: word * times, "c", times=2)
     assert futures[2].cancel()
     release()
     assert last.result(SOON) == "cc"
@@ -436,36 +451,38 @@ def test_jobs_fail_alone_and_are_not_begun_once_cancelled(worker: Scheduler) -> 
     assert ran == ["a"]
 
 
-def test_the_workers_own_thread_cannot_ask(engine: Engine, asks: list[SamplingRequest], worker: Scheduler) -> None:
-    for call in (lambda: worker.submit(int), lambda: worker.sample(engine, BASE, asks[0])):
-        with pytest.raises(RequestError, match="cannot ask its own service"):
-            worker.submit(call).result(SOON)
-
-
-def test_a_closed_worker_finishes_what_was_asked(
-    engine: Engine, asks: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
+def test_the_workers_own_thread_cannot_submit(
+    engine: Engine, requests: list[SamplingRequest], scheduler: Scheduler
 ) -> None:
-    worker = Scheduler()
-    release = held(worker)
-    started, job = worker.sample(engine, BASE, asks[1]), worker.submit(int)
-    worker.close(wait=False)
-    for call in (lambda: worker.submit(int), lambda: worker.sample(engine, BASE, asks[0])):
+    for call in (lambda: scheduler.submit(int), lambda: scheduler.sample(engine, BASE, requests[0])):
+        with pytest.raises(RequestError, match="cannot ask its own service"):
+            scheduler.submit(call).result(SOON)
+
+
+def test_a_closed_scheduler_finishes_what_was_requested(
+    engine: Engine, requests: list[SamplingRequest], alone: list[list[tuple[list[int], list[float]]]]
+) -> None:
+    scheduler = Scheduler()
+    release = held(scheduler)
+    started, job = scheduler.sample(engine, BASE, requests[1]), scheduler.submit(int)
+    scheduler.close(wait=False)
+    for call in (lambda: scheduler.submit(int), lambda: scheduler.sample(engine, BASE, requests[0])):
         with pytest.raises(RequestError, match="connect again"):
             call()
-    assert (worker.waiting_jobs, worker.waiting_samples, job.done()) == (1, 1, False)
+    assert (scheduler.waiting_jobs, scheduler.waiting_samples, job.done()) == (1, 1, False)
     release()
-    worker.close()
+    scheduler.close()
     assert job.done()
     assert started.future.done()
     assert_alone(started.future.result().sequences, alone[1])
 
 
-def test_a_worker_that_nobody_has_ends_its_thread(engine: Engine, asks: list[SamplingRequest]) -> None:
-    worker = Scheduler()
-    thread = worker.submit(threading.current_thread).result(SOON)
-    started: SamplingTask = worker.sample(engine, BASE, asks[0])
+def test_a_scheduler_that_nobody_has_ends_its_thread(engine: Engine, requests: list[SamplingRequest]) -> None:
+    scheduler = Scheduler()
+    thread = scheduler.submit(threading.current_thread).result(SOON)
+    started: SamplingTask = scheduler.sample(engine, BASE, requests[0])
     started.future.result(SOON)
-    del worker
+    del scheduler
     gc.collect()
     thread.join(SOON)
     assert not thread.is_alive()

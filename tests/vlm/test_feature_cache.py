@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,9 @@ KEYS = [bytes([n]) * 32 for n in range(8)]
 @pytest.fixture
 def model(stock: Any, rule: ImageRule) -> Any:
     frozen = copy.deepcopy(stock).requires_grad_(False)
-    return SimpleNamespace(stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME)
+    return SimpleNamespace(
+        stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME, timed=lambda _: nullcontext()
+    )
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_packed_equals_padded_and_single(
     model, encode = client._engine.model, client._engine.vision.features
     batch = collate(model, encode, inputs)
     with torch.no_grad():
-        packed = model.text.hidden(batch.given, Causal(batch.rows), None).split(batch.rows.lengths)
+        packed = model.text.hidden(batch.inputs, Causal(batch.rows), None).split(batch.rows.lengths)
         for each, together in zip(inputs, packed, strict=True):
             one = collate(model, encode, [each])
             alone = model.text.hidden(one.given, Causal(one.rows), None)
@@ -68,8 +68,8 @@ def test_positions_equal_the_stock_ones(
 ) -> None:
     """M-RoPE for images of several sizes, two in one prompt, none, at the beginning and at the end."""
     batch = collate(client._engine.model, client._engine.vision.features, inputs)
-    ours = batch.given.places.split(batch.rows.lengths, 1)
-    for each, places, after in zip(inputs, ours, batch.next_place.tolist(), strict=True):
+    ours = batch.inputs.position_ids.split(batch.rows.lengths, 1)
+    for each, places, after in zip(inputs, ours, batch.next_position.tolist(), strict=True):
         row = stock_inputs(each, rule)
         kinds = row.get("mm_token_type_ids", torch.zeros_like(row["input_ids"]).int())
         expected, delta = stock.model.get_rope_index(
@@ -88,8 +88,8 @@ def test_the_head_at_positions_equals_the_full_head(
     batch = collate(model, client._engine.vision.features, inputs)
     wanted = torch.tensor([3, 10, 11, batch.rows.lengths[0] + 2, int(batch.rows.row.shape[0]) - 1])
     with torch.no_grad():
-        full = model.text.logits(model.text.hidden(batch.given, Causal(batch.rows), factors), factors)
-        some = model.text.hidden(batch.given, Causal(batch.rows, wanted), factors, wanted)
+        full = model.text.logits(model.text.hidden(batch.inputs, Causal(batch.rows), factors), factors)
+        some = model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, wanted)
     assert torch.allclose(model.text.logits(some, factors), full[wanted], atol=1e-3)
 
 
@@ -99,7 +99,7 @@ def test_several_packs_equal_one(
     disturb(client)
     one = client.forward_backward(mixed, "cross_entropy").result()
     gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.forget()
+    client._run.clear_gradients()
     monkeypatch.setattr(engine_module, "PACK", 60)
     assert len(list(engine_module._packs(_items(mixed)))) > 2
     several = client.forward_backward(mixed, "cross_entropy").result()
@@ -110,7 +110,7 @@ def test_several_packs_equal_one(
 
 def _items(data: list[tinker.Datum]) -> list[Any]:
     plain = engine_module.loss("cross_entropy", None)
-    return [engine_module._Item.of(n, datum, plain, everything=True) for n, datum in enumerate(data)]
+    return [engine_module._Item.of(n, datum, plain, every=True) for n, datum in enumerate(data)]
 
 
 def test_logits_in_parts_equal_those_at_once(
@@ -119,7 +119,7 @@ def test_logits_in_parts_equal_those_at_once(
     disturb(client)
     client.forward_backward(mixed, "cross_entropy").result()
     gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.forget()
+    client._run.clear_gradients()
     monkeypatch.setattr(engine_module, "LOGITS", 5 * 4096)
     client.forward_backward(mixed, "cross_entropy").result()
     for name, gradient in gradients_of(client).items():

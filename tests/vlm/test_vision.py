@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,9 @@ from vlm.prompts import Prompt
 def model(stock: Any, rule: ImageRule) -> Any:
     """What Vision needs of a model."""
     frozen = copy.deepcopy(stock).requires_grad_(False)
-    return SimpleNamespace(stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME)
+    return SimpleNamespace(
+        stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME, timed=lambda _: nullcontext()
+    )
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ class Scheduler:
     def _enqueue(self, queue: deque[Any], item: Any) -> None:
         if self._ident == threading.get_ident():
             raise RequestError(
-                "a custom loss cannot request its own service: the result would wait for the loss itself"
+                "a custom loss cannot ask its own service: the answer would wait for the loss itself"
             )
         with self._lock:
             if not (self._closed or self._scheduled):
