@@ -1,13 +1,13 @@
 """Accuracies that others have published on the benchmarks, and the table that shows them beside ours.
 
-Typed from the sources that each row names; nothing here was measured, and nothing is known of what we measure. What a
-published figure shows and no table says is left out.
+Typed from the sources that each row names; nothing here was measured. Numbers that a source gives only as a figure are
+left out.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from experiments.report.blocks import Cell, Table
+from experiments.report.document import Table
 from experiments.report.tables import NONE
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -43,14 +43,16 @@ LINEAR = "frozen features, logistic regression"
 
 
 def _few_shot(
-    method: str, source: str, values: Mapping[str, tuple[float, ...]], *marks: str, shots: tuple[int, ...] = SHOTS
+    method: str, source: str, *marks: str, shots: tuple[int, ...] = SHOTS, **values: tuple[float, ...]
 ) -> list[Reference]:
-    """The rows of a method in CoOp's protocol. values: {data set: a value for each of `shots`}."""
-    rows: dict[str, Values] = {dataset: {k: row[n] for n, k in enumerate(shots)} for dataset, row in values.items()}
-    return [Reference(dataset, method, COOP[dataset], source, row, marks) for dataset, row in rows.items()]
+    """The rows of a method in CoOp's protocol. values: by data set one for each of `shots`."""
+    return [
+        Reference(dataset, method, COOP[dataset], source, dict(zip(shots, row, strict=True)), marks)
+        for dataset, row in values.items()
+    ]
 
 
-def _full(method: str, values: Mapping[str, float]) -> list[Reference]:
+def _full(method: str, **values: float) -> list[Reference]:
     """The rows of a DINOv2; of all sets but Cars the mean per class is reported."""
     return [
         Reference(dataset, method, LINEAR, OQUAB, {ALL: value}, () if dataset == "cars" else (PER_CLASS,))
@@ -62,60 +64,55 @@ ROWS: tuple[Reference, ...] = (
     *_few_shot(
         "zero-shot CLIP",
         TIP,
-        {"caltech101": (85.92,), "cars": (55.74,), "flowers": (66.02,), "pets": (85.83,)},
         shots=(0,),
+        caltech101=(85.92,),
+        cars=(55.74,),
+        flowers=(66.02,),
+        pets=(85.83,),
     ),
     *_few_shot(
         "CLIP linear probe",
         PLOTTED.format("Radford et al., 2021"),
-        {
-            "caltech101": (70.62, 78.72, 84.34, 87.78, 90.63),
-            "cars": (24.64, 36.53, 48.42, 60.82, 70.08),
-            "flowers": (58.07, 73.35, 84.80, 92.00, 94.95),
-            "pets": (30.14, 43.47, 56.35, 65.94, 76.42),
-        },
         SECOND_HAND,
+        caltech101=(70.62, 78.72, 84.34, 87.78, 90.63),
+        cars=(24.64, 36.53, 48.42, 60.82, 70.08),
+        flowers=(58.07, 73.35, 84.80, 92.00, 94.95),
+        pets=(30.14, 43.47, 56.35, 65.94, 76.42),
     ),
     *_few_shot(
         "CoOp",
         PLOTTED.format("Zhou et al., 2022"),
-        {
-            "caltech101": (87.80, 87.87, 89.57, 90.10, 92.07),
-            "cars": (56.23, 58.73, 62.90, 67.85, 73.33),
-            "flowers": (69.07, 78.00, 85.80, 91.40, 94.73),
-            "pets": (85.87, 82.03, 87.03, 85.40, 86.30),
-        },
         SECOND_HAND,
+        caltech101=(87.80, 87.87, 89.57, 90.10, 92.07),
+        cars=(56.23, 58.73, 62.90, 67.85, 73.33),
+        flowers=(69.07, 78.00, 85.80, 91.40, 94.73),
+        pets=(85.87, 82.03, 87.03, 85.40, 86.30),
     ),
     *_few_shot(
         "Tip-Adapter",
         TIP,
-        {
-            "caltech101": (87.18, 88.44, 89.39, 89.83, 90.18),
-            "cars": (57.54, 57.93, 61.45, 62.93, 66.77),
-            "flowers": (73.12, 79.13, 83.80, 87.98, 89.89),
-            "pets": (86.10, 87.03, 86.45, 87.03, 88.14),
-        },
+        caltech101=(87.18, 88.44, 89.39, 89.83, 90.18),
+        cars=(57.54, 57.93, 61.45, 62.93, 66.77),
+        flowers=(73.12, 79.13, 83.80, 87.98, 89.89),
+        pets=(86.10, 87.03, 86.45, 87.03, 88.14),
     ),
     *_few_shot(
         "Tip-Adapter-F",
         TIP,
-        {
-            "caltech101": (89.33, 89.74, 90.56, 91.44, 92.86),
-            "cars": (58.86, 61.50, 64.57, 69.25, 75.74),
-            "flowers": (79.98, 82.30, 88.83, 91.51, 94.80),
-            "pets": (87.00, 87.03, 87.54, 88.09, 89.70),
-        },
         BEST_EPOCH,
+        caltech101=(89.33, 89.74, 90.56, 91.44, 92.86),
+        cars=(58.86, 61.50, 64.57, 69.25, 75.74),
+        flowers=(79.98, 82.30, 88.83, 91.51, 94.80),
+        pets=(87.00, 87.03, 87.54, 88.09, 89.70),
     ),
-    *_full("DINOv2 ViT-S/14", {"caltech101": 97.0, "cars": 81.6, "flowers": 99.6, "pets": 95.1}),
-    *_full("DINOv2 ViT-B/14", {"caltech101": 96.1, "cars": 88.2, "flowers": 99.6, "pets": 96.2}),
-    *_full("DINOv2 ViT-L/14", {"caltech101": 97.5, "cars": 90.1, "flowers": 99.7, "pets": 96.6}),
-    *_full("DINOv2 ViT-g/14", {"caltech101": 97.6, "cars": 91.4, "flowers": 99.7, "pets": 96.7}),
+    *_full("DINOv2 ViT-S/14", caltech101=97.0, cars=81.6, flowers=99.6, pets=95.1),
+    *_full("DINOv2 ViT-B/14", caltech101=96.1, cars=88.2, flowers=99.6, pets=96.2),
+    *_full("DINOv2 ViT-L/14", caltech101=97.5, cars=90.1, flowers=99.7, pets=96.6),
+    *_full("DINOv2 ViT-g/14", caltech101=97.6, cars=91.4, flowers=99.7, pets=96.7),
 )
 
-DRAWN = ("zero-shot CLIP", "Tip-Adapter-F")
-FULL = {  # a backbone by timm's name: the row that has it
+IN_FIGURES = ("zero-shot CLIP", "Tip-Adapter-F")
+BACKBONES = {  # timm's name: the row that has it
     "vit_small_patch14_dinov2.lvd142m": "DINOv2 ViT-S/14",
     "vit_base_patch14_dinov2.lvd142m": "DINOv2 ViT-B/14",
     "vit_large_patch14_dinov2.lvd142m": "DINOv2 ViT-L/14",
@@ -128,18 +125,20 @@ def published(dataset: str) -> list[Reference]:
     return [row for row in ROWS if row.dataset == dataset]
 
 
-def drawn(dataset: str, backbones: Iterable[str]) -> list[Reference]:
+def references_to_draw(dataset: str, backbones: Iterable[str]) -> list[Reference]:
     """The few rows that a figure has room for: without training, the best few-shot curve, and with the full data the
     DINOv2 that a backbone of the sweep is."""
-    wanted = {*DRAWN, *(FULL[backbone] for backbone in backbones if backbone in FULL)}
+    wanted = {*IN_FIGURES, *(BACKBONES.get(backbone) for backbone in backbones)}
     return [row for row in published(dataset) if row.method in wanted]
 
 
 def published_table(dataset: str) -> Table | None:
     """What others have published on the data set; None where there is nothing."""
-    rows = published(dataset)
     columns: tuple[int | str, ...] = (0, *SHOTS, ALL)
-    fields = [(_title(row), *(_value(row, column) for column in columns), row.protocol, row.source) for row in rows]
+    rows = [
+        (_title(row), *(_value(row, column) for column in columns), row.protocol, row.source)
+        for row in published(dataset)
+    ]
     caption = (
         "Published, not measured here: accuracy in percent by labelled examples per class, or with all the training "
         "data, as the sources give it. Protocols differ: the rows with CLIP follow CoOp's, which has its own splits "
@@ -147,8 +146,7 @@ def published_table(dataset: str) -> Table | None:
         "class is no share of the test images. So a difference from our numbers is no difference between methods. "
         "Second-hand: not taken from the authors."
     )
-    header = ("method", *map(str, columns), "protocol", "source")
-    return Table(caption, header, tuple(tuple(map(Cell, row)) for row in fields)) if rows else None
+    return Table(caption, ("method", *map(str, columns), "protocol", "source"), tuple(rows)) if rows else None
 
 
 def _title(row: Reference) -> str:

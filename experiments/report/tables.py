@@ -1,19 +1,15 @@
-"""The tables of what came out: accuracy, answers in text, the other metrics. Cell records in, tables out.
+"""The tables of a report: accuracy and other metrics, cost, what was run, and where the numbers come from.
 
-It does not know Markdown or HTML, nor a results folder.
-
-TODO The tables of what it cost: seconds of a cell, and all of the sweep by method. Cell records in, tables out.
-TODO The tables of what was run: data sets, prompts, and the cells still missing.
-
-Cell records and sweep.json in, tables out; it does not know what the numbers mean, nor Markdown or HTML.
+Cell records and the content of sweep.json in, tables out.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.report.blocks import Cell, Table
+from experiments.report.document import Best, Table
 from experiments.sweep.config import capped
 from experiments.sweep.intervals import Score
 from experiments.sweep.methods import METHODS
@@ -21,30 +17,40 @@ from experiments.sweep.metrics import scores, seeds_of
 from experiments.sweep.provenance import name
 from experiments.sweep.series import by_series, from_zero, method_of, ordered, style, zero_shot_of
 
-# ---- The tables of what came out: accuracy, answers in text, the other metrics. Cell records in, tables out.
-
 Record = Mapping[str, Any]
-Scores = Mapping[str, Mapping[int, Score]]  # {series: {shots: score}}
+CellId = tuple[str, str, int, int]  # dataset, method or series, shots, seed
 NONE = "\N{EN DASH}"
-TEXT = ("accuracy_constrained", "accuracy_strict", "unparseable")  # the metrics of answers in text
 
-# metric: (header, factor, decimals, whether more is better)
+
+class Metric(NamedTuple):
+    """How a metric is shown: its column, what it is multiplied by, decimals, whether more is better."""
+
+    header: str
+    factor: int
+    decimals: int
+    more_is_better: bool
+
+
 METRICS = {
-    "accuracy": ("accuracy %", 100, 1, True),
-    "accuracy_constrained": ("constrained %", 100, 1, True),
-    "accuracy_strict": ("strict %", 100, 1, True),
-    "top5": ("top-5 %", 100, 1, True),
-    "mean_per_class": ("mean per class %", 100, 1, True),
-    "nll": ("NLL, nats", 1, 2, False),
-    "ece": ("ECE %", 100, 1, False),
-    "unparseable": ("unparseable %", 100, 1, False),
+    "accuracy": Metric("accuracy %", 100, 1, True),
+    "accuracy_constrained": Metric("constrained %", 100, 1, True),
+    "accuracy_strict": Metric("strict %", 100, 1, True),
+    "top5": Metric("top-5 %", 100, 1, True),
+    "mean_per_class": Metric("mean per class %", 100, 1, True),
+    "nll": Metric("NLL, nats", 1, 2, False),
+    "ece": Metric("ECE %", 100, 1, False),
+    "unparseable": Metric("unparseable %", 100, 1, False),
 }
+TEXT_METRICS = ("accuracy_constrained", "accuracy_strict", "unparseable")  # of answers in text
+PHASES = ("fit", "predict", "answer")
+WORK = {"vision_forwards": "vision forwards", "train_tokens": "training tokens"}  # what a record may count
+MODELS = ("model", "backbone")  # the settings that name one; their revision is in `<name>_revision`
 
 
-def percent(score: Score) -> str:
+def percent(score: Score | None) -> str:
     """`45.2 ± 3.1` over seeds, `4.6 [3.1, 6.6]` over test images, or `45.2` where there is no interval."""
-    if score.over_images is None:
-        return _number(score, 100, 1)
+    if score is None or score.over_images is None:
+        return _number(score, METRICS["accuracy"])
     low, high = score.over_images
     return f"{100 * score.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
@@ -52,17 +58,21 @@ def percent(score: Score) -> str:
 def accuracy_table(cells: Sequence[Record], dataset: str) -> Table:
     """Accuracy by method and shots; a mean over fewer seeds than others have says over how many."""
     measured = scores(cells, dataset)
-    table = from_zero(measured)
-    shots = sorted({k for row in table.values() for k in row})
-    shown = [score for row in table.values() for score in row.values()]
-    most = max(score.n for score in shown)
-    columns = [_best({m: row[k].mean for m, row in table.items() if k in row}, more=True) for k in shots]
-    rows = [
-        (Cell(style(m).title), *(_field(table[m], k, m in best, most) for k, best in zip(shots, columns, strict=True)))
-        for m in ordered(table)
-    ]
+    curves = from_zero(measured)
+    shown = [score for row in curves.values() for score in row.values()]
+    most_seeds = max(score.n for score in shown)
+    shots = sorted({k for row in curves.values() for k in row})
+    columns = {k: {m: row[k] for m, row in curves.items() if k in row} for k in shots}
+    best = {k: _best(column, more_is_better=True) for k, column in columns.items()}
+
+    def field(series: str, k: int) -> str:
+        score = columns[k].get(series)
+        few = f" (n={score.n})" if score and k and score.n < most_seeds else ""
+        return _marked(percent(score) + few, series in best[k])
+
+    rows = [(style(series).title, *(field(series, k) for k in columns)) for series in ordered(curves)]
     caption = f"Accuracy in percent by labelled examples per class: {_intervals(shown)}; the best of a column is bold."
-    return Table(caption + _untuned(measured, table), ("method", *map(str, shots)), tuple(rows))
+    return Table(caption + _untuned(measured), ("method", *map(str, columns)), tuple(rows))
 
 
 def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
@@ -70,12 +80,12 @@ def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
 
     A zero-shot method that another one tunes has its row there, at 0.
     """
-    measured = {metric: scores(cells, dataset, metric) for metric in TEXT}
-    found = {metric: from_zero(table) for metric, table in measured.items()}
-    constrained = found["accuracy_constrained"]
+    measured = {metric: scores(cells, dataset, metric) for metric in TEXT_METRICS}
+    curves = {metric: from_zero(table) for metric, table in measured.items()}
+    constrained = curves["accuracy_constrained"]
     tuned = {zero_shot_of(series) for series in constrained}
     rows = [
-        (Cell(style(series).title), Cell(str(k)), *(_percent(found[metric].get(series, {}).get(k)) for metric in TEXT))
+        (style(series).title, str(k), *(percent(curves[metric].get(series, {}).get(k)) for metric in TEXT_METRICS))
         for series in ordered(constrained)
         if series not in tuned
         for k in sorted(constrained[series])
@@ -92,35 +102,29 @@ def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
         f"lower label. Strict: the model's greedy free answer{limit} is the class name, after its last colon (the rule "
         "of the official recipe). Unparseable: the free answers that name no class."
     )
-    caption += _untuned(measured["accuracy_constrained"], constrained)
-    return Table(caption, ("method", "k", *(METRICS[metric][0] for metric in TEXT)), tuple(rows))
+    caption += _untuned(measured["accuracy_constrained"])
+    return Table(caption, ("method", "k", *(METRICS[metric].header for metric in TEXT_METRICS)), tuple(rows))
 
 
 def metrics_table(cells: Sequence[Record], dataset: str) -> Table:
     """Every metric that has a value, at the largest shots, and of the zero-shot methods at 0."""
     largest = largest_shots(cells, dataset)
     last = [cell for cell in cells if cell["dataset"] == dataset and cell["shots"] in (0, largest)]
-    found = {metric: {m: max(row.items())[1] for m, row in scores(last, dataset, metric).items()} for metric in METRICS}
-    columns = {metric: column for metric, column in found.items() if column}
-    best = {
-        metric: _best({m: score.mean for m, score in column.items()}, more=METRICS[metric][3])
-        for metric, column in columns.items()
-    }
+    every = {metric: {m: max(row.items())[1] for m, row in scores(last, dataset, metric).items()} for metric in METRICS}
+    columns = {metric: column for metric, column in every.items() if column}
+    best = {metric: _best(column, METRICS[metric].more_is_better) for metric, column in columns.items()}
     rows = [
         (
-            Cell(style(method).title),
-            *(_metric_field(metric, column.get(method), method in best[metric]) for metric, column in columns.items()),
+            style(series).title,
+            *(_marked(_number(columns[m].get(series), METRICS[m]), series in best[m]) for m in columns),
         )
-        for method in ordered(cell["method"] for cell in last)
+        for series in ordered(cell["method"] for cell in last)
     ]
     caption = (
-        f"All metrics at {largest} labelled examples per class (zero-shot: at none); the best of a column is bold."
+        f"All metrics at {largest} labelled examples per class (zero-shot: at none); the best of a column is bold. "
+        f"{NONE}: no meaning or no value."
     )
-    return Table(
-        f"{caption} {NONE}: no meaning or no value.",
-        ("method", *(METRICS[metric][0] for metric in columns)),
-        tuple(rows),
-    )
+    return Table(caption, ("method", *(METRICS[metric].header for metric in columns)), tuple(rows))
 
 
 def largest_shots(cells: Sequence[Record], dataset: str) -> int:
@@ -128,84 +132,69 @@ def largest_shots(cells: Sequence[Record], dataset: str) -> int:
     return max(cell["shots"] for cell in cells if cell["dataset"] == dataset)
 
 
-def _field(row: Mapping[int, Score], shots: int, best: bool, most: int) -> Cell:
-    if shots not in row:
-        return Cell(NONE)
-    few = f" (n={row[shots].n})" if shots and row[shots].n < most else ""
-    return Cell(percent(row[shots]) + few, best)
+def _number(score: Score | None, metric: Metric) -> str:
+    if score is None:
+        return NONE
+    mean, *half_width = (
+        f"{metric.factor * value:.{metric.decimals}f}" for value in (score.mean, score.half_width) if value is not None
+    )
+    return " ± ".join([mean, *half_width])
 
 
-def _percent(score: Score | None) -> Cell:
-    return Cell(NONE if score is None else percent(score))
+def _best(column: Mapping[str, Score], more_is_better: bool) -> set[str]:
+    """The methods at the top (ties included); none where all are the same."""
+    means = {score.mean for score in column.values()}
+    top = (max if more_is_better else min)(means, default=None)
+    return {method for method, score in column.items() if score.mean == top} if len(means) > 1 else set()
 
 
-def _metric_field(metric: str, score: Score | None, best: bool) -> Cell:
-    _, factor, decimals, _ = METRICS[metric]
-    return Cell(NONE) if score is None else Cell(_number(score, factor, decimals), best)
+def _marked(text: str, best: bool) -> str:
+    return Best(text) if best else text
 
 
 def _intervals(shown: Sequence[Score]) -> str:
     """What a number of the table is, for its caption; of each kind of interval only where one is shown."""
     over_images = any(score.over_images for score in shown)
     over_seeds = any(score.half_width is not None for score in shown) or not over_images
-    said = {
+    texts = {
         "mean ± half-width of the 95% Student-t interval over seeds": over_seeds,
         "where there is a single run, in brackets the 95% Wilson score interval over test images": over_images,
     }
-    return "; ".join(text for text, shows in said.items() if shows)
+    return "; ".join(text for text, shows in texts.items() if shows)
 
 
-def _untuned(measured: Scores, table: Scores) -> str:
-    """Which methods begin at 0 with the value of another, for a caption."""
-    begun = {
+def _untuned(measured: Mapping[str, Mapping[int, Score]]) -> str:
+    """For a caption: which methods begin at 0 shots with the value of another."""
+    curves = from_zero(measured)
+    titles = {
         style(method_of(series)).title: style(method_of(untuned)).title
-        for series in ordered(table)
-        if 0 in table[series].keys() - measured[series].keys() and (untuned := zero_shot_of(series))
+        for series in ordered(curves)
+        if 0 in curves[series].keys() - measured[series].keys() and (untuned := zero_shot_of(series))
     }
-    return "".join(f" {title} at 0 is {untuned}: the model before it is tuned." for title, untuned in begun.items())
+    return "".join(f" {title} at 0 is {untuned}: the model before it is tuned." for title, untuned in titles.items())
 
 
-def _number(score: Score, factor: int, decimals: int) -> str:
-    mean = f"{factor * score.mean:.{decimals}f}"
-    return mean if score.half_width is None else f"{mean} ± {factor * score.half_width:.{decimals}f}"
-
-
-def _best(means: Mapping[str, float], *, more: bool) -> set[str]:
-    """The methods at the top (ties included); nobody when there is nothing to tell apart."""
-    if len(set(means.values())) < 2:
-        return set()
-    top = max(means.values()) if more else min(means.values())
-    return {method for method, mean in means.items() if mean == top}
-
-
-# ---- The tables of what it cost: seconds of a cell, and all of the sweep by method. Cell records in, tables out.
-
-PHASES = ("fit", "predict", "answer")
-WORK = {"vision_forwards": "vision forwards", "train_tokens": "training tokens"}  # what a record may count
+# Cost
 
 
 def timings_table(cells: Sequence[Record]) -> Table:
     """Median seconds per cell to fit and to predict, by method."""
-    rows = [
-        (Cell(style(method).title), *(Cell(_median(cells, method, phase)) for phase in ("fit", "predict")))
-        for method in ordered(cell["method"] for cell in cells)
-    ]
-    return Table(
+    rows = []
+    for title, group in _by_method(cells).items():
+        times = [_known(group, "timings", f"{phase}_seconds") for phase in ("fit", "predict")]
+        rows.append((title, *(f"{median(seconds):.2f}" if seconds else NONE for seconds in times)))
+    caption = (
         "Median seconds per cell. What an earlier cell has loaded, or an earlier cell or sweep has encoded, costs "
-        "nothing again.",
-        ("method", "fit", "predict"),
-        tuple(rows),
+        "nothing again."
     )
+    return Table(caption, ("method", "fit", "predict"), tuple(rows))
 
 
 def cost_table(cells: Sequence[Record]) -> Table:
     """What all cells of each method took, and below them those of the sweep."""
-    counted = [kind for kind in WORK if any(kind in cell.get("work", {}) for cell in cells)]
-    of_methods = {
-        style(method).title: [cell for cell in cells if cell["method"] == method]
-        for method in ordered(cell["method"] for cell in cells)
-    }
-    rows = [_row(title, group, counted) for title, group in {**of_methods, "the whole sweep": cells}.items()]
+    counted = [kind for kind in WORK if _known(cells, "work", kind)]
+    groups = {**_by_method(cells), "the whole sweep": cells}
+    rows = [_cost_row(title, group, counted) for title, group in groups.items()]
     caption = (
         "Cost: seconds that the cells took, summed, and in hours of a core; a cell has one core, or on a GPU the hours "
         "are those of that GPU. What another cell or sweep has loaded or encoded before costs nothing again."
@@ -218,36 +207,34 @@ def cost_table(cells: Sequence[Record]) -> Table:
     return Table(caption, header, tuple(rows))
 
 
-def _row(title: str, cells: Sequence[Record], counted: Sequence[str]) -> tuple[Cell, ...]:
-    times = [[cell["timings"].get(f"{phase}_seconds") for cell in cells] for phase in PHASES]
-    whole = _sum([second for column in times for second in column])
-    texts = [
+def _by_method(cells: Sequence[Record]) -> dict[str, list[Record]]:
+    """{title of a method: its cells}."""
+    return {
+        style(method).title: [cell for cell in cells if cell["method"] == method]
+        for method in ordered(cell["method"] for cell in cells)
+    }
+
+
+def _known(cells: Sequence[Record], record: str, key: str) -> list[Any]:
+    """The values of the cells that recorded one."""
+    return [value for cell in cells if (value := cell.get(record, {}).get(key)) is not None]
+
+
+def _cost_row(title: str, cells: Sequence[Record], counted: Sequence[str]) -> tuple[str, ...]:
+    phases = [_known(cells, "timings", f"{phase}_seconds") for phase in PHASES]
+    seconds = sum(second for known in phases for second in known)
+    totals = (f"{seconds:,.1f}", f"{seconds / len(cells):,.2f}", f"{seconds / 3600:,.3f}")
+    counts = [_known(cells, "work", kind) for kind in counted]
+    return (
+        title,
         str(len(cells)),
-        *(NONE if (of_phase := _sum(column)) is None else f"{of_phase:,.1f}" for column in times),
-        *([NONE] * 3 if whole is None else [f"{whole:,.1f}", f"{whole / len(cells):,.2f}", f"{whole / 3600:,.3f}"]),
-    ]
-    for kind in counted:
-        count = _sum([cell.get("work", {}).get(kind) for cell in cells])
-        texts.append(NONE if count is None else f"{count:,}")
-    return tuple(map(Cell, (title, *texts)))
+        *(f"{sum(known):,.1f}" if known else NONE for known in phases),
+        *(totals if any(phases) else [NONE] * 3),
+        *(f"{sum(known):,}" if known else NONE for known in counts),
+    )
 
 
-def _sum(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
-
-def _median(cells: Sequence[Record], method: str, phase: str) -> str:
-    times = [cell["timings"].get(f"{phase}_seconds") for cell in cells if cell["method"] == method]
-    known = [time for time in times if time is not None]
-    return f"{median(known):.2f}" if known else NONE
-
-
-# ---- The tables of what was run: data sets, prompts, and the cells still missing.
-
-Planned = tuple[str, str, int, int]  # dataset, method or series, shots, seed
-ZERO_SHOT = {name for name, row in METHODS.items() if not row.learns}  # planned once, at 0 shots, whatever the seeds
+# What was run
 
 
 def facts_table(
@@ -256,11 +243,11 @@ def facts_table(
     """Per data set: classes, test images, seeds, cells."""
     rows = [
         (
-            Cell(name(dataset)),
-            Cell(str(n_classes.get(dataset, NONE))),
-            Cell(str(n_images.get(dataset, NONE))),
-            Cell(str(len(seeds_of(cells, dataset)))),
-            Cell(str(sum(cell["dataset"] == dataset for cell in cells))),
+            name(dataset),
+            str(n_classes.get(dataset, NONE)),
+            str(n_images.get(dataset, NONE)),
+            str(len(seeds_of(cells, dataset))),
+            str(sum(cell["dataset"] == dataset for cell in cells)),
         )
         for dataset in sweep["datasets"]
     ]
@@ -269,53 +256,130 @@ def facts_table(
 
 def prompts_table(sweep: Record) -> Table | None:
     """The prompts by the numbers that name them; None where there are not several."""
-    prompts = sweep.get("prompts", ())
-    rows = [(Cell(str(number)), Cell(text)) for number, text in enumerate(prompts, 1)]
+    rows = [(str(number), text) for number, text in enumerate(sweep.get("prompts", ()), 1)]
     return Table("Prompts.", ("prompt", "text"), tuple(rows)) if len(rows) > 1 else None
 
 
-def missing_table(
-    planned: Iterable[Planned], cells: Sequence[Record], failures: Mapping[Planned, str] | None = None
-) -> Table | None:
-    """The planned cells that are not there, one row per (data set, method, seed) and error; None when all are.
+def missing_table(sweep: Record, cells: Sequence[Record], failures: Mapping[CellId, str]) -> Table | None:
+    """The cells of the sweep's grid that are missing, one row per (data set, method, seed) and error; None when none
+    is.
 
-    failures: the error of those that were tried and failed, by the method's plain name, whatever is compared.
+    failures: the error of those that were tried and failed, by the method's name without what is compared.
     """
-    failures = failures or {}
-    there = {(cell["dataset"], cell["method"], cell["shots"], cell["seed"]) for cell in cells}
-    gaps: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
-    for dataset, method, shots, seed in planned:
-        if (dataset, method, shots, seed) not in there:
-            gaps[dataset, method, seed, failures.get((dataset, method_of(method), shots, seed), "")].append(shots)
-    errors = [error for *_, error in gaps]
+    present = {(cell["dataset"], cell["method"], cell["shots"], cell["seed"]) for cell in cells}
+    missing: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
+    for dataset, method, shots, seed in full_grid(sweep, cells):
+        if (dataset, method, shots, seed) not in present:
+            error = failures.get((dataset, method_of(method), shots, seed), "")
+            missing[dataset, method, seed, error].append(shots)
+    if not missing:
+        return None
+    caption = f"Cells not run yet: {sum(map(len, missing.values()))}."
+    header: tuple[str, ...] = ("data set", "method", "seed", "shots", "error")
     rows = [
-        (Cell(name(dataset)), Cell(style(method).title), Cell(str(seed)), Cell(", ".join(map(str, sorted(shots)))))
-        for (dataset, method, seed, _), shots in gaps.items()
+        (name(dataset), style(method).title, str(seed), ", ".join(map(str, sorted(shots))), error or NONE)
+        for (dataset, method, seed, error), shots in missing.items()
     ]
-    caption = f"Cells not run yet: {sum(map(len, gaps.values()))}."
-    table = Table(caption, ("data set", "method", "seed", "shots"), tuple(rows))
-    if not any(errors):
-        return table if rows else None
-    failed = sum(len(shots) for (*_, error), shots in gaps.items() if error)
-    return Table(
-        f"{caption} Of them {failed} failed, with the error that is shown; {NONE}: not tried.",
-        (*table.header, "error"),
-        tuple((*row, Cell(error or NONE)) for row, error in zip(rows, errors, strict=True)),
-        prose=True,
-    )
+    failed = sum(len(shots) for (*_, error), shots in missing.items() if error)
+    if not failed:
+        return Table(caption, header[:-1], tuple(row[:-1] for row in rows))
+    caption += f" Of them {failed} failed, with the error that is shown; {NONE}: not tried."
+    return Table(caption, header, tuple(rows), prose=True)
 
 
-def all_planned(sweep: Record, cells: Sequence[Record]) -> list[Planned]:
-    """The full grid of the sweep, a method with each combination of what is compared and it reads. A zero-shot method
-    counts once a data set and series: under the seed it ran with, else 0."""
+def full_grid(sweep: Record, cells: Sequence[Record]) -> list[CellId]:
+    """All cells of the sweep, a method with each combination of what is compared and it reads. A zero-shot method
+    counts once per data set and series: under the seed it ran with, else 0."""
     sweep, cells = by_series(sweep, cells)
-    plan: list[Planned] = []
+    grid: list[CellId] = []
     for dataset in sweep["datasets"]:
         shots = capped(sweep["shots"], sweep.get("most_shots", {}).get(dataset))
         for method in sweep["methods"]:
-            if method_of(method) in ZERO_SHOT:
-                run = [c["seed"] for c in cells if c["dataset"] == dataset and c["method"] == method]
-                plan.append((dataset, method, 0, min(run, default=0)))
+            if method_of(method) in METHODS and not METHODS[method_of(method)].learns:
+                seeds = [c["seed"] for c in cells if c["dataset"] == dataset and c["method"] == method]
+                grid.append((dataset, method, 0, min(seeds, default=0)))
             else:
-                plan += [(dataset, method, k, seed) for k in shots if k for seed in sweep["seeds"]]
-    return plan
+                grid += [(dataset, method, k, seed) for k in shots if k for seed in sweep["seeds"]]
+    return grid
+
+
+# Where the numbers come from
+
+
+def provenance_tables(sweep: Record, cells: Sequence[Record]) -> Iterator[Table]:
+    """Data, models, machines, settings and versions, each where something is recorded of it."""
+    if sweep.get("protocols"):
+        yield _data_table(sweep)
+    if models := _models_table(sweep):
+        yield models
+    if cells:
+        yield _machines_table(cells)
+    if sweep.get("settings"):
+        yield _settings_table("Settings of the sweep.", "setting", sweep["settings"])
+    if cells:
+        yield _settings_table("Versions.", "package", *(cell["versions"] for cell in cells))
+
+
+def _data_table(sweep: Record) -> Table:
+    """Per data set its protocol, and what is recorded of its files: their source and fingerprints."""
+    rows = []
+    for dataset, protocol in sweep["protocols"].items():
+        facts = [f"{key}: {value}" for key, value in _leaves(sweep.get("data", {}).get(dataset, {})) if value]
+        rows.append((name(dataset), protocol, "; ".join(facts) or NONE))
+    caption = "Data: the protocol, and its files as they were found."
+    return Table(caption, ("data set", "protocol", "files"), tuple(rows), prose=True)
+
+
+def _models_table(sweep: Record) -> Table | None:
+    """The models that the methods read, with their revisions, each of several that are compared in a row of its own;
+    None where they read none."""
+    settings, methods = sweep.get("settings", {}), map(method_of, sweep["methods"])
+    read = {setting for method in methods if method in METHODS for setting in METHODS[method].settings}
+    rows: list[tuple[str, ...]] = []
+    for kind in (kind for kind in MODELS if kind in settings and kind in read):
+        names, revisions = (_as_list(settings.get(key)) for key in (kind, f"{kind}_revision"))
+        revisions = revisions if len(revisions) == len(names) else revisions * len(names)
+        rows += [
+            (kind, _value(model), NONE if revision is None else _value(revision))
+            for model, revision in zip(names, revisions, strict=True)
+        ]
+    caption = f"Models: the revision is a fingerprint of the weights. {NONE}: of a hub, its newest at the time."
+    return Table(caption, ("setting", "model", "revision"), tuple(rows), prose=True) if rows else None
+
+
+def _machines_table(cells: Sequence[Record]) -> Table:
+    """The kinds of machines and services that ran the cells, and how many cells each."""
+    counts = Counter((cell["versions"].get("machine", NONE), cell["versions"].get("service", NONE)) for cell in cells)
+    rows = tuple((machine, service, str(count)) for (machine, service), count in sorted(counts.items()))
+    caption = "Machines: system, processor and device, and the service that computed."
+    return Table(caption, ("machine", "service", "cells"), rows)
+
+
+def _settings_table(caption: str, header: str, *records: Record) -> Table:
+    """Nested settings, one row per leaf in order of name; records that differ show every value."""
+    leaves: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for key, value in _leaves(record):
+            leaves[key].add(value)
+    rows = [(name(key), "; ".join(sorted(values))) for key, values in sorted(leaves.items())]
+    return Table(caption, (header, "value"), tuple(rows))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _leaves(record: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _value(value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return name(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    return json.dumps(value, sort_keys=True)

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from reported import SWEEP, Page, cell, written
 
 from experiments.cli.sweep import print_summary
-from experiments.report.figures import _draw, _shifts
-from experiments.report.tables import all_planned
+from experiments.report.figures import draw_dataset, series_shifts
+from experiments.report.tables import full_grid
 from experiments.sweep.methods import METHODS
 from experiments.sweep.metrics import scores
 from experiments.sweep.series import (
@@ -170,7 +170,7 @@ def test_the_report_names_every_series(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_missing_under_its_choices(tmp_path: Path) -> None:
     compared = sweep(TWO, seeds=[0, 1])
-    plan = all_planned(compared, grid(TWO))
+    plan = full_grid(compared, grid(TWO))
     assert len(plan) == len(set(plan)) == 1 + 4 + 4 * 4 + 4
     assert {(c["dataset"], c["method"], c["shots"], c["seed"]) for c in by_series(compared, grid(TWO))[1]} == set(plan)
     text, _ = written(tmp_path, compared, [c for c in grid(TWO) if c["key"] != f"{METHOD}-4-1-2"])
@@ -199,7 +199,7 @@ def test_the_axes_of_a_figure_keep_their_size(tmp_path: Path) -> None:
     heights = []
     for compare in ({}, TWO, COMPARE, {**COMPARE, "readout": ["cls", "cls+mean", "last4", "last4+mean"]}):
         cells = by_series(sweep(compare), grid(compare))[1]
-        drawn = _draw(scores(cells, "icons"), "title", 10)
+        drawn = draw_dataset(scores(cells, "icons"), "title", 10)
         drawn.canvas.draw()
         heights.append(drawn.axes[0].get_window_extent().height / drawn.dpi)
         (legend,) = drawn.legends
@@ -214,7 +214,7 @@ def test_the_axes_of_a_figure_keep_their_size(tmp_path: Path) -> None:
 
 def test_no_series_leaves_the_place_of_its_shots() -> None:
     many = {Series(METHOD, [Choice("image_size", n, n, 40)]): {1: None} for n in range(40)}
-    shifts = _shifts(many).values()
+    shifts = series_shifts(many).values()
     assert max(shifts) - min(shifts) <= 0.5
     assert len(set(shifts)) == 40
 

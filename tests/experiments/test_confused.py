@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 from reported import SWEEP, Page, cell, written
 
+from experiments.report.comparisons import ImageSources
 from kshot.errors import ImageError
 
 NAMES = ["<b>cat", "dog|s", 'o"wl']
@@ -31,6 +33,11 @@ def picture(which: str | int, size: tuple[int, int] = (300, 200), **more: object
     return buffer.getvalue()
 
 
+def alone(test: Callable[[str, str], bytes | None]) -> ImageSources:
+    """No training images."""
+    return ImageSources(test, lambda *_: None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "predictions").mkdir()
@@ -47,14 +54,14 @@ def thumbnails(page: str) -> list[tuple[str, Image.Image]]:
 
 
 def test_the_worst_are_shown_with_what_they_were_taken_for(folder: Path) -> None:
-    asked: list[tuple[str, str]] = []
+    requested: list[tuple[str, str]] = []
 
-    def pictures(dataset: str, key: str) -> bytes:
-        asked.append((dataset, key))
+    def read(dataset: str, key: str) -> bytes:
+        requested.append((dataset, key))
         return picture(key)
 
     text, page = written(
-        folder, SWEPT, CELLS, pictures=pictures, training=lambda _, label: picture(1) if label == 1 else None
+        folder, SWEPT, CELLS, images=ImageSources(read, lambda _, label: picture(1) if label == 1 else None)
     )
     shown = thumbnails(page)
     test, taken = "test image of <b>cat, taken for dog|s", "training image of dog|s"
@@ -65,7 +72,7 @@ def test_the_worst_are_shown_with_what_they_were_taken_for(folder: Path) -> None
         assert image.format == "JPEG"
         assert image.size == (96, 64)
         assert np.abs(np.asarray(image, int) - colour).max() < 12
-    assert asked == [("icons", key) for key in "bdace"]
+    assert requested == [("icons", key) for key in "bdace"]
     assert "data:" not in text
     assert "test image of" not in text
     parsed = Page(page)
@@ -80,12 +87,11 @@ def test_without_a_way_to_get_them_there_are_none(folder: Path) -> None:
     assert thumbnails(plain[1]) == []
     assert "<li><img" not in plain[1]
     assert "the most frequent confusions" in plain[1]
-    assert written(folder, SWEPT, CELLS, training=lambda *_: picture(1)) == plain
-    assert written(folder, SWEPT, CELLS, pictures=lambda *_: None, training=lambda *_: picture(1)) == plain
+    assert written(folder, SWEPT, CELLS, images=ImageSources(lambda *_: None, lambda *_: picture(1))) == plain
 
 
 def test_some_that_cannot_be_had_are_left_out(folder: Path) -> None:
-    _, page = written(folder, SWEPT, CELLS, pictures=lambda _, key: picture(key) if key in "de" else None)
+    _, page = written(folder, SWEPT, CELLS, images=alone(lambda _, key: picture(key) if key in "de" else None))
     assert [alt for alt, _ in thumbnails(page)] == [
         "test image of <b>cat, taken for dog|s",
         'test image of o"wl, taken for <b>cat',
@@ -96,17 +102,17 @@ def test_small_images_are_not_enlarged_and_say_nothing_of_their_file(folder: Pat
     exif = Image.Exif()
     exif[0x010E] = "secret words"
 
-    def pictures(_: str, key: str) -> bytes:
+    def read(_: str, key: str) -> bytes:
         return picture(key, (40, 10), format="JPEG", comment=b"secret words", exif=exif)
 
-    _, page = written(folder, SWEPT, CELLS, pictures=pictures)
+    _, page = written(folder, SWEPT, CELLS, images=alone(read))
     assert {image.size for _, image in thumbnails(page)} == {(40, 10)}
     assert all(not image.getexif() and "comment" not in image.info for _, image in thumbnails(page))
 
 
 def test_the_same_images_give_the_same_bytes(folder: Path) -> None:
     first, second = (
-        written(folder, SWEPT, cells, pictures=lambda _, key: picture(key)) for cells in (CELLS, CELLS[::-1])
+        written(folder, SWEPT, cells, images=alone(lambda _, key: picture(key))) for cells in (CELLS, CELLS[::-1])
     )
     assert first == second
     assert thumbnails(first[1])
@@ -114,4 +120,4 @@ def test_the_same_images_give_the_same_bytes(folder: Path) -> None:
 
 def test_a_picture_that_is_none_says_which(folder: Path) -> None:
     with pytest.raises(ImageError, match=r"^image b: "):
-        written(folder, SWEPT, CELLS, pictures=lambda *_: b"no image")
+        written(folder, SWEPT, CELLS, images=alone(lambda *_: b"no image"))

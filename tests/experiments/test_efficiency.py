@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported import SWEEP, cell, grid, written
 
-from experiments.report.comparisons import Needed, efficiency_table, needed, targets
+from experiments.report.comparisons import ShotsNeeded, efficiency_table, shots_needed, target_accuracies
 from experiments.report.tables import NONE
 
 SHOTS = (0, 1, 2, 3, 4, 8, 10, 16)
@@ -16,7 +16,7 @@ curves = st.dictionaries(st.sampled_from(SHOTS), shares, min_size=1)
 
 @given(curves, shares, shares)
 def test_a_higher_accuracy_never_takes_fewer(curve: dict[int, float], one: float, other: float) -> None:
-    low, high = needed(curve, min(one, other)), needed(curve, max(one, other))
+    low, high = shots_needed(curve, min(one, other)), shots_needed(curve, max(one, other))
     if high is None:
         assert max(curve.values()) < max(one, other)
     else:
@@ -30,7 +30,7 @@ def test_what_was_measured_is_exact(curve: dict[int, float]) -> None:
     """The accuracy at some shots is reached there, and before that only where something smaller had as much."""
     for shots, mean in curve.items():
         first = min(k for k, value in curve.items() if value >= mean)
-        found = needed(curve, mean)
+        found = shots_needed(curve, mean)
         assert found is not None
         assert found.measured == first <= shots
         if curve[first] == mean:
@@ -41,7 +41,7 @@ def test_what_was_measured_is_exact(curve: dict[int, float]) -> None:
 @given(curves, shares)
 def test_the_least_measured_is_that_of_a_plain_search(curve: dict[int, float], target: float) -> None:
     reached = sorted(k for k, mean in curve.items() if mean >= target)
-    found = needed(curve, target)
+    found = shots_needed(curve, target)
     assert (found.measured if found else None) == (reached[0] if reached else None)
     if found and not found.at_most and found.measured > 1:
         assert max([k for k in curve if k < found.measured], default=0) <= found.shots
@@ -53,20 +53,20 @@ def test_between_measured_points_it_is_what_numpy_interpolates() -> None:
         shots = np.sort(rng.choice(np.arange(1, 33), 5, replace=False))
         means = np.sort(rng.random(5))
         for target in rng.uniform(means[0], means[-1], 5):
-            found = needed(dict(zip(shots.tolist(), means.tolist(), strict=True)), target)
+            found = shots_needed(dict(zip(shots.tolist(), means.tolist(), strict=True)), target)
             assert found is not None
             assert found.shots == pytest.approx(2 ** np.interp(target, means, np.log2(shots)))
 
 
 def test_where_there_is_nothing_to_draw_a_line_from() -> None:
-    assert needed({4: 0.5, 8: 0.7}, 0.4) == Needed(4, 4.0, at_most=True)
-    assert needed({0: 0.3, 4: 0.5}, 0.4) == Needed(4, 4.0, at_most=True)  # 0 has no logarithm
-    assert needed({1: 0.5}, 0.4) == Needed(1, 1.0)  # there are no fewer than 1
-    assert needed({0: 0.5, 1: 0.7}, 0.4) == Needed(0, 0.0)
-    assert needed({1: 0.5, 2: 0.3, 4: 0.7}, 0.6) == Needed(4, pytest.approx(2 * 2**0.75))
-    assert needed({1: 0.5, 4: 0.1 + 0.2}, 0.3) == Needed(1, 1.0)
-    assert needed({1: 0.1, 4: 0.7 + 0.1 - 1e-12}, 0.8) == Needed(4, 4.0)  # but for rounding
-    assert needed({1: 0.5}, 0.6) is None
+    assert shots_needed({4: 0.5, 8: 0.7}, 0.4) == ShotsNeeded(4, 4.0, at_most=True)
+    assert shots_needed({0: 0.3, 4: 0.5}, 0.4) == ShotsNeeded(4, 4.0, at_most=True)  # 0 has no logarithm
+    assert shots_needed({1: 0.5}, 0.4) == ShotsNeeded(1, 1.0)  # there are no fewer than 1
+    assert shots_needed({0: 0.5, 1: 0.7}, 0.4) == ShotsNeeded(0, 0.0)
+    assert shots_needed({1: 0.5, 2: 0.3, 4: 0.7}, 0.6) == ShotsNeeded(4, pytest.approx(2 * 2**0.75))
+    assert shots_needed({1: 0.5, 4: 0.1 + 0.2}, 0.3) == ShotsNeeded(1, 1.0)
+    assert shots_needed({1: 0.1, 4: 0.7 + 0.1 - 1e-12}, 0.8) == ShotsNeeded(4, 4.0)  # but for rounding
+    assert shots_needed({1: 0.5}, 0.6) is None
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_where_there_is_nothing_to_draw_a_line_from() -> None:
     ],
 )
 def test_targets_are_round_and_few(means: tuple[float, float], expected: list[int]) -> None:
-    assert targets([{1: means[0], 4: means[1]}]) == expected
-    assert targets([{0: 0.01, 1: means[0]}, {4: means[1]}]) == expected
+    assert target_accuracies([{1: means[0], 4: means[1]}]) == expected
+    assert target_accuracies([{0: 0.01, 1: means[0]}, {4: means[1]}]) == expected
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(SHOTS[1:]), shares, min_size=1), min_size=1, max_size=4))
 def test_targets_are_at_most_five_and_reached_by_somebody(several: list[dict[int, float]]) -> None:
-    found = targets(several)
+    found = target_accuracies(several)
     assert len(found) <= 5
     assert found == sorted(set(found))
     assert all(0 < target <= 100 for target in found)
-    assert all(any(needed(curve, target / 100) for curve in several) for target in found)
+    assert all(any(shots_needed(curve, target / 100) for curve in several) for target in found)
 
 
 def test_the_table_of_a_report(tmp_path) -> None:
@@ -118,7 +118,7 @@ def test_the_ratio_of_the_two_main_methods() -> None:
     ours = [1, *(2 ** np.interp(target, (0.5, 0.9), (0, 2)) for target in (0.6, 0.8))]
     theirs = [2 ** np.interp(target, (0.4, 0.6, 0.8), (0, 2, 4)) for target in (0.4, 0.6, 0.8)]
     ratios = [f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True)]
-    assert [field.text for field in table.rows[-1]] == ["ratio of VLM + LoRA to DINOv2 + LoRA", *ratios]
+    assert [*table.rows[-1]] == ["ratio of VLM + LoRA to DINOv2 + LoRA", *ratios]
     assert "below 1, the first method needs fewer" in table.caption
 
 
@@ -128,7 +128,7 @@ def test_a_ratio_of_what_is_only_bounded_is_a_bound() -> None:
     table = efficiency_table(cells, "icons")
     assert table is not None
     assert table.header[1:] == ("50 %", "60 %", "70 %", "80 %", "90 %")
-    shown = [[field.text for field in row[1:]] for row in table.rows]
+    shown = [[*row[1:]] for row in table.rows]
     assert shown[0][:3] == ["≤ 4", "≤ 4", "4"]
     assert shown[1] == ["4", f"8 ({4 * 2**0.5:.1f})", "8", NONE, NONE]
     assert shown[2] == ["≤ 1.00", f"≤ {2**-0.5:.2f}", "0.50", NONE, NONE]

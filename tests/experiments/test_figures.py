@@ -5,7 +5,7 @@ import re
 import pytest
 from reported import cell, grid
 
-from experiments.report.figures import figure
+from experiments.report.figures import write_dataset_figure
 from experiments.sweep.provenance import TOGETHER, file_stem, name, without_paths
 from experiments.sweep.series import STYLES, ordered, style
 from kshot.errors import ResultsError
@@ -24,7 +24,7 @@ from kshot.errors import ResultsError
     ids=["one seed", "zero-shot only", "unknown method", "gaps", "two zero-shot runs", "none right"],
 )
 def test_figure_of_little(tmp_path, cells):
-    png, svg = figure(cells, "icons", tmp_path / "deep" / "er", n_classes=10)
+    png, svg = write_dataset_figure(cells, "icons", tmp_path / "deep" / "er", n_classes=10)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
 
@@ -34,7 +34,7 @@ def test_a_curve_is_drawn_from_the_model_untuned_on(tmp_path):
     colour = style("vlm-lora").colour.lower()
     counts = []
     for number, cells in enumerate((grid(), [c for c in grid() if c["shots"]])):
-        _, svg = figure(cells, "icons", tmp_path / str(number))
+        _, svg = write_dataset_figure(cells, "icons", tmp_path / str(number))
         counts.append(
             len(re.findall(rf'<path d="[^"]*" clip-path="[^"]*" style="fill: none; stroke: {colour}', svg.read_text()))
         )
@@ -42,9 +42,9 @@ def test_a_curve_is_drawn_from_the_model_untuned_on(tmp_path):
 
 
 def test_figure_of_a_name_in_another_script_and_of_nothing(tmp_path):
-    assert figure([cell("vlm-lora", 1, 0, 0.5, "$\\frac$ 猫")], "$\\frac$ 猫", tmp_path)
+    assert write_dataset_figure([cell("vlm-lora", 1, 0, 0.5, "$\\frac$ 猫")], "$\\frac$ 猫", tmp_path)
     with pytest.raises(ResultsError, match="no cell of data set 'pets'"):
-        figure(grid(), "pets", tmp_path)
+        write_dataset_figure(grid(), "pets", tmp_path)
 
 
 def test_styles_can_be_told_apart():

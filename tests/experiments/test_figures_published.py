@@ -7,9 +7,19 @@ import pytest
 from matplotlib.figure import Figure
 from reported import cell, grid
 
-from experiments.report.figures import COLOUR, _draw, figure, label, own_range, remark, seen, together, within
-from experiments.report.figures import _draw_small as _draw_together
-from experiments.report.references import ALL, Reference, drawn, published
+from experiments.report.figures import (
+    COLOUR,
+    draw_dataset,
+    draw_overview,
+    fit_to_axis,
+    legend_label,
+    published_note,
+    value_range,
+    visible_values,
+    write_dataset_figure,
+    write_overview_figure,
+)
+from experiments.report.references import ALL, Reference, published, references_to_draw
 from experiments.sweep.metrics import scores
 from experiments.sweep.series import Choice, Series, style
 
@@ -33,20 +43,20 @@ def lines(drawn: Figure) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dataset", BENCHMARKS)
 def test_a_few_rows_are_chosen(dataset: str) -> None:
     clip = ["zero-shot CLIP", "Tip-Adapter-F"]
-    assert [row.method for row in drawn(dataset, ["kshot/nano-dinov2"])] == clip
-    assert [row.method for row in drawn(dataset, [VIT_B])] == [*clip, "DINOv2 ViT-B/14"]
+    assert [row.method for row in references_to_draw(dataset, ["kshot/nano-dinov2"])] == clip
+    assert [row.method for row in references_to_draw(dataset, [VIT_B])] == [*clip, "DINOv2 ViT-B/14"]
     two = ["vit_small_patch14_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m"]
-    assert [row.method for row in drawn(dataset, two)] == [*clip, "DINOv2 ViT-S/14", "DINOv2 ViT-g/14"]
-    assert {row.dataset for row in drawn(dataset, two)} == {dataset}
+    assert [row.method for row in references_to_draw(dataset, two)] == [*clip, "DINOv2 ViT-S/14", "DINOv2 ViT-g/14"]
+    assert {row.dataset for row in references_to_draw(dataset, two)} == {dataset}
 
 
 def test_other_sets_have_none() -> None:
-    assert drawn("icons", [VIT_B]) == drawn("folder:cars", [VIT_B]) == []
+    assert references_to_draw("icons", [VIT_B]) == references_to_draw("folder:cars", [VIT_B]) == []
 
 
 def test_they_lie_where_they_were_published() -> None:
     ours = scores(curve("vlm-lora", {1: 0.6, 16: 0.86}) + curve("vlm-zero-shot", {0: 0.5}), "cars")
-    found = lines(_draw(ours, "title", 196, drawn("cars", [VIT_B])))
+    found = lines(draw_dataset(ours, "title", 196, references_to_draw("cars", [VIT_B])))
     values = {row.method: row.values for row in published("cars")}
     tip = values["Tip-Adapter-F"]
     assert [*found] == [
@@ -63,22 +73,22 @@ def test_the_axis_has_room_for_them_but_ours_keep_half() -> None:
     for dataset in BENCHMARKS:
         for means in ({1: 0.10, 16: 0.3}, {1: 0.6, 16: 0.9}, {4: 0.95, 16: 0.97}, {1: 0.02, 2: 0.99}):
             ours = scores(curve("vlm-lora", means, dataset), dataset)
-            low, high = own_range(ours, None)
-            rows = drawn(dataset, [VIT_B])
-            figure = _draw(ours, "title", None, rows)
+            low, high = value_range(ours, None)
+            rows = references_to_draw(dataset, [VIT_B])
+            figure = draw_dataset(ours, "title", None, rows)
             bottom, top = figure.axes[0].get_ylim()
             assert bottom <= low <= high <= top
             assert top - bottom <= 1.05 * 2 * max(20, 10 * np.ceil(high / 10 + 0.1) - 10 * np.floor(low / 10 - 0.1))
-            inside, outside = within(rows, (low, high), [*means])
-            assert sorted(map(label, inside)) == sorted(lines(figure))
+            inside, outside = fit_to_axis(rows, (low, high), [*means])
+            assert sorted(map(legend_label, inside)) == sorted(lines(figure))
             for row in inside:
-                assert all(bottom <= value <= top for value in seen(row, [*means]))
+                assert all(bottom <= value <= top for value in visible_values(row, [*means]))
             assert {row.method for row in (*inside, *outside)} == {row.method for row in rows}
 
 
 def test_what_is_beyond_the_axis_is_named_with_its_numbers() -> None:
     ours = scores(curve("vlm-lora", {1: 0.1, 16: 0.3}, "caltech101"), "caltech101")
-    figure = _draw(ours, "title", 101, drawn("caltech101", []))
+    figure = draw_dataset(ours, "title", 101, references_to_draw("caltech101", []))
     assert lines(figure) == {}
     (legend,) = figure.legends
     said = legend.get_title().get_text().replace("\n", " ")
@@ -90,21 +100,22 @@ def test_what_is_beyond_the_axis_is_named_with_its_numbers() -> None:
 
 def test_only_what_the_axis_shows_of_a_row_counts() -> None:
     row = Reference("cars", "m", "p", "s", {1: 20.0, 4: 40.0, 16: 80.0})
-    assert seen(row, [1, 16]) == pytest.approx([20, 40, 80])
-    assert seen(row, [0, 2, 8]) == pytest.approx([30, 40, 60])  # straight in log2
-    assert seen(row, [10]) == pytest.approx([np.interp(np.log2(10), (0, 2, 4), (20, 40, 80))])
-    assert seen(row, [32]) == seen(row, [0]) == []
-    assert within([row], (10, 90), [32]) == ([], [])
-    assert seen(Reference("cars", "m", "p", "s", {ALL: 90.0}), [0]) == [90.0]
-    assert remark([], [], [1]) == ""
+    assert visible_values(row, [1, 16]) == pytest.approx([20, 40, 80])
+    assert visible_values(row, [0, 2, 8]) == pytest.approx([30, 40, 60])  # straight in log2
+    assert visible_values(row, [10]) == pytest.approx([np.interp(np.log2(10), (0, 2, 4), (20, 40, 80))])
+    assert visible_values(row, [32]) == visible_values(row, [0]) == []
+    assert fit_to_axis([row], (10, 90), [32]) == ([], [])
+    assert visible_values(Reference("cars", "m", "p", "s", {ALL: 90.0}), [0]) == [90.0]
+    assert published_note([], [], [1]) == ""
 
 
 def test_the_axes_keep_their_size_with_published_rows() -> None:
     few = scores(curve("vlm-lora", {1: 0.6, 16: 0.86}), "cars")
     many = {Series("dinov2-logreg", [Choice("image_size", n, n, 8)]): few["vlm-lora"] for n in range(8)}
     heights = []
-    for table, rows in ((few, []), (few, drawn("cars", [VIT_B])), (many, drawn("cars", [VIT_B]))):
-        figure = _draw(table, "title", 10, rows)
+    published_rows = references_to_draw("cars", [VIT_B])
+    for table, rows in ((few, []), (few, published_rows), (many, published_rows)):
+        figure = draw_dataset(table, "title", 10, rows)
         figure.canvas.draw()
         (legend,) = figure.legends
         box = legend.get_window_extent()
@@ -118,9 +129,10 @@ def test_the_axes_keep_their_size_with_published_rows() -> None:
 
 def test_with_published_rows_the_bytes_are_the_same_twice(tmp_path: Path) -> None:
     cells = curve("vlm-lora", {1: 0.6, 16: 0.86})
-    each = [figure(cells, "cars", tmp_path / n, published=drawn("cars", [VIT_B])) for n in "ab"]
+    rows = references_to_draw("cars", [VIT_B])
+    each = [write_dataset_figure(cells, "cars", tmp_path / n, published=rows) for n in "ab"]
     assert [path.read_bytes() for path in each[0]] == [path.read_bytes() for path in each[1]]
-    bare = figure(cells, "cars", tmp_path / "c")
+    bare = write_dataset_figure(cells, "cars", tmp_path / "c")
     assert bare[0].read_bytes() != each[0][0].read_bytes()
 
 
@@ -129,7 +141,7 @@ def test_all_sets_on_one_page_with_one_legend(count: int) -> None:
     names = [f"set {n} {'x' * 60}" for n in range(count)]
     tables = {name: scores(grid(name), name) for name in names}
     tables[names[0]] = {m: row for m, row in tables[names[0]].items() if m != "vlm-lora"}
-    figure = _draw_together(tables, "title", {names[0]: 10})
+    figure = draw_overview(tables, "title", {names[0]: 10})
     figure.canvas.draw()
     assert len(figure.axes) == count
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
@@ -151,8 +163,8 @@ def test_all_sets_on_one_page_with_one_legend(count: int) -> None:
 
 def test_the_files_of_all_sets(tmp_path: Path) -> None:
     cells = [*grid("a"), *grid("b")]
-    first = together(cells, ["a", "b"], tmp_path / "x", {"a": 10})
-    second = together(cells, ["a", "b"], tmp_path / "y", {"a": 10})
+    first = write_overview_figure(cells, ["a", "b"], tmp_path / "x", {"a": 10})
+    second = write_overview_figure(cells, ["a", "b"], tmp_path / "y", {"a": 10})
     assert [path.name for path in first] == ["together.png", "together.svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert "<svg" in first[1].read_text()

@@ -78,11 +78,6 @@ def test_missing_cells_are_listed_and_thin_means_marked(tmp_path):
     assert "(n=2)" in text
 
 
-def test_planned_replaces_the_full_grid(tmp_path):
-    text, _ = written(tmp_path, SWEEP, grid(), planned=[("icons", "vlm-lora", 8, 0)])
-    assert "Cells not run yet: 1." in text
-
-
 def test_no_cells_at_all(tmp_path):
     text, page = written(tmp_path, SWEEP, [])
     assert "Cells not run yet: 13." in text

@@ -11,6 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 from reported import NASTY, SWEEP, grid, written
 
+from experiments.report.comparisons import ImageSources
 from tests.vlm.browser import Browser, Tab, needs_chromium
 
 pytestmark = needs_chromium
@@ -88,7 +89,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     gone = ("cars", "vlm-lora", 4, 2)
     cells = [c for c in cells if (c["dataset"], c["method"], c["shots"], c["seed"]) != gone]
-    written(folder, sweep, cells, failures={gone: "e" * 300}, pictures=image, training=lambda *_: image("", "3"))
+    written(folder, sweep, cells, failures={gone: "e" * 300}, images=ImageSources(image, lambda *_: image("", "3")))
     return folder / "report.html"
 
 

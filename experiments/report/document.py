@@ -1,0 +1,149 @@
+"""A report as a list of blocks, and the two documents made of them: report.md and report.html.
+
+The blocks hold plain text as it came from the data. The templates escape it and cut absolute paths: both happen to
+every value that a template shows, so none is forgotten.
+"""
+
+import re
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.sweep.provenance import without_paths
+
+
+class Best(str):
+    """A field of a table that is the best of its column; it is set in bold."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 2 or 3; the title of the document is the only one of level 1."""
+
+    kind: ClassVar[str] = "heading"
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Sentences that stand out."""
+
+    kind: ClassVar[str] = "notes"
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, one header per column, rows of as many fields; the first field of a row is its header.
+
+    prose: the fields hold words that may be many, not numbers; so do those of every table of two columns.
+    """
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    prose: bool = False
+
+    @property
+    def wraps(self) -> bool:
+        """Whether long fields are broken into lines and set to the left, as words are."""
+        return self.prose or len(self.header) == 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: the SVG's bytes (for the page that stands alone), the PNG's path from the report, a description."""
+
+    kind: ClassVar[str] = "picture"
+    svg: bytes
+    png: str
+    alt: str
+
+
+class Photo(NamedTuple):
+    """A small image of a data set as JPEG, its description, and the label written below it."""
+
+    jpeg: bytes
+    alt: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images of a data set under a caption, in report.html alone: report.md is kept in repositories."""
+
+    kind: ClassVar[str] = "gallery"
+    caption: str
+    photos: tuple[Photo, ...]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to type in a shell."""
+
+    kind: ClassVar[str] = "command"
+    text: str
+
+
+Block = Heading | Paragraph | Notes | Table | Picture | Gallery | Command
+
+# An underscore inside a word is no emphasis, so names like oxford_flowers102 stay readable.
+_SPECIAL = re.compile(r"[\\`*\[\]|$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def markdown(title: str, blocks: Sequence[Block]) -> str:
+    """The report in GitHub-flavoured Markdown, without images of data sets."""
+    return _render("report.md.jinja", title, blocks, _markdown_text)
+
+
+def html(title: str, blocks: Sequence[Block]) -> str:
+    """The report as one HTML page that stands alone: style and images inside, no script, nothing fetched."""
+    return _render("report.html.jinja", title, blocks, without_paths)
+
+
+def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[str], str]) -> str:
+    """show: what is done to every text before the template's own escaping; what is marked safe stays as it is."""
+
+    def finalize(value: Any) -> Any:
+        return show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=PackageLoader("experiments.report"),
+        autoescape=template.endswith(".html.jinja"),
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.tests["best"] = lambda field: isinstance(field, Best)
+    environment.filters |= {"base64": lambda data: b64encode(data).decode(), "fenced": _fenced}
+    return environment.get_template(template).render(title=title, blocks=blocks)
+
+
+def _markdown_text(text: str) -> str:
+    """On one line, and nothing in it is taken for Markdown or for a tag."""
+    line = " ".join(without_paths(text).split())
+    tagless = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\g<0>", tagless)
+
+
+def _fenced(text: str) -> str:
+    """A block of code; its fence is longer than any run of backticks inside."""
+    code = without_paths(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}sh\n{code}\n{fence}"
