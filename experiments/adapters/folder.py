@@ -1,17 +1,13 @@
-"""An adapter folder: LoRA weights in the layout of a checkpoint, classifier.json, which says what they answer, and the
-model card.
+"""An adapter folder: LoRA weights as a checkpoint has them, classifier.json, which records what the adapter answers,
+and the model card, README.md.
 
-Complete or not there. Knows no training and no model; the weights' files belong to `vlm.local.checkpoint`.
-
-TODO The model card of an adapter: README.md with the front matter that model hubs read. Card in, text out.
-
-It says what the adapter is, how to ask it and where it came from; the same card gives the same bytes. It reads no
-weights, states no accuracy (training measures none), and shows no path of this machine.
+The model card states what the adapter is, how to use it and where it came from; the same record gives the same bytes.
+It states no accuracy, since training measures none, and no path of this machine.
 """
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from experiments.sweep.provenance import SHIPPED
 from kshot.errors import InputError, ModelError
 from kshot.files import replace_folder, write_file
-
-# ---- An adapter folder: LoRA weights in the layout of a checkpoint, classifier.json, which says what they answer, and the
 
 CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
 FILES = {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD, README}
@@ -41,6 +35,11 @@ class Card(BaseModel):
     base_model: str
     trained: dict[str, Any] = {}
 
+    @property
+    def base_folder(self) -> Path | None:
+        """The base model's folder, where it is one of this machine: kshot train records its full path."""
+        return Path(self.base_model) if Path(self.base_model).is_absolute() else None
+
 
 def read_card(folder: Path) -> Card | None:
     """The card of an adapter folder; None where it has none, as a checkpoint does. Raises ModelError for a damaged
@@ -56,8 +55,8 @@ def read_card(folder: Path) -> Card | None:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{path} is damaged ({where}{': ' if where else ''}{first['msg']}); train it again") from error
+        field = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{path} is damaged ({field}{': ' if field else ''}{first['msg']}); train it again") from error
 
 
 def check_target(folder: Path, *, force: bool) -> None:
@@ -65,7 +64,10 @@ def check_target(folder: Path, *, force: bool) -> None:
     nothing but an adapter."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give another folder")
-    names = _names(folder) if folder.exists() else set()
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be read ({error.strerror}); give another folder") from error
     if not names:
         return
     if names - FILES or not names & {RECORD, CARD}:
@@ -77,7 +79,7 @@ def check_target(folder: Path, *, force: bool) -> None:
 
 def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
     """Make the adapter folder from a folder of weights, the card and the text of the model card, in place of one that
-    is there."""
+    is there. It is complete or not there."""
 
     def fill(new: Path) -> None:
         for path in weights.iterdir():
@@ -88,146 +90,79 @@ def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
     return replace_folder(folder, fill)
 
 
-def _names(folder: Path) -> set[str]:
-    try:
-        return {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be read ({error.strerror}); give another folder") from error
+# The model card
 
-
-# ---- The model card of an adapter: README.md with the front matter that model hubs read. Card in, text out.
-
-FEW = 5  # class names that are shown
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CLASSES_SHOWN = 5
 NANO_LICENCE = "apache-2.0"  # of the models that come with kshot, as of kshot itself
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def readme(card: Card, notes: Sequence[str] = ()) -> str:
-    """The whole file. notes: sentences that must be said of the models and the shots."""
-    return "\n".join([f"---\n{front_matter(card)}\n---\n", *_text(card, notes)])
+    """The text of the model card. notes: sentences about the models and the shots that it has to state.
 
+    Its front matter leaves out a base model that is a folder of this machine, the licence where the base's is not
+    known, and a data set that has no hub id.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
 
-def front_matter(card: Card) -> str:
-    """The YAML. A base model that is a folder of this machine is none that a hub could link to, and is left out; so is
-    the licence where the base's is not known, and a data set that has no hub id."""
-    from huggingface_hub import ModelCardData
+    from vlm.prompts import IMAGE, template
 
+    shipped, prompt = card.base_model in SHIPPED["model"], template(card.prompt)
+    hub_id, _, revision = card.base_model.partition("@")
     data = ModelCardData(
-        base_model=None if _is_folder(card) else card.base_model.partition("@")[0],
+        base_model=None if card.base_folder else hub_id,
         library_name="peft",
         pipeline_tag="image-text-to-text",
-        license=NANO_LICENCE if card.base_model in SHIPPED["model"] else None,
+        license=NANO_LICENCE if shipped else None,
         tags=["kshot", "lora", "few-shot", "image-classification"],
         datasets=[hub] if (hub := card.trained.get("data", {}).get("hub")) else None,
         metrics=["accuracy"],
     )
-    return str(data.to_yaml()).strip()
-
-
-def _text(card: Card, notes: Sequence[str]) -> Iterator[str]:
-    trained, base = card.trained, _base(card)
-    shots = trained["shots"]
-    examples = f"{shots} labelled {'image' if shots == 1 else 'images'} of each class"
-    yield f"# {_code(trained['dataset'])}, {shots} per class: a LoRA adapter of {_code(base)}\n"
-    yield f"With it {_code(base)} writes the name of what a picture shows, one of {len(card.classes)} classes."
-    yield f"It was trained by kshot on {examples}.\n"
-    yield from (f"**Note.** {note}\n" for note in notes)
-    yield from _rows(_facts(card))
-    yield "\nAccuracy is not stated: training measures none. `kshot sweep` with the method vlm-lora and these settings"
-    yield "trains the same adapter and tests it.\n"
-    yield from _use(card)
-    yield "## Settings\n"
-    yield from _rows((name, _value(value)) for name, value in trained["settings"].items())
-    yield "\n## Versions\n"
-    yield from _rows(trained["versions"].items())
-    yield "\nThe terms of the base model and of the data set hold for the adapter too.\n"
+    settings = card.trained["settings"].items()
+    content = ModelCard.from_template(
+        data,
+        str(TEMPLATE),
+        card=card,
+        trained=card.trained,
+        notes=notes,
+        base=card.base_folder.name if card.base_folder else card.base_model,
+        facts=_facts(card),
+        settings=[(name, "none" if value is None else _code(value)) for name, value in settings],
+        template=prompt,
+        prompt=f"{USER}{prompt.question.replace(IMAGE, IMAGE_TOKENS)}{ASSISTANT}{prompt.prefill}",
+        **{"shipped": shipped, "folder": card.base_folder, "hub_id": hub_id, "revision": revision},
+        **{"code": _code, "table": _table, "python": repr},
+    )
+    return str(content)
 
 
 def _facts(card: Card) -> list[tuple[str, str]]:
-    trained = card.trained
-    facts = {name: fact for name, fact in trained.get("data", {}).items() if type(fact) in (str, int)}
-    names = ", ".join(map(_code, card.classes[:FEW]))
-    more = f", and {len(card.classes) - FEW} more" if len(card.classes) > FEW else ""
+    trained, revision = card.trained, _code(card.trained["settings"].get("model_revision"))
+    names = ", ".join(map(_code, card.classes[:CLASSES_SHOWN]))
+    more = f", and {len(card.classes) - CLASSES_SHOWN} more" if len(card.classes) > CLASSES_SHOWN else ""
+    if card.base_folder:
+        base = f"{_code(card.base_folder.name)}, a folder whose content has the fingerprint {revision}"
+    elif card.base_model in SHIPPED["model"]:
+        base = f"{_code(card.base_model)}, revision {revision}; it comes with kshot and is on no hub"
+    else:
+        known = trained["settings"].get("model_revision")
+        of_hub = f"revision {revision}" if known else "the hub's newest revision at the time"
+        base = f"{_code(card.base_model)}, {of_hub}"
     return [
-        ("base model", f"{_code(_base(card))}, {_revision(card)}"),
+        ("base model", base),
         ("data set", f"{_code(trained['dataset'])}, protocol {_code(trained['protocol'])}"),
-        *((f"data set: {name}", _code(fact)) for name, fact in facts.items()),
+        *((f"data set: {k}", _code(v)) for k, v in trained.get("data", {}).items() if type(v) in (str, int)),
         ("classes", f"{len(card.classes)}: {names}{more} (all are in `classifier.json`)"),
         ("shots", f"{trained['shots']} per class"),
         ("seed", str(trained["seed"])),
     ]
 
 
-def _use(card: Card) -> Iterator[str]:
-    from vlm.prompts import template
-
-    asked = template(card.prompt)
-    yield "## How to ask it\n"
-    yield f"The longest side of an image is at most {card.max_side} pixels (LANCZOS; never enlarged). The user says"
-    yield f"{_code(asked.question)}, the answer {_code(asked.answer)}, with image and class name in their places.\n"
-    yield "```console\n$ kshot predict IMAGE --adapter DIR\n```\n"
-    yield "prints the likeliest classes with their exact probabilities; DIR is this folder."
-    yield "With transformers and PEFT:\n"
-    yield f"```python\n{code(card)}```\n"
-
-
-def code(card: Card) -> str:
-    """Python that asks the adapter in the folder DIR about the image IMAGE with transformers and PEFT alone."""
-    from vlm.prompts import IMAGE, template
-
-    asked = template(card.prompt)
-    prompt = f"{USER}{asked.question.replace(IMAGE, PICTURE)}{ASSISTANT}{asked.prefill}"
-    if card.base_model in SHIPPED["model"]:
-        base = "from vlm import nano\n\nbase = nano.folder()  # it comes with kshot"
-    elif _is_folder(card):
-        base = f"\nbase = {f'PATH/TO/{_base(card)}'!r}"
-    else:
-        hub_id, _, revision = card.base_model.partition("@")
-        base = f"\nbase = {hub_id!r}" + (f"  # revision {revision}" if revision else "")
-    return CODE.format(base=base, side=card.max_side, prompt=prompt)
-
-
-CODE = """from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-{base}
-processor = AutoProcessor.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), "DIR")
-image = Image.open("IMAGE").convert("RGB")
-image.thumbnail(({side}, {side}), Image.Resampling.LANCZOS)
-asked = processor(text=[{prompt!r}], images=[image], return_tensors="pt")
-written = model.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
-print(processor.decode(written, skip_special_tokens=True).partition("\\n")[0].strip())
-"""
-
-
-def _is_folder(card: Card) -> bool:
-    return Path(card.base_model).is_absolute()  # as kshot train records one
-
-
-def _base(card: Card) -> str:
-    """The base model's name, without a place."""
-    return Path(card.base_model).name if _is_folder(card) else card.base_model
-
-
-def _revision(card: Card) -> str:
-    revision = card.trained["settings"].get("model_revision")
-    if _is_folder(card):
-        return f"a folder whose content has the fingerprint {_code(revision)}"
-    if card.base_model in SHIPPED["model"]:
-        return f"revision {_code(revision)}; it comes with kshot and is on no hub"
-    return f"revision {_code(revision)}" if revision else "the hub's newest revision at the time"
-
-
-def _rows(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
-    yield "| | |\n| --- | --- |"
-    for name, value in pairs:
-        yield "| " + " | ".join(text.replace("|", "\\|") for text in (name, value)) + " |"
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else _code(value)
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    lines = ("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows)
+    return "\n".join(["| | |\n| --- | --- |", *lines])
 
 
 def _code(value: Any) -> str:

@@ -1,18 +1,18 @@
-"""Offer an adapter or a results folder to the hub: what would be sent, and on demand sending it. Knows no terminal.
+"""Send an adapter or a results folder to the Hugging Face hub, in one commit; or list what would be sent.
 
-A folder is sent by a list of the files that are known to belong to it: weights and cards of an adapter, or reports,
-records and figures of results. Never predictions, images of a data set, or whatever else lies there. One commit.
+Only files that belong to such a folder are sent: weights and cards of an adapter; reports, records and figures of
+results. Predictions, images of a data set and all other files stay here.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.adapters import folder as adapters
 from experiments.sweep.provenance import TOGETHER, file_stem
-from experiments.sweep.store import Results
+from experiments.sweep.store import PACKED, Results
 from kshot.errors import InputError, KshotError
 
 MODEL, DATASET = "model", "dataset"  # the hub's kinds of repositories
@@ -22,9 +22,9 @@ LOG_IN = "set HF_TOKEN or run `hf auth login`"
 
 @dataclass(frozen=True)
 class Upload:
-    """What is sent, or would be. files: (name in folder and repository, bytes). stays: what else lies in the folder.
+    """What is sent, or would be. files: (name in folder and repository, bytes). skipped: what else lies in the folder.
 
-    leaks: files that say where on this machine the base model lies. url: of the commit; "" where nothing was sent.
+    leaks: files that name the base model's folder on this machine. url: of the commit; "" where nothing was sent.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Upload:
     kind: str
     private: bool
     files: tuple[tuple[str, int], ...]
-    stays: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     leaks: tuple[str, ...] = ()
     url: str = ""
 
@@ -44,11 +44,11 @@ def push(folder: Path, repo: str, *, private: bool, dry_run: bool = True) -> Upl
     cannot be sent and for a missing token, before anything is sent; KshotError where the hub refuses or is not there.
     """
     check(repo, dry_run=dry_run)
-    planned = _planned(folder, repo, private)
+    upload = _upload(folder, repo, private)
     if dry_run:
-        return planned
-    with _errors_of(repo):
-        return _sent(planned)
+        return upload
+    with _hub_errors(repo):
+        return _send(upload)
 
 
 def check(repo: str, *, dry_run: bool) -> None:
@@ -67,30 +67,30 @@ def check(repo: str, *, dry_run: bool) -> None:
         raise InputError(f"nothing can be sent to {repo} without a token of the hub; {LOG_IN}")
 
 
-def _planned(folder: Path, repo: str, private: bool) -> Upload:
+def _upload(folder: Path, repo: str, private: bool) -> Upload:
     if (folder / "sweep.json").exists():
-        kind, names = DATASET, _of_results(folder)
+        kind, names = DATASET, _results_files(folder)
     elif (folder / adapters.CARD).exists() or (folder / adapters.RECORD).exists():
-        kind, names = MODEL, _of_adapter(folder)
+        kind, names = MODEL, _adapter_files(folder)
     else:
         raise InputError(f"{folder} is neither an adapter of kshot train nor a results folder; nothing else is sent")
     for name in names:
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise InputError(f"{folder / name} is no plain file; only such files are sent")
     sizes = tuple((name, (folder / name).stat().st_size) for name in names)
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    stays = tuple(sorted(there - {name.split("/")[0] for name in names}))
-    return Upload(folder, repo, kind, private, sizes, stays, _leaks(folder) if kind == MODEL else ())
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    skipped = tuple(sorted(present - {name.split("/")[0] for name in names}))
+    return Upload(folder, repo, kind, private, sizes, skipped, _leaks(folder) if kind == MODEL else ())
 
 
-def _of_adapter(folder: Path) -> list[str]:
+def _adapter_files(folder: Path) -> list[str]:
     adapters.read_card(folder)
     if missing := sorted(name for name in adapters.FILES if not (folder / name).exists()):
         raise InputError(f"{folder} has no {missing[0]}: it is no whole adapter; train it again with kshot train")
     return sorted(adapters.FILES)
 
 
-def _of_results(folder: Path) -> list[str]:
+def _results_files(folder: Path) -> list[str]:
     sweep, reports = Results(folder).sweep(), ["report.html", "report.md"]
     if missing := [name for name in reports if not (folder / name).is_file()]:
         raise InputError(f"{folder} has no {missing[0]}; kshot report {folder} writes it")
@@ -100,7 +100,7 @@ def _of_results(folder: Path) -> list[str]:
     stems = sorted({TOGETHER, *map(file_stem, sweep["datasets"])})
     figures = [f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
     cells = sorted(f"cells/{path.name}" for path in (folder / "cells").glob("[!.]*.json"))
-    return [*reports, "sweep.json", *cells, *(name for name in figures if (folder / name).exists())]
+    return [*reports, "sweep.json", *cells, *(name for name in (PACKED, *figures) if (folder / name).exists())]
 
 
 def _leaks(folder: Path) -> tuple[str, ...]:
@@ -111,32 +111,32 @@ def _leaks(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in named if card.base_model in (folder / name).read_text(encoding="utf-8"))
 
 
-def _sent(planned: Upload) -> Upload:
+def _send(upload: Upload) -> Upload:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api, kind = HfApi(), planned.kind
-    api.create_repo(planned.repo, repo_type=kind, private=planned.private, exist_ok=True)
-    if planned.private and not api.repo_info(planned.repo, repo_type=kind).private:
-        raise InputError(f"{planned.repo} is there and public; give --public, or the name of another repository")
+    api, kind = HfApi(), upload.kind
+    api.create_repo(upload.repo, repo_type=kind, private=upload.private, exist_ok=True)
+    if upload.private and not api.repo_info(upload.repo, repo_type=kind).private:
+        raise InputError(f"{upload.repo} is there and public; give --public, or the name of another repository")
     # not upload_folder, which may make several commits: a repository has all of a folder or nothing of it
-    operations = [CommitOperationAdd(name, planned.folder / name) for name, _ in planned.files]
-    said = "An adapter of kshot" if kind == MODEL else "Results of kshot"
-    commit = api.create_commit(planned.repo, operations, commit_message=said, repo_type=kind)
-    return Upload(**{**vars(planned), "url": str(commit.commit_url)})
+    operations = [CommitOperationAdd(name, upload.folder / name) for name, _ in upload.files]
+    message = "An adapter of kshot" if kind == MODEL else "Results of kshot"
+    commit = api.create_commit(upload.repo, operations, commit_message=message, repo_type=kind)
+    return replace(upload, url=str(commit.commit_url))
 
 
 @contextmanager
-def _errors_of(repo: str) -> Iterator[None]:
-    """What goes wrong with the hub, in one line of ours."""
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Raise what goes wrong with the hub as KshotError."""
     try:
         yield
     except KshotError:
         raise
     except Exception as error:
-        raise KshotError(_plain(repo, error)) from error
+        raise KshotError(_message(repo, error)) from error
 
 
-def _plain(repo: str, error: Exception) -> str:
+def _message(repo: str, error: Exception) -> str:
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 

@@ -1,13 +1,12 @@
-"""Ask a model about images: an adapter folder, or a model as it is with class names. Knows no terminal.
+"""Classify images of the user's own: with an adapter folder, or with a model as it is and class names.
 
-Images are prepared as in training and answered in windows, so that any number of them takes little memory; the next
-window is read and prepared while the model works on this one. An image that cannot be used is an answer too: its error.
+The arguments of `kshot predict` become images with a name, in order. They are prepared as in training and classified in
+batches, so that any number of them takes little memory; the next batch is read and prepared while the model works on
+this one. For an image that cannot be used there is an error instead of a prediction.
 
-TODO What `kshot predict` is asked about: its arguments become images with a name, in order. Decodes none, knows no model.
-
-A folder is searched recursively, by name; hidden files and folders, and the system's own, are passed over. Nothing else
-is: what is missing or cannot be read is in the list too, and says so when it is read. A pattern is expanded here
-unless a file has its very name; folders that it matches are searched as well.
+A folder is searched recursively, by name; hidden files and folders, and the system's own, are left out. Nothing else
+is: what is missing or cannot be read is in the list too, and raises when it is read. A pattern is expanded here unless
+a file has its very name; folders that it matches are searched as well.
 """
 
 import glob
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from data.folder import SYSTEM_FILES
+from data.folder import is_system_file
 from data.preparation import prepare
 from experiments.adapters.folder import CARD, read_card
 from experiments.sweep.config import Settings
@@ -35,9 +34,10 @@ if TYPE_CHECKING:
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient
 
-# ---- What `kshot predict` is asked about: its arguments become images with a name, in order. Decodes none, knows
+# The images
 
 STDIN = "-"
+NO_MATCH = "no file has such a name; in a pattern, ** is for any folders"
 MAX_BYTES = 1 << 30  # of a file; more than any image within the limit of pixels takes
 
 
@@ -55,10 +55,10 @@ def pictures(arguments: Iterable[str], stdin: Callable[[], BinaryIO]) -> Iterato
     stdin: gives the standard input, where one of them is -.
     Raises InputError, before the first, where standard input is asked for twice.
     """
-    given = list(arguments)
-    if given.count(STDIN) > 1:
+    arguments = list(arguments)
+    if arguments.count(STDIN) > 1:
         raise InputError("standard input (-) is given twice, and can be read once; leave one out")
-    return (picture for one in given for picture in (_from_stdin(stdin()) if one == STDIN else _expand(one)))
+    return (picture for each in arguments for picture in (_from_stdin(stdin()) if each == STDIN else _expand(each)))
 
 
 def shown(text: str) -> str:
@@ -68,28 +68,30 @@ def shown(text: str) -> str:
 
 def _expand(argument: str) -> Iterator[Picture]:
     if os.path.isdir(argument):
-        yield from _or(_walk(argument), argument, "no image is in this folder; hidden files are passed over")
+        yield from _or_error(_walk(argument), argument, "no image is in this folder; hidden files are passed over")
     elif os.path.lexists(argument) or not glob.has_magic(argument):
-        yield _of_file(argument)
+        yield Picture(argument, partial(_read, argument))
     else:
-        yield from _or(_matching(argument), argument, "no file has such a name; in a pattern, ** is for any folders")
+        yield from _or_error(
+            _matching(argument), argument, "no file has such a name; in a pattern, ** is for any folders"
+        )
 
 
-def _or(found: Iterator[Picture], name: str, reason: str) -> Iterator[Picture]:
-    """What was found, or where that is nothing the reason."""
-    first = next(found, None)
+def _or_error(pictures: Iterator[Picture], name: str, reason: str) -> Iterator[Picture]:
+    """The images, or where there is none an error that states the reason."""
+    first = next(pictures, None)
     yield _failing(name, reason) if first is None else first
-    yield from found
+    yield from pictures
 
 
 def _walk(top: str) -> Iterator[Picture]:
     """The files below a folder, or the file itself. Links are followed; into a folder they stand in they lead no
     further, since its images are there already."""
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
-    while waiting:
-        path, above = waiting.pop()
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+    while pending:
+        path, above = pending.pop()
         if not os.path.isdir(path):
-            yield _of_file(path)
+            yield Picture(path, partial(_read, path))
             continue
         try:
             status, names = os.stat(path), sorted(filter(_is_visible, os.listdir(path)), reverse=True)
@@ -98,20 +100,20 @@ def _walk(top: str) -> Iterator[Picture]:
             continue
         here = status.st_dev, status.st_ino
         if here not in above:
-            waiting += [(os.path.join(path, name), above | {here}) for name in names]
+            pending += [(os.path.join(path, name), above | {here}) for name in names]
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+    return not is_system_file(name)
 
 
 def _matching(pattern: str) -> Iterator[Picture]:
     """The files that match, and those in folders that do, each once."""
-    done: set[str] = set()
+    names: set[str] = set()
     for path in sorted(glob.iglob(os.path.expanduser(pattern), recursive=True)):
         for picture in _walk(path):
-            if picture.name not in done:
-                done.add(picture.name)
+            if picture.name not in names:
+                names.add(picture.name)
                 yield picture
 
 
@@ -125,8 +127,8 @@ def _from_stdin(stdin: BinaryIO) -> Iterator[Picture]:
         yield Picture(STDIN, lambda: data)
     else:
         lines = [line.removesuffix("\r") for line in text.split("\n")]
-        found = (picture for line in lines if line.strip() for picture in _expand(line))
-        yield from _or(found, STDIN, "standard input holds neither an image nor a path")
+        listed = (picture for line in lines if line.strip() for picture in _expand(line))
+        yield from _or_error(listed, STDIN, "standard input holds neither an image nor a path")
 
 
 def _text(data: bytes) -> str | None:
@@ -135,10 +137,6 @@ def _text(data: bytes) -> str | None:
         return None if b"\0" in data else data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
-
-
-def _of_file(path: str) -> Picture:
-    return Picture(path, partial(_read, path))
 
 
 def _failing(name: str, reason: str) -> Picture:
@@ -163,20 +161,20 @@ def _fail(name: str, reason: str) -> bytes:
     raise ImageError(f"{shown(name)}: {reason}")
 
 
-# ---- Ask a model about images: an adapter folder, or a model as it is with class names. Knows no terminal.
+# The classifier
 
-WINDOW = 64  # images that are asked about together
-CACHE_BYTES = 1 << 30  # of image features: a window's, which are needed twice; later an image is not seen again
+BATCH = 64  # images that are classified together
+CACHE_BYTES = 1 << 30  # of image features: a batch's, which are needed twice; later batches have other images
 METHODS = ("constrained", "likelihood")
 Prepared = tuple[Picture, "Future[bytes]"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the answers come from. adapter: a folder, or None for a model as it is, with classes.
+    """What classifies. adapter: a folder, or None for a model as it is, with classes.
 
-    The rest is None for what the adapter's folder says: the model, the class names, the prompt (a preset or a
-    template), the longest side of an image.
+    The rest is None for what the adapter's folder records: the model, the class names, the prompt (a preset or a
+    template), the longest side of an image in pixels.
     """
 
     adapter: Path | None = None
@@ -188,9 +186,9 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """probabilities: (classes,) float64 that sum to 1. greedy: the label that constrained decoding writes, token by
-    token, where it was asked for; not always the likeliest."""
+class Prediction:
+    """Of one image. probabilities: (classes,) float64 that sum to 1. greedy: the label that constrained decoding
+    generates, token by token, where that was requested; not always the likeliest."""
 
     name: str
     probabilities: np.ndarray
@@ -204,8 +202,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with its question, loaded. method: "constrained", or "likelihood": that of each whole class name,
-    normalised over the classes by softmax. greedy: whether answers have theirs."""
+    """A loaded model with its prompt. method: "constrained", or "likelihood": that of each whole class name,
+    normalised over the classes by softmax. greedy: whether predictions have theirs."""
 
     sampler: "SamplingClient"
     prompt: "Prompt"
@@ -213,16 +211,19 @@ class Classifier:
     method: str = METHODS[0]
     greedy: bool = False
 
-    def answers(self, pictures: Iterator[Picture]) -> Generator[list[Answer | ImageError], None, None]:
-        """What is answered to each image, or what is wrong with it, in order, a window at a time."""
-        for window in _ahead(self, pictures):
-            errors = {n: each.exception() for n, (_, each) in enumerate(window)}
-            good = [n for n, error in errors.items() if error is None]
-            found = dict(zip(good, self._ask([window[n] for n in good]), strict=True))
-            yield [found[n] if n in found else _only_of_images(errors[n]) for n in range(len(window))]
+    def predict(self, pictures: Iterator[Picture]) -> Generator[list[Prediction | ImageError], None, None]:
+        """The prediction for each image, or what is wrong with it, in order, a batch at a time."""
+        for batch in prefetched(self.prepared, pictures):
+            errors = [each.exception() for _, each in batch]
+            for error in errors:
+                if error is not None and not isinstance(error, ImageError):
+                    raise error
+            usable = [each for each, error in zip(batch, errors, strict=True) if error is None]
+            predictions = iter(self._predict(usable))
+            yield [error if isinstance(error, ImageError) else next(predictions) for error in errors]
 
     def prepared(self, picture: Picture) -> bytes:
-        """The image as the model gets it. Raises ImageError where it cannot be asked about."""
+        """The image as the model gets it. Raises ImageError where it cannot be classified."""
         name = shown(picture.name)
         image = prepare(picture.read(), max_side=self.max_side, name=name)
         try:
@@ -231,23 +232,24 @@ class Classifier:
             raise ImageError(f"{name}: {error}") from error
         return image
 
-    def _ask(self, prepared: Sequence[Prepared]) -> list[Answer]:
+    def _predict(self, prepared: Sequence[Prepared]) -> list[Prediction]:
         from vlm.classifier import predict, predict_and_decode
 
         images, greedy = [each.result() for _, each in prepared], [None] * len(prepared)
         if self.greedy:
-            scores, written = predict_and_decode(self.sampler, images, self.prompt)
-            greedy = written.tolist()
+            scores, labels = predict_and_decode(self.sampler, images, self.prompt)
+            greedy = labels.tolist()
         if not self.greedy or self.method != METHODS[0]:
             scores = predict(self.sampler, images, self.prompt, self.method)
-        exact = scores.astype(np.float64)
-        exact -= np.logaddexp.reduce(exact, 1, keepdims=True)
-        return [Answer(p.name, np.exp(row), label) for (p, _), row, label in zip(prepared, exact, greedy, strict=True)]
+        log_probs = scores.astype(np.float64)
+        log_probs -= np.logaddexp.reduce(log_probs, 1, keepdims=True)
+        names = [picture.name for picture, _ in prepared]
+        return [Prediction(*each) for each in zip(names, np.exp(log_probs), greedy, strict=True)]
 
 
 @contextmanager
 def classifier(source: Source, method: str = METHODS[0], *, greedy: bool = False) -> Iterator[Classifier]:
-    """The classifier of a source, loaded once. Raises InputError, ModelError or PromptError for what does not fit
+    """A classifier, loaded once. Raises InputError, ModelError or PromptError for what does not fit
     together or cannot be loaded, before a weight is read where that can be known."""
     from vlm.inputs import ImageRule
     from vlm.label_trie import check
@@ -257,12 +259,12 @@ def classifier(source: Source, method: str = METHODS[0], *, greedy: bool = False
     card = read_card(source.adapter) if source.adapter else None
     classes = source.classes or (card.classes if card else ())
     _check(source, classes)
-    form = template(source.prompt or (card.prompt if card else Settings().prompt))
+    wording = template(source.prompt or (card.prompt if card else Settings().prompt))
     max_side = source.max_side or (card.max_side if card else Settings().max_side)
     service: Any = connect("local", device=source.device, cache_bytes=CACHE_BYTES)
     try:
         sampler = _sampler(service, source)
-        prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(sampler.get_base_model()), classes, form)
+        prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(sampler.get_base_model()), classes, wording)
         check(prompt.choices)
         yield Classifier(sampler, prompt, max_side, method, greedy)
     finally:
@@ -285,21 +287,15 @@ def _sampler(service: Any, source: Source) -> Any:
     return service.create_sampling_client_from_folder(source.adapter, source.model).result()
 
 
-def _ahead(asked: Classifier, pictures: Iterator[Picture]) -> Iterator[list[Prepared]]:
-    """Windows of images that are being prepared, one window ahead of the one that is asked for."""
-    waiting: deque[list[Prepared]] = deque()
+def prefetched(prepare: Callable[[Picture], bytes], pictures: Iterator[Picture]) -> Iterator[list[Prepared]]:
+    """Batches of images that are being prepared, one batch ahead of the one that is taken."""
+    pending: deque[list[Prepared]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        while taken := list(islice(pictures, WINDOW)):
-            waiting.append([(picture, pool.submit(asked.prepared, picture)) for picture in taken])
-            if len(waiting) > 1:
-                yield waiting.popleft()
-        yield from waiting
+        while batch := list(islice(pictures, BATCH)):
+            pending.append([(picture, pool.submit(prepare, picture)) for picture in batch])
+            if len(pending) > 1:
+                yield pending.popleft()
+        yield from pending
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _only_of_images(error: BaseException | None) -> ImageError:
-    if not isinstance(error, ImageError):
-        raise error or AssertionError("neither an answer nor an error")
-    return error

@@ -1,4 +1,4 @@
-"""Train one adapter exactly as a `vlm-lora` cell of a sweep does, and write its folder. Knows no terminal.
+"""Train one adapter exactly as a `vlm-lora` cell of a sweep does, and write its folder.
 
 The images, their order and flips, the settings and the number of threads are the cell's: on a CPU the adapter is the
 cell's own, bit for bit. Nothing is tested, so settings that only a test depends on are refused.
@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.dataset import Access, Dataset
-from experiments.adapters import folder as adapters
-from experiments.adapters.folder import readme
+from experiments.adapters.folder import Card, check_target, readme, write
 from experiments.sweep import run
 from experiments.sweep.cells import Job
 from experiments.sweep.config import Sweep, load
@@ -24,12 +23,9 @@ from kshot.checks import folder_of
 from kshot.errors import InputError
 from kshot.files import remove_stale
 
-if TYPE_CHECKING:
-    from vlm.prompts import Prompt
-
 METHOD = "vlm-lora"
 # settings that no training depends on
-OF_TESTS = (
+TEST_SETTINGS = (
     *("backbone", "readout", "image_size", "vlm_features"),
     *("limit_test", "shuffle_test", "calibration", "answer_tokens"),
 )
@@ -44,7 +40,7 @@ class Step:
     loss: float
 
 
-def planned(
+def plan_training(
     dataset: str,
     shots: int,
     seed: int,
@@ -58,25 +54,25 @@ def planned(
 
     settings: put over the demo's, as `kshot sweep` does. Raises InputError for one that training does not depend on.
     """
-    if unused := [name for name in OF_TESTS if name in settings]:
+    if unused := [name for name in TEST_SETTINGS if name in settings]:
         raise InputError(f"{unused[0]} is for sweeps, which test; training does not depend on it: leave it out")
     grid = {"name": "train", "datasets": (dataset,), "methods": (METHOD,), "shots": (shots,), "seeds": (seed,)}
-    sweep = _placed(load("demo", {**grid, **({"protocol": protocol} if protocol else {})}, dict(settings)))
-    found = plan(sweep, device=device, access=access)
-    return replace(found.jobs[0], device=device), found.datasets[dataset]
+    sweep = _with_full_path(load("demo", {**grid, **({"protocol": protocol} if protocol else {})}, dict(settings)))
+    planned = plan(sweep, device=device, access=access)
+    return replace(planned.jobs[0], device=device), planned.datasets[dataset]
 
 
 def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> Iterator[Step]:
     """Train and write the adapter folder `target`, yielding each step when it is done; nothing is written before the
     last one. Raises InputError, before anything is computed, where the folder holds other things."""
     target = target.resolve()
-    adapters.check_target(target, force=force)
-    with _beside(target) as state, _as_a_worker(job.device):
+    check_target(target, force=force)
+    with _temporary_folder(target) as state, _threads_of_a_worker(job.device):
         from vlm.service import connect
 
         service: Any = connect("local", state_dir=state, device=job.device)
         try:
-            task = run.task(job, dataset, [])
+            task = run.task_of(job, dataset, [])
             s = job.settings
             client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
             for number, loss in enumerate(fit_lora(client, task), 1):
@@ -85,35 +81,30 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
             path = client.save_weights_for_sampler("adapter").result().path
         finally:
             service.close()
-        adapters.check_target(target, force=force)  # it may have been filled meanwhile
-        card = _card(job, dataset, prompt)
-        said = notes(job.settings, set(METHODS[METHOD].settings))
-        adapters.write(target, folder_of(state, path), card, readme(card, said))
+        check_target(target, force=force)  # it may have been filled meanwhile
+        trained = {**job.cell.identity, "data": dict(dataset.facts), "versions": run.versions(job)}
+        card = Card(
+            classes=dataset.classes,
+            prompt=str(prompt.template),
+            max_side=s.max_side,
+            base_model=s.model,
+            trained=trained,
+        )
+        text = readme(card, notes(s, set(METHODS[METHOD].settings)))
+        write(target, folder_of(state, path), card, text)
 
 
-def _card(job: Job, dataset: Dataset, prompt: "Prompt") -> adapters.Card:
-    trained = {**job.cell.identity, "data": dict(dataset.facts), "versions": run.versions(job)}
-    return adapters.Card(
-        classes=dataset.classes,
-        prompt=str(prompt.template),
-        max_side=job.settings.max_side,
-        base_model=job.settings.model,
-        trained=trained,
-    )
-
-
-def _placed(sweep: Sweep) -> Sweep:
+def _with_full_path(sweep: Sweep) -> Sweep:
     """The sweep with a model's folder as a path that holds wherever the adapter is used."""
-    model = sweep.settings.model
-    if not (Path(model) / "config.json").is_file():
+    folder = Path(sweep.settings.model)
+    if not (folder / "config.json").is_file():
         return sweep
-    return sweep.model_copy(
-        update={"settings": sweep.settings.model_copy(update={"model": str(Path(model).resolve())})}
-    )
+    settings = sweep.settings.model_copy(update={"model": str(folder.resolve())})
+    return sweep.model_copy(update={"settings": settings})
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _temporary_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target: where it cannot be made, the target could not either."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +117,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _as_a_worker(device: str) -> Iterator[None]:
+def _threads_of_a_worker(device: str) -> Iterator[None]:
     """One thread on a CPU, as in a sweep's workers: sums then come out the same."""
     import torch
 

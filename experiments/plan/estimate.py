@@ -1,31 +1,23 @@
-"""What a sweep will take, before it starts: counts, downloads, memory, disk and time. And whether it can start at all.
-
-The parts of an estimate are in modules of their own (estimate_*.py); this one puts them together.
-
-TODO An estimate as a table for the terminal. Computes nothing but units.
-"""
+"""What a sweep will take, before it starts: downloads, memory, disk, computation, time; and whether there is room."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.plan.counts import Counts, LengthTable, available_lengths, count
 from experiments.plan.memory import PASS, Memory, memory
 from experiments.plan.storage import HUB, Disk, Download, disks, downloads
-from experiments.plan.time import Measured, Spent, measure, spent
+from experiments.plan.time import Measurement, SweepTime, measure, sweep_time
 from experiments.sweep import workers as executors
-from experiments.sweep.encoding import EncodingSchedule, encoding_schedule, encodings
-from experiments.sweep.workload import Counts, Lengths, Workload, counts, of_jobs, of_sweep, reachable
+from experiments.sweep.encoding import EncodingSchedule, encoding_jobs, encoding_schedule
+from experiments.sweep.workload import Workload
 from experiments.terminal import out, plain_table
 from kshot.errors import InputError
 
-# ---- What a sweep will take, before it starts: counts, downloads, memory, disk and time. And whether it can start at all.
-
-__all__ = ["Estimate", "check", "estimate", "of_jobs", "of_sweep", "room"]
-
 
 @dataclass(frozen=True)
-class Room:
-    """What a sweep needs of a machine that can be known at once."""
+class Requirements:
+    """What a sweep needs of a machine, as far as it is known without a measurement."""
 
     workers: int
     downloads: Sequence[Download]
@@ -35,37 +27,39 @@ class Room:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All of it. turns: when the tower sees images. spent, lengths: None where the time, or how many tokens, are not
-    known; `no_time` and `no_tokens` say why."""
+    """The whole estimate. time, lengths: None where the time, or the numbers of tokens, are not known: `no_time` and
+    `no_tokens` say why."""
 
-    room: Room
+    requirements: Requirements
     encoding_schedule: EncodingSchedule
     counts: Counts
-    lengths: Mapping[tuple[str, str], Lengths] | None
-    measured: Measured | None
-    spent: Spent | None
+    lengths: LengthTable | None
+    measurement: Measurement | None
+    time: SweepTime | None
     no_time: str = ""
     no_tokens: str = ""
 
 
-def room(
-    todo: Workload,
+def requirements(
+    workload: Workload,
     out: Path,
     workers: int | None = None,
     *,
     threads: int = 1,
     gpus: Sequence[str] = (),
     device: str | None = None,
-) -> Room:
-    """The cheap part: downloads, memory and disk, without a measurement. workers: None is one a core, or one a GPU.
-    device: see `memory`."""
-    count = _workers(todo, workers, threads, gpus)
-    fetched = downloads(todo)
-    return Room(count, fetched, memory(todo, count, device=device), disks(todo, out, fetched, count))
+) -> Requirements:
+    """workers: None is one a core, or one a GPU. device: see `memory`."""
+    most = len(gpus) or (max(1, executors.cores() // threads) if workload.device == "cpu" else 1)
+    workers = max(1, min(workers or most, max(len(workload.cells), encoding_jobs(workload))))  # as a sweep starts them
+    fetched = downloads(workload)
+    return Requirements(
+        workers, fetched, memory(workload, workers, device=device), disks(workload, out, fetched, workers)
+    )
 
 
 def estimate(
-    todo: Workload,
+    workload: Workload,
     out: Path,
     workers: int | None = None,
     *,
@@ -73,47 +67,31 @@ def estimate(
     gpus: Sequence[str] = (),
     device: str | None = None,
 ) -> Estimate:
-    """The whole estimate; the time from a measurement on this machine, where all that it needs is here and fits.
-
-    Raises what loading the models raises.
-    """
-    needed, when = room(todo, out, workers, threads=threads, gpus=gpus, device=device), encoding_schedule(todo)
-    lengths, no_tokens = reachable(todo)
-    if no_time := _unmeasured(todo, needed) or no_tokens:
-        return Estimate(needed, when, counts(todo, lengths), lengths, None, None, no_time, no_tokens)
-    measured = measure(todo, needed.workers, lengths, threads=threads, gpus=gpus)
-    needed = replace(needed, memory=memory(todo, needed.workers, device=device, seen=measured.peak))
-    return Estimate(needed, when, counts(todo, lengths), lengths, measured, spent(todo, measured, needed.workers))
-
-
-def check(needed: Room) -> None:
-    """Raise InputError, with need, what is free and the way out, where a sweep does not fit."""
-    for disk in needed.disks:
-        if not disk.fits:
-            largest = max(disk.needs, key=lambda what: disk.needs[what])
-            raise InputError(
-                f"the sweep needs {size(disk.needed)} of disk at {disk.folder}, most of it for {largest}, and "
-                f"{size(disk.free)} are free; make room, or name a folder on another disk ({WAYS[largest]})"
-            )
-    if not needed.memory.fits:
-        raise InputError(_too_little(needed.memory))
+    """The time is measured on this machine, where all that it needs is here and fits. Raises what loading the models
+    raises."""
+    needed = requirements(workload, out, workers, threads=threads, gpus=gpus, device=device)
+    schedule, (lengths, no_tokens) = encoding_schedule(workload), available_lengths(workload)
+    counts = count(workload, lengths)
+    if no_time := _unmeasured(workload, needed) or no_tokens:
+        return Estimate(needed, schedule, counts, lengths, None, None, no_time, no_tokens)
+    measured = measure(workload, needed.workers, lengths, threads=threads, gpus=gpus)
+    needed = replace(needed, memory=memory(workload, needed.workers, device=device, measured=measured.peak))
+    return Estimate(needed, schedule, counts, lengths, measured, sweep_time(workload, measured, needed.workers))
 
 
-def _too_little(m: Memory) -> str:
-    largest = max(m.parts, key=lambda what: m.parts[what])
-    what = f"{m.workers} workers need {size(m.needed)}" if m.workers > 1 else f"a worker needs {size(m.needed)}"
-    ways = [f"--workers {m.fitting}"] if 0 < m.fitting < m.workers else []
-    ways += ["a smaller batch (--set batch_size=8)"] if largest == PASS else []
-    ways += ["a smaller model"] if largest != "libraries" else ["another machine"]
-    return f"{what} of {m.place}, most of it for {largest}, and {size(m.free)} are free; use {' or '.join(ways)}"
+def _unmeasured(workload: Workload, needed: Requirements) -> str:
+    """Why no time can be measured; "" where it can."""
+    if not workload.cells:
+        return "nothing is left to compute"
+    if workload.service != "local":
+        return f"the time of the service {workload.service} is not measured: its use may cost"
+    if needed.downloads:
+        names = ", ".join(each.name for each in needed.downloads)
+        return f"{names} must be downloaded before the time can be measured"
+    return "" if needed.memory.fits else "it does not fit into the memory"
 
 
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-WAYS = {
+OTHER_DISK = {  # what names a folder on another disk
     "downloads": "HF_HOME",
     "packed data sets": "KSHOT_CACHE",
     "image features": "KSHOT_CACHE",
@@ -122,131 +100,134 @@ WAYS = {
 }
 
 
-def _workers(todo: Workload, workers: int | None, threads: int, gpus: Sequence[str]) -> int:
-    """As many as `executors.local` starts."""
-    most = len(gpus) or (max(1, executors.cores() // threads) if todo.device == "cpu" else 1)
-    return max(1, min(workers or most, max(len(todo.parts), encodings(todo))))
+def check(needed: Requirements) -> None:
+    """Raise InputError, with the need, what is free and the way out, where a sweep does not fit."""
+    for disk in needed.disks:
+        if not disk.fits:
+            largest = max(disk.needs, key=lambda what: disk.needs[what])
+            raise InputError(
+                f"the sweep needs {_size(disk.needed)} of disk at {disk.folder}, most of it for {largest}, and "
+                f"{_size(disk.free)} are free; make room, or name a folder on another disk ({OTHER_DISK[largest]})"
+            )
+    m = needed.memory
+    if m.fits:
+        return
+    largest = max(m.parts, key=lambda what: m.parts[what])
+    subject = f"{m.workers} workers need" if m.workers > 1 else "a worker needs"
+    ways = [f"--workers {m.possible_workers}"] if 0 < m.possible_workers < m.workers else []
+    ways += ["a smaller batch (--set batch_size=8)"] if largest == PASS else []
+    ways += ["a smaller model"] if largest != "libraries" else ["another machine"]
+    need = f"{subject} {_size(m.needed)} of {m.location}, most of it for {largest}"
+    raise InputError(f"{need}, and {_size(m.free)} are free; use {' or '.join(ways)}")
 
 
-def _unmeasured(todo: Workload, needed: Room) -> str:
-    """Why no time can be measured; "" where it can."""
-    if not todo.parts:
-        return "nothing is left to compute"
-    if todo.service != "local":
-        return f"the time of the service {todo.service} is not measured: its use may cost"
-    if needed.downloads:
-        names = ", ".join(each.name for each in needed.downloads)
-        return f"{names} must be downloaded before the time can be measured"
-    if not needed.memory.fits:
-        return "it does not fit into the memory"
-    return ""
+# The estimate as a table
+
+Row = tuple[str, str, str]  # what, how much, of what
 
 
-# ---- An estimate as a table for the terminal. Computes nothing but units.
-
-Row = tuple[str, str, str]
-
-
-def print_estimate(found: Estimate) -> None:
-    """What a sweep will take."""
+def print_estimate(estimate: Estimate) -> None:
     table = plain_table(["", "", ""])
     table.show_header = False
-    for row in rows(found):
+    for row in rows(estimate):
         table.add_row(*row)
     out.print(table, soft_wrap=False)
 
 
-def rows(found: Estimate) -> list[Row]:
-    """(what, how much, of what) of the estimate, a line each."""
-    return [*_counts(found.counts, found), *_downloads(found), *_memory(found), *_disks(found), *_time(found)]
+def rows(estimate: Estimate) -> list[Row]:
+    """The lines of the table."""
+    needed = estimate.requirements
+    return [*_counts(estimate), *_downloads(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
 
 
-def seconds(count: float) -> str:
-    """A time as people say it."""
-    if count < 90:
-        return f"{count:.0f} s"
-    if count < 5400:
-        return f"{count / 60:.0f} min"
-    return f"{count / 3600:.1f} h" if count < 48 * 3600 else f"{count / 86400:.1f} days"
-
-
-def _counts(counts: Counts, found: Estimate) -> Iterator[Row]:
+def _counts(estimate: Estimate) -> Iterator[Row]:
+    counts = estimate.counts
     yield "cells", f"{sum(counts.cells.values()):,}", _listed(counts.cells)
     yield "images", f"{counts.train + counts.test:,}", f"{counts.train:,} to learn from, {counts.test:,} to test on"
     yield "steps", f"{sum(counts.steps.values()):,}", _listed(counts.steps)
     if counts.tower:
-        yield "vision tower", f"{counts.tower:,} images", _turns(found.encoding_schedule)
+        yield "vision tower", f"{counts.tower:,} images", _schedule(estimate.encoding_schedule)
     if counts.backbone:
         yield "backbone", f"{counts.backbone:,} images", "each once for all cells"
-    if counts.training_tokens is None or counts.question_tokens is None:
-        if counts.asked:
-            yield "tokens", "unknown", found.no_tokens
-        return
-    assumed = any(each.assumed for each in (found.lengths or {}).values())
+    if counts.prompts and estimate.lengths is None:
+        yield "tokens", "unknown", estimate.no_tokens
+    assumed = any(each.assumed for each in (estimate.lengths or {}).values())
     note = ", for photographs of 480 x 360 pixels where a data set is not here" if assumed else ""
     if counts.training_tokens:
         yield "tokens in training", f"{counts.training_tokens:,}", f"about{note}"
-    if counts.asked:
-        yield "tokens of questions", f"{counts.question_tokens:,}", f"about, in {counts.asked:,} questions"
+    if counts.prompts and counts.prompt_tokens is not None:
+        yield "tokens of questions", f"{counts.prompt_tokens:,}", f"about, in {counts.prompts:,} questions"
 
 
-def _turns(when: EncodingSchedule) -> str:
-    """How often the tower sees them."""
-    if not (when.worker or when.cell):
-        return "each once for all cells, mirrored twins too"
-    said = (
-        ("each once for all cells, mirrored twins too: {}", when.once),
-        ("once in every worker: {} (their features do not fit beside those of the sets before)", when.worker),
-        (f"again in every cell: {{}} (their features do not fit into {size(when.room)})", when.cell),
+def _schedule(schedule: EncodingSchedule) -> str:
+    """How often the vision tower encodes an image."""
+    ahead = "each once for all cells, mirrored twins too"
+    if not (schedule.per_worker or schedule.per_cell):
+        return ahead
+    lines = (
+        (f"{ahead}: {{}}", schedule.ahead),
+        ("once in every worker: {} (their features do not fit beside those of the sets before)", schedule.per_worker),
+        (f"again in every cell: {{}} (their features do not fit into {_size(schedule.capacity)})", schedule.per_cell),
     )
-    return "; ".join(line.format(", ".join(sources)) for line, sources in said if sources)
+    return "; ".join(line.format(", ".join(sources)) for line, sources in lines if sources)
 
 
-def _downloads(found: Estimate) -> Iterator[Row]:
-    if not found.room.downloads:
+def _downloads(needed: Requirements) -> Iterator[Row]:
+    if not needed.downloads:
         yield "downloads", "0", "all that is needed is on this machine"
-    for each in found.room.downloads:
-        amount = "unknown" if each.bytes is None else size(each.bytes)
+    for each in needed.downloads:
+        amount = "unknown" if each.bytes is None else _size(each.bytes)
         yield "download", amount, each.name if each.source == HUB else f"{each.name} ({each.source})"
 
 
-def _memory(found: Estimate) -> Iterator[Row]:
-    memory = found.room.memory
-    most = f"{', '.join(f'{size(count)} {name}' for name, count in memory.parts.items() if count)}"
-    yield "memory of a worker", size(memory.worker), most
+def _memory(memory: Memory) -> Iterator[Row]:
+    yield "memory of a worker", _size(memory.per_worker), _sizes(memory.parts)
     for name in memory.unknown:
         yield "", "unknown", f"what {name} takes"
-    fits = "fits" if memory.fits else f"does not fit: there is room for {memory.fitting}"
-    yield (
-        "memory",
-        size(memory.needed),
-        f"{_worker_count(memory.workers)}, of {size(memory.free)} that are free: {fits}",
-    )
+    fits = "fits" if memory.fits else f"does not fit: there is room for {memory.possible_workers}"
+    yield "memory", _size(memory.needed), f"{_workers(memory.workers)}, of {_size(memory.free)} that are free: {fits}"
 
 
-def _disks(found: Estimate) -> Iterator[Row]:
-    for disk in found.room.disks:
+def _disks(needed: Requirements) -> Iterator[Row]:
+    for disk in needed.disks:
         fits = "fits" if disk.fits else "does not fit"
-        parts = ", ".join(f"{size(count)} {what}" for what, count in disk.needs.items() if count)
-        yield "disk", size(disk.needed), f"{parts}; of {size(disk.free)} that are free at {disk.folder}: {fits}"
+        free = f"of {_size(disk.free)} that are free at {disk.folder}: {fits}"
+        yield "disk", _size(disk.needed), f"{_sizes(disk.needs)}; {free}"
 
 
-def _time(found: Estimate) -> Iterator[Row]:
-    if found.spent is None or found.measured is None:
-        yield "time", "unknown", found.no_time
+def _time(estimate: Estimate) -> Iterator[Row]:
+    time, measurement = estimate.time, estimate.measurement
+    if time is None or measurement is None:
+        yield "time", "unknown", estimate.no_time
         return
-    spent: Spent = found.spent
-    start, prepare, encode, cells = (seconds(each) for each in (spent.start, spent.prepare, spent.encode, spent.cells))
+    start, prepare, encode, cells = map(duration, (time.start, time.prepare, time.encode, time.cells))
     parts = f"{start} to start, {prepare} to read images, {encode} to encode them, {cells} of cells"
-    yield "time", seconds(spent.total), f"{parts}; {_worker_count(found.room.workers)}"
-    each = ", ".join(f"{name} {seconds(count)}" for name, count in spent.methods.items())
-    yield "", seconds(sum(spent.methods.values())), f"of one worker: {each}"
-    yield "", "", f"measured here in {seconds(found.measured.spent)}; less where image features are kept from before"
+    yield "time", duration(time.total), f"{parts}; {_workers(estimate.requirements.workers)}"
+    each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in time.methods.items())
+    yield "", duration(sum(time.methods.values())), f"of one worker: {each}"
+    yield "", "", f"measured here in {duration(measurement.seconds)}; less where image features are kept from before"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people use for it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _sizes(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{_size(count)} {name}" for name, count in parts.items() if count)
 
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _worker_count(count: int) -> str:
+def _workers(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"

@@ -1,150 +1,147 @@
-"""How much memory a worker needs, how much is free, and how many workers fit. Loads no model.
+"""How much memory the workers of a sweep need, and how much is free.
 
-A worker holds one model of each kind that its cells use. Activations are an estimate from the shapes of a pass; what a
-measurement has seen a worker take counts where it is more.
+A worker holds one model of each kind that its cells use. What a pass takes is an estimate; where a worker was measured
+to take more than all estimates together, that counts.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from experiments.sweep.config import Settings
-from experiments.sweep.shapes import Vlm, vit_of, vlm_of
-from experiments.sweep.workload import Workload, alike, images, sides
+from experiments.plan.models import VlmSize, vit_size, vlm_size
+from experiments.sweep.workload import CellSpec, Workload, image_counts, image_sizes, mean_size
 
 if TYPE_CHECKING:
     import torch
 
 LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
-PACK = 4096  # positions of a training pass of the local engine
-SCORED = 1 << 15  # positions of a pass of it that scores, at most
-ROWS = 64  # prompts in it, at most
-CHUNK = 32  # images of a training pass of the backbone, see baselines.lora
 TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
-
-
 PASS = "a training or scoring pass"  # noqa: S105 - not a password
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. parts: what a worker holds, by name. free: where the workers are to be. place: what that is called.
-
-    workers: how many are asked for; a GPU has one. unknown: models whose size nobody knows.
-    """
+    """Bytes. parts: what a worker holds, by name. free: in `location`, where the workers will be. measured: what a
+    worker took in a measurement. workers: how many share it; a GPU has one. unknown: models of unknown size."""
 
     parts: Mapping[str, int]
     free: int
-    place: str
+    location: str
     workers: int
     unknown: tuple[str, ...] = ()
-    seen: int = 0  # what a worker took when it was measured
+    measured: int = 0
 
     @property
-    def worker(self) -> int:
-        return max(sum(self.parts.values()), self.seen)
+    def per_worker(self) -> int:
+        return max(sum(self.parts.values()), self.measured)
 
     @property
     def needed(self) -> int:
-        return self.worker * self.workers
+        return self.per_worker * self.workers
 
     @property
-    def fitting(self) -> int:
-        """Workers that there is room for."""
-        return int(self.free // self.worker) if self.worker else self.workers
+    def possible_workers(self) -> int:
+        return int(self.free // self.per_worker) if self.per_worker else self.workers
 
     @property
     def fits(self) -> bool:
-        return self.fitting >= self.workers
+        return self.possible_workers >= self.workers
 
 
 def memory(
-    todo: Workload, workers: int, *, device: str | None = None, free: int | None = None, seen: int = 0
+    workload: Workload, workers: int, *, device: str | None = None, free: int | None = None, measured: int = 0
 ) -> Memory:
-    """Of `workers` processes on the CPU, or one on each GPU; of these the one counts that has the least free.
+    """The memory of `workers` processes on the CPU, or of one on each GPU: then of the GPU with the least free memory.
 
-    device: as the user names it, cuda being every visible GPU; the todo's own unless given. free: bytes, where the
-    machine is not to be asked. seen: bytes that a measured worker took in the CPU's memory.
+    device: as the user names it, cuda being every visible GPU; the workload's own unless given. free: bytes; None asks
+    the machine. measured: bytes that a worker on the CPU took. Raises ModelError for a device that is not here.
     """
-    on_cpu, at = todo.device == "cpu", _tightest(device or todo.device, workers)
-    place = "the CPU's memory" if on_cpu else f"the memory of {at}"
+    from vlm import service
+
+    on_cpu, tightest = workload.device == "cpu", _tightest(device or workload.device, workers)
     parts, unknown = {"libraries": LIBRARIES, "weights": 0}, list[str]()
-    passes = [0]  # of what one cell uses at a time, only the largest counts
-    for name, size in (*_vlm(todo, unknown, at), *_vit(todo, unknown)):
+    passes = [0]  # a cell has one at a time: the largest counts
+    for name, size in (*_vlm(workload, unknown, tightest), *_backbones(workload, unknown)):
         if name == PASS:
             passes.append(size)
         else:
             parts[name] = parts.get(name, 0) + size
-    room = free_bytes(at) if free is None else free
-    return Memory({**parts, PASS: max(passes)}, room, place, workers if on_cpu else 1, (*unknown,), seen * on_cpu)
-
-
-def free_bytes(device: "torch.device") -> int:
-    """What new processes can take: of the machine's memory as far as its control group allows, or of a GPU's."""
-    from vlm import service
-
-    return service.free_bytes(device)
+    return Memory(
+        {**parts, PASS: max(passes)},
+        service.free_bytes(tightest) if free is None else free,
+        "the CPU's memory" if on_cpu else f"the memory of {tightest}",
+        workers if on_cpu else 1,
+        (*unknown,),
+        measured * on_cpu,
+    )
 
 
 def _tightest(device: str, workers: int) -> "torch.device":
-    """Of the devices that these workers get the one with the least free memory. Raises ModelError for none."""
+    """The device with the least free memory among those that these workers get."""
     from vlm import service
 
-    found = service.devices(device)
-    every = service.devices("auto") if device == "cuda" else found  # one a worker, in this order
+    named = service.devices(device)
+    every = service.devices("auto") if device == "cuda" else named  # one a worker, in this order
     return min(every[:workers], key=service.free_bytes)
 
 
-def _cached(device: "torch.device") -> int:
-    """Bytes of image features that a process keeps in the memory of its device, at most."""
+def _vlm(workload: Workload, unknown: list[str], device: "torch.device") -> Iterator[tuple[str, int]]:
     from vlm import service
 
-    return service.feature_memory(device)
-
-
-def _vlm(todo: Workload, unknown: list[str], at: "torch.device") -> Iterator[tuple[str, int]]:
-    """The local service's model; a worker has one."""
-    parts = todo.where(lambda part: part.looks) if todo.service == "local" else []
-    for name in dict.fromkeys(part.settings.model for part in parts):
-        shape, own = vlm_of(name), [part for part in parts if part.settings.model == name]
-        if shape is None:
+    for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
+        model, cells = vlm_size(name), [cell for cell in workload.local_vlm_cells if cell.settings.model == name]
+        if model is None:
             unknown.append(name)
             continue
-        yield "weights", shape.weight_bytes
-        tokens = {source: _tokens(todo, shape, source, own[0].settings) for source in {part.source for part in own}}
-        longest = TEXT + max(tokens.values())
-        if trained := [part for part in own if part.trains]:
-            s = trained[0].settings
-            yield "adapter and optimizer", shape.adapter_bytes(s.rank)
-            positions = min(s.batch_size * longest, max(PACK, longest))
-            yield PASS, shape.training_bytes(positions, ANSWER * positions // longest)
-        yield PASS, shape.scoring_bytes(min(SCORED, ROWS * longest))
-        count = {source: each.shown + each.test for source, each in images(own, todo).items()}
-        most = max(count[source] * tokens[source] for source in tokens) * shape.image_bytes_per_token
-        yield "image features", min(int(most), _cached(at))
+        yield "weights", model.weight_bytes
+        tokens = {cell.source: _image_tokens(workload, model, cell) for cell in cells}
+        longest, limits = TEXT + max(tokens.values()), service.pass_limits()
+        if trained := [cell.settings for cell in cells if cell.trains]:
+            yield "adapter and optimizer", model.adapter_bytes(trained[0].rank)
+            positions = min(trained[0].batch_size * longest, max(limits.training, longest))
+            yield PASS, model.training_bytes(positions, ANSWER * positions // longest)
+        yield PASS, model.scoring_bytes(min(limits.scoring, limits.prompts * longest))
+        images = {source: each.train_views + each.test for source, each in image_counts(cells, workload).items()}
+        features = max(images[source] * tokens[source] for source in tokens) * model.features.token_bytes
+        yield "image features", min(int(features), service.feature_memory(device))
 
 
-def _tokens(todo: Workload, shape: Vlm, source: str, settings: Settings) -> int:
+def _image_tokens(workload: Workload, model: VlmSize, cell: CellSpec) -> int:
     """Of an image, about: without the processor's rounding."""
-    width, height = sides(todo.sets[source], settings.max_side)
-    return max(1, int(width * height / (shape.patch * shape.merge) ** 2))
+    width, height = mean_size(workload.datasets[cell.source], cell.settings.max_side)
+    return max(1, int(width * height / model.features.side**2))
 
 
-def _vit(todo: Workload, unknown: list[str]) -> Iterator[tuple[str, int]]:
-    parts = todo.where(lambda part: part.encodes)
-    for name in dict.fromkeys(part.settings.backbone for part in parts):
-        vit, own = vit_of(name), [part for part in parts if part.settings.backbone == name]
-        if vit is None:
+def _backbones(workload: Workload, unknown: list[str]) -> Iterator[tuple[str, int]]:
+    cells = workload.select(lambda cell: cell.uses_backbone)
+    for name in dict.fromkeys(cell.settings.backbone for cell in cells):
+        model = vit_size(name)
+        if model is None:
             unknown.append(name)
             continue
-        yield "weights", vit.weight_bytes
-        for source, part in {part.source: part for part in own if part.trains}.items():
-            s, known = part.settings, todo.sets[source]
-            width, height = (s.image_size, s.image_size) if s.image_size else sides(known, s.max_side)
-            tokens = int(width // vit.patch * (height // vit.patch)) + 1
-            together = min(CHUNK, s.batch_size) * (1.0 if s.image_size else alike(known))
-            yield PASS, vit.training_bytes(math.ceil(together) * tokens)
-        if trained := [part for part in own if part.trains]:
-            classes = max(todo.sets[part.source].classes for part in trained)
-            yield "adapter and optimizer", vit.adapter_bytes(trained[0].settings.rank, classes)
+        yield "weights", model.weight_bytes
+        trained = {cell.source: cell for cell in cells if cell.settings.backbone == name and cell.trains}
+        for cell in trained.values():
+            images, width, height = _images_of_a_pass(cell, workload)
+            tokens = int(width // model.patch * (height // model.patch)) + 1
+            yield PASS, model.training_bytes(images * tokens)
+        if trained:
+            classes = max(workload.datasets[source].classes for source in trained)
+            rank = next(iter(trained.values())).settings.rank
+            yield "adapter and optimizer", model.adapter_bytes(rank, classes)
+
+
+def _images_of_a_pass(cell: CellSpec, workload: Workload) -> tuple[int, float, float]:
+    """How many images of a batch a backbone trains on at once, and their width and height: images of one size share
+    a pass, so of images of several sizes the share of the commonest."""
+    from baselines.lora import CHUNK
+
+    s, info = cell.settings, workload.datasets[cell.source]
+    together = min(CHUNK, s.batch_size)
+    if s.image_size:
+        return together, s.image_size, s.image_size
+    sizes = Counter(image_sizes(info))
+    commonest = sizes.most_common(1)[0][1] / sizes.total()
+    return math.ceil(together * commonest), *mean_size(info, s.max_side)

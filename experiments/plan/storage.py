@@ -1,41 +1,35 @@
-"""What is not on this machine yet: models and data sets of the hub, with their sizes. Downloads none of them.
+"""What a sweep downloads and what it stores: how many bytes, on which disks, and whether they have room.
 
-Sizes are the hub's own where it can be reached; else those that follow from a model's published configuration, or of a
-set's original archives, stated as such; else unknown. What is in the hub's cache, in a folder or comes with
-kshot takes nothing.
-
-TODO What a sweep writes, where, and whether there is room. Writes nothing.
+The size of a download is the hub's own where the hub can be reached; else it follows from a model's published
+configuration or is that of a data set's original archives, and is stated as such; else it is unknown. What is in the
+hub's cache, in a folder, or comes with kshot needs no download.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data import catalog
-from experiments.sweep.encoding import disk_limit, feature_bytes
-from experiments.sweep.shapes import DINOV2, PUBLISHED, vit_of
-from experiments.sweep.workload import Workload, backbone_images, images, sides
+from experiments.plan.models import vit_size, vlm_size
+from experiments.sweep.encoding import feature_bytes, is_local, published_configs
+from experiments.sweep.workload import Workload, backbone_image_counts, image_counts, mean_size
 from kshot.files import cache_folder
 from vlm import models
 
-# ---- What is not on this machine yet: models and data sets of the hub, with their sizes. Downloads none of them.
-
 HUB, KNOWN, UNKNOWN = "the hub says", "about", "unknown"
 TIMEOUT = 10.0  # seconds that the hub has to answer
-WEIGHTS_OF_TIMM = ("model.safetensors", "config.json")
+TIMM_FILES = ("model.safetensors", "config.json")
 # Bytes of the photographs as their authors publish them, about; the hub's copies hold the same files.
-SETS = {"caltech101": 138 << 20, "cars": 1871 << 20, "flowers": 330 << 20, "pets": 757 << 20}
+DATASET_BYTES = {"caltech101": 138 << 20, "cars": 1871 << 20, "flowers": 330 << 20, "pets": 757 << 20}
 
 
 @dataclass(frozen=True)
 class Download:
-    """Something to fetch. bytes: None where nobody knows. source: who says so. dataset: whether it is a data set."""
+    """Something to fetch. bytes: None where they are not known. source: who states them."""
 
     name: str
     bytes: int | None
@@ -43,33 +37,37 @@ class Download:
     dataset: bool = False
 
 
-def downloads(todo: Workload, *, ask: bool = True) -> list[Download]:
-    """What running these cells would fetch first, each once. ask: whether the hub is asked for sizes."""
-    found = [*_models(todo, ask), *_backbones(todo, ask)]
-    found += [_set(source, todo, ask) for source in todo.missing_sets]
+def downloads(workload: Workload) -> list[Download]:
+    """What running these cells would fetch first, each once."""
+    found = [*_models(workload), *_backbones(workload), *map(_dataset, workload.missing)]
     return list({each.name: each for each in found}.values())
 
 
-def _models(todo: Workload, ask: bool) -> Iterator[Download]:
-    """Weights where the model runs here, else its tokenizer alone, which is not worth a line."""
-    names = dict.fromkeys(part.settings.model for part in todo.parts if part.looks and todo.service == "local")
-    for name in names:
-        if not _is_ours(name) and not _has_model(name):
-            hub_id, _, revision = name.partition("@")
-            known = PUBLISHED[hub_id].weight_bytes if hub_id in PUBLISHED else None
-            patterns = (*models.SMALL, *models.WEIGHTS)
-            yield _download(name, partial(_model_bytes, hub_id, revision, patterns), known, ask)
+def _models(workload: Workload) -> Iterator[Download]:
+    """Weights of the models that run here; of others only the tokenizer is fetched, which is small."""
+    patterns = (*models.SMALL, *models.WEIGHTS)
+    for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
+        hub_id, _, revision = name.partition("@")
+        if not is_local(name) and not _is_cached(hub_id, revision):
+            size = vlm_size(name) if hub_id in published_configs() else None
+
+            def wanted(file: str) -> bool:
+                return "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)
+
+            yield _download(name, hub_id, revision, wanted, size.weight_bytes if size else None)
 
 
-def _backbones(todo: Workload, ask: bool) -> Iterator[Download]:
-    for name in dict.fromkeys(part.settings.backbone for part in todo.parts if part.encodes):
-        hub_id = hub_id_of(name)
-        if hub_id and not _has_file(hub_id, "model.safetensors"):
-            known = next((vit.weight_bytes for start, vit in DINOV2.items() if name.startswith(f"{start}.")), None)
-            yield _download(name, partial(_model_bytes, hub_id, "", WEIGHTS_OF_TIMM), known, ask)
+def _backbones(workload: Workload) -> Iterator[Download]:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.uses_backbone)):
+        hub_id = _hub_id(name)
+        if hub_id and not isinstance(try_to_load_from_cache(hub_id, TIMM_FILES[0]), str):
+            size = vit_size(name)
+            yield _download(name, hub_id, "", TIMM_FILES.__contains__, size.weight_bytes if size else None)
 
 
-def hub_id_of(backbone: str) -> str | None:
+def _hub_id(backbone: str) -> str | None:
     """Where the hub has the weights of a backbone; None for a local one."""
     from baselines import nano
 
@@ -79,58 +77,42 @@ def hub_id_of(backbone: str) -> str | None:
         return backbone.removeprefix("hf-hub:")
     import timm
 
-    found = timm.get_pretrained_cfg(backbone)
-    return found.hf_hub_id if found and found.hf_hub_id else None
+    config = timm.get_pretrained_cfg(backbone)
+    return config.hf_hub_id if config and config.hf_hub_id else None
 
 
-def _set(source: str, todo: Workload, ask: bool) -> Download:
-    row = catalog.find(source)
-    title = row.title.partition(":")[0]
-    found = _download(title, partial(_set_bytes, row.hub, row.revision), SETS.get(row.name), ask)
-    return replace(found, dataset=True)
+def _dataset(source: str) -> Download:
+    """Of its train and test splits, by the names of the files."""
+    spec = catalog.find(source)
+
+    def wanted(file: str) -> bool:
+        return any(split in file.rpartition("/")[2] for split in ("train", "test"))
+
+    title, known = spec.title.partition(":")[0], DATASET_BYTES.get(spec.name)
+    return _download(title, spec.hub, spec.revision, wanted, known, dataset=True)
 
 
-def _download(name: str, measure: Callable[[], int], known: int | None, ask: bool) -> Download:
-    from huggingface_hub import constants
+def _download(
+    name: str, hub_id: str, revision: str, wanted: Callable[[str], bool], known: int | None, *, dataset: bool = False
+) -> Download:
+    """known: bytes to state where the hub cannot be reached or does not answer; loading says why."""
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx
 
-    if ask and not constants.HF_HUB_OFFLINE:
-        try:
-            return Download(name, measure(), HUB)
-        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
-            pass  # it cannot be reached, or does not know it: loading says why
-    return Download(name, known, UNKNOWN if known is None else KNOWN)
+    if not constants.HF_HUB_OFFLINE:
+        ask = HfApi().dataset_info if dataset else HfApi().model_info
+        with suppress(HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+            info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+            size = sum(file.size or 0 for file in info.siblings or () if wanted(file.rfilename))
+            return Download(name, size, HUB, dataset)
+    return Download(name, known, UNKNOWN if known is None else KNOWN, dataset)
 
 
-def _model_bytes(hub_id: str, revision: str, patterns: Iterable[str]) -> int:
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
-    return _sum(info.siblings or (), lambda name: "/" not in name and any(fnmatch(name, p) for p in patterns))
-
-
-def _set_bytes(hub_id: str, revision: str) -> int:
-    """Of its train and test, by the names of its files."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().dataset_info(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
-    return _sum(info.siblings or (), lambda name: any(split in name.rpartition("/")[2] for split in ("train", "test")))
-
-
-def _sum(files: Iterable[Any], wanted: Callable[[str], bool]) -> int:
-    return sum(file.size or 0 for file in files if wanted(file.rfilename))
-
-
-def _is_ours(name: str) -> bool:
-    return name in models.MODELS or (Path(name) / "config.json").is_file()
-
-
-def _has_model(name: str) -> bool:
+def _is_cached(hub_id: str, revision: str) -> bool:
     """Whether the hub's cache has all of a model's files."""
     from huggingface_hub import snapshot_download
 
-    hub_id, _, revision = name.partition("@")
     try:
         folder = snapshot_download(
             hub_id,
@@ -144,22 +126,16 @@ def _has_model(name: str) -> bool:
     return any(Path(folder).glob(models.WEIGHTS[0]))
 
 
-def _has_file(hub_id: str, file: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+# What a sweep stores
 
-    return isinstance(try_to_load_from_cache(hub_id, file), str)
-
-
-# ---- What a sweep writes, where, and whether there is room. Writes nothing.
-
-ROW = 200  # bytes of a stored prediction, about
+PREDICTION = 200  # bytes of a stored prediction, about
 REPORT = 20 << 20  # of figures and reports, about
 JPEG = 0.25  # bytes a pixel of a prepared image, about
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Of one file system: bytes by what they are for, and what is free. folder: one that lies on it."""
+    """One file system: bytes by what they are for, and what is free. folder: one that lies on it."""
 
     folder: Path
     needs: Mapping[str, int]
@@ -174,62 +150,65 @@ class Disk:
         return self.needed <= self.free
 
 
-def disks(todo: Workload, out: Path, fetched: Sequence[Download], workers: int) -> list[Disk]:
+def disks(workload: Workload, out: Path, fetched: Sequence[Download], workers: int) -> list[Disk]:
     """The file systems that a sweep writes to. out: the results folder. fetched: what is downloaded first."""
     from huggingface_hub import constants
 
     hub, cache = Path(constants.HF_HUB_CACHE), cache_folder()
-    packs = sum(each.bytes or 0 for each in fetched if each.dataset)
+    features = _growth(_vlm_features(workload), cache / "vision")
+    features += _growth(_backbone_features(workload), cache / "features")
+    predictions = sum(workload.datasets[cell.source].test_count(cell.settings) for cell in workload.cells)
     needs = [
-        (hub, "downloads", sum(each.bytes or 0 for each in fetched)),
-        (cache, "packed data sets", packs),
-        (cache, "image features", _new(_vision(todo), cache / "vision") + _new(_frozen(todo), cache / "features")),
-        (cache, "prepared images", _prepared(todo) * workers),
-        (out, "results", sum(ROW * todo.sets[part.source].tested(part.settings) for part in todo.parts) + REPORT),
+        (hub, "downloads", _total(fetched)),
+        (cache, "packed data sets", _total(each for each in fetched if each.dataset)),
+        (cache, "image features", features),
+        (cache, "prepared images", _prepared(workload) * workers),
+        (out, "results", PREDICTION * predictions + REPORT),
     ]
-    found: dict[int, tuple[Path, dict[str, int]]] = {}
+    by_device: dict[int, tuple[Path, dict[str, int]]] = {}
     for folder, what, size in needs:
-        place = _existing(folder)
-        of = found.setdefault(os.stat(place).st_dev, (place, {}))[1]
-        of[what] = of.get(what, 0) + size
-    return [Disk(folder, each, shutil.disk_usage(folder).free) for folder, each in found.values()]
+        folder = folder.absolute()
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        sizes = by_device.setdefault(os.stat(existing).st_dev, (existing, {}))[1]
+        sizes[what] = sizes.get(what, 0) + size
+    return [Disk(folder, sizes, shutil.disk_usage(folder).free) for folder, sizes in by_device.values()]
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    here = folder.absolute()
-    return next(each for each in (here, *here.parents) if each.exists())
+def _total(fetched: Iterable[Download]) -> int:
+    return sum(each.bytes or 0 for each in fetched)
 
 
-def _new(needed: int, folder: Path) -> int:
+def _growth(needed: int, folder: Path) -> int:
     """What a folder of features grows by. What is in it is taken for this sweep's; other processes may remove it."""
     kept = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                kept += os.lstat(Path(place, name)).st_size
+                kept += os.lstat(Path(parent, name)).st_size
     return max(0, needed - kept)
 
 
-def _vision(todo: Workload) -> int:
+def _vlm_features(workload: Workload) -> int:
     """Of all data sets, as cells keep those too that are not encoded ahead, as far as the cache goes."""
-    total = sum(feature_bytes(todo).values())
-    return min(total, disk_limit()) if total else 0
+    from vlm import service
+
+    total = sum(feature_bytes(workload).values())
+    return min(total, service.feature_disk_bytes()) if total else 0
 
 
-def _frozen(todo: Workload) -> int:
+def _backbone_features(workload: Workload) -> int:
     total = 0.0
-    for part, each in backbone_images(todo):
-        vit = vit_of(part.settings.backbone)
-        total += (each.train + each.test) * 4 * (vit.width if vit else 0)
+    for cell, images in backbone_image_counts(workload):
+        model = vit_size(cell.settings.backbone)
+        total += (images.train + images.test) * 4 * (model.width if model else 0)
     return int(total)
 
 
-def _prepared(todo: Workload) -> int:
-    """Of one worker, which puts them aside while it is at a data set."""
+def _prepared(workload: Workload) -> int:
+    """Of one worker, which keeps them in files while it is at a data set."""
     sizes = [0.0]
-    for source, each in images(todo.parts, todo).items():
-        part = next(part for part in todo.parts if part.source == source)
-        width, height = sides(todo.sets[source], part.settings.max_side)
-        sizes.append((each.shown + each.test) * width * height * JPEG)
+    settings = {cell.source: cell.settings for cell in reversed(workload.cells)}
+    for source, images in image_counts(workload.cells, workload).items():
+        width, height = mean_size(workload.datasets[source], settings[source].max_side)
+        sizes.append((images.train_views + images.test) * width * height * JPEG)
     return int(max(sizes))

@@ -1,19 +1,15 @@
-"""How long a sweep takes: measured rates of this machine times what there is to do, shared out over its workers.
+"""How long a sweep takes: rates that are measured on this machine, times what there is to compute, on several workers.
 
-Drawing the report is not in it. Image features are taken for unknown: where an earlier sweep has left them in the
-cache, it takes less.
-
-TODO A short measurement in a worker: what each method takes to load, a step, an image. Knows no sweep and no totals.
-
-A method is run as a cell runs it, on a few images; what a second run on the same images takes less is what loading or
-encoding took. Features go to a folder of the measurement's own, so that none is known from before.
+A measurement runs every method as a cell does, on a few images; what a second run on the same images takes less is the
+loading of models or the encoding of images. Drawing the report is not in the estimate, and image features that an
+earlier sweep has left in the cache are not counted on.
 """
 
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,247 +22,78 @@ from typing import Any
 from data import catalog
 from data.dataset import Access, Dataset, Example, Images
 from data.preparation import prepare_all
+from experiments.plan.counts import LengthTable, cell_work, encoded_in_cell
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import predictions
-from experiments.sweep.encoding import EncodingSchedule, encoding_schedule, seen_in_cell
+from experiments.sweep.encoding import EncodingSchedule, encoding_schedule
 from experiments.sweep.methods import METHODS, Outcome, Task
 from experiments.sweep.metrics import metrics
 from experiments.sweep.run import few_shot
-from experiments.sweep.workload import CellSpec, Lengths, Workload, backbone_images, images, work
+from experiments.sweep.workload import CellSpec, Workload, backbone_image_counts, image_counts
 from kshot.files import TEMPORARY, cache_folder, remove_stale
 
-# ---- A short measurement in a worker: what each method takes to load, a step, an image. Knows no sweep and no
-
-SECONDS = 1.0  # that one run should take, about
-FEW, SOME, MANY = 2, 8, 192  # test images of a run
-STEPS = 24  # of a run, at most
-LONG = 10.0  # seconds of a run after which no longer one is tried
-PROBE = "probe"  # in the names of folders
-
-
-@dataclass(frozen=True)
-class ProbeRequest:
-    """What one worker measures of one data set: the parts, one of each variant. sent: when (seconds of the clock)."""
-
-    source: str
-    access: Access
-    parts: tuple[CellSpec, ...]
-    shots: tuple[int, ...]
-    service: str
-    device: str
-    answer: int  # tokens of the answer of a model that has learnt to answer
+ANSWER = 8  # tokens of an answer, where no tokenizer is here to count them
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds. load: once a worker. fixed: of a cell, whatever it does. step: of the optimizer. fit: a training image
-    of a head. scored, answered: a test image. encoded: an image through the tower or a frozen backbone."""
+    """Seconds of a method. load: once a worker. fixed: of a cell, whatever it does. step: of an optimizer step. fit: of
+    a training image of a head. scored, generated: of a test image. encoded: of an image through the tower or a frozen
+    backbone."""
 
     load: float = 0.0
     fixed: float = 0.0
     step: float = 0.0
     fit: float = 0.0
     scored: float = 0.0
-    answered: float = 0.0
+    generated: float = 0.0
     encoded: float = 0.0
 
 
 @dataclass(frozen=True)
+class ProbeRequest:
+    """What one worker measures of one data set. cells: one of each variant. answer: tokens of an answer."""
+
+    source: str
+    access: Access
+    cells: tuple[CellSpec, ...]
+    shots: tuple[int, ...]
+    service: str
+    device: str
+    answer: int
+
+
+@dataclass(frozen=True)
 class ProbeResult:
-    """What a worker saw of a data set. began: seconds of the clock. data: seconds to load the set. prepared, mirrored:
-    seconds an image, without and with its twin. peak: bytes that the process has had at most."""
+    """What a worker measured of one data set. began: seconds of the clock. data: seconds to load the set. prepared,
+    mirrored: seconds an image, without and with its mirrored twin. rates: by variant. peak: bytes of the process."""
 
     began: float
     data: float
     prepared: float
     mirrored: float
-    rates: dict[tuple[Any, ...], Rates]
+    rates: Mapping[tuple[Any, ...], Rates]
     peak: int
 
 
 @dataclass(frozen=True)
-class Short(Task):
-    """A cell's task cut short: `count` optimizer steps."""
-
-    count: int = 1
-
-    @property
-    def steps(self) -> int:
-        return self.count
-
-
-@dataclass(frozen=True)
-class Run:
-    """Seconds of a run: of its phases, of what follows a method in a cell, and of all."""
-
-    fit: float
-    predict: float
-    answer: float
-    after: float
-    wall: float
-
-
-@contextmanager
-def own_folder() -> Iterator[Path]:
-    """A folder in the cache for a measurement, for the parent to make: its workers may be ended at any moment. It is
-    removed at the end, and so are those that killed measurements left an hour ago."""
-    cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    remove_stale(cache / PROBE)
-    name = {"prefix": f".{PROBE}.", "suffix": TEMPORARY}
-    with TemporaryDirectory(dir=cache, **name, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def probe(folder: Path, asked: Sequence[ProbeRequest]) -> list[ProbeResult]:
-    """What this worker sees of each data set. folder: see `own_folder`; models keep features in it to the end."""
-    own = mkdtemp(dir=folder)
-    return [_seen(each, own) for each in asked]
-
-
-def _seen(asked: ProbeRequest, folder: str) -> ProbeResult:
-    began, start = time.time(), time.perf_counter()
-    s = asked.parts[0].settings
-    dataset = catalog.load(asked.source, access=asked.access, split_seed=s.split_seed)
-    loaded = time.perf_counter()
-    shown = [*dataset.test, *dataset.train][: FEW + SOME + MANY]  # a small set has too few to test on
-    test = prepare_all(shown, max_side=s.max_side, hflip=False)
-    after = time.perf_counter()
-    pool = prepare_all(dataset.train[:MANY], max_side=s.max_side, hflip=True)
-    done = time.perf_counter()
-    with _cache_at(folder):
-        rates = {part.variant: _rates(part, asked, dataset, test) for part in asked.parts}
-    return ProbeResult(began, loaded - start, (after - loaded) / len(test), (done - after) / len(pool), rates, _peak())
-
-
-@contextmanager
-def _cache_at(folder: str) -> Iterator[None]:
-    before = os.environ.get("KSHOT_CACHE")
-    os.environ["KSHOT_CACHE"] = folder
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["KSHOT_CACHE"]
-        else:
-            os.environ["KSHOT_CACHE"] = before
-
-
-def _peak() -> int:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used << 10
-
-
-def _rates(part: CellSpec, asked: ProbeRequest, dataset: Dataset, test: Sequence[Example]) -> Rates:
-    small, large = _training(part, asked, dataset)
-    run = partial(_run, part, asked, dataset)
-    first = run(small, test[:FEW])
-    again = run(small, test[:FEW])
-    some = min(SOME, max(1, (len(test) - FEW) // 2))
-    fresh = run(small, test[FEW : FEW + some])
-    each = max((fresh.predict - again.predict + fresh.answer - again.answer) / some, 1e-4)
-    many = test[FEW + some :][: max(1, int(SECONDS / each))] if fresh.wall < LONG else test[FEW : FEW + some]
-    steps = min(STEPS, 1 + int(SECONDS / max(again.fit, 1e-3))) if part.trains else 1
-    new = run(large, many) if fresh.wall < LONG else fresh
-    known = run(large, many, steps)
-    return _fitted(part, first, again, new, known, (len(small), len(large)), len(many), steps)
-
-
-def _fitted(
-    part: CellSpec, first: Run, again: Run, new: Run, known: Run, train: tuple[int, int], test: int, steps: int
-) -> Rates:
-    """The line through a small and a large run."""
-    more = max(test - FEW, 1)
-    step = fit = 0.0
-    if part.trains:
-        step = (known.fit - again.fit) / (steps - 1) if steps > 1 else known.fit
-    elif train[1] > train[0]:
-        fit = (known.fit - again.fit) / (train[1] - train[0])
-    else:
-        fit = known.fit / max(train[0], 1)
-    scored = (known.predict + known.after - again.predict - again.after) / more
-    answered = (known.answer - again.answer) / more
-    step, fit, scored, answered = (max(each, 0.0) for each in (step, fit, scored, answered))
-    fixed = again.wall - step - fit * train[0] - FEW * (scored + answered)
-    return Rates(
-        load=max(first.wall - again.wall, 0.0),
-        fixed=max(fixed, 0.0),
-        step=step,
-        fit=fit,
-        scored=scored,
-        answered=answered,
-        encoded=max((new.predict - known.predict) / test, 0.0),
-    )
-
-
-def _training(part: CellSpec, asked: ProbeRequest, dataset: Dataset) -> tuple[list[Example], list[Example]]:
-    """The training images of a small and a large run: a batch where a model trains; else two numbers of shots, as far
-    as they are few images."""
-    s = part.settings
-    if not part.row.learns:
-        return [], []
-    if part.trains:
-        pool = few_shot(dataset, min(asked.shots), 0, s)[: s.batch_size]
-        prepared = prepare_all(pool, max_side=s.max_side, hflip=False)
-        return prepared, prepared
-    fitting = [k for k in asked.shots if k * len(dataset.classes) <= MANY] or [min(asked.shots)]
-    ends = (few_shot(dataset, k, 0, s)[:MANY] for k in (min(fitting), max(fitting)))
-    small, large = (prepare_all(chosen, max_side=s.max_side, hflip=False) for chosen in ends)
-    return small, large
-
-
-def _run(
-    part: CellSpec,
-    asked: ProbeRequest,
-    dataset: Dataset,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    count: int = 1,
-) -> Run:
-    learnt = {"answer_tokens": min(asked.answer, part.settings.answer_tokens)} if part.trains and part.asks else {}
-    task = Short(
-        classes=dataset.classes,
-        train=train,
-        test=Images(test),
-        seed=0,
-        settings=part.settings.model_copy(update=learnt),
-        hflip=0.0,
-        service=asked.service,
-        device=asked.device,
-        count=count,
-    )
-    start = time.perf_counter()
-    outcome: Outcome = METHODS[part.method].run(task)
-    done = time.perf_counter()
-    metrics(predictions(test, outcome), len(dataset.classes))
-    after = time.perf_counter() - done
-    fit, predict, answer = (outcome.seconds.get(name, 0.0) for name in ("fit", "predict", "answer"))
-    return Run(fit, predict, answer, after, time.perf_counter() - start)
-
-
-# ---- How long a sweep takes: measured rates of this machine times what there is to do, shared out over its workers.
-
-NAME = 8  # tokens of an answer, where no tokenizer says
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the workers saw, on average. start: seconds until one begins. data, prepared, mirrored: by source, see Seen.
-
-    rates: (source, variant) → rates. peak: bytes that a worker took at most. spent: seconds of the measurement.
-    """
+class Measurement:
+    """Means over the workers. start: seconds until a worker begins. results: by source. seconds: what it all took."""
 
     start: float
-    data: Mapping[str, float]
-    prepared: Mapping[str, float]
-    mirrored: Mapping[str, float]
-    rates: Mapping[tuple[str, tuple[Any, ...]], Rates]
-    peak: int
-    spent: float
+    results: Mapping[str, ProbeResult]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return max(result.peak for result in self.results.values())
+
+    def rates(self, cell: CellSpec) -> Rates:
+        return self.results[cell.source].rates[cell.variant]
 
 
 @dataclass(frozen=True)
-class Spent:
+class SweepTime:
     """Seconds of a sweep, by what a user waits for: total is their sum. methods: of one worker, by method."""
 
     start: float
@@ -281,34 +108,40 @@ class Spent:
 
 
 def measure(
-    todo: Workload,
+    workload: Workload,
     workers: int,
-    lengths: Mapping[tuple[str, str], Lengths] | None = None,
+    lengths: LengthTable | None = None,
     *,
     threads: int = 1,
     gpus: Sequence[str] = (),
-) -> Measured:
-    """Every method that is planned, tried in as many workers at once as the sweep will have: two busy cores are slower
+) -> Measurement:
+    """Runs every method of the workload in as many workers at once as the sweep will have: two busy cores are slower
     than one. Raises what loading a model raises, as InputError or KshotError."""
-    asked = [_asked(todo, source, lengths) for source in todo.sets]
+    requests = [_request(workload, source, lengths) for source in workload.datasets]
     sent, start = time.time(), time.perf_counter()
-    with own_folder() as folder:
-        answers = executors.local(partial(probe, folder), [asked] * workers, workers, threads=threads, gpus=gpus)
-        seen = [answer for _, answer in executors.results(answers)]
-    return _averaged(asked, seen, sent, time.perf_counter() - start)
+    with probe_folder() as folder:
+        answers = executors.local(partial(probe, folder), [requests] * workers, workers, threads=threads, gpus=gpus)
+        results = [result for _, result in executors.results(answers)]
+    by_source = {one.source: _mean([each[n] for each in results]) for n, one in enumerate(requests)}
+    return Measurement(mean(each[0].began - sent for each in results), by_source, time.perf_counter() - start)
 
 
-def spent(todo: Workload, measured: Measured, workers: int) -> Spent:
+def sweep_time(workload: Workload, measurement: Measurement, workers: int) -> SweepTime:
     """Of the whole sweep on this many workers."""
-    when = encoding_schedule(todo)
-    seconds = [_cell(part, todo, measured, when) for part in todo.parts]
+    schedule = encoding_schedule(workload)
+    seconds = [_cell(cell, workload, measurement.rates(cell), schedule) for cell in workload.cells]
     methods: dict[str, float] = {}
-    for part, each in zip(todo.parts, seconds, strict=True):
-        methods[part.method] = methods.get(part.method, 0.0) + each
-    loads = sum(_loads(measured))
-    data = [measured.data[source] + each for source, each in _preparation(todo, measured).items()]
-    encode = sum(_encoding(todo, measured, when, workers)) / workers
-    return Spent(measured.start + loads, sum(data), encode, makespan(seconds, workers), methods)
+    loads: dict[Any, float] = {}  # a later data set finds its models loaded
+    for cell, each in zip(workload.cells, seconds, strict=True):
+        methods[cell.method] = methods.get(cell.method, 0.0) + each
+    for result in measurement.results.values():
+        loads = {variant: rates.load for variant, rates in result.rates.items()} | loads
+    prepare = 0.0
+    for source, images in image_counts(workload.cells, workload).items():
+        result = measurement.results[source]  # every worker prepares the images of its cells, which are soon all
+        prepare += result.data + (images.test * result.prepared + images.train * result.mirrored)
+    encode = sum(_encoding(workload, measurement, schedule, workers)) / workers
+    return SweepTime(measurement.start + sum(loads.values()), prepare, encode, makespan(seconds, workers), methods)
 
 
 def makespan(seconds: Sequence[float], workers: int) -> float:
@@ -319,68 +152,199 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def _asked(todo: Workload, source: str, lengths: Mapping[tuple[str, str], Lengths] | None) -> ProbeRequest:
-    parts = [part for part in todo.parts if part.source == source]
-    variants = {part.variant: part for part in parts}
-    shots = tuple(sorted({part.shots for part in parts if part.row.learns})) or (1,)
+def _request(workload: Workload, source: str, lengths: LengthTable | None) -> ProbeRequest:
+    cells = {cell.variant: cell for cell in workload.cells if cell.source == source}
+    shots = {cell.shots for cell in workload.cells if cell.source == source and cell.spec.learns}
     answers = [length.answer for (of, _), length in (lengths or {}).items() if of == source]
-    answer = round(max(answers, default=NAME))
-    access = todo.sets[source].access
-    return ProbeRequest(source, access, tuple(variants.values()), shots, todo.service, todo.device, answer)
+    return ProbeRequest(
+        *(source, workload.datasets[source].access, tuple(cells.values()), tuple(sorted(shots)) or (1,)),
+        *(workload.service, workload.device, round(max(answers, default=ANSWER))),
+    )
 
 
-def _averaged(
-    asked: Sequence[ProbeRequest], seen: Sequence[Sequence[ProbeResult]], sent: float, spent: float
-) -> Measured:
-    def by_source(field: Callable[[ProbeResult], float]) -> dict[str, float]:
-        return {one.source: mean(field(each[n]) for each in seen) for n, one in enumerate(asked)}
-
+def _mean(results: Sequence[ProbeResult]) -> ProbeResult:
     rates = {
-        (one.source, variant): _mean_rates([each[n].rates[variant] for each in seen])
-        for n, one in enumerate(asked)
-        for variant in seen[0][n].rates
+        variant: Rates(*(mean(vars(each.rates[variant])[name] for each in results) for name in vars(Rates())))
+        for variant in results[0].rates
     }
-    start = mean(each[0].began - sent for each in seen)
-    peak = max(one.peak for each in seen for one in each)
-    parts = (by_source(lambda one: one.data), by_source(lambda one: one.prepared), by_source(lambda one: one.mirrored))
-    return Measured(start, *parts, rates, peak, spent)
+    times = (mean(getattr(each, name) for each in results) for name in ("began", "data", "prepared", "mirrored"))
+    return ProbeResult(*times, rates, max(each.peak for each in results))
 
 
-def _mean_rates(rates: Sequence[Rates]) -> Rates:
-    return Rates(*(mean(getattr(each, name) for each in rates) for name in Rates.__dataclass_fields__))
+def _cell(cell: CellSpec, workload: Workload, rates: Rates, schedule: EncodingSchedule) -> float:
+    info = workload.datasets[cell.source]
+    work = cell_work(cell, info)
+    training = work.steps * rates.step + work.fitted * rates.fit * (not cell.trains)
+    encodes = cell.uses_vlm and cell.source in schedule.per_cell
+    encoding = encoded_in_cell(cell, info) * rates.encoded if encodes else 0.0
+    return rates.fixed + training + encoding + work.scored * rates.scored + work.generated * rates.generated
 
 
-def _cell(part: CellSpec, todo: Workload, measured: Measured, when: EncodingSchedule) -> float:
-    known, rates = todo.sets[part.source], measured.rates[part.source, part.variant]
-    does, again = work(part, known), part.looks and part.source in when.cell
-    trained = does.steps * rates.step + does.fitted * rates.fit * (not part.trains)
-    encoded = seen_in_cell(part, known) * rates.encoded if again else 0.0
-    return rates.fixed + trained + encoded + does.scored * rates.scored + does.answered * rates.answered
+def _encoding(
+    workload: Workload, measurement: Measurement, schedule: EncodingSchedule, workers: int
+) -> Iterator[float]:
+    """Seconds of the towers and frozen backbones: each image once for all workers, or once in each of them where it is
+    not encoded ahead; what every cell encodes again is counted there."""
+    cells = workload.select(lambda c: c.uses_vlm and c.source in (*schedule.ahead, *schedule.per_worker))
+    for source, images in image_counts(cells, workload).items():
+        rates = [measurement.rates(cell).encoded for cell in cells if cell.source == source]
+        times = 1 if source in schedule.ahead else min(workers, len(rates))
+        yield times * (images.train_views + images.test) * max(rates)
+    for cell, images in backbone_image_counts(workload):
+        yield (images.train + images.test) * measurement.rates(cell).encoded
 
 
-def _loads(measured: Measured) -> Iterator[float]:
-    """Of each method once a worker: a later data set finds its models loaded."""
-    first: dict[Any, float] = {}
-    for (_, variant), rates in measured.rates.items():
-        first.setdefault(variant, rates.load)
-    yield from first.values()
+# The measurement, in a worker
+
+SECONDS = 1.0  # that one run should take, about
+FEW, SOME, MANY = 2, 8, 192  # test images of a run
+STEPS = 24  # of a run, at most
+LONG = 10.0  # seconds of a run after which no longer one is tried
+PROBE = "probe"  # in the names of folders
 
 
-def _preparation(todo: Workload, measured: Measured) -> dict[str, float]:
-    """Every worker prepares the images of its cells, which are soon those of all."""
-    found = {}
-    for source, each in images(todo.parts, todo).items():
-        found[source] = each.test * measured.prepared[source] + each.train * measured.mirrored[source]
-    return found
+@contextmanager
+def probe_folder() -> Iterator[Path]:
+    """A folder in the cache for a measurement, for the parent to make: its workers may be ended at any moment. It is
+    removed at the end, and so are those that killed measurements left an hour ago."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    remove_stale(cache / PROBE)
+    name = {"prefix": f".{PROBE}.", "suffix": TEMPORARY}
+    with TemporaryDirectory(dir=cache, **name, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
-def _encoding(todo: Workload, measured: Measured, when: EncodingSchedule, workers: int) -> Iterator[float]:
-    """Seconds of the towers and frozen backbones: each image once for all workers, or once for each of them where it is
-    not encoded ahead; what every cell encodes anew is counted there."""
-    looking = todo.where(lambda part: part.looks and part.source in (*when.once, *when.worker))
-    for source, each in images(looking, todo).items():
-        rates = [measured.rates[source, part.variant].encoded for part in looking if part.source == source]
-        times = 1 if source in when.once else min(workers, len(rates))
-        yield times * (each.shown + each.test) * max(rates)
-    for part, each in backbone_images(todo):
-        yield (each.train + each.test) * measured.rates[part.source, part.variant].encoded
+def probe(folder: Path, requests: Sequence[ProbeRequest]) -> list[ProbeResult]:
+    """What this worker process, which serves nothing else, measures of each data set. Features are cached in `folder`
+    (see `probe_folder`), so that none is there from an earlier sweep."""
+    loaded = [_load(request) for request in requests]  # from the real cache
+    os.environ["KSHOT_CACHE"] = mkdtemp(dir=folder)
+    return [_probe(*each) for each in zip(requests, loaded, strict=True)]
+
+
+def _load(request: ProbeRequest) -> tuple[Dataset, float, float]:
+    began, start = time.time(), time.perf_counter()
+    split_seed = request.cells[0].settings.split_seed
+    dataset = catalog.load(request.source, access=request.access, split_seed=split_seed)
+    return dataset, began, time.perf_counter() - start
+
+
+def _probe(request: ProbeRequest, loaded: tuple[Dataset, float, float]) -> ProbeResult:
+    (dataset, began, data), max_side = loaded, request.cells[0].settings.max_side
+    start = time.perf_counter()
+    images = [*dataset.test, *dataset.train][: FEW + SOME + MANY]  # a small set has too few to test on
+    test = prepare_all(images, max_side=max_side, hflip=False)
+    prepared = time.perf_counter()
+    pool = prepare_all(dataset.train[:MANY], max_side=max_side, hflip=True)
+    mirrored = time.perf_counter()
+    rates = {cell.variant: _rates(cell, request, dataset, test) for cell in request.cells}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    return ProbeResult(began, data, (prepared - start) / len(test), (mirrored - prepared) / len(pool), rates, peak)
+
+
+@dataclass(frozen=True)
+class ShortTask(Task):
+    """A cell's task cut short: `count` optimizer steps."""
+
+    count: int = 1
+
+    @property
+    def steps(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds of a run: of its phases, of the metrics that follow in a cell, and of all."""
+
+    fit: float
+    predict: float
+    answer: float
+    metrics: float
+    total: float
+
+
+def _rates(cell: CellSpec, request: ProbeRequest, dataset: Dataset, test: Sequence[Example]) -> Rates:
+    small, large = _training_images(cell, request, dataset)
+    run = partial(_run, cell, request, dataset)
+    cold, warm = run(small, test[:FEW]), run(small, test[:FEW])
+    some = min(SOME, max(1, (len(test) - FEW) // 2))
+    uncached = run(small, test[FEW : FEW + some])
+    each = max((uncached.predict - warm.predict + uncached.answer - warm.answer) / some, 1e-4)
+    many = test[FEW : FEW + some]
+    if uncached.total < LONG:
+        many = test[FEW + some :][: max(1, int(SECONDS / each))]
+        uncached = run(large, many)
+    steps = min(STEPS, 1 + int(SECONDS / max(warm.fit, 1e-3))) if cell.trains else 1
+    cached = run(large, many, steps)
+    return fit_rates(cold, warm, uncached, cached, (len(small), len(large)), len(many), steps if cell.trains else 0)
+
+
+def fit_rates(
+    cold: RunTime, warm: RunTime, uncached: RunTime, cached: RunTime, train: tuple[int, int], test: int, steps: int
+) -> Rates:
+    """The line through a small and a large run.
+
+    cold, warm: of FEW test images and one step, before and after models are loaded and images encoded. uncached,
+    cached: of `test` images and `steps` steps (0: nothing trains). train: training images of a small and a large run.
+    """
+    step = fit = 0.0
+    if steps:
+        step = (cached.fit - warm.fit) / (steps - 1) if steps > 1 else cached.fit
+    elif train[1] > train[0]:
+        fit = (cached.fit - warm.fit) / (train[1] - train[0])
+    else:
+        fit = cached.fit / max(train[0], 1)
+    more = max(test - FEW, 1)
+    scored = (cached.predict + cached.metrics - warm.predict - warm.metrics) / more
+    generated = (cached.answer - warm.answer) / more
+    step, fit, scored, generated = (max(each, 0.0) for each in (step, fit, scored, generated))
+    return Rates(
+        load=max(cold.total - warm.total, 0.0),
+        fixed=max(warm.total - step - fit * train[0] - FEW * (scored + generated), 0.0),
+        step=step,
+        fit=fit,
+        scored=scored,
+        generated=generated,
+        encoded=max((uncached.predict - cached.predict) / test, 0.0),
+    )
+
+
+def _training_images(
+    cell: CellSpec, request: ProbeRequest, dataset: Dataset
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The training images of a small and a large run: a batch where a model trains; else two numbers of shots, as far
+    as they are few images."""
+    s = cell.settings
+    if not cell.spec.learns:
+        return [], []
+    shots, most = [min(request.shots)] * 2, s.batch_size
+    if not cell.trains:
+        few = [k for k in request.shots if k * len(dataset.classes) <= MANY] or shots
+        shots, most = [min(few), max(few)], MANY
+    small, large = (prepare_all(few_shot(dataset, k, 0, s)[:most], max_side=s.max_side, hflip=False) for k in shots)
+    return small, large
+
+
+def _run(
+    cell: CellSpec,
+    request: ProbeRequest,
+    dataset: Dataset,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    count: int = 1,
+) -> RunTime:
+    settings = cell.settings
+    if cell.trains and cell.generates:  # a model that has learnt to answer stops after a class name
+        answer_tokens = min(request.answer, settings.answer_tokens)
+        settings = settings.model_copy(update={"answer_tokens": answer_tokens})
+    service = {"service": request.service, "device": request.device}
+    task = ShortTask(dataset.classes, train, Images(test), 0, settings, hflip=0.0, **service, count=count)
+    start = time.perf_counter()
+    outcome: Outcome = METHODS[cell.method].run(task)
+    done = time.perf_counter()
+    metrics(predictions(test, outcome), len(dataset.classes))
+    end = time.perf_counter()
+    fit, predict, answer = (outcome.seconds.get(name, 0.0) for name in ("fit", "predict", "answer"))
+    return RunTime(fit, predict, answer, end - done, end - start)

@@ -173,7 +173,7 @@ def test_windows_keep_the_order_and_change_nothing(
     real = classifier.predict_and_decode
     watched = lambda s, images, p: (sizes.append(len(images)), real(s, images, p))[1]  # noqa: E731
     monkeypatch.setattr(classifier, "predict_and_decode", watched)
-    monkeypatch.setattr(predicting, "WINDOW", 4)
+    monkeypatch.setattr(predicting, "BATCH", 4)
     parts = kshot(*ask)
     assert (parts.status, parts.err) == (whole.status, whole.err)
     assert sum(sizes) == 12
@@ -190,7 +190,7 @@ def test_the_model_is_loaded_once(adapter: Path, images: Path, kshot, monkeypatc
     loaded: list[str] = []
     real = registry.Model
     monkeypatch.setattr(registry, "Model", lambda name, *more: (loaded.append(name), real(name, *more))[1])
-    monkeypatch.setattr(predicting, "WINDOW", 1)
+    monkeypatch.setattr(predicting, "BATCH", 1)
     assert kshot("predict", images, "--adapter", adapter, "--json").status == 0
     assert loaded == [nano.NAME]
 
@@ -204,7 +204,7 @@ def test_ctrl_c(adapter: Path, images: Path, kshot, monkeypatch: pytest.MonkeyPa
 
 
 def test_many_images_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than two windows are prepared and not yet answered."""
+    """Never more than two batches are prepared and not yet classified."""
     from experiments.adapters.predict import Picture
 
     alive, most = 0, 0
@@ -215,15 +215,11 @@ def test_many_images_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None
         most = max(most, alive)
         return b"x"
 
-    class Asked:
-        def prepared(self, picture: Picture) -> bytes:
-            return picture.read()
-
     many = (Picture(str(n), lambda n=n: read(n)) for n in range(2000))
-    for window in predicting._ahead(Asked(), many):  # type: ignore[arg-type]
-        assert [each.result() for _, each in window]
-        alive -= len(window)
-    assert (alive, most <= 2 * predicting.WINDOW) == (0, True)
+    for batch in predicting.prefetched(lambda picture: picture.read(), many):
+        assert [each.result() for _, each in batch]
+        alive -= len(batch)
+    assert (alive, most <= 2 * predicting.BATCH) == (0, True)
 
 
 def test_names_that_would_steer_a_terminal(adapter: Path, images: Path, kshot) -> None:

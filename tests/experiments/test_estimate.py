@@ -19,15 +19,16 @@ from data.dataset import Access, Example, Item, content_key
 from data.fewshot import k_shot
 from data.preparation import prepare
 from experiments.plan import storage
-from experiments.plan.estimate import Room, check, estimate, of_jobs, of_sweep, room, rows, seconds
+from experiments.plan.counts import available_lengths, cell_work, count, prompt_lengths
+from experiments.plan.estimate import Requirements, check, duration, estimate, requirements, rows
 from experiments.plan.memory import PASS, Memory, memory
+from experiments.plan.models import vit_size
 from experiments.plan.storage import Disk, Download, disks, downloads
 from experiments.sweep.cells import predictions
 from experiments.sweep.config import Sweep, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Outcome, Task, prompt_of
-from experiments.sweep.shapes import vit_of
-from experiments.sweep.workload import Workload, counts, is_here, lengths, reachable, work
+from experiments.sweep.workload import Workload, is_here, of_jobs, of_sweep
 from kshot.errors import InputError
 from vlm import models, nano
 
@@ -51,53 +52,53 @@ def blog() -> Workload:
 
 def test_counts_are_those_by_hand(sweep: Callable[..., Sweep]) -> None:
     """Three classes of eight training and two test images; 2 x 2 cells of each method that learns."""
-    todo = of_sweep(sweep())
-    dataset = todo.sets[todo.parts[0].source].dataset
+    workload = of_sweep(sweep())
+    dataset = workload.datasets[workload.cells[0].source].dataset
     assert dataset is not None
     train = {dataset.train[n].key for seed in (0, 1) for n in k_shot(dataset.train, dataset.classes, 2, seed)}
-    found = counts(todo, None)
+    found = count(workload, None)
     assert found.cells == dict.fromkeys(FIVE, 4) | {"vlm-zero-shot": 1}
     assert found.steps == {"vlm-lora": 4 * 3, "dinov2-lora": 4 * 3}  # 12 views in batches of 5
     assert (found.train, found.test) == (len(train), 6)
     assert found.tower == 6 + 2 * len(train)  # mirrored ones too
     assert found.backbone == 6 + len(train)
-    assert found.asked == 5 * 2 * 6  # five cells, twice an image
-    assert found.training_tokens is found.question_tokens is None
+    assert found.prompts == 5 * 2 * 6  # five cells, twice an image
+    assert found.training_tokens is found.prompt_tokens is None
 
 
 def test_only_what_is_asked_for_is_counted(sweep: Callable[..., Sweep]) -> None:
-    found = counts(of_sweep(sweep(("dinov2-logreg",), limit_test=4)), None)
-    assert (found.test, found.tower, found.asked, found.steps) == (4, 0, 0, {})
-    assert counts(of_sweep(sweep(), service="http://somewhere"), None).tower == 0
-    both = counts(of_sweep(sweep(("dinov2-logreg",), image_size=(16, 32))), None)
-    assert both.backbone == 2 * counts(of_sweep(sweep(("dinov2-logreg",))), None).backbone
+    found = count(of_sweep(sweep(("dinov2-logreg",), limit_test=4)), None)
+    assert (found.test, found.tower, found.prompts, found.steps) == (4, 0, 0, {})
+    assert count(of_sweep(sweep(), service="http://somewhere"), None).tower == 0
+    both = count(of_sweep(sweep(("dinov2-logreg",), image_size=(16, 32))), None)
+    assert both.backbone == 2 * count(of_sweep(sweep(("dinov2-logreg",))), None).backbone
 
 
 def test_labelled_images_for_a_choice_are_asked_too(sweep: Callable[..., Sweep]) -> None:
-    todo = of_sweep(sweep(("vlm-lora",), calibration="validated"))
-    by_shots = {part.shots: work(part, todo.sets[part.source]) for part in todo.parts}
+    workload = of_sweep(sweep(("vlm-lora",), calibration="validated"))
+    by_shots = {part.shots: cell_work(part, workload.datasets[part.source]) for part in workload.cells}
     assert {shots: each.scored for shots, each in by_shots.items()} == {1: 6 + 3, 2: 6 + 6}
-    assert {each.answered for each in by_shots.values()} == {6}
+    assert {each.generated for each in by_shots.values()} == {6}
 
 
 def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> None:
     """The sample is the whole set: so the averages are exact."""
     asked = sweep()
-    todo = of_sweep(asked)
+    workload = of_sweep(asked)
     source, s = asked.datasets[0], asked.settings
-    dataset = todo.sets[source].dataset
+    dataset = workload.datasets[source].dataset
     assert dataset is not None
     prompt = prompt_of(None, Task(dataset.classes, [], [], 0, s, service="elsewhere"))
     images = [prepare(example.image) for example in (*dataset.train, *dataset.test)]
     questions = [prompt.question(image).length for image in images]
     examples = [prompt.datum(image, label).model_input.length for image in images for label in range(3)]
-    found = lengths(todo)[source, "recipe"]
-    assert found.question == pytest.approx(np.mean(questions))
+    found = prompt_lengths(workload)[source, "recipe"]
+    assert found.prompt == pytest.approx(np.mean(questions))
     assert found.training == pytest.approx(np.mean(examples))
     assert found.image == np.mean([sum(rule_tokens(prompt, image)) for image in images])
-    total = counts(todo, lengths(todo))
+    total = count(workload, prompt_lengths(workload))
     assert total.training_tokens == round(4 * 15 * np.mean(examples))  # 3 steps of 5 views
-    assert total.question_tokens == round(60 * np.mean(questions))
+    assert total.prompt_tokens == round(60 * np.mean(questions))
 
 
 def rule_tokens(prompt: Any, image: bytes) -> list[int]:
@@ -108,23 +109,23 @@ def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> 
     asked = sweep(image_size=(None, 32))
     planned = plan(asked)
     by_jobs, by_sweep = of_jobs(planned.jobs, planned.datasets), of_sweep(asked)
-    assert Counter(by_jobs.parts) == Counter(by_sweep.parts)
-    assert [METHODS[part.method].cost for part in by_jobs.parts] == [
-        METHODS[part.method].cost for part in by_sweep.parts
+    assert Counter(by_jobs.cells) == Counter(by_sweep.cells)
+    assert [METHODS[part.method].cost for part in by_jobs.cells] == [
+        METHODS[part.method].cost for part in by_sweep.cells
     ]
-    assert counts(by_jobs, None) == counts(by_sweep, None)
+    assert count(by_jobs, None) == count(by_sweep, None)
 
 
 def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -> None:
-    assert blog.missing_sets == ["caltech101", "cars", "flowers", "pets"]
-    found = counts(blog, None)
+    assert blog.missing == ["caltech101", "cars", "flowers", "pets"]
+    found = count(blog, None)
     assert found.cells == {"vlm-zero-shot": 4, "vlm-lora": 60, "dinov2-logreg": 60, "dinov2-lora": 60}
     steps = sum(-(-160 * classes // 32) for classes in (102, 196, 102, 37))
     assert found.steps == {"vlm-lora": 15 * steps, "dinov2-lora": 15 * steps}
     assert found.test == 6084 + 8041 + 6149 + 3669
     assert found.train <= 3060 + 8144 + 1020 + 3680
     assert found.train > 0.6 * (3060 + 8144 + 1020 + 3680)
-    assert reachable(blog)[0] is None  # no tokenizer of that model is here
+    assert available_lengths(blog)[0] is None  # no tokenizer of that model is here
 
 
 def test_a_hubs_set_of_unknown_size_is_refused() -> None:
@@ -172,7 +173,7 @@ def test_downloads_as_the_hub_says(blog: Workload, monkeypatch: pytest.MonkeyPat
         return lambda self, hub_id, **_: SimpleNamespace(siblings=named)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(storage, "_has_model", lambda name: False)
+    monkeypatch.setattr(storage, "_is_cached", lambda *_: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info(data))
     found = downloads(blog)
@@ -198,10 +199,10 @@ def test_a_model_in_the_hubs_cache_is_no_download(
     files.mkdir(parents=True)
     (files / "config.json").write_text("{}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    todo = of_sweep(sweep(("vlm-zero-shot",), model="somebody/a-model"))
-    assert [each.name for each in downloads(todo)] == ["somebody/a-model"]  # its weights are missing
+    workload = of_sweep(sweep(("vlm-zero-shot",), model="somebody/a-model"))
+    assert [each.name for each in downloads(workload)] == ["somebody/a-model"]  # its weights are missing
     (files / "model.safetensors").write_bytes(b"")
-    assert downloads(todo) == []
+    assert downloads(workload) == []
 
 
 def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
@@ -209,9 +210,9 @@ def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
     frozen, trained = (memory(of_sweep(sweep(m)), 2, free=10**10) for m in (("vlm-zero-shot",), ("vlm-lora",)))
     assert frozen.parts["weights"] == trained.parts["weights"] == 4 * 3018368
     assert "adapter and optimizer" not in frozen.parts
-    assert trained.needed == 2 * trained.worker > frozen.needed
+    assert trained.needed == 2 * trained.per_worker > frozen.needed
     assert memory(of_sweep(sweep(("pixel-knn",))), 1, free=1).parts["weights"] == 0
-    assert memory(of_sweep(sweep()), 2, free=10**10, seen=3 * 10**9).needed == 6 * 10**9
+    assert memory(of_sweep(sweep()), 2, free=10**10, measured=3 * 10**9).needed == 6 * 10**9
     elsewhere = of_sweep(sweep(("vlm-lora",)), service="http://somewhere")
     assert memory(elsewhere, 1, free=10**10).parts["weights"] == 0
 
@@ -224,7 +225,7 @@ def test_a_model_of_unknown_size_is_said(sweep: Callable[..., Sweep]) -> None:
 def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> None:
     """Half of the photos are 32 pixels wide, half 48; at a size of their own all are one pass."""
     own, square = (memory(of_sweep(sweep(("dinov2-lora",), **at)), 1, free=0) for at in ({}, {"image_size": 40}))
-    vit = vit_of(nano_dinov2.NAME)
+    vit = vit_size(nano_dinov2.NAME)
     assert vit is not None
     assert own.parts[PASS] == vit.training_bytes(3 * (4 * 5 + 1))  # of five images three at most; 40 x 32 on average
     assert square.parts[PASS] == vit.training_bytes(5 * (5 * 5 + 1))
@@ -235,7 +236,7 @@ def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
     assert found.no_time == "nothing is left to compute"
     assert sum(found.counts.cells.values()) == found.counts.test == 0
     assert {row[0]: row[1] for row in rows(found)}["cells"] == "0"
-    check(found.room)
+    check(found.requirements)
 
 
 def test_a_larger_model_needs_more(blog: Workload) -> None:
@@ -249,7 +250,7 @@ def test_a_stored_prediction_takes_no_more_than_is_said(method: str, tmp_path: P
     test = [Example(content_key(str(n).encode()), b"", n % 50) for n in range(count)]
     answers = [(f"the name of class {n % 50}", n % 50) for n in range(count)] if method == "vlm-zero-shot" else None
     pq.write_table(predictions(test, Outcome(rng.normal(size=(count, 50)), True, {}, answers)), tmp_path / "p.parquet")
-    assert (tmp_path / "p.parquet").stat().st_size == pytest.approx(storage.ROW * count, rel=0.5)
+    assert (tmp_path / "p.parquet").stat().st_size == pytest.approx(storage.PREDICTION * count, rel=0.5)
 
 
 def test_disk_by_file_system(blog: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,19 +260,19 @@ def test_disk_by_file_system(blog: Workload, tmp_path: Path, monkeypatch: pytest
     assert sum(disk.needs.get("downloads", 0) for disk in found) == 150
     assert sum(disk.needs.get("packed data sets", 0) for disk in found) == 50
     assert sum(disk.needs.get("image features", 0) for disk in found) > 32 << 30
-    rows = sum(each.tested(blog.parts[0].settings) for each in blog.sets.values()) * 46
+    rows = sum(each.test_count(blog.cells[0].settings) for each in blog.datasets.values()) * 46
     assert sum(disk.needs.get("results", 0) for disk in found) == 200 * rows + (20 << 20)
     assert not (tmp_path / "out").exists()
 
 
-def fitting(**changed: Any) -> Room:
+def fitting(**changed: Any) -> Requirements:
     given: dict[str, Any] = {
         "workers": 4,
         "downloads": [],
         "memory": Memory({"libraries": 10**9, "weights": 4 * 10**9, PASS: 10**9}, 30 * 10**9, "the CPU's memory", 4),
         "disks": [Disk(Path("/data"), {"downloads": 10**9, "results": 10}, 2 * 10**9)],
     }
-    return Room(**{**given, **changed})
+    return Requirements(**{**given, **changed})
 
 
 def test_what_fits_is_not_refused() -> None:
@@ -312,17 +313,17 @@ def test_what_does_not_fit_is_refused_with_the_way_out(changed: dict[str, Any], 
 
 
 def test_the_workers_are_those_that_a_sweep_would_have(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
-    todo = of_sweep(sweep())
-    assert room(todo, tmp_path / "out", 3).workers == 3
-    assert room(todo, tmp_path / "out", 100).workers == 17  # one a cell
-    assert room(todo, tmp_path / "out", None, threads=10**6).workers == 1
-    assert room(of_sweep(sweep(("vlm-zero-shot",))), tmp_path / "out", None).workers == 1
-    check(room(todo, tmp_path / "out", 2))
+    workload = of_sweep(sweep())
+    assert requirements(workload, tmp_path / "out", 3).workers == 3
+    assert requirements(workload, tmp_path / "out", 100).workers == 17  # one a cell
+    assert requirements(workload, tmp_path / "out", None, threads=10**6).workers == 1
+    assert requirements(of_sweep(sweep(("vlm-zero-shot",))), tmp_path / "out", None).workers == 1
+    check(requirements(workload, tmp_path / "out", 2))
 
 
 def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
     found = estimate(blog, tmp_path / "out", 1)
-    assert (found.spent, found.measured) == (None, None)
+    assert (found.time, found.measurement) == (None, None)
     table = {row[0]: row[1:] for row in rows(found)}
     assert table["cells"] == ("184", "60 vlm-lora, 60 dinov2-lora, 4 vlm-zero-shot, 60 dinov2-logreg")
     assert table["tokens"][0] == "unknown"
@@ -337,7 +338,7 @@ def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
 def test_a_service_elsewhere_is_not_measured(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     found = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", 1)
     assert found.no_time.startswith("the time of the service tinker is not measured")
-    assert found.counts.question_tokens
+    assert found.counts.prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -345,4 +346,4 @@ def test_a_service_elsewhere_is_not_measured(sweep: Callable[..., Sweep], tmp_pa
     [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "90 min"), (7200, "2.0 h"), (10**6, "11.6 days")],
 )
 def test_times_as_people_say_them(count: float, expected: str) -> None:
-    assert seconds(count) == expected
+    assert duration(count) == expected

@@ -1,5 +1,6 @@
 """Which images are encoded once, where the features of all do not fit into the cache; and what of them is there."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,18 +11,19 @@ from typing import Any
 import pytest
 
 from baselines import nano as nano_dinov2
-from experiments.cli.sweep import RunOptions, _check_room
-from experiments.plan.estimate import estimate, of_jobs, of_sweep, room, rows
+from experiments.cli.sweep import check_room
+from experiments.plan.counts import encoded_in_cell
+from experiments.plan.estimate import estimate, requirements, rows
 from experiments.plan.memory import memory
+from experiments.plan.models import vit_size
 from experiments.plan.storage import disks
-from experiments.plan.time import Measured, Rates, measure, own_folder, spent
+from experiments.plan.time import Measurement, ProbeResult, Rates, measure, probe_folder, sweep_time
 from experiments.sweep import workers as executors
-from experiments.sweep.config import Sweep, load
-from experiments.sweep.encoding import PART, encoding_schedule, encodings, feature_bytes, seen_in_cell, shared
+from experiments.sweep.config import RunOptions, Sweep, load
+from experiments.sweep.encoding import BATCH, encoding_jobs, encoding_schedule, feature_bytes
 from experiments.sweep.grid import plan
-from experiments.sweep.shapes import vit_of, vlm_of
 from experiments.sweep.store import Results
-from experiments.sweep.workload import Workload
+from experiments.sweep.workload import Workload, of_jobs, of_sweep
 from kshot.errors import InputError
 from kshot.files import STALE
 from vlm import nano
@@ -55,10 +57,11 @@ def sweep(sets: tuple[str, ...]) -> Callable[..., Sweep]:
 
 def each(test: int, train: int) -> int:
     """Bytes of so many images of 32 x 32 pixels, the training images mirrored too."""
-    shape = vlm_of(nano.NAME)
-    assert shape is not None
-    tokens = (32 // (shape.patch * shape.merge)) ** 2
-    return (test + 2 * train) * tokens * (1 + shape.deepstack) * shape.hidden * shape.item
+    config = json.loads((nano.folder() / "config.json").read_text())
+    vision = config["vision_config"]
+    tokens = (32 // (vision["patch_size"] * vision["spatial_merge_size"])) ** 2
+    embeddings = 1 + len(vision["deepstack_visual_indexes"])
+    return (test + 2 * train) * tokens * embeddings * config["text_config"]["hidden_size"] * 4  # float32
 
 
 SMALL, LARGE = (4, 16), (8, 16)  # a fifth of a folder is tested on; 2 x 8 shots
@@ -70,9 +73,14 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda kept: monkeypatch.setattr(features, "DISK_BYTES", -(-kept * 16 // 15))
 
 
+def times(workload: Workload) -> tuple[tuple[str, ...], ...]:
+    schedule = encoding_schedule(workload)
+    return schedule.ahead, schedule.per_worker, schedule.per_cell
+
+
 def test_bytes_by_hand(sweep: Callable[..., Sweep], sets: tuple[str, ...]) -> None:
-    todo = of_sweep(sweep())
-    assert feature_bytes(todo) == dict(zip(sets, (each(*SMALL), each(*LARGE), each(*SMALL)), strict=True))
+    workload = of_sweep(sweep())
+    assert feature_bytes(workload) == dict(zip(sets, (each(*SMALL), each(*LARGE), each(*SMALL)), strict=True))
     assert feature_bytes(of_sweep(sweep(), service="http://somewhere")) == {}
     assert feature_bytes(of_sweep(sweep(("pixel-knn",)))) == {}
     assert [*feature_bytes(of_sweep(sweep(model="somebody/a-model"))).values()] == [0, 0, 0]
@@ -82,39 +90,51 @@ def test_the_first_that_fit_together_are_shared(
     sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None]
 ) -> None:
     a, b, c = sets
-    todo, turned = of_sweep(sweep()), of_sweep(sweep(order=(2, 1, 0)))
+    workload, turned = of_sweep(sweep()), of_sweep(sweep(order=(2, 1, 0)))
     limit(2 * each(*SMALL) + each(*LARGE))
-    assert shared(todo) == (a, b, c)
+    assert encoding_schedule(workload).ahead == (a, b, c)
     limit(2 * each(*SMALL) + each(*LARGE) - 16)
-    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+    assert (
+        encoding_schedule(workload).ahead,
+        encoding_schedule(workload).per_worker,
+        encoding_schedule(workload).per_cell,
+    ) == (
         (a, b),
         (c,),
         (),
     )
     limit(each(*LARGE) - 16)
-    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+    assert (
+        encoding_schedule(workload).ahead,
+        encoding_schedule(workload).per_worker,
+        encoding_schedule(workload).per_cell,
+    ) == (
         (a,),
         (c,),
         (b,),
     )
-    assert shared(turned) == (c,)
+    assert encoding_schedule(turned).ahead == (c,)
     limit(each(*SMALL) - 16)
-    assert (encoding_schedule(todo).once, encoding_schedule(todo).worker, encoding_schedule(todo).cell) == (
+    assert (
+        encoding_schedule(workload).ahead,
+        encoding_schedule(workload).per_worker,
+        encoding_schedule(workload).per_cell,
+    ) == (
         (),
         (),
         (a, b, c),
     )
     unknown = of_sweep(sweep(model="somebody/a-model"))
-    assert shared(unknown) == (a, b, c)
+    assert encoding_schedule(unknown).ahead == (a, b, c)
 
 
 def test_only_those_are_encoded_ahead(
     sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None]
 ) -> None:
     planned = plan(sweep(("vlm-lora", "pixel-knn")))
-    assert [each.like.source for each in planned.encodings(planned.jobs)] == [*sets]
+    assert [each.cell_job.source for each in planned.encodings(planned.jobs)] == [*sets]
     limit(each(*SMALL) + each(*LARGE))
-    assert [each.like.source for each in planned.encodings(planned.jobs)] == [*sets[:2]]
+    assert [each.cell_job.source for each in planned.encodings(planned.jobs)] == [*sets[:2]]
     limit(0)
     assert planned.encodings(planned.jobs) == []
     assert planned.encodings([]) == []
@@ -125,35 +145,35 @@ def test_encoding_takes_workers_too(
 ) -> None:
     """As many as are started: one cell, but 20 images in parts of 4."""
     for module in ("encoding", "grid"):
-        monkeypatch.setattr(f"experiments.sweep.{module}.PART", 4)
+        monkeypatch.setattr(f"experiments.sweep.{module}.BATCH", 4)
     planned = plan(sweep(order=(0,)))
-    todo = of_jobs(planned.jobs, planned.datasets)
-    assert (PART, len(todo.parts)) == (64, 1)
-    assert encodings(todo) == len(planned.encodings(planned.jobs)) == 5
-    assert [room(todo, tmp_path, workers).workers for workers in (1, 4, 9)] == [1, 4, 5]
+    workload = of_jobs(planned.jobs, planned.datasets)
+    assert (BATCH, len(workload.cells)) == (64, 1)
+    assert encoding_jobs(workload) == len(planned.encodings(planned.jobs)) == 5
+    assert [requirements(workload, tmp_path, workers).workers for workers in (1, 4, 9)] == [1, 4, 5]
     limit(0)
-    assert room(todo, tmp_path, 9).workers == 1
+    assert requirements(workload, tmp_path, 9).workers == 1
 
 
-def rates_of(todo: Workload, rates: Rates) -> Measured:
-    of = dict.fromkeys(todo.sets, 0.0)
-    return Measured(0, of, of, of, {(part.source, part.variant): rates for part in todo.parts}, 0, 0)
+def rates_of(workload: Workload, rates: Rates) -> Measurement:
+    result = ProbeResult(0, 0, 0, 0, {cell.variant: rates for cell in workload.cells}, 0)
+    return Measurement(0, dict.fromkeys(workload.datasets, result), 0)
 
 
 def test_the_time_of_what_is_encoded_again(sweep: Callable[..., Sweep], limit: Callable[[int], None]) -> None:
     """Two seeds of two methods; of the second set every image again in every cell, of the third in every worker."""
     asked = sweep(("vlm-lora", "vlm-vision-linear", "vlm-zero-shot"), views_per_class=100)
-    todo = of_sweep(asked)
-    measured = rates_of(todo, Rates(encoded=0.5))
-    assert spent(todo, measured, 1).cells == 0
-    assert spent(todo, measured, 1).encode == 0.5 * (2 * (4 + 32) + (8 + 32))
+    workload = of_sweep(asked)
+    measured = rates_of(workload, Rates(encoded=0.5))
+    assert sweep_time(workload, measured, 1).cells == 0
+    assert sweep_time(workload, measured, 1).encode == 0.5 * (2 * (4 + 32) + (8 + 32))
     limit(each(*LARGE) - 16)
-    found = spent(todo, measured, 2)
+    found = sweep_time(workload, measured, 2)
     assert found.encode == 0.5 * ((4 + 32) + 2 * (4 + 32)) / 2
     lora, linear, asks = 32 + 8 + 8, 16 + 8, 8 + 8  # no mirrored image for a head; no answer from one
     assert found.methods == {"vlm-lora": 0.5 * lora, "vlm-vision-linear": 0.5 * linear, "vlm-zero-shot": 0.5 * asks}
     few = of_sweep(sweep())  # 8 views in batches of 5
-    assert seen_in_cell(few.parts[0], few.sets[few.parts[0].source]) == 10 + 4 + 4
+    assert encoded_in_cell(few.cells[0], few.datasets[few.cells[0].source]) == 10 + 4 + 4
 
 
 def test_the_table_says_when(
@@ -161,11 +181,11 @@ def test_the_table_says_when(
 ) -> None:
     a, b, c = sets
     asked = of_sweep(sweep(), service="tinker")  # which is not measured
-    found, todo = estimate(asked, tmp_path, 1), of_sweep(sweep())
+    found, workload = estimate(asked, tmp_path, 1), of_sweep(sweep())
     found = replace(found, counts=replace(found.counts, tower=112))
 
     def said() -> tuple[str, str]:
-        return {row[0]: row[1:] for row in rows(replace(found, encoding_schedule=encoding_schedule(todo)))}[
+        return {row[0]: row[1:] for row in rows(replace(found, encoding_schedule=encoding_schedule(workload)))}[
             "vision tower"
         ]
 
@@ -182,12 +202,12 @@ def test_what_is_there_already_needs_no_disk(
     sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: Callable[[int], None]
 ) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
-    todo, frozen, vit = of_sweep(sweep()), of_sweep(sweep(("dinov2-logreg",))), vit_of(nano_dinov2.NAME)
+    workload, frozen, vit = of_sweep(sweep()), of_sweep(sweep(("dinov2-logreg",))), vit_size(nano_dinov2.NAME)
     total = 2 * each(*SMALL) + each(*LARGE)
     assert vit is not None
 
-    def needed(todo: Workload = todo) -> int:
-        return sum(disk.needs["image features"] for disk in disks(todo, tmp_path / "out", [], 1))
+    def needed(workload: Workload = workload) -> int:
+        return sum(disk.needs["image features"] for disk in disks(workload, tmp_path / "out", [], 1))
 
     place = tmp_path / "vision/0123/ab"
     place.mkdir(parents=True)
@@ -239,13 +259,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_is_that_of_the_gpus_in_use(
     device: str, workers: int, free: int, name: str, sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
-    todo = of_sweep(sweep(), device=device)
-    assert todo.device == "cuda"  # what a worker calls the one it sees
-    found = memory(todo, workers, device=device)
-    assert (found.free, found.place, found.workers) == (free * 10**9, f"the memory of {name}", 1)
+    workload = of_sweep(sweep(), device=device)
+    assert workload.device == "cuda"  # what a worker calls the one it sees
+    found = memory(workload, workers, device=device)
+    assert (found.free, found.location, found.workers) == (free * 10**9, f"the memory of {name}", 1)
     assert found.parts["image features"] == 160 // 16
     names = ("0", "1", "2")[:workers]
-    assert room(todo, tmp_path, gpus=names, device=device).memory == found
+    assert requirements(workload, tmp_path, gpus=names, device=device).memory == found
 
 
 @pytest.mark.usefixtures("gpus")
@@ -258,10 +278,10 @@ def test_a_sweep_is_held_to_its_own_gpu(
     planned, results = plan(sweep()), Results(tmp_path)
     jobs = [replace(job, device="cuda") for job in planned.jobs]
     for device in ("cuda:0", "cuda:2"):
-        _check_room(planned, results, jobs, RunOptions(device=device))
+        check_room(planned, results, jobs, RunOptions(device=device))
     for device in ("cuda:1", "cuda"):
         with pytest.raises(InputError, match=r"of the memory of cuda:1, .* and 1 MB are free"):
-            _check_room(planned, results, jobs, RunOptions(device=device))
+            check_room(planned, results, jobs, RunOptions(device=device))
 
 
 def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
@@ -300,18 +320,18 @@ def test_a_measurement_of_two_sets_leaves_nothing(
     """The model that the first set has loaded keeps features of the second too."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
     found = measure(of_sweep(sweep(("vlm-zero-shot",), order=(0, 2), answer_tokens=2)), 1)
-    assert len(found.rates) == 2
+    assert len(found.results) == 2
     assert [*tmp_path.iterdir()] == []
 
 
 def test_what_killed_measurements_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
-    with own_folder() as name:
+    with probe_folder() as name:
         pass
     old, new = (name.with_name(name.name.replace(name.name.split(".")[2], word)) for word in ("old", "new"))
     for folder in (old, new):
         folder.mkdir()
     os.utime(old, (time.time() - STALE - 10,) * 2)
-    with own_folder() as folder:
+    with probe_folder() as folder:
         assert sorted(tmp_path.iterdir()) == sorted((new, folder))
     assert [*tmp_path.iterdir()] == [new]

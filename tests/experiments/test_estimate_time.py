@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.plan.estimate import estimate, of_sweep, rows
-from experiments.plan.time import FEW, Measured, ProbeResult, Rates, Run, _fitted, makespan, measure, spent
+from experiments.plan.estimate import estimate, rows
+from experiments.plan.time import (
+    FEW,
+    Measurement,
+    ProbeResult,
+    Rates,
+    RunTime,
+    fit_rates,
+    makespan,
+    measure,
+    sweep_time,
+)
 from experiments.sweep import workers as executors
 from experiments.sweep.config import load
-from experiments.sweep.workload import CellSpec, Workload
+from experiments.sweep.workload import Workload, of_sweep
 from kshot.errors import InputError
 
 TINY = {"views_per_class": 4, "batch_size": 4, "rank": 4}
@@ -51,37 +61,34 @@ def test_the_ends() -> None:
     assert makespan([5, 1, 1, 1], 8) == 5
 
 
-def part(method: str, **settings: Any) -> CellSpec:
-    return CellSpec("icons", method, 4, 0, load("demo", {}, settings).settings)
-
-
-def cost(rates: Rates, *, train: int, test: int, steps: int, encode: bool = False, loads: bool = False) -> Run:
+def cost(rates: Rates, *, train: int, test: int, steps: int, encode: bool = False, loads: bool = False) -> RunTime:
     """A run that costs exactly what these rates say."""
     fit = rates.step * steps + rates.fit * train
     predict = test * (rates.scored + rates.encoded * encode)
-    answer = test * rates.answered
-    return Run(fit, predict, answer, 0.0, rates.load * loads + rates.fixed + fit + predict + answer)
+    answer = test * rates.generated
+    return RunTime(fit, predict, answer, 0.0, rates.load * loads + rates.fixed + fit + predict + answer)
 
 
 @pytest.mark.parametrize(
-    ("method", "rates"),
+    "rates",
     [
-        ("vlm-lora", Rates(load=5, fixed=0.3, step=0.05, scored=0.002, answered=0.003, encoded=0.01)),
-        ("dinov2-logreg", Rates(load=2, fixed=0.1, fit=0.004, scored=0.001, encoded=0.02)),
-        ("vlm-zero-shot", Rates(load=1, fixed=0.2, scored=0.002, answered=0.01, encoded=0.01)),
+        Rates(load=5, fixed=0.3, step=0.05, scored=0.002, generated=0.003, encoded=0.01),
+        Rates(load=2, fixed=0.1, fit=0.004, scored=0.001, encoded=0.02),
+        Rates(load=1, fixed=0.2, scored=0.002, generated=0.01, encoded=0.01),
     ],
+    ids=("trained model", "fitted head", "zero-shot"),
 )
-def test_rates_are_found_again(method: str, rates: Rates) -> None:
+def test_rates_are_found_again(rates: Rates) -> None:
     small, large = (8, 8) if rates.step else (4, 40) if rates.fit else (0, 0)
     steps = 9 if rates.step else 1
-    again = cost(rates, train=small, test=FEW, steps=1)
+    warm = cost(rates, train=small, test=FEW, steps=1)
     runs = (
         cost(rates, train=small, test=FEW, steps=1, loads=True),
-        again,
+        warm,
         cost(rates, train=large, test=50, steps=1, encode=True),
         cost(rates, train=large, test=50, steps=steps),
     )
-    found = _fitted(part(method), *runs, (small, large), 50, steps)
+    found = fit_rates(*runs, (small, large), 50, steps if rates.step else 0)
     for name, value in vars(rates).items():
         assert getattr(found, name) == pytest.approx(value), name
 
@@ -89,15 +96,15 @@ def test_rates_are_found_again(method: str, rates: Rates) -> None:
 def test_the_time_of_a_sweep_by_hand(photos: Path) -> None:
     """Three classes, 6 test images, 2 shots: two cells of each method on two workers."""
     grid = {"datasets": (f"folder:{photos}",), "methods": ("vlm-lora", "dinov2-logreg"), "shots": (2,), "seeds": (0, 1)}
-    todo = of_sweep(load("demo", grid, TINY))
-    source, known = todo.parts[0].source, next(iter(todo.sets.values()))
-    drawn = known.drawn((0, 1), 2, todo.parts[0].settings)
-    lora = Rates(load=7, fixed=1, step=2, scored=0.5, answered=0.25, encoded=4)
+    workload = of_sweep(load("demo", grid, TINY))
+    source, known = workload.cells[0].source, next(iter(workload.datasets.values()))
+    drawn = known.train_count((0, 1), 2, workload.cells[0].settings)
+    lora = Rates(load=7, fixed=1, step=2, scored=0.5, generated=0.25, encoded=4)
     head = Rates(load=3, fixed=0.5, fit=0.125, scored=0.0625, encoded=8)
     of = {"vlm-lora": lora, "dinov2-logreg": head}
-    rates = {(source, each.variant): of[each.method] for each in todo.parts}
-    measured = Measured(11, {source: 13}, {source: 0.5}, {source: 0.75}, rates, 0, 0)
-    found = spent(todo, measured, 2)
+    rates = {each.variant: of[each.method] for each in workload.cells}
+    measured = Measurement(11, {source: ProbeResult(0, 13, 0.5, 0.75, rates, 0)}, 0)
+    found = sweep_time(workload, measured, 2)
     assert found.start == 11 + 7 + 3
     assert found.prepare == 13 + 6 * 0.5 + drawn * 0.75
     assert found.encode == ((6 + 2 * drawn) * 4 + (6 + drawn) * 8) / 2
@@ -108,8 +115,8 @@ def test_the_time_of_a_sweep_by_hand(photos: Path) -> None:
 
 
 def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
-    variant = todo.parts[0].variant
+    workload = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
+    variant = workload.cells[0].variant
 
     def local(run: Any, jobs: list[Any], workers: int, **_: Any) -> Iterator[Any]:
         assert len(jobs) == workers == 2
@@ -118,16 +125,18 @@ def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPa
             yield job, [ProbeResult(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)]
 
     monkeypatch.setattr(executors, "local", local)
-    found = measure(todo, 2)
-    assert [*found.data.values()] == [*found.prepared.values()] == [1.5]
-    assert [each.fixed for each in found.rates.values()] == [1.5]
+    found = measure(workload, 2)
+    (result,) = found.results.values()
+    assert (result.data, result.prepared, result.mirrored) == (1.5, 1.5, 1.5)
+    assert result.rates == {variant: Rates(fixed=1.5)}
     assert found.peak == 2
 
 
 def test_a_measurement_that_fails_says_why(photos: Path) -> None:
-    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
+    workload = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",)}, TINY))
     gone = Workload(
-        [p._replace(source="folder:gone") for p in todo.parts], {"folder:gone": next(iter(todo.sets.values()))}
+        [cell._replace(source="folder:gone") for cell in workload.cells],
+        {"folder:gone": next(iter(workload.datasets.values()))},
     )
     with pytest.raises(InputError, match="gone is not a folder"):
         measure(gone, 1)
@@ -138,17 +147,18 @@ def test_a_small_sweep_is_measured(photos: Path, tmp_path: Path) -> None:
     from kshot.files import cache_folder
 
     methods = ("dinov2-logreg", "dinov2-lora", "dinov2-knn", "pixel-knn")
-    todo = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2)}, TINY))
-    found = estimate(todo, tmp_path / "out", 1)
-    assert found.measured is not None
-    assert found.spent is not None
-    by_method = {variant[0]: rates for (_, variant), rates in found.measured.rates.items()}
+    workload = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2)}, TINY))
+    found = estimate(workload, tmp_path / "out", 1)
+    assert found.measurement is not None
+    assert found.time is not None
+    (result,) = found.measurement.results.values()
+    by_method = {variant[0]: rates for variant, rates in result.rates.items()}
     assert by_method.keys() == set(methods)
     assert by_method["dinov2-lora"].step > 0
     assert by_method["dinov2-logreg"].encoded > 0
-    assert found.measured.peak > 100 << 20
-    assert found.room.memory.seen == found.measured.peak
-    assert 0 < found.spent.total < 600
+    assert found.measurement.peak > 100 << 20
+    assert found.requirements.memory.measured == found.measurement.peak
+    assert 0 < found.time.total < 600
     assert [*cache_folder().glob(".probe*")] == []
     assert not (tmp_path / "out").exists()
     table = {row[0]: row for row in rows(found)}
@@ -162,10 +172,10 @@ def test_a_sweep_takes_what_was_said(
     """From the first file to the last cell, on two workers. Other work on the machine changes by the minute: so it is
     estimated before and after."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    todo = of_sweep(load("demo", {"shots": (1, 4)}, {}))
+    workload = of_sweep(load("demo", {"shots": (1, 4)}, {}))
 
     def said() -> float:
-        found = estimate(todo, tmp_path / "none", 2).spent
+        found = estimate(workload, tmp_path / "none", 2).spent
         assert found is not None
         return found.total
 

@@ -161,7 +161,7 @@ def test_what_is_no_whole_adapter_and_no_results_is_refused(adapter: Path, resul
             send(folder)
     copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
     (copy / "notes.txt").write_text("mine")
-    assert send(copy).stays == ("notes.txt",)
+    assert send(copy).skipped == ("notes.txt",)
     (copy / "README.md").unlink()
     with pytest.raises(InputError, match=r"has no README\.md: it is no whole adapter; train it again"):
         send(copy)
