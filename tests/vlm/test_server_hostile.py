@@ -318,7 +318,7 @@ def test_a_failure_of_the_servers_own_is_told_without_details(
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("a secret of /home/somebody")
 
-    monkeypatch.setattr(type(server.state.store), "runs", fail)
+    monkeypatch.setattr(type(server.state.store), "newest", fail)
     monkeypatch.setattr(type(server.state.samplers), "client", fail)
     monkeypatch.setattr(type(server.state.runs[run].client), "optim_step", fail)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

@@ -17,6 +17,7 @@ from tests.vlm.serving import HEADERS, MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
+from vlm.server.tables import Checkpoint, Run, Session
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 DATA = [datum(model_input([300, 301, 302]), [400, 401])]
@@ -115,7 +116,7 @@ def test_lists_come_in_pages_newest_first(rest: Any, client: Any, server: Server
     whole = rest.list_training_runs(limit=1000).result(PATIENCE)
     ids = [run.training_run_id for run in whole.training_runs]
     assert ids[:3] == [run.model_id for run in reversed(made)]
-    assert whole.cursor.total_count == len(ids) == server.state.store.run_count()
+    assert whole.cursor.total_count == len(ids) == server.state.store.count(Run)
     parts = [rest.list_training_runs(limit=2, offset=n).result(PATIENCE) for n in range(0, len(ids), 2)]
     assert [run.training_run_id for part in parts for run in part.training_runs] == ids
     assert [part.cursor.offset for part in parts] == list(range(0, len(ids), 2))
@@ -154,7 +155,7 @@ def test_a_sampler_ends_with_its_checkpoint(rest: Any, client: Any, run: Any) ->
 
 def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
     state, session = server.state, client.holder.get_session_id()
-    state.store.heartbeat(session, time.time() + 10**7)  # lest the run is put away meanwhile
+    state.store.update(Session, session, heartbeat=time.time() + 10**7)  # lest the run is put away meanwhile
     hour = run.save_state("hour", ttl_seconds=3600).result(PATIENCE).path
     for_ever, later = (run.save_state(name).result(PATIENCE).path for name in ("ever", "later"))
     rest.set_checkpoint_ttl_from_tinker_path(later, 7200).result(PATIENCE)
@@ -174,7 +175,7 @@ def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
     rest.set_checkpoint_ttl_from_tinker_path(later, None).result(PATIENCE)
     state.tidy(time.time() + 10**6)
     assert set(ends()) == {for_ever, later}
-    state.store.set_expiry(later, time.time() - 1)  # over, and not taken off the disk yet
+    state.store.update(Checkpoint, later, expires=time.time() - 1)  # over, and not taken off the disk yet
     with pytest.raises(tinker.NotFoundError, match="or not any more"):
         client.create_training_client_from_state(later).result(PATIENCE)
     assert run.save_state("later").result(PATIENCE).path == later

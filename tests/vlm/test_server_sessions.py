@@ -18,6 +18,7 @@ from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
+from vlm.server.tables import Session
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"
@@ -57,14 +58,14 @@ def test_a_session_without_a_sign_of_life_is_put_away(server: Server, raw: Raw, 
     quiet, lively = raw.session(), raw.session()
     runs_of = [raw.run(each) for each in (quiet, lively)]
     now = time.time()
-    server.state.store.heartbeat(quiet, now - 4000)
+    server.state.store.update(Session, quiet, heartbeat=now - 4000)
     server.state.runs[runs_of[0]].last_request = now - 4000
     server.state.tidy(now)
     assert [run in server.state.runs for run in runs_of] == [False, True]
     said = refused(raw.pass_of(runs_of[0], 1, data), 404)
     assert "not in memory any more" in said
     raw.answer(accepted(raw.pass_of(runs_of[1], 1, data)))
-    server.state.store.heartbeat(lively, now - 4000)
+    server.state.store.update(Session, lively, heartbeat=now - 4000)
     assert raw.post("session_heartbeat", session_id=lively).status_code == 200
     server.state.tidy(now)
     assert runs_of[1] in server.state.runs

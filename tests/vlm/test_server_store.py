@@ -42,8 +42,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def filled(store: Store) -> Store:
     """With a session `s` and a run `s:train:0` of it."""
-    store.add_session("s", now=10.0)
-    store.add_run("s:train:0", "s", "Qwen/Qwen3-VL-2B-Instruct", LORA, now=11.0)
+    store.add(Session("s", 10.0, 10.0))
+    store.add(Run("s:train:0", "s", "Qwen/Qwen3-VL-2B-Instruct", LORA, None, 11.0, 11.0))
     return store
 
 
@@ -74,11 +74,6 @@ def outside(folder: Path, query: str) -> list[tuple[Any, ...]]:
 
 
 def test_sessions(store: Store) -> None:
-    store.add_session(
-        "a", user_metadata={"x": 1.5}, tags=["t", "u"], display_name="A", sdk_version="0.38.0", now=1_700_000_000.25
-    )
-    store.add_session("b", now=1_700_000_001.0)
-    store.add_session("c", now=1_700_000_001.0)
     first = Session(
         id="a",
         created=1_700_000_000.25,
@@ -89,42 +84,42 @@ def test_sessions(store: Store) -> None:
         display_name="A",
         sdk_version="0.38.0",
     )
-    assert store.session("a") == first
-    assert store.session("nobody") is None
-    assert [each.id for each in store.sessions(10)] == ["c", "b", "a"]
-    assert [each.id for each in store.sessions(1, 1)] == ["b"]
-    assert (store.sessions(0), store.session_count()) == ([], 3)
-    assert store.heartbeat("a", now=1_700_000_009.0)
-    assert store.finish_session("a", {"reason": "done", "detail": None})
-    changed = replace(first, heartbeat=1_700_000_009.0, finished={"reason": "done", "detail": None})
-    assert store.session("a") == changed
-    assert not store.heartbeat("nobody")
-    assert not store.finish_session("nobody", {})
-    assert store.sessions(1)[0].tags == []
+    for row in (first, Session("b", 1_700_000_001.0), Session("c", 1_700_000_001.0)):
+        store.add(row)
+    assert store.get(Session, "a") == first
+    assert store.get(Session, "nobody") is None
+    assert [each.id for each in store.newest(Session, 10)] == ["c", "b", "a"]
+    assert [each.id for each in store.newest(Session, 1, 1)] == ["b"]
+    assert (store.newest(Session, 0), store.count(Session)) == ([], 3)
+    changes: dict[str, Any] = {"heartbeat": 1_700_000_009.0, "finished": {"reason": "done", "detail": None}}
+    store.update(Session, "a", **changes)
+    store.update(Session, "nobody", **changes)
+    assert store.get(Session, "a") == replace(first, **changes)
+    assert store.newest(Session, 1)[0].tags == []
 
 
 def test_runs(filled: Store) -> None:
-    filled.add_run("s:train:1", "s", "m", LORA, {"k": "v"}, now=12.0)
-    assert filled.run("s:train:1") == Run("s:train:1", "s", "m", LORA, {"k": "v"}, 12.0, 12.0, 1)
-    assert filled.touch_run("s:train:1", next_seq=7, now=13.5)
-    assert filled.touch_run("s:train:1", now=14.5)
-    assert filled.run("s:train:1") == Run("s:train:1", "s", "m", LORA, {"k": "v"}, 12.0, 14.5, 7)
-    assert not filled.touch_run("nobody")
-    assert filled.run("nobody") is None
-    assert [each.id for each in filled.runs(5)] == ["s:train:1", "s:train:0"]
-    assert [each.id for each in filled.runs(5, 1)] == ["s:train:0"]
-    assert [each.id for each in filled.runs_of("s")] == ["s:train:0", "s:train:1"]
-    assert (filled.runs_of("other"), filled.run_count()) == ([], 2)
+    row = Run("s:train:1", "s", "m", LORA, {"k": "v"}, 12.0, 12.0)
+    filled.add(row)
+    assert filled.get(Run, row.id) == row
+    filled.update(Run, row.id, next_seq=7, last_request=13.5)
+    filled.update(Run, row.id, last_request=14.5)
+    assert filled.get(Run, row.id) == replace(row, next_seq=7, last_request=14.5)
+    assert filled.get(Run, "nobody") is None
+    assert [each.id for each in filled.newest(Run, 5)] == ["s:train:1", "s:train:0"]
+    assert [each.id for each in filled.newest(Run, 5, 1)] == ["s:train:0"]
+    assert [each.id for each in filled.of_session(Run, "s")] == ["s:train:0", "s:train:1"]
+    assert (filled.of_session(Run, "other"), filled.count(Run)) == ([], 2)
 
 
 def test_samplers_and_their_clones(filled: Store) -> None:
-    filled.add_sampler("s:sample:0", "s", "m", None, now=12.0)
-    filled.add_sampler("s:sample:1", "s", "m", "tinker://s:train:0/sampler_weights/a", ephemeral=True, now=13.0)
-    assert filled.sampler("s:sample:0") == Sampler("s:sample:0", "s", "m", None, False, 12.0, 0)
-    assert filled.sampler("nobody") is None
-    one, other = filled.samplers_of("s")
-    assert (one.ephemeral, other.ephemeral) == (False, True)
-    assert other.model_path == "tinker://s:train:0/sampler_weights/a"
+    one = Sampler("s:sample:0", "s", "m", created=12.0)
+    other = Sampler("s:sample:1", "s", "m", "tinker://s:train:0/sampler_weights/a", ephemeral=True, created=13.0)
+    for row in (other, one):
+        filled.add(row)
+    assert filled.get(Sampler, "s:sample:0") == one
+    assert filled.get(Sampler, "nobody") is None
+    assert filled.of_session(Sampler, "s") == [one, other]
     assert [filled.next_clone(name) for name in ("s:sample:0", "s:sample:0", "s:sample:1")] == [1, 2, 1]
     assert filled.next_clone("nobody") is None
 
@@ -137,72 +132,71 @@ def test_checkpoints(filled: Store) -> None:
         checkpoint("z", 23.0, run="a run of another process"),
     ]
     for row in rows:
-        filled.add_checkpoint(row)
+        filled.put_checkpoint(row)
     a, b, sampler, foreign = rows
-    assert filled.checkpoint(a.path) == a
-    assert filled.checkpoint("tinker://nobody/weights/a") is None
+    assert filled.get(Checkpoint, a.path) == a
+    assert filled.get(Checkpoint, "tinker://nobody/weights/a") is None
     assert filled.checkpoints() == [foreign, sampler, b, a]
     assert filled.checkpoints("s:train:0", limit=2) == [sampler, b]
     assert filled.checkpoints("s:train:0", 5, 1, "weights") == [a]
     assert filled.checkpoints(kind="weights") == [foreign, b, a]
-    counts = [filled.checkpoint_count(), filled.checkpoint_count("s:train:0"), filled.checkpoint_count(kind="weights")]
-    assert counts == [4, 3, 3]
+    assert filled.count(Checkpoint) == 4
     assert filled.checkpoint_paths() == sorted(row.path for row in rows)
     assert filled.last_checkpoint("s:train:0", "weights") == b
     assert filled.last_checkpoint("nobody", "weights") is None
     assert filled.expired(98.5) == [sampler.path]
     assert filled.expired(99.0) == [sampler.path, a.path]
-    assert filled.set_expiry(a.path, None)
-    assert filled.set_public(a.path, True)
-    assert filled.checkpoint(a.path) == replace(a, expires=None, public=True)
+    filled.update(Checkpoint, a.path, expires=None, public=True)
+    assert filled.get(Checkpoint, a.path) == replace(a, expires=None, public=True)
     assert filled.expired(1e12) == [sampler.path]
-    filled.add_checkpoint(replace(a, created=30.0, size_bytes=7))
+    filled.put_checkpoint(replace(a, created=30.0, size_bytes=7))
     assert filled.last_checkpoint("s:train:0", "weights") == replace(a, created=30.0, size_bytes=7)
-    assert filled.remove_checkpoint(a.path)
-    assert not any([filled.remove_checkpoint(a.path), filled.set_public(a.path, True), filled.set_expiry(a.path, 1.0)])
-    assert filled.checkpoint_count() == 3
+    for _ in range(2):
+        filled.remove_checkpoint(a.path)
+    assert filled.count(Checkpoint) == 3
 
 
 def test_a_request_sent_twice_has_one_answer(store: Store) -> None:
-    assert store.finish_future("r1", "run/1", "application/x-protobuf", b"\0\xff", created=1.0, now=2.0) == "r1"
-    assert store.finish_future("r2", "run/1", "application/json", b"{}", status="failed") == "r1"
-    assert store.finish_future("r1", "run/1", "application/json", b"{}") == "r1"
-    row = Future("r1", "run/1", 1.0, 2.0, "finished", "application/x-protobuf", b"\0\xff", None)
-    assert store.future("r1") == store.future_of("run/1") == row
-    assert store.future("r2") is None
+    store.finish_future("r1", "run/1", "application/x-protobuf", b"\0\xff", "finished")
+    row = store.get(Future, "r1")
+    assert row is not None
+    assert row == Future("r1", "run/1", row.created, row.created, "finished", "application/x-protobuf", b"\0\xff", None)
+    store.finish_future("r2", "run/1", "application/json", b"{}", "failed")
+    store.finish_future("r1", "run/1", "application/json", b"{}", "finished")
+    assert store.get(Future, "r1") == store.future_of("run/1") == row
+    assert store.get(Future, "r2") is None
     assert store.future_of("run/2") is None
-    assert store.mark_retrieved("r1", now=5.0)
-    assert store.mark_retrieved("r1", now=6.0)
-    assert store.future("r1") == replace(row, retrieved=5.0)
-    assert not store.mark_retrieved("r2")
-    store.finish_future("r3", "run/3", "application/json", b"{}", status="failed")
-    third = store.future("r3")
+    for now in (5.0, 6.0):
+        store.mark_retrieved("r1", now)
+    store.mark_retrieved("r2")
+    assert store.get(Future, "r1") == replace(row, retrieved=5.0)
+    store.finish_future("r3", "run/3", "application/json", b"{}", "failed")
+    third = store.get(Future, "r3")
     assert third is not None
     assert third.status == "failed"
-    with pytest.raises(KshotError, match="'r1' has an answer under another key than 'run/4'"):
-        store.finish_future("r1", "run/4", "application/json", b"{}")
 
 
 def test_old_answers_go(store: Store) -> None:
     for n in range(10):
-        store.finish_future(f"r{n}", f"k{n}", "text", bytes(100), now=float(n))
+        store.add(Future(f"r{n}", f"k{n}", float(n), float(n), "finished", "text", bytes(100), None))
     for n in (3, 5, 8):
         store.mark_retrieved(f"r{n}", now=20.0 + n)
-    left = [f"r{n}" for n in range(10)]
 
-    def kept() -> list[str]:
-        return [name for name in left if store.future(name) is not None]
+    def kept() -> str:
+        return "".join(str(n) for n in range(10) if store.get(Future, f"r{n}") is not None)
 
-    assert store.prune(30.0, after_retrieved_s=100.0, after_s=100.0, max_bytes=1000) == 0
-    assert store.prune(30.0, after_retrieved_s=6.0, after_s=28.5, max_bytes=1000) == 3  # r0 and r1 by age, r3 as sent
-    assert kept() == ["r2", "r4", "r5", "r6", "r7", "r8", "r9"]
-    assert store.prune(30.0, 100.0, 100.0, max_bytes=450) == 3  # the sent ones, then the oldest
-    assert kept() == ["r4", "r6", "r7", "r9"]
-    assert store.prune(30.0, 100.0, 100.0, max_bytes=0) == 4
+    for retrieved, finished, most, left in (
+        (100.0, 100.0, 1000, "0123456789"),
+        (6.0, 28.5, 1000, "2456789"),  # r0 and r1 by age, r3 as sent
+        (100.0, 100.0, 450, "4679"),  # the sent ones, then the oldest
+        (100.0, 100.0, 0, ""),
+    ):
+        store.prune(30.0, retrieved, finished, most)
+        assert kept() == left
 
 
 def test_curves(filled: Store) -> None:
-    filled.add_run("s:train:1", "s", "m", LORA)
+    filled.add(Run("s:train:1", "s", "m", LORA))
     assert filled.losses("s:train:0") == []
     for step in range(1, 2001):
         filled.add_loss("s:train:0", step, 1 / step, 32, now=100.0 + step)
@@ -223,14 +217,14 @@ def test_curves(filled: Store) -> None:
 
 @pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
 def test_any_text_is_plain_data(store: Store, tmp_path: Path, text: str) -> None:
-    store.add_session(text, user_metadata={text: text}, tags=[text], display_name=text, sdk_version=text)
-    store.add_run(text, text, text, LORA, {text: text})
-    store.add_sampler(text, text, text, text)
-    store.add_checkpoint(replace(checkpoint("a", 1.0), path=text, name=text, user_metadata={text: text}))
-    store.finish_future(text, text, text, text.encode())
+    store.add(Session(text, user_metadata={text: text}, tags=[text], display_name=text, sdk_version=text))
+    store.add(Run(text, text, text, LORA, {text: text}))
+    store.add(Sampler(text, text, text, text))
+    store.put_checkpoint(replace(checkpoint("a", 1.0), path=text, name=text, user_metadata={text: text}))
+    store.finish_future(text, text, text, text.encode(), text)
     store.add_loss(text, 1, 0.5, 1)
-    session, run, sampler = store.session(text), store.run(text), store.sampler(text)
-    saved, future = store.checkpoint(text), store.future_of(text)
+    session, run, sampler = store.get(Session, text), store.get(Run, text), store.get(Sampler, text)
+    saved, future = store.get(Checkpoint, text), store.future_of(text)
     assert session is not None
     assert (session.id, session.user_metadata, session.tags, session.display_name) == (text, {text: text}, [text], text)
     assert run is not None
@@ -248,30 +242,30 @@ def test_any_text_is_plain_data(store: Store, tmp_path: Path, text: str) -> None
 
 def test_what_cannot_be_stored_is_named(filled: Store) -> None:
     with pytest.raises(RequestError, match=r"cannot be stored.*surrogates"):
-        filled.add_session("\ud800")
+        filled.add(Session("\ud800"))
     with pytest.raises(RequestError, match=r"cannot be stored.*too large"):
-        filled.touch_run("s:train:0", next_seq=2**63)
+        filled.update(Run, "s:train:0", next_seq=2**63)
     for limit, offset in ((-1, 0), (1, -1)):
         with pytest.raises(RequestError, match=f"at least 0, got {limit} and {offset}"):
-            filled.runs(limit, offset)
+            filled.newest(Run, limit, offset)
     with pytest.raises(KshotError, match=r"server\.sqlite3 did not take INSERT INTO runs: FOREIGN KEY"):
-        filled.add_run("n:train:0", "nobody", "m", LORA)
+        filled.add(Run("n:train:0", "nobody", "m", LORA))
     with pytest.raises(KshotError, match=r"UNIQUE constraint failed: sessions\.id"):
-        filled.add_session("s")
+        filled.add(Session("s"))
     with pytest.raises(KshotError, match="FOREIGN KEY"):
         filled.add_loss("nobody", 1, 0.5, 1)
-    assert (filled.session_count(), filled.run_count()) == (1, 1)
+    assert (filled.count(Session), filled.count(Run)) == (1, 1)
 
 
 def test_threads_lose_nothing(filled: Store) -> None:
-    filled.add_sampler("s:sample:0", "s", "m", None)
+    filled.add(Sampler("s:sample:0", "s", "m"))
 
     def hammer(thread: int) -> list[int | None]:
         clones = []
         for n in range(300):
-            filled.finish_future(f"{thread}-{n}", f"key {n}", "text", f"{thread}-{n}".encode())
+            filled.finish_future(f"{thread}-{n}", f"key {n}", "text", f"{thread}-{n}".encode(), "finished")
             filled.add_loss("s:train:0", n, float(thread), 1)
-            filled.heartbeat("s")
+            filled.update(Session, "s", heartbeat=float(n))
             clones.append(filled.next_clone("s:sample:0"))
         return clones
 
@@ -290,12 +284,13 @@ WRITER = """
 import sys
 from pathlib import Path
 from vlm.server.store import Store
+from vlm.server.tables import Session
 
 store = Store(Path(sys.argv[1]))
-store.add_session("s")
+store.add(Session("s"))
 for n in range(1_000_000):
-    store.finish_future(f"r{n}", f"k{n}", "text", f"r{n}".encode() * 500)
-    store.add_session(f"s{n}")
+    store.finish_future(f"r{n}", f"k{n}", "text", f"r{n}".encode() * 500, "finished")
+    store.add(Session(f"s{n}"))
     print(n, flush=True)
 """
 
@@ -317,20 +312,20 @@ def test_a_killed_server_loses_no_row_whose_call_had_returned(tmp_path: Path) ->
             row = store.future_of(f"k{n}")
             assert row is not None
             assert row.payload == f"r{n}".encode() * 500
-            assert store.session(f"s{n}") is not None
-        store.add_session("after")
+            assert store.get(Session, f"s{n}") is not None
+        store.add(Session("after"))
         assert outside(tmp_path, "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_what_was_written_is_there_for_the_next_server(tmp_path: Path) -> None:
     with Store(tmp_path / "new" / "folder") as store:
-        store.add_session("s", tags=["t"], now=1.0)
-        written = store.session("s")
+        store.add(Session("s", 1.0, tags=["t"]))
+        written = store.get(Session, "s")
         folder = tmp_path / "new" / "folder"
         assert outside(folder, "PRAGMA journal_mode") == [("wal",)]
         assert outside(folder, "PRAGMA user_version") == [(1,)]
     with Store(tmp_path / "new" / "folder") as store:
-        assert store.session("s") == written
+        assert store.get(Session, "s") == written
     stored = outside(folder, "SELECT id, created, tags, finished FROM sessions")
     assert [(a, b, json.loads(c), d) for a, b, c, d in stored] == [("s", 1.0, ["t"], None)]
 
@@ -339,9 +334,9 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         with pytest.raises(InputError, match=f"another server uses the folder {tmp_path}; stop it, or choose another"):
             Store(tmp_path)
-        store.add_session("s")
+        store.add(Session("s"))
     with Store(tmp_path) as store:
-        assert store.session_count() == 1
+        assert store.count(Session) == 1
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

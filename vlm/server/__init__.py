@@ -1,4 +1,1 @@
-"""The training and sampling API over HTTP: Tinker's protocol, an OpenAI-compatible one, and a page.
-
-Knows no mathematics.
-"""
+"""The training and sampling API over HTTP: Tinker's protocol, an OpenAI-compatible one, and a page."""

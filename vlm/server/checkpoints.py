@@ -40,7 +40,7 @@ class Checkpoints:
     def existing(self, path: str) -> Checkpoint:
         """The row of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
         folder_of(self.root, path)
-        row = self.store.checkpoint(path)
+        row = self.store.get(Checkpoint, path)
         if row is None or _expired(row):
             raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
         return row
@@ -57,11 +57,11 @@ class Checkpoints:
 
     def set_ttl(self, path: str, ttl: int | None) -> None:
         """Delete a checkpoint in so many seconds, or never."""
-        self.store.set_expiry(path, None if ttl is None else time.time() + ttl)
+        self.store.update(Checkpoint, path, expires=None if ttl is None else time.time() + ttl)
 
     def remove_if_expired(self, path: str) -> None:
         """Delete an expired checkpoint, whose name is to be used again."""
-        row = self.store.checkpoint(path)
+        row = self.store.get(Checkpoint, path)
         if row is not None and _expired(row):
             self.remove(path)
 
@@ -84,7 +84,7 @@ class Checkpoints:
             if path not in folders:
                 self.store.remove_checkpoint(path)
         for path, folder in folders.items():
-            if self.store.checkpoint(path) is None:
+            if self.store.get(Checkpoint, path) is None:
                 try:
                     self._add(path, folder, folder.stat().st_mtime, None, None)
                 except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +104,7 @@ class Checkpoints:
     ) -> None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         run, kind, name = path.removeprefix("tinker://").split("/")
-        self.store.add_checkpoint(
+        self.store.put_checkpoint(
             Checkpoint(
                 path=path,
                 run=run,

@@ -1,9 +1,8 @@
-"""Requests that were accepted and what became of them. Answers outlive connections, and the server's own end.
+"""Answers to requests that are accepted now and fetched later, and the HTTP status and body of errors.
 
-A request has a key (whose it is, and its number there): sent twice, as clients do when a connection drops, it is one.
-Everything here runs on the event loop, but for the writing, which a thread of its own does. Knows no engine.
-
-TODO What a request is answered with, and which HTTP status an error has. Knows no endpoint.
+A request has a key (the run or sampler, and its number there): sent twice, as clients do when a connection drops, it is
+one request. Answers outlive connections, and the server's own end. Everything here runs on the event loop, but for
+writing to the store, which a thread of its own does.
 """
 
 import asyncio
@@ -27,15 +26,12 @@ from kshot.errors import (
     UnsupportedError,
 )
 from vlm.server.store import Store
-
-# ---- What a request is answered with, and which HTTP status an error has. Knows no endpoint.
+from vlm.server.tables import Future as FutureRow
 
 log = logging.getLogger("kshot.server")
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
 INTERNAL = "the server failed; its log says more"
-
-
 STATUS = (  # the first that fits
     (TooLargeError, 413),
     (UnauthorizedError, 401),
@@ -50,7 +46,7 @@ STATUS = (  # the first that fits
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished request's result. failed: whether it is an error, which the client is told all the same."""
+    """A finished request's answer. failed: whether it is an error."""
 
     content: bytes
     content_type: str = JSON
@@ -89,13 +85,8 @@ def outcome(future: "Future[Any]") -> Any:
     return future.exception() or future.result()
 
 
-# ---- Requests that were accepted and what became of them. Answers outlive connections, and the server's own end.
-
-log = logging.getLogger("kshot.server")
-
-
 class Futures:
-    """Those that are under way, or finished and not written yet, in memory; all others in the store."""
+    """The answers: those that are pending or not written yet are in memory, all others in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -103,7 +94,7 @@ class Futures:
         self._ids, self._keys = dict[str, str](), dict[str, str]()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kshot-answers")
         self._stopping = asyncio.Event()
-        self.pending = 0  # under way
+        self.pending = 0
 
     def known(self, key: str) -> str | None:
         """The id of the request that has this key, if there is one."""
@@ -121,9 +112,9 @@ class Futures:
         return request_id
 
     def finish(self, request_id: str, answer: Answer) -> None:
-        """Say what a request came to, once. Whoever waits for it is told before it is written.
+        """Publish the answer to a request, once, and write it to the store.
 
-        A server that stops says and writes no failure: what it has dropped may be asked for anew when it is back.
+        A server that stops publishes no failure: what it has dropped may be sent again when it is back.
         """
         if self._stopping.is_set() and answer.failed:
             return
@@ -133,14 +124,14 @@ class Futures:
         status = "failed" if answer.failed else "finished"
 
         def write() -> None:
-            self._store.finish_future(request_id, key, answer.content_type, answer.content, status=status)
+            self._store.finish_future(request_id, key, answer.content_type, answer.content, status)
             loop.call_soon_threadsafe(self._forget, request_id, key)
 
         self._write(write)
 
     async def wait(self, request_id: str, seconds: float) -> Answer | None:
-        """The answer as soon as it is there, or None after so many seconds, or when the server stops. Raises LostError
-        for a request that is not known."""
+        """The answer as soon as it is there; None after so many seconds, or when the server stops. Raises LostError
+        for an unknown request."""
         pending = self._answers.get(request_id)
         if pending is not None:
             stop = asyncio.ensure_future(self._stopping.wait())
@@ -148,7 +139,7 @@ class Futures:
             await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             stop.cancel()
             return pending.result() if pending.done() else None
-        row = self._store.future(request_id)
+        row = self._store.get(FutureRow, request_id)
         if row is None:
             raise LostError(
                 f"request {request_id!r} is unknown: it was not finished when the server ended, or dropped since"
@@ -156,15 +147,15 @@ class Futures:
         return Answer(row.payload, row.content_type, row.status == "failed")
 
     def retrieved(self, request_id: str) -> None:
-        """Note that the answer has been sent."""
+        """Note in the store that the answer has been sent."""
         self._write(lambda: self._store.mark_retrieved(request_id))
 
     def stop(self) -> None:
-        """Let nobody wait any more."""
+        """End all waiting."""
         self._stopping.set()
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Finish writing to the store."""
         self._writer.shutdown()
 
     def _write(self, call: Callable[[], Any]) -> None:

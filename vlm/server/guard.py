@@ -1,17 +1,7 @@
-"""What comes before any endpoint: who asks, from where, with what content, and how much of it. Knows no endpoint.
+"""What is checked before any endpoint: API keys, host names, origins, content types, and sizes of bodies.
 
 Host names are checked against DNS rebinding, content types and Origin against requests that a foreign page makes the
 browser send, bodies for size before and while they are unpacked.
-
-TODO Who may ask: API keys, kept as SHA-256 and compared in constant time. Knows no HTTP.
-
-A key file has one key a line, as it is or as `sha256:` and the 64 hex digits of its SHA-256; lines that begin with #
-are left out. A key is printable ASCII without spaces, as HTTP headers carry it; the SDK insists on keys that begin
-with tml-.
-TODO How JSON bodies are read: strictly, so that whatever is taken can be kept and sent again. Knows no endpoint.
-
-Python's own reader takes halves of surrogate pairs, which nothing can send, NaN, which is no JSON, and depths at which
-whoever looks at the value later runs out of stack.
 """
 
 import asyncio
@@ -45,71 +35,23 @@ from kshot.errors import (
 )
 from vlm.server.futures import JSON
 
-# ---- Who may ask: API keys, kept as SHA-256 and compared in constant time. Knows no HTTP.
-
-SHORTEST = 16  # characters; what is shorter can be guessed
-HASHED = "sha256:"
-
-
-@dataclass(frozen=True)
-class Keys:
-    """digests: of the keys that are accepted; None accepts any key, but not none."""
-
-    digests: tuple[bytes, ...] | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> "Keys":
-        """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
-        written = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-        digests = [_digest(path, number, line) for number, line in written if line and not line.startswith("#")]
-        if not digests:
-            raise InputError(f"key file {path} has no key; write one a line, of {SHORTEST} characters or more")
-        return cls(tuple(digests))
-
-    def accept(self, key: str) -> bool:
-        """Whether a client with this key may ask. Takes as long for a wrong key as for a right one."""
-        if self.digests is None:
-            return bool(key)
-        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0  # not any(): all are compared
-
-
-def _digest(path: Path, number: int, line: str) -> bytes:
-    if line.startswith(HASHED):
-        digits = line.removeprefix(HASHED)
-        if not re.fullmatch(r"[0-9a-fA-F]{64}", digits):
-            raise InputError(f"key file {path}, line {number}: after {HASHED} come 64 hex digits, as sha256sum prints")
-        return bytes.fromhex(digits)
-    if not re.fullmatch(r"[!-~]*", line):
-        raise InputError(f"key file {path}, line {number}: a key is printable ASCII without spaces")
-    if len(line) < SHORTEST:
-        raise InputError(
-            f"key file {path}, line {number}: a key has {SHORTEST} characters or more, this has {len(line)}"
-        )
-    return hashlib.sha256(line.encode()).digest()
-
-
-# ---- What comes before any endpoint: who asks, from where, with what content, and how much of it. Knows no endpoint.
-
-MAX_VALUES = 1 << 22  # of a JSON body, as far as commas and brackets tell: each takes some 64 bytes once it is read
+MAX_VALUES = 1 << 22  # of a JSON body, counted by commas and brackets: each takes some 64 bytes once it is parsed
 MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
-DISCARDED = 256 << 20  # bytes of a body that is refused
+DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
 STEP = 1 << 20
 SMALL = 1 << 16  # bytes of a body that there is always room for
 PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
+SHORTEST = 16  # characters of a key; what is shorter can be guessed
+HASHED = "sha256:"
 
 
 @dataclass(frozen=True)
 class Body:
-    """What an endpoint takes: content of one type, of so many bytes at most, packed and unpacked.
+    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed.
 
-    What is built from a body takes more: up to 30 times as much from protobuf, 20 times from JSON.
+    What is built from it takes more memory: up to 30 times as much from protobuf, 20 times from JSON.
     """
 
     kind: str = JSON
@@ -122,17 +64,15 @@ PLAIN = Body()
 @dataclass(frozen=True)
 class Guard:
     """ASGI middleware. hosts: names that a request may be addressed to; None: any. free: paths that need no key.
-    bodies: what is sent to each path; to all others it is PLAIN. told: HTTP status and body of an error at a path.
-
-    Raises nothing: what is refused is answered as an endpoint there answers an error.
+    bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path.
     """
 
     app: Any
-    keys: Keys
+    keys: "Keys"
     hosts: frozenset[str] | None
     free: frozenset[str]
     bodies: Mapping[str, Body]
-    told: Callable[[str, Exception], tuple[int, dict[str, Any]]]
+    error_response: Callable[[str, Exception], tuple[int, dict[str, Any]]]
     budget: "Budget"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -140,19 +80,19 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a web socket, of which there is none here
             return await send({"type": "websocket.close", "code": 1008})
-        headers, held = Headers(scope=scope), _Held(self.budget)
+        headers, reserved = Headers(scope=scope), _Reservation(self.budget)
         try:
             self._check(scope["path"], headers)
             if scope["method"] not in SAFE:
                 wanted = self.bodies.get(scope["path"], PLAIN)
-                receive = _given(await _read(headers, receive, held, wanted), receive)
+                receive = _replay(await _read(headers, receive, reserved, wanted), receive)
             return await self.app(scope, receive, send)
         except (RequestError, BusyError) as error:
-            return await _refuse(send, *self.told(scope["path"], error), headers)
-        except _GoneError:
+            return await _refuse(send, *self.error_response(scope["path"], error), headers)
+        except _DisconnectedError:
             return None
         finally:
-            held.release()
+            reserved.release()
 
     def _check(self, path: str, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -168,15 +108,15 @@ class Guard:
 
 @dataclass
 class Budget:
-    """How many bytes of bodies are being read or worked on, of how many that may be at once."""
+    """Bytes of the bodies that are in memory, and the most of them."""
 
     limit: int = MAX_AT_ONCE
     taken: int = 0
 
 
 @dataclass
-class _Held:
-    """The part of the budget that one request has taken."""
+class _Reservation:
+    """The part of the budget that one request has."""
 
     budget: Budget
     bytes: int = 0
@@ -192,11 +132,11 @@ class _Held:
         self.budget.taken, self.bytes = self.budget.taken - self.bytes, 0
 
 
-class _GoneError(Exception):
+class _DisconnectedError(Exception):
     """The client went away."""
 
 
-async def _read(headers: Headers, receive: Any, held: _Held, wanted: Body) -> bytes:
+async def _read(headers: Headers, receive: Any, reserved: _Reservation, wanted: Body) -> bytes:
     """The body, unpacked."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     bare = not kind and headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
@@ -208,14 +148,14 @@ async def _read(headers: Headers, receive: Any, held: _Held, wanted: Body) -> by
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
     async for part in _parts(receive):
-        held.take(len(part))
+        reserved.take(len(part))
         body += part
         _check_size(len(body), wanted.limit)
     content = bytes(body)
     if encoding == "zstd":
         size = unpacked_size(content)
         _check_size(size, wanted.limit)
-        held.take(size)
+        reserved.take(size)
         content = await asyncio.to_thread(unpack, content) if size > STEP else unpack(content)
     if kind == JSON and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise TooLargeError(f"the body has more than {MAX_VALUES:,} values; send it in smaller parts")
@@ -256,28 +196,28 @@ async def _parts(receive: Any) -> Any:
         except TimeoutError as error:
             raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
         if message["type"] == "http.disconnect":
-            raise _GoneError
+            raise _DisconnectedError
         yield message.get("body", b"")
         more = message.get("more_body", False)
 
 
-def _given(body: bytes, receive: Any) -> Any:
+def _replay(body: bytes, receive: Any) -> Any:
     """A `receive` that gives the body at once, then what the connection says."""
     first = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def given() -> Any:
+    async def replay() -> Any:
         return first.pop() if first else await receive()
 
-    return given
+    return replay
 
 
-async def _refuse(send: Any, status: int, body: dict[str, Any], asked: Headers) -> None:
+async def _refuse(send: Any, status: int, body: dict[str, Any], request_headers: Headers) -> None:
     """Answer with an error. A client is let finish its body, so that it reads this, unless that may take for ever."""
     content = json.dumps(body).encode()
     headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(content)).encode())]
     if status == 429:
         headers.append((b"retry-after", b"1"))
-    if "transfer-encoding" in asked or _number(asked.get("content-length", "0")) > DISCARDED:
+    if "transfer-encoding" in request_headers or _number(request_headers.get("content-length", "0")) > DISCARDED:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
@@ -332,7 +272,7 @@ def _is_address(host: str) -> bool:
 
 @dataclass
 class Requests:
-    """Counts requests by endpoint and status as ASGI middleware, innermost: `route` is known after the call."""
+    """Counts requests by endpoint and status. ASGI middleware, innermost: `route` is known after the call."""
 
     app: Any
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -353,11 +293,65 @@ class Requests:
             self.counts[getattr(route, "path", "none"), status] += 1
 
 
-# ---- How JSON bodies are read: strictly, so that whatever is taken can be kept and sent again. Knows no endpoint.
+# API keys
+
+
+@dataclass(frozen=True)
+class Keys:
+    """API keys, kept as SHA-256. digests: of those that are accepted; None accepts any key, but not none.
+
+    A key file has one key a line, as it is or as `sha256:` and the 64 hex digits of its SHA-256; lines that begin with
+    # are left out. A key is printable ASCII without spaces, as HTTP headers carry it; the SDK insists on keys that
+    begin with tml-.
+    """
+
+    digests: tuple[bytes, ...] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Keys":
+        """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
+        written = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        digests = [_digest(path, number, line) for number, line in written if line and not line.startswith("#")]
+        if not digests:
+            raise InputError(f"key file {path} has no key; write one a line, of {SHORTEST} characters or more")
+        return cls(tuple(digests))
+
+    def accept(self, key: str) -> bool:
+        """Whether a key is accepted. Takes as long for a wrong key as for a right one."""
+        if self.digests is None:
+            return bool(key)
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        return sum(hmac.compare_digest(digest, each) for each in self.digests) > 0  # not any(): all are compared
+
+
+def _digest(path: Path, number: int, line: str) -> bytes:
+    if line.startswith(HASHED):
+        digits = line.removeprefix(HASHED)
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digits):
+            raise InputError(f"key file {path}, line {number}: after {HASHED} come 64 hex digits, as sha256sum prints")
+        return bytes.fromhex(digits)
+    if not re.fullmatch(r"[!-~]*", line):
+        raise InputError(f"key file {path}, line {number}: a key is printable ASCII without spaces")
+    if len(line) < SHORTEST:
+        raise InputError(
+            f"key file {path}, line {number}: a key has {SHORTEST} characters or more, this has {len(line)}"
+        )
+    return hashlib.sha256(line.encode()).digest()
+
+
+# JSON bodies
 
 
 class Strict(Request):
-    """A request whose body is JSON by the letter of RFC 8259, at most some 200 levels deep."""
+    """A request whose body is JSON by the letter of RFC 8259, at most some 200 levels deep.
+
+    Python's own parser takes halves of surrogate pairs, which nothing can send, NaN, which is no JSON, and depths at
+    which whoever looks at the value later runs out of stack.
+    """
 
     async def json(self) -> Any:
         """The value. Raises json.JSONDecodeError, which the framework answers."""
@@ -368,7 +362,7 @@ class Strict(Request):
 
 
 class Route(APIRoute):
-    """A route that is given its body so."""
+    """A route whose body is read by `Strict`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()

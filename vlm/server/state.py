@@ -23,7 +23,7 @@ from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Answer, Futures
 from vlm.server.runs import LiveRun
 from vlm.server.store import Store
-from vlm.server.tables import Sampler
+from vlm.server.tables import Run, Sampler, Session
 
 log = logging.getLogger("kshot.server")
 
@@ -69,19 +69,19 @@ class ServerState:
         if request.project_id is not None:
             text = f"project_id {request.project_id!r}: this server has no projects; unset TINKER_PROJECT_ID"
             raise RequestError(text)
-        session = str(uuid.uuid4())
-        self.store.add_session(
-            session,
+        session = Session(
+            str(uuid.uuid4()),
             user_metadata=metadata_text(request.user_metadata),
             tags=request.tags,
             display_name=request.display_name,
             sdk_version=request.sdk_version,
         )
-        return session
+        self.store.add(session)
+        return session.id
 
     def check_session(self, session: str) -> None:
         """Raise MissingError for a session that is not, or not any more."""
-        row = self.store.session(session)
+        row = self.store.get(Session, session)
         if row is None:
             raise MissingError(f"there is no session {session!r}; create one")
         if row.finished is not None:
@@ -93,13 +93,13 @@ class ServerState:
         try:
             self.check_session(session)
         except MissingError as error:
-            raise error if self.store.session(session) is None else LostError(str(error)) from error
-        self.store.heartbeat(session)
+            raise error if self.store.get(Session, session) is None else LostError(str(error)) from error
+        self.store.update(Session, session, heartbeat=time.time())
 
     def finish_session(self, session: str, reason: dict[str, Any]) -> None:
         """End a session: its runs and unsaved samplers leave the memory; checkpoints stay."""
         self.check_session(session)
-        self.store.finish_session(session, reason)
+        self.store.update(Session, session, finished=reason)
         self.release(session, f"session {session} was finished")
 
     def release(self, session: str, why: str) -> None:
@@ -107,14 +107,14 @@ class ServerState:
         for run in [run for run in self.runs.values() if run.session == session]:
             del self.runs[run.id]
             run.end(self.lost_run(run.id, why))
-        for row in self.store.samplers_of(session):
+        for row in self.store.of_session(Sampler, session):
             self.samplers.release(row.id)
 
     def live_run(self, run: str) -> LiveRun:
         """A run in memory. Raises MissingError for another, and says what was last saved of it."""
         if run in self.runs:
             return self.runs[run]
-        if self.store.run(run) is None:
+        if self.store.get(Run, run) is None:
             raise MissingError(f"there is no run {run!r}; create one")
         raise self.lost_run(run, "this server was started again, or its session is over")
 
@@ -143,11 +143,11 @@ class ServerState:
         """Take stale sessions out of the memory, and expired checkpoints off the disk."""
         for run in [*self.runs.values()]:
             run.skip(now)
-            self.store.touch_run(run.id, run.next_seq, run.last_request)
-        samplers = map(self.store.sampler, self.samplers.ephemeral)
+            self.store.update(Run, run.id, next_seq=run.next_seq, last_request=run.last_request)
+        samplers = [self.store.get(Sampler, each) for each in self.samplers.ephemeral]
         sessions = {run.session for run in self.runs.values()} | {each.session for each in samplers if each}
         for session in sessions:
-            row = self.store.session(session)
+            row = self.store.get(Session, session)
             signs = [run.last_request for run in self.runs.values() if run.session == session]
             if row is not None and now - max([row.heartbeat, *signs]) > STALE:
                 self.release(session, f"session {session} gave no sign of life for {STALE / 60:.0f} minutes")
@@ -278,7 +278,7 @@ class Samplers:
         return await self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
 
     def _row(self, sampler_id: str) -> Sampler:
-        row = self.store.sampler(sampler_id)
+        row = self.store.get(Sampler, sampler_id)
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
         return row

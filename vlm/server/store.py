@@ -1,13 +1,9 @@
-"""What a server remembers from one start to the next: sessions, runs, samplers, checkpoints, answers, losses.
+# ruff: noqa: S608 - the names of tables and columns that are put into statements are those of `vlm.server.tables`
+"""What a server keeps from one start to the next: sessions, runs, samplers, checkpoints, answers, losses.
 
 One SQLite file in the state folder, for one server at a time. Every call is safe from any thread, and all there or not
-at all when it is cut off (but for `prune`).
-Knows no weights, no HTTP, and no rules about who may do what. Rows are those of `vlm.server.tables`.
-
-TODO One SQLite file in a folder that one process holds. Knows no tables: a schema is given to it.
-
-Rows whose call has returned outlive the process, however it ends; a machine that loses power may lose the last ones
-(WAL, synchronous=NORMAL), never the file.
+at all when it is cut off (but for `prune`). Rows whose call has returned outlive the process, however it ends; a
+machine that loses power may lose the last ones (WAL, synchronous=NORMAL), never the file.
 """
 
 import json
@@ -23,10 +19,9 @@ from filelock import FileLock, Timeout
 
 from kshot.errors import InputError, KshotError, RequestError
 from vlm.server import tables as sql
-from vlm.server.tables import Checkpoint, Future, Loss, Run, Sampler, Session, columns, row_of
+from vlm.server.tables import Checkpoint, Future, Loss, columns, row_of
 
-# ---- One SQLite file in a folder that one process holds. Knows no tables: a schema is given to it.
-
+Row = TypeVar("Row")
 FILE = "server.sqlite3"
 OLDEST = (3, 37, 0)  # of SQLite: strict tables and RETURNING
 SETTINGS = (
@@ -111,16 +106,10 @@ def _held(folder: Path) -> FileLock:
     return lock
 
 
-# ---- What a server remembers from one start to the next: sessions, runs, samplers, checkpoints, answers, losses.
-
-Row = TypeVar("Row")
-
-
 class Store:
     """The store in `folder`; raises as `Database`, when it is opened and in every call.
 
-    Methods that change a row say whether there was one; those that look for one give None where there is none. `now`
-    is the current time unless it is given.
+    Methods that look for a row give None where there is none. `now` is the current time unless it is given.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,96 +125,35 @@ class Store:
         """Let the next server have the folder."""
         self._database.close()
 
-    def add_session(
-        self,
-        session: str,
-        *,
-        user_metadata: Mapping[str, Any] | None = None,
-        tags: Sequence[str] = (),
-        display_name: str | None = None,
-        sdk_version: str | None = None,
-        now: float | None = None,
-    ) -> None:
-        """A new session."""
-        now = _time(now)
-        self._put(Session(session, now, now, None, user_metadata, list(tags), display_name, sdk_version))
+    def add(self, row: Any, verb: str = "INSERT", end: str = "") -> None:
+        """A new row."""
+        values = columns(type(row), vars(row))
+        names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+        self._database.run(f"{verb} INTO {sql.TABLES[type(row)]} ({names}) VALUES ({places}) {end}", values)
 
-    def heartbeat(self, session: str, now: float | None = None) -> bool:
-        """A sign of life of a session."""
-        return self._changed("UPDATE sessions SET heartbeat = ? WHERE id = ? RETURNING 1", _time(now), session)
+    def update(self, kind: type, key: str, **values: Any) -> None:
+        """Change some fields of a row, if it is there."""
+        stored = columns(kind, values)
+        assignments = ", ".join(f"{name} = :{name}" for name in stored)
+        where = f"WHERE {sql.KEYS[kind]} = :_key"
+        self._database.run(f"UPDATE {sql.TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
 
-    def finish_session(self, session: str, reason: Mapping[str, Any]) -> bool:
-        """The end of a session."""
-        return self._changed("UPDATE sessions SET finished = ? WHERE id = ? RETURNING 1", json.dumps(reason), session)
+    def get(self, kind: type[Row], key: str) -> Row | None:
+        """The row with this primary key."""
+        return self._one(kind, f"SELECT * FROM {sql.TABLES[kind]} WHERE {sql.KEYS[kind]} = ?", key)
 
-    def session(self, session: str) -> Session | None:
-        """One session."""
-        return self._one(Session, "SELECT * FROM sessions WHERE id = ?", session)
+    def newest(self, kind: type[Row], limit: int, offset: int = 0) -> list[Row]:
+        """Newest first: sessions or runs."""
+        order = f"SELECT * FROM {sql.TABLES[kind]} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
+        return self._all(kind, order, *_page(limit, offset))
 
-    def sessions(self, limit: int, offset: int = 0) -> list[Session]:
-        """Newest first."""
-        order = "SELECT * FROM sessions ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
-        return self._all(Session, order, *_page(limit, offset))
+    def count(self, kind: type) -> int:
+        """The number of rows of a table."""
+        return self._number(f"SELECT count(*) FROM {sql.TABLES[kind]}")
 
-    def session_count(self) -> int:
-        """How many sessions there are."""
-        return self._number("SELECT count(*) FROM sessions")
-
-    def add_run(
-        self,
-        run: str,
-        session: str,
-        base_model: str,
-        lora: Mapping[str, Any],
-        user_metadata: Mapping[str, str] | None = None,
-        now: float | None = None,
-    ) -> None:
-        """A new run of a session that there is; its first request is number 1."""
-        now = _time(now)
-        self._put(Run(run, session, base_model, lora, user_metadata, now, now, next_seq=1))
-
-    def touch_run(self, run: str, next_seq: int | None = None, now: float | None = None) -> bool:
-        """A request of a run came in; next_seq: which one is expected next."""
-        change = "UPDATE runs SET last_request = ?, next_seq = ifnull(?, next_seq) WHERE id = ? RETURNING 1"
-        return self._changed(change, _time(now), next_seq, run)
-
-    def run(self, run: str) -> Run | None:
-        """One run."""
-        return self._one(Run, "SELECT * FROM runs WHERE id = ?", run)
-
-    def runs(self, limit: int, offset: int = 0) -> list[Run]:
-        """Newest first."""
-        order = "SELECT * FROM runs ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
-        return self._all(Run, order, *_page(limit, offset))
-
-    def run_count(self) -> int:
-        """How many runs there are."""
-        return self._number("SELECT count(*) FROM runs")
-
-    def runs_of(self, session: str) -> list[Run]:
-        """A session's, oldest first."""
-        return self._all(Run, "SELECT * FROM runs WHERE session = ? ORDER BY created, rowid", session)
-
-    def add_sampler(
-        self,
-        sampler: str,
-        session: str,
-        base_model: str,
-        model_path: str | None,
-        *,
-        ephemeral: bool = False,
-        now: float | None = None,
-    ) -> None:
-        """A new sampler of a session that there is."""
-        self._put(Sampler(sampler, session, base_model, model_path, ephemeral, _time(now), clones=0))
-
-    def sampler(self, sampler: str) -> Sampler | None:
-        """One sampler."""
-        return self._one(Sampler, "SELECT * FROM samplers WHERE id = ?", sampler)
-
-    def samplers_of(self, session: str) -> list[Sampler]:
-        """A session's, oldest first."""
-        return self._all(Sampler, "SELECT * FROM samplers WHERE session = ? ORDER BY created, rowid", session)
+    def of_session(self, kind: type[Row], session: str) -> list[Row]:
+        """The runs or samplers of a session, oldest first."""
+        return self._all(kind, f"SELECT * FROM {sql.TABLES[kind]} WHERE session = ? ORDER BY created, rowid", session)
 
     def next_clone(self, sampler: str) -> int | None:
         """The number of one more client of a sampler, from 1 on; never the same twice."""
@@ -233,23 +161,15 @@ class Store:
         rows = self._database.run(change, (sampler,))
         return rows[0][0] if rows else None
 
-    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def put_checkpoint(self, checkpoint: Checkpoint) -> None:
         """A checkpoint, in place of one with the same path."""
-        self._put(checkpoint, "INSERT OR REPLACE")
-
-    def checkpoint(self, path: str) -> Checkpoint | None:
-        """One checkpoint."""
-        return self._one(Checkpoint, "SELECT * FROM checkpoints WHERE path = ?", path)
+        self.add(checkpoint, "INSERT OR REPLACE")
 
     def checkpoints(
         self, run: str | None = None, limit: int = 100, offset: int = 0, kind: str | None = None
     ) -> list[Checkpoint]:
         """Newest first: all, or those of a run, of a kind, or both."""
         return self._all(Checkpoint, sql.CHECKPOINTS, run, run, kind, kind, *_page(limit, offset))
-
-    def checkpoint_count(self, run: str | None = None, kind: str | None = None) -> int:
-        """How many `checkpoints` goes through."""
-        return self._number(sql.CHECKPOINT_COUNT, run, run, kind, kind)
 
     def checkpoint_paths(self) -> list[str]:
         """Of all of them."""
@@ -260,76 +180,43 @@ class Store:
         newest = "SELECT * FROM checkpoints WHERE run = ? AND kind = ? ORDER BY created DESC, rowid DESC LIMIT 1"
         return self._one(Checkpoint, newest, run, kind)
 
-    def set_expiry(self, path: str, expires: float | None) -> bool:
-        """When a checkpoint ends; None is never."""
-        return self._changed("UPDATE checkpoints SET expires = ? WHERE path = ? RETURNING 1", expires, path)
-
-    def set_public(self, path: str, public: bool) -> bool:
-        """Whether a checkpoint is public."""
-        return self._changed("UPDATE checkpoints SET public = ? WHERE path = ? RETURNING 1", int(public), path)
-
-    def remove_checkpoint(self, path: str) -> bool:
+    def remove_checkpoint(self, path: str) -> None:
         """Take a checkpoint off the list."""
-        return self._changed("DELETE FROM checkpoints WHERE path = ? RETURNING 1", path)
+        self._database.run("DELETE FROM checkpoints WHERE path = ?", (path,))
 
     def expired(self, now: float) -> list[str]:
         """The paths of the checkpoints whose end has come."""
         rows = self._database.run("SELECT path FROM checkpoints WHERE expires <= ? ORDER BY expires", (now,))
         return [path for (path,) in rows]
 
-    def finish_future(
-        self,
-        request_id: str,
-        key: str,
-        content_type: str,
-        payload: bytes,
-        *,
-        status: str = "finished",
-        created: float | None = None,
-        now: float | None = None,
-    ) -> str:
-        """What a request came to; gives the request id under which it is found: that of the first with this key.
-
-        created: when it was made, if not now. An answer is written once: a second one to the same key is dropped.
-        """
-        now = _time(now)
-        row = Future(request_id, key, now if created is None else created, now, status, content_type, payload, None)
-        self._put(row, end="ON CONFLICT DO NOTHING")
-        first = self._database.run("SELECT request_id FROM futures WHERE key = ?", (key,))
-        if not first:
-            raise KshotError(f"request {request_id!r} has an answer under another key than {key!r}")
-        return first[0][0]
-
-    def future(self, request_id: str) -> Future | None:
-        """One answer by its request."""
-        return self._one(Future, "SELECT * FROM futures WHERE request_id = ?", request_id)
+    def finish_future(self, request_id: str, key: str, content_type: str, payload: bytes, status: str) -> None:
+        """The answer to a request. It is written once: a second one to the same key is dropped."""
+        now = time.time()
+        self.add(Future(request_id, key, now, now, status, content_type, payload, None), end="ON CONFLICT DO NOTHING")
 
     def future_of(self, key: str) -> Future | None:
         """One answer by its key."""
         return self._one(Future, "SELECT * FROM futures WHERE key = ?", key)
 
-    def mark_retrieved(self, request_id: str, now: float | None = None) -> bool:
+    def mark_retrieved(self, request_id: str, now: float | None = None) -> None:
         """Note that an answer has been sent; the first time counts."""
-        change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ? RETURNING 1"
-        return self._changed(change, _time(now), request_id)
+        change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ?"
+        self._database.run(change, (time.time() if now is None else now, request_id))
 
-    def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> int:
+    def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
         """Delete answers that were sent or finished so many seconds ago, and then, until the rest has at most
-        `max_bytes`, first those that were sent, oldest first. Gives how many went.
+        `max_bytes`, first those that were sent, oldest first.
 
         Much of it takes a second: call it from a thread of its own, whose deletions let other calls in between.
         """
-        ages = {"retrieved": now - after_retrieved_s, "finished": now - after_s}
-        gone = self._delete_futures(sql.OLD_FUTURES, ages)
+        self._delete_futures(sql.OLD_FUTURES, {"retrieved": now - after_retrieved_s, "finished": now - after_s})
         if self._number("SELECT ifnull(sum(length(payload)), 0) FROM futures") > max_bytes:
-            gone += self._delete_futures(sql.FUTURES_BEYOND, {"most": max_bytes})
-        return gone
+            self._delete_futures(sql.FUTURES_BEYOND, {"most": max_bytes})
 
     def add_loss(self, run: str, step: int, loss: float, examples: int, now: float | None = None) -> None:
         """One more point of the curve of a run that there is."""
-        self._database.run(
-            sql.ADD_LOSS, {"run": run, "step": step, "time": _time(now), "loss": float(loss), "n": examples}
-        )
+        now = time.time() if now is None else now
+        self._database.run(sql.ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
 
     def losses(self, run: str, at_most: int = 500) -> list[Loss]:
         """A run's curve in order; of more points than that, some at even distances, with the first and the last."""
@@ -340,13 +227,9 @@ class Store:
         wanted = "SELECT * FROM losses WHERE run = ? AND number IN (SELECT value FROM json_each(?)) ORDER BY number"
         return self._all(Loss, wanted, run, json.dumps(numbers))
 
-    def _delete_futures(self, which: str, values: Mapping[str, Any]) -> int:
-        rows = self._database.run(which, values)
-        delete = "DELETE FROM futures WHERE request_id = ? RETURNING 1"
-        return sum(self._changed(delete, request_id) for (request_id,) in rows)
-
-    def _put(self, row: Any, verb: str = "INSERT", end: str = "") -> None:
-        self._database.run(f"{verb} INTO {sql.INSERTIONS[type(row)]} {end}", columns(row))
+    def _delete_futures(self, query: str, values: Mapping[str, Any]) -> None:
+        for row in self._database.run(query, values):
+            self._database.run("DELETE FROM futures WHERE request_id = ?", tuple(row))
 
     def _all(self, kind: type[Row], query: str, *values: Any) -> list[Row]:
         return [row_of(kind, stored) for stored in self._database.run(query, values)]
@@ -356,13 +239,6 @@ class Store:
 
     def _number(self, query: str, *values: Any) -> int:
         return self._database.run(query, values)[0][0]
-
-    def _changed(self, change: str, *values: Any) -> bool:
-        return bool(self._database.run(change, values))
-
-
-def _time(now: float | None) -> float:
-    return time.time() if now is None else now
 
 
 def _page(limit: int, offset: int) -> Iterable[int]:

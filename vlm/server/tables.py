@@ -1,4 +1,4 @@
-"""The tables of a server's store, a class for the rows of each, and the longer statements. Knows no connection.
+"""The tables of a server's store, a class for the rows of each, and the longer statements.
 
 Times are seconds since 1970 (UTC). A column has the name of its field; what SQLite has no type for is JSON.
 """
@@ -6,6 +6,7 @@ Times are seconds since 1970 (UTC). A column has the name of its field; what SQL
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -80,13 +81,13 @@ class Session:
     """A client's session; finished: why it ended, or None."""
 
     id: str
-    created: float
-    heartbeat: float
-    finished: Mapping[str, Any] | None = field(metadata=_JSON)
-    user_metadata: Mapping[str, Any] | None = field(metadata=_JSON)
-    tags: list[str] = field(metadata=_JSON)
-    display_name: str | None
-    sdk_version: str | None
+    created: float = field(default_factory=time.time)
+    heartbeat: float = field(default_factory=time.time)
+    finished: Mapping[str, Any] | None = field(default=None, metadata=_JSON)
+    user_metadata: Mapping[str, Any] | None = field(default=None, metadata=_JSON)
+    tags: list[str] = field(default_factory=list, metadata=_JSON)
+    display_name: str | None = None
+    sdk_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class Run:
     session: str
     base_model: str
     lora: Mapping[str, Any] = field(metadata=_JSON)
-    user_metadata: Mapping[str, str] | None = field(metadata=_JSON)
-    created: float
-    last_request: float
-    next_seq: int
+    user_metadata: Mapping[str, str] | None = field(default=None, metadata=_JSON)
+    created: float = field(default_factory=time.time)
+    last_request: float = field(default_factory=time.time)
+    next_seq: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Sampler:
     id: str
     session: str
     base_model: str
-    model_path: str | None
-    ephemeral: bool = field(metadata=_FLAG)
-    created: float
-    clones: int
+    model_path: str | None = None
+    ephemeral: bool = field(default=False, metadata=_FLAG)
+    created: float = field(default_factory=time.time)
+    clones: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,18 +160,21 @@ class Loss:
     examples: int
 
 
-_TABLES: dict[type, str] = {
+TABLES: dict[type, str] = {
     Session: "sessions",
     Run: "runs",
     Sampler: "samplers",
     Checkpoint: "checkpoints",
     Future: "futures",
 }
+KEYS = {kind: fields(kind)[0].name for kind in TABLES}  # primary keys
 
 
-def columns(row: Any) -> dict[str, Any]:
-    """What SQLite stores of a row."""
-    return {each.name: each.metadata.get("write", _same)(getattr(row, each.name)) for each in fields(row)}
+def columns(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What SQLite stores of the values of some fields."""
+    return {
+        each.name: each.metadata.get("write", _same)(values[each.name]) for each in fields(kind) if each.name in values
+    }
 
 
 def row_of(kind: type[Row], stored: sqlite3.Row) -> Row:
@@ -178,13 +182,7 @@ def row_of(kind: type[Row], stored: sqlite3.Row) -> Row:
     return kind(*(read(stored[name]) for name, read in _READERS[kind]))
 
 
-def _insertion(kind: type, table: str) -> str:
-    names = [each.name for each in fields(kind)]
-    return f"{table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
-
-
-_READERS = {kind: [(f.name, f.metadata.get("read", _same)) for f in fields(kind)] for kind in (*_TABLES, Loss)}
-INSERTIONS = {kind: _insertion(kind, table) for kind, table in _TABLES.items()}  # what follows INSERT INTO
+_READERS = {kind: [(f.name, f.metadata.get("read", _same)) for f in fields(kind)] for kind in (*TABLES, Loss)}
 
 CHECKPOINTS = """
     SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)

@@ -1,6 +1,5 @@
-"""What people and programs watch a server by: the overview of its page, and metrics in Prometheus' text format.
-
-Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/. Only reads.
+"""The overview that the server's page shows, and metrics in Prometheus' text format
+(https://prometheus.io/docs/instrumenting/exposition_formats/).
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from vlm.server.state import ServerState
-from vlm.server.tables import Run
+from vlm.server.tables import Run, Session
 
 NEWEST = 50  # runs and checkpoints that the page is told of
 POINTS = 300  # of a curve
@@ -31,8 +30,8 @@ def routes(state: ServerState, requests: "Counter[tuple[str, int]]", address: st
             "started": state.started,
             "now": time.time(),
             "address": address,
-            "models": [_model(state, name) for name in state.registry.model_paths or {}],
-            "runs": [_run(state, row, curves) for row in state.store.runs(NEWEST, 0)],
+            "models": [_model(state, name) for name in state.models],
+            "runs": [_run(state, row, curves) for row in state.store.newest(Run, NEWEST)],
             "checkpoints": [
                 {
                     "path": row.path,
@@ -59,7 +58,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
-    live, session = state.runs.get(row.id), state.store.session(row.session)
+    live, session = state.runs.get(row.id), state.store.get(Session, row.session)
     over = session is not None and session.finished is not None
     losses = curves.get(row.id)
     if losses is None:

@@ -1,7 +1,7 @@
-"""The server's page at `/`: models, runs with their loss curves, checkpoints, queue. Knows no model and no run.
+"""The server's page at `/`: models, runs with their loss curves, checkpoints, queue.
 
-Three files as they are, without any library, build or foreign address. What they show they ask the server for:
-GET api/v1/overview, with an API key; the page itself needs none and says nothing about the server.
+Three files as they are, without any library, build or foreign address. What they show they fetch from
+GET api/v1/overview, with an API key; the page itself needs none and holds no data of the server.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-// The server's page: asks api/v1/overview every two seconds and puts the answer into nodes that stay. Knows no other
-// endpoint and no library. What the server tells comes from its clients: it enters the page as text only.
+// The server's page: asks api/v1/overview every two seconds and puts the answer into nodes that stay.
+// What the server sends comes from its clients: it enters the page as text only.
 
 const PERIOD = 2000; // ms from one answer to the next question
 const PATIENCE = 10000; // ms that an answer may take

@@ -17,7 +17,7 @@ from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route
 from vlm.server.state import ServerState
-from vlm.server.tables import Checkpoint, Run
+from vlm.server.tables import Checkpoint, Run, Sampler, Session
 from vlm.server.tinker import training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
@@ -125,16 +125,16 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
         _no_projects(project_id)
-        return {"sessions": [row.id for row in state.store.sessions(limit, offset)]}
+        return {"sessions": [row.id for row in state.store.newest(Session, limit, offset)]}
 
     @router.get("/sessions/{session}")
     async def session(session: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        row = state.store.session(session)
+        row = state.store.get(Session, session)
         if row is None:
             raise MissingError(f"there is no session {session!r}")
         return {
-            "training_run_ids": [run.id for run in state.store.runs_of(session)],
-            "sampler_ids": [sampler.id for sampler in state.store.samplers_of(session)],
+            "training_run_ids": [run.id for run in state.store.of_session(Run, session)],
+            "sampler_ids": [sampler.id for sampler in state.store.of_session(Sampler, session)],
             "user_metadata": row.user_metadata,
             "display_name": row.display_name,
         }
@@ -205,7 +205,7 @@ def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -
 
     @router.get("/samplers/{sampler}")
     async def sampler(sampler: str) -> dict[str, Any]:
-        row = state.store.sampler(sampler)
+        row = state.store.get(Sampler, sampler)
         if row is None:
             raise MissingError(f"there is no sampler {sampler!r}")
         return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
@@ -272,8 +272,8 @@ def _runs(router: APIRouter, state: ServerState) -> None:
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
         _no_projects(project_id)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.run_count()}
-        return {"training_runs": [_run(state, row) for row in state.store.runs(limit, offset)], "cursor": cursor}
+        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Run)}
+        return {"training_runs": [_run(state, row) for row in state.store.newest(Run, limit, offset)], "cursor": cursor}
 
     @router.get("/training_runs/{run}")
     async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _checkpoints(router: APIRouter, state: ServerState) -> None:
     @router.get("/checkpoints")
     async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
         rows = state.store.checkpoints(limit=limit, offset=offset)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.checkpoint_count()}
+        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Checkpoint)}
         return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
@@ -312,15 +312,15 @@ def _checkpoints(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
     async def publish(run: str, kind: str, name: str) -> None:
-        state.store.set_public(existing(run, kind, name), True)
+        state.store.update(Checkpoint, existing(run, kind, name), public=True)
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
     async def unpublish(run: str, kind: str, name: str) -> None:
-        state.store.set_public(existing(run, kind, name), False)
+        state.store.update(Checkpoint, existing(run, kind, name), public=False)
 
 
 def _existing(state: ServerState, run: str) -> Run:
-    row = state.store.run(run)
+    row = state.store.get(Run, run)
     if row is None:
         raise MissingError(f"there is no run {run!r}")
     return row

@@ -18,6 +18,7 @@ from vlm.local.clients import LocalSamplingClient, SamplingRequest, SamplingTask
 from vlm.server.futures import PROTOBUF, Answer
 from vlm.server.runs import answer_of, when_done
 from vlm.server.state import ServerState, check_number, sampler_id
+from vlm.server.tables import Sampler
 from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait
@@ -81,9 +82,9 @@ class SamplingService:
             if request.base_model not in (None, base):
                 raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
         name = sampler_id(request.session_id, request.sampling_session_seq_id)
-        before = self.state.store.sampler(name)
+        before = self.state.store.get(Sampler, name)
         if before is None:
-            self.state.store.add_sampler(name, request.session_id, str(base), request.model_path)
+            self.state.store.add(Sampler(name, request.session_id, str(base), request.model_path))
         elif before.ephemeral or (before.base_model, before.model_path) != (base, request.model_path):
             raise RequestError(f"sampling session {name} is of other weights; take the next sampling_session_seq_id")
         return name

@@ -19,6 +19,7 @@ from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.runs import LiveRun, Operation, when_done
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
+from vlm.server.tables import Run, Sampler
 from vlm.server.tinker import wire
 
 RUNS = 4096  # in memory
@@ -144,12 +145,12 @@ class SnapshotForSampler(RunOperation):
 
     def reply(self, client: LocalSamplingClient) -> Answer:
         self._check_unused()
-        self.state.store.add_sampler(self.sampler, self.session, client.get_base_model(), None, ephemeral=True)
+        self.state.store.add(Sampler(self.sampler, self.session, client.get_base_model(), ephemeral=True))
         self.state.samplers.keep(self.sampler, self.request.model_id, client)
         return json_answer({"sampling_session_id": self.sampler, "type": "save_weights_for_sampler"})
 
     def _check_unused(self) -> None:
-        if self.state.store.sampler(self.sampler) is not None:
+        if self.state.store.get(Sampler, self.sampler) is not None:
             raise RequestError(
                 f"sampling session {self.sampler} was made before; take the next sampling_session_seq_id"
             )
@@ -294,7 +295,7 @@ class TrainingService:
         key = f"{model_id}/0"
         if (known := self.state.futures.known(key)) is not None:
             return known
-        if self.state.store.run(model_id) is not None:
+        if self.state.store.get(Run, model_id) is not None:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
         if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
@@ -316,7 +317,7 @@ class TrainingService:
         if not isinstance(result, BaseException):
             base_model, lora = result.get_info().model_name, asdict(result.spec)
             try:
-                self.state.store.add_run(run.id, run.session, base_model, lora, metadata)
+                self.state.store.add(Run(run.id, run.session, base_model, lora, metadata))
             except KshotError as error:
                 result = error
         if isinstance(result, BaseException):
