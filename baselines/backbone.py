@@ -1,7 +1,6 @@
-"""A backbone of timm by name, folder or file: find it, load it once per process, turn pixels into its feature.
+"""Loads a backbone of timm by name, folder or file, once per process, and turns pixels into its feature.
 
-Knows neither heads nor training. The loaded module is shared by everything that asks for it, frozen and in eval mode:
-who wants to add to it takes `copy`, which shares the weights.
+The loaded module is shared, frozen and in eval mode; to add adapters take `copy`, which shares the weights.
 """
 
 import copy
@@ -27,9 +26,9 @@ TRANSFORMERS = (VisionTransformer, Eva)  # those that take any number of patches
 STRIDE = 32  # of a convolutional network that does not state its own
 
 
-class Tokens(NamedTuple):
-    """What a readout joins: the CLS tokens of the last `blocks` blocks, and with `mean` the mean of the last one's
-    patch tokens; all after the final norm."""
+class Readout(NamedTuple):
+    """What is joined into a feature: the CLS tokens of the last `blocks` blocks, and with `mean` the mean of the last
+    one's patch tokens; all after the final norm."""
 
     blocks: int
     mean: bool
@@ -37,10 +36,10 @@ class Tokens(NamedTuple):
 
 # The linear evaluation of DINOv2 tries these four (Oquab et al. 2023, arXiv:2304.07193, and its published code).
 READOUTS = {
-    "cls": Tokens(1, mean=False),
-    "cls+mean": Tokens(1, mean=True),
-    "last4": Tokens(4, mean=False),
-    "last4+mean": Tokens(4, mean=True),
+    "cls": Readout(1, mean=False),
+    "cls+mean": Readout(1, mean=True),
+    "last4": Readout(4, mean=False),
+    "last4+mean": Readout(4, mean=True),
 }
 POOLED = "pooled"  # what timm's own classifier of the model reads: for models without a CLS token
 
@@ -50,11 +49,11 @@ class Backbone:
     """A model of timm with what its input needs.
 
     Attributes:
-        name: as it was asked for.
+        name: as the user gave it.
         module: timm's module, frozen, without a head.
         readout: a row of READOUTS, or POOLED.
         patch: both sides of the input are multiples of so many pixels.
-        fixed: (height, width) in pixels where the input has one size alone, else None.
+        fixed_size: (height, width) in pixels where the input has one size alone, else None.
         mean, std: (3, 1, 1), of pixels scaled to 0..1.
     """
 
@@ -62,7 +61,7 @@ class Backbone:
     module: nn.Module
     readout: str
     patch: int
-    fixed: tuple[int, int] | None
+    fixed_size: tuple[int, int] | None
     mean: Tensor
     std: Tensor
 
@@ -81,13 +80,13 @@ class Backbone:
 
     def check_size(self, size: int | None) -> None:
         """Raises InputError unless images of `size` pixels, square, can go in; None is each image's own size."""
-        if self.fixed is not None and (size, size) != self.fixed:
-            height, width = self.fixed
-            asked = "images of their own sizes were asked for" if size is None else f"{size} pixels were asked for"
+        if self.fixed_size is not None and (size, size) != self.fixed_size:
+            height, width = self.fixed_size
+            requested = "images of their own sizes were asked for" if size is None else f"{size} pixels were asked for"
             way_out = f"give image size {height}" if height == width else "use another model: kshot makes squares"
             raise InputError(
                 f"model {self.name!r} has a fixed position embedding and takes {height}x{width} pixels alone, "
-                f"{asked}; {way_out}"
+                f"{requested}; {way_out}"
             )
         if size is not None and (size <= 0 or size % self.patch):
             raise InputError(
@@ -135,13 +134,13 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     source = _source(model)
     if source.kind == "timm" and not source.name.startswith("hf-hub:"):
         with torch.device("meta"):
-            module = _loaded(source.name, pretrained=False)
+            module = _create_or_explain(source.name, pretrained=False)
         _backbone(model, module, "cpu", readout).check_size(size)
     elif source.kind == "weights":
         _backbone(model, _module(source, "cpu"), "cpu", readout).check_size(size)
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where a module comes from. kind: "timm" (name: what timm calls it) or "weights" (name: a path)."""
 
     kind: str
@@ -164,8 +163,9 @@ def _backbone(name: str, module: nn.Module, device: str, readout: str) -> Backbo
 
 
 def _has_tokens(module: Any) -> bool:
-    known = isinstance(module, TRANSFORMERS)
-    return known and module.cls_token is not None and not isinstance(module.norm, nn.Identity)
+    return (
+        isinstance(module, TRANSFORMERS) and module.cls_token is not None and not isinstance(module.norm, nn.Identity)
+    )
 
 
 def _input(module: Any) -> tuple[int, tuple[int, int] | None]:
@@ -192,19 +192,19 @@ def _last_blocks(vit: Any, batch: Tensor, blocks: int) -> list[tuple[Tensor, Ten
 
 # Two: a sweep compares at most a small and a large one, and a ViT-L has 1.2 GB.
 @lru_cache(maxsize=2)
-def _module(source: Source, device: str) -> nn.Module:
+def _module(source: ModelSource, device: str) -> nn.Module:
     if source.kind == "weights":
         module: nn.Module = weights.vision_transformer(Path(source.name))
     else:
-        module = _loaded(source.name, pretrained=True)
+        module = _create_or_explain(source.name, pretrained=True)
     return module.requires_grad_(False).eval().to(device)
 
 
-def _loaded(name: str, *, pretrained: bool) -> nn.Module:
+def _create_or_explain(name: str, *, pretrained: bool) -> nn.Module:
     # timm draws random weights before it loads the real ones.
     with torch.random.fork_rng(devices=[]):
         try:
-            return _created(name, pretrained=pretrained)
+            return _create(name, pretrained=pretrained)
         except Exception as error:  # timm, safetensors and the hub's client have no common exception
             way_out = (
                 "its config.json and model.safetensors must be of one architecture of timm"
@@ -215,25 +215,25 @@ def _loaded(name: str, *, pretrained: bool) -> nn.Module:
             raise ModelError(f"cannot load model {name!r} ({reason}); {way_out}") from error
 
 
-def _created(name: str, *, pretrained: bool) -> nn.Module:
-    """timm's module; a transformer that can resample its position embedding is told to."""
+def _create(name: str, *, pretrained: bool) -> nn.Module:
+    """timm's module; a transformer that can resample its position embedding is set to do so."""
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError:  # of another family: its constructor has no such argument
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
 
 
-def _source(model: str) -> Source:
+def _source(model: str) -> ModelSource:
     if model == nano.NAME:
-        return Source("timm", f"local-dir:{nano.folder()}")
+        return ModelSource("timm", f"local-dir:{nano.folder()}")
     path = Path(model.removeprefix("local-dir:"))
     if weights.is_weights(path):
-        return Source("weights", str(path.resolve()))
+        return ModelSource("weights", str(path.resolve()))
     if model.startswith("local-dir:") or path.is_dir():
-        return Source("timm", _timm_folder(path))
+        return ModelSource("timm", _timm_folder(path))
     if not model.startswith("hf-hub:"):
-        _check_known(model)
-    return Source("timm", model)
+        _check_timm_has(model)
+    return ModelSource("timm", model)
 
 
 def _timm_folder(folder: Path) -> str:
@@ -243,7 +243,7 @@ def _timm_folder(folder: Path) -> str:
     return f"local-dir:{folder.resolve()}"
 
 
-def _check_known(model: str) -> None:
+def _check_timm_has(model: str) -> None:
     tagged = timm.list_models(pretrained=True)
     if model not in tagged and model not in timm.list_models():
         names = [nano.NAME, *tagged]

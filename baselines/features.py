@@ -1,16 +1,9 @@
-"""Frozen features: images to what a readout takes of a backbone, computed once per image and setting.
-
-Knows neither labels nor heads.
-
-TODO Features in a folder that outlives the process and that several processes fill together. Computes none.
+"""Frozen features of images: computed once per image and setting, kept in a folder that processes share.
 
 A stored feature is good for a later run only if that run would compute the same bits, so the folder's name holds
-everything that features depend on (`fingerprint`). Features lie in buckets by the first byte of the image's SHA-256,
-one file each; whoever fills a bucket holds its lock, and others fill other buckets meanwhile. Nothing is thrown away:
-a feature has a few KB, and the folder may be deleted at any time.
-TODO Image bytes to pixels: decode, resize to whole patches, keep what was decoded.
-
-Knows no model: the patch size is given, and normalisation is the backbone's. Nothing is cropped or flipped here.
+everything that features depend on (`fingerprint`). Features are in buckets by the first byte of the image's SHA-256,
+one file each; a process that fills a bucket holds its lock, and others fill other buckets meanwhile. Nothing is
+evicted: a feature has a few KB, and the folder may be deleted at any time.
 """
 
 import hashlib
@@ -38,13 +31,137 @@ from kshot.errors import InputError, KshotError
 from kshot.files import processor, write_file
 from kshot.images import open_image
 
-# ---- Features in a folder that outlives the process and that several processes fill together. Computes none.
-
+# Results of a batched product depend in their low bits on the size of the batch, so on a CPU every image is a forward
+# of its own: its features are a function of the image alone, bit for bit. A GPU would idle at that.
+CPU_BATCH, GPU_BATCH = 1, 64
+WINDOW = 16  # batches whose images are decoded together, to find among them those of one size
+THREADS = 16  # that decode while a GPU computes
 FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
 LIBRARIES = ("torch", "timm", "pillow")
 KEY = 32  # bytes of a SHA-256
 
 Features = dict[bytes, np.ndarray]
+
+
+class Encoder:
+    """A frozen backbone as a function from images to features, with a memory.
+
+    Args:
+        model, readout: see `baselines.backbone.load`, which also lists what is raised.
+        size: side in pixels to which every image is resized, square (DINOv2's own is 518); None keeps each image's own
+            size, rounded to whole patches.
+        device: "cpu" or "cuda".
+        folder: keeps features for other processes and later ones; None: they live as long as this object.
+
+    Raises:
+        InputError: `size` is nothing that the model takes, `folder` cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        readout: str = "cls",
+        size: int | None = None,
+        device: str = "cpu",
+        folder: Path | None = None,
+    ) -> None:
+        self._backbone = backbone = load(model, device, readout)
+        backbone.check_size(size)
+        self._size, self._cpu = size, device == "cpu"
+        self._memory: Features = {}
+        self._store = None
+        self.forwards = 0  # images that went through the backbone
+        if folder is not None:
+            facts = {"readout": readout, "size": size, "mean": backbone.mean.tolist(), "std": backbone.std.tolist()}
+            self._store = FeatureStore(folder, fingerprint(backbone.module, facts, device), backbone.dim)
+
+    @property
+    def dim(self) -> int:
+        """Length D of a feature."""
+        return self._backbone.dim
+
+    def features(self, images: Sequence[bytes]) -> np.ndarray:
+        """(N, D) float32, of N JPEG or PNG files; kept by the SHA-256 of their bytes.
+
+        Raises:
+            ImageError: bytes that are no image.
+        """
+        keys = [hashlib.sha256(image).digest() for image in images]
+        new = {key: n for n, key in enumerate(keys) if key not in self._memory}  # read again then: not all are held
+        if self._store is None:
+            self._encode(images, new)
+        else:
+            self._fill(self._store, images, new)
+        return np.array([self._memory[key] for key in keys], np.float32).reshape(len(keys), self.dim)
+
+    def _fill(self, store: "FeatureStore", images: Sequence[bytes], new: dict[bytes, int]) -> None:
+        """Take from the store what is there and encode the rest into it, bucket by bucket; those that other processes
+        are filling come last, when they are done."""
+        if not self._cpu:  # one process has the device: all at once, in whole batches
+            stored = {key: row for bucket in {key[0] for key in new} for key, row in store.read(bucket).items()}
+            self._memory.update((key, stored[key]) for key in new.keys() & stored.keys())
+            self._encode(images, {key: n for key, n in new.items() if key not in stored})
+        buckets: dict[int, dict[bytes, int]] = {}
+        for key, n in new.items():
+            buckets.setdefault(key[0], {})[key] = n
+        locked = [
+            each for each in sorted(buckets) if not self._fill_bucket(store, each, images, buckets[each], wait=False)
+        ]
+        for bucket in locked:
+            self._fill_bucket(store, bucket, images, buckets[bucket], wait=True)
+
+    def _fill_bucket(
+        self, store: "FeatureStore", bucket: int, images: Sequence[bytes], wanted: dict[bytes, int], *, wait: bool
+    ) -> bool:
+        if wanted.keys() <= (stored := store.read(bucket)).keys():
+            self._memory.update((key, stored[key]) for key in wanted)
+            return True
+        with store.lock(bucket, wait=wait) as held:
+            if held:
+                stored = store.read(bucket)  # another process may just have filled it
+                self._memory.update((key, stored[key]) for key in wanted.keys() & stored.keys())
+                self._encode(images, {key: n for key, n in wanted.items() if key not in self._memory})
+                store.write(bucket, stored | {key: self._memory[key] for key in wanted})
+        return held
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[bytes], new: dict[bytes, int]) -> None:
+        """Through the backbone and into the memory: {key: index into images}."""
+        batch = CPU_BATCH if self._cpu else GPU_BATCH
+        decoded = self._decoded(images, list(new.values()))
+        keys = iter(new)
+        while window := list(islice(decoded, WINDOW * batch)):
+            window_keys = list(islice(keys, len(window)))
+            for group in size_groups(window):
+                for start in range(0, len(group), batch):
+                    members = group[start : start + batch]
+                    pixels = self._backbone.normalised([window[n] for n in members])
+                    features = self._backbone.features(self._backbone.module, pixels).cpu().numpy()
+                    self._memory.update((window_keys[n], row) for n, row in zip(members, features, strict=True))
+        self.forwards += len(new)
+
+    def _decoded(self, images: Sequence[bytes], order: Sequence[int]) -> Iterator[np.ndarray]:
+        """The images as pixels, in this order; for a GPU decoded ahead in threads, about one window."""
+        prepare = partial(_pixels, images, self._backbone.patch, self._size)
+        if self._cpu:
+            yield from map(prepare, order)
+            return
+        with ThreadPoolExecutor(THREADS) as pool:
+            waiting: deque[Future[np.ndarray]] = deque()
+            for n in order:
+                waiting.append(pool.submit(prepare, n))
+                if len(waiting) > WINDOW * GPU_BATCH:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+def _pixels(images: Sequence[bytes], patch: int, size: int | None, n: int) -> np.ndarray:
+    return resized(images[n], patch, size)
+
+
+# The store
 
 
 class FeatureStore:
@@ -54,9 +171,9 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, fingerprint: str, dim: int) -> None:
-        self._place, self._dim = folder / fingerprint, dim
+        self._folder, self._dim = folder / fingerprint, dim
         try:
-            self._place.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from error
 
@@ -72,7 +189,7 @@ class FeatureStore:
         return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
 
     def write(self, bucket: int, features: Features) -> None:
-        """Replace a bucket; the caller holds it. Raises KshotError where the disk is full or gone."""
+        """Replace a bucket; the caller has its lock. Raises KshotError where the disk is full or gone."""
         keys = np.frombuffer(b"".join(features), np.uint8).reshape(len(features), KEY)
         tensors: dict[str, np.ndarray] = {
             "keys": keys,
@@ -81,30 +198,30 @@ class FeatureStore:
         try:
             write_file(self._path(bucket), safetensors.numpy.save(tensors))
         except OSError as error:
-            reason = f"features cannot be written to {self._place} ({error.strerror})"
+            reason = f"features cannot be written to {self._folder} ({error.strerror})"
             raise KshotError(f"{reason}; make room, then the same command goes on from there") from error
 
     @contextmanager
-    def holding(self, bucket: int, *, wait: bool) -> Iterator[bool]:
-        """Hold a bucket against other processes; without `wait` it is False where another one holds it.
+    def lock(self, bucket: int, *, wait: bool) -> Iterator[bool]:
+        """Lock a bucket against other processes; without `wait` it is False where another process has it.
 
         Raises InputError where the folder, though it is there, cannot be written.
         """
-        lock = FileLock(self._place / f".{bucket:02x}.lock", blocking=wait)
+        lock = FileLock(self._folder / f".{bucket:02x}.lock", blocking=wait)
         try:
             lock.acquire()
         except Timeout:
             yield False
             return
         except OSError as error:
-            raise _unwritable(self._place, error) from error
+            raise _unwritable(self._folder, error) from error
         try:
             yield True
         finally:
             lock.release()
 
     def _path(self, bucket: int) -> Path:
-        return self._place / f"{bucket:02x}.safetensors"
+        return self._folder / f"{bucket:02x}.safetensors"
 
 
 def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str:
@@ -153,7 +270,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ---- Image bytes to pixels: decode, resize to whole patches, keep what was decoded.
+# Pixels
 
 
 def whole_patches(side: int, patch: int) -> int:
@@ -201,128 +318,3 @@ class PixelCache:
             self._room -= pixels.nbytes
             self._pixels[key] = pixels
         return pixels
-
-
-# ---- Frozen features: images to what a readout takes of a backbone, computed once per image and setting.
-
-# Results of a batched product depend in their low bits on the size of the batch, so on a CPU every image is a forward
-# of its own: its features are a function of the image alone, bit for bit. A GPU would idle at that.
-CPU_BATCH, GPU_BATCH = 1, 64
-WINDOW = 16  # batches whose images are decoded together, to find among them those of one size
-THREADS = 16  # that decode while a GPU computes
-
-
-class Encoder:
-    """A frozen backbone as a function from images to features, with a memory.
-
-    Args:
-        model, readout: see `baselines.backbone.load`, which also lists what is raised.
-        size: side in pixels to which every image is resized, square (DINOv2's own is 518); None keeps each image's own
-            size, rounded to whole patches.
-        device: "cpu" or "cuda".
-        folder: keeps features for other processes and later ones; None: they live as long as this object.
-
-    Raises:
-        InputError: `size` is nothing that the model takes, `folder` cannot be written.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        readout: str = "cls",
-        size: int | None = None,
-        device: str = "cpu",
-        folder: Path | None = None,
-    ) -> None:
-        self._backbone = backbone = load(model, device, readout)
-        backbone.check_size(size)
-        self._size, self._cpu = size, device == "cpu"
-        self._known: Features = {}
-        self._store = None
-        self.forwards = 0  # images that went through the backbone
-        if folder is not None:
-            facts = {"readout": readout, "size": size, "mean": backbone.mean.tolist(), "std": backbone.std.tolist()}
-            self._store = FeatureStore(folder, fingerprint(backbone.module, facts, device), backbone.dim)
-
-    @property
-    def dim(self) -> int:
-        """Length D of a feature."""
-        return self._backbone.dim
-
-    def features(self, images: Sequence[bytes]) -> np.ndarray:
-        """(N, D) float32, of N JPEG or PNG files; kept by the SHA-256 of their bytes.
-
-        Raises:
-            ImageError: bytes that are no image.
-        """
-        keys = [hashlib.sha256(image).digest() for image in images]
-        new = {key: n for n, key in enumerate(keys) if key not in self._known}  # read again then: not all are held
-        if self._store is None:
-            self._encode(images, new)
-        else:
-            self._fill(self._store, images, new)
-        return np.array([self._known[key] for key in keys], np.float32).reshape(len(keys), self.dim)
-
-    def _fill(self, store: FeatureStore, images: Sequence[bytes], new: dict[bytes, int]) -> None:
-        """Take from the store what is there and encode the rest into it, bucket by bucket; those that other processes
-        are filling come last, when they are done."""
-        if not self._cpu:  # one process has the device: all at once, in whole batches
-            known = {key: row for bucket in {key[0] for key in new} for key, row in store.read(bucket).items()}
-            self._known.update((key, known[key]) for key in new.keys() & known.keys())
-            self._encode(images, {key: n for key, n in new.items() if key not in known})
-        buckets: dict[int, dict[bytes, int]] = {}
-        for key, n in new.items():
-            buckets.setdefault(key[0], {})[key] = n
-        later = [each for each in sorted(buckets) if not self._filled(store, each, images, buckets[each], wait=False)]
-        for bucket in later:
-            self._filled(store, bucket, images, buckets[bucket], wait=True)
-
-    def _filled(
-        self, store: FeatureStore, bucket: int, images: Sequence[bytes], wanted: dict[bytes, int], *, wait: bool
-    ) -> bool:
-        if wanted.keys() <= (found := store.read(bucket)).keys():
-            self._known.update((key, found[key]) for key in wanted)
-            return True
-        with store.holding(bucket, wait=wait) as held:
-            if held:
-                found = store.read(bucket)  # another process may just have filled it
-                self._known.update((key, found[key]) for key in wanted.keys() & found.keys())
-                self._encode(images, {key: n for key, n in wanted.items() if key not in self._known})
-                store.write(bucket, found | {key: self._known[key] for key in wanted})
-        return held
-
-    @torch.inference_mode()
-    def _encode(self, images: Sequence[bytes], new: dict[bytes, int]) -> None:
-        """Through the backbone and into the memory: {key: index into images}."""
-        batch = CPU_BATCH if self._cpu else GPU_BATCH
-        decoded = self._decoded(images, list(new.values()))
-        keys = iter(new)
-        while window := list(islice(decoded, WINDOW * batch)):
-            named = list(islice(keys, len(window)))
-            for group in size_groups(window):
-                for start in range(0, len(group), batch):
-                    members = group[start : start + batch]
-                    pixels = self._backbone.normalised([window[n] for n in members])
-                    features = self._backbone.features(self._backbone.module, pixels).cpu().numpy()
-                    self._known.update((named[n], row) for n, row in zip(members, features, strict=True))
-        self.forwards += len(new)
-
-    def _decoded(self, images: Sequence[bytes], order: Sequence[int]) -> Iterator[np.ndarray]:
-        """The images as pixels, in this order; for a GPU decoded ahead in threads, about one window."""
-        prepare = partial(_pixels, images, self._backbone.patch, self._size)
-        if self._cpu:
-            yield from map(prepare, order)
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            waiting: deque[Future[np.ndarray]] = deque()
-            for n in order:
-                waiting.append(pool.submit(prepare, n))
-                if len(waiting) > WINDOW * GPU_BATCH:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-
-def _pixels(images: Sequence[bytes], patch: int, size: int | None, n: int) -> np.ndarray:
-    return resized(images[n], patch, size)

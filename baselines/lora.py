@@ -1,41 +1,44 @@
-"""LoRA and a linear head on a frozen backbone: the module of the baseline that trains, from pixels to logits.
+"""LoRA and a linear head on a frozen backbone: trained by the requests that train the language model, saved, loaded.
 
-Knows neither images' bytes nor requests nor an optimizer. Every random number comes from `seed`, and the global
-generators are left as they were.
-
-TODO An image and its class as the training API writes them: a sequence of one position, whose vocabulary is the classes.
-
-Knows no model and decodes no image.
+For the training API a classifier is a language model whose sequences have one position, an image, and whose vocabulary
+is the classes. The semantics are those of the Tinker API: a loss is a sum over the data, gradients accumulate until the
+optimizer's step, the step is AdamW. Every random number comes from `seed`, and the global generators stay as they were.
 """
 
-import copy
-import math
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import tinker
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tinker import types
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from baselines.backbone import Backbone, load
-from baselines.features import size_groups
-from kshot.errors import ImageError, InputError, ModelError, RequestError
-
-# ---- LoRA and a linear head on a frozen backbone: the module of the baseline that trains, from pixels to logits.
+from baselines.features import PixelCache, resized, size_groups
+from kshot.checks import check_adam
+from kshot.errors import ImageError, InputError, KshotError, ModelError, RequestError
+from kshot.files import write_folder
 
 ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
+LOSS = "cross_entropy"
+WEIGHTS, RECORD = "head.safetensors", "kshot.json"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a head is made for; weights fit heads of one shape alone.
+class LoraHeadConfig:
+    """What a head is made for; weights fit heads of one configuration alone.
 
     model, readout: see `baselines.backbone.load`. n_classes: at least 2. rank: of LoRA, at least 1. size: side in
     pixels to which every image is resized, square; None keeps each image's own size, rounded to whole patches.
@@ -69,17 +72,17 @@ class LoraHead:
             linear layers, or computes past some of them.
     """
 
-    def __init__(self, shape: Shape, *, seed: int, device: str = "cpu") -> None:
+    def __init__(self, config: LoraHeadConfig, *, seed: int, device: str = "cpu") -> None:
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
-        self.shape, self.backbone = shape, load(shape.model, device, shape.readout)
-        self.backbone.check_size(shape.size)
-        self._adapted = _adapted(self.backbone, shape.rank, seed)
-        self._linear = nn.utils.skip_init(nn.Linear, self.backbone.dim, shape.n_classes, device=device)
+        self.config, self.backbone = config, load(config.model, device, config.readout)
+        self.backbone.check_size(config.size)
+        self._adapted = _adapted(self.backbone, config.rank, seed)
+        self._linear = nn.utils.skip_init(nn.Linear, self.backbone.dim, config.n_classes, device=device)
         for parameter in self._linear.parameters():
             nn.init.zeros_(parameter)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes: of the adapters by their names in timm's module, and of the head as
         head.weight and head.bias."""
         named = (*self._adapted.named_parameters(), *self._linear.named_parameters(prefix="head"))
@@ -93,29 +96,30 @@ class LoraHead:
                 batch = self.backbone.normalised([pixels[n] for n in members])
                 yield members, self._linear(self.backbone.features(self._adapted, batch))
 
-    def snapshot(self) -> "LoraHead":
-        """The head with its numbers as they are now: what is trained is copied, what is frozen shared."""
-        other, frozen = copy.copy(self), (p for p in self._adapted.parameters() if not p.requires_grad)
-        other._adapted, other._linear = copy.deepcopy((self._adapted, self._linear), {id(p): p for p in frozen})
-        return other
+    @torch.no_grad()
+    def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
+        """(N, n_classes) float64 log-probabilities of N encoded images, in nats; the same bit for bit for the same
+        images in the same order. Raises ImageError for bytes that are no image."""
+        result = np.empty((len(images), self.config.n_classes))
+        for start in range(0, len(images), CHUNK):  # pixels of a large set are never in memory together
+            rows, chunk = result[start : start + CHUNK], images[start : start + CHUNK]
+            pixels = [resized(image, self.backbone.patch, self.config.size) for image in chunk]
+            for members, logits in self.logits(pixels):
+                rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
+        return result
 
-    def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the numbers of another head of this shape, named as `trained` names them.
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of another head of this configuration, named as `trainable_parameters` names them.
 
         Raises:
             ModelError: other tensors; nothing is changed then.
         """
-        own = self.trained()
-        check_tensors("the head", own, weights)
+        own = self.trainable_parameters()
+        expected, found = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (own, weights))
+        if different := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+            raise ModelError(f"weights do not fit the head in {len(different)} tensors: first {different[0]!r}")
         for name, parameter in own.items():
             parameter.detach().copy_(weights[name])
-
-
-def check_tensors(what: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raises ModelError unless both have the same names, shapes and dtypes."""
-    expected, found = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (wanted, given))
-    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
-        raise ModelError(f"checkpoint does not fit {what} in {len(wrong)} tensors: first {wrong[0]!r}")
 
 
 def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:
@@ -141,7 +145,7 @@ def _check_reached(backbone: Backbone, module: nn.Module, layers: Sequence[str])
         module.get_submodule(name).register_forward_hook(lambda *_, name=name: unreached.discard(name))
         for name in layers
     ]
-    height, width = backbone.fixed or (backbone.patch, backbone.patch)
+    height, width = backbone.fixed_size or (backbone.patch, backbone.patch)
     with torch.no_grad():
         backbone.features(module, torch.zeros(1, 3, height, width, device=backbone.mean.device))
     for hook in hooks:
@@ -153,77 +157,144 @@ def _check_reached(backbone: Backbone, module: nn.Module, layers: Sequence[str])
         )
 
 
-# ---- An image and its class as the training API writes them: a sequence of one position, whose vocabulary is the
-
-FIELDS = ("target_tokens", "weights")
-Format = Literal["png", "jpeg"]
-
-
-class Item(NamedTuple):
-    """A datum as the loss reads it."""
-
-    image: bytes
-    label: int
-    weight: float
+# Training
 
 
 def datum(image: bytes, label: int) -> tinker.Datum:
-    """Train the class index `label` for a JPEG or PNG file: one image, one target, weight 1.
+    """Train the class index `label` for a JPEG or PNG file: one image, one target.
 
     Raises:
         ImageError: bytes of another kind.
     """
-    targets = tinker.TensorData.from_numpy(np.array([label], np.int64))
-    return tinker.Datum(model_input=question(image), loss_fn_inputs={"target_tokens": targets})
-
-
-def question(image: bytes) -> tinker.ModelInput:
-    """The prompt that asks for the class of a JPEG or PNG file. Raises ImageError for bytes of another kind."""
     chunk = types.ImageChunk(data=image, format=_format(image), expected_tokens=1)
-    return tinker.ModelInput(chunks=[chunk])
+    targets = tinker.TensorData.from_numpy(np.array([label], np.int64))
+    return tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={"target_tokens": targets})
 
 
-def items_of(data: Sequence[tinker.Datum], n_classes: int) -> list[Item]:
-    """The data as the loss reads them.
+class LoraHeadClient:
+    """Trains a new head by `forward_backward` and `optim_step` of the SDK's `TrainingClient`; `head` has the result.
+
+    A request is done when its method returns. The same requests after the same seed give the same bits.
+
+    Args:
+        model, device, readout: see `baselines.backbone.load`, which also lists what is raised.
+        n_classes, rank, size: see LoraHeadConfig. seed: LoRA's A is drawn from it.
 
     Raises:
-        RequestError: no data, or a datum that is not one image with one target (and one weight). ImageError: an image
-            that is neither JPEG nor PNG. Both name the datum by its number.
+        InputError, ModelError: see LoraHead.
     """
-    if not data:
-        raise RequestError("no data given; a forward pass needs at least one datum")
-    items = []
-    for number, each in enumerate(data):
-        with named(f"datum {number}"):
-            items.append(_item(each, n_classes))
-    return items
+
+    def __init__(
+        self,
+        model: str,
+        n_classes: int,
+        *,
+        seed: int,
+        rank: int = 32,
+        readout: str = "cls",
+        size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.head = LoraHead(LoraHeadConfig(model, n_classes, rank, readout, size), seed=seed, device=device)
+        self._parameters = self.head.trainable_parameters()
+        for parameter in self._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), fused=True)
+        self._pixels = PixelCache(self.head.backbone.patch, size)
+        self._has_gradients = False
+
+    def forward_backward(
+        self, data: Sequence[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> Future[types.ForwardBackwardOutput]:
+        """Σ −log p(target) over the data, in nats; its gradient is added to what was accumulated since the last step.
+
+        data: as `datum` makes them. A request that does not fit changes nothing; where a pass fails (out of memory),
+        all accumulated gradients are dropped, so that no step is made with a part.
+
+        Raises:
+            RequestError: another loss, or data that do not fit. ImageError: an image that is none.
+        """
+        if loss_fn != LOSS or loss_fn_config:
+            raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
+        if not data:
+            raise RequestError("no data given; a forward pass needs at least one datum")
+        items = [_image_and_label(number, each, self.head.config.n_classes) for number, each in enumerate(data)]
+        pixels = [self._decoded(number, image) for number, (image, _) in enumerate(items)]
+        total, log_probs = 0.0, np.empty((len(items), 1), np.float32)
+        try:
+            for members, logits in self.head.logits(pixels):
+                targets = torch.tensor([items[n][1] for n in members], device=logits.device)
+                losses = cross_entropy(logits, targets, reduction="none")
+                loss = losses.sum()
+                loss.backward()
+                total += loss.item()
+                log_probs[members, 0] = -losses.detach().cpu().numpy()
+        except BaseException:
+            self._clear_gradients()
+            raise
+        self._has_gradients = True
+        outputs = [{"logprobs": tinker.TensorData.from_numpy(row)} for row in log_probs]
+        return _done(types.ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": total}))
+
+    def optim_step(self, optim_params: types.AdamParams) -> Future[types.OptimStepResponse]:
+        """AdamW (Loshchilov & Hutter 2019) on the accumulated gradients, which are then cleared. Answers their norm.
+
+        Raises:
+            RequestError: no gradients, parameters out of range, or gradients that are not finite, which are cleared.
+        """
+        if not self._has_gradients:
+            raise RequestError("optim_step without gradients; call forward_backward first")
+        check_adam(optim_params)
+        limit = optim_params.grad_clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        if not norm.isfinite():
+            self._clear_gradients()
+            raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
+        self._optimizer.param_groups[0].update(
+            lr=optim_params.learning_rate,
+            betas=(optim_params.beta1, optim_params.beta2),
+            eps=optim_params.eps,
+            weight_decay=optim_params.weight_decay,
+        )
+        self._optimizer.step()
+        self._clear_gradients()
+        return _done(types.OptimStepResponse(metrics={"grad_norm:mean": float(norm)}))
+
+    def _clear_gradients(self) -> None:
+        self._has_gradients = False
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def _decoded(self, number: int, image: bytes) -> np.ndarray:
+        try:
+            return self._pixels(image)
+        except ImageError as error:
+            raise ImageError(f"datum {number}: {error}") from error
 
 
-def image_of(given: tinker.ModelInput) -> bytes:
-    """The file of a prompt's one image. Raises RequestError for any other prompt, ImageError for bytes of no image."""
-    chunks = given.chunks
+def _done(value: Any) -> Future[Any]:
+    future = Future[Any]()
+    future.set_result(value)
+    return future
+
+
+def _image_and_label(number: int, datum: tinker.Datum, n_classes: int) -> tuple[bytes, int]:
+    """The image file and class index of a datum. Raises RequestError for any other datum than `datum` makes."""
+    chunks, fields = datum.model_input.chunks, datum.loss_fn_inputs
     if len(chunks) != 1 or not isinstance(chunks[0], types.ImageChunk):
         kinds = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
-        raise RequestError(f"a classifier's input is exactly one ImageChunk, got {kinds}")
-    chunk = chunks[0]
-    if chunk.expected_tokens not in (None, 1):
-        raise RequestError(f"an image is 1 position to a classifier, expected_tokens is {chunk.expected_tokens}")
-    if (format := _format(chunk.data)) != chunk.format:
-        raise RequestError(f"the image's format is given as {chunk.format}, its bytes are {format}")
-    return chunk.data
+        raise RequestError(f"datum {number}: a classifier's input is exactly one ImageChunk, got {kinds}")
+    targets = fields["target_tokens"].to_numpy() if set(fields) == {"target_tokens"} else np.empty(0)
+    if targets.shape != (1,) or targets.dtype != np.int64:
+        raise RequestError(f"datum {number}: give target_tokens alone, one class index (int64), got {sorted(fields)}")
+    if not 0 <= (label := int(targets[0])) < n_classes:
+        raise RequestError(f"datum {number}: target {label} is not one of {n_classes} classes, 0 to {n_classes - 1}")
+    return chunks[0].data, label
 
 
-@contextmanager
-def named(what: str) -> Iterator[None]:
-    """Put `what` before the message of an error about a request or an image."""
-    try:
-        yield
-    except (RequestError, ImageError) as error:
-        raise type(error)(f"{what}: {error}") from error
-
-
-def _format(image: bytes) -> Format:
-    """The format that an image's first bytes say, as every decoder tells it."""
+def _format(image: bytes) -> Literal["png", "jpeg"]:
+    """The format that an image's first bytes say."""
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if image.startswith(b"\xff\xd8\xff"):
@@ -231,29 +302,51 @@ def _format(image: bytes) -> Format:
     raise ImageError("an image is neither JPEG nor PNG; save it as one of them")
 
 
-def _item(datum: tinker.Datum, n_classes: int) -> Item:
-    fields = datum.loss_fn_inputs
-    if unknown := sorted(set(fields) - set(FIELDS)):
-        raise RequestError(f"cross_entropy reads {' and '.join(FIELDS)}, this one also has {unknown}; drop them")
-    if "target_tokens" not in fields:
-        raise RequestError("target_tokens, the class index, is missing")
-    if fields["target_tokens"].dtype != "int64":
-        raise RequestError(f"target_tokens must be int64, got {fields['target_tokens'].dtype}")
-    label = int(_number("target_tokens", fields["target_tokens"]))
-    if not 0 <= label < n_classes:
-        raise RequestError(
-            f"target {label} is not one of {n_classes} classes; class indices go from 0 to {n_classes - 1}"
-        )
-    weight = _number("weights", fields["weights"]) if "weights" in fields else 1.0
-    return Item(image_of(datum.model_input), label, weight)
+# Files
 
 
-def _number(name: str, data: tinker.TensorData) -> float:
-    """The one number of a field. Class indices are far below 2^53, so a float holds them."""
-    shape = data.shape if data.sparse_crow_indices is not None else list(data.to_numpy().shape)
-    if data.sparse_crow_indices is not None or shape != [1]:
-        raise RequestError(f"{name} must be one number, of shape [1], got shape {shape}")
-    value = float(data.to_numpy()[0])
-    if not math.isfinite(value):
-        raise RequestError(f"{name} is {value}, not a finite number")
-    return value
+def save_head(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a trained head as a new folder, complete or not there: its tensors, and what it is of (JSON values).
+
+    Frozen weights are not stored: the record names the backbone.
+
+    Raises:
+        InputError: the folder exists. KshotError: it cannot be written.
+    """
+
+    def fill(new: Path) -> None:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / WEIGHTS)
+        (new / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+    if folder.exists():
+        raise InputError(f"{folder} exists; give another name")
+    try:
+        write_folder(folder, fill)
+    except OSError as error:
+        raise KshotError(f"{folder} cannot be written ({error.strerror or error}); make room there") from error
+
+
+def load_head(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a saved head. Raises ModelError where there is none or it is damaged."""
+    try:
+        return load_file(folder / WEIGHTS), json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ModelError(f"{folder} holds no trained head, or a damaged one ({error}); train it again") from error
+
+
+def save_lora_head(folder: Path, head: LoraHead) -> None:
+    """Write what is trained of a head, and its configuration. Raises as `save_head`."""
+    save_head(folder, head.trainable_parameters(), asdict(head.config))
+
+
+def load_lora_head(folder: Path, device: str = "cpu") -> LoraHead:
+    """The head that `save_lora_head` wrote. Raises ModelError for a folder of anything else; what LoraHead raises."""
+    weights, record = load_head(folder)
+    try:
+        config = TypeAdapter(LoraHeadConfig).validate_python(record, strict=True)
+    except (ValueError, InputError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder} is no head with LoRA, or a damaged one ({reason}); train it again") from error
+    head = LoraHead(config, seed=0, device=device)  # the seed is of weights that are replaced
+    head.load_weights(weights)
+    return head

@@ -1,25 +1,22 @@
-"""The heads on frozen features: a function and a row each.
-
-Knows no encoder. A head is fitted on training features and labels alone; test features meet it afterwards.
-"""
+"""The table of heads on frozen features. A head is fitted on training features and labels alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from baselines.heads.inputs import Fitted
+from baselines.heads.inputs import FittedHead
 from baselines.heads.knn import fit_knn
 from baselines.heads.linear import fit_logistic_regression
 from baselines.heads.mean import fit_nearest_mean
 from baselines.heads.ridge import fit_ridge
 
-Fit = Callable[[np.ndarray, np.ndarray, int], Fitted]  # train (N, D), labels (N,), n_classes
+Fit = Callable[[np.ndarray, np.ndarray, int], FittedHead]  # train (N, D), labels (N,), n_classes
 
 
 @dataclass(frozen=True)
 class Head:
-    """A row. probabilities: whether its scores are log-probabilities. chooses: whether it chooses settings on its
+    """probabilities: whether its scores are log-probabilities. chooses: whether it chooses settings on its
     training images, which then are all of one image a class or of two at least."""
 
     fit: Fit

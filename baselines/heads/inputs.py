@@ -1,8 +1,6 @@
-"""What every head requires of its features and labels, checked in one place, and what a fitted head is.
+"""What all heads share: checks of features and labels, the fitted head, standardisation, principal directions.
 
-Knows no head. Nothing that fits has an argument for test images or their labels: nothing can be chosen on them.
-
-TODO Standardisation by training images alone, and the directions in which they spread. Knows no head.
+No head has an argument for test images or their labels when it is fitted: nothing can be chosen on them.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +11,10 @@ import numpy as np
 
 from kshot.errors import InputError
 
-# ---- What every head requires of its features and labels, checked in one place, and what a fitted head is.
-
 
 @dataclass(frozen=True)
-class Fitted:
-    """A head that has learnt.
+class FittedHead:
+    """A trained head.
 
     scores: (M, D) features → (M, n_classes) scores, higher is better; -inf for classes without a training image.
         Raises InputError for features that do not fit or are not finite.
@@ -41,8 +37,11 @@ def check_labels(labels: np.ndarray, n_classes: int, count: int) -> None:
 
 
 def check_training(train: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """The labels that occur, in order. Raises InputError unless train is (N, D) and finite, labels are (N,), and there
-    are two classes at least."""
+    """The labels that occur, in order.
+
+    train: (N, D) features. labels: (N,) class indices. Raises InputError for shapes, labels or numbers that cannot be
+    used, and for training images of a single class.
+    """
     if train.ndim != 2:
         raise InputError(f"train features of shape {train.shape}; give (N, D)")
     check_labels(labels, n_classes, len(train))
@@ -53,14 +52,14 @@ def check_training(train: np.ndarray, labels: np.ndarray, n_classes: int) -> np.
     return present
 
 
-def fitted(
+def fitted_head(
     dim: int,
     n_classes: int,
     present: np.ndarray,
     scores: Callable[[np.ndarray], np.ndarray],
     chosen: Mapping[str, Any] | None = None,
-) -> Fitted:
-    """A Fitted of `scores`, (M, dim) → (M, present) float64, that checks its features and spreads its columns."""
+) -> FittedHead:
+    """A FittedHead of `scores`, (M, dim) → (M, present) float64, that checks its features and spreads its columns."""
 
     def checked(test: np.ndarray) -> np.ndarray:
         if test.ndim != 2 or test.shape[1] != dim:
@@ -71,16 +70,13 @@ def fitted(
             spread[:, present] = scores(test)
         return spread
 
-    return Fitted(checked, chosen or {})
+    return FittedHead(checked, chosen or {})
 
 
 def _check_finite(name: str, features: np.ndarray) -> None:
     broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if broken.size:
         raise InputError(f"{name} features of image {broken[0]} are not finite; check the encoder and that image")
-
-
-# ---- Standardisation by training images alone, and the directions in which they spread. Knows no head.
 
 
 @dataclass(frozen=True)

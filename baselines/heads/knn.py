@@ -1,7 +1,6 @@
-"""Nearest neighbours: weighted votes by cosine on features, and on raw pixels the floor every method has to clear.
+"""Nearest neighbours: weighted votes by cosine on features; and on raw pixels, the floor for every other method.
 
-Knows no encoder and never sees a test image. Scores are votes or negative distances: they rank the classes and are no
-probabilities.
+Scores are votes or negative distances: they rank the classes and are no probabilities.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from baselines.heads.inputs import Fitted, check_training, fitted
+from baselines.heads.inputs import FittedHead, check_training, fitted_head
 from baselines.heads.mean import unit
 from baselines.heads.selection import choose, folds
 from kshot.images import open_image
@@ -22,18 +21,12 @@ NEIGHBOURS = (1, 3, 5, 10, 20)  # the first is the one fixed a priori
 TEMPERATURE = 0.07
 
 
-def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Votes of the n nearest training images by cosine, each weighted by exp(cosine / 0.07).
 
     The protocol of DINO (Caron et al. 2021, arXiv:2104.14294, after Wu et al. 2018); n is the one of NEIGHBOURS that
     leave-one-shot-out chooses. Products are float32: neighbours whose cosines differ by less than 1e-6 may swap.
-
-    Args:
-        train: (N, D) features. labels: (N,) class indices.
-
-    Raises:
-        InputError: shapes, labels or numbers that cannot be used; training images of a single class; a class with one
-            image beside classes with more.
+    Raises InputError as `check_training` and `choose` do.
     """
     present = check_training(train, labels, n_classes)
     units, indices = unit(train.astype(np.float32)), np.searchsorted(present, labels)
@@ -44,7 +37,7 @@ def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
         blocks = (block @ units.T for block in _blocks(queries, len(units)))
         return np.concatenate([_votes(*_nearest(cosines, n), indices, len(present)) for cosines in blocks])
 
-    return fitted(train.shape[1], n_classes, present, scores, {"neighbours": n})
+    return fitted_head(train.shape[1], n_classes, present, scores, {"neighbours": n})
 
 
 def _possible(indices: np.ndarray) -> Sequence[int]:
@@ -73,10 +66,10 @@ class _HeldOut:
 def _nearest(cosines: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """(B, n) the largest of (B, N) cosines, the largest first, and whose they are."""
     if n > 1:
-        values, found = torch.topk(torch.from_numpy(cosines), n, dim=1)
-        return values.numpy(), found.numpy()
-    nearest = cosines.argmax(axis=1)[:, None]  # the lower index of equals
-    return np.take_along_axis(cosines, nearest, axis=1), nearest
+        values, nearest = torch.topk(torch.from_numpy(cosines), n, dim=1)
+        return values.numpy(), nearest.numpy()
+    first = cosines.argmax(axis=1)[:, None]  # the lower index of equals
+    return np.take_along_axis(cosines, first, axis=1), first
 
 
 def _votes(cosines: np.ndarray, neighbours: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
@@ -87,17 +80,12 @@ def _votes(cosines: np.ndarray, neighbours: np.ndarray, indices: np.ndarray, cou
     return votes.reshape(len(cosines), count)
 
 
-def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Minus the Euclidean distance to the nearest training image of each class; nothing is chosen.
 
     Exact: distances are sums of squared differences in float64, so equal distances come out equal, and argmax then
     takes the lower class. The usual |a|² - 2ab + |b|² is faster and is not.
-
-    Args:
-        train: (N, D) features. labels: (N,) class indices.
-
-    Raises:
-        InputError: shapes, labels or numbers that cannot be used; training images of a single class.
+    Raises InputError as `check_training` does.
     """
     present = check_training(train, labels, n_classes)
 
@@ -107,7 +95,7 @@ def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray, n_classes: int)
             [np.stack([-block[:, labels == label].min(axis=1) for label in present], axis=1) for block in distances]
         )
 
-    return fitted(train.shape[1], n_classes, present, scores)
+    return fitted_head(train.shape[1], n_classes, present, scores)
 
 
 def pixels(images: Sequence[bytes], side: int = 32) -> np.ndarray:

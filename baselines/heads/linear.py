@@ -1,6 +1,6 @@
 """Logistic regression on frozen features: the linear probe.
 
-Knows no encoder and never sees a test image; nothing in it is tuned. The objective is scikit-learn's. Its own solver at
+Nothing in it is tuned. The objective is scikit-learn's. Its own solver at
 its default tolerance stops, for many classes, before predictions stand still, and takes several times as long where
 they do (`kshot bench baseline` has the two side by side).
 """
@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
-from baselines.heads.inputs import Fitted, Scaler, check_training, fitted, principal
+from baselines.heads.inputs import FittedHead, Scaler, check_training, fitted_head, principal
 from kshot.errors import KshotError
 
 # Inverse strength of the L2 penalty, fixed a priori: on features of unit variance it is a standard normal prior on
@@ -26,7 +26,7 @@ GRADIENT = 1e-3
 STEPS = 2_000
 
 
-def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Log-probabilities, in nats.
 
     Minimises C · Σ cross-entropy + ½ |W|² over features standardised by the mean and deviation of the training
@@ -34,13 +34,7 @@ def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: in
     so the search is in coordinates of that span: along its principal directions, each divided by the root of the
     curvature to expect there, 1 + C · CURVATURE · squared singular value. L-BFGS from zero, its products in float32:
     deterministic.
-
-    Args:
-        train: (N, D) features. labels: (N,) class indices.
-
-    Raises:
-        InputError: shapes, labels or numbers that cannot be used, or training images of a single class.
-        KshotError: no convergence.
+    Raises InputError as `check_training` does, KshotError where it does not converge.
     """
     present = check_training(train, labels, n_classes)
     scaler = Scaler.of(train)
@@ -49,7 +43,7 @@ def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: in
     basis = directions / np.sqrt(1 + C * CURVATURE * squared)
     point = _solved(scaled @ basis, basis, np.searchsorted(present, labels), len(present))
     matrix, bias = (basis @ point[:-1]).astype(np.float32), point[-1]
-    return fitted(
+    return fitted_head(
         train.shape[1],
         n_classes,
         present,
@@ -65,7 +59,7 @@ def _solved(features: np.ndarray, basis: np.ndarray, labels: np.ndarray, n_class
         gradient = _descend(torch.from_numpy(features).to(dtype), lengths, torch.from_numpy(labels), point)
         if gradient <= GRADIENT:
             return point.numpy()
-    reason = f"logistic regression did not converge in {STEPS} steps (gradient {gradient:.1g}, asked {GRADIENT})"
+    reason = f"logistic regression did not converge in {STEPS} steps (gradient {gradient:.1g}, not {GRADIENT})"
     raise KshotError(f"{reason}; check the features")
 
 
@@ -98,5 +92,5 @@ def _descend(features: Tensor, lengths: Tensor, labels: Tensor, point: Tensor) -
             history_size=10,
             line_search_fn="strong_wolfe",
         ).step(objective)
-        objective()  # the line search's last look may have been elsewhere
+        objective()  # the line search may have ended at another point
     return float(gradient.abs().max())

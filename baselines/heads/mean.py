@@ -1,7 +1,6 @@
 """Nearest class mean on frozen features.
 
-Knows no encoder and never sees a test image. Scores are cosines or negative distances: they rank the classes and are
-no probabilities.
+Scores are cosines or negative distances: they rank the classes and are no probabilities.
 """
 
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from baselines.heads.inputs import Fitted, check_training, fitted
+from baselines.heads.inputs import FittedHead, check_training, fitted_head
 from baselines.heads.selection import choose, folds
 
 Model = Callable[[np.ndarray], np.ndarray]
@@ -44,23 +43,19 @@ def _euclidean(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
 SPACES = {"centred cosine": _centred_cosine, "cosine": _cosine, "euclidean": _euclidean}
 
 
-def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Similarity to the mean of each class, in the one of SPACES that leave-one-shot-out chooses.
 
     In float32, as features come: scores that differ by less than 1e-6 may swap.
-
-    Args:
-        train: (N, D) features. labels: (N,) class indices.
-
-    Raises:
-        InputError: shapes, labels or numbers that cannot be used; training images of a single class; a class with one
-            image beside classes with more.
+    Raises InputError as `check_training` and `choose` do.
     """
     present = check_training(train, labels, n_classes)
     indices, count = np.searchsorted(present, labels), len(present)
     space = choose(list(SPACES), indices, partial(_held_out, train.astype(np.float32), indices, count))
     model = SPACES[space](train.astype(np.float32), indices, count)
-    return fitted(train.shape[1], n_classes, present, lambda test: model(test.astype(np.float32)), {"space": space})
+    return fitted_head(
+        train.shape[1], n_classes, present, lambda test: model(test.astype(np.float32)), {"space": space}
+    )
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,14 +1,13 @@
 """Ridge regression on frozen features, one output a class, in closed form; its penalty is chosen by leave-one-out.
 
-Knows no encoder and never sees a test image. Scores are regression outputs: they rank classes and are no
-probabilities.
+Scores are regression outputs: they rank classes and are no probabilities.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from baselines.heads.inputs import Fitted, Scaler, check_training, fitted, principal
+from baselines.heads.inputs import FittedHead, Scaler, check_training, fitted_head, principal
 from baselines.heads.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
@@ -16,7 +15,7 @@ from baselines.heads.selection import choose
 PENALTIES = (1.0, 1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 
 
-def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
+def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Outputs of the regression on 1 for an image's class and 0 for the others.
 
     Minimises |Y - XW - b|² + λ |W|² over standardised features, with free intercepts. λ is the one of PENALTIES
@@ -25,13 +24,7 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     few shots it is less for outputs near zero, whoever wins. (Features are standardised once, over all training
     images, as in scikit-learn's RidgeClassifierCV on scaled features.) With one image a class, leaving it out leaves
     none: λ is then the first.
-
-    Args:
-        train: (N, D) features. labels: (N,) class indices.
-
-    Raises:
-        InputError: shapes, labels or numbers that cannot be used; training images of a single class; a class with one
-            image beside classes with more.
+    Raises InputError as `check_training` and `choose` do.
     """
     present = check_training(train, labels, n_classes)
     scaler, indices = Scaler.of(train), np.searchsorted(present, labels)
@@ -39,7 +32,7 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
     spectrum = _Spectrum.of(scaled, targets)
     penalty = choose([float(each * train.shape[1]) for each in PENALTIES], indices, spectrum.held_out)
     weights = spectrum.weights(penalty).astype(np.float32)
-    return fitted(
+    return fitted_head(
         train.shape[1],
         n_classes,
         present,
@@ -52,8 +45,8 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> Fitted:
 class _Spectrum:
     """The training images along their principal directions, where every λ's solution is a rescaling.
 
-    directions: (D, rank). squared: (rank,) squared singular values. left: (N, rank) orthonormal, the images' places.
-    targets: (N, classes), mean: (classes,) theirs. inside: (rank, classes) the centred targets in these coordinates.
+    directions: (D, rank). squared: (rank,) squared singular values. left: (N, rank) orthonormal, left singular vectors.
+    targets: (N, classes), mean: (classes,) theirs. projected: (rank, classes) the centred targets in these coordinates.
     """
 
     directions: np.ndarray
@@ -61,7 +54,7 @@ class _Spectrum:
     left: np.ndarray
     targets: np.ndarray
     mean: np.ndarray
-    inside: np.ndarray
+    projected: np.ndarray
 
     @classmethod
     def of(cls, scaled: np.ndarray, targets: np.ndarray) -> "_Spectrum":
@@ -70,15 +63,15 @@ class _Spectrum:
         return cls(directions, squared, left, targets, mean, left.T @ (targets - mean))
 
     def held_out(self, penalty: float) -> np.ndarray:
-        """(N,) the class that a regression on all other images says for each one."""
+        """(N,) the class that a regression on all other images predicts for each one."""
         shrunk = self.squared / (self.squared + penalty)
-        residual = self.targets - self.mean - self.left @ (shrunk[:, None] * self.inside)
+        residual = self.targets - self.mean - self.left @ (shrunk[:, None] * self.projected)
         free = 1 - 1 / len(self.targets) - self.left**2 @ shrunk  # one minus the leverage; the intercept has 1/N
-        answers: np.ndarray = (self.targets - residual / free[:, None]).argmax(axis=1)
-        return answers
+        predicted: np.ndarray = (self.targets - residual / free[:, None]).argmax(axis=1)
+        return predicted
 
     def weights(self, penalty: float) -> np.ndarray:
         """(D, classes)."""
         slope = np.sqrt(self.squared) / (self.squared + penalty)
-        solution: np.ndarray = self.directions @ (slope[:, None] * self.inside)
+        solution: np.ndarray = self.directions @ (slope[:, None] * self.projected)
         return solution

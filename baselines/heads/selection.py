@@ -1,8 +1,7 @@
-"""Choosing among a head's options on its k shots alone, by leaving out one shot of every class at a time.
+"""Chooses among a head's options on its k shots alone, by leaving out one shot of every class at a time.
 
-Knows no head. Fold j holds the j-th image of each class: whoever answers for it must have learnt from all other folds
-and nothing else, so a choice costs no labelled image and sees no test image. At one shot nothing can be left out: the
-first option, fixed a priori, is taken.
+Fold j holds the j-th image of each class and is predicted from all other folds alone, so a choice costs no labelled
+image and uses no test image. At one shot nothing can be left out: the first option, fixed a priori, is taken.
 """
 
 from collections.abc import Callable, Sequence

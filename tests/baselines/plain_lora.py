@@ -8,8 +8,7 @@ from torch.func import functional_call
 from baselines import nano
 from baselines.backbone import load
 from baselines.features import resized
-from baselines.lora import ALPHA, datum
-from baselines.training import LoraHeadClient
+from baselines.lora import ALPHA, LoraHeadClient, datum
 
 LINEARS = [f"blocks.{i}.{name}" for i in range(4) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 State = dict[str, torch.Tensor]
@@ -20,8 +19,17 @@ def data_of(images: list[bytes], labels: list[int]) -> list[tinker.Datum]:
 
 
 def trained(client: LoraHeadClient) -> State:
-    """A copy of what the client trains; only between requests."""
-    return {name: p.detach().clone() for name, p in client._run.head.trained().items()}
+    """A copy of what the client trains."""
+    return {name: p.detach().clone() for name, p in client.head.trainable_parameters().items()}
+
+
+def gradients(client: LoraHeadClient) -> State:
+    """A copy of the accumulated gradients."""
+    return {name: p.grad.clone() for name, p in client.head.trainable_parameters().items() if p.grad is not None}
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def step(client: LoraHeadClient, data: list[tinker.Datum], adam: types.AdamParams) -> float:
@@ -50,10 +58,9 @@ def log_probs(state: State, images: list[bytes]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def loss_of(state: State, images: list[bytes], labels: list[int], weights: list[float]) -> torch.Tensor:
-    """Σ −log p · weight."""
-    picked = log_probs(state, images)[torch.arange(len(labels)), torch.tensor(labels)]
-    return -(picked * torch.tensor(weights)).sum()
+def loss_of(state: State, images: list[bytes], labels: list[int]) -> torch.Tensor:
+    """Σ −log p."""
+    return -log_probs(state, images)[torch.arange(len(labels)), torch.tensor(labels)].sum()
 
 
 def adamw(state: State, moments: dict[str, list[torch.Tensor]], step: int, p: types.AdamParams) -> tuple[State, float]:

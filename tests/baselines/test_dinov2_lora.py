@@ -18,10 +18,9 @@ from tinker import types
 from baselines import nano
 from baselines.backbone import load
 from baselines.features import resized
-from baselines.lora import LoraHead, Shape
-from baselines.training import LoraHeadClient
+from baselines.lora import LoraHead, LoraHeadClient, LoraHeadConfig
 from kshot.errors import ImageError, InputError, ModelError, UnknownNameError
-from tests.baselines.plain_lora import LINEARS, adamw, data_of, log_probs, loss_of, merged, step, trained
+from tests.baselines.plain_lora import LINEARS, adamw, data_of, gradients, log_probs, loss_of, merged, step, trained
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def adam(learning_rate: float, eps: float = 1e-8, **others: float) -> types.Adam
 
 
 def predicted(client: LoraHeadClient, images: list[bytes]) -> np.ndarray:
-    return client.save_weights_and_get_sampling_client().result().class_log_probs(images)
+    return client.head.class_log_probs(images)
 
 
 @pytest.mark.parametrize("others", [{}, {"weight_decay": 0.1, "grad_clip_norm": 2.0, "beta1": 0.8, "beta2": 0.99}])
@@ -45,7 +44,7 @@ def test_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: di
     state, moments = trained(client), {}
     for number in (1, 2, 3):
         state = {name: p.requires_grad_() for name, p in state.items()}
-        loss = loss_of(state, images, labels, [1.0] * 8)
+        loss = loss_of(state, images, labels)
         loss.backward()
         state, norm = adamw(state, moments, number, params)
         answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
@@ -57,25 +56,21 @@ def test_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: di
             torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_log_probs_and_weights_are_plain_torch(images: list[bytes]) -> None:
+def test_log_probs_and_gradients_are_plain_torch(images: list[bytes]) -> None:
     client, labels = LoraHeadClient(nano.NAME, 3, rank=4, seed=0), [0, 1, 2, 0, 1, 2, 0, 1]
-    weights = [1.0, 0.0, 2.0, -0.5, 1.0, 0.25, 3.0, 1.0]
     step(client, data_of(images, labels), adam(1e-2))
     step(client, data_of(images, labels), adam(1e-2))  # the first one leaves B at zero
-    data = data_of(images, labels)
-    for datum, weight in zip(data, weights, strict=True):
-        datum.loss_fn_inputs["weights"] = types.TensorData.from_numpy(np.array([weight], np.float32))
     state = {name: p.requires_grad_() for name, p in trained(client).items()}
-    loss = loss_of(state, images, labels, weights)
+    loss = loss_of(state, images, labels)
     loss.backward()
-    answer = client.forward_backward(data, "cross_entropy").result()
+    answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
     expected = log_probs(state, images).detach().numpy()
     assert answer.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
     assert answer.loss_fn_output_type == "ArrayRecord"
     for row, (label, output) in enumerate(zip(labels, answer.loss_fn_outputs, strict=True)):
         assert output["logprobs"].shape == [1]
         assert output["logprobs"].data[0] == pytest.approx(expected[row, label], abs=1e-5)
-    for name, gradient in client._run.gradients().items():
+    for name, gradient in gradients(client).items():
         torch.testing.assert_close(gradient, state[name].grad, rtol=1e-3, atol=1e-4, msg=name)
     np.testing.assert_allclose(predicted(client, images), expected, atol=1e-5)
 
@@ -167,7 +162,7 @@ def test_log_probs_come_in_the_given_order(images: list[bytes]) -> None:
     alone = np.concatenate([predicted(client, [image]) for image in images])
     np.testing.assert_allclose(predicted(client, images * 6), np.tile(alone, (6, 1)), atol=1e-5)
     assert predicted(client, []).shape == (0, 4)
-    answer = client.forward(data_of(images * 6, labels * 6), "cross_entropy").result()  # 36 of one size: two passes
+    answer = client.forward_backward(data_of(images * 6, labels * 6), "cross_entropy").result()  # two passes
     targets = np.tile(alone[np.arange(8), labels], 6)
     np.testing.assert_allclose([o["logprobs"].data[0] for o in answer.loss_fn_outputs], targets, atol=1e-5)
 
@@ -184,7 +179,7 @@ def test_what_cannot_be_made() -> None:
     with pytest.raises(UnknownNameError, match="readout 'mean'"):
         LoraHeadClient(nano.NAME, 2, seed=0, readout="mean")
     with pytest.raises(ImageError):
-        LoraHeadClient(nano.NAME, 2, seed=0).save_weights_and_get_sampling_client().result().class_log_probs([b"x"])
+        LoraHeadClient(nano.NAME, 2, seed=0).head.class_log_probs([b"x"])
 
 
 def model_folder(folder: Path, architecture: str, **arguments: Any) -> Path:
@@ -201,13 +196,13 @@ def test_a_model_whose_layers_are_not_called_is_named(tmp_path: Path) -> None:
     """EVA computes its keys, queries and values with the layer's weight, not with the layer."""
     folder = model_folder(tmp_path, "eva02_tiny_patch14_224", embed_dim=32, depth=2, num_heads=2)
     with pytest.raises(ModelError, match=r"computes past blocks\.0\.attn"):
-        LoraHead(Shape(str(folder), 2, readout="pooled"), seed=0)
+        LoraHead(LoraHeadConfig(str(folder), 2, readout="pooled"), seed=0)
 
 
 def test_a_model_without_blocks_is_named(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "resnet10t", block_args={})
     with pytest.raises(ModelError, match="no blocks with linear layers"):
-        LoraHead(Shape(str(folder), 2, readout="pooled"), seed=0)
+        LoraHead(LoraHeadConfig(str(folder), 2, readout="pooled"), seed=0)
 
 
 @pytest.mark.gpu

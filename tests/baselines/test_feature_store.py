@@ -94,7 +94,7 @@ def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp
     store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder.dim)
     told = np.full(encoder.dim, 7, np.float32)
     with ThreadPoolExecutor(1) as pool:
-        with store.holding(key[0], wait=True):
+        with store.lock(key[0], wait=True):
             found = pool.submit(encoder.features, images)
             while encoder.forwards < 3 and not found.done():
                 time.sleep(0.01)

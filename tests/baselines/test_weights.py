@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification, PreTrainedModel
 
-from baselines.weights import Architecture, _module, vision_transformer
+from baselines.weights import Sizes, module_of, vision_transformer
 
 Edit = Callable[[dict[str, Any]], Any]
 KINDS = [(0, False), (0, True), (4, False), (4, True)]
@@ -135,10 +135,10 @@ def test_the_module(tmp_path: Path) -> None:
 def test_published_sizes_are_timms_modules(size: str, width: int, depth: int, registers: int) -> None:
     gated = size == "giant"
     hidden = 4096 if gated else 4 * width
-    found = Architecture(width, depth, width // 64, 14, 37, True, registers, hidden, gated)
+    sizes = Sizes(width, depth, width // 64, 14, 37, True, registers, hidden, gated)
     name = f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2"
     with torch.device("meta"):
-        ours, stock = _module(found), timm.create_model(name, num_classes=0, dynamic_img_size=True)
+        ours, stock = module_of(sizes), timm.create_model(name, num_classes=0, dynamic_img_size=True)
     assert repr(ours) == repr(stock)
     assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in stock.named_parameters()]
     assert ours.no_embed_class == stock.no_embed_class
