@@ -1,11 +1,9 @@
-"""`kshot data`: list, get and check data sets. Prints; the work is done in `data`."""
+"""`kshot data`: list, get and check data sets."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from experiments.cli.options import DatasetName, Modified, Protocol, Root, Source, SplitFile, SplitSeed, access_of
 from experiments.terminal import err, out, plain_table
 from kshot.errors import DatasetError
 
@@ -13,29 +11,19 @@ if TYPE_CHECKING:
     from data.check import CheckReport
     from data.dataset import Access, Dataset
 
-app = typer.Typer(name="data", help="The data sets.")
 SHOWN = 5  # pairs of duplicates that are named
 
-Name = Annotated[str, typer.Argument(help="A name of `kshot data list`, folder:PATH or hub:ID.")]
-Source = Annotated[str, typer.Option("--source", help="hub, or archive: the original files in --root.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the original files.")]
-Protocol = Annotated[str, typer.Option("--protocol", help="recipe, official or coop.")]
-SplitFile = Annotated[Path | None, typer.Option("--split-file", help="For coop: its JSON file.")]
-Modified = Annotated[bool, typer.Option("--allow-modified", help="Take files whose checksums are not the originals'.")]
-SplitSeed = Annotated[int, typer.Option("--split-seed", min=0, help="Draws the split of a set without one.")]
 
-
-@app.command("list")
 def list_data() -> None:
     """The data sets that can be named, with their sizes, protocols and licences."""
     from data.catalog import DATASETS
 
     table = plain_table(["name", "classes", "train", "test", "title, licence and protocols"])
-    for row in DATASETS.values():
-        count = row.protocols[0].classes if row.protocols else len(row.classes or ())
-        protocols = f"\n[dim]{', '.join(p.name for p in row.protocols)}[/dim]" if row.protocols else ""
-        text = f"{row.title}\n[dim]{row.licence}[/dim]{protocols}\n"
-        table.add_row(row.name, str(count), f"{row.train:,}", f"{row.test:,}", text)
+    for spec in DATASETS.values():
+        count = spec.protocols[0].classes if spec.protocols else len(spec.classes or ())
+        protocols = f"\n[dim]{', '.join(p.name for p in spec.protocols)}[/dim]" if spec.protocols else ""
+        text = f"{spec.title}\n[dim]{spec.licence}[/dim]{protocols}\n"
+        table.add_row(spec.name, str(count), f"{spec.train:,}", f"{spec.test:,}", text)
     table.add_row("folder:PATH", "?", "?", "?", "Your own: PATH/<class>/* or PATH/{train,test}/<class>/*\n")
     table.add_row(
         "hub:ID", "?", "?", "?", "Any set of the Hugging Face hub with images and class labels; also hub:ID@REVISION"
@@ -43,9 +31,8 @@ def list_data() -> None:
     out.print(table, soft_wrap=False)
 
 
-@app.command("get")
 def get(
-    name: Name,
+    name: DatasetName,
     source: Source = "",
     root: Root = None,
     protocol: Protocol = "",
@@ -57,9 +44,8 @@ def get(
     _print_facts(_load(name, access_of(source, root, protocol, split_file, allow_modified), split_seed))
 
 
-@app.command("check")
 def check(
-    name: Name,
+    name: DatasetName,
     source: Source = "",
     root: Root = None,
     protocol: Protocol = "",
@@ -68,24 +54,17 @@ def check(
     split_seed: SplitSeed = 0,
 ) -> None:
     """Decode and hash every image of a data set, and look for images that train and test share."""
-    from data import check as checking
+    from data import check as checks
 
     dataset = _load(name, access_of(source, root, protocol, split_file, allow_modified), split_seed)
     _print_facts(dataset)
     with err.status("decoding every image"):
-        found = checking.check(dataset)
-    for line in _lines(dataset, found):
+        report = checks.check(dataset)
+    for line in _lines(dataset, report):
         out.print(line, markup=False, highlight=False)
-    if found.broken:
-        more = f" and {len(found.broken) - 1} more" if len(found.broken) > 1 else ""
-        raise DatasetError(f"{dataset.name}: {found.broken[0]}{more}")
-
-
-def access_of(source: str, root: Path | None, protocol: str, split_file: Path | None, modified: bool) -> "Access":
-    """What the options of the command line say together."""
-    from data.dataset import Access
-
-    return Access(source, root, protocol, split_file, modified)
+    if report.broken:
+        more = f" and {len(report.broken) - 1} more" if len(report.broken) > 1 else ""
+        raise DatasetError(f"{dataset.name}: {report.broken[0]}{more}")
 
 
 def _load(name: str, access: "Access", split_seed: int) -> "Dataset":
@@ -121,10 +100,10 @@ def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:
         )
 
 
-def _lines(dataset: "Dataset", found: "CheckReport") -> Iterator[str]:
-    yield f"decoded: {found.images - len(found.broken):,} of {found.images:,}"
-    yield f"the same image twice on one side: {found.duplicates:,}"
-    for what, pairs in (("same image", found.exact), ("near duplicates (perceptual hash)", found.near)):
+def _lines(dataset: "Dataset", report: "CheckReport") -> Iterator[str]:
+    yield f"decoded: {report.images - len(report.broken):,} of {report.images:,}"
+    yield f"the same image twice on one side: {report.duplicates:,}"
+    for what, pairs in (("same image", report.exact), ("near duplicates (perceptual hash)", report.near)):
         yield f"{what} in train and test: {len(pairs):,}"
         for i, j in pairs[:SHOWN]:
             one, other = dataset.train[i], dataset.test[j]

@@ -1,39 +1,52 @@
-"""The command line. Turns arguments into calls and errors into one line; computes nothing itself.
+"""The command line: the table of commands, and one line for every error.
 
-Nothing heavy is imported before a command needs it: `kshot --help` and `kshot data list` answer at once.
+Commands turn arguments into calls; they import what they need when they run, so that `kshot --help` and
+`kshot data list` answer at once.
 """
 
 import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from experiments.cli import hub
-from experiments.cli.bench import app as bench_app
-from experiments.cli.data import app as data_app
+from experiments.cli import bench, data
+from experiments.cli.hub import push
 from experiments.cli.predict import predict
 from experiments.cli.serve import serve
-from experiments.cli.sweep import demo, report, sweep
-from experiments.cli.train import train, zero_shot
+from experiments.cli.sweep import demo, report, sweep, zero_shot
+from experiments.cli.train import train
 from experiments.terminal import err, out
 from kshot.errors import INTERRUPTED, InputError, KshotError
 
-app = typer.Typer(
-    name="kshot",
-    help="Few-shot image classification with a vision-language model that answers in text, against DINOv2 with a head.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(data_app)
-app.add_typer(bench_app)
-# Typer carries a click of its own; the base of its usage errors has no public name.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "sweep": sweep,
+    "report": report,
+    "train": train,
+    "push": push,
+    "predict": predict,
+    "zero-shot": zero_shot,
+    "serve": serve,
+}
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "data": ("The data sets.", {"list": data.list_data, "get": data.get, "check": data.check}),
+    "bench": (
+        "How fast the parts are on this machine.",
+        {
+            "data": bench.data,
+            "train": bench.train,
+            "score": bench.score,
+            "baseline": bench.baseline,
+            "serve": bench.serve,
+            "sweep": bench.sweep,
+        },
+    ),
+}
+# Typer has a copy of click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
-@app.callback(invoke_without_command=True)
-@data_app.callback(invoke_without_command=True)
-@bench_app.callback(invoke_without_command=True)
 def help_or_version(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -48,14 +61,23 @@ def help_or_version(
         raise typer.Exit
 
 
-app.command("demo")(demo)
-app.command("sweep")(sweep)
-app.command("report")(report)
-app.command("train")(train)
-app.command("push")(hub.push)
-app.command("predict")(predict)
-app.command("zero-shot")(zero_shot)
-app.command("serve")(serve)
+def _with_commands(app: typer.Typer, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+    app.callback(invoke_without_command=True)(help_or_version)
+    for name, function in commands.items():
+        app.command(name)(function)
+    return app
+
+
+app = typer.Typer(
+    name="kshot",
+    help="Few-shot image classification with a vision-language model that answers in text, against DINOv2 with a head.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for name, (text, functions) in GROUPS.items():
+    app.add_typer(_with_commands(typer.Typer(name=name, help=text), functions))
+_with_commands(app, COMMANDS)
 
 
 def main() -> None:

@@ -1,8 +1,63 @@
-"""What options of the command line mean, where several commands share it. Knows no command."""
+"""Options that several commands share: their declarations, and the meaning of their texts."""
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kshot.errors import InputError
+
+if TYPE_CHECKING:
+    from data.dataset import Access
+
+PROMPT = "recipe, or '{image}QUESTION => ANSWER {label}'"
+
+# The data
+DatasetName = Annotated[str, typer.Argument(help="A name of `kshot data list`, folder:PATH or hub:ID.")]
+Dataset = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, folder:PATH or hub:ID.")]
+Datasets = Annotated[list[str], typer.Option("--dataset", help="See kshot data list; repeat.")]
+Source = Annotated[str, typer.Option("--source", help="hub, or archive: the original files in --root.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the original files.")]
+Protocol = Annotated[str, typer.Option("--protocol", help="recipe, official or coop.")]
+SplitFile = Annotated[Path | None, typer.Option("--split-file", help="For coop: its JSON file.")]
+Modified = Annotated[bool, typer.Option("--allow-modified", help="Take files whose checksums are not the originals'.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", min=0, help="Draws the split of a set without one.")]
+LimitTest = Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")]
+Fewer = Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a class has no k.")]
+
+# The model and what computes
+Model = Annotated[
+    str | None, typer.Option("--model", help="Qwen3-VL: 2B, 4B, 8B, 30B-A3B, 235B-A22B, a folder or a hub id.")
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", help=f"{PROMPT}.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help=f"{PROMPT}; repeat to compare.")]
+Loss = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text or closed-set.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat.")]
+Service = Annotated[str, typer.Option("--service", help="local, tinker or an http address.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+
+# A run and its results
+Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one a core, or one a GPU).")]
+NoImages = Annotated[bool, typer.Option("--no-images", help="No example images in report.html.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Offer it to OWNER/NAME on the hub; without --yes a dry run."),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Really send it.")]
+Public = Annotated[bool, typer.Option("--public", help="Make the repository public; otherwise it is private.")]
+
+
+def access_of(source: str, root: Path | None, protocol: str, split_file: Path | None, modified: bool) -> "Access":
+    """How a data set is had, by the options of a command."""
+    from data.dataset import Access
+
+    return Access(source, root, protocol, split_file, modified)
 
 
 def numbers(name: str, text: str | None) -> list[int] | None:
@@ -15,19 +70,26 @@ def numbers(name: str, text: str | None) -> list[int] | None:
         raise InputError(f"--{name} {text!r} is not a list of whole numbers; write it as 1,2,4") from error
 
 
-def pairs(settings: list[str] | None) -> dict[str, str]:
-    """What --set KEY=VALUE says, each time it is given. Raises InputError for one without a value."""
+def settings_of(options: dict[str, Any], texts: list[str] | None, *also: str) -> dict[str, Any]:
+    """The settings that options of their own give (those that are not None), and those of --set KEY=VALUE.
+
+    Raises InputError for a text without a value, and for a setting that is given twice; also: names of further ones
+    that an option gives."""
     from experiments.sweep.config import Settings
 
-    for text in settings or []:
+    for text in texts or []:
         if "=" not in text:
             names = ", ".join(Settings.model_fields)
             raise InputError(f"--set {text!r} has no value; write it as KEY=VALUE with one of: {names}")
-    return dict(text.partition("=")[::2] for text in settings or [])
+    values = {name: value for name, value in options.items() if value is not None}
+    single = dict(text.partition("=")[::2] for text in texts or [])
+    if twice := sorted({*values, *also} & single.keys()):
+        raise InputError(f"{twice[0]} is given twice: as an option and with --set; leave one out")
+    return {**single, **values}
 
 
 def caps(texts: list[str] | None) -> dict[str, str]:
-    """What --most-shots DATASET=K says, each time it is given. Raises InputError for one without a number."""
+    """{data set: most shots} of --most-shots DATASET=K. Raises InputError for a text without a number."""
     parts = [text.rpartition("=") for text in texts or []]
     for text, (dataset, _, most) in zip(texts or [], parts, strict=True):
         if not dataset or not most.isdecimal():
@@ -35,7 +97,11 @@ def caps(texts: list[str] | None) -> dict[str, str]:
     return {dataset: most for dataset, _, most in parts}
 
 
-def file_name(dataset: str) -> str:
-    """A data set's part in the name of its sweep: the last part of a path, in letters that need no quotes."""
+def sweep_name(datasets: Iterable[str]) -> str:
+    """The name of a sweep of these data sets: of a folder the last part of its path, in letters that need no quotes."""
+    return "-".join(_file_name(name) for name in dict.fromkeys(datasets))
+
+
+def _file_name(dataset: str) -> str:
     name = os.path.basename(os.path.abspath(dataset.partition(":")[2])) if ":" in dataset else dataset
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip("-.") or "folder"

@@ -1,4 +1,4 @@
-"""`kshot predict`: turns arguments into calls, answers into lines, and names on stderr what could not be answered."""
+"""`kshot predict`: the likeliest classes of images, and on stderr the images that have none."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from experiments.terminal import err
 from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
 
 if TYPE_CHECKING:
-    from experiments.adapters.predict import Answer, Source
+    from experiments.adapters.predict import Prediction, Source
 
 BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
 TOP = 5
@@ -28,7 +28,7 @@ Images = Annotated[
     ),
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A folder that kshot train wrote.")]
-ModelName = Annotated[
+Model = Annotated[
     str | None,
     typer.Option("--model", help="Without --adapter: a Qwen3-VL as it is. With it: where its model is now."),
 ]
@@ -38,7 +38,7 @@ ClassNames = Annotated[
 ClassFile = Annotated[
     Path | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line, in place of --class.")
 ]
-How = Annotated[
+Method = Annotated[
     str,
     typer.Option(
         "--method",
@@ -46,7 +46,7 @@ How = Annotated[
         "normalised over the classes by softmax.",
     ),
 ]
-Phrasing = Annotated[
+Prompt = Annotated[
     str | None,
     typer.Option("--prompt", help="recipe, or '{image}QUESTION => ANSWER {label}' (default: the adapter's)."),
 ]
@@ -59,11 +59,11 @@ MaxSide = Annotated[
 def predict(
     images: Images,
     adapter: Adapter = None,
-    model: ModelName = None,
+    model: Model = None,
     classes: ClassNames = None,
     class_file: ClassFile = None,
-    method: How = "constrained",
-    prompt: Phrasing = None,
+    method: Method = "constrained",
+    prompt: Prompt = None,
     top: Top = TOP,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",
@@ -90,15 +90,15 @@ def predict(
 
 def _answer(images: list[str], source: "Source", method: str, top: int, *, as_json: bool) -> int:
     """Print the answers, flushed by windows; how many images have none."""
-    from experiments.adapters.predict import Answer, classifier, pictures
+    from experiments.adapters.predict import Prediction, classifier, pictures
 
     failed = 0
     found = pictures(images, lambda: sys.stdin.buffer)
-    with classifier(source, method, greedy=as_json) as loaded, closing(loaded.answers(found)) as windows:
+    with classifier(source, method, greedy=as_json) as loaded, closing(loaded.predict(found)) as windows:
         names = loaded.prompt.classes
         for window in windows:
             for answer in window:
-                if isinstance(answer, Answer):
+                if isinstance(answer, Prediction):
                     _print([_json(answer, names, top)] if as_json else _lines(answer, names, top))
                 else:
                     failed += 1
@@ -107,7 +107,7 @@ def _answer(images: list[str], source: "Source", method: str, top: int, *, as_js
     return failed
 
 
-def _json(answer: "Answer", names: tuple[str, ...], top: int) -> str:
+def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
     likeliest = [{"label": names[label], "probability": p} for label, p in answer.top(top)]
     content: dict[str, Any] = {"image": answer.name, f"top{top}": likeliest}
     if answer.greedy is not None:
@@ -115,7 +115,7 @@ def _json(answer: "Answer", names: tuple[str, ...], top: int) -> str:
     return json.dumps(content, allow_nan=False)
 
 
-def _lines(answer: "Answer", names: tuple[str, ...], top: int) -> Iterator[str]:
+def _lines(answer: "Prediction", names: tuple[str, ...], top: int) -> Iterator[str]:
     from experiments.adapters.predict import shown
 
     yield shown(answer.name)

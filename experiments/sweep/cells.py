@@ -1,8 +1,5 @@
-"""One cell of a sweep: (data set, method, shots, seed) under its settings, and the key it is stored by.
-
-TODO What a worker is given: a cell, or images to encode for cells, and what only this machine needs. Loads nothing.
-TODO What a method said, as the table that is stored: one row a test image. Knows no metrics and no files.
-"""
+"""One cell of a sweep, (data set, method, shots, seed) under its settings, and the key it is stored by; the jobs that
+workers are given; and the table of a cell's predictions."""
 
 import hashlib
 import json
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from experiments.sweep.methods import Outcome
-
-# ---- One cell of a sweep: (data set, method, shots, seed) under its settings, and the key it is stored by.
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,10 @@ class Cell:
         return f"{self.method} on {self.dataset}, {self.shots} shots, seed {self.seed}"
 
 
-# ---- What a worker is given: a cell, or images to encode for cells, and what only this machine needs. Loads nothing.
-
-
 @dataclass(frozen=True)
 class Job:
-    """source: how the data set is named here, maybe a path. service, device: who computes, and on what.
-    access: how the data set is had."""
+    """A cell, and what only this machine needs to run it. source: how the data set is named here, maybe a path.
+    service, device: what computes. access: how the data set is had."""
 
     cell: Cell
     settings: Settings
@@ -73,21 +65,23 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """Images that cells like `like` will show the VLM: its test images and, where cells learn (shots > 0), those of all
-    `seeds`; of them every `parts`-th from `part` on."""
+class EncodingJob:
+    """Images that the cell of `cell_job`, and others that differ from it in shots and seed at most, show the VLM: its
+    test images and, where cells learn (shots > 0), those of all `seeds`; of them every `parts`-th from `part` on."""
 
-    like: Job
+    cell_job: Job
     seeds: tuple[int, ...]
     shots: int
     part: int
     parts: int
 
     def __str__(self) -> str:
-        return f"encoding the images of {self.like.cell.dataset}, part {self.part + 1} of {self.parts}"
+        return f"encoding the images of {self.cell_job.cell.dataset}, part {self.part + 1} of {self.parts}"
 
 
-# ---- What a method said, as the table that is stored: one row a test image. Knows no metrics and no files.
+def service_kind(service: str) -> str:
+    """What results call a service: an address stays private."""
+    return service if service in ("local", "tinker") else "remote"
 
 
 def predictions(test: Sequence[Example], outcome: "Outcome") -> "pa.Table":

@@ -1,16 +1,15 @@
-"""What a sweep is: the schema of presets and YAML files. Knows the names of settings, not what they do.
+"""What a sweep is: the schema of presets and YAML files, how they are read, and the command line of a recorded sweep.
 
 Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
-
-TODO What to type for a sweep that results describe. Knows sweep.json and the options, and runs nothing.
 """
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -29,9 +28,10 @@ from pydantic import (
 from kshot.errors import InputError, UnknownNameError
 from vlm.models import full_name
 
-# ---- What a sweep is: the schema of presets and YAML files. Knows the names of settings, not what they do.
+if TYPE_CHECKING:
+    from data.dataset import Access
 
-OWN = "own"  # the image size of each image: what is said where None cannot be
+OWN = "own"  # each image's own size, where text is needed; in settings it is None
 Readout = Literal["cls", "cls+mean", "last4", "last4+mean", "pooled"]
 ImageSize = Annotated[PositiveInt | None, BeforeValidator(lambda size: None if size == OWN else size)]
 VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
@@ -47,14 +47,14 @@ class Settings(BaseModel):
 
     model: ModelName = "Qwen/Qwen3-VL-2B-Instruct"
     backbone: str = "vit_base_patch14_dinov2.lvd142m"
-    readout: Readout = "cls"  # what of the backbone is its feature, see baselines.backbone
-    image_size: ImageSize = None  # pixels, square, of the backbone's input; none: the image's own size
-    vlm_features: VlmFeatures = "tower"  # what vlm-vision-linear has its head on
+    readout: Readout = "cls"  # which tokens of the backbone, see baselines.backbone
+    image_size: ImageSize = None  # pixels, square, of the backbone's input; None: the image's own size
+    vlm_features: VlmFeatures = "tower"  # the input of vlm-vision-linear's head
     max_side: PositiveInt = 480
     limit_test: PositiveInt | None = None
     split_seed: Seed = 0
     allow_fewer: bool = False
-    shuffle_test: bool = False  # a control: each test image is shown in another's place
+    shuffle_test: bool = False  # a control: each test image takes the place of another
     views_per_class: PositiveInt = 160
     batch_size: PositiveInt = 32
     rank: PositiveInt = 32
@@ -103,7 +103,7 @@ class Sweep(BaseModel):
     shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
-    prompts: tuple[str, ...] = ()  # phrasings of the question to compare; none: that of the settings
+    prompts: tuple[str, ...] = ()  # prompts to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
     compare: Compare = Compare()
@@ -121,7 +121,7 @@ class Sweep(BaseModel):
 
     @property
     def phrasings(self) -> tuple[str, ...]:
-        """Every prompt that is asked, one at least."""
+        """Every prompt of the sweep, one at least."""
         return self.prompts or (self.settings.prompt,)
 
     def shots_of(self, dataset: str) -> tuple[int, ...]:
@@ -131,12 +131,12 @@ class Sweep(BaseModel):
     def points(self, dataset: str, read: Collection[str], *, learns: bool) -> Iterator[tuple[Settings, int, int]]:
         """(settings, shots, seed) of each cell of a method on a data set.
 
-        read: the settings that the method's numbers depend on; where another one moves, its cells were there before.
+        read: the settings that the method's numbers depend on; where another one changes, the cells are the same.
         learns: whether it sees shots; a method that does not has one cell, at 0 shots and seed 0.
         """
         for settings in self.variants:
-            moved = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
-            if moved <= set(read):
+            changed = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
+            if changed <= set(read):
                 grid = product(self.shots_of(dataset), self.seeds) if learns else [(0, 0)]
                 yield from ((settings, shots, seed) for shots, seed in grid)
 
@@ -147,8 +147,8 @@ class Sweep(BaseModel):
 
     @model_validator(mode="after")
     def _caps_are_of_its_sets(self) -> Self:
-        if odd := [name for name in self.most_shots if name not in self.datasets]:
-            raise ValueError(f"{odd[0]!r} is none of the data sets ({', '.join(self.datasets)})")
+        if unknown := [name for name in self.most_shots if name not in self.datasets]:
+            raise ValueError(f"{unknown[0]!r} is none of the data sets ({', '.join(self.datasets)})")
         return self
 
 
@@ -157,8 +157,31 @@ def capped(shots: Iterable[int], most: int | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(k if most is None else min(k, most) for k in shots))
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a sweep is run: none of it is part of a cell. service, device: what computes. access: how the data sets are
+    had; None: in the usual way. executor: of `experiments.sweep.workers.EXECUTORS`. workers: processes; None: as many
+    as there is room for. threads: of each. only_failed: run only cells that failed before. track: a tool's name of
+    `experiments.sweep.tracking.TRACKERS`, or None."""
+
+    service: str = "local"
+    device: str = "cpu"
+    access: "Access | None" = None
+    executor: str = "local"
+    workers: int | None = None
+    threads: int = 1
+    only_failed: bool = False
+    track: str | None = None
+
+
 MODELS = ("model", "backbone")  # the settings that name one
-OF_DATA = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")  # those of what models are shown
+DATA_SETTINGS = (
+    "max_side",
+    "limit_test",
+    "split_seed",
+    "allow_fewer",
+    "shuffle_test",
+)  # those of what models are shown
 
 
 def presets() -> list[str]:
@@ -178,16 +201,16 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
     file = read(preset)
     content = {**file, **overrides}
     _drop_idle_caps(file, content)
-    own, compare = content.get("settings") or {}, content.get("compare") or {}
-    if isinstance(own, dict) and isinstance(compare, dict):
-        if twice := [name for name in own if name in compare]:
+    base, compare = content.get("settings") or {}, content.get("compare") or {}
+    if isinstance(base, dict) and isinstance(compare, dict):
+        if twice := [name for name in base if name in compare]:
             raise InputError(f"{preset} gives {twice[0]} twice: in settings and in compare; leave one out")
-        if preset in presets() and any(_is_new(kind, settings, own, compare) for kind in MODELS):
-            own = {name: value for name, value in own.items() if name in (*MODELS, *OF_DATA)}
+        if preset in presets() and any(_is_new(kind, settings, base, compare) for kind in MODELS):
+            base = {name: value for name, value in base.items() if name in (*MODELS, *DATA_SETTINGS)}
         several = {name: values for name, values in settings.items() if isinstance(values, tuple)}
-        one = {name: value for name, value in settings.items() if name not in several}
-        content["settings"] = {name: value for name, value in {**own, **one}.items() if name not in several}
-        content["compare"] = {name: values for name, values in {**compare, **several}.items() if name not in one}
+        single = {name: value for name, value in settings.items() if name not in several}
+        content["settings"] = {name: value for name, value in {**base, **single}.items() if name not in several}
+        content["compare"] = {name: values for name, values in {**compare, **several}.items() if name not in single}
     try:
         return Sweep.model_validate(content)
     except ValidationError as error:
@@ -214,21 +237,20 @@ def read(preset: str) -> dict[str, Any]:
 
 
 def _drop_idle_caps(file: Mapping[str, Any], content: dict[str, Any]) -> None:
-    """Add the file's caps on shots to those that are given, but those on data sets of its own that are not asked for; a
-    name that it never had stays, and is refused."""
-    caps, own = file.get("most_shots"), file.get("datasets")
-    if isinstance(caps, dict) and isinstance(own, list):
-        idle = [name for name in own if name not in content["datasets"]]
-        given = content["most_shots"] if content["most_shots"] is not caps else {}
-        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle} | given
+    """Put the given caps on shots over the file's, without the file's caps on data sets of its own that the sweep does
+    not have; a name that the file never had stays, and is refused later."""
+    caps, datasets = file.get("most_shots"), file.get("datasets")
+    if isinstance(caps, dict) and isinstance(datasets, list):
+        idle = [name for name in datasets if name not in content["datasets"]]
+        new = content["most_shots"] if content["most_shots"] is not caps else {}
+        content["most_shots"] = {name: cap for name, cap in caps.items() if name not in idle} | new
 
 
-def _is_new(kind: str, given: Mapping[str, Any], own: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:
-    """Whether a model is given that the file does not have."""
-    known = compare.get(kind, (own.get(kind),))
-    named = given.get(kind, known)
-    several = named if isinstance(named, list | tuple) else (named,)
-    return not {_full(name) for name in several} <= {_full(name) for name in known}
+def _is_new(kind: str, settings: Mapping[str, Any], base: Mapping[str, Any], compare: Mapping[str, Any]) -> bool:
+    """Whether `settings` name a model that the file does not have."""
+    old = compare.get(kind, (base.get(kind),))
+    new = settings.get(kind, old)
+    return not {_full(name) for name in (new if isinstance(new, list | tuple) else (new,))} <= {_full(n) for n in old}
 
 
 def _full(name: Any) -> Any:
@@ -236,14 +258,14 @@ def _full(name: Any) -> Any:
 
 
 def _explained(preset: str, error: ValidationError) -> InputError:
-    """The first complaint in one line; a name that is none comes first, for it may be why another is missing."""
+    """The first error in one line; an unknown name comes first, for it may be why another is missing."""
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        parts: dict[Any, tuple[str, type[BaseModel]]]
-        parts = {"settings": ("setting", Settings), "compare": ("setting to compare", Compare)}
-        kind, part = parts.get(first["loc"][0], ("setting", Sweep))
-        return UnknownNameError(kind, str(first["loc"][-1]), part.model_fields)
+        kinds: dict[Any, tuple[str, type[BaseModel]]]
+        kinds = {"settings": ("setting", Settings), "compare": ("setting to compare", Compare)}
+        kind, model = kinds.get(first["loc"][0], ("setting", Sweep))
+        return UnknownNameError(kind, str(first["loc"][-1]), model.model_fields)
     if first["type"] == "missing":
         return InputError(f"{preset} does not say {where}; a sweep has: {', '.join(Sweep.model_fields)}")
     if first["type"] == "value_error" and not where:
@@ -251,36 +273,31 @@ def _explained(preset: str, error: ValidationError) -> InputError:
     return InputError(f"{where} = {first['input']!r}: {first['msg']}")
 
 
-# ---- What to type for a sweep that results describe. Knows sweep.json and the options, and runs nothing.
-
-
 def command(content: Mapping[str, Any]) -> str:
-    """What to type for a sweep of this content (sweep.json): every setting in which it is not the demo.
+    """The command line of a sweep of this content (sweep.json): every setting in which it differs from the demo.
 
     Where a folder of images lies is not recorded: its path is to be filled in.
     """
-    recorded_of = {kind: content["settings"][kind] for kind in MODELS}
-    models_of = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded_of.items()}
-    base = load("demo", {}, models_of).settings.model_dump()
+    recorded = {kind: content["settings"][kind] for kind in MODELS}
+    models = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded.items()}
+    base = load("demo", {}, models).settings.model_dump()
     base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
-    places = [name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]]
-    options = [("--dataset", name) for name in places] + [("--method", m) for m in content["methods"]]
+    sources = {name: name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]}
+    options = [("--dataset", name) for name in sources.values()] + [("--method", m) for m in content["methods"]]
     options += [(f"--{field}", ",".join(map(str, content[field]))) for field in ("shots", "seeds")]
-    place = dict(zip(content["datasets"], places, strict=True))
-    options += [("--most-shots", f"{place[name]}={most}") for name, most in content.get("most_shots", {}).items()]
+    options += [("--most-shots", f"{sources[name]}={most}") for name, most in content.get("most_shots", {}).items()]
     if (service := content.get("service", "local")) != "local":
         options.append(("--service", "ADDRESS" if service == "remote" else service))
     if (device := content.get("device", "cpu")) != "cpu":
         options.append(("--device", device))
     changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
-    asked = changed.pop("prompt", [])
-    options += [("--prompt", text) for text in ([asked] if isinstance(asked, str) else asked)]
+    prompts = changed.pop("prompt", [])
+    options += [("--prompt", text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
     compared = {name: changed.pop(name) for name in COMPARED if isinstance(changed.get(name), list)}
     for name, values in compared.items():
         options += [(f"--{name.replace('_', '-')}", OWN if value is None else str(value)) for value in values]
     options += [("--set", f"{k}={v}") for k, v in changed.items()]
-    facts = content.get("data", {})
-    options += _access_options(facts.values())
+    options += _access_options(content.get("data", {}).values())
     modified = any("-modified-" in protocol for protocol in content["protocols"].values())
     flags = " --allow-modified" if modified else ""
     return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags

@@ -1,33 +1,70 @@
-"""A sweep: the grid of cells, checked before anything runs; those that are missing are run and stored as they finish.
-
-Knows no method and no model; what runs the cells is an executor.
-"""
+"""A sweep: its grid of cells is planned and checked before anything runs; cells that are missing are run, and stored as
+they finish."""
 
 import os
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from baselines import nano as nano_dinov2
 from data import catalog
 from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
-from experiments.sweep.cells import Cell, Encoding, Job
-from experiments.sweep.config import Settings, Sweep
-from experiments.sweep.encoding import PART, shared
+from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
+from experiments.sweep.config import RunOptions, Settings, Sweep
+from experiments.sweep.encoding import BATCH, encoding_schedule
 from experiments.sweep.methods import METHODS, check_left_out
+from experiments.sweep.observer import Observer
 from experiments.sweep.provenance import notes, recorded, relevant
 from experiments.sweep.run import few_shot, to_encode, validation, work
 from experiments.sweep.store import Results
-from experiments.sweep.workers import Failure
+from experiments.sweep.tracking import Tracker, tracker
+from experiments.sweep.workers import EXECUTORS, Failure
 from experiments.sweep.workload import of_jobs
-from kshot.errors import DatasetError, InputError, UnknownNameError
+from kshot.errors import DatasetError, InputError, KshotError, UnknownNameError
 from vlm import models
 
-SHOWN = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")  # what images, as what
+IMAGE_SETTINGS = (
+    "model",
+    "max_side",
+    "limit_test",
+    "split_seed",
+    "allow_fewer",
+    "calibration",
+)  # which images are shown
+
+
+def run_sweep(
+    sweep: Sweep, folder: Path | str, options: RunOptions | None = None, observer: Observer | None = None
+) -> Results:
+    """Run the cells of a sweep that the folder lacks, and store each as it finishes; the folder's results.
+
+    Raises as `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where
+    every failure was one of the input.
+    """
+    options, observer, results = options or RunOptions(), observer or Observer(), Results(folder)
+    if options.executor not in EXECUTORS:
+        raise UnknownNameError("executor", options.executor, EXECUTORS)
+    follower = tracker(options.track) if options.track else Tracker()
+    with observer.planning():
+        planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+    with results.writing():
+        content = results.begin(planned.describe())
+        jobs = planned.missing(results, only_failed=options.only_failed)
+        with observer.running(planned, results, jobs):
+            if jobs:
+                follower.start(sweep.name, content, results.folder)
+                try:
+                    _run_jobs(planned, results, jobs, options, follower, observer.finished)
+                finally:
+                    follower.finish()
+        observer.complete(planned, results, content)
+    _check_failures(results, jobs)
+    return results
 
 
 @dataclass(frozen=True)
@@ -61,7 +98,7 @@ class Plan:
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
             "notes": self._notes(),
-            **({"service": _kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
+            **({"service": service_kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
         }
 
     def _most_shots(self) -> dict[str, int]:
@@ -77,8 +114,8 @@ class Plan:
 
     def _notes(self) -> list[str]:
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
-        of_files = [line for dataset in self.datasets.values() for line in _of_its_files(dataset)]
-        return [*of_settings, *of_files]
+        of_datasets = [line for dataset in self.datasets.values() for line in _dataset_notes(dataset)]
+        return [*of_settings, *of_datasets]
 
     def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
         """The jobs whose cells are not stored yet; of them those that have failed."""
@@ -86,23 +123,23 @@ class Plan:
         keys = {record["key"] for record in results.failures()} if only_failed else {job.cell.key for job in self.jobs}
         return [job for job in self.jobs if job.cell.key in keys - finished]
 
-    def encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
+    def encodings(self, jobs: Sequence[Job]) -> list[EncodingJob]:
         """What is encoded once, for all of these jobs: the images that the VLM of this machine is shown, of the data
         sets whose features can be kept until they are used."""
         alike: dict[Any, list[Job]] = defaultdict(list)
-        kept = shared(of_jobs(jobs, self.datasets))
+        ahead = encoding_schedule(of_jobs(jobs, self.datasets)).ahead
         for job in jobs:
-            if job.source in kept and METHODS[job.cell.method].looks:
-                alike[job.source, *(getattr(job.settings, name) for name in SHOWN)].append(job)
+            if job.source in ahead and METHODS[job.cell.method].uses_vlm:
+                alike[job.source, *(getattr(job.settings, name) for name in IMAGE_SETTINGS)].append(job)
         return [encoding for same in alike.values() for encoding in self._parts(same)]
 
-    def _parts(self, same: Sequence[Job]) -> Iterator[Encoding]:
+    def _parts(self, same: Sequence[Job]) -> Iterator[EncodingJob]:
         learning = [job.cell for job in same if METHODS[job.cell.method].learns]
         seeds, shots = tuple(sorted({c.seed for c in learning})), max((c.shots for c in learning), default=0)
         dataset, settings = self.datasets[same[0].source], same[0].settings
         test = len(dataset.test) if settings.limit_test is None else min(settings.limit_test, len(dataset.test))
-        parts = -(-(test + len(to_encode(dataset, seeds, shots, settings))) // PART)
-        return (Encoding(same[0], seeds, shots, part, parts) for part in range(parts))
+        parts = -(-(test + len(to_encode(dataset, seeds, shots, settings))) // BATCH)
+        return (EncodingJob(same[0], seeds, shots, part, parts) for part in range(parts))
 
 
 def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
@@ -119,26 +156,17 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
         raise InputError(f"{alone[0]} needs features, which the Tinker API does not give; use --service local")
     _check_machine(service, device)
     _check_models(sweep, service)
-    _check_asking(sweep, service)
-    ways = ways_of(sweep, access or Access())
-    seed = sweep.settings.split_seed
-    datasets = {source: catalog.load(source, access=way, split_seed=seed) for source, way in ways.items()}
+    _check_prompts(sweep, service)
+    accesses, split_seed = dataset_accesses(sweep, access or Access()), sweep.settings.split_seed
+    datasets = {source: catalog.load(source, access=each, split_seed=split_seed) for source, each in accesses.items()}
     _check_names(datasets)
-    if any(METHODS[method].learns for method in sweep.methods):
-        for source, dataset in datasets.items():
-            most = max(sweep.shots_of(source))
-            for seed in sweep.seeds:
-                chosen = few_shot(dataset, most, seed, sweep.settings)
-                if any(METHODS[method].leaves_out for method in sweep.methods):
-                    check_left_out(dataset.classes, chosen)
-                validation(dataset, most, seed, sweep.settings)
+    _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
         kind = device.partition(":")[0]
-        make = partial(Job, source=source, service=service, device=kind, access=ways[source])
-        jobs += (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
-    order = {source: number for number, source in enumerate(datasets)}
-    jobs.sort(key=lambda job: (order[job.source], -METHODS[job.cell.method].cost))
+        make = partial(Job, source=source, service=service, device=kind, access=accesses[source])
+        cells = (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
+        jobs += sorted(cells, key=lambda job: -METHODS[job.cell.method].cost)
     return Plan(sweep, datasets, jobs, gpus_of(device))
 
 
@@ -149,19 +177,19 @@ def execute(
     executor: str = "local",
     workers: int | None = None,
     threads: int = 1,
-) -> Generator[tuple[Job | Encoding, Failure | None], None, None]:
+) -> Generator[tuple[Job | EncodingJob, Failure | None], None, None]:
     """Run and store these jobs of the plan; yields each when it is stored, or with why it failed: that stops no other.
     Images that were encoded for them are yielded too; where that fails, their cells say so.
 
-    executor: a row of `executors.EXECUTORS`. Raises InputError where it cannot run here, or not with so many workers.
+    executor: of EXECUTORS. Raises InputError where it cannot run here, or not with so many workers.
     """
     gpus = planned.gpus
     if gpus and workers and workers > len(gpus) and executor == "local":
         raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
     start = getattr(executors, executor)
-    made = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
-    with closing(made) as finished:
-        for job, answer in finished:
+    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
+    with closing(answers):
+        for job, answer in answers:
             failure = answer if isinstance(answer, Failure) else None
             if isinstance(job, Job):
                 if failure:
@@ -171,18 +199,54 @@ def execute(
             yield job, failure
 
 
-def _of_its_files(dataset: Dataset) -> Iterator[str]:
+def _run_jobs(
+    planned: Plan,
+    results: Results,
+    jobs: Sequence[Job],
+    options: RunOptions,
+    follower: Tracker,
+    finished: Callable[[Job | EncodingJob, Failure | None, int, int], None],
+) -> None:
+    total = len(planned.jobs)
+    done = total - len(planned.missing(results))
+    with closing(execute(planned, results, jobs, options.executor, options.workers, options.threads)) as answers:
+        for job, failure in answers:
+            if isinstance(job, Job) and not failure:
+                done += 1
+                follower.cell(results.cell(job.cell.key), done, total)
+            finished(job, failure, done, total)
+
+
+def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
+    keys = {job.cell.key for job in jobs}
+    if failed := [record for record in results.failures() if record["key"] in keys]:
+        first, wrong = failed[0], all(record["exit_status"] == InputError.exit_status for record in failed)
+        cell = f"{first['method']} on {first['dataset']}, {first['shots']} shots, seed {first['seed']}"
+        raise (InputError if wrong else KshotError)(
+            f"{len(failed)} of {len(keys)} cells failed, first {cell}: {first['error']} (the same command tries them "
+            "again, and --only-failed them alone)"
+        )
+
+
+def _check_shots(sweep: Sweep, datasets: Mapping[str, Dataset]) -> None:
+    """Draw the most shots that each data set is drawn at, where a method learns."""
+    methods = [METHODS[name] for name in sweep.methods if METHODS[name].learns]
+    for source, dataset in datasets.items() if methods else ():
+        most = max(sweep.shots_of(source))
+        for seed in sweep.seeds:
+            chosen = few_shot(dataset, most, seed, sweep.settings)
+            if any(method.leaves_out for method in methods):
+                check_left_out(dataset.classes, chosen)
+            validation(dataset, most, seed, sweep.settings)
+
+
+def _dataset_notes(dataset: Dataset) -> Iterator[str]:
     """What a report must say of a data set's files."""
     if "-modified-" in dataset.protocol:
         changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
         yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
     if shared := dataset.facts.get("shared"):
         yield f"{dataset.name}: images that are in both train and test: {shared}."
-
-
-def _kind(service: str) -> str:
-    """What results call a service: an address is nobody's business."""
-    return service if service in ("local", "tinker") else "remote"
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
@@ -250,16 +314,16 @@ def _check_names(datasets: Mapping[str, Dataset]) -> None:
             raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
 
 
-def ways_of(sweep: Sweep, access: Access) -> dict[str, Access]:
+def dataset_accesses(sweep: Sweep, access: Access) -> dict[str, Access]:
     """Data set → how it is had: `access` where there is a choice."""
     access = replace(access, protocol=sweep.protocol) if sweep.protocol else access
-    rows = {source: catalog.find(source) for source in sweep.datasets}
-    if access != Access() and not any(row.sources for row in rows.values()):
+    specs = {source: catalog.find(source) for source in sweep.datasets}
+    if access != Access() and not any(spec.sources for spec in specs.values()):
         catalog.load(sweep.datasets[0], access=access)  # says what is wrong with that
-    return {source: access if row.sources else Access() for source, row in rows.items()}
+    return {source: access if spec.sources else Access() for source, spec in specs.items()}
 
 
-def _check_asking(sweep: Sweep, service: str) -> None:
+def _check_prompts(sweep: Sweep, service: str) -> None:
     used = _used(sweep)
     if "prompt" in used:
         from vlm.prompts import template
@@ -268,8 +332,8 @@ def _check_asking(sweep: Sweep, service: str) -> None:
             template(text)
     if "loss" in used and sweep.settings.loss == "closed-set" and service == "tinker":
         raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
-    asking = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
-    if asking and sweep.settings.calibration == "validated" and not any(method.learns for method in asking):
+    calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
+    if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
         raise InputError(
             "calibration validated chooses on labelled images, and zero-shot has none; give contextual, pmi or none"
         )

@@ -1,8 +1,4 @@
-"""How sure a number is: intervals over seeds and over test images, and paired differences.
-
-Numbers and predictions tables in, intervals out; it does not know methods, data sets or records. Shares are fractions
-in [0, 1].
-"""
+"""Confidence intervals over seeds and over test images, and paired differences. Shares are fractions in [0, 1]."""
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
@@ -113,7 +109,7 @@ def _images(run: pa.Table) -> pa.Table:
 
 
 def _right(run: pa.Table, images: pa.Table) -> NDArray[np.bool_]:
-    """Whether each of `images` was named right, in their order."""
+    """Whether the prediction for each of `images` is right, in their order."""
     run = _in_order(run)
     if not run.select(["key", "label"]).equals(images):
         raise ResultsError(f"cannot pair predictions: {_mismatch(images, run)}")

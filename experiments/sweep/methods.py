@@ -1,6 +1,6 @@
-"""The methods: a function and a row each. What a method needs comes in a Task; what it says goes out as an Outcome.
+"""The methods that a sweep compares: a function each, from a Task to an Outcome, and a table of them, METHODS.
 
-Knows no folders and no metrics. Nothing here sees a test label.
+None of them sees a test label.
 """
 
 import time
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.dataset import Example, Images
-from experiments.sweep.config import OF_DATA as _DATA
-from experiments.sweep.config import Settings
+from experiments.sweep.config import DATA_SETTINGS, Settings
 from kshot.errors import TooFewImagesError
 from kshot.files import cache_folder
 
@@ -22,16 +21,16 @@ if TYPE_CHECKING:
 
     from baselines.features import Encoder
     from baselines.heads import Fit
-    from vlm.embedding import Encoding
+    from vlm.embedding import ImageEncoder
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given: k labelled examples a class, the images to name, the class names, seed and settings.
+    """The input of a method: k labelled examples a class, the test images, the class names, seed and settings.
 
-    hflip: probability of showing a training image mirrored. service, device: who computes, and on what.
+    hflip: probability of showing a training image mirrored. service, device: what computes.
     validation: labelled images to choose settings on, where any are chosen; none of them is in train or test.
     """
 
@@ -53,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method says. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
+    """The output of a method. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
 
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
     has encoded or loaded costs nothing again.
@@ -70,10 +69,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the function, the settings its numbers depend on, whether it learns, and its relative cost in time.
+    """The function, the settings its numbers depend on, whether it learns, and its relative cost in time.
 
-    zero_shot: the method that asks the model before this one tunes it. leaves_out: whether it chooses by leaving a
-    training image of every class out. local: whether it needs what the Tinker API has not, so this process alone.
+    zero_shot: the method that evaluates the model before this one tunes it. leaves_out: whether it chooses its own
+    settings by leave-one-out on the training images. local: whether it needs features, which the Tinker API does not
+    give.
     """
 
     run: Callable[[Task], Outcome]
@@ -85,25 +85,25 @@ class Method:
     local: bool = False
 
     @property
-    def looks(self) -> bool:
-        """Whether the VLM sees images in it."""
+    def uses_vlm(self) -> bool:
+        """Whether images are shown to the VLM."""
         return "model" in self.settings
 
 
 def vlm_zero_shot(task: Task) -> Outcome:
-    """The base model asked without training: the k = 0 point."""
-    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
-    return _ask(sampler, task, fit_seconds=0.0)
+    """The base model without training: the k = 0 point."""
+    sampler = base_sampler(task.service, task.device, task.settings.model)
+    return _evaluate(sampler, task, fit_seconds=0.0)
 
 
 def vlm_lora(task: Task) -> Outcome:
-    """LoRA-tune the vision-language model to answer with the class name, then ask it."""
-    start, s, service = time.perf_counter(), task.settings, _connected(task.service, task.device)
+    """LoRA-tune the vision-language model to answer with the class name, then evaluate it."""
+    start, s, service = time.perf_counter(), task.settings, connected(task.service, task.device)
     client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
     for _ in fit_lora(client, task):
         pass
     sampler = client.save_weights_and_get_sampling_client().result()
-    return _ask(sampler, task, fit_seconds=time.perf_counter() - start)
+    return _evaluate(sampler, task, fit_seconds=time.perf_counter() - start)
 
 
 def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
@@ -116,17 +116,18 @@ def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
 
 
 def vlm_vision_linear(task: Task) -> Outcome:
-    """Logistic regression on features of the base vision-language model: what a head makes of what the model sees."""
+    """Logistic regression on features of the base vision-language model."""
     from vlm.embedding import embed_images
 
-    sampler = _connected(task.service, task.device).create_sampling_client(base_model=task.settings.model).result()
+    sampler = base_sampler(task.service, task.device, task.settings.model)
     prompt = prompt_of(sampler, task)
     return _frozen(task, lambda images: embed_images(sampler, images, prompt, task.settings.vlm_features), "logreg")
 
 
 def dinov2_frozen(head: str, task: Task) -> Outcome:
     """Frozen DINOv2 features with a head of `baselines.heads`."""
-    return _frozen(task, _encoder(task.settings, task.device).features, head)
+    s = task.settings
+    return _frozen(task, _encoder(s.backbone, s.readout, s.image_size, task.device).features, head)
 
 
 def pixel_knn(task: Task) -> Outcome:
@@ -138,12 +139,11 @@ def pixel_knn(task: Task) -> Outcome:
 
 def dinov2_lora(task: Task) -> Outcome:
     """LoRA and a linear head on DINOv2, by the same requests and on the very batches that `vlm_lora` makes."""
-    from baselines.lora import datum
-    from baselines.training import LoraHeadClient
+    from baselines.lora import LoraHeadClient, datum
     from vlm.classifier import steps
 
     start, s = time.perf_counter(), task.settings
-    client = LoraHeadClient(
+    client: Any = LoraHeadClient(
         s.backbone,
         len(task.classes),
         seed=task.seed,
@@ -155,31 +155,30 @@ def dinov2_lora(task: Task) -> Outcome:
     data = ([datum(image, label) for image, label in batch] for batch in _batches(task))
     for _ in steps(client, data, "cross_entropy", _adam(s)):
         pass
-    sampler = client.save_weights_and_get_sampling_client().result()
     fitted = time.perf_counter()
-    scores = sampler.class_log_probs(task.test)
-    client.close()
+    scores = client.head.class_log_probs(task.test)
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
+_DATA = DATA_SETTINGS
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
-_ENCODED = ("backbone", "readout", "image_size")
-_ASKED = ("model", "prompt", "answer_tokens", "calibration")
+_BACKBONE = ("backbone", "readout", "image_size")
+_PROMPTED = ("model", "prompt", "answer_tokens", "calibration")
 METHODS = {
-    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_ASKED), learns=False),
-    "vlm-lora": Method(vlm_lora, (*_DATA, *_ASKED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_PROMPTED), learns=False),
+    "vlm-lora": Method(vlm_lora, (*_DATA, *_PROMPTED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
     "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0, local=True),
-    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_ENCODED)),
-    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_ENCODED), leaves_out=True),
-    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_ENCODED), leaves_out=True),
-    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_ENCODED), leaves_out=True),
-    "dinov2-lora": Method(dinov2_lora, (*_DATA, *_ENCODED, *_TRAINED), cost=5.0),
+    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_BACKBONE)),
+    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_BACKBONE), leaves_out=True),
+    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_BACKBONE), leaves_out=True),
+    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_BACKBONE), leaves_out=True),
+    "dinov2-lora": Method(dinov2_lora, (*_DATA, *_BACKBONE, *_TRAINED), cost=5.0),
     "pixel-knn": Method(pixel_knn, _DATA),
 }
 
 
 def encode(images: Sequence[bytes], settings: Settings, device: str) -> None:
-    """Put what the local VLM's vision tower says of these images where all workers find it."""
+    """Put the local VLM's vision features of these images into the cache that all workers share."""
     from vlm.embedding import encode
     from vlm.inputs import ImageRule
 
@@ -187,17 +186,21 @@ def encode(images: Sequence[bytes], settings: Settings, device: str) -> None:
 
 
 def tower_forwards(settings: Settings, device: str) -> int:
-    """Images that went through the local VLM's vision tower in this process."""
+    """How many images the local VLM's vision tower has encoded in this process."""
     return _tower(settings, device).tower_forwards
 
 
-def _tower(settings: Settings, device: str) -> "Encoding":
-    sampler: Any = _connected("local", device).create_sampling_client(base_model=settings.model).result()
-    return sampler
+def _tower(settings: Settings, device: str) -> "ImageEncoder":
+    return base_sampler("local", device, settings.model)
+
+
+def base_sampler(service: str, device: str, model: str) -> Any:
+    """A sampling client of the model without an adapter."""
+    return connected(service, device).create_sampling_client(base_model=model).result()
 
 
 @lru_cache(maxsize=1)
-def _connected(service: str, device: str) -> "ServiceClient":
+def connected(service: str, device: str) -> "ServiceClient":
     """One service a process, so that cells share the base model; image features are shared by processes too."""
     from vlm.service import connect
 
@@ -206,13 +209,9 @@ def _connected(service: str, device: str) -> "ServiceClient":
     return connect(service, device=device, features=cache_folder() / "vision")
 
 
-def _encoder(settings: Settings, device: str) -> "Encoder":
-    return _encoder_of(settings.backbone, settings.readout, settings.image_size, device)
-
-
 @lru_cache(maxsize=4)
-def _encoder_of(backbone: str, readout: str, size: int | None, device: str) -> "Encoder":
-    """One encoder a setting and process; its features are kept for the other processes and for later sweeps."""
+def _encoder(backbone: str, readout: str, size: int | None, device: str) -> "Encoder":
+    """One encoder a setting and process; its features are cached for the other processes and for later sweeps."""
     from baselines.features import Encoder
 
     return Encoder(backbone, readout=readout, size=size, device=device, folder=cache_folder() / "features")
@@ -234,9 +233,9 @@ def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
 
 
 def prompt_of(client: Any, task: Task) -> "Prompt":
-    """The question that the task's settings ask, in the tokens of their model.
+    """The task's prompt in the tokens of its model.
 
-    The SDK's client would ask the hub for the tokenizer by the model's name, which ours and folders do not have there.
+    The SDK's client would load the tokenizer from the hub by the model's name, where our models and folders are not.
     """
     from vlm import service
     from vlm.inputs import ImageRule
@@ -247,7 +246,7 @@ def prompt_of(client: Any, task: Task) -> "Prompt":
     return Prompt(tokenizer, ImageRule.from_pretrained(model), task.classes, template(task.settings.prompt))
 
 
-def _ask(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
+def _evaluate(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outcome:
     from vlm.calibration import calibrated
     from vlm.classifier import generate, predict
 
@@ -278,19 +277,19 @@ def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.
 
 
 def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: str) -> Outcome:
-    """Features of a frozen encoder and a row of HEADS on them."""
+    """A head of `baselines.heads.HEADS` on features of a frozen encoder."""
     from baselines.heads import HEADS
 
-    row = HEADS[head]
-    if row.chooses:
+    spec = HEADS[head]
+    if spec.chooses:
         check_left_out(task.classes, task.train)
-    return _fitted(task, features, row.fit, probabilities=row.probabilities)
+    return _fitted(task, features, spec.fit, probabilities=spec.probabilities)
 
 
 def _fitted(
     task: Task, features: Callable[[Sequence[bytes]], np.ndarray], fit: "Fit", *, probabilities: bool
 ) -> Outcome:
-    """A head fitted on the training images alone, then asked. "fit" holds the encoding of the training images,
+    """A head fitted on the training images alone, then applied. "fit" holds the encoding of the training images,
     "predict" that of the test images."""
     start = time.perf_counter()
     labels = np.array([example.label for example in task.train])
@@ -302,7 +301,7 @@ def _fitted(
 
 
 def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:
-    """Raises TooFewImagesError for a class with one image beside classes with more, by its name: heads know numbers."""
+    """Raises TooFewImagesError, which names the class, where one has one image and others have more."""
     counts = np.bincount([example.label for example in train], minlength=len(classes))
     if counts.max() > 1 and (counts == 1).any():
         name = classes[int(np.argmax(counts == 1))]

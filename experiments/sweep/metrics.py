@@ -1,9 +1,7 @@
-"""What a table of predictions is worth: accuracy and its relatives, what is taken for what, scores over seeds.
+"""The metrics of a table of predictions, the most frequent confusions, and scores over seeds.
 
-It does not know models, data sets or folders: a predictions table (one row per test image) or a list of cell records
-comes in, plain numbers go out; how sure these are is computed in `intervals`. Shares are fractions in [0, 1];
-log-probabilities are natural. None stands for "has no meaning here" and for what JSON cannot hold (an infinite NLL), so
-that every result is valid JSON.
+Shares are fractions in [0, 1]; log-probabilities are natural. None means "not defined here", and stands for what JSON
+cannot hold (an infinite NLL).
 """
 
 from collections import defaultdict
@@ -61,7 +59,7 @@ def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
 def confusions(table: pa.Table, limit: int) -> list[Confusion]:
     """The pairs of a label and another class that was predicted for it, most frequent first, at most `limit` of them.
 
-    Pairs that are as frequent go by label, then by prediction. None where every image was named right.
+    Pairs that are as frequent go by label, then by prediction. Empty where every prediction was right.
     """
     label, prediction = table["label"].to_numpy(), table["prediction"].to_numpy()
     wrong = prediction != label
@@ -85,14 +83,14 @@ def scores(cells: Sequence[Mapping[str, Any]], dataset: str, metric: str = "accu
             groups[cell["method"], cell["shots"]].append(cell)
     result: dict[str, dict[int, Score]] = defaultdict(dict)
     for (method, shots), group in sorted(groups.items()):
-        known = [value for cell in group if (value := cell["metrics"].get(metric)) is not None]
-        if len(known) == len(group):
-            result[method][shots] = _score(known, shots, group[0].get("test_images") if metric in SHARES else None)
+        values = [value for cell in group if (value := cell["metrics"].get(metric)) is not None]
+        if len(values) == len(group):
+            result[method][shots] = _score(values, shots, group[0].get("test_images") if metric in SHARES else None)
     return dict(result)
 
 
 def seeds_of(cells: Sequence[Mapping[str, Any]], dataset: str) -> set[int]:
-    """The seeds behind a data set's means; that of zero-shot cells counts only where there is nothing else."""
+    """The seeds of a data set's means; those of zero-shot cells only where there are no others."""
     seeds = {(cell["seed"], cell["shots"] > 0) for cell in cells if cell["dataset"] == dataset}
     return {seed for seed, drawn in seeds if drawn} or {seed for seed, _ in seeds}
 
@@ -109,7 +107,7 @@ def _check(table: pa.Table, n_classes: int) -> None:
 
 
 def _values(table: pa.Table, name: str) -> NDArray[Any] | None:
-    """A numeric column as an array; None when it is null throughout: the method has no such thing."""
+    """A numeric column as an array; None when all of it is null: the method has no such output."""
     column = _present(table, name)
     if column is None:
         return None
@@ -140,8 +138,8 @@ def _top5(table: pa.Table, label: NDArray[Any]) -> float | None:
 def _mean_per_class(label: NDArray[Any], prediction: NDArray[Any]) -> float:
     count = np.bincount(label)
     right = np.bincount(label, weights=prediction == label)
-    seen = count > 0
-    return float(np.mean(right[seen] / count[seen]))
+    present = count > 0
+    return float(np.mean(right[present] / count[present]))
 
 
 def _nll(table: pa.Table) -> float | None:
@@ -154,7 +152,7 @@ def _nll(table: pa.Table) -> float | None:
 def _ece(table: pa.Table, label: NDArray[Any]) -> float | None:
     """Expected calibration error (Guo et al., ICML 2017): 15 equal-width bins (low, high] on the top-1 probability.
 
-    Judged against the class that has this probability (the first of top5).
+    Compared with the class that has this probability (the first of top5).
     """
     log_probs, classes = _present(table, "top5_log_probs"), _present(table, "top5")
     if log_probs is None or classes is None:

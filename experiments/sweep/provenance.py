@@ -1,11 +1,5 @@
-"""What results say of the models that made them: a name without a place, a revision, a warning where one is due.
-
-Knows the models that kshot ships; of a folder it reads the files, of a hub nothing.
-
-TODO How names from the outside are shown: never an absolute path, always a file name that every file system takes.
-
-It does not know what a name means; a report or a figure asks here before it writes one down.
-"""
+"""What results say of where they come from: each model by a name without a path and its revision, the notes that a
+report must show, and names and texts from outside without absolute paths."""
 
 import re
 from hashlib import sha256
@@ -16,8 +10,6 @@ from baselines import nano as nano_dinov2
 from experiments.sweep.config import Settings
 from kshot.files import fingerprint
 from vlm import nano
-
-# ---- What results say of the models that made them: a name without a place, a revision, a warning where one is due.
 
 
 class Shipped(NamedTuple):
@@ -59,15 +51,15 @@ def relevant(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def notes(settings: Settings, used: set[str]) -> list[str]:
     """The sentences a report must show because of the models that the settings in `used` name."""
     chosen = settings.model_dump()
-    found = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
-    said = {
+    shipped = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
+    others = {
         LOCAL.format(Path(settings.backbone).name): "backbone" in used and _is_local("backbone", settings.backbone),
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
         CLOSED: "loss" in used and settings.loss == "closed-set",
         VALIDATED: "calibration" in used and settings.calibration == "validated",
     }
-    return [*found, *(note for note, due in said.items() if due)]
+    return [*shipped, *(note for note, due in others.items() if due)]
 
 
 def _named(kind: str, name: str) -> tuple[str, str | None]:
@@ -81,14 +73,12 @@ def _is_local(kind: str, name: str) -> bool:
     return name not in SHIPPED[kind] and Path(name.removeprefix("local-dir:")).exists()
 
 
-# ---- How names from the outside are shown: never an absolute path, always a file name that every file system takes.
-
 # A slash that begins a path: not after a word (Qwen/Qwen3), a dot (./runs), a tilde, a closing bracket or a scheme's ://
 _PATH = re.compile(r"""(?:(?<![\w./~…)}\]])|(?<=file://))/(?:[^\s/'"]+/)*([^\s/'"]+)/?""")
 _DRIVE = re.compile(r"""\b[A-Za-z]:\\(?:[^\s\\'"]+\\)*([^\s\\'"]+)""")
 _WHOLE = re.compile(r"(\w*:)?/(?!/).*?([^/]+)/*", re.DOTALL)
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
-TOGETHER = "together"  # the file of the figure of all data sets: no data set's
+TOGETHER = "together"  # the stem of the figure of all data sets together
 
 
 def without_paths(text: str) -> str:

@@ -1,8 +1,6 @@
-"""Run one job: a cell, from the catalog row to a record and its predictions, or the encoding of images for cells.
+"""Run one job in a worker process: a cell, from its data set to a record and predictions, or the encoding of images.
 
-Knows no results folder and no other cell.
-
-Called in a worker process; data sets and prepared images stay there from cell to cell.
+Data sets and prepared images stay in the process from cell to cell.
 """
 
 import platform
@@ -19,7 +17,7 @@ from data.dataset import Access, Dataset, Example, Images
 from data.fewshot import k_shot
 from data.preparation import prepare_all
 from experiments.sweep import methods
-from experiments.sweep.cells import Encoding, Job, predictions
+from experiments.sweep.cells import EncodingJob, Job, predictions, service_kind
 from experiments.sweep.config import Settings
 from experiments.sweep.methods import METHODS, Outcome, Task
 from experiments.sweep.provenance import recorded, relevant
@@ -32,25 +30,25 @@ VALIDATION = 4  # images a class, at most
 VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "numpy", "pillow", "tinker")
 
 
-def work(job: Job | Encoding) -> "tuple[dict[str, Any], pa.Table] | None":
+def work(job: Job | EncodingJob) -> "tuple[dict[str, Any], pa.Table] | None":
     """What a worker does: `run` a cell or `encode` images."""
-    if isinstance(job, Encoding):
+    if isinstance(job, EncodingJob):
         encode(job)
         return None
     return run(job)
 
 
-def encode(job: Encoding) -> None:
+def encode(job: EncodingJob) -> None:
     """Put the features of the job's images where the cells find them. Raises as `run` does."""
-    like = job.like
-    dataset, hflip = _dataset(like.source, like.access, like.settings.split_seed), catalog.find(like.source).hflip
-    new = to_encode(dataset, job.seeds, job.shots, like.settings)
-    test = {example.key: example for example in _test(like)}
-    keys = sorted({*test, *new})[job.part :: job.parts]
-    prepared = _prepared(like, [new[key] for key in keys if key in new], hflip)
+    cell_job = job.cell_job
+    settings, dataset, hflip = cell_job.settings, _dataset_of(cell_job), catalog.find(cell_job.source).hflip
+    train = to_encode(dataset, job.seeds, job.shots, settings)
+    test = {example.key: example for example in _test(cell_job)}
+    keys = sorted({*test, *train})[job.part :: job.parts]
+    prepared = _prepared(cell_job, [train[key] for key in keys if key in train], hflip)
     images = [image for each in prepared for image in (each.image, each.mirrored) if image]
     images += [test[key].image for key in keys if key in test]
-    methods.encode(images, like.settings, like.device)
+    methods.encode(images, settings, cell_job.device)
 
 
 def to_encode(dataset: Dataset, seeds: Iterable[int], shots: int, settings: Settings) -> dict[str, Example]:
@@ -65,14 +63,14 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     where a remote service fails."""
     from experiments.sweep.metrics import metrics
 
-    cell, dataset = job.cell, _dataset(job.source, job.access, job.settings.split_seed)
+    cell, dataset = job.cell, _dataset_of(job)
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
     if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
         raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
     test = _test(job)
     before = _forwards(job)
-    outcome = _outcome(job, task(job, dataset, test))
+    outcome = _outcome(job, task_of(job, dataset, test))
     table = predictions(test, outcome)
     record = {
         "key": cell.key,
@@ -118,12 +116,11 @@ def shown(test: list[Example], job: Job) -> Images:
 def versions(job: Job) -> dict[str, str]:
     """The versions of what the numbers come from, the kind of machine, and the kind of service that computed."""
     machine = f"{platform.system()} {platform.machine()} {job.device}"
-    service = job.service if job.service in ("local", "tinker") else "remote"
     numbers = {name: metadata.version(name) for name in VERSIONS}
-    return {"python": platform.python_version(), **numbers, "machine": machine, "service": service}
+    return {"python": platform.python_version(), **numbers, "machine": machine, "service": service_kind(job.service)}
 
 
-def task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
+def task_of(job: Job, dataset: Dataset, test: list[Example]) -> Task:
     """What the cell's method is given. Raises TooFewImagesError, ImageError."""
     hflip = catalog.find(job.source).hflip
     return Task(
@@ -139,21 +136,21 @@ def task(job: Job, dataset: Dataset, test: list[Example]) -> Task:
     )
 
 
-def _outcome(job: Job, given: Task) -> Outcome:
+def _outcome(job: Job, task: Task) -> Outcome:
     method = METHODS[job.cell.method]
     if job.service == "local":
-        return method.run(given)
+        return method.run(task)
     import tinker
 
     try:
-        return method.run(given)
+        return method.run(task)
     except tinker.TinkerError as error:
         raise KshotError(f"service {job.service} failed with {job}: {error}") from error
 
 
 def _forwards(job: Job) -> int | None:
     """Images that the vision tower has seen in this process; None where no VLM of this machine looks at any."""
-    if job.service != "local" or not METHODS[job.cell.method].looks:
+    if job.service != "local" or not METHODS[job.cell.method].uses_vlm:
         return None
     return methods.tower_forwards(job.settings, job.device)
 
@@ -171,17 +168,20 @@ def _validation(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
 
 
 def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
-    seen = _seen(job.source, job.access, job.settings.split_seed, job.settings.max_side)
-    new = [example for example in chosen if example.key not in seen]
-    prepared = prepare_all(new, max_side=job.settings.max_side, hflip=hflip > 0)
-    seen.update((example.key, example) for example in prepared)
-    # An image that stands in two classes is prepared once and keeps the label of the example that asks for it.
-    return [replace(seen[example.key], label=example.label) for example in chosen]
+    prepared = _prepared_train(job.source, job.access, job.settings.split_seed, job.settings.max_side)
+    new = prepare_all([e for e in chosen if e.key not in prepared], max_side=job.settings.max_side, hflip=hflip > 0)
+    prepared.update((example.key, example) for example in new)
+    # An image that is in two classes is prepared once; each example keeps its own label.
+    return [replace(prepared[example.key], label=example.label) for example in chosen]
 
 
 def _test(job: Job) -> list[Example]:
     s = job.settings
     return _prepared_test(job.source, job.access, s.split_seed, s.max_side, s.limit_test)
+
+
+def _dataset_of(job: Job) -> Dataset:
+    return _dataset(job.source, job.access, job.settings.split_seed)
 
 
 @lru_cache(maxsize=1)
@@ -190,7 +190,7 @@ def _dataset(source: str, access: Access, split_seed: int) -> Dataset:
 
 
 @lru_cache(maxsize=1)
-def _seen(source: str, access: Access, split_seed: int, max_side: int) -> dict[str, Example]:
+def _prepared_train(source: str, access: Access, split_seed: int, max_side: int) -> dict[str, Example]:
     """Prepared training examples of one data set by key; filled as cells ask for them."""
     return {}
 

@@ -1,15 +1,11 @@
-"""The series of a report: a method, or where a sweep compares, a method with one value of each setting that it compares
-(of the prompts, the prompt) and that the method reads.
+"""The series of a report, which are its curves: a method, or where a sweep compares settings, a method with one value
+of each of them that it reads; and how each is named and drawn.
 
-A series stands where a method's name stands, in sweep.json's content and in cell records. Nothing is parsed out of its
-text: `method_of` and `choices_of` say what it is. Knows no numbers and no looks.
-
-TODO How a series is called and drawn: title, colour, marker and line, and in which order series stand.
-
-It does not know numbers or figures; a method that has no row here gets a look by its name.
+A series stands where a method's name stands, in the content of sweep.json and in cell records. `method_of` and
+`choices_of` say what it is; its text is never parsed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -18,23 +14,21 @@ from zlib import crc32
 from experiments.sweep.methods import METHODS
 from kshot.errors import ResultsError
 
-# ---- The series of a report: a method, or where a sweep compares, a method with one value of each setting that
-
 Record = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]  # {setting: the values of it that are compared, as results record them}
 T = TypeVar("T")
 PROMPT = "prompt"
-MAIN = ("vlm-lora", "dinov2-lora")  # what the comparison is about: both tuned on the very same batches
-ABSENT = object()
+MAIN = ("vlm-lora", "dinov2-lora")  # the main comparison: both are tuned on the very same batches
+_ABSENT = object()
 
 
 class Choice(NamedTuple):
-    """One value of several that a setting has in a sweep: its place among them (from 0), and how many there are."""
+    """One value of several that a setting has in a sweep. number: among them, from 0. total: how many there are."""
 
     setting: str
     value: Any
-    place: int
-    of: int
+    number: int
+    total: int
 
 
 class Series(str):
@@ -73,26 +67,27 @@ def choices_of(series: str) -> tuple[Choice, ...]:
 
 
 def number_of(series: str) -> int:
-    """Its place among all series of its method, from 0."""
+    """Its index among all series of its method, from 0."""
     number = 0
     for choice in choices_of(series):
-        number = number * choice.of + choice.place
+        number = number * choice.total + choice.number
     return number
 
 
 def zero_shot_of(series: str) -> str | None:
-    """The series that asks the model that this one tunes, under the same choices as far as it reads them; None where
-    there is none."""
-    row = METHODS.get(method_of(series))
-    if row is None or row.zero_shot is None:
+    """The series of the model that this one tunes, before it is tuned, under the same choices as far as it reads them;
+    None where there is none."""
+    method = METHODS.get(method_of(series))
+    if method is None or method.zero_shot is None:
         return None
-    return _named(row.zero_shot, [c for c in choices_of(series) if c.setting in METHODS[row.zero_shot].settings])
+    read = METHODS[method.zero_shot].settings
+    return _named(method.zero_shot, [choice for choice in choices_of(series) if choice.setting in read])
 
 
 def main_pairs(series: Iterable[str]) -> list[tuple[str, str]]:
     """Each series of the first method of MAIN with each of the second, of those given and in their order."""
-    found = list(dict.fromkeys(series))
-    first, second = ([each for each in found if method_of(each) == method] for method in MAIN)
+    unique = list(dict.fromkeys(series))
+    first, second = ([each for each in unique if method_of(each) == method] for method in MAIN)
     return list(product(first, second))
 
 
@@ -109,8 +104,8 @@ def _start(table: Mapping[str, Mapping[int, T]], series: str) -> dict[int, T]:
 
 def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
     """What is compared: settings of which the sweep has two values or more."""
-    given = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
-    return {setting: values for setting, values in given.items() if len(values) > 1}
+    settings = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
+    return {setting: values for setting, values in settings.items() if len(values) > 1}
 
 
 def _read(method: str, axes: Axes) -> Axes:
@@ -129,9 +124,9 @@ def _series(method: str, axes: Axes) -> list[str]:
 def _of_cell(cell: Record, axes: Axes) -> str:
     choices = []
     for setting, values in _read(cell["method"], axes).items():
-        value = cell["settings"].get(setting, ABSENT)
+        value = cell["settings"].get(setting, _ABSENT)
         if value not in values:
-            has = f"no {setting}" if value is ABSENT else f"{setting} {value!r}"
+            has = f"no {setting}" if value is _ABSENT else f"{setting} {value!r}"
             raise ResultsError(f"cell {cell['key']} has {has}; the sweep's are: {list(values)}")
         choices.append(Choice(setting, value, values.index(value), len(values)))
     return _named(cell["method"], choices)
@@ -142,14 +137,11 @@ def _named(method: str, choices: Sequence[Choice]) -> str:
 
 
 def _text(choice: Choice) -> str:
-    return f"{choice.setting} {choice.place + 1 if choice.setting == PROMPT else choice.value}"
-
-
-# ---- How a series is called and drawn: title, colour, marker and line, and in which order series stand.
+    return f"{choice.setting} {choice.number + 1 if choice.setting == PROMPT else choice.value}"
 
 
 class Style(NamedTuple):
-    """How one series is written and drawn. hollow: a marker of which only the edge has the colour."""
+    """How one series is titled and drawn. hollow: a marker of which only the edge has the colour."""
 
     title: str
     colour: str
@@ -175,29 +167,25 @@ SPARE = (("#332288", ">"), ("#882255", "<"), ("#44AA99", "p"), ("#AA4499", "d"),
 # has all shades: 20 series of a method look different, beyond that only their titles do.
 SHADES = ((0, 0.0, False), (0, 0.45, True), (255, 0.45, False), (0, 0.7, False), (255, 0.3, True))
 LINES = ("-", "--", "-.", ":")
-# How a choice is said, where its value alone would not do; and what a setting is called where its values are counted.
-SAID: dict[str, Callable[[Choice], str]] = {
-    PROMPT: lambda choice: f"prompt {choice.place + 1}",
-    "image_size": lambda choice: "own size" if choice.value is None else f"{choice.value} px",
-}
+# What a setting is called where its values are counted.
 COUNTED = {"image_size": "image size", "vlm_features": "VLM feature set"}
 
 
 def style(series: str) -> Style:
-    """The method's row, or a spare one chosen by its name; where settings are compared, a shade of it, whose title says
-    the choices."""
+    """The method's style, or a spare one chosen by its name; where settings are compared, a shade of it, with the
+    choices in the title."""
     method, choices, number = method_of(series), choices_of(series), number_of(series)
     colour, marker = SPARE[crc32(method.encode()) % len(SPARE)]
-    look = STYLES.get(method) or Style(method, colour, marker, "-.")
+    base = STYLES.get(method) or Style(method, colour, marker, "-.")
     if not choices:
-        return look
-    lines = [*dict.fromkeys((look.line, *LINES))]
-    line, nuance = divmod(number, _shades(choices))
-    shade, far, hollow = SHADES[nuance]
+        return base
+    lines = [*dict.fromkeys((base.line, *LINES))]
+    line, index = divmod(number, _shades(choices))
+    shade, amount, hollow = SHADES[index]
     return Style(
-        title=f"{look.title} ({', '.join(map(said, choices))})",
-        colour=_mixed(look.colour, shade, far),
-        marker=look.marker,
+        title=f"{base.title} ({', '.join(map(choice_text, choices))})",
+        colour=_mixed(base.colour, shade, amount),
+        marker=base.marker,
         line=lines[line % len(lines)],
         hollow=hollow,
     )
@@ -207,27 +195,31 @@ def _shades(choices: Sequence[Choice]) -> int:
     """How many shades a line has: so many that it stands for the first setting that is compared, where there are
     others and shades suffice for them; else all."""
     first, *others = choices
-    needed = prod(choice.of for choice in others)
-    return needed if others and needed <= len(SHADES) and first.of <= len(LINES) else len(SHADES)
+    needed = prod(choice.total for choice in others)
+    return needed if others and needed <= len(SHADES) and first.total <= len(LINES) else len(SHADES)
 
 
-def said(choice: Choice) -> str:
+def choice_text(choice: Choice) -> str:
     """A choice in a title: `prompt 2`, `518 px`, `last4`."""
-    return SAID[choice.setting](choice) if choice.setting in SAID else str(choice.value)
+    if choice.setting == PROMPT:
+        return f"prompt {choice.number + 1}"
+    if choice.setting == "image_size":
+        return "own size" if choice.value is None else f"{choice.value} px"
+    return str(choice.value)
 
 
 def ordered(series: Iterable[str]) -> list[str]:
     """Methods in the order of the table, then the others by name; each with its choices in their order."""
     rank = {method: index for index, method in enumerate(STYLES)}
 
-    def place(each: str) -> tuple[int, str, int]:
+    def order(each: str) -> tuple[int, str, int]:
         return rank.get(method_of(each), len(rank)), method_of(each), number_of(each)
 
-    return sorted(set(series), key=place)
+    return sorted(set(series), key=order)
 
 
-def _mixed(colour: str, shade: int, far: float) -> str:
+def _mixed(colour: str, shade: int, amount: float) -> str:
     """`#rrggbb` with each part moved as far towards the shade of grey; black, which cannot be darker, towards white."""
     shade = 255 if colour == "#000000" else shade
     parts = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
-    return "#" + "".join(f"{round(part + far * (shade - part)):02X}" for part in parts)
+    return "#" + "".join(f"{round(part + amount * (shade - part)):02X}" for part in parts)

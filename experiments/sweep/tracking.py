@@ -1,13 +1,8 @@
-"""Optional tracking of a sweep while it runs, with a tool that the user has chosen: one small interface, a row a tool.
+"""Optional tracking of a sweep while it runs, with a tool of the user's choice: W&B, trackio or TensorBoard.
 
-Knows no tool's package: those are in `experiments.sweep.tracking` and are imported when one is chosen. Nothing is sent
-anywhere unless the chosen tool does so.
-
-TODO The trackers: what each tool is told of a sweep, through its own public calls.
-
-All say the same. A run is a line of a figure: a method (under what the sweep compares) with one seed. It has a value
-`DATA SET/METRIC` at each number of shots, so that a tool draws for each data set the figure of the report. This module
-knows no sweep that runs, and imports a tool's package when it starts.
+A run of the tool is a curve of a figure: a method (under what the sweep compares) with one seed. It has a value
+`DATA SET/METRIC` at each number of shots, so that the tool draws for each data set the figure of the report. A tool's
+package is imported when the tool is chosen; nothing is sent anywhere unless the tool does so.
 """
 
 import hashlib
@@ -16,55 +11,41 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from experiments.sweep.provenance import file_stem
 from experiments.sweep.series import by_series
 from experiments.terminal import err
 from kshot.errors import InputError, UnknownNameError
 
-# ---- Optional tracking of a sweep while it runs, with a tool that the user has chosen: one small interface, a
-
 EXTRA = "pip install 'kshot[tracking]'"
+PROJECT = "kshot"  # of W&B, unless WANDB_PROJECT names another
+TAG, NAME = 64, 128  # characters that W&B allows, at most
+# What W&B would collect besides: what is printed, the code and its repository, the machine and its packages.
+UNWANTED = {
+    **{"console": "off", "disable_git": True, "disable_code": True, "x_save_requirements": False},
+    **{"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True},
+}
 
 
-class Tracker(Protocol):
-    """What follows a sweep. start, then cell for each cell that has finished, then finish."""
+class Tracker:
+    """Follows a sweep: `start`, then `cell` for each cell that has finished, then `finish`. This one does nothing."""
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         """name: of the sweep. config: the content of sweep.json. folder: of the results; a tool that writes files puts
         them into a folder of its own there."""
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
-        """record: of a finished cell, as in cells/*.json. done, total: cells of the sweep, with this one."""
+        """record: of a finished cell, as it is stored. done, total: cells of the sweep, with this one."""
 
     def finish(self) -> None:
         """Everything is written or sent when this returns."""
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A row. package: what pip calls it. modules: what must be importable. make: a tracker, as "module:class"."""
-
-    package: str
-    modules: tuple[str, ...]
-    make: str
-
-
-TRACKERS: dict[str, Tool] = {
-    "wandb": Tool("wandb", ("wandb",), "experiments.sweep.tracking:Wandb"),
-    "trackio": Tool("trackio", ("trackio",), "experiments.sweep.tracking:Trackio"),
-    "tensorboard": Tool(
-        "tensorboard", ("tensorboard", "torch.utils.tensorboard"), "experiments.sweep.tracking:TensorBoard"
-    ),
-}
-
-
 def tracker(name: str) -> Tracker:
-    """The tracker of that name; once it fails it says so in a line on stderr and is left alone, and nothing is raised.
+    """The tracker of that name; once it fails it says so in a line on stderr and does no more, and nothing is raised.
 
     Raises UnknownNameError for another name, InputError with the line that installs it where its package is missing.
     """
@@ -72,21 +53,20 @@ def tracker(name: str) -> Tracker:
         raise UnknownNameError("tracker", name, TRACKERS)
     tool = TRACKERS[name]
     try:
-        for needed in tool.modules:
-            import_module(needed)
+        for module in tool.modules:
+            import_module(module)
     except Exception as error:  # also what is broken in other ways than by being absent
         reason = f"which cannot be imported ({_line(error)})"
-        install = f"{EXTRA}, or: pip install {tool.package}"
-        raise InputError(f"tracking with {name} needs the package {tool.package}, {reason}; {install}") from error
-    module, factory = tool.make.split(":")
-    return _Guarded(name, getattr(import_module(module), factory)())
+        install = f"{EXTRA}, or: pip install {name}"
+        raise InputError(f"tracking with {name} needs the package {name}, {reason}; {install}") from error
+    return _Guarded(name, tool.make())
 
 
-class _Guarded:
+class _Guarded(Tracker):
     """A tracker whose failure ends the tracking, and not a sweep that is hours old."""
 
     def __init__(self, name: str, inner: Tracker) -> None:
-        self._name, self._inner, self._failed = name, inner, False
+        self._name, self._inner = name, inner
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         self._try(self._inner.start, name, config, folder)
@@ -97,33 +77,16 @@ class _Guarded:
     def finish(self) -> None:
         self._try(self._inner.finish)
 
-    def _try(self, call: Callable[..., None], *given: Any) -> None:
-        if self._failed:
-            return
+    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
         try:
-            call(*given)
+            call(*arguments)
         except Exception as error:
-            self._failed = True
+            self._inner = Tracker()
             text = f"kshot: tracking with {self._name} failed and ends here, the sweep goes on ({_line(error)})"
             err.print(text, style="yellow", markup=False, highlight=False)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-# ---- The trackers: what each tool is told of a sweep, through its own public calls.
-
-PROJECT = "kshot"  # unless WANDB_PROJECT names another
-TAG, NAME = 64, 128  # characters that W&B allows, at most
-# What W&B would collect besides: what is printed, the code and its repository, the machine and its packages.
-UNASKED = {
-    **{"console": "off", "disable_git": True, "disable_code": True, "x_save_requirements": False},
-    **{"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True},
-}
-
-
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """Of which run a cell is. series: the method, with what it is run under of what the sweep compares."""
 
     series: str
@@ -133,127 +96,135 @@ class Line(NamedTuple):
         return f"{self.series}, seed {self.seed}"
 
 
-class Sweep(NamedTuple):
-    """What a tracker was started with."""
+class _Runs(Tracker):
+    """A tracker with a run a curve."""
 
-    name: str
-    config: Mapping[str, Any]
-    folder: Path
+    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        self._name, self._config, self._folder, self._runs = name, config, folder, dict[Curve, Any]()
 
-    def line(self, record: Mapping[str, Any]) -> Line:
-        _, (named,) = by_series(self.config, [record])
-        return Line(str(named["method"]), record["seed"])
+    def _curve(self, record: Mapping[str, Any]) -> Curve:
+        _, (named,) = by_series(self._config, [record])
+        return Curve(str(named["method"]), record["seed"])
 
-    def about(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _run_config(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for all cells of a run; of the sweep all but the names of the classes, which are many."""
         same = {field: record[field] for field in ("method", "seed", "settings", "versions")}
-        return {**same, "sweep": {key: value for key, value in self.config.items() if key != "classes"}}
+        return {**same, "sweep": {key: value for key, value in self._config.items() if key != "classes"}}
 
 
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+def _values(record: Mapping[str, Any]) -> dict[str, float]:
     """{"DATA SET/NAME": value} of a cell's metrics that have a meaning, and of its times in seconds."""
-    found = {**record["metrics"], **record["timings"]}
-    return {f"{record['dataset']}/{name}": value for name, value in found.items() if value is not None}
+    values = {**record["metrics"], **record["timings"]}
+    return {f"{record['dataset']}/{name}": value for name, value in values.items() if value is not None}
 
 
-class Wandb:
-    """Weights & Biases: a run a line, in a group a series; shots are the x axis. WANDB_MODE, WANDB_PROJECT,
+class Wandb(_Runs):
+    """Weights & Biases: a run a curve, in a group a series; shots are the x axis. WANDB_MODE, WANDB_PROJECT,
     WANDB_ENTITY and the like hold. Files, and what is logged offline, go to `wandb` in the results folder."""
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         """Asks for a key where one is needed, there is none, and somebody is there to be asked."""
         import wandb
 
-        self._sweep, self._runs = Sweep(name, config, folder), dict[Line, Any]()
+        super().start(name, config, folder)
         if wandb.setup().settings.mode == "online":
             wandb.login()
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
-        line = self._sweep.line(record)
-        if line not in self._runs:
-            self._runs[line] = self._opened(line, record)
-        self._runs[line].log({"shots": record["shots"], **numbers(record), "cells": done, "cells of": total})
+        curve = self._curve(record)
+        if curve not in self._runs:
+            self._runs[curve] = self._opened(curve, record)
+        self._runs[curve].log({"shots": record["shots"], **_values(record), "cells": done, "cells of": total})
 
     def finish(self) -> None:
         for run in self._runs.values():
             run.finish()
 
-    def _opened(self, line: Line, record: Mapping[str, Any]) -> Any:
+    def _opened(self, curve: Curve, record: Mapping[str, Any]) -> Any:
         import wandb
 
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            dir=self._sweep.folder,
-            name=f"{self._sweep.name}: {line}"[:NAME],
-            group=f"{self._sweep.name}: {line.series}"[:NAME],
+            dir=self._folder,
+            name=f"{self._name}: {curve}"[:NAME],
+            group=f"{self._name}: {curve.series}"[:NAME],
             job_type=record["method"][:TAG],
-            tags=[tag[:TAG] for tag in (self._sweep.name, record["method"], *self._sweep.config["datasets"])],
-            config=self._sweep.about(record),
-            reinit="create_new",  # beside those of the other lines
-            settings=wandb.Settings(**{k: v for k, v in UNASKED.items() if k in wandb.Settings.model_fields}),
+            tags=[tag[:TAG] for tag in (self._name, record["method"], *self._config["datasets"])],
+            config=self._run_config(record),
+            reinit="create_new",  # beside those of the other curves
+            settings=wandb.Settings(**{k: v for k, v in UNWANTED.items() if k in wandb.Settings.model_fields}),
         )
         run.define_metric("*", step_metric="shots")
         return run
 
 
-class Trackio:
-    """trackio: a project a sweep, in it a run a line and a group a series; the step is the shots. Kept on this machine
+class Trackio(_Runs):
+    """trackio: a project a sweep, in it a run a curve and a group a series; the step is the shots. Kept on this machine
     (TRACKIO_DIR) unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise."""
-
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        self._sweep = Sweep(name, config, folder)
-        # A sweep that is continued in its folder continues its runs; one in another folder has its own.
-        self._mark = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:6]
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
         """Opens the run, and closes it: trackio has one open at a time."""
         import trackio
 
-        line, chatter = self._sweep.line(record), io.StringIO()
-        with redirect_stdout(chatter), _nothing_sent():
+        curve = self._curve(record)
+        # A sweep that is continued in its folder continues its runs; one in another folder has its own.
+        folder = hashlib.sha256(str(self._folder.resolve()).encode()).hexdigest()[:6]
+        with redirect_stdout(io.StringIO()), _nothing_sent():
             run = trackio.init(
-                project=self._sweep.name,
-                name=f"{line} ({self._mark})",
-                group=line.series,
-                config=self._sweep.about(record),
+                project=self._name,
+                name=f"{curve} ({folder})",
+                group=curve.series,
+                config=self._run_config(record),
                 resume="allow",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-            run.log({**numbers(record), "cells": done, "cells of": total}, step=record["shots"])
+            run.log({**_values(record), "cells": done, "cells of": total}, step=record["shots"])
             trackio.finish()
 
-    def finish(self) -> None:
-        """Every cell's run is closed already."""
 
-
-class TensorBoard:
-    """TensorBoard's event files in `tensorboard` of the results folder, a run a line; the step is the shots."""
+class TensorBoard(_Runs):
+    """TensorBoard's event files in `tensorboard` of the results folder, a run a curve; the step is the shots."""
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._sweep, self._root = Sweep(name, config, folder), folder / "tensorboard"
-        self._progress, self._writers = SummaryWriter(self._root), dict[Line, Any]()
+        super().start(name, config, folder)
+        self._progress = self._writer(".")
         text = json.dumps(config, indent=2, ensure_ascii=False)
         self._progress.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        line = self._sweep.line(record)
-        if line not in self._writers:
-            self._writers[line] = SummaryWriter(self._root / file_stem(line.series) / f"seed-{line.seed}")
-        for name, value in numbers(record).items():
-            self._writers[line].add_scalar(name, value, record["shots"])
+        curve = self._curve(record)
+        if curve not in self._runs:
+            self._runs[curve] = self._writer(f"{file_stem(curve.series)}/seed-{curve.seed}")
+        for name, value in _values(record).items():
+            self._runs[curve].add_scalar(name, value, record["shots"])
         self._progress.add_scalar("sweep/done", done / total, done)
-        for writer in (self._writers[line], self._progress):
+        for writer in (self._runs[curve], self._progress):
             writer.flush()
 
     def finish(self) -> None:
-        for writer in (*self._writers.values(), self._progress):
+        for writer in (*self._runs.values(), self._progress):
             writer.close()
+
+    def _writer(self, folder: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder / "tensorboard" / folder)
+
+
+class Tool(NamedTuple):
+    """modules: what must be importable; the package is named as the tool. make: its tracker."""
+
+    modules: tuple[str, ...]
+    make: type[Tracker]
+
+
+TRACKERS = {
+    "wandb": Tool(("wandb",), Wandb),
+    "trackio": Tool(("trackio",), Trackio),
+    "tensorboard": Tool(("tensorboard", "torch.utils.tensorboard"), TensorBoard),
+}
 
 
 @contextmanager
@@ -268,3 +239,7 @@ def _nothing_sent() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,17 +1,11 @@
-"""Who runs the jobs of a sweep: worker processes side by side on this machine, or a Ray cluster's.
+"""Runs the jobs of a sweep: in worker processes side by side on this machine, or on a Ray cluster.
 
-Knows nothing of what a job computes. On a CPU every worker computes on one thread unless told otherwise: the numbers of
-a cell then do not depend on how many run beside it. A job that fails stops no other; a worker that dies takes its job
-with it, which is tried once more, elsewhere.
+On a CPU every worker computes on one thread unless more are asked for: the numbers of a cell then do not depend on how
+many run beside it. A job that fails stops no other. Where a worker dies, its job is tried once more.
 
-TODO A worker process: one function called again and again, on jobs sent to it one by one. Knows no cell and no order.
-
-It lives no longer than the parent's end of a pipe: closing it ends the process at once, whatever it is doing, and so
-does the parent's death.
-TODO Jobs on a Ray cluster: the one that Ray finds (RAY_ADDRESS, or one that was started on this machine), or a local one.
-
-kshot, its data and its models must be where the nodes find them, at the same paths. A node or worker that is lost takes
-no job with it: Ray starts it elsewhere. Answers come to this process alone, which hands each on once.
+A worker process watches a pipe from its parent: when the parent closes it, or dies, the worker ends at once. Jobs on
+Ray go to the cluster that Ray finds (RAY_ADDRESS, or one started on this machine), or to a local one; kshot, its data
+and its models must be at the same paths on every node. Ray starts the job of a lost node elsewhere.
 """
 
 import os
@@ -31,17 +25,20 @@ from typing import Any, Generic, TypeVar
 
 from kshot.errors import InputError, KshotError
 
-# ---- A worker process: one function called again and again, on jobs sent to it one by one. Knows no cell and no
-
 J = TypeVar("J")
 R = TypeVar("R")
 CONTEXT = get_context("spawn")
+EXECUTORS = ("local", "ray")  # functions of this module
+TRIES = 2  # of a job whose worker dies
+LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RETRIES = 3  # of a job whose worker or node is lost
+MISSING = "Ray is not installed; install it with: pip install 'kshot[ray]', or leave --executor ray out"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no result. message: one line. exit_status: of the error (2: bad input). trace: where an error came
-    from that is none of kshot's; empty for those that are. lost: whether its process died instead of answering."""
+    """Why a job has no result. message: one line. exit_status: of the error (2: bad input). trace: of an error that
+    kshot does not raise on purpose, else empty. lost: whether its process died instead of giving a result."""
 
     message: str
     exit_status: int = KshotError.exit_status
@@ -49,141 +46,54 @@ class Failure:
     lost: bool = False
 
 
-class Worker(Generic[J, R]):
-    """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch.
-
-    lifeline: the parent's pipe, whose other end the process watches. environment: set before any library is there.
-    """
-
-    def __init__(
-        self, run: Callable[[J], R], watched: Connection, threads: int, environment: Mapping[str, str]
-    ) -> None:
-        self._job: J | None = None  # what it works on
-        self.channel, theirs = CONTEXT.Pipe()
-        given = run, theirs, watched, threads, dict(environment)
-        self._process = CONTEXT.Process(target=_work, args=given, daemon=True)  # ended, not waited for, at exit
-        with interrupts_held_back(), theirs:
-            self._process.start()
-
-    def give(self, job: J) -> None:
-        """Send it a job; it must be idle."""
-        self._job = job
-        with suppress(OSError):  # it is dead, which `answer` says
-            self.channel.send(job)
-
-    def answer(self) -> R | Failure:
-        """Wait for what it says of its job."""
-        try:
-            found: R | Failure = self.channel.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            status = self._process.exitcode
-            how = signal.Signals(-status).name if status and status < 0 else f"status {status}"
-            found = Failure(f"a worker process died ({how}; killed? out of memory?) with {self._job}", lost=True)
-        return found
-
-    def leave(self) -> None:
-        """Let an idle process end in peace."""
-        with suppress(OSError):
-            self.channel.send(None)
-        self._process.join()
-
-    def end(self) -> None:
-        """Wait for its end and let go of it; its lifeline is closed."""
-        self._process.join()
-        self.channel.close()
-        self._process.close()
+Answers = Generator[tuple[J, R | Failure], None, None]  # (job, result), each when it is finished
 
 
-def answered(run: Callable[[J], R], job: J) -> R | Failure:
-    """What `run` says of a job; an error as a Failure, which survives pickling whatever it was."""
-    try:
-        return run(job)
-    except KshotError as error:
-        return Failure(str(error), error.exit_status)
-    except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        return Failure(line, trace="".join(format_exception(error)))
-
-
-def settle(threads: int) -> None:
-    """In a process that is to compute: its threads, and no progress bars of its own."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(threads)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    getLogger("huggingface_hub").setLevel(CRITICAL)  # its retries; what they end in is reported in one line
-
-
-def end_with(watched: Connection) -> None:
-    """End this process with the other end of the pipe, whatever it is doing."""
-    watched.poll(None)  # nothing is ever sent: it returns when the other end is closed
-    os._exit(1)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Children born here never see Ctrl-C, which a terminal sends to all: the parent gets it, and ends them."""
-    resource_tracker.ensure_running()  # the first child would start it, which lets interrupts through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(
-    run: Callable[[Any], Any], channel: Connection, watched: Connection, threads: int, environment: dict[str, str]
-) -> None:
-    threading.Thread(target=end_with, args=(watched,), daemon=True).start()
-    os.environ.update(environment)
-    settle(threads)
-    while (job := channel.recv()) is not None:
-        channel.send_bytes(_sent(answered(run, job)))
-
-
-def _sent(answer: Any) -> Any:
-    """As `send` would pickle it; where it cannot be, that is the answer."""
-    try:
-        return ForkingPickler.dumps(answer)
-    except Exception as error:
-        return ForkingPickler.dumps(answered(_raise, error))
-
-
-def _raise(error: Exception) -> None:
-    raise error
-
-
-# ---- Jobs on a Ray cluster: the one that Ray finds (RAY_ADDRESS, or one that was started on this machine), or a local one.
-
-RETRIES = 3  # of a job whose worker or node is lost
-MISSING = "Ray is not installed; install it with: pip install 'kshot[ray]', or leave --executor ray out"
-
-
-def on_cluster(
+def local(
     run: Callable[[J], R],
     jobs: Sequence[J],
     workers: int | None = None,
     *,
     first: Sequence[J] = (),
     threads: int = 1,
-    gpu: bool = False,
-) -> Generator[tuple[J, R | Failure], None, None]:
+    gpus: Sequence[str] = (),
+) -> Answers[J, R]:
+    """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
+    with `threads` each, or one a GPU; at most one a job).
+
+    run and jobs must be picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what
+    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each. However it ends, also when the iterator is closed,
+    no worker is left.
+    """
+    room = len(gpus) or max(1, cores() // threads)
+    count = min(workers or room, max(len(jobs), len(first)))
+    if count == 0:
+        return
+    with _worker_pool(run, count, threads, gpus) as pool:
+        yield from _JobScheduler(pool, first, jobs).all()
+
+
+def ray(
+    run: Callable[[J], R],
+    jobs: Sequence[J],
+    workers: int | None = None,
+    *,
+    first: Sequence[J] = (),
+    threads: int = 1,
+    gpus: Sequence[str] = (),
+) -> Answers[J, R]:
     """(job, result or Failure) as they finish, `workers` at a time (default: as many as the cluster has room for).
 
-    A job takes `threads` CPUs, and a GPU where `gpu`. first: jobs that must be finished before any of `jobs` begins.
-    However it ends, also when the iterator is closed, no job of this run goes on. Raises InputError without Ray,
-    KshotError where the cluster cannot be reached or has no place for a job.
+    A job takes `threads` CPUs, and a GPU where there are `gpus`. first: jobs that must be finished before any of `jobs`
+    begins. However it ends, also when the iterator is closed, no job of this run goes on. Raises InputError without
+    Ray, KshotError where the cluster cannot be reached or has no place for a job.
     """
     if not jobs and not first:
         return
-    ray = _ray()
-    with _connected(ray):
-        _check_room(ray, threads, gpu)
-        task = ray.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")(
+    library, gpu = _ray(), bool(gpus)
+    with _connected(library):
+        _check_room(library, threads, gpu)
+        task = library.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")(
             _ray_work
         )
         running: dict[Any, J] = {}
@@ -194,20 +104,20 @@ def on_cluster(
                     while waiting and (workers is None or len(running) < workers):
                         job = waiting.popleft()
                         running[task.remote(run, job, threads)] = job
-                    for done in ray.wait([*running], num_returns=1)[0]:
-                        yield running.pop(done), _answer(ray, done)
+                    for done in library.wait([*running], num_returns=1)[0]:
+                        yield running.pop(done), _ray_result(library, done)
         finally:
             for reference in running:
-                ray.cancel(reference, force=True)
+                library.cancel(reference, force=True)
 
 
 def _ray_work(run: Callable[[J], R], job: J, threads: int) -> R | Failure:
     """In a worker of the cluster."""
-    settle(threads)
-    return answered(run, job)
+    prepare_process(threads)
+    return call(run, job)
 
 
-def _answer(ray: Any, reference: Any) -> Any:
+def _ray_result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError) as lost:
@@ -232,7 +142,7 @@ def _ray() -> Any:
 
 @contextmanager
 def _connected(ray: Any) -> Iterator[None]:
-    """Within a cluster: the one this process is in already, or else one that is left again."""
+    """Within a cluster: the one that this process is in already, or one that it leaves at the end."""
     if ray.is_initialized():
         yield
         return
@@ -250,60 +160,14 @@ def _check_room(ray: Any, threads: int, gpu: bool) -> None:
     """A job that fits nowhere would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= int(gpu) for node in nodes):
-        what = f"{threads} CPUs{' and a GPU' if gpu else ''}"
+        needed = f"{threads} CPUs{' and a GPU' if gpu else ''}"
         raise KshotError(
-            f"no node of the Ray cluster has {what} for a worker; give fewer --threads or another --device"
+            f"no node of the Ray cluster has {needed} for a worker; give fewer --threads or another --device"
         )
 
 
-# ---- Who runs the jobs of a sweep: worker processes side by side on this machine, or a Ray cluster's.
-
-Answers = Generator[tuple[J, R | Failure], None, None]
-EXECUTORS = ("local", "ray")  # functions of this module
-TRIES = 2  # of a job whose worker dies
-LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def local(
-    run: Callable[[J], R],
-    jobs: Sequence[J],
-    workers: int | None = None,
-    *,
-    first: Sequence[J] = (),
-    threads: int = 1,
-    gpus: Sequence[str] = (),
-) -> Answers[J, R]:
-    """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
-    with `threads` each, or one a GPU; at most one a job).
-
-    run and jobs must be picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what
-    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each. However it ends, also when the iterator is closed,
-    no worker is left.
-    """
-    room = len(gpus) or max(1, cores() // threads)
-    count = min(workers or room, max(len(jobs), len(first)))
-    if count == 0:
-        return
-    with _worker_pool(run, count, threads, gpus) as crew:
-        yield from _JobScheduler(crew, first, jobs).all()
-
-
-def ray(
-    run: Callable[[J], R],
-    jobs: Sequence[J],
-    workers: int | None = None,
-    *,
-    first: Sequence[J] = (),
-    threads: int = 1,
-    gpus: Sequence[str] = (),
-) -> Answers[J, R]:
-    """The same on a Ray cluster: see `experiments.sweep.workers`. Raises InputError where Ray is not installed."""
-
-    return on_cluster(run, jobs, workers, first=first, threads=threads, gpu=bool(gpus))
-
-
 def cores() -> int:
-    """Those this process may use; where the system cannot tell (macOS), all."""
+    """The cores that this process may use; all, where the system does not say (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -316,11 +180,57 @@ def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
     """The results of jobs of which none may fail. The first Failure ends the run and is raised, as InputError or
     KshotError."""
     with closing(answers):
-        for job, answer in answers:
-            if isinstance(answer, Failure):
-                kind = InputError if answer.exit_status == InputError.exit_status else KshotError
-                raise kind(answer.message)
-            yield job, answer
+        for job, result in answers:
+            if isinstance(result, Failure):
+                kind = InputError if result.exit_status == InputError.exit_status else KshotError
+                raise kind(result.message)
+            yield job, result
+
+
+class Worker(Generic[J, R]):
+    """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch.
+
+    watched: the process ends when the other end of this pipe is closed. environment: set before any library is loaded.
+    """
+
+    def __init__(
+        self, run: Callable[[J], R], watched: Connection, threads: int, environment: Mapping[str, str]
+    ) -> None:
+        self._job: J | None = None  # what it works on
+        self.channel, theirs = CONTEXT.Pipe()
+        arguments = run, theirs, watched, threads, dict(environment)
+        self._process = CONTEXT.Process(target=_work, args=arguments, daemon=True)  # ended, not waited for, at exit
+        with interrupts_blocked(), theirs:
+            self._process.start()
+
+    def start(self, job: J) -> None:
+        """Send it a job; it must be idle."""
+        self._job = job
+        with suppress(OSError):  # it is dead, which `result` reports
+            self.channel.send(job)
+
+    def result(self) -> R | Failure:
+        """Wait for the result of its job."""
+        try:
+            result: R | Failure = self.channel.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            status = self._process.exitcode
+            end = signal.Signals(-status).name if status and status < 0 else f"status {status}"
+            result = Failure(f"a worker process died ({end}; killed? out of memory?) with {self._job}", lost=True)
+        return result
+
+    def stop(self) -> None:
+        """Let an idle process end by itself."""
+        with suppress(OSError):
+            self.channel.send(None)
+        self._process.join()
+
+    def close(self) -> None:
+        """Wait for its end and free it; the pipe that it watches is closed before."""
+        self._process.join()
+        self.channel.close()
+        self._process.close()
 
 
 class _WorkerPool:
@@ -333,29 +243,29 @@ class _WorkerPool:
     def replace(self, dead: Worker[Any, Any]) -> None:
         number = self.workers.index(dead)
         self.workers[number] = self._make(number)  # first: where that fails, all of the old ones are ended later
-        dead.end()
+        dead.close()
 
 
 @contextmanager
 def _worker_pool(run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]) -> Iterator[_WorkerPool]:
     os.environ.update(environment(threads))  # a library reads it on being loaded, which a child does on its first line
-    watched, lifeline = CONTEXT.Pipe(duplex=False)
+    watched, parent_end = CONTEXT.Pipe(duplex=False)
 
     def make(number: int) -> Worker[J, R]:
-        one = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        return Worker(run, watched, threads, one)
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        return Worker(run, watched, threads, gpu)
 
     with watched:
-        crew: _WorkerPool | None = None
+        pool: _WorkerPool | None = None
         try:
-            crew = _WorkerPool(make, count)
-            yield crew
-            for worker in crew.workers:
-                worker.leave()  # nothing runs: let the workers go in peace
+            pool = _WorkerPool(make, count)
+            yield pool
+            for worker in pool.workers:
+                worker.stop()
         finally:
-            lifeline.close()  # what still runs now is not wanted
-            for worker in crew.workers if crew else ():
-                worker.end()
+            parent_end.close()  # ends the workers that still run
+            for worker in pool.workers if pool else ():
+                worker.close()
 
 
 @dataclass
@@ -368,39 +278,101 @@ class _Task(Generic[J]):
 
 
 class _JobScheduler:
-    """Which worker does what, and when."""
+    """Gives the jobs to the workers of a pool."""
 
-    def __init__(self, crew: _WorkerPool, first: Sequence[Any], jobs: Sequence[Any]) -> None:
-        self._crew, self._at = crew, dict[Worker[Any, Any], _Task[Any]]()
-        self._waiting = deque([*(_Task(job, True) for job in first), *(_Task(job, False) for job in jobs)])
-        self._ahead = len(first)  # jobs that must be finished before the others begin
+    def __init__(self, pool: _WorkerPool, first: Sequence[Any], jobs: Sequence[Any]) -> None:
+        self._pool, self._running = pool, dict[Worker[Any, Any], _Task[Any]]()
+        self._pending = deque([*(_Task(job, True) for job in first), *(_Task(job, False) for job in jobs)])
+        self._unfinished_first = len(first)  # jobs that must be finished before the others begin
 
     def all(self) -> Answers[Any, Any]:
         while self._fill():
-            busy: dict[Any, Worker[Any, Any]] = {worker.channel: worker for worker in self._at}
+            busy: dict[Any, Worker[Any, Any]] = {worker.channel: worker for worker in self._running}
             for channel in wait([*busy]):
-                task, answer = self._answer(busy[channel])
-                if isinstance(answer, Failure) and answer.lost and task.lost < TRIES:
+                task, result = self._result(busy[channel])
+                if isinstance(result, Failure) and result.lost and task.lost < TRIES:
                     self._put_back(task)
                     continue
-                self._ahead -= task.first
-                yield task.job, answer
+                self._unfinished_first -= task.first
+                yield task.job, result
 
     def _fill(self) -> bool:
         """Give every idle worker a job, if one may begin; whether any is at work."""
-        for worker in self._crew.workers:
-            if worker not in self._at and self._waiting and (self._waiting[0].first or not self._ahead):
-                self._at[worker] = self._waiting.popleft()
-                worker.give(self._at[worker].job)
-        return bool(self._at)
+        for worker in self._pool.workers:
+            if worker not in self._running and self._pending and (self._pending[0].first or not self._unfinished_first):
+                self._running[worker] = self._pending.popleft()
+                worker.start(self._running[worker].job)
+        return bool(self._running)
 
-    def _answer(self, worker: Worker[Any, Any]) -> tuple[_Task[Any], Any]:
-        task, answer = self._at.pop(worker), worker.answer()
-        if isinstance(answer, Failure) and answer.lost:
+    def _result(self, worker: Worker[Any, Any]) -> tuple[_Task[Any], Any]:
+        task, result = self._running.pop(worker), worker.result()
+        if isinstance(result, Failure) and result.lost:
             task.lost += 1
-            self._crew.replace(worker)
-        return task, answer
+            self._pool.replace(worker)
+        return task, result
 
     def _put_back(self, task: _Task[Any]) -> None:
         """At once, where others wait for it; else at the end, when fewer run beside it."""
-        (self._waiting.appendleft if task.first else self._waiting.append)(task)
+        (self._pending.appendleft if task.first else self._pending.append)(task)
+
+
+def call(run: Callable[[J], R], job: J) -> R | Failure:
+    """The result of `run`; an error as a Failure, which can be pickled whatever it was."""
+    try:
+        return run(job)
+    except KshotError as error:
+        return Failure(str(error), error.exit_status)
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return Failure(line, trace="".join(format_exception(error)))
+
+
+def prepare_process(threads: int) -> None:
+    """Set the threads of a process that computes, and turn off progress bars of its libraries."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel(CRITICAL)  # its retries; what they end in is reported in one line
+
+
+def exit_with(watched: Connection) -> None:
+    """End this process with the other end of the pipe, whatever it is doing."""
+    watched.poll(None)  # nothing is ever sent: it returns when the other end is closed
+    os._exit(1)
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Children started here never get Ctrl-C, which a terminal sends to all: the parent gets it, and ends them."""
+    resource_tracker.ensure_running()  # the first child would start it, which lets interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(
+    run: Callable[[Any], Any], channel: Connection, watched: Connection, threads: int, environment: dict[str, str]
+) -> None:
+    threading.Thread(target=exit_with, args=(watched,), daemon=True).start()
+    os.environ.update(environment)
+    prepare_process(threads)
+    while (job := channel.recv()) is not None:
+        channel.send_bytes(_pickled(call(run, job)))
+
+
+def _pickled(result: Any) -> Any:
+    """As `send` would pickle it; where that fails, the Failure."""
+    try:
+        return ForkingPickler.dumps(result)
+    except Exception as error:
+        return ForkingPickler.dumps(call(_raise, error))
+
+
+def _raise(error: Exception) -> None:
+    raise error

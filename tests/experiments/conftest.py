@@ -13,7 +13,7 @@ from trained import train
 from experiments.cli import main
 from experiments.sweep import workers
 from experiments.sweep.cells import Job
-from experiments.sweep.workers import answered
+from experiments.sweep.workers import call
 
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")
@@ -70,7 +70,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     ) -> Iterator[Any]:
         for job in (*first, *given):
             jobs.extend([job] if isinstance(job, Job) else [])
-            yield job, answered(run, job)
+            yield job, call(run, job)
 
     monkeypatch.setattr(workers, "local", local)
     return jobs

@@ -111,7 +111,7 @@ def test_each_gpu_is_one_workers() -> None:
 
 @pytest.mark.parametrize(("what", "kind"), [("input", InputError), ("fail", KshotError)])
 def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> None:
-    failure = workers.answered(work, (what, 7))
+    failure = workers.call(work, (what, 7))
     assert isinstance(failure, Failure)
     found = results(answer for answer in [(1, "one"), (2, failure), (3, "three")])
     assert next(found) == (1, "one")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.sweep import print_summary
-from experiments.report.figures import figure
+from experiments.report.figures import write_dataset_figure
 from experiments.report.report import headline, write_report
-from experiments.report.tables import all_planned
+from experiments.report.tables import full_grid
 from experiments.sweep.methods import METHODS
 from experiments.sweep.series import (
     Choice,
@@ -68,7 +68,7 @@ def asked(method: str, number: int, of: int = 5) -> Series:
 
 def prompt_of(series: str) -> int | None:
     """The number of its prompt, of several."""
-    return next((choice.place + 1 for choice in choices_of(series) if choice.setting == "prompt"), None)
+    return next((choice.number + 1 for choice in choices_of(series) if choice.setting == "prompt"), None)
 
 
 def grid() -> list[dict]:
@@ -143,10 +143,10 @@ def test_looks_are_of_the_method_and_differ_by_prompt():
 
 
 def test_every_prompt_is_planned():
-    plan = all_planned(SWEEP, [])
+    plan = full_grid(SWEEP, [])
     assert len(plan) == len(set(plan)) == 2 + 2 * 2 * 2 + 2 * 2
     there = {(c["dataset"], c["method"], c["shots"], c["seed"]) for c in by_series(SWEEP, grid())[1]}
-    assert set(all_planned(SWEEP, grid())) == there
+    assert set(full_grid(SWEEP, grid())) == there
 
 
 def test_the_report_tells_prompts_apart(tmp_path: Path):
@@ -175,7 +175,7 @@ def test_the_report_of_one_prompt_has_no_numbers(tmp_path: Path):
 
 
 def test_the_figure_has_a_line_per_prompt(tmp_path: Path):
-    _, svg = figure(by_series(SWEEP, grid())[1], "icons", tmp_path)
+    _, svg = write_dataset_figure(by_series(SWEEP, grid())[1], "icons", tmp_path)
     assert style(asked("vlm-lora", 2)).colour.lower() in svg.read_text()
 
 

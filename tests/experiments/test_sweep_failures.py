@@ -105,7 +105,7 @@ def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
 ) -> None:
     """Eight training images a class and eight shots: all seeds draw the same ones."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
-    methods._connected.cache_clear()
+    methods.connected.cache_clear()
     small = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4", "--set", "answer_tokens=4")
     arguments = ("sweep", "--dataset", f"folder:{photos}", "--method", "vlm-lora", "--shots", "8", *small)
     for seeds in ("0", "0,1"):
@@ -113,7 +113,7 @@ def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
         assert kshot(*arguments, "--seeds", seeds, "--out", tmp_path / "out").status == 0
         spent = methods.tower_forwards(ran[0].settings, "cpu") - before
         assert spent == (2 * 24 + 6 if seeds == "0" else 0)  # each training image also mirrored
-    methods._connected.cache_clear()
+    methods.connected.cache_clear()
     records = [json.loads(path.read_text()) for path in (tmp_path / "out/cells").glob("*.json")]
     assert [record["work"] for record in records] == [{"vision_forwards": 0}] * 2
 

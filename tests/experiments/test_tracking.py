@@ -1,4 +1,4 @@
-"""Tracking: what the tools are told, a package that is missing, a tool that fails. The tools themselves are tried where
+"""Tracking: what the tools are tracking, a package that is missing, a tool that fails. The tools themselves are tried where
 they are installed; nothing leaves this machine."""
 
 import json
@@ -59,11 +59,11 @@ EXPECTED = {
 }
 
 
-def follow(told: Tracker, folder: Path, cells: list[dict[str, Any]] = CELLS) -> None:
-    told.start("two", SWEEP, folder)
+def follow(tracking: Tracker, folder: Path, cells: list[dict[str, Any]] = CELLS) -> None:
+    tracking.start("two", SWEEP, folder)
     for done, record in enumerate(cells, 1):
-        told.cell(record, done, len(CELLS))
-    told.finish()
+        tracking.cell(record, done, len(CELLS))
+    tracking.finish()
 
 
 def accuracies(rows: list[tuple[str, int, dict[str, Any]]]) -> dict[str, dict[str, dict[int, float]]]:
@@ -138,8 +138,8 @@ def test_what_wandb_is_told(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytes
     assert first.logged[0] == {"shots": 4, "icons/accuracy": 0.5, "icons/fit_seconds": 2.5, "cells": 1, "cells of": 5}
     assert (first.axes, first.finished) == ({"*": "shots"}, 1)
     assert first.given["settings"].values == {"console": "off", "disable_git": True}  # what this version knows
-    told = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
-    assert told == {
+    tracking = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
+    assert tracking == {
         **{"project": "kshot", "group": "two: vlm-lora, prompt 1", "job_type": "vlm-lora", "dir": tmp_path},
         **{"tags": ["two", "vlm-lora", "icons", "digits"], "reinit": "create_new"},
     }
@@ -154,10 +154,10 @@ def test_wandb_asks_for_a_key_before_anything_runs_and_takes_the_users_project(
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     wandb.mode = "online"
-    told = tracker("wandb")
-    told.start("two", SWEEP, tmp_path)
+    tracking = tracker("wandb")
+    tracking.start("two", SWEEP, tmp_path)
     assert wandb.calls == ["setup", "login"]
-    told.cell(CELLS[0], 1, 5)
+    tracking.cell(CELLS[0], 1, 5)
     assert wandb.runs[0].given["project"] == "mine"
 
 
