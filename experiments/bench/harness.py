@@ -1,11 +1,6 @@
-"""What every benchmark shares: timing in turns, the record of machine and versions, the JSON file and the table.
+"""What every benchmark shares: rounds in turn, processes of their own, the record, its JSON file and its table.
 
-Knows no benchmark. A result is {"machine", "versions", "rows": [{"name", "median", "unit", ...}], "ratios": {...}}.
-
-TODO A process of its own for each contestant of a benchmark, as a user's program would be.
-
-Two programs in one process are not what they are alone: with two pools of OpenMP threads libgomp counts more threads
-than cores and lets none wait actively, and memory is nobody's. Knows no contestant and no clock.
+A record is {"machine", "versions", "rows": [{"name", "median", "unit", ...}], "ratios": {...}}.
 """
 
 import json
@@ -16,48 +11,74 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from experiments.sweep.workers import end_with, interrupts_held_back
-from experiments.terminal import out, plain_table, print_paths
-from kshot.errors import InputError, KshotError, ResultsError
+from experiments.sweep.workers import exit_with, interrupts_blocked
+from experiments.terminal import err, out, plain_table, print_paths
+from kshot.errors import InputError, KshotError, ResultsError, UnknownNameError
 from kshot.files import processor, write_file
 
-# ---- What every benchmark shares: timing in turns, the record of machine and versions, the JSON file and the table.
+T = TypeVar("T")
 
+Rows = list[dict[str, Any]]
 FOLDER = Path("results/bench")  # X.json of `kshot bench X`
 DIGITS = 3  # significant ones in the table
-UNITS = {
+UNITS = {  # of what stands among the ratios and is no quotient
     "grid_seconds": "s",
     "feature_rate_share": "of 1",
     "overhead_ms": "ms",
     "overhead_ms_together": "ms",
     "engine_share": "of 1",
     "second_seed_vision_forwards": "images",
-}  # of what stands among the ratios and is no quotient
+}
 
 
-def in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each task took in each round, after one that does not count.
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """The result of a task that measured its own seconds, such as one that ran in another process."""
 
-    A round runs every task once, so that a slow minute of the machine meets all of them.
+    seconds: float
+    value: T
+
+
+def timed(function: Callable[..., T], *args: object) -> Timed[T]:
+    """function(*args) and the seconds it took."""
+    start = perf_counter()
+    value = function(*args)
+    return Timed(perf_counter() - start, value)
+
+
+def in_turn(
+    tasks: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True, progress: bool = False
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """The seconds that each task took in each round, and its last result.
+
+    A round runs every task once, so that a slow minute of the machine meets all of them. warm_up: one more round
+    before them, which does not count. progress: a line on stderr after each task.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for n in range(rounds + 1):
+    results = dict[str, Any]()
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name, task in tasks.items():
-            start = perf_counter()
-            task()
-            if n:
-                seconds[name].append(perf_counter() - start)
-    return seconds
+            measured = timed(task)
+            if isinstance(measured.value, Timed):
+                measured = measured.value
+            results[name] = measured.value
+            if number:
+                seconds[name].append(measured.seconds)
+            if progress:
+                text = f"round {number} of {rounds}, {name}: {measured.seconds:.3g} s"
+                err.print(text, style="dim", highlight=False)
+    return seconds, results
 
 
 def row(name: str, values: Sequence[float], unit: str, **facts: Any) -> dict[str, Any]:
@@ -65,87 +86,111 @@ def row(name: str, values: Sequence[float], unit: str, **facts: Any) -> dict[str
     return {"name": name, "median": median(values), "unit": unit, "values": list(values), **facts}
 
 
-def result(rows: list[dict[str, Any]], ratios: Mapping[str, float], packages: Iterable[str]) -> dict[str, Any]:
-    """The record of a benchmark; packages: the distributions that its numbers depend on."""
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in sorted(packages)}}
-    return {"machine": machine(), "versions": versions, "rows": rows, "ratios": dict(ratios)}
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median of the quotients of each round: what ran in one round ran within moments."""
+    return median(a / b for a, b in zip(over, under, strict=True))
 
 
-def machine() -> dict[str, Any]:
-    """The kind of machine, never its name."""
-    return {
+def check_agreement(name: str, difference: float, tolerance: float) -> None:
+    """Raise KshotError where results that must agree differ by more than `tolerance`, or by NaN."""
+    if not difference <= tolerance:
+        raise KshotError(f"{name} {difference:.2g} apart, more than {tolerance}: nothing to compare")
+
+
+def record(rows: Rows, ratios: Mapping[str, float], packages: Iterable[str]) -> dict[str, Any]:
+    """The record of a benchmark on this kind of machine; packages: the distributions that its numbers depend on."""
+    machine = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "processor": processor(),
         "cores": os.cpu_count(),
     }
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in sorted(packages)}}
+    return {"machine": machine, "versions": versions, "rows": rows, "ratios": dict(ratios)}
 
 
-def finish(result: dict[str, Any], path: Path) -> None:
+def finish(record: dict[str, Any], path: Path) -> None:
     """Print the table and write the JSON file. Raises ResultsError where it cannot be written."""
-    show(result)
+    table = plain_table(["what", "median", "unit"])
+    for measured in record["rows"]:
+        table.add_row(measured["name"], _number(measured["median"]), measured["unit"])
+    for name, ratio in record["ratios"].items():
+        table.add_row(name, _number(ratio), UNITS.get(name, "times"))
+    out.print(table, soft_wrap=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise ResultsError(f"{path} cannot be written ({error.strerror}); name another with --json") from error
     print_paths([path])
-
-
-def show(result: dict[str, Any]) -> None:
-    """The medians and the ratios as a table."""
-    table = plain_table(["what", "median", "unit"])
-    for measured in result["rows"]:
-        table.add_row(measured["name"], _number(measured["median"]), measured["unit"])
-    for name, ratio in result["ratios"].items():
-        table.add_row(name, _number(ratio), UNITS.get(name, "times"))
-    out.print(table, soft_wrap=False)
+    for note in record.get("notes", []):
+        out.print(note, style="yellow", markup=False, highlight=False)
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**DIGITS else f"{value:.{DIGITS}g}"
 
 
-# ---- A process of its own for each contestant of a benchmark, as a user's program would be.
+def check_device(device: str) -> None:
+    """Raise UnknownNameError for another name than cpu and cuda, InputError for a device that is not here."""
+    if device not in ("cpu", "cuda"):
+        raise UnknownNameError("device", device, ["cpu", "cuda"])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("this torch sees no CUDA device; leave --device out to measure on the CPU")
 
-T = TypeVar("T")
+
+def device_facts(device: str) -> dict[str, Any]:
+    """The device by its name, and the number of torch's threads."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads()}
 
 
-class Child:
-    """A process that calls functions on its main thread, one at a time, and sleeps in between."""
+def synchronize(device: str) -> None:
+    """Wait for what was sent to the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def quiet() -> None:
+    """No progress bars and notes of the libraries between the lines of the benchmark."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+class Process:
+    """A process that calls functions on its main thread, one at a time, and sleeps in between.
+
+    Two programs in one process are not what they are alone: with two pools of OpenMP threads libgomp counts more
+    threads than cores and lets none wait actively, and peak memory belongs to both.
+    """
 
     def __init__(self, name: str, pool: ProcessPoolExecutor) -> None:
         self._name, self._pool = name, pool
 
-    def begin(self, function: Callable[..., T], *args: object) -> Callable[[], T]:
-        """Have it call function(*args), all of it picklable; what this gives waits for the answer.
+    def submit(self, function: Callable[..., T], *args: object) -> Callable[[], T]:
+        """Start function(*args), all of it picklable; the returned function waits for the result.
 
-        Waiting raises InputError for one in the child, and KshotError for every other exception and for its death.
+        Waiting raises InputError for one in the process, and KshotError for every other exception and for its death.
         """
-        with self._alive():
-            future = self._pool.submit(_call, self._name, function, *args)
+        future = self._alive(self._pool.submit, _call, self._name, function, *args)
+        return lambda: self._alive(future.result)
 
-        def answer() -> T:
-            with self._alive():
-                return future.result()
+    def run(self, function: Callable[..., T], *args: object) -> T:
+        """Submit and wait."""
+        return self.submit(function, *args)()
 
-        return answer
-
-    def ask(self, function: Callable[..., T], *args: object) -> T:
-        """Begin and wait."""
-        return self.begin(function, *args)()
-
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
+    def _alive(self, call: Callable[..., Any], *args: object) -> Any:
         try:
-            yield
+            return call(*args)
         except BrokenProcessPool as error:
             raise KshotError(f"the process of {self._name!r} died (killed? out of memory?)") from error
 
 
 @contextmanager
-def children(names: Iterable[str]) -> Iterator[dict[str, Child]]:
-    """A child of each name, all starting at once, with the threads that torch has here.
+def processes(names: Iterable[str]) -> Iterator[dict[str, Process]]:
+    """A process of each name, all starting at once, with as many torch threads as this one has.
 
     They live no longer than this process's end of a pipe: it is closed on leaving, or by this process's death. (A
     daemonic process would do, were it allowed to have loader processes.)
@@ -157,35 +202,23 @@ def children(names: Iterable[str]) -> Iterator[dict[str, Child]]:
         for pool in pools.values():
             stack.enter_context(pool)
         stack.enter_context(lifeline)  # closed before the pools are waited for: what still runs then is not wanted
-        with interrupts_held_back():
+        with interrupts_blocked():
             for pool in pools.values():
-                pool.submit(_nothing)  # a pool has no process before it has work
-        yield {name: Child(name, pool) for name, pool in pools.items()}
-
-
-def quiet() -> None:
-    """No progress bars and notes of the libraries between the lines of the benchmark."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+                pool.submit(int)  # a pool has no process before it has work
+        yield {name: Process(name, pool) for name, pool in pools.items()}
 
 
 def _begin(watched: Connection, threads: int) -> None:
-    """In a new child: all as in a user's program, which sets no number of threads that is torch's own choice."""
-    threading.Thread(target=end_with, args=(watched,), daemon=True).start()
+    """In a new process: all as in a user's program, which sets no number of threads that is torch's own choice."""
+    threading.Thread(target=exit_with, args=(watched,), daemon=True).start()
     set_start_method(None, force=True)  # else its loader processes would be spawned as it was, and import for seconds
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     quiet()
 
 
-def _nothing() -> None:
-    pass
-
-
 def _call(name: str, function: Callable[..., T], *args: object) -> T:
-    """In the child: its errors as ones that survive pickling, with one line each."""
+    """In the process: its errors as ones that survive pickling, with one line each."""
     try:
         return function(*args)
     except InputError as error:

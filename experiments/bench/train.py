@@ -2,173 +2,152 @@
 
 Ours, a plain transformers + PEFT loop and TRL train the same adapter on the same photographs in the same batches with
 the same optimizer, in turn, each in a process of its own; that their losses agree is part of the result. Loading is
-nobody's time. The adapter is on attention and MLP of the text model: TRL refuses one on the output head.
-
-TODO The rows and ratios of `kshot bench train`, and what must hold for them to mean anything. Runs nothing.
-TODO The rounds of `kshot bench train`: every contestant trains in its own process, one after the other.
-
-A round runs every contestant once, so that only one computes at any time and a slow minute of the machine meets all of
-them. Each round loads anew, which is nobody's time. Knows no contestant.
+nobody's time: each round loads anew. The adapter is on attention and MLP of the text model: TRL refuses one on the
+output head.
 """
 
 import gc
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from tinker import types
 
-from experiments.bench import train_case as cases
-from experiments.bench.flops import dtype_of, needed, peak, synchronize
-from experiments.bench.harness import FOLDER, Child, children, finish, quiet, result, row
-from experiments.bench.train_case import SHAPES, Case, Contestant, Outcome, Plan, write
-from experiments.bench.train_implementations import PLAIN, WITH_LOADERS, WORKERS, new_client, ours, peers, step_pairs
-from experiments.terminal import err, out
+from experiments.bench.case import RANK, SHAPES, Case, Plan, adapter_folder, new_case, write_shape
+from experiments.bench.harness import (
+    Process,
+    Rows,
+    Timed,
+    check_agreement,
+    check_device,
+    device_facts,
+    in_turn,
+    median_ratio,
+    processes,
+    quiet,
+    record,
+    row,
+    synchronize,
+    timed,
+)
+from experiments.bench.train_implementations import (
+    OURS,
+    PLAIN,
+    WITH_LOADERS,
+    WORKERS,
+    Implementation,
+    Outcome,
+    new_client,
+    ours,
+    peers,
+    step_pairs,
+)
 from kshot.errors import InputError, KshotError, UnknownNameError
 from vlm import nano
+from vlm.models import source
 from vlm.service import connect
 
-# ---- The rows and ratios of `kshot bench train`, and what must hold for them to mean anything. Runs nothing.
+T = TypeVar("T")
 
-OURS = "ours"
-COMPARED, TOLERANCE = 20, 1e-4  # steps whose losses must agree, and how closely in float32 on a CPU
-Rows = list[dict[str, Any]]
-
-
-def speeds(case: Case, plan: Plan, rates: Mapping[str, Sequence[float]]) -> Rows:
-    """Examples a second of each contestant."""
-    machine = {"device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu"}
-    facts = {"photographs": len(case.photographs), "batch": plan.batch, "epochs": plan.epochs}
-    threads = {"threads": torch.get_num_threads()}
-    return [row(name, rate, "examples/s", **facts, **machine, **threads) for name, rate in rates.items()]
-
-
-def ratios(rates: Mapping[str, Sequence[float]], trl: Sequence[str]) -> dict[str, float]:
-    """How many times faster we are; TRL counts with the faster of its settings."""
-    speed = {name: median(each) for name, each in rates.items()}
-    against_trl = {"vs_trl": speed[OURS] / max(speed[name] for name in trl)} if trl else {}
-    return {**against_trl, "vs_plain": speed[OURS] / speed[PLAIN]}
-
-
-def agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
-    """How far each peer's losses are from ours. Raises KshotError where they must be `exact` and are not."""
-    rows = []
-    for name in losses.keys() - {OURS}:
-        apart = [abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True)][:COMPARED]
-        if exact and not max(apart) <= TOLERANCE:
-            step = apart.index(max(apart)) + 1
-            raise KshotError(
-                f"at step {step} our loss is {max(apart):.2g} from that of {name!r}: not the same training"
-            )
-        rows.append(row(f"loss apart from {name}", [max(apart)], "nats", steps=len(apart)))
-    return sorted(rows, key=lambda each: each["name"])
-
-
-def tower(images: Sequence[int], epoch: int) -> Rows:
-    """Images that went through our tower. Raises KshotError where it saw one again after the first epoch."""
-    first, last = images[epoch - 1], images[-1]
-    if last != first:
-        raise KshotError(f"the tower encoded {last - first} images again after the first epoch; it should know them")
-    return [
-        row("images through our tower, first epoch", [first], "images"),
-        row("images through our tower, all epochs", [last], "images"),
-    ]
-
-
-def use(work: Mapping[str, float], seconds: Sequence[float], peak: Sequence[float]) -> Rows:
-    """Needed operations a second of ours, beside those of a large matrix product."""
-    total = sum(work.values())
-    return [
-        row("needed operations", [total / each / 1e9 for each in seconds], "GFLOP/s", flops=dict(work)),
-        row("a large matrix product, at best", [max(peak) / 1e9], "GFLOP/s", all=[each / 1e9 for each in peak]),
-    ]
-
-
-def memory(peaks: Mapping[str, int], device: str) -> Rows:
-    """Peak memory of each contestant, but of those whose memory is that of several processes."""
-    what = "of the process, libraries included" if device == "cpu" else "allocated on the device"
-    alone = {name: peak for name, peak in peaks.items() if name not in WITH_LOADERS}
-    return [row(f"peak memory, {name}", [peak / 1e6], "MB", what=what) for name, peak in alone.items()]
-
-
-def steps(pairs: Sequence[tuple[float, float]]) -> Rows:
-    """One of our steps with every image known, and what of it is the model."""
-    whole, alone = ([1e3 * seconds for seconds in each] for each in zip(*pairs, strict=True))
-    return [row("step", whole, "ms"), row("model alone", alone, "ms")]
-
-
-def overhead(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """How many times longer a step takes than its model alone: the median over pairs, each measured within moments."""
-    return {"step_over_model": median(step / alone for step, alone in pairs)}
-
-
-# ---- The rounds of `kshot bench train`: every contestant trains in its own process, one after the other.
-
+NANO = "nano"
+FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
+FULL_GPU = Plan(classes=16, shots=4, batch=32, epochs=20, rounds=2)  # the reference protocol's batch
+QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
 WARM_STEPS = 2
+PAIRS = 30  # of steps and what of them is the model's, in every round: they differ by little
+COMPARED, TOLERANCE = 20, 1e-4  # steps whose losses must agree, and how closely in float32 on a CPU
+PEAK_SIDE, PEAK_TIMES = {"cpu": 2048, "cuda": 8192}, 10  # of the square matrices whose product sets the peak
+PACKAGES = ("accelerate", "numpy", "peft", "pillow", "tinker", "torch", "transformers")
+NO_TRL = "TRL is not installed, so vs_trl is left out; install it with: pip install trl==1.16.0"
+
+
+def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NANO) -> dict[str, Any]:
+    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made here, from a
+    seed. shape: nano, the model itself, or a real model's sizes with random weights, on a GPU.
+
+    Raises InputError for a shape or device that cannot be; DatasetError; KshotError for an implementation that fails,
+    and as `summary`.
+    """
+    check(device, shape)
+    quiet()
+    plan = QUICK if quick else FULL_GPU if device == "cuda" else FULL
+    workers = WORKERS[:1] if quick else WORKERS  # starting more takes a large share of a short training
+    implementations = {OURS: ours, **peers(workers)}
+    with tempfile.TemporaryDirectory() as folder, processes(implementations) as started:
+        state = Path(folder)
+        model = nano.NAME if shape == NANO else str(write_shape(state / "model", SHAPES[shape], device))
+        case = with_adapter(new_case(model, device, plan, root, state))  # meanwhile they import
+        tasks = {name: partial(started[name].run, train, each, case) for name, each in implementations.items()}
+        _warm_up(started, implementations, replace(case, batches=case.batches[:WARM_STEPS]))
+        seconds, trained = in_turn(tasks, plan.rounds, warm_up=False, progress=True)
+        pairs = started[OURS].run(step_pairs, case, PAIRS * plan.rounds)
+        return summary(case, plan, seconds, trained, pairs)
+
+
+def check(device: str, shape: str) -> None:
+    """Raise UnknownNameError or InputError for what cannot be measured."""
+    if shape not in (NANO, *SHAPES):
+        raise UnknownNameError("shape", shape, [NANO, *SHAPES])
+    check_device(device)
+    if device == "cpu" and shape != NANO:
+        raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
+
+
+def with_adapter(case: Case) -> Case:
+    """The case with an adapter to begin with, which a client has saved."""
+    service: Any = connect("local", state_dir=case.state, device=case.device)
+    try:
+        start = new_client(service, case).save_state("start").result().path
+    finally:
+        service.close()
+    _free_memory(case.device)
+    return replace(case, start=start, adapter=adapter_folder(case))
+
+
+def _warm_up(started: Mapping[str, Process], implementations: Mapping[str, Implementation], case: Case) -> None:
+    """A short training of each. On a CPU all at once, as most of it is importing; a GPU has room for one."""
+    waiting = (started[name].submit(train, each, case) for name, each in implementations.items())
+    for result in list(waiting) if case.device == "cpu" else waiting:
+        result()
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a child says of a training. peak: bytes, the most so far: on a CPU of the process, libraries included; on a
-    GPU what torch had allocated there."""
+class Trained:
+    """A training in a process. peak: bytes, the most so far: on a CPU of the process, libraries included; on a GPU what
+    torch had allocated there."""
 
-    seconds: float
     outcome: Outcome
     peak: int
 
 
-def turns(
-    children: Mapping[str, Child], contestants: Mapping[str, Contestant], case: Case, rounds: int
-) -> dict[str, list[Answer]]:
-    """Each contestant's answers, one a round; a first short training does not count. Says how far it is: on a GPU
-    loading takes minutes."""
-    answers: dict[str, list[Answer]] = {name: [] for name in contestants}
-    _warm(children, contestants, replace(case, batches=case.batches[:WARM_STEPS]))
-    for number in range(rounds):
-        for name, contestant in contestants.items():
-            answer = children[name].ask(training, contestant, case)
-            answers[name].append(answer)
-            rate = case.views / answer.seconds
-            err.print(f"round {number + 1} of {rounds}, {name}: {rate:.1f} examples/s", style="dim", highlight=False)
-    return answers
+def train(implementation: Implementation, case: Case) -> Timed[Trained]:
+    """In this process: load, train, which is timed, and free what was loaded."""
+    with implementation(case) as run:
+        trained = timed(_synchronized, case.device, run)
+    _free_memory(case.device)
+    return Timed(trained.seconds, Trained(trained.value, _peak_memory(case.device)))
 
 
-def _warm(children: Mapping[str, Child], contestants: Mapping[str, Contestant], case: Case) -> None:
-    """On a CPU all at once, as most of it is importing; a GPU has room for one."""
-    begun = (children[name].begin(training, contestant, case) for name, contestant in contestants.items())
-    for answer in list(begun) if case.device == "cpu" else begun:
-        answer()
+def _synchronized(device: str, function: Callable[..., T], *args: Any) -> T:
+    result = function(*args)
+    synchronize(device)
+    return result
 
 
-def training(contestant: Contestant, case: Case) -> Answer:
-    """In this process: load the contestant, let it train, and let go of it."""
-    seconds, outcome = _timed(contestant, case)
-    let_go(case.device)
-    return Answer(seconds, outcome, _peak(case.device))
-
-
-def _timed(contestant: Contestant, case: Case) -> tuple[float, Outcome]:
-    with contestant(case) as train:
-        start = perf_counter()
-        outcome = train()
-        synchronize(case.device)
-        return perf_counter() - start, outcome
-
-
-def let_go(device: str) -> None:
-    """Give back what nobody holds any more: the next contestant is not to miss it."""
+def _free_memory(device: str) -> None:
+    """The next implementation is not to lack it."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
 
 
-def _peak(device: str) -> int:
+def _peak_memory(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     try:  # what getrusage says of a child begins at its parent's peak, this at nothing
@@ -180,100 +159,139 @@ def _peak(device: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ---- `kshot bench train`: examples a second from encoded photographs to optimizer steps, against stock programs.
-
-NANO = "nano"
-FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
-FULL_GPU = Plan(classes=16, shots=4, batch=32, epochs=20, rounds=2)  # the reference protocol's batch
-QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
-PAIRS = 30  # of steps with and without what is around the model, in every round: they differ by little
-PACKAGES = ("accelerate", "numpy", "peft", "pillow", "tinker", "torch", "transformers")
-NO_TRL = "TRL is not installed, so vs_trl is left out; install it with: pip install trl==1.16.0"
+# Rows and ratios
 
 
-def bench(root: Path | None, quick: bool, json_path: Path | None, device: str = "cpu", shape: str = NANO) -> None:
-    """Measure, print the table and write the JSON file (default results/bench/train.json). Raises as `run` does, and
-    ResultsError."""
-    measured = run(root, quick, device, shape)
-    finish(measured, json_path or FOLDER / "train.json")
-    for note in measured.get("notes", []):
-        out.print(note, style="yellow", markup=False, highlight=False)
-
-
-def run(root: Path | None, quick: bool, device: str = "cpu", shape: str = NANO) -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made here, from a seed.
-
-    shape: nano, the model itself, or a real model's sizes with random weights, on a GPU.
-    Raises InputError for a shape or device that cannot be; DatasetError; KshotError as `compare`.
-    """
-    _check(device, shape)
-    quiet()
-    plan = QUICK if quick else FULL_GPU if device == "cuda" else FULL
-    with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder)
-        model = nano.NAME if shape == NANO else str(write(state / "model", SHAPES[shape], device))
-        workers = WORKERS[:1] if quick else WORKERS  # starting more takes a large share of a short training
-        return compare(_case(model, device, plan, root, state), plan, {OURS: ours, **peers(workers)})
-
-
-def compare(case: Case, plan: Plan, contestants: Mapping[str, Contestant]) -> dict[str, Any]:
-    """The record of these contestants on this case; OURS and PLAIN are among them, TRL where it is installed.
-
-    Raises KshotError as `record` does, and for a contestant that fails.
-    """
-    with children(contestants) as started:
-        begun = _with_adapter(case)  # meanwhile they import
-        answers = turns(started, contestants, begun, plan.rounds)
-        pairs = started[OURS].ask(step_pairs, begun, PAIRS * plan.rounds)
-    return record(begun, plan, answers, pairs)
-
-
-def record(
-    case: Case, plan: Plan, answers: Mapping[str, Sequence[Answer]], pairs: Sequence[tuple[float, float]]
+def summary(
+    case: Case,
+    plan: Plan,
+    seconds: Mapping[str, Sequence[float]],
+    trained: Mapping[str, Trained],
+    pairs: Sequence[tuple[float, float]],
 ) -> dict[str, Any]:
-    """What follows from the contestants' answers and `step_pairs`. Raises KshotError where losses differ on a CPU."""
-    seconds = {name: [answer.seconds for answer in each] for name, each in answers.items()}
-    outcomes = {name: each[-1].outcome for name, each in answers.items()}
+    """The record of what was measured; pairs: of `step_pairs`. Raises KshotError where losses differ on a CPU, and
+    where the tower encoded an image again after the first epoch."""
+    facts = {"photographs": len(case.photographs), "batch": plan.batch, "epochs": plan.epochs}
+    facts |= device_facts(case.device)
     rates = {name: [case.views / spent for spent in each] for name, each in seconds.items()}
-    work, reached = needed(case), peak(case.device, dtype_of(case))
-    measured = [
-        *speeds(case, plan, rates),
-        *agreement({name: outcome.losses for name, outcome in outcomes.items()}, exact=case.device == "cpu"),
-        *tower(outcomes[OURS].tower or [], case.epoch),
-        *steps(pairs),
-        *use(work, seconds[OURS], reached),
-        *memory({name: each[-1].peak for name, each in answers.items()}, case.device),
+    needed, peak = operations(case), matrix_product_rate(case)
+    steps, model = zip(*pairs, strict=True)
+    memory = "of the process, libraries included" if case.device == "cpu" else "allocated on the device"
+    rows = [
+        *(row(name, rate, "examples/s", **facts) for name, rate in rates.items()),
+        *_agreement({name: each.outcome.losses for name, each in trained.items()}, exact=case.device == "cpu"),
+        *_tower(trained[OURS].outcome.tower or [], case.epoch),
+        row("step", [1e3 * each for each in steps], "ms"),
+        row("model alone", [1e3 * each for each in model], "ms"),
+        row("needed operations", [sum(needed.values()) / s / 1e9 for s in seconds[OURS]], "GFLOP/s", flops=needed),
+        row("a large matrix product, at best", [max(peak) / 1e9], "GFLOP/s", all=[each / 1e9 for each in peak]),
+        *(
+            row(f"peak memory, {name}", [each.peak / 1e6], "MB", what=memory)
+            for name, each in trained.items()
+            if name not in WITH_LOADERS
+        ),
     ]
-    trl = [name for name in answers if name not in (OURS, PLAIN)]
-    share = {"gemm_share": sum(work.values()) / median(seconds[OURS]) / max(reached)}
-    found = ratios(rates, trl) | overhead(pairs) | share
-    packages = [*PACKAGES, *(["trl"] if trl else [])]
-    return result(measured, found, packages) | ({} if trl else {"notes": [NO_TRL]})
+    speed = {name: median(rate) for name, rate in rates.items()}
+    trl = [name for name in rates if name not in (OURS, PLAIN)]
+    ratios = {"vs_trl": speed[OURS] / max(speed[name] for name in trl)} if trl else {}  # the faster of its settings
+    ratios |= {
+        "vs_plain": speed[OURS] / speed[PLAIN],
+        "step_over_model": median_ratio(steps, model),
+        "gemm_share": sum(needed.values()) / median(seconds[OURS]) / max(peak),
+    }
+    made = record(rows, ratios, [*PACKAGES, *(["trl"] if trl else [])])
+    return made if trl else {**made, "notes": [NO_TRL]}
 
 
-def _check(device: str, shape: str) -> None:
-    if shape not in (NANO, *SHAPES):
-        raise UnknownNameError("shape", shape, [NANO, *SHAPES])
-    if device not in ("cpu", "cuda"):
-        raise UnknownNameError("device", device, ["cpu", "cuda"])
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("this torch sees no CUDA device; leave --device out to measure on the CPU")
-    if device == "cpu" and shape != NANO:
-        raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
+def _agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
+    """How far each peer's losses are from ours."""
+    rows = []
+    for name in sorted(losses.keys() - {OURS}):
+        apart = [abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True)][:COMPARED]
+        if exact:
+            at = apart.index(max(apart)) + 1
+            check_agreement(f"at step {at} our loss and that of {name!r} are", max(apart), TOLERANCE)
+        rows.append(row(f"loss apart from {name}", [max(apart)], "nats", steps=len(apart)))
+    return rows
 
 
-def _case(model: str, device: str, plan: Plan, root: Path | None, state: Path) -> Case:
-    rng = np.random.default_rng(0)
-    classes, photographs = cases.made(plan, rng) if root is None else cases.found(root, plan, rng)
-    return Case(model, device, classes, photographs, cases.order(plan, rng), state)
+def _tower(images: Sequence[int], epoch: int) -> Rows:
+    first, last = images[epoch - 1], images[-1]
+    if last != first:
+        raise KshotError(f"the tower encoded {last - first} images again after the first epoch instead of keeping them")
+    return [
+        row("images through our tower, first epoch", [first], "images"),
+        row("images through our tower, all epochs", [last], "images"),
+    ]
 
 
-def _with_adapter(case: Case) -> Case:
-    """The case with an adapter to begin with, which a client has saved."""
-    service: Any = connect("local", state_dir=case.state, device=case.device)
-    try:
-        start = new_client(service, case).save_state("start").result().path
-    finally:
-        service.close()
-    let_go(case.device)
-    return replace(case, start=start, adapter=next(case.state.rglob("adapter_config.json")).parent)
+# What training needs at least, and what the machine reaches
+
+
+def operations(case: Case) -> dict[str, float]:
+    """Floating-point operations that a case needs at least, by part of the model; a multiplication with its addition
+    counts as two.
+
+    Counted are matrix products alone, and nothing that a better program would not do: no padding, no logits without a
+    label, an image once through the tower however often it is seen. So the share of the peak that follows is a lower
+    bound. With T positions, layers of weights W (in x out each) and LoRA of rank r:
+
+    * forward: 2 T W. backward: 2 T W for the gradient of the inputs; frozen weights need none, nor do the inputs of
+      the first layer's q, k and v, below which nothing is trained.
+    * lora: 2 T r (in + out) forward and twice that backward (inputs, and A and B); the same exception.
+    * attention: 4 d for each pair of a position and one up to it, and head (scores, values), twice that backward.
+    * head: 4 x hidden x vocabulary at each position with a label (forward, and the gradient of its input).
+    """
+    from transformers import AutoConfig
+
+    prompt, config = case.prompt(), AutoConfig.from_pretrained(source(case.model))
+    data = [prompt.datum(*photograph) for photograph in case.photographs]
+    answers = [int((datum.loss_fn_inputs["weights"].to_numpy() > 0).sum()) for datum in data]
+    seen = [number for batch in case.batches for number in batch]
+    merge = config.vision_config.spatial_merge_size**2
+    images = {case.photographs[n][0]: data[n].model_input.chunks for n in seen}
+    patches = [merge * c.length for chunks in images.values() for c in chunks if isinstance(c, types.ImageChunk)]
+    lengths = [data[n].model_input.length for n in seen]
+    text = text_operations(config.text_config, lengths, sum(answers[n] for n in seen))
+    return {**text, "tower": tower_operations(config.vision_config, patches)}
+
+
+def text_operations(config: Any, lengths: Sequence[int], answers: int) -> dict[str, float]:
+    """The text model's parts. lengths: positions of each view. answers: positions with a label, in all views."""
+    hidden, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    into = [(hidden, queries), (hidden, keys), (hidden, keys)]
+    layer = [*into, (queries, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    weights, first = sum(i * o for i, o in layer), sum(i * o for i, o in into)
+    adapters, first_adapters = sum(i + o for i, o in layer), sum(i for i, _ in into)
+    pairs, positions = sum(length * (length + 1) // 2 for length in lengths), sum(lengths)
+    return {
+        "forward": 2.0 * positions * weights * layers,
+        "backward": 2.0 * positions * (weights * layers - first),
+        "lora": 2.0 * positions * RANK * (3 * adapters * layers - first_adapters),
+        "attention": 12.0 * pairs * queries * layers,
+        "head": 4.0 * answers * hidden * config.vocab_size,
+    }
+
+
+def tower_operations(config: Any, patches: Sequence[int]) -> float:
+    """The frozen vision tower, forward, for images of these numbers of patches before they are merged: the patch
+    embedding, layers with attention of all patches to all, and a merger at the end and at each deepstack layer."""
+    hidden, merge = config.hidden_size, config.spatial_merge_size**2
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    layer = 4 * hidden**2 + 2 * hidden * config.intermediate_size
+    merger = hidden * (merge * hidden + config.out_hidden_size)
+    mergers = 1 + len(config.deepstack_visual_indexes)
+    each = 2.0 * (pixels * hidden + config.depth * layer + mergers * merger)
+    return sum(n * each + 4.0 * n**2 * hidden * config.depth for n in patches)
+
+
+def matrix_product_rate(case: Case) -> list[float]:
+    """Operations a second of a large matrix product in the case's type, with the threads that training has."""
+    from transformers import AutoConfig
+
+    side, dtype = PEAK_SIDE[case.device], AutoConfig.from_pretrained(source(case.model)).dtype
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator).to(case.device, dtype) for _ in range(2))
+    seconds, _ = in_turn({"product": partial(_synchronized, case.device, torch.mm, a, b)}, PEAK_TIMES)
+    return [2.0 * side**3 / each for each in seconds["product"]]

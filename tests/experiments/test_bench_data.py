@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.bench import data, harness
+from experiments.bench.case import encoded
 from kshot.errors import DatasetError, ImageError, ResultsError
 
 RATIOS = {
@@ -30,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data.bench(photos, True, tmp_path / "new" / "data.json")
+    harness.finish(data.measure(photos, True), tmp_path / "new" / "data.json")
     record = json.loads((tmp_path / "new" / "data.json").read_text())
     assert set(record) == {"machine", "versions", "rows", "ratios"}
     assert set(record["ratios"]) == RATIOS
@@ -46,24 +47,24 @@ def test_the_record_and_the_table(photos: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("small")
 def test_without_a_folder_it_makes_photographs() -> None:
-    assert data.run(None, True)["rows"][0]["images"] == 128
+    assert data.measure(None, True)["rows"][0]["images"] == 128
 
 
 def test_a_folder_without_photographs(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(DatasetError, match=f"^{folder} has no .*; name a folder of photographs"):
-            data.run(folder, True)
+            data.measure(folder, True)
 
 
 @pytest.mark.usefixtures("small")
 def test_a_broken_photograph(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("a letter")
     with pytest.raises(ImageError, match=r"/a\.jpg: not an image"):
-        data.run(tmp_path, True)
+        data.measure(tmp_path, True)
 
 
 def test_made_photographs_are_compressed_like_photographs() -> None:
-    one, again = (data.encoded(np.random.default_rng(3), (800, 600), 5.0) for _ in range(2))
+    one, again = (encoded(np.random.default_rng(3), (800, 600), 5.0) for _ in range(2))
     assert one == again
     assert Image.open(io.BytesIO(one)).size == (800, 600)
     assert 1 < 8 * len(one) / (800 * 600) < 3  # bits a pixel
@@ -72,12 +73,13 @@ def test_made_photographs_are_compressed_like_photographs() -> None:
 def test_tasks_take_turns() -> None:
     calls: list[str] = []
     tasks: dict[str, Callable[[], object]] = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = harness.in_turn(tasks, 3)
+    seconds, results = harness.in_turn(tasks, 3)
     assert "".join(calls) == "ab" * 4  # the first round does not count
     assert [len(spent) for spent in seconds.values()] == [3, 3]
+    assert results == {"a": None, "b": None}
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match=r"x\.json cannot be written \(.*\); name another with --json"):
-        harness.finish(harness.result([], {}, []), tmp_path / "file" / "x.json")
+        harness.finish(harness.record([], {}, []), tmp_path / "file" / "x.json")

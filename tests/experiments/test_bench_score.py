@@ -13,10 +13,11 @@ import torch
 
 from data.benchmarks.layouts import CARS
 from data.dataset import clean_name
-from experiments.bench import score, score_case
-from experiments.bench.score import KNOWN, NEW, RATIOS, Scores
-from experiments.bench.score_case import CAR_NAMES, HUNDRED, LISTS, Plan, new_case, tune, write
-from experiments.bench.score_implementations import _cut
+from experiments.bench import score, score_implementations
+from experiments.bench.case import write_vocabulary
+from experiments.bench.harness import finish
+from experiments.bench.score import CACHED, CAR_NAMES, HUNDRED, LISTS, NEW, RATIOS, Plan, prepared_case
+from experiments.bench.score_implementations import Ours, cut
 from kshot.errors import KshotError, ModelError
 from vlm import nano
 
@@ -33,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score.bench(None, True, tmp_path / "score.json", str(nano.folder()))
+    finish(score.measure(None, True, str(nano.folder())), tmp_path / "score.json")
     written = (tmp_path / "score.json").read_text()
     record = json.loads(written)
     rows = {row["name"]: row for row in record["rows"]}
@@ -44,7 +45,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert record["ratios"][name] == pytest.approx(median(a / b for a, b in pairs))
     timed = {name: row for name, row in rows.items() if row["unit"] == "s/image"}
     assert {len(row["values"]) for row in timed.values()} == {TINY.rounds}
-    assert timed.keys() >= {what + kind for what in (score.CONSTRAINED, "prefill") for kind in (NEW, KNOWN)}
+    assert timed.keys() >= {what + kind for what in (score.HUNDRED_SCORED, "prefill") for kind in (NEW, CACHED)}
     apart = [row["median"] for name, row in rows.items() if name.startswith("apart, ")]
     assert len(apart) == 6
     assert max(apart) < 1e-4
@@ -68,22 +69,22 @@ def test_ratios_are_those_of_rounds() -> None:
 
 def test_other_scores_are_noticed() -> None:
     ours = np.zeros((1, 3), np.float32)
-    same, other = Scores(ours, ours + 5e-5), Scores(ours, np.array([[0, 0.5, 0]]))
+    same, other = (ours, ours + 5e-5), (ours, np.array([[0, 0.5, 0]]))
     (row,) = score.agreement({"tree and rows": same}, exact=True)
     assert row["median"] == pytest.approx(5e-5)
     with pytest.raises(KshotError, match=r"tree and rows: scores 0.5 apart, more than 0.0001: nothing to compare"):
         score.agreement({"tree and rows": other}, exact=True)
     assert score.agreement({"tree and rows": other}, exact=False)[0]["median"] == 0.5
     with pytest.raises(KshotError, match="scores nan apart"):
-        score.agreement({"tree and rows": Scores(ours, ours + np.nan)}, exact=True)
+        score.agreement({"tree and rows": (ours, ours + np.nan)}, exact=True)
 
 
 def test_an_answer_that_never_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_case, "FIRST", 1)
-    monkeypatch.setattr(score_case, "STEPS", 1)
-    case = new_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
+    monkeypatch.setattr(score_implementations, "FIRST", 1)
+    monkeypatch.setattr(score_implementations, "STEPS", 1)
+    case = prepared_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
     with pytest.raises(KshotError, match="after 1 steps fewer than 95% of the answers end"):
-        tune(case)
+        Ours(case, tuple(LISTS.items()))
 
 
 def test_the_names() -> None:
@@ -93,17 +94,17 @@ def test_the_names() -> None:
 
 
 def test_an_answer_ends_with_its_end() -> None:
-    assert _cut([5, 6, 2, 0, 0], end=2) == [5, 6, 2]
-    assert _cut([5, 6, 7], end=2) == [5, 6, 7]
+    assert cut([5, 6, 2, 0, 0], end=2) == [5, 6, 2]
+    assert cut([5, 6, 7], end=2) == [5, 6, 7]
 
 
 def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"has no tokenizer_config.json; give --tokenizer a folder or model with both"):
-        write(tmp_path / "one", str(tmp_path))
+        write_vocabulary(tmp_path / "one", str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"the tokenizer .* (cannot be loaded|lacks).*give --tokenizer"):
-        write(tmp_path / "two", str(tmp_path))
+        write_vocabulary(tmp_path / "two", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ from experiments.bench import serve
 
 
 def test_the_times_are_those_of_a_server(tmp_path: Path) -> None:
-    with serve._server(tmp_path) as address:
-        watch = serve._Watch(address)
-        rows, ratios = serve._one_by_one(address, watch, 2)
-        more, together = serve._together(address, watch, 2)
+    with serve.server(tmp_path) as address:
+        rows, ratios = serve.one_by_one(address, 2)
+        more, together = serve.together(address, 2)
     assert len({row["name"] for row in rows}) == len(rows)
     medians = {row["name"]: row["median"] for row in rows}
     spent = {row["name"]: (row["median"], row["engine_ms"]) for row in rows if "engine_ms" in row}

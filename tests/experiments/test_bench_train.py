@@ -13,19 +13,27 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import tinker
 import torch
 
 from experiments.bench import train as bench_train
-from experiments.bench import train as bench_train_rows
-from experiments.bench import train_implementations
-from experiments.bench.flops import text, tower, work_of
-from experiments.bench.harness import children
-from experiments.bench.train import OURS, Answer, training
-from experiments.bench.train_case import Case, Outcome, Plan, Shape, check_inputs, found, made, order, prompt_of, write
-from experiments.bench.train_implementations import PLAIN, ours, plain, step_pairs
+from experiments.bench.case import USER_TURN, Case, Plan, Shape, check_inputs, new_case, photographs, write_shape
+from experiments.bench.harness import finish, processes
+from experiments.bench.train import Trained, check, operations, text_operations, train, with_adapter
+from experiments.bench.train_implementations import (
+    OURS,
+    PLAIN,
+    Outcome,
+    ours,
+    peers,
+    plain,
+    step_pairs,
+    stock_inputs,
+    stock_model,
+    stock_processor,
+)
 from kshot.errors import DatasetError, InputError, KshotError
 from vlm import nano
+from vlm.prompts import PREFILL
 
 TINY = Plan(classes=2, shots=1, batch=2, epochs=3, rounds=1)
 TOY = Shape((64, 2, 4, 2, 16, 96), (32, 2, 2, 48), (0,), tied=False, mrope=(4, 2, 2), vocabulary=4096)
@@ -34,18 +42,12 @@ TOY = Shape((64, 2, 4, 2, 16, 96), (32, 2, 2, 48), (0,), tied=False, mrope=(4, 2
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     """Two photographs, three epochs of one step, and a first adapter."""
-    return with_adapter(nano.NAME, tmp_path)
+    return with_adapter(new_case(nano.NAME, "cpu", TINY, None, tmp_path))
 
 
-def with_adapter(model: str, state: Path) -> Case:
-    classes, photographs = made(TINY, np.random.default_rng(0))
-    batches = order(TINY, np.random.default_rng(1))
-    return bench_train._with_adapter(Case(model, "cpu", classes, photographs, batches, state))
-
-
-def losses(contestant: Any, case: Case) -> list[float]:
-    with contestant(case) as train:
-        return train().losses
+def losses(implementation: Any, case: Case) -> list[float]:
+    with implementation(case) as run:
+        return run().losses
 
 
 @pytest.fixture
@@ -54,12 +56,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "QUICK", TINY)
     monkeypatch.setattr(bench_train, "PAIRS", 5)
     monkeypatch.setattr(bench_train, "peers", lambda _: {PLAIN: plain})
-    monkeypatch.setattr(bench_train, "peak", lambda *_: [1e12, 2e12])
+    monkeypatch.setattr(bench_train, "matrix_product_rate", lambda *_: [1e12, 2e12])
 
 
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_train.bench(None, True, tmp_path / "train.json")
+    finish(bench_train.measure(None, True), tmp_path / "train.json")
     record = json.loads((tmp_path / "train.json").read_text())
     assert record["ratios"].keys() == {"vs_plain", "step_over_model", "gemm_share"}
     rows = {row["name"]: row for row in record["rows"]}
@@ -84,8 +86,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not find_spec("trl"), reason="trl is not installed (pip install trl==1.16.0)")
 def test_everybody_trains_the_same(case: Case) -> None:
     """Equal losses at every step, though they move: so do the weights. TRL checks its tokens and labels by itself."""
-    contestants = {OURS: ours, **train_implementations.peers([0])}
-    got = {name: losses(contestant, case) for name, contestant in contestants.items()}
+    got = {name: losses(implementation, case) for name, implementation in {OURS: ours, **peers([0])}.items()}
     assert len(got) == 3
     for theirs in got.values():
         assert theirs == pytest.approx(got[OURS], abs=1e-5)
@@ -93,7 +94,8 @@ def test_everybody_trains_the_same(case: Case) -> None:
 
 
 def test_a_made_up_shape_trains_like_the_stock_model(tmp_path: Path) -> None:
-    case = with_adapter(str(write(tmp_path / "model", TOY, "cpu")), tmp_path / "state")
+    model = str(write_shape(tmp_path / "model", TOY, "cpu"))
+    case = with_adapter(new_case(model, "cpu", TINY, None, tmp_path / "state"))
     assert losses(ours, case) == pytest.approx(losses(plain, case), abs=1e-5)
 
 
@@ -101,7 +103,7 @@ def test_other_labels_are_noticed(case: Case) -> None:
     from transformers import AutoProcessor
 
     batch, processor = case.batches[0], AutoProcessor.from_pretrained(nano.folder())
-    inputs = train_implementations._inputs(case, processor, batch)
+    inputs = stock_inputs(case, processor, batch)
     check_inputs(case, batch, inputs, processor.image_token_id)
     inputs["labels"][0, -1] = 7
     with pytest.raises(KshotError, match="is not the same training example for everybody"):
@@ -110,57 +112,46 @@ def test_other_labels_are_noticed(case: Case) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_other_losses_are_noticed(case: Case) -> None:
-    outcomes = {OURS: Outcome([1.0, 1.0, 1.1], [2, 2, 2]), PLAIN: Outcome([1.0, 1.0, 1.0])}
-    answers = {name: [Answer(1.0, outcome, 1)] for name, outcome in outcomes.items()}
-    with pytest.raises(KshotError, match=r"at step 3 our loss is 0.1 from that of 'plain .*: not the same training"):
-        bench_train.record(case, TINY, answers, [(1.0, 1.0)])
-
-
-def test_an_image_that_is_encoded_again_is_noticed() -> None:
+    seconds = {OURS: [1.0], PLAIN: [1.0]}
+    trained = {OURS: Trained(Outcome([1.0, 1.0, 1.1], [2, 2, 2]), 1), PLAIN: Trained(Outcome([1.0, 1.0, 1.0]), 1)}
+    with pytest.raises(KshotError, match=r"at step 3 our loss and that of 'plain .*' are 0.1 apart, more than 0.0001"):
+        bench_train.summary(case, TINY, seconds, trained, [(1.0, 1.0)])
+    again = {name: Trained(Outcome([1.0] * 3, [2, 2, 3]), 1) for name in seconds}
     with pytest.raises(KshotError, match="encoded 1 images again after the first epoch"):
-        bench_train_rows.tower([2, 2, 3], 1)
+        bench_train.summary(case, TINY, seconds, again, [(1.0, 1.0)])
 
 
-def test_an_answer_has_seconds_losses_and_memory(case: Case) -> None:
-    answer = training(plain, replace(case, batches=case.batches[:1]))
-    assert answer.seconds > 0
-    assert len(answer.outcome.losses) == 1
-    assert answer.peak > 100e6
+def test_a_training_has_seconds_losses_and_memory(case: Case) -> None:
+    trained = train(plain, replace(case, batches=case.batches[:1]))
+    assert trained.seconds > 0
+    assert len(trained.value.outcome.losses) == 1
+    assert trained.value.peak > 100e6
 
 
-def test_a_step_alone_is_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model alone has the gradient of a step: only then is its time that of a step's arithmetic."""
-    from vlm.local.training_run import TrainingRun
-
-    norms, step = list[float](), TrainingRun.step
-
-    def kept(run: TrainingRun, params: tinker.types.AdamParams) -> float:
-        norms.append(step(run, params.model_copy(update={"learning_rate": 0.0})))
-        return norms[-1]
-
-    monkeypatch.setattr(TrainingRun, "step", kept)
-    assert all(min(pair) > 0 for pair in step_pairs(case, 3))
-    assert norms == pytest.approx(2 * (1 + 3) * [norms[0]], rel=1e-4)
+def test_the_model_takes_a_part_of_a_step(case: Case) -> None:
+    pairs = step_pairs(case, 3)
+    assert len(pairs) == 3
+    assert all(step > model > step / 10 for step, model in pairs)
 
 
-def test_children_tell_and_end() -> None:
+def test_processes_report_and_end() -> None:
     """What they raise comes in one line, a death as well, and none is left, busy or not."""
-    with children(["one", "two"]) as started:
+    with processes(["one", "two"]) as started:
         one, two = started["one"], started["two"]
-        ids = [child.begin(os.getpid) for child in (one, two)]
-        processes = [psutil.Process(answer()) for answer in ids]
-        assert len({os.getpid(), *(process.pid for process in processes)}) == 3
-        assert one.ask(torch.get_num_threads) == torch.get_num_threads()
-        assert one.ask(get_start_method) == get_start_method()
+        ids = [process.submit(os.getpid) for process in (one, two)]
+        running = [psutil.Process(result()) for result in ids]
+        assert len({os.getpid(), *(process.pid for process in running)}) == 3
+        assert one.run(torch.get_num_threads) == torch.get_num_threads()
+        assert one.run(get_start_method) == get_start_method()
         with pytest.raises(InputError, match="unknown shape '3B'"):
-            one.ask(bench_train._check, "cpu", "3B")
+            one.run(check, "cpu", "3B")
         with pytest.raises(KshotError, match=r"^'one' failed: ValueError: invalid literal for int.*: 'a\\nb'$"):
-            one.ask(int, "a\nb")
-        two.begin(time.sleep, 600)
+            one.run(int, "a\nb")
+        two.submit(time.sleep, 600)
         for _ in range(2):
             with pytest.raises(KshotError, match="the process of 'one' died"):
-                one.ask(os._exit, 1)
-    assert not any(process.is_running() for process in processes)
+                one.run(os._exit, 1)
+    assert not any(process.is_running() for process in running)
 
 
 def test_the_operations_are_those_that_torch_counts(case: Case) -> None:
@@ -168,35 +159,35 @@ def test_the_operations_are_those_that_torch_counts(case: Case) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     one = replace(case, batches=(case.batches[0][:1],))
-    model, processor = train_implementations._start(one), train_implementations._processor(one)
+    model, processor = stock_model(one), stock_processor(one)
     model.set_attn_implementation("eager")
-    inputs = train_implementations._inputs(one, processor, one.batches[0])
+    inputs = stock_inputs(one, processor, one.batches[0])
     with FlopCounterMode(display=False) as counter:
         model(**inputs).loss.backward()
-    work, config = work_of(one), model.config
     length = inputs["input_ids"].shape[1]  # the stock program also goes through the last token
-    counted = text(config.text_config, replace(work, lengths=[length], answers=length), 32)
+    counted = text_operations(model.config.text_config, [length], answers=length)
     counted["attention"] *= 2 * length / (length + 1)
-    total = sum(counted.values()) + tower(config.vision_config, work.patches)
+    total = sum(counted.values()) + operations(one)["tower"]
     assert counter.get_total_flops() == pytest.approx(total, rel=1e-3)
 
 
 def test_a_folder_is_chosen_from_by_seed(photos: Path) -> None:
     plan = Plan(classes=3, shots=4, batch=4, epochs=1, rounds=1)
-    classes, shots = found(photos, plan, np.random.default_rng(0))
-    assert shots == found(photos, plan, np.random.default_rng(0))[1] != found(photos, plan, np.random.default_rng(1))[1]
+    classes, shots = photographs(photos, plan, np.random.default_rng(0))
+    others = [photographs(photos, plan, np.random.default_rng(seed))[1] for seed in (0, 1)]
+    assert shots == others[0] != others[1]
     assert len(set(shots)) == 12
     assert [label for _, label in shots] == [n // 4 for n in range(12)]
     assert len(classes) == 3
     with pytest.raises(DatasetError, match="has 3 of the 4 folders of at least 4 photographs"):
-        found(photos, replace(plan, classes=4), np.random.default_rng(0))
+        photographs(photos, replace(plan, classes=4), np.random.default_rng(0))
     with pytest.raises(DatasetError, match="has 0 of the 3 folders"):
-        found(photos / "missing", plan, np.random.default_rng(0))
+        photographs(photos / "missing", plan, np.random.default_rng(0))
 
 
 def test_an_epoch_shows_everything_once() -> None:
     plan = Plan(classes=4, shots=2, batch=4, epochs=3, rounds=1)
-    batches = order(plan, np.random.default_rng(0))
+    batches = plan.order(np.random.default_rng(0))
     epochs = [sum(batches[n : n + 2], ()) for n in range(0, len(batches), 2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
     assert len(set(epochs)) == 3
@@ -225,9 +216,8 @@ def test_a_device_that_is_not_there(kshot: Callable[..., Any]) -> None:
 
 def test_the_prompt_is_ours(case: Case) -> None:
     """The words that peers are given are those of vlm.prompts."""
-    from experiments.bench.train_case import ASKED
-
-    tokenizer = prompt_of(case).tokenizer
-    before, after = prompt_of(case)._around
-    image = tokenizer.encode("<|image_pad|>")
-    assert tokenizer.encode(ASKED) == [*before, *image, *after]
+    prompt = case.prompt()
+    text, image = prompt.tokenizer.encode(USER_TURN + PREFILL), prompt.tokenizer.encode("<|image_pad|>")[0]
+    before, after = text[: text.index(image)], text[text.index(image) + 1 :]
+    chunks = prompt.question(case.images[0]).chunks
+    assert [chunks[0].tokens, chunks[2].tokens] == [before, after]

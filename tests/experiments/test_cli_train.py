@@ -16,7 +16,7 @@ from trained import TINY, train
 
 from data.dataset import Images
 from experiments.adapters import train as training
-from experiments.adapters.train import planned
+from experiments.adapters.train import plan_training
 from experiments.sweep import run
 from experiments.sweep.cells import Job
 from experiments.sweep.config import load
@@ -77,7 +77,7 @@ def test_it_is_the_adapter_of_the_sweeps_cell(
     folder = train(photos, tmp_path / "adapter", "--seed", "1", *options)
     grid = {"datasets": [f"folder:{photos}"], "methods": ["vlm-lora"], "shots": [2], "seeds": [1]}
     (job,) = plan(load("demo", grid, SETTINGS | more)).jobs
-    job_here, _ = planned(f"folder:{photos}", 2, 1, SETTINGS | more)
+    job_here, _ = plan_training(f"folder:{photos}", 2, 1, SETTINGS | more)
     assert job_here.cell == job.cell
     _, table = run_cell(job)
     card = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def test_ctrl_c_writes_nothing(words: list[str], tmp_path: Path, kshot, monkeypa
 
 
 def test_a_folder_that_was_filled_meanwhile_is_kept(photos: Path, tmp_path: Path) -> None:
-    job, dataset = planned(f"folder:{photos}", 2, 0, SETTINGS)
+    job, dataset = plan_training(f"folder:{photos}", 2, 0, SETTINGS)
     steps = training.train(job, dataset, tmp_path / "adapter")
     next(steps)
     (tmp_path / "adapter").mkdir()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from baselines import nano
-from experiments.adapters.train import planned
+from experiments.adapters.train import plan_training
 from experiments.sweep.cells import Job
 from experiments.sweep.config import COMPARED, OWN, Compare, Settings, command, load
 from experiments.sweep.grid import plan
@@ -297,22 +297,24 @@ def test_another_model_among_the_compared_brings_the_reference_protocol() -> Non
 @pytest.mark.parametrize("name", COMPARED)
 def test_training_an_adapter_takes_none_of_them(name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} is for sweeps, which test; training does not depend on it"):
-        planned("icons", 1, 0, {name: "x"})
+        plan_training("icons", 1, 0, {name: "x"})
 
 
 def test_results_of_an_earlier_version_are_reported(tmp_path: Path, kshot: Any) -> None:
     """Their settings have no readout; nothing is said of one."""
     old = Path(__file__).parents[2] / "results" / "control"
     folder = shutil.copytree(old, tmp_path / "out", ignore=shutil.ignore_patterns("report.*", "*.png", "*.svg"))
-    for path in (folder / "sweep.json", *folder.glob("cells/*.json")):
-        content = json.loads(path.read_text())
-        assert "compare" not in content
-        for name in ("readout", "image_size", "vlm_features"):
-            content["settings"].pop(name, None)
-        path.write_text(json.dumps(content))
+    for path in (folder / "sweep.json", folder / "cells.jsonl"):
+        lines = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
+        contents = [json.loads(line) for line in lines]
+        for content in contents:
+            assert "compare" not in content
+            for name in ("readout", "image_size", "vlm_features"):
+                content["settings"].pop(name, None)
+        path.write_text("".join(f"{json.dumps(content)}\n" for content in contents))
     said = kshot("report", folder)
     assert said.status == 0, said.err
-    cells = [json.loads(path.read_text()) for path in folder.glob("cells/*.json")]
+    cells = Results(folder).cells()
     text = (folder / "report.md").read_text()
     for method, title in (("vlm-lora", "VLM + LoRA"), ("pixel-knn", "pixel kNN")):
         mean = np.mean([100 * c["metrics"]["accuracy"] for c in cells if c["method"] == method])

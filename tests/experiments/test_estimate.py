@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,13 @@ from data.dataset import Access, Example, Item, content_key
 from data.fewshot import k_shot
 from data.preparation import prepare
 from experiments.plan import storage
-from experiments.plan.counts import available_lengths, cell_work, count, prompt_lengths
+from experiments.plan.counts import cell_work, count, prompt_lengths
 from experiments.plan.estimate import Requirements, check, duration, estimate, requirements, rows
 from experiments.plan.memory import PASS, Memory, memory
 from experiments.plan.models import vit_size
 from experiments.plan.storage import Disk, Download, disks, downloads
 from experiments.sweep.cells import predictions
-from experiments.sweep.config import Sweep, load
+from experiments.sweep.config import RunOptions, Sweep, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Outcome, Task, prompt_of
 from experiments.sweep.workload import Workload, is_here, of_jobs, of_sweep
@@ -92,11 +93,13 @@ def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> No
     images = [prepare(example.image) for example in (*dataset.train, *dataset.test)]
     questions = [prompt.question(image).length for image in images]
     examples = [prompt.datum(image, label).model_input.length for image in images for label in range(3)]
-    found = prompt_lengths(workload)[source, "recipe"]
+    table, _ = prompt_lengths(workload)
+    assert table is not None
+    found = table[source, "recipe"]
     assert found.prompt == pytest.approx(np.mean(questions))
     assert found.training == pytest.approx(np.mean(examples))
     assert found.image == np.mean([sum(rule_tokens(prompt, image)) for image in images])
-    total = count(workload, prompt_lengths(workload))
+    total = count(workload, table)
     assert total.training_tokens == round(4 * 15 * np.mean(examples))  # 3 steps of 5 views
     assert total.prompt_tokens == round(60 * np.mean(questions))
 
@@ -125,7 +128,7 @@ def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -
     assert found.test == 6084 + 8041 + 6149 + 3669
     assert found.train <= 3060 + 8144 + 1020 + 3680
     assert found.train > 0.6 * (3060 + 8144 + 1020 + 3680)
-    assert available_lengths(blog)[0] is None  # no tokenizer of that model is here
+    assert prompt_lengths(blog)[0] is None  # no tokenizer of that model is here
 
 
 def test_a_hubs_set_of_unknown_size_is_refused() -> None:
@@ -207,24 +210,24 @@ def test_a_model_in_the_hubs_cache_is_no_download(
 
 def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
     """A tested number of weights: see test_estimate_shapes."""
-    frozen, trained = (memory(of_sweep(sweep(m)), 2, free=10**10) for m in (("vlm-zero-shot",), ("vlm-lora",)))
+    frozen, trained = (memory(of_sweep(sweep(m)), 2) for m in (("vlm-zero-shot",), ("vlm-lora",)))
     assert frozen.parts["weights"] == trained.parts["weights"] == 4 * 3018368
     assert "adapter and optimizer" not in frozen.parts
     assert trained.needed == 2 * trained.per_worker > frozen.needed
-    assert memory(of_sweep(sweep(("pixel-knn",))), 1, free=1).parts["weights"] == 0
-    assert memory(of_sweep(sweep()), 2, free=10**10, measured=3 * 10**9).needed == 6 * 10**9
+    assert memory(of_sweep(sweep(("pixel-knn",))), 1).parts["weights"] == 0
+    assert replace(memory(of_sweep(sweep()), 2), measured=3 * 10**9).needed == 6 * 10**9
     elsewhere = of_sweep(sweep(("vlm-lora",)), service="http://somewhere")
-    assert memory(elsewhere, 1, free=10**10).parts["weights"] == 0
+    assert memory(elsewhere, 1).parts["weights"] == 0
 
 
 def test_a_model_of_unknown_size_is_said(sweep: Callable[..., Sweep]) -> None:
-    found = memory(of_sweep(sweep(model="somebody/a-model")), 1, free=10**10)
+    found = memory(of_sweep(sweep(model="somebody/a-model")), 1)
     assert found.unknown == ("somebody/a-model",)
 
 
 def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> None:
     """Half of the photos are 32 pixels wide, half 48; at a size of their own all are one pass."""
-    own, square = (memory(of_sweep(sweep(("dinov2-lora",), **at)), 1, free=0) for at in ({}, {"image_size": 40}))
+    own, square = (memory(of_sweep(sweep(("dinov2-lora",), **at)), 1) for at in ({}, {"image_size": 40}))
     vit = vit_size(nano_dinov2.NAME)
     assert vit is not None
     assert own.parts[PASS] == vit.training_bytes(3 * (4 * 5 + 1))  # of five images three at most; 40 x 32 on average
@@ -232,7 +235,7 @@ def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> No
 
 
 def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
-    found = estimate(of_jobs([], {}), tmp_path / "out", 2)
+    found = estimate(of_jobs([], {}), tmp_path / "out", RunOptions(workers=2))
     assert found.no_time == "nothing is left to compute"
     assert sum(found.counts.cells.values()) == found.counts.test == 0
     assert {row[0]: row[1] for row in rows(found)}["cells"] == "0"
@@ -240,7 +243,7 @@ def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_larger_model_needs_more(blog: Workload) -> None:
-    needed = [memory(of_sweep(load("blog", {}, {"model": size})), 1, free=0).needed for size in models.SIZES]
+    needed = [memory(of_sweep(load("blog", {}, {"model": size})), 1).needed for size in models.SIZES]
     assert needed == sorted(needed)
 
 
@@ -314,15 +317,15 @@ def test_what_does_not_fit_is_refused_with_the_way_out(changed: dict[str, Any], 
 
 def test_the_workers_are_those_that_a_sweep_would_have(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     workload = of_sweep(sweep())
-    assert requirements(workload, tmp_path / "out", 3).workers == 3
-    assert requirements(workload, tmp_path / "out", 100).workers == 17  # one a cell
-    assert requirements(workload, tmp_path / "out", None, threads=10**6).workers == 1
-    assert requirements(of_sweep(sweep(("vlm-zero-shot",))), tmp_path / "out", None).workers == 1
-    check(requirements(workload, tmp_path / "out", 2))
+    assert requirements(workload, tmp_path / "out", RunOptions(workers=3)).workers == 3
+    assert requirements(workload, tmp_path / "out", RunOptions(workers=100)).workers == 17  # one a cell
+    assert requirements(workload, tmp_path / "out", RunOptions(threads=10**6)).workers == 1
+    assert requirements(of_sweep(sweep(("vlm-zero-shot",))), tmp_path / "out", RunOptions()).workers == 1
+    check(requirements(workload, tmp_path / "out", RunOptions(workers=2)))
 
 
 def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
-    found = estimate(blog, tmp_path / "out", 1)
+    found = estimate(blog, tmp_path / "out", RunOptions(workers=1))
     assert (found.time, found.measurement) == (None, None)
     table = {row[0]: row[1:] for row in rows(found)}
     assert table["cells"] == ("184", "60 vlm-lora, 60 dinov2-lora, 4 vlm-zero-shot, 60 dinov2-logreg")
@@ -336,7 +339,7 @@ def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
 
 
 def test_a_service_elsewhere_is_not_measured(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
-    found = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", 1)
+    found = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", RunOptions(workers=1))
     assert found.no_time.startswith("the time of the service tinker is not measured")
     assert found.counts.prompt_tokens
 

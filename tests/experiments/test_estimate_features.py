@@ -150,9 +150,9 @@ def test_encoding_takes_workers_too(
     workload = of_jobs(planned.jobs, planned.datasets)
     assert (BATCH, len(workload.cells)) == (64, 1)
     assert encoding_jobs(workload) == len(planned.encodings(planned.jobs)) == 5
-    assert [requirements(workload, tmp_path, workers).workers for workers in (1, 4, 9)] == [1, 4, 5]
+    assert [requirements(workload, tmp_path, RunOptions(workers=workers)).workers for workers in (1, 4, 9)] == [1, 4, 5]
     limit(0)
-    assert requirements(workload, tmp_path, 9).workers == 1
+    assert requirements(workload, tmp_path, RunOptions(workers=9)).workers == 1
 
 
 def rates_of(workload: Workload, rates: Rates) -> Measurement:
@@ -181,7 +181,7 @@ def test_the_table_says_when(
 ) -> None:
     a, b, c = sets
     asked = of_sweep(sweep(), service="tinker")  # which is not measured
-    found, workload = estimate(asked, tmp_path, 1), of_sweep(sweep())
+    found, workload = estimate(asked, tmp_path, RunOptions(workers=1)), of_sweep(sweep())
     found = replace(found, counts=replace(found.counts, tower=112))
 
     def said() -> tuple[str, str]:
@@ -264,8 +264,7 @@ def test_the_memory_is_that_of_the_gpus_in_use(
     found = memory(workload, workers, device=device)
     assert (found.free, found.location, found.workers) == (free * 10**9, f"the memory of {name}", 1)
     assert found.parts["image features"] == 160 // 16
-    names = ("0", "1", "2")[:workers]
-    assert requirements(workload, tmp_path, gpus=names, device=device).memory == found
+    assert requirements(workload, tmp_path, RunOptions(device=device, workers=workers)).memory == found
 
 
 @pytest.mark.usefixtures("gpus")
@@ -300,7 +299,7 @@ def test_a_measurement_leaves_nothing_behind(
     seen = []
 
     def local(run: Any, *_: Any, **__: Any) -> Iterator[Any]:
-        (folder,) = run.args
+        folder, _ = run.args
         (folder / "of a worker").mkdir()
         (folder / "of a worker/some").write_bytes(b"1")
         seen.append(folder)

@@ -22,7 +22,7 @@ from experiments.plan.time import (
     sweep_time,
 )
 from experiments.sweep import workers as executors
-from experiments.sweep.config import load
+from experiments.sweep.config import RunOptions, load
 from experiments.sweep.workload import Workload, of_sweep
 from kshot.errors import InputError
 
@@ -120,9 +120,9 @@ def test_what_workers_see_is_averaged(photos: Path, monkeypatch: pytest.MonkeyPa
 
     def local(run: Any, jobs: list[Any], workers: int, **_: Any) -> Iterator[Any]:
         assert len(jobs) == workers == 2
-        assert [each.shots for each in jobs[0]] == [(1, 2, 4, 8, 16)]
+        (source,) = workload.datasets
         for n, job in enumerate(jobs, 1):
-            yield job, [ProbeResult(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)]
+            yield job, {source: ProbeResult(1e12 + n, n, n, n, {variant: Rates(fixed=n)}, n)}
 
     monkeypatch.setattr(executors, "local", local)
     found = measure(workload, 2)
@@ -148,7 +148,7 @@ def test_a_small_sweep_is_measured(photos: Path, tmp_path: Path) -> None:
 
     methods = ("dinov2-logreg", "dinov2-lora", "dinov2-knn", "pixel-knn")
     workload = of_sweep(load("demo", {"datasets": (f"folder:{photos}",), "methods": methods, "shots": (1, 2)}, TINY))
-    found = estimate(workload, tmp_path / "out", 1)
+    found = estimate(workload, tmp_path / "out", RunOptions(workers=1))
     assert found.measurement is not None
     assert found.time is not None
     (result,) = found.measurement.results.values()
@@ -175,7 +175,7 @@ def test_a_sweep_takes_what_was_said(
     workload = of_sweep(load("demo", {"shots": (1, 4)}, {}))
 
     def said() -> float:
-        found = estimate(workload, tmp_path / "none", 2).spent
+        found = estimate(workload, tmp_path / "none", RunOptions(workers=2)).time
         assert found is not None
         return found.total
 

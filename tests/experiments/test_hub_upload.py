@@ -83,8 +83,8 @@ def test_a_dry_run_says_all_and_asks_nothing(there: UploadHub, adapter: Path, re
     assert lines[6].split() == [f"{sum(sizes.values()):,}", "bytes", "in", "5", "files"]
     assert lines[7] == f"nothing was sent; this sends it: kshot push {adapter} o/new --yes"
     assert lines[8] == "o/r: a dataset repository of the hub, made public unless it is there"
-    cells = [path.stat().st_size for path in (results / "cells").iterdir()]
-    assert f"{sum(cells):>13,}  cells/, {len(cells)} records" in lines
+    assert f"{(results / 'cells.jsonl').stat().st_size:>13,}  cells.jsonl" in lines
+    assert f"{2 * len(CELL):>13,}  cells/, 2 records" in lines
     assert lines[-2] == "stays here: mine.txt, predictions, wandb"
     assert lines[-1] == f"nothing was sent; this sends it: kshot push {results} o/r --public --yes"
 
@@ -109,7 +109,7 @@ def test_of_results_only_what_belongs_to_them_is_sent(there: UploadHub, results:
     repo = there.repos["o/r"]
     assert (repo.kind, repo.private) == ("dataset", False)
     names = ["report.html", "report.md", "sweep.json", "figures/icons.png", "figures/icons.svg"]
-    names += [f"cells/{path.name}" for path in (ROOT / "results/demo/cells").iterdir()]
+    names += ["cells.jsonl", "cells/a.json", "cells/b.json"]
     assert repo.files == plain(results, names)
     assert len(repo.commits) == 1
 

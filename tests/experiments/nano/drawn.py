@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.embedded.icons import Icon, inked, read_icons
-from experiments.pretrain.subjects import _mask
+from experiments.pretrain.subjects import square_mask
 
 SOLID = "fontawesome6-solid-webfont"
 NAMES = ("anchor", "bug", "leaf", "moon", "rocket", "tooth", "tree", "wrench")
@@ -21,4 +21,4 @@ def icon(name: str, font: str = SOLID) -> Icon:
 @cache
 def masks() -> Tensor:
     """(8, 64, 64) uint8: what NAMES stand for, as one designer drew it."""
-    return torch.from_numpy(np.stack([_mask(image) for _, image in inked(map(icon, NAMES))]))
+    return torch.from_numpy(np.stack([square_mask(image) for _, image in inked(map(icon, NAMES))]))

@@ -7,9 +7,9 @@ from PIL import Image
 from scipy.special import log_softmax
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from experiments.pretrain import vlm
+from experiments.pretrain import students
 from experiments.pretrain.learning import FULL, Plan
-from experiments.pretrain.vlm import Tower
+from experiments.pretrain.students import Tower
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.prompts import Prompt
@@ -35,35 +35,35 @@ def test_the_answers_are_those_of_the_stock_forward_pass(prompt: Prompt) -> None
     whole = np.random.default_rng(0).integers(0, 256, (3, FULL, FULL, 3), dtype=np.uint8)
     chosen = torch.tensor([2, 0, 1])
     ours, stock = fresh(), fresh()
-    asked = vlm.rows(ours, prompt, NAMES, FULL)
+    prompts = students.questions(ours, prompt, NAMES, FULL)
     shown = torch.from_numpy(whole).permute(0, 3, 1, 2) / 255
-    hidden, wanted = vlm.answer(ours, Tower(ours.model.visual), asked, shown, chosen)
-    ids, _ = asked.batch(chosen)
+    hidden, targets = students.answer_states(ours, Tower(ours.model.visual), prompts, shown, chosen)
+    ids, _ = prompts.batch(chosen)
     images = AutoImageProcessor.from_pretrained(nano.HERE)(
         images=[Image.fromarray(x) for x in whole], return_tensors="pt"
     )
     is_image = (ids == stock.config.image_token_id).int()
-    logits = stock(input_ids=ids, mm_token_type_ids=is_image, **images).logits[:, len(asked.question) - 1 :]
+    logits = stock(input_ids=ids, mm_token_type_ids=is_image, **images).logits[:, len(prompts.question) - 1 :]
     torch.testing.assert_close(ours.lm_head(hidden), logits, rtol=1e-4, atol=1e-4)
-    for row, label in zip(wanted.tolist(), chosen.tolist(), strict=True):
-        assert tuple(token for token in row if token != vlm.IGNORED) == prompt.choices[label]
+    for row, label in zip(targets.tolist(), chosen.tolist(), strict=True):
+        assert tuple(token for token in row if token != students.IGNORED) == prompt.choices[label]
 
 
 def test_the_question_is_the_products_own(prompt: Prompt, make_image) -> None:
-    asked = vlm.rows(fresh(), prompt, NAMES, FULL)
+    prompts = students.questions(fresh(), prompt, NAMES, FULL)
     before, image, after = prompt.question(make_image(0, FULL, FULL)).chunks
-    assert asked.question.tolist()[: before.length] == before.tokens
-    assert asked.question.tolist()[-after.length :] == after.tokens
-    assert int(asked.is_image.sum()) == image.expected_tokens == 16
-    assert len(asked.question) == before.length + 16 + after.length
-    assert int(vlm.rows(fresh(), prompt, NAMES, 48).is_image.sum()) == 9
+    assert prompts.question.tolist()[: before.length] == before.tokens
+    assert prompts.question.tolist()[-after.length :] == after.tokens
+    assert int(prompts.is_image.sum()) == image.expected_tokens == 16
+    assert len(prompts.question) == before.length + 16 + after.length
+    assert int(students.questions(fresh(), prompt, NAMES, 48).is_image.sum()) == 9
 
 
 @torch.no_grad()
 def test_cooling_scales_every_logit_and_nothing_else() -> None:
     model, ids = fresh(), torch.randint(0, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
     before, others = model(input_ids=ids).logits, {n: w.clone() for n, w in model.state_dict().items()}
-    vlm.cool(model)
+    students.scale_logits(model)
     torch.testing.assert_close(model(input_ids=ids).logits, 0.35 * before)
     changed = [n for n, w in model.state_dict().items() if not torch.equal(w, others[n])]
     assert changed == ["model.language_model.norm.weight"]
@@ -72,16 +72,16 @@ def test_cooling_scales_every_logit_and_nothing_else() -> None:
 def test_the_loss_weighs_the_first_token_most() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 3, 7))
-    wanted = np.array([[1, 4, 6], [2, 5, vlm.IGNORED]])
+    targets = np.array([[1, 4, 6], [2, 5, students.IGNORED]])
     log_probs = log_softmax(logits, axis=2)
     first = -log_probs[0, 0, 1] - log_probs[1, 0, 2]
     later = -log_probs[0, 1, 4] - log_probs[0, 2, 6] - log_probs[1, 1, 5]
-    found = vlm.answer_loss(torch.tensor(logits), torch.tensor(wanted))
+    found = students.answer_loss(torch.tensor(logits), torch.tensor(targets))
     assert float(found) == pytest.approx((first + 0.3 * later) / 2)
 
 
 def test_names_that_many_drawings_bear_are_shown_less_often_than_they_stand_there() -> None:
-    shares = vlm._shares(["a", "a", "a", "a", "b"])
+    shares = students.sampling_weights(["a", "a", "a", "a", "b"])
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]))
 
 
@@ -90,7 +90,7 @@ def test_a_few_steps_make_the_names_likelier(prompt: Prompt) -> None:
     masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     described = torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1)
     model, said = fresh(), []
-    vlm.train(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), said.append)
+    students.train_answers(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), said.append)
     losses = [float(text.rsplit(" ", 1)[1]) for text in said]
     assert losses[-1] < losses[0]
     assert not model.training

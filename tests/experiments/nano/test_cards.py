@@ -7,13 +7,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from baselines import nano as dinov2
-from experiments.pretrain.cards import SHOTS, Facts, Making, dinov2_card, qwen_card
+from experiments.pretrain.cards import SHOTS, CardFacts, StageRecord, dinov2_card, qwen_card
 from vlm import nano as qwen
 
-FACTS = Facts(
+FACTS = CardFacts(
     drawings=17_000,
     names=3_000,
-    made={stage: Making(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(("vit", "tower", "answers"), 11)},
+    stages={stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(("vit", "tower", "answers"), 11)},
     accuracies={
         "dinov2-logreg": {1: 0.111, 4: 0.222, 16: 0.333},
         "vlm-lora": {1: 0.444, 4: 0.555, 16: 0.666},
@@ -33,7 +33,7 @@ FACTS = Facts(
         ),
     ],
 )
-def test_a_card_says_what_it_was_told(card, expected: list[str]) -> None:
+def test_a_card_has_its_facts(card, expected: list[str]) -> None:
     read = ModelCard(card(FACTS))
     assert read.data.license == "apache-2.0"
     for text in [*expected, "| pixel-knn | 6.1% | 6.2% | 6.3% |", "17,000 distinct", "must not be used"]:

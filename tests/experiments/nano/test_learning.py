@@ -14,9 +14,9 @@ def test_the_loss_is_the_cross_entropy_between_two_views_of_likeness() -> None:
     rng = np.random.default_rng(0)
     said, queue = rng.normal(size=(3, 5)), rng.normal(size=(8, 5))
     queue /= np.linalg.norm(queue, axis=1, keepdims=True)
-    wanted = softmax(queue[:3] @ queue.T / learning.SHARP_TEACHER, axis=1)
+    wanted = softmax(queue[:3] @ queue.T / learning.TEACHER_TEMPERATURE, axis=1)
     unit = said / np.linalg.norm(said, axis=1, keepdims=True)
-    expected = -(wanted * log_softmax(unit @ queue.T / learning.SHARP, axis=1)).sum(1).mean()
+    expected = -(wanted * log_softmax(unit @ queue.T / learning.TEMPERATURE, axis=1)).sum(1).mean()
     found = learning.similarity_loss(torch.tensor(said), torch.tensor(queue))
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
@@ -32,7 +32,7 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adam() -> None:
         "embed.weight": parameter(2, 2),
         "head": parameter(2, 2),
     }
-    muon, adam = learning.optimizers(named.items(), scale=0.5)
+    muon, adam = learning.make_optimizers(named.items(), scale=0.5)
     assert isinstance(muon, torch.optim.Muon)
     assert [len(each.param_groups[0]["params"]) for each in (muon, adam)] == [2, 3]
     assert [each.param_groups[0]["lr"] for each in (muon, adam)] == [0.5 * learning.MUON, 0.5 * learning.ADAM]

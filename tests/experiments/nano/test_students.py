@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, Qwen3VLForConditionalGeneration
 
-from experiments.pretrain import dinov2
-from experiments.pretrain.vlm import Tower
+from experiments.pretrain.students import Tower, create_dinov2, plain_attention, wave_positions
 from vlm import nano
 
 
@@ -58,14 +57,14 @@ def test_the_tower_has_the_stock_ones_gradients() -> None:
 
 def test_the_start_of_the_vit_depends_on_the_seed_alone() -> None:
     before = torch.get_rng_state()
-    one, same, other = (dinov2.create(seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (create_dinov2(seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
 
 
 def test_positions_start_as_waves() -> None:
-    found = dinov2.waves(3, 8).numpy()
+    found = wave_positions(3, 8).numpy()
     frequency = np.array([1, 100**-0.5])
     for n, (row, column) in enumerate(np.ndindex(3, 3)):
         expected = [f(place * frequency) for place in (column, row) for f in (np.sin, np.cos)]
@@ -76,10 +75,10 @@ def test_plain_attention_says_what_the_fused_one_says() -> None:
     from timm.layers import use_fused_attn
 
     before = use_fused_attn()
-    with dinov2.plain_attention():
+    with plain_attention():
         assert not use_fused_attn()
-        plain = dinov2.create(0)
+        plain = create_dinov2(0)
     assert use_fused_attn() == before
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert not plain.blocks[0].attn.fused_attn
-    torch.testing.assert_close(plain.eval()(x), dinov2.create(0).eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.eval()(x), create_dinov2(0).eval()(x), rtol=1e-4, atol=1e-5)

@@ -22,18 +22,18 @@ from data.embedded import icons as iconfonts
 from data.embedded.icons import first_word, inked, read_icons, thumbnails
 from experiments.pretrain import subjects as module
 from experiments.pretrain.subjects import (
-    ALIKE,
+    SIMILAR,
     NUMBERS,
     SAME,
     SYNONYMS,
     TEXT_FONTS,
     VALIDATION,
-    _alike,
-    _distinct,
-    _glyph_name,
-    _held_out_drawings,
-    _mask,
-    _text,
+    near_any,
+    first_of_each,
+    glyph_name,
+    held_out_thumbnails,
+    square_mask,
+    render_text,
     allowed,
     subjects,
 )
@@ -85,7 +85,7 @@ def test_the_rule_holds_for_the_name_of_every_icon() -> None:
 
 def test_the_rule_holds_for_what_every_glyph_is_called() -> None:
     """A glyph's own name may be longer than the one it is learnt by: both hold nothing that is kept out."""
-    named = {char: name for char in characters(TEXT_FONTS) if (name := _glyph_name(char))}
+    named = {char: name for char in characters(TEXT_FONTS) if (name := glyph_name(char))}
     assert len(named) > 1000
     wrong = [(char, name) for char, name in named.items() if KEPT_OUT.search(name)]
     assert wrong + [char for char in named if KEPT_OUT.search(unicodedata.name(char).lower())] == []
@@ -97,7 +97,7 @@ def test_no_glyph_that_stands_for_a_number() -> None:
     made = [char for char in characters(TEXT_FONTS) if re.search(r"\d", unicodedata.normalize("NFKD", char))]
     assert len(valued) > 1000
     assert len(made) > 100
-    assert [char for char in (*valued, *made) if _glyph_name(char)] == []
+    assert [char for char in (*valued, *made) if glyph_name(char)] == []
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_no_glyph_that_stands_for_a_number() -> None:
     ],
 )
 def test_glyph_names(char: str, name: str | None) -> None:
-    assert _glyph_name(char) == name
+    assert glyph_name(char) == name
 
 
 def test_the_drawings_come_once_each_and_none_that_looks_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_the_drawings_come_once_each_and_none_that_looks_held_out(monkeypatch: p
     icons, glyphs = found.names[: len(NAMES)], found.names[len(NAMES) :]
     assert icons == NAMES
     assert {f"letter {chr(code)}" for code in range(ord("a"), ord("z") + 1)} <= set(glyphs)
-    assert set(glyphs) <= {_glyph_name(char) for char in characters(("cmr10",))}
+    assert set(glyphs) <= {glyph_name(char) for char in characters(("cmr10",))}
     assert found.masks.shape == (len(found), 64, 64)
     assert found.masks.dtype == np.uint8
 
@@ -136,7 +136,7 @@ def test_drawings_of_the_held_out_classes(monkeypatch: pytest.MonkeyPatch) -> No
     held_out = [icon(name) for name in ("star", "star-half", "robot")]
     monkeypatch.setattr(module, "read_icons", lambda: [icon("anchor"), *held_out, icon("house")])
     expected = thumbnails(image for _, image in inked(held_out))
-    assert np.array_equal(_held_out_drawings(), expected)
+    assert np.array_equal(held_out_thumbnails(), expected)
 
 
 def test_missing_fonts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,20 +160,20 @@ def test_of_one_drawing_the_first_stays(seed: int, count: int) -> None:
     small = drawings(seed, count)
     same = cdist(small, small, "cityblock") / (255 * PIXELS) <= SAME
     expected = [not same[i, :i].any() for i in range(count)]
-    assert _distinct(small).tolist() == expected
+    assert first_of_each(small).tolist() == expected
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 300), offset=st.integers(0, 16))
 def test_what_is_near_a_held_out_drawing(seed: int, count: int, offset: int) -> None:
     small, others = drawings(seed, count) // 2, drawings(seed + 1, 3) // 2
     others[0] = small[0] + offset  # 0.03 lies at 7.65 grey steps
-    expected = (cdist(small, others, "cityblock") / (255 * PIXELS)).min(1) <= ALIKE
-    assert _alike(small, others).tolist() == expected.tolist()
+    expected = (cdist(small, others, "cityblock") / (255 * PIXELS)).min(1) <= SIMILAR
+    assert near_any(small, others).tolist() == expected.tolist()
 
 
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
 def test_a_mask_is_the_drawing_in_the_middle_of_a_square(width: int, height: int) -> None:
-    mask = _mask(Image.new("L", (width, height), 255))
+    mask = square_mask(Image.new("L", (width, height), 255))
     assert mask.shape == (64, 64)
     assert mask.dtype == np.uint8
     longest = max(width, height)
@@ -186,7 +186,7 @@ def test_a_mask_is_the_drawing_in_the_middle_of_a_square(width: int, height: int
 
 
 def test_the_ink_of_every_drawing_of_a_font_touches_two_opposite_edges() -> None:
-    drawn = [_mask(image) for _, image in inked(i for i in read_icons() if i.font.file == "codicon")]
+    drawn = [square_mask(image) for _, image in inked(i for i in read_icons() if i.font.file == "codicon")]
     ink = np.stack(drawn) > 0
     touches = (ink[:, :, 0].any(1) & ink[:, :, -1].any(1)) | (ink[:, 0].any(1) & ink[:, -1].any(1))
     assert len(touches) > 400
@@ -196,14 +196,14 @@ def test_the_ink_of_every_drawing_of_a_font_touches_two_opposite_edges() -> None
 def test_text_is_cropped_to_its_ink() -> None:
     path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
     face = ImageFont.truetype(path, 128, layout_engine=ImageFont.Layout.BASIC)
-    image = _text(face, "g")
+    image = render_text(face, "g")
     assert image is not None
     assert image.getbbox() == (0, 0, *image.size)
     # DejaVu's "g" in font units of 1/2048 em: 1040 wide, 1546 high, by its glyph table.
     glyph = TTFont(path)["glyf"]["g"]
     size = (glyph.xMax - glyph.xMin, glyph.yMax - glyph.yMin)
     assert np.allclose(image.size, np.array(size) * 128 / 2048, atol=2)
-    assert _text(face, " ") is None
+    assert render_text(face, " ") is None
 
 
 @pytest.mark.slow
@@ -218,4 +218,4 @@ def test_all_subjects() -> None:
     thumbs = np.stack([np.asarray(Image.fromarray(m).resize((24, 24), Image.Resampling.BOX)) for m in found.masks])
     small = thumbnails(image for _, image in inked(held_out))
     nearest = cdist(thumbs.reshape(len(found), -1)[::20], small, "cityblock").min(1) / (255 * PIXELS)
-    assert nearest.min() > 0.8 * ALIKE  # the mask has been shrunk twice here, which moves it a little
+    assert nearest.min() > 0.8 * SIMILAR  # the mask has been shrunk twice here, which moves it a little

@@ -77,14 +77,14 @@ def test_without_variety_a_picture_is_the_drawing_in_black_on_white() -> None:
 
 def test_half_the_variety_is_half_the_chance() -> None:
     drawn = pictures(0, variety=0.5)
-    assert drawn._some(20_000, 0.4).float().mean() == pytest.approx(0.2, abs=0.015)
-    assert not pictures(0, variety=0.0)._some(1000, 0.4).any()
+    assert drawn.chance(20_000, 0.4).float().mean() == pytest.approx(0.2, abs=0.015)
+    assert not pictures(0, variety=0.0).chance(1000, 0.4).any()
 
 
 def off_the_frame(ink: Tensor, button: Tensor, side: int, seed: int) -> np.ndarray:
     """Share of each drawing's ink that lies beyond the picture: the same drawing on a ground of twice the side."""
     with kept_grids() as kept:
-        glyph, _ = pictures(seed, side)._placed(ink, button)
+        glyph, _ = pictures(seed, side).place(ink, button)
     matrix, place = kept[0]
     theta = torch.cat([2 * matrix, -matrix @ place[..., None]], 2)
     wide = functional.affine_grid(theta, [len(ink), 1, 4 * side, 4 * side], align_corners=False)
@@ -95,14 +95,14 @@ def off_the_frame(ink: Tensor, button: Tensor, side: int, seed: int) -> np.ndarr
 @contextmanager
 def kept_grids() -> Iterator[list[tuple[Tensor, Tensor]]]:
     kept: list[tuple[Tensor, Tensor]] = []
-    stock = views._grid
+    stock = views.sampling_grid
 
     def grid(matrix: Tensor, place: Tensor, side: int) -> Tensor:
         kept.append((matrix, place))
         return stock(matrix, place, side)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views, "_grid", grid)
+        patch.setattr(views, "sampling_grid", grid)
         yield kept
 
 
@@ -115,10 +115,10 @@ def test_a_drawing_stays_in_the_frame_but_for_corners_that_tilt_and_stretch_push
 
 def test_the_drawing_lies_on_its_button() -> None:
     ink = masks().float().div(255)[:, None].repeat(50, 1, 1, 1)
-    glyph, plate = pictures(1)._placed(ink, torch.ones(len(ink), dtype=torch.bool))
+    glyph, plate = pictures(1).place(ink, torch.ones(len(ink), dtype=torch.bool))
     beyond = (glyph * (1 - plate)).sum((1, 2, 3)) / glyph.sum((1, 2, 3))
     assert beyond.max() < 0.05
-    none = pictures(1)._placed(ink, torch.zeros(len(ink), dtype=torch.bool))
+    none = pictures(1).place(ink, torch.zeros(len(ink), dtype=torch.bool))
     assert torch.equal(none[0], glyph)  # the button moves nothing
     assert not none[1].any()
 
@@ -127,7 +127,7 @@ def test_the_drawing_lies_on_its_button() -> None:
 @settings(deadline=None)
 def test_the_ink_stands_out_from_what_is_behind_it(seed: int, variety: float) -> None:
     button = some(100)
-    ground, fill, ink = (c.double().numpy() for c in pictures(seed, variety=variety)._colours(button))
+    ground, fill, ink = (c.double().numpy() for c in pictures(seed, variety=variety).colours(button))
     assert ground.shape == fill.shape == ink.shape == (100, 3, 1, 1)
     behind = np.where(button.numpy()[:, None], fill[..., 0, 0], ground[..., 0, 0])
     assert MIN_CONTRAST == 4.5
@@ -137,18 +137,18 @@ def test_the_ink_stands_out_from_what_is_behind_it(seed: int, variety: float) ->
 
 
 def test_grounds_are_light_or_dark_in_their_shares() -> None:
-    ground = pictures(0)._colours(some(4000))[0].numpy()[..., 0, 0]
+    ground = pictures(0).colours(some(4000))[0].numpy()[..., 0, 0]
     lightness = np.array([colorsys.rgb_to_hls(*colour)[1] for colour in ground])
     assert not ((lightness > 0.3001) & (lightness < 0.7999)).any()
     assert (lightness < 0.5).mean() == pytest.approx(DARK, abs=0.03)
-    assert pictures(0)._some(20_000, BUTTON).float().mean() == pytest.approx(BUTTON, abs=0.015)
+    assert pictures(0).chance(20_000, BUTTON).float().mean() == pytest.approx(BUTTON, abs=0.015)
 
 
 @given(seed=SEEDS, light=st.floats(0, 1), strong=SHARES)
 @settings(deadline=None)
 def test_colours_are_those_of_colorsys(seed: int, light: float, strong: float) -> None:
     """Whatever hue was drawn: the colour is that of its hue, at the lightness and saturation asked for, or a grey."""
-    made = pictures(seed)._hls(torch.full((20,), light), torch.full((20,), strong)).double().numpy()
+    made = pictures(seed).random_hues(torch.full((20,), light), torch.full((20,), strong)).double().numpy()
     for colour in made:
         hue = colorsys.rgb_to_hls(*colour)[0]
         expected = [colorsys.hls_to_rgb(hue, light, s) for s in (0.0, strong)]
@@ -156,7 +156,7 @@ def test_colours_are_those_of_colorsys(seed: int, light: float, strong: float) -
 
 
 def test_hues_are_uniform_and_half_the_colours_are_greys() -> None:
-    made = pictures(0)._hls(torch.full((4000,), 0.5), torch.full((4000,), 1.0)).double().numpy()
+    made = pictures(0).random_hues(torch.full((4000,), 0.5), torch.full((4000,), 1.0)).double().numpy()
     hues = [colorsys.rgb_to_hls(*colour)[0] for colour in made if np.ptp(colour) > 0]
     assert len(hues) / len(made) == pytest.approx(0.5, abs=0.03)
     assert stats.kstest(hues, "uniform").pvalue > 0.001
@@ -167,7 +167,7 @@ def test_hues_are_uniform_and_half_the_colours_are_greys() -> None:
 def test_contrast_is_that_of_wcag(seed: int) -> None:
     rng = np.random.default_rng(seed)
     one, other = rng.random((2, 50, 3)) ** rng.integers(1, 6)  # dark ones as well
-    found = views._contrast(torch.from_numpy(one).float(), torch.from_numpy(other).float())
+    found = views.contrast(torch.from_numpy(one).float(), torch.from_numpy(other).float())
     assert np.allclose(found, contrast(one, other), rtol=1e-4)
 
 
@@ -182,9 +182,9 @@ def test_thicker_thinner_and_outlined_strokes(seed: int) -> None:
             box = each[top : top + height, left : left + width]
             np.maximum(box, rng.uniform(0.5, 1), out=box)
     for change, expected in (
-        (views._dilated, [ndimage.maximum_filter(each, 3, mode="nearest") for each in ink]),
-        (views._eroded, [ndimage.minimum_filter(each, 3, mode="nearest") for each in ink]),
-        (views._outlined, [each - ndimage.minimum_filter(each, 5, mode="constant") for each in ink]),
+        (views.dilated, [ndimage.maximum_filter(each, 3, mode="nearest") for each in ink]),
+        (views.eroded, [ndimage.minimum_filter(each, 3, mode="nearest") for each in ink]),
+        (views.outlined, [each - ndimage.minimum_filter(each, 5, mode="constant") for each in ink]),
     ):
         assert np.allclose(change(torch.from_numpy(ink)[:, None])[:, 0], expected)
 
@@ -193,7 +193,7 @@ def test_hairlines_are_not_thinned_away() -> None:
     ink = torch.zeros(2, 1, 64, 64)
     ink[0, :, 30:32] = 1
     ink[1, :, 20:40] = 1
-    thin = views._eroded(ink)
+    thin = views.eroded(ink)
     assert torch.equal(thin[0], ink[0])
     assert thin[1].sum() == 18 * 64
 
@@ -213,7 +213,7 @@ def test_buttons_are_rounded_squares_and_discs(half: float, roundness: float) ->
     line = (torch.arange(side) + 0.5) * 2 / side - 1
     at = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)[None]
     values = (torch.tensor([v], dtype=torch.float32) for v in (half, half * roundness, side / 2))
-    found = views._rounded(at, *values).numpy()[0]
+    found = views.rounded_square(at, *values).numpy()[0]
     assert found.shape == (side, side)
     assert (
         abs(found - coverage(half, half * roundness, side / 2, side)).max() < 0.3
@@ -225,8 +225,8 @@ def test_buttons_are_rounded_squares_and_discs(half: float, roundness: float) ->
 def test_what_spoils_a_picture_leaves_most_of_it() -> None:
     """Noise of at most 0.08, a blur over three pixels, and a patch of one colour of at most 0.35 by 0.35."""
     grey = torch.full((400, 3, 64, 64), 0.5)
-    spoilt = pictures(0)._spoilt(grey)
-    patch = pictures(0)._hidden(grey) - grey
+    spoilt = pictures(0).degrade(grey)
+    patch = pictures(0).hide_patch(grey) - grey
     hidden = (patch.abs().amax(1) > 0).float().mean((1, 2))
     assert (hidden > 0).float().mean() == pytest.approx(views.HIDDEN, abs=0.06)
     assert hidden.max() <= 0.36**2
