@@ -24,12 +24,14 @@ check: $(STAMP)
 results: $(STAMP)
 	rm -rf results/demo results/control
 	$(BIN)/kshot demo --out results/demo --no-images
+	$(BIN)/kshot report results/demo --pack
 	$(BIN)/kshot sweep demo --set shuffle_test=true --method vlm-lora --method dinov2-logreg --method pixel-knn \
 		--shots 16 --out results/control --no-images
+	$(BIN)/kshot report results/control --pack
 
 # The nano pair, from nothing; hours on a CPU.
 pretrain: $(STAMP)
-	$(BIN)/python -m experiments.pretrain.main --work runs/pretrain-nano
+	$(BIN)/python -m experiments.pretrain --work runs/pretrain-nano
 
 venv: $(STAMP)
 

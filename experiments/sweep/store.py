@@ -173,8 +173,10 @@ class Results:
     def pack(self) -> None:
         """Put the records of all cells into one file, cells.jsonl, in place of a file each."""
         self._write_packed(self.cells())
-        for path in self._paths():
+        for path in [*self._paths()]:
             path.unlink()
+        if not any((self.folder / "cells").iterdir()):
+            (self.folder / "cells").rmdir()
 
     def _path(self, key: str) -> Path:
         return self.folder / "cells" / f"{key}.json"

@@ -187,3 +187,13 @@ def test_results_without_predictions_are_reported_as_recorded(kshot, two_workers
     assert "has no predictions: its metrics are taken as they are recorded" in said.out
     assert (committed / "report.html").exists()
     assert not Results(committed).finished()  # a sweep into it would compute them again
+
+
+def test_a_report_packs_the_cells(kshot, two_workers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_workers, tmp_path / "packed")
+    before = Results(folder).cells()
+    assert kshot("report", folder, "--pack").status == 0
+    assert not (folder / "cells").exists()
+    assert Results(folder).cells() == before
+    assert kshot("report", folder).status == 0  # with the metrics of the same predictions
+    assert Results(folder).cells() == before

@@ -32,7 +32,7 @@ from kshot.errors import KshotError
 
 def said(folder, repo, yes, public):
     try:
-        hub.check(repo, yes, public)
+        hub.check_options(repo, yes, public)
         return hub.offer(Path(folder), repo, yes, public)
     except KshotError as error:
         return {"error": str(error), "status": error.exit_status}
@@ -53,6 +53,9 @@ def ask(url: str, *requests: tuple[Path, str, bool, bool], **env: str) -> tuple[
     return lines, json.loads(last)
 
 
+CELL = "{}\n"
+
+
 @pytest.fixture
 def there() -> Iterator[UploadHub]:
     with accepting({"o/private": True, "o/public": False}) as hub:
@@ -61,8 +64,11 @@ def there() -> Iterator[UploadHub]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The committed results of the demo, with what a run also leaves there."""
+    """The committed results of the demo, two cells in files of their own, and what a run also leaves there."""
     folder = Path(shutil.copytree(ROOT / "results/demo", tmp_path / "demo"))
+    (folder / "cells").mkdir()
+    for name in "ab":
+        (folder / f"cells/{name}.json").write_text(CELL)
     for name in ("predictions/a.parquet", "figures/photo.jpg", "figures/other.png", "wandb/log", ".lock", "mine.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("stays")
