@@ -1,6 +1,7 @@
 """The command line: `kshot` or `python -m kshot`."""
 
 import sys
+from importlib import import_module
 
 from kshot.checks import check_packages
 from kshot.errors import InputError
@@ -13,9 +14,7 @@ def main() -> None:
     except InputError as error:
         print(f"kshot: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    from experiments.cli.main import main as run
-
-    run()
+    import_module("experiments.cli.main").main()
 
 
 if __name__ == "__main__":
