@@ -2,8 +2,7 @@
 
 Nothing that the demo's classes stand for is among them: neither under their names, nor under another word for the same
 thing, nor as a drawing that looks like one of theirs. Digits are left out as well, since `digits` is a data set of its
-own. The words of VALIDATION are kept out by the same rule: every choice in the recipe is made on them.
-Knows no model.
+own. The words of VALIDATION are left out by the same rule: every choice in the recipe is made on them.
 """
 
 import unicodedata
@@ -19,7 +18,7 @@ from data.embedded import icons
 from data.embedded.icons import Icon, inked, read_icons, thumbnails
 
 SIDE = 64  # pixels; the longest side of a drawing
-ALIKE = 0.03  # mean absolute difference of thumbnails: what is nearer to a held-out drawing shows the same thing
+SIMILAR = 0.03  # mean absolute difference of thumbnails: what is nearer to a held-out drawing shows the same thing
 SAME = 0.001  # likewise: one drawing twice
 EM = 128  # pixels; the size at which text is drawn
 
@@ -80,8 +79,8 @@ def subjects() -> Subjects:
     drawn = [*_icons(), *_glyphs()]
     names, images = [name for name, _ in drawn], [image for _, image in drawn]
     small = thumbnails(images)
-    keep = _distinct(small) & ~_alike(small, _held_out_drawings())
-    masks = np.stack([_mask(image) for image, wanted in zip(images, keep, strict=True) if wanted])
+    keep = first_of_each(small) & ~near_any(small, held_out_thumbnails())
+    masks = np.stack([square_mask(image) for image, wanted in zip(images, keep, strict=True) if wanted])
     return Subjects(masks, tuple(name for name, wanted in zip(names, keep, strict=True) if wanted))
 
 
@@ -105,7 +104,7 @@ def _icons() -> Iterator[tuple[str, Image.Image]]:
         yield icons.first_word(icon), image
 
 
-def _held_out_drawings() -> np.ndarray:
+def held_out_thumbnails() -> np.ndarray:
     """Thumbnails of every drawing of the demo's classes and of the validation words."""
     classes = {*(DATASETS["icons"].classes or ()), *VALIDATION}
     chosen: list[Icon] = [icon for icon in read_icons() if icons.first_word(icon) in classes]
@@ -121,11 +120,11 @@ def _glyphs() -> Iterator[tuple[str, Image.Image]]:
         path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
         face = ImageFont.truetype(path, EM, layout_engine=ImageFont.Layout.BASIC)
         for code in sorted(TTFont(path).getBestCmap()):
-            if (name := _glyph_name(chr(code))) and (image := _text(face, chr(code))):
+            if (name := glyph_name(chr(code))) and (image := render_text(face, chr(code))):
                 yield name, image
 
 
-def _glyph_name(char: str) -> str | None:
+def glyph_name(char: str) -> str | None:
     """ "A" → "letter a", "∑" → "n ary summation"; None for what is no letter of SCRIPTS, no symbol, or held out."""
     words = unicodedata.name(char, "").replace("-", " ").split()
     if not words or not allowed("-".join(words).lower()):
@@ -135,7 +134,7 @@ def _glyph_name(char: str) -> str | None:
     return " ".join(words).lower() if unicodedata.category(char).startswith("S") and len(words) <= 4 else None
 
 
-def _text(face: ImageFont.FreeTypeFont, char: str) -> Image.Image | None:
+def render_text(face: ImageFont.FreeTypeFont, char: str) -> Image.Image | None:
     left, top, right, bottom = (int(edge) for edge in face.getbbox(char))
     if right <= left or bottom <= top:
         return None
@@ -144,23 +143,23 @@ def _text(face: ImageFont.FreeTypeFont, char: str) -> Image.Image | None:
     return image.crop(box) if (box := image.getbbox()) else None
 
 
-def _mask(image: Image.Image) -> np.ndarray:
+def square_mask(image: Image.Image) -> np.ndarray:
     side = max(image.size)
     square = Image.new("L", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def _alike(small: np.ndarray, others: np.ndarray) -> np.ndarray:
+def near_any(small: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(N,) bool: which drawings are near one of the others."""
     import torch
 
     one, other = (torch.from_numpy(rows).float() for rows in (small, others))
     nearest = [torch.cdist(part, other, p=1).amin(1) for part in one.split(256)]
-    return torch.cat(nearest).numpy() <= ALIKE * 255 * small.shape[1]
+    return torch.cat(nearest).numpy() <= SIMILAR * 255 * small.shape[1]
 
 
-def _distinct(small: np.ndarray) -> np.ndarray:
+def first_of_each(small: np.ndarray) -> np.ndarray:
     """(N,) bool: the first of every drawing that is there more than once.
 
     Drawings that are the same have nearly the same amount of ink, so each is compared with its neighbours in that.

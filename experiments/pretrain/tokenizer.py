@@ -1,4 +1,4 @@
-"""How the nano tokenizer came to be: the first merges of a byte-level BPE and its special tokens. Knows no model.
+"""How the nano tokenizer was made: the first merges of a byte-level BPE and its special tokens.
 
 A BPE's merges are ordered by rank, so the first n of them are a BPE of their own; ordinary tokens keep their ids and
 the special tokens follow them directly. Source of the shipped one: the Qwen3 tokenizer (Apache-2.0).

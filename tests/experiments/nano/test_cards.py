@@ -10,10 +10,11 @@ from baselines import nano as dinov2
 from experiments.pretrain.cards import SHOTS, CardFacts, StageRecord, dinov2_card, qwen_card
 from vlm import nano as qwen
 
+STAGES = ("vit", "tower", "answers")
 FACTS = CardFacts(
     drawings=17_000,
     names=3_000,
-    stages={stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(("vit", "tower", "answers"), 11)},
+    stages={stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(STAGES, 11)},
     accuracies={
         "dinov2-logreg": {1: 0.111, 4: 0.222, 16: 0.333},
         "vlm-lora": {1: 0.444, 4: 0.555, 16: 0.666},

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from experiments.pretrain import cards, learning, main
+from experiments.pretrain import __main__ as main
+from experiments.pretrain import cards, learning
 from experiments.pretrain.subjects import Subjects
 from kshot.errors import InputError
 
@@ -33,8 +34,8 @@ def described(masks: torch.Tensor, device: str = "cpu") -> torch.Tensor:
 def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(main, "subjects", drawings)
     monkeypatch.setattr(learning, "describe", described)
-    monkeypatch.setattr(main, "_accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))
-    monkeypatch.setattr(sys, "argv", ["pretrain_nano", *map(str, arguments), "--steps", "2", "--threads", "1"])
+    monkeypatch.setattr(main, "accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))
+    monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, arguments), "--steps", "2", "--threads", "1"])
     main.main()
 
 
@@ -66,7 +67,7 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(main, "_vit", fail)
+    monkeypatch.setitem(main.TRAIN, "vit", fail)
     with pytest.raises(InterruptedError):
         pretrain(monkeypatch, "--work", tmp_path, "--stages", "vit")
     assert not list(tmp_path.glob("vit*"))

@@ -22,19 +22,19 @@ from data.embedded import icons as iconfonts
 from data.embedded.icons import first_word, inked, read_icons, thumbnails
 from experiments.pretrain import subjects as module
 from experiments.pretrain.subjects import (
-    SIMILAR,
     NUMBERS,
     SAME,
+    SIMILAR,
     SYNONYMS,
     TEXT_FONTS,
     VALIDATION,
-    near_any,
+    allowed,
     first_of_each,
     glyph_name,
     held_out_thumbnails,
-    square_mask,
+    near_any,
     render_text,
-    allowed,
+    square_mask,
     subjects,
 )
 from kshot.errors import DatasetError
