@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.dataset import Item, content_key
 from kshot.errors import DatasetError, KshotError, UnknownNameError
+from kshot.hub import access_problem, is_unreachable, one_line, unreachable_reason, with_retries
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
 UNREAD = (".py", ".zip")  # `datasets` gives up at code, and takes wrong labels for zipped folders (5.2.0)
-TRIES = 3  # of a file whose connection drops in a way that huggingface_hub does not resume
 MANY, DOWNLOADS = 16, 8  # more files than this are small ones, downloaded so many at a time
 
 
@@ -39,8 +39,7 @@ class HubSet:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """The names of the two columns that are read, and the classes of the second."""
 
     image: str
@@ -60,7 +59,10 @@ def read(hub_id: str, revision: str | None = None, splits: Sequence[str] | None 
     with _translate_errors(hub_id, revision):
         snapshot = _snapshot(hub_id, revision)
         builder, files = _layout(hub_id, snapshot)
-        wanted = {split: _files_of(hub_id, split, files) for split in splits or files}
+        for split in splits or ():
+            if split not in files:
+                raise UnknownNameError(f"split of {hub_id}", split, files)
+        wanted = {split: files[split] for split in splits or files}
         _download(hub_id, snapshot.name, list(chain(*wanted.values())))
         builder.config.data_files = {split: [str(snapshot / name) for name in wanted[split]] for split in wanted}
         columns = _columns(hub_id, next(iter(builder.as_streaming_dataset().values())).features)
@@ -112,12 +114,6 @@ def _name_within(hub_id: str, home: Path, file: str) -> str:
     return Path(file).relative_to(home).as_posix()
 
 
-def _files_of(hub_id: str, split: str, files: Mapping[str, list[str]]) -> list[str]:
-    if split not in files:
-        raise UnknownNameError(f"split of {hub_id}", split, files)
-    return files[split]
-
-
 def _download(hub_id: str, commit: str, names: Sequence[str]) -> None:
     if len(names) <= MANY:  # in this thread, where an interrupt is heard at once
         for name in names:
@@ -135,15 +131,8 @@ def _download(hub_id: str, commit: str, names: Sequence[str]) -> None:
 def _download_file(hub_id: str, commit: str, name: str) -> None:
     """One file into the cache, unless it is there: no request is made then."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import httpx
 
-    for tries_left in reversed(range(TRIES)):
-        try:
-            hf_hub_download(hub_id, name, repo_type="dataset", revision=commit)
-            return
-        except httpx.TransportError:
-            if not tries_left:
-                raise
+    with_retries(hf_hub_download, hub_id, name, repo_type="dataset", revision=commit)
 
 
 def _columns(hub_id: str, features: Mapping[str, Any]) -> Columns:
@@ -212,41 +201,18 @@ def _translate_errors(hub_id: str, revision: str | None) -> Iterator[None]:
 def _translated(hub_id: str, revision: str | None, error: Exception) -> KshotError:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
 
-    page, log_in = f"https://huggingface.co/datasets/{hub_id}", "set HF_TOKEN or run `hf auth login`"
+    page = f"https://huggingface.co/datasets/{hub_id}"
+    if message := access_problem(error, "set", hub_id, page, revision):
+        return DatasetError(message)
+    if is_unreachable(error):
+        return KshotError(
+            f"the hub cannot be reached ({unreachable_reason(error)}) and its cache does not hold all of {hub_id}; try "
+            "again, set HF_ENDPOINT to a mirror, or use --source archive where the set has one"
+        )
     match error:
-        case errors.HFValidationError():
-            return DatasetError(f"{hub_id!r} cannot be the name of a set on the hub; give OWNER/NAME")
-        case errors.GatedRepoError():
-            return DatasetError(f"{hub_id} is gated; accept its terms at {page} and {log_in}")
-        case errors.RepositoryNotFoundError():
-            return DatasetError(f"the hub has no set {hub_id}, or it is private; check the name, or {log_in}")
-        case errors.RevisionNotFoundError():
-            return DatasetError(f"{hub_id} has no revision {revision!r}; those it has are at {page}/commits")
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-            return DatasetError(f"the hub refuses {hub_id} to this user ({error.response.status_code}); {log_in}")
-        case errors.LocalEntryNotFoundError() | errors.CachedRepoTreeNotFoundError() | httpx.HTTPError():
-            return KshotError(
-                f"the hub cannot be reached ({_reason(error)}) and its cache does not hold all of {hub_id}; try again, "
-                "set HF_ENDPOINT to a mirror, or use --source archive where the set has one"
-            )
         case EmptyDatasetError() | DataFilesNotFoundError():
             return DatasetError(f"{hub_id} has no files of {', '.join(FORMATS)}; try revision refs/convert/parquet")
         case OSError(errno=int()):
-            return KshotError(f"{hub_id}: {_line(error)}; HF_HOME names the folder of the hub's cache")
-    return DatasetError(f"{hub_id} cannot be read ({_line(error)}); use another revision or set")
-
-
-def _reason(error: BaseException) -> str:
-    """Why the hub could not be reached: the first cause."""
-    from huggingface_hub import constants
-
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _line(error)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return KshotError(f"{hub_id}: {one_line(error)}; HF_HOME names the folder of the hub's cache")
+    return DatasetError(f"{hub_id} cannot be read ({one_line(error)}); use another revision or set")

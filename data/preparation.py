@@ -20,12 +20,12 @@ from PIL import Image, ImageOps
 from data.dataset import Example, Slice, content_key
 from kshot.errors import DatasetError, InputError
 from kshot.files import cache_folder
-from kshot.images import Size, open_image
+from kshot.images import EncodedImage, Size, image_key, open_image
 
 SEGMENT = 256 << 20  # bytes after which a new file is begun, so that space comes back while some references live
 
 
-def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> bytes:
+def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> EncodedImage:
     """The image as models get it: JPEG bytes (Pillow's default quality), RGB, longest side at most max_side pixels.
 
     Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe. The same bytes as
@@ -77,10 +77,10 @@ def _fit(size: Size, max_side: int) -> Size:
     return width, height
 
 
-def _encode(image: Image.Image, mirrored: bool) -> bytes:
+def _encode(image: Image.Image, mirrored: bool) -> EncodedImage:
     buffer = io.BytesIO()
     (ImageOps.mirror(image) if mirrored else image).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return EncodedImage(buffer.getvalue())
 
 
 # Spooling to disk
@@ -114,15 +114,18 @@ class _Segment:
 
 @dataclass(frozen=True, slots=True)
 class SpooledBytes:
-    """`length` bytes of the spool from `offset` on, for the process that wrote them."""
+    """`length` bytes of the spool from `offset` on, for the process that wrote them; key: see `image_key`."""
 
     segment: _Segment
     offset: int
     length: int
+    key: str
 
-    def read(self) -> bytes:
+    def read(self) -> EncodedImage:
         """The bytes; any thread may read."""
-        return os.pread(self.segment.file.fileno(), self.length, self.offset)
+        image = EncodedImage(os.pread(self.segment.file.fileno(), self.length, self.offset))
+        image.key = self.key
+        return image
 
 
 _current: WeakValueDictionary[int, _Segment] = WeakValueDictionary()  # by process: a fork must not write into ours
@@ -131,17 +134,17 @@ _lock = Lock()
 
 def spool(content: bytes) -> SpooledBytes:
     """Write bytes to the spool; any thread may do so. Raises DatasetError where the cache folder cannot be written."""
-    spooled = _reserve(len(content))
+    spooled = _reserve(len(content), image_key(content))
     spooled.segment.write(content, spooled.offset)
     return spooled
 
 
-def _reserve(length: int) -> SpooledBytes:
+def _reserve(length: int, key: str) -> SpooledBytes:
     with _lock:
         segment = _current.get(os.getpid())
         if segment is None or segment.end >= SEGMENT:
             segment = _current[os.getpid()] = _Segment()
-        spooled = SpooledBytes(segment, segment.end, length)
+        spooled = SpooledBytes(segment, segment.end, length, key)
         segment.end += length
     return spooled
 

@@ -4,9 +4,11 @@ Sizes are checked in the header, before anything is decoded. Colour profiles are
 below data, vlm and baselines.
 """
 
+import hashlib
 import io
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -20,6 +22,20 @@ Size = tuple[int, int]  # width, height in pixels
 
 # Pillow warns above its limit and raises only above twice of it; its manual gives this line to make both an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class EncodedImage(bytes):
+    """The bytes of an encoded image, with their key: computed once, it travels with them."""
+
+    @cached_property
+    def key(self) -> str:
+        """The SHA-256 of the bytes, in hex."""
+        return hashlib.sha256(self).hexdigest()
+
+
+def image_key(image: bytes) -> str:
+    """The identity of an encoded image: the SHA-256 of its bytes, in hex."""
+    return image.key if isinstance(image, EncodedImage) else hashlib.sha256(image).hexdigest()
 
 
 def is_plain(image: Image.Image) -> bool:

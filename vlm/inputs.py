@@ -3,7 +3,6 @@
 The next-token shift lives here and nowhere else. `ImageRule` says how many tokens an image of a size becomes.
 """
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import tinker
 from tinker import types
 
 from kshot.errors import ImageError, ModelError, RequestError
-from kshot.images import is_plain, open_header, open_image
+from kshot.images import EncodedImage, is_plain, open_header, open_image
 from vlm.label_trie import Branch
 from vlm.models import source
 
@@ -31,11 +30,11 @@ CHUNK_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg"}  # what an Ima
 class ImageRule:
     """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint.
 
-    headers: SHA-256 of an image that travels as it is → its format and tokens.
+    headers: key of an image that travels as it is → its format and tokens.
     """
 
     processor: "BaseImageProcessor"
-    headers: dict[bytes, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
+    headers: dict[str, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_pretrained(cls, model: str) -> "ImageRule":
@@ -70,25 +69,25 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     EXIF orientation, other formats) is turned into RGB and sent as PNG, so that every service sees the same pixels.
     Raises ImageError for bytes that are no image.
     """
-    digest = hashlib.sha256(data).digest()
-    format, tokens = rule.headers.get(digest) or _read_header(data, rule)
-    if format is None:
-        buffer = io.BytesIO()
-        open_image(data).save(buffer, "PNG")
-        data, format = buffer.getvalue(), "png"
-    elif len(rule.headers) < CACHED_HEADERS:
-        rule.headers[digest] = format, tokens
-    return types.ImageChunk(data=data, format=format, expected_tokens=tokens)
+    image = data if isinstance(data, EncodedImage) else EncodedImage(data)
+    found = rule.headers.get(image.key)
+    if found is None:
+        header = open_header(image)
+        plain = CHUNK_FORMATS.get(header.format or "")
+        if plain is None or not is_plain(header):
+            return _png_chunk(image, rule)
+        found = plain, rule.tokens(header.height, header.width)
+        if len(rule.headers) < CACHED_HEADERS:
+            rule.headers[image.key] = found
+    format, tokens = found
+    return types.ImageChunk(data=image, format=format, expected_tokens=tokens)
 
 
-def _read_header(data: bytes, rule: ImageRule) -> tuple[Format | None, int]:
-    """The format in which an image can travel as it is, or None, and its tokens."""
-    image = open_header(data)
-    format = CHUNK_FORMATS.get(image.format or "")
-    if format is None or not is_plain(image):
-        width, height = open_image(data).size
-        return None, rule.tokens(height, width)
-    return format, rule.tokens(image.height, image.width)
+def _png_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
+    image, buffer = open_image(data), io.BytesIO()
+    tokens = rule.tokens(image.height, image.width)
+    image.save(buffer, "PNG")
+    return types.ImageChunk(data=EncodedImage(buffer.getvalue()), format="png", expected_tokens=tokens)
 
 
 def model_input(*parts: types.ModelInputChunk | Sequence[int]) -> tinker.ModelInput:

@@ -4,11 +4,12 @@ A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVIS
 into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from kshot import hub
 from kshot.errors import KshotError, ModelError, UnknownNameError
 from vlm import nano
 
@@ -17,7 +18,6 @@ MODELS = {nano.NAME: nano.folder}
 SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
-TRIES = 3  # of a download whose connection drops in a way that huggingface_hub does not resume
 
 
 def full_name(name: str) -> str:
@@ -54,7 +54,7 @@ def weights(name: str) -> str:
     name = full_name(name)
     folder = source(name)
     if name not in MODELS and not _is_folder(name):
-        with _errors_of(name):
+        with translated(partial(_hub_message, name)):
             _fetch_weights(name.partition("@")[0], Path(folder).name)
     return folder
 
@@ -74,7 +74,7 @@ def _is_folder(name: str) -> bool:
 @cache  # one commit for as long as the process runs, and one request
 def _fetch_small(name: str) -> str:
     hub_id, _, revision = name.partition("@")
-    with _errors_of(name), _quiet():
+    with translated(partial(_hub_message, name)), _quiet():
         folder = _snapshot(hub_id, revision or None, SMALL)
     if not _is_folder(folder):
         raise ModelError(f"{name} has no config.json on the hub; give a model that has one, as Qwen3-VL's do")
@@ -98,21 +98,15 @@ def _fetch_weights(hub_id: str, commit: str) -> None:
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], offline: bool = False) -> str:
     """The folder of the hub's cache, called after the commit, with the files of these patterns at its top level."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import httpx
 
-    for tries_left in reversed(range(TRIES)):
-        try:
-            return snapshot_download(
-                hub_id,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
-                local_files_only=offline,
-            )
-        except httpx.TransportError:
-            if not tries_left:
-                raise
-    raise AssertionError("unreachable")
+    return hub.with_retries(
+        snapshot_download,
+        hub_id,
+        revision=revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=["*/*"],
+        local_files_only=offline,
+    )
 
 
 @contextmanager
@@ -130,49 +124,25 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """What goes wrong with a hub id, in one line of ours."""
+def translated(message: Callable[[Exception], str]) -> Iterator[None]:
+    """Whatever a library raises inside, as ModelError with this message; errors of kshot go through."""
     try:
         yield
     except KshotError:
         raise
     except Exception as error:
-        raise ModelError(_plain(name, error)) from error
+        raise ModelError(message(error)) from error
 
 
-def _plain(name: str, error: Exception) -> str:
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
-
+def _hub_message(name: str, error: Exception) -> str:
     hub_id, _, revision = name.partition("@")
-    page, log_in = f"https://huggingface.co/{hub_id}", "set HF_TOKEN or run `hf auth login`"
-    match error:
-        case errors.HFValidationError():
-            return f"{name!r} cannot be the name of a model on the hub; give OWNER/NAME or OWNER/NAME@REVISION"
-        case errors.GatedRepoError():
-            return f"model {name} is gated; accept its terms at {page} and {log_in}"
-        case errors.RepositoryNotFoundError():
-            return f"the hub has no model {name}, or it is private; check the name, or {log_in}"
-        case errors.RevisionNotFoundError():
-            return f"model {hub_id} has no revision {revision!r}; those it has are at {page}/commits"
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-            return f"the hub refuses model {name} to this user ({error.response.status_code}); {log_in}"
-        case errors.LocalEntryNotFoundError() | httpx.HTTPError():
-            way_out = "go online and try again, set HF_ENDPOINT to a mirror, or give a folder"
-            return f"the hub cannot be reached ({_reason(error)}) and its cache lacks files of model {name}; {way_out}"
-        case OSError(errno=int()):
-            return f"model {name} cannot be stored: {_line(error)}; HF_HOME names the folder of the hub's cache"
-    return f"model {name} cannot be fetched from the hub ({_line(error)}); give another one, or a folder"
-
-
-def _reason(error: BaseException) -> str:
-    """What kept the hub away: the first cause."""
-    from huggingface_hub import constants
-
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _line(error)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if found := hub.access_problem(error, "model", name, f"https://huggingface.co/{hub_id}", revision):
+        return found
+    if hub.is_unreachable(error):
+        reason, way_out = hub.unreachable_reason(error), "go online and try again, set HF_ENDPOINT to a mirror, or"
+        return (
+            f"the hub cannot be reached ({reason}) and its cache lacks files of model {name}; {way_out} give a folder"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"model {name} cannot be stored: {hub.one_line(error)}; HF_HOME names the folder of the hub's cache"
+    return f"model {name} cannot be fetched from the hub ({hub.one_line(error)}); give another one, or a folder"

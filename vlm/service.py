@@ -191,8 +191,7 @@ class PassLimits(NamedTuple):
 
 def pass_limits() -> PassLimits:
     """Those of the local engine; a longer sequence has a pass of its own."""
-    from vlm.local.engine import PACK
-    from vlm.local.scoring import POSITIONS, ROWS
+    from vlm.local.engine import PACK, POSITIONS, ROWS
 
     return PassLimits(PACK, POSITIONS, ROWS)
 

@@ -14,10 +14,10 @@ from experiments.adapters import folder as adapters
 from experiments.sweep.provenance import TOGETHER, file_stem
 from experiments.sweep.store import PACKED, Results
 from kshot.errors import InputError, KshotError
+from kshot.hub import LOG_IN, first_cause, one_line
 
 MODEL, DATASET = "model", "dataset"  # the hub's kinds of repositories
 PHOTOGRAPH = re.compile(rb"data:image/(?!svg\+xml)")  # figures are drawings; images of data sets are JPEG
-LOG_IN = "set HF_TOKEN or run `hf auth login`"
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,6 @@ def _message(repo: str, error: Exception) -> str:
         case errors.OfflineModeIsEnabled():
             return f"nothing was sent to {repo}: HF_HUB_OFFLINE is set; unset it and try again"
         case httpx.TransportError():
-            return f"the hub cannot be reached and {repo} is unchanged ({_line(error)}); try again, or set HF_ENDPOINT"
-    return f"{repo} was not written: {_line(error)}; the same command tries again"
-
-
-def _line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the first of them says what happened
-        error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = one_line(first_cause(error))
+            return f"the hub cannot be reached and {repo} is unchanged ({reason}); try again, or set HF_ENDPOINT"
+    return f"{repo} was not written: {one_line(first_cause(error))}; the same command tries again"

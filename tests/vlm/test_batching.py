@@ -20,6 +20,7 @@ from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured, disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.local import scheduler as scheduling
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.engine import BASE, Engine, Snapshot
 from vlm.local.model.attention import Next
@@ -315,7 +316,7 @@ def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
     scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampler, "ROWS", 2)
+    monkeypatch.setattr(scheduling, "ROWS", 2)
     hidden, left, other = engine.model.text.hidden, [2], Snapshot()
 
     def failing(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
@@ -368,7 +369,7 @@ def test_who_cancels_frees_the_rows(
     scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampler, "ROWS", 2)
+    monkeypatch.setattr(scheduling, "ROWS", 2)
     going = threading.Semaphore(0)
     first, second = (
         scheduler.sample(engine, BASE, SamplingRequest(requests[0].prompt, ENDLESS), lambda _: going.release())

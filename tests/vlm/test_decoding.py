@@ -34,9 +34,9 @@ def test_what_nobody_takes_does_not_pile_up(
         loader.start(bytes([number]), chunk.data)
     assert (len(loader._started), loader._held) == (2, 2 * size)
     monkeypatch.setattr(vision, "ABANDONED", -1)
-    loader.start(b"later", chunks[3].data)
-    assert list(loader._started) == [b"later"]
-    loader.drop(b"later")
+    loader.start("later", chunks[3].data)
+    assert list(loader._started) == ["later"]
+    loader.drop("later")
     assert loader._held == 0
 
 
@@ -45,10 +45,10 @@ def test_an_image_that_two_requests_wait_for_is_decoded_once(
 ) -> None:
     loader = vision.PixelLoader(rule, threads=1)
     for _ in range(2):
-        loader.start(b"key", chunks[0].data)
-    first = loader._started[b"key"].future.result()
+        loader.start("key", chunks[0].data)
+    first = loader._started["key"].future.result()
     monkeypatch.setattr(loader, "_make", None)
-    assert loader.take(b"key", chunks[0].data) is loader.take(b"key", chunks[0].data) is first
+    assert loader.take("key", chunks[0].data) is loader.take("key", chunks[0].data) is first
     assert not loader._held
 
 
@@ -57,8 +57,8 @@ def test_an_image_that_no_thread_has_begun_is_decoded_by_who_needs_it(
 ) -> None:
     loader, gate = vision.PixelLoader(rule, threads=1), threading.Event()
     loader._pool.submit(gate.wait)
-    loader.start(b"key", chunks[0].data)
+    loader.start("key", chunks[0].data)
     try:
-        assert torch.equal(loader.take(b"key", chunks[0].data).pixels, loader._make(chunks[0].data).pixels)
+        assert torch.equal(loader.take("key", chunks[0].data).pixels, loader._make(chunks[0].data).pixels)
     finally:
         gate.set()

@@ -21,7 +21,7 @@ from vlm.local.features import DiskCache, fingerprint
 from vlm.local.model.tower import ImageFeatures
 from vlm.local.vision import Vision, memory_limit
 
-KEYS = [bytes([n]) * 32 for n in range(8)]
+KEYS = [f"{n:02x}" * 32 for n in range(8)]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kshot.errors import ModelError
+from kshot.hub import TRIES
 from tests.data.hub_server import CUT, RESET, HubRepo
 from tests.vlm.checkpoints import serve_models, sharded
 from vlm import models
@@ -88,7 +89,7 @@ def repos(folder: Path) -> dict[str, HubRepo]:
     }
     return {
         "o/nano": HubRepo(whole | others, drops={BIG: [CUT]}),
-        "o/dropped": HubRepo(whole, drops={BIG: [RESET] * models.TRIES}),
+        "o/dropped": HubRepo(whole, drops={BIG: [RESET] * TRIES}),
         "o/gated": HubRepo(whole, gated=True),
         "o/bare": HubRepo({"README.md": b"# Nothing"}),
         "o/pickle": HubRepo(config | {"pytorch_model.bin": b"a pickle"}),

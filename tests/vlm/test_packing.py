@@ -38,7 +38,7 @@ def test_packed_equals_padded_and_single(
         packed = model.text.hidden(batch.inputs, Causal(batch.rows), None).split(batch.rows.lengths)
         for each, together in zip(inputs, packed, strict=True):
             one = collate(model, encode, [each])
-            alone = model.text.hidden(one.given, Causal(one.rows), None)
+            alone = model.text.hidden(one.inputs, Causal(one.rows), None)
             assert torch.allclose(alone, together, atol=1e-4)
         padded = _padded(stock, [stock_inputs(each, rule) for each in inputs])
     for row, together in enumerate(packed):

@@ -165,7 +165,9 @@ def _mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) 
 
 CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
-PACK = 4096  # positions in one pass, a datum at least
+PACK = 4096  # positions in one training pass, a datum at least
+ROWS = 64  # prompts or sequences in one pass without a gradient
+POSITIONS = 1 << 15  # of prompts, and of nodes behind them, in one pass without a gradient
 
 
 @dataclass(frozen=True)

@@ -52,19 +52,19 @@ class DiskCache:
             reason = f"feature cache folder {folder} cannot be written ({error.strerror})"
             raise ModelError(f"{reason}; name another, or none") from error
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: str) -> bool:
         return self.path(key).exists()
 
-    def touch(self, key: bytes) -> None:
+    def touch(self, key: str) -> None:
         """Have it count as used now: it is about to be."""
         with suppress(OSError):
             os.utime(self.path(key))
 
-    def path(self, key: bytes) -> Path:
+    def path(self, key: str) -> Path:
         """Where the features of the image with this SHA-256 are or would be."""
-        return self._version_folder / key.hex()[:2] / f"{key.hex()}.safetensors"
+        return self._version_folder / key[:2] / f"{key}.safetensors"
 
-    def get(self, key: bytes) -> ImageFeatures | None:
+    def get(self, key: str) -> ImageFeatures | None:
         """None where there is no file, or a damaged one."""
         path = self.path(key)
         try:
@@ -75,7 +75,7 @@ class DiskCache:
             os.utime(path)
         return features
 
-    def put(self, key: bytes, features: ImageFeatures) -> None:
+    def put(self, key: str, features: ImageFeatures) -> None:
         """Write the file, over one that is there. A full disk is a warning: the run does not need the file."""
         content, path = _encode(features), self.path(key)
         try:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tinker import types
 
 from kshot.errors import RequestError
-from vlm.local.engine import Engine, Snapshot, groups, length_of
+from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
@@ -101,7 +101,7 @@ class SnapshotBatch:
     """The requests of one snapshot: those that wait for a row of its decoder, and those that run."""
 
     def __init__(self, engine: Engine, snapshot: Snapshot) -> None:
-        self.decoder = Decoder(engine, snapshot, sampler.ROWS)
+        self.decoder = Decoder(engine, snapshot, ROWS)
         self.waiting: deque[QueuedRequest] = deque()
         self._running: list[QueuedRequest] = []
 
@@ -121,7 +121,7 @@ class SnapshotBatch:
         tokens."""
         admitted = self._admitted()
         self._running += admitted
-        for members in groups([length_of(each.request.prompt) for each in admitted], sampler.ROWS, sampler.POSITIONS):
+        for members in groups([length_of(each.request.prompt) for each in admitted], ROWS, POSITIONS):
             self._prefill([admitted[n] for n in members])
         started = {sequence for each in admitted for sequence in each.sequences}
         self._notify(started)
@@ -132,11 +132,11 @@ class SnapshotBatch:
     def _admitted(self) -> list[QueuedRequest]:
         """Those of the waiting whose prompts are read now, in order: as many as find a row, and fit one pass."""
         admitted, left = list[QueuedRequest](), deque[QueuedRequest]()
-        free, positions = self.decoder.free_rows, sampler.POSITIONS
+        free, positions = self.decoder.free_rows, POSITIONS
         for each in self.waiting:
             if each.finish_if_done():
                 continue
-            if len(admitted) == sampler.ROWS or positions <= 0 or not (each.prefill_only or free > 0):
+            if len(admitted) == ROWS or positions <= 0 or not (each.prefill_only or free > 0):
                 left.append(each)
                 continue
             admitted.append(each)
@@ -254,9 +254,7 @@ class Scheduler:
 
     def _enqueue(self, queue: deque[Any], item: Any) -> None:
         if self._ident == threading.get_ident():
-            raise RequestError(
-                "a custom loss cannot ask its own service: the answer would wait for the loss itself"
-            )
+            raise RequestError("a custom loss cannot ask its own service: the answer would wait for the loss itself")
         with self._lock:
             if not (self._closed or self._scheduled):
                 self._schedule()

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from kshot.errors import RequestError
 from vlm.label_trie import Trie
-from vlm.local.engine import LOGITS, Batch, Engine, Snapshot, groups, length_of
+from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Causal, Tree
 from vlm.local.model.packed import PackedInputs
 
-ROWS = 64  # prompts in one pass
-POSITIONS = 1 << 15  # of prompts and nodes in one pass
 MASK = 1 << 26  # numbers in the mask of one pass
 
 

@@ -8,7 +8,6 @@ A few threads decode images ahead of time (`PixelLoader`). Their patches have th
 called on one image, whichever thread makes them.
 """
 
-import hashlib
 import os
 import time
 from collections import OrderedDict
@@ -26,7 +25,7 @@ from tinker import types
 from torch import Tensor
 
 from kshot.errors import ImageError, RequestError
-from kshot.images import open_header, open_image
+from kshot.images import image_key, open_header, open_image
 from vlm.inputs import ImageRule
 from vlm.local.features import DISK_BYTES, DiskCache, fingerprint
 from vlm.local.model.load import Model
@@ -73,10 +72,10 @@ class PixelLoader:
     def __init__(self, rule: ImageRule, threads: int, limit: int = PIXEL_BYTES) -> None:
         self.threads = threads
         self._rule, self._limit, self._held = rule, limit, 0
-        self._started: dict[bytes, _PendingImage] = {}
+        self._started: dict[str, _PendingImage] = {}
         self._lock = Lock()
 
-    def start(self, key: bytes, data: bytes) -> None:
+    def start(self, key: str, data: bytes) -> None:
         """Have the image made for a later `take`, unless there is no room. `take` raises what is wrong with it."""
         if not self.threads:
             return
@@ -92,7 +91,7 @@ class PixelLoader:
                 self._started[key] = _PendingImage(future, size, 1, time.monotonic())
                 self._held += size
 
-    def take(self, key: bytes, data: bytes) -> Patches:
+    def take(self, key: str, data: bytes) -> Patches:
         """The patches of an image, made here if nobody has begun. Raises ImageError for what is no image."""
         with self._lock:
             started = self._started.get(key)
@@ -103,7 +102,7 @@ class PixelLoader:
                     self._remove(key)
         return self._make(data) if started is None or not_begun else started.future.result()
 
-    def drop(self, key: bytes) -> None:
+    def drop(self, key: str) -> None:
         """Forget an image that is not needed any more."""
         with self._lock:
             if key in self._started:
@@ -125,7 +124,7 @@ class PixelLoader:
         torch.set_num_threads(before)  # ... which this takes back
         return pool
 
-    def _remove(self, key: bytes) -> None:
+    def _remove(self, key: str) -> None:
         gone = self._started.pop(key)
         gone.future.cancel()
         self._held -= gone.bytes
@@ -168,17 +167,17 @@ class MemoryCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self._held = limit, 0
-        self._cache: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self._cache: OrderedDict[str, ImageFeatures] = OrderedDict()
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: str) -> bool:
         return key in self._cache
 
-    def get(self, key: bytes) -> ImageFeatures | None:
+    def get(self, key: str) -> ImageFeatures | None:
         if key in self._cache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
-    def put(self, key: bytes, features: ImageFeatures) -> None:
+    def put(self, key: str, features: ImageFeatures) -> None:
         self._held += features.values.nbytes
         if key in self._cache:
             self._held -= self._cache.pop(key).values.nbytes
@@ -263,7 +262,7 @@ class Vision:
         patches = {key: self._pixels.take(key, data) for key, data in images.items()}
         for chunk in chunks:
             self._check(chunk, self._tokens(patches[_key(chunk)]))
-        ready: dict[bytes, ImageFeatures] = {}
+        ready: dict[str, ImageFeatures] = {}
         for keys in _groups(patches):
             features = self._run([patches[key] for key in keys], linear)
             ready |= {key: each.to(self._model.device) for key, each in zip(keys, features, strict=True)}
@@ -273,10 +272,10 @@ class Vision:
     def _visual(self) -> Any:
         return self._model.stock.model.visual
 
-    def _is_cached(self, key: bytes) -> bool:
+    def _is_cached(self, key: str) -> bool:
         return key in self._device_memory or key in self._memory or bool(self._disk and key in self._disk)
 
-    def _from_cache(self, key: bytes) -> ImageFeatures | None:
+    def _from_cache(self, key: str) -> ImageFeatures | None:
         features = self._memory.get(key)
         if features is None and self._disk and (features := self._disk.get(key)):
             self._memory.put(key, features.compact())
@@ -286,7 +285,7 @@ class Vision:
 
     @torch.inference_mode(False)  # kept for passes with gradients too
     @torch.no_grad()
-    def _encode(self, images: dict[bytes, bytes], together: bool | None = None) -> dict[bytes, ImageFeatures]:
+    def _encode(self, images: dict[str, bytes], together: bool | None = None) -> dict[str, ImageFeatures]:
         """Through the tower and into the caches. together: images of one size in one pass; unless on a CPU."""
         if together if together is not None else self._model.device.type != "cpu":
             patches = {key: self._pixels.take(key, data) for key, data in images.items()}
@@ -298,7 +297,7 @@ class Vision:
             self._keep(key, features.compact())
         return done
 
-    def _keep(self, key: bytes, features: ImageFeatures) -> None:
+    def _keep(self, key: str, features: ImageFeatures) -> None:
         self._pixels.drop(key)  # other requests may wait for it
         self._memory.put(key, features)
         if self._disk:
@@ -324,13 +323,13 @@ class Vision:
             )
 
 
-def _key(chunk: types.ImageChunk) -> bytes:
-    return hashlib.sha256(chunk.data).digest()
+def _key(chunk: types.ImageChunk) -> str:
+    return image_key(chunk.data)
 
 
-def _groups(patches: dict[bytes, Patches]) -> list[list[bytes]]:
+def _groups(patches: dict[str, Patches]) -> list[list[str]]:
     """Keys of images of one grid, as many as may share a pass."""
-    by_grid: dict[tuple[int, int, int], list[bytes]] = {}
+    by_grid: dict[tuple[int, int, int], list[str]] = {}
     for key, each in patches.items():
         by_grid.setdefault(each.grid, []).append(key)
     groups = []

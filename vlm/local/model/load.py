@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers
 
-from kshot.errors import KshotError, ModelError, RequestError
+from kshot.errors import ModelError, RequestError
+from kshot.hub import one_line
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
@@ -59,7 +60,7 @@ def load_tokenizer(name: str) -> Any:
     those of another kind of model: transformers would make an empty one."""
     folder = Path(models.source(name))
     _, config = _read_config(name, folder)
-    with _errors_of(name), _quiet():
+    with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN or not tokenizer.encode("a"):
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
@@ -68,7 +69,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
-    with _errors_of(name):
+    with _load_errors(name):
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = written.get("model_type")
     if kind not in KINDS:
@@ -76,7 +77,7 @@ def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     if written.get("quantization_config"):
         raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
     stock = getattr(transformers, KINDS[kind])
-    with _errors_of(name), _quiet():
+    with _load_errors(name), _quiet():
         return stock, stock.config_class.from_pretrained(folder)
 
 
@@ -92,7 +93,7 @@ def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
-    with _errors_of(name), _quiet():
+    with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
             folder,
             dtype=dtype,
@@ -120,16 +121,10 @@ def _check_whole(name: str, info: Mapping[str, Any]) -> None:
         raise ModelError(f"checkpoint {name} {'; it '.join(wrong)}; {way_out}")
 
 
-@contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """Whatever transformers, torch or safetensors raise for a checkpoint, in one line of ours."""
-    try:
-        yield
-    except KshotError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ModelError(f"model {name} cannot be loaded ({reason}); download it again or give another") from error
+def _load_errors(name: str) -> AbstractContextManager[None]:
+    """Whatever transformers, torch or safetensors raise for a checkpoint, as ModelError in one line."""
+    way_out = "download it again or give another"
+    return models.translated(lambda error: f"model {name} cannot be loaded ({one_line(error)}); {way_out}")
 
 
 @contextmanager

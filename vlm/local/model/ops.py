@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kshot.hub import one_line
 from vlm.local.model import ops_torch
 
 
@@ -88,7 +89,7 @@ def _on_gpu(device: torch.device) -> Any:
 
         ops_triton.swiglu(torch.zeros(1, 2, device=device))
     except Exception as error:  # whatever a missing or broken compiler raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        warnings.warn(f"Triton compiles nothing here, so training on {device} is slower: {reason}", stacklevel=2)
+        message = f"Triton compiles nothing here, so training on {device} is slower: {one_line(error)}"
+        warnings.warn(message, stacklevel=2)
         return ops_torch
     return ops_triton

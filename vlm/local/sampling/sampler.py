@@ -15,13 +15,10 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
 from kshot.errors import RequestError
-from vlm.local.engine import LOGITS, Batch, Engine, Snapshot, groups, length_of
+from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Filling
 from vlm.local.sampling.decoder import Decoder
 from vlm.local.sampling.sequence import TokenSequence, generator_of, sample_tokens
-
-ROWS = 64  # sequences in one pass
-POSITIONS = 1 << 15  # of prompts in one pass
 
 
 @dataclass(frozen=True)

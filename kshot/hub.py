@@ -1,0 +1,74 @@
+"""What all uses of the Hugging Face hub share: another try where a connection drops, and its errors in plain words."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TRIES = 3  # of a download whose connection drops in a way that huggingface_hub does not resume
+LOG_IN = "set HF_TOKEN or run `hf auth login`"
+
+
+def with_retries(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """The call's result. It is made again where the connection drops, TRIES times in all."""
+    from huggingface_hub.utils import httpx
+
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return call(*args, **kwargs)
+        except httpx.TransportError:
+            if not tries_left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an error, shortened, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that an error goes back to: it says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def unreachable_reason(error: BaseException) -> str:
+    """Why the hub could not be reached."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(first_cause(error))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether the hub could not be reached, and its cache lacks what was wanted."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    return isinstance(error, errors.LocalEntryNotFoundError | errors.CachedRepoTreeNotFoundError | httpx.HTTPError)
+
+
+def access_problem(error: Exception, kind: str, name: str, page: str, revision: str | None) -> str | None:
+    """What is wrong with a repository's name or revision, or with this user's access to it, and the way out; None for
+    another error.
+
+    kind: "model" or "set". name: OWNER/NAME, of a model also OWNER/NAME@REVISION. page: the repository's address.
+    """
+    from huggingface_hub import errors
+
+    label = f"model {name}" if kind == "model" else name
+    match error:
+        case errors.HFValidationError():
+            form = "OWNER/NAME or OWNER/NAME@REVISION" if kind == "model" else "OWNER/NAME"
+            return f"{name!r} cannot be the name of a {kind} on the hub; give {form}"
+        case errors.GatedRepoError():
+            return f"{label} is gated; accept its terms at {page} and {LOG_IN}"
+        case errors.RepositoryNotFoundError():
+            return f"the hub has no {kind} {name}, or it is private; check the name, or {LOG_IN}"
+        case errors.RevisionNotFoundError():
+            return f"{label.partition('@')[0]} has no revision {revision!r}; those it has are at {page}/commits"
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
+            return f"the hub refuses {label} to this user ({error.response.status_code}); {LOG_IN}"
+    return None
