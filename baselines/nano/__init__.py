@@ -1,7 +1,7 @@
 """The nano DINOv2: a 0.8 M parameter ViT of DINOv2's architecture, to run the whole comparison on a CPU in minutes.
 
 This folder is the model in timm's hub layout: config.json, the one source of the architecture, the weights and the
-model card README.md. `experiments.pretrain.main` made the weights. `init_values`, DINOv2's layer scale, starts at 1 and
+model card README.md. `experiments.pretrain` made the weights. `init_values`, DINOv2's layer scale, starts at 1 and
 not at 1e-5, which is for networks far deeper.
 """
 
