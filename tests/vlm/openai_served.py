@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import openai
 import uvicorn
@@ -23,10 +23,10 @@ PREFIXES = ("/v1", "/oai/api/v1")
 
 @dataclass
 class Models:
-    """Meets `vlm.server.openai.routes.Models`. asked, samplings: what the samplers it gave were asked, and gave."""
+    """In place of `vlm.server.openai.routes.Models`. requests, samplings: all of its samplers."""
 
     service: LocalServiceClient
-    asked: list[SamplingRequest] = field(default_factory=list)
+    requests: list[SamplingRequest] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
 
     def names(self) -> list[str]:
@@ -51,7 +51,7 @@ class Watched:
     models: Models
 
     def start(self, ask: SamplingRequest, on_token: Any = None) -> Any:
-        self.models.asked.append(ask)
+        self.models.requests.append(ask)
         self.models.samplings.append(self.inner.start(ask, on_token))
         return self.models.samplings[-1]
 
@@ -62,7 +62,7 @@ class Watched:
 def application(models: Models, *, allow_urls: bool = False) -> FastAPI:
     app = FastAPI()
     for prefix in PREFIXES:
-        app.include_router(router(models, allow_urls), prefix=prefix)
+        app.include_router(router(cast(Any, models), allow_urls), prefix=prefix)
     return app
 
 

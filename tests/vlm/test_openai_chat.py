@@ -89,7 +89,7 @@ def test_the_recipes_question_is_the_same_tokens(
     for example in examples[:3]:
         expected = prompt.question(example.image)
         answer = ask(api, recipe(example.image), extra_body={"continue_final_message": True}, max_tokens=1)
-        assert flat(models.asked[-1].prompt) == flat(expected)
+        assert flat(models.requests[-1].prompt) == flat(expected)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == expected.length  # with the image's positions
 
@@ -205,7 +205,7 @@ def test_images_of_any_format_stand_in_their_places(
     ]
     content = [each for n, image in enumerate(images) for each in (part(image), {"type": "text", "text": f" {n}"})]
     answer = ask(api, [{"role": "user", "content": content}], max_tokens=1)
-    asked = models.asked[-1].prompt
+    asked = models.requests[-1].prompt
     chunks = [image_chunk(image, rule) for image in images]
     assert [c for c in asked.chunks if isinstance(c, types.ImageChunk)] == chunks
     pieces = ["<|im_start|>user\n<|vision_start|>", *(f"<|vision_end|> {n}<|vision_start|>" for n in range(4))]
@@ -220,7 +220,7 @@ def test_log_probs_are_the_stock_models(api: openai.OpenAI, models: Models, stoc
     choice = ask(api, max_tokens=4, logprobs=True, top_logprobs=2).choices[0]
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
-    prompt = flat(models.asked[-1].prompt)
+    prompt = flat(models.requests[-1].prompt)
     for count, entry in enumerate(choice.logprobs.content):
         with torch.no_grad():
             row = stock(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
@@ -271,12 +271,12 @@ def test_an_answer_may_have_1024_tokens_unless_told_otherwise(api: openai.OpenAI
         )
         next(iter(stream))
         stream.close()
-        kept.append(models.asked[-1].params.max_tokens)
-    assert kept == [1024, 4096 - models.asked[-1].prompt.length]
+        kept.append(models.requests[-1].params.max_tokens)
+    assert kept == [1024, 4096 - models.requests[-1].prompt.length]
     assert 0 < (kept[1] or 0) < 1024
     for name in ("max_tokens", "max_completion_tokens"):
         api.chat.completions.create(model=nano.NAME, messages=HELLO, **{name: 3})  # type: ignore[call-overload]
-        assert models.asked[-1].params.max_tokens == 3
+        assert models.requests[-1].params.max_tokens == 3
 
 
 @pytest.mark.parametrize(

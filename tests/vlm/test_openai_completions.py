@@ -189,9 +189,9 @@ def test_a_prompt_alone_is_scored(api: openai.OpenAI, stock: Any, tokenizer: Any
 
 def test_what_is_asked_reaches_the_sampler(api: openai.OpenAI, models: Models, tokenizer: Any) -> None:
     ask(api, max_tokens=3, temperature=0.5, top_p=0.9, seed=11, n=2, stop="x", extra_body={"top_k": 7})
-    params = models.asked[-1].params
+    params = models.requests[-1].params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (3, 0.5, 0.9, 7)
-    assert (params.seed, models.asked[-1].num_samples) == (11, 2)
+    assert (params.seed, models.requests[-1].num_samples) == (11, 2)
     assert params.stop == ["x", *sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")})]
 
 

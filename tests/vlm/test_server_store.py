@@ -211,8 +211,6 @@ def test_curves(filled: Store) -> None:
     assert filled.losses("s:train:0", 2) == [whole[0], whole[-1]]
     nan, inf = filled.losses("s:train:1")
     assert (math.isnan(nan.loss), inf.loss) == (True, math.inf)
-    with pytest.raises(RequestError, match="at least 2 points"):
-        filled.losses("s:train:0", 1)
 
 
 @pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
@@ -245,9 +243,6 @@ def test_what_cannot_be_stored_is_named(filled: Store) -> None:
         filled.add(Session("\ud800"))
     with pytest.raises(RequestError, match=r"cannot be stored.*too large"):
         filled.update(Run, "s:train:0", next_seq=2**63)
-    for limit, offset in ((-1, 0), (1, -1)):
-        with pytest.raises(RequestError, match=f"at least 0, got {limit} and {offset}"):
-            filled.newest(Run, limit, offset)
     with pytest.raises(KshotError, match=r"server\.sqlite3 did not take INSERT INTO runs: FOREIGN KEY"):
         filled.add(Run("n:train:0", "nobody", "m", LORA))
     with pytest.raises(KshotError, match=r"UNIQUE constraint failed: sessions\.id"):

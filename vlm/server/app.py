@@ -21,7 +21,6 @@ from vlm.server.futures import JSON, PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Budget, Guard, Keys, Requests, hosts_of
 from vlm.server.openai import responses
 from vlm.server.openai import routes as openai_routes
-from vlm.server.openai.models import OpenAIModels
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
 from vlm.server.tinker.routes import StrictBody, accepted, first_fault
@@ -74,7 +73,7 @@ def application(state: ServerState, options: Options) -> Any:
     api.include_router(tinker_routes.routes(state, training, sampling))
     api.include_router(watch.routes(state, requests, options.address))
     for prefix in OPENAI:
-        api.include_router(openai_routes.router(OpenAIModels(state), options.allow_urls), prefix=prefix)
+        api.include_router(openai_routes.router(openai_routes.Models(state), options.allow_urls), prefix=prefix)
     api.include_router(page.routes())
     free = frozenset({HEALTH, *PAGE})
     describe(api, OPENAI, free)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import zstandard
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.datastructures import Headers
@@ -88,7 +89,8 @@ class Guard:
                 receive = _replay(await _read(headers, receive, reserved, wanted), receive)
             return await self.app(scope, receive, send)
         except (RequestError, BusyError) as error:
-            return await _refuse(send, *self.error_response(scope["path"], error), headers)
+            response = _refusal(*self.error_response(scope["path"], error), headers)
+            return await response(scope, receive, send)
         except _DisconnectedError:
             return None
         finally:
@@ -211,16 +213,13 @@ def _replay(body: bytes, receive: Any) -> Any:
     return replay
 
 
-async def _refuse(send: Any, status: int, body: dict[str, Any], request_headers: Headers) -> None:
-    """Answer with an error. A client is let finish its body, so that it reads this, unless that may take for ever."""
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(content)).encode())]
-    if status == 429:
-        headers.append((b"retry-after", b"1"))
+def _refusal(status: int, body: dict[str, Any], request_headers: Headers) -> JSONResponse:
+    """The response to a refused request. A client is let finish its body, so that it reads this, unless that may take
+    for ever."""
+    headers = {"retry-after": "1"} if status == 429 else {}
     if "transfer-encoding" in request_headers or _number(request_headers.get("content-length", "0")) > DISCARDED:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+        headers["connection"] = "close"
+    return JSONResponse(body, status, headers)
 
 
 def _key(headers: Headers) -> str:

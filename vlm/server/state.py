@@ -9,14 +9,13 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinker import types
 
-from kshot.errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
+from kshot.errors import BusyError, LostError, MissingError, RequestError, UnknownNameError
 from vlm.local.clients import LocalSamplingClient, SamplingTask
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints
@@ -108,7 +107,7 @@ class ServerState:
             del self.runs[run.id]
             run.end(self.lost_run(run.id, why))
         for row in self.store.of_session(Sampler, session):
-            self.samplers.release(row.id)
+            self.samplers.ephemeral.pop(row.id, None)
 
     def live_run(self, run: str) -> LiveRun:
         """A run in memory. Raises MissingError for another, and says what was last saved of it."""
@@ -130,14 +129,6 @@ class ServerState:
         """Publish the answer to a request of a run."""
         self.sizes.pop(request_id, None)
         self.futures.finish(request_id, answer)
-
-    @contextmanager
-    def logged(self, what: str) -> Iterator[None]:
-        """Around what may fail without failing the request."""
-        try:
-            yield
-        except KshotError:
-            log.exception(what)
 
     def tidy(self, now: float) -> None:
         """Take stale sessions out of the memory, and expired checkpoints off the disk."""
@@ -269,10 +260,6 @@ class Samplers:
         mine = [name for name, each in self.ephemeral.items() if each.run == run]
         for name in mine[:-UNSAVED]:
             del self.ephemeral[name]
-
-    def release(self, sampler_id: str) -> None:
-        """Forget weights that are in memory alone."""
-        self.ephemeral.pop(sampler_id, None)
 
     async def _load(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         return await self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)

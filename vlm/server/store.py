@@ -9,7 +9,8 @@ machine that loses power may lose the last ones (WAL, synchronous=NORMAL), never
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -33,87 +34,31 @@ SETTINGS = (
 )
 
 
-class Database:
-    """The file in `folder`, made with `schema` where it is not there. From any thread; one statement at a time.
-
-    Raises InputError where another process holds the folder or it cannot be written to, KshotError where the file is
-    of another schema version or no database.
-    """
-
-    def __init__(self, folder: Path, schema: str, version: int) -> None:
-        if sqlite3.sqlite_version_info < OLDEST:
-            needed = ".".join(map(str, OLDEST))
-            raise KshotError(f"this Python has SQLite {sqlite3.sqlite_version}; the server needs {needed} or later")
-        self.path, self._mutex, self._lock = folder / FILE, Lock(), _held(folder)
-        try:
-            self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            self._connection.row_factory = sqlite3.Row
-            try:
-                self._prepare(schema, version)
-            except BaseException:
-                self._connection.close()
-                raise
-        except sqlite3.Error as error:
-            self._lock.release()
-            raise KshotError(f"{self.path} cannot be used: {error}; move it away, or choose another --state") from error
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def run(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
-        """The rows of one statement, which is a transaction of its own.
-
-        Raises RequestError for a text or a number that SQLite cannot hold, KshotError where it fails: a full disk, a
-        key that is there already, one that is missing.
-        """
-        try:
-            with self._mutex:
-                return self._connection.execute(statement, values).fetchall()
-        except (UnicodeEncodeError, OverflowError) as error:
-            raise RequestError(f"a value cannot be stored: {error}") from error
-        except sqlite3.Error as error:
-            raise KshotError(f"{self.path} did not take {' '.join(statement.split()[:3])}: {error}") from error
-
-    def close(self) -> None:
-        """Let go of the file and the folder."""
-        with self._mutex:
-            self._connection.close()
-        self._lock.release()
-
-    def _prepare(self, schema: str, version: int) -> None:
-        for setting in SETTINGS:
-            self._connection.execute(f"PRAGMA {setting}")
-        found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            self._connection.executescript(f"BEGIN; {schema}; PRAGMA user_version = {version}; COMMIT;")
-        elif found != version:
-            raise KshotError(
-                f"{self.path} has schema version {found} and this kshot reads {version}; use the kshot that wrote it, "
-                "or choose another --state"
-            )
-
-
-def _held(folder: Path) -> FileLock:
-    """The lock of a folder, which ends with its process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".server.lock", blocking=False, thread_local=False)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"another server uses the folder {folder}; stop it, or choose another --state") from error
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --state") from error
-    return lock
-
-
 class Store:
-    """The store in `folder`; raises as `Database`, when it is opened and in every call.
+    """The store in `folder`, made where it is not there. From any thread; one statement at a time.
 
-    Methods that look for a row give None where there is none. `now` is the current time unless it is given.
+    Raises InputError where another process holds the folder or it cannot be written to; KshotError where the file is of
+    another schema version or no database, and where a statement fails: a full disk, a key that is there already, one
+    that is missing; RequestError for a text or a number that SQLite cannot hold. Methods that look for a row give None
+    where there is none. `now` is the current time unless it is given.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._database = Database(folder, sql.SCHEMA, sql.VERSION)
+        if sqlite3.sqlite_version_info < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise KshotError(f"this Python has SQLite {sqlite3.sqlite_version}; the server needs {needed} or later")
+        self.path, self._mutex = folder / FILE, Lock()
+        with ExitStack() as opened:
+            opened.callback(_locked(folder).release)
+            try:
+                self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+                opened.callback(self._connection.close)
+                self._connection.row_factory = sqlite3.Row
+                self._prepare()
+            except sqlite3.Error as error:
+                text = f"{self.path} cannot be used: {error}; move it away, or choose another --state"
+                raise KshotError(text) from error
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Store":
         return self
@@ -122,21 +67,22 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Let the next server have the folder."""
-        self._database.close()
+        """Let go of the file and the folder."""
+        with self._mutex:
+            self._opened.close()
 
     def add(self, row: Any, verb: str = "INSERT", end: str = "") -> None:
         """A new row."""
         values = columns(type(row), vars(row))
         names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
-        self._database.run(f"{verb} INTO {sql.TABLES[type(row)]} ({names}) VALUES ({places}) {end}", values)
+        self._run(f"{verb} INTO {sql.TABLES[type(row)]} ({names}) VALUES ({places}) {end}", values)
 
     def update(self, kind: type, key: str, **values: Any) -> None:
         """Change some fields of a row, if it is there."""
         stored = columns(kind, values)
         assignments = ", ".join(f"{name} = :{name}" for name in stored)
         where = f"WHERE {sql.KEYS[kind]} = :_key"
-        self._database.run(f"UPDATE {sql.TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
+        self._run(f"UPDATE {sql.TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
 
     def get(self, kind: type[Row], key: str) -> Row | None:
         """The row with this primary key."""
@@ -145,7 +91,7 @@ class Store:
     def newest(self, kind: type[Row], limit: int, offset: int = 0) -> list[Row]:
         """Newest first: sessions or runs."""
         order = f"SELECT * FROM {sql.TABLES[kind]} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
-        return self._all(kind, order, *_page(limit, offset))
+        return self._all(kind, order, limit, offset)
 
     def count(self, kind: type) -> int:
         """The number of rows of a table."""
@@ -158,7 +104,7 @@ class Store:
     def next_clone(self, sampler: str) -> int | None:
         """The number of one more client of a sampler, from 1 on; never the same twice."""
         change = "UPDATE samplers SET clones = clones + 1 WHERE id = ? RETURNING clones"
-        rows = self._database.run(change, (sampler,))
+        rows = self._run(change, (sampler,))
         return rows[0][0] if rows else None
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -169,24 +115,23 @@ class Store:
         self, run: str | None = None, limit: int = 100, offset: int = 0, kind: str | None = None
     ) -> list[Checkpoint]:
         """Newest first: all, or those of a run, of a kind, or both."""
-        return self._all(Checkpoint, sql.CHECKPOINTS, run, run, kind, kind, *_page(limit, offset))
+        return self._all(Checkpoint, sql.CHECKPOINTS, run, run, kind, kind, limit, offset)
 
     def checkpoint_paths(self) -> list[str]:
         """Of all of them."""
-        return [path for (path,) in self._database.run("SELECT path FROM checkpoints ORDER BY path")]
+        return [path for (path,) in self._run("SELECT path FROM checkpoints ORDER BY path")]
 
     def last_checkpoint(self, run: str, kind: str) -> Checkpoint | None:
         """The newest of a run of one kind."""
-        newest = "SELECT * FROM checkpoints WHERE run = ? AND kind = ? ORDER BY created DESC, rowid DESC LIMIT 1"
-        return self._one(Checkpoint, newest, run, kind)
+        return next(iter(self.checkpoints(run, 1, kind=kind)), None)
 
     def remove_checkpoint(self, path: str) -> None:
         """Take a checkpoint off the list."""
-        self._database.run("DELETE FROM checkpoints WHERE path = ?", (path,))
+        self._run("DELETE FROM checkpoints WHERE path = ?", (path,))
 
     def expired(self, now: float) -> list[str]:
         """The paths of the checkpoints whose end has come."""
-        rows = self._database.run("SELECT path FROM checkpoints WHERE expires <= ? ORDER BY expires", (now,))
+        rows = self._run("SELECT path FROM checkpoints WHERE expires <= ? ORDER BY expires", (now,))
         return [path for (path,) in rows]
 
     def finish_future(self, request_id: str, key: str, content_type: str, payload: bytes, status: str) -> None:
@@ -201,7 +146,7 @@ class Store:
     def mark_retrieved(self, request_id: str, now: float | None = None) -> None:
         """Note that an answer has been sent; the first time counts."""
         change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ?"
-        self._database.run(change, (time.time() if now is None else now, request_id))
+        self._run(change, (time.time() if now is None else now, request_id))
 
     def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
         """Delete answers that were sent or finished so many seconds ago, and then, until the rest has at most
@@ -216,33 +161,59 @@ class Store:
     def add_loss(self, run: str, step: int, loss: float, examples: int, now: float | None = None) -> None:
         """One more point of the curve of a run that there is."""
         now = time.time() if now is None else now
-        self._database.run(sql.ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
+        self._run(sql.ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
 
     def losses(self, run: str, at_most: int = 500) -> list[Loss]:
         """A run's curve in order; of more points than that, some at even distances, with the first and the last."""
-        if at_most < 2:
-            raise RequestError(f"a curve has at least 2 points, got at_most = {at_most}")
         count = self._number("SELECT ifnull(max(number) + 1, 0) FROM losses WHERE run = ?", run)
         numbers = np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int)).tolist()
         wanted = "SELECT * FROM losses WHERE run = ? AND number IN (SELECT value FROM json_each(?)) ORDER BY number"
         return self._all(Loss, wanted, run, json.dumps(numbers))
 
     def _delete_futures(self, query: str, values: Mapping[str, Any]) -> None:
-        for row in self._database.run(query, values):
-            self._database.run("DELETE FROM futures WHERE request_id = ?", tuple(row))
+        for row in self._run(query, values):
+            self._run("DELETE FROM futures WHERE request_id = ?", tuple(row))
 
     def _all(self, kind: type[Row], query: str, *values: Any) -> list[Row]:
-        return [row_of(kind, stored) for stored in self._database.run(query, values)]
+        return [row_of(kind, stored) for stored in self._run(query, values)]
 
     def _one(self, kind: type[Row], query: str, *values: Any) -> Row | None:
         return next(iter(self._all(kind, query, *values)), None)
 
     def _number(self, query: str, *values: Any) -> int:
-        return self._database.run(query, values)[0][0]
+        return self._run(query, values)[0][0]
+
+    def _run(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        """The rows of one statement, which is a transaction of its own."""
+        try:
+            with self._mutex:
+                return self._connection.execute(statement, values).fetchall()
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise RequestError(f"a value cannot be stored: {error}") from error
+        except sqlite3.Error as error:
+            raise KshotError(f"{self.path} did not take {' '.join(statement.split()[:3])}: {error}") from error
+
+    def _prepare(self) -> None:
+        for setting in SETTINGS:
+            self._connection.execute(f"PRAGMA {setting}")
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            self._connection.executescript(f"BEGIN; {sql.SCHEMA}; PRAGMA user_version = {sql.VERSION}; COMMIT;")
+        elif version != sql.VERSION:
+            raise KshotError(
+                f"{self.path} has schema version {version} and this kshot reads {sql.VERSION}; use the kshot that "
+                "wrote it, or choose another --state"
+            )
 
 
-def _page(limit: int, offset: int) -> Iterable[int]:
-    """Raise RequestError for a negative one, which SQLite would take for no limit."""
-    if limit < 0 or offset < 0:
-        raise RequestError(f"limit and offset must be at least 0, got {limit} and {offset}")
-    return limit, offset
+def _locked(folder: Path) -> FileLock:
+    """The lock of a folder, which ends with its process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".server.lock", blocking=False, thread_local=False)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another server uses the folder {folder}; stop it, or choose another --state") from error
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --state") from error
+    return lock

@@ -188,7 +188,6 @@ CHECKPOINTS = """
     SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)
     ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?
 """
-CHECKPOINT_COUNT = "SELECT count(*) FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)"
 ADD_LOSS = """
     INSERT INTO losses (run, number, step, time, loss, examples)
     SELECT :run, ifnull(max(number) + 1, 0), :step, :time, :loss, :n FROM losses WHERE run = :run

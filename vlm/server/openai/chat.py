@@ -24,8 +24,8 @@ from tinker import types
 
 from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
+from vlm.local.clients import LocalSamplingClient
 from vlm.prompts import END_OF_TURN
-from vlm.server.openai.models import Sampler
 from vlm.server.openai.requests import ChatRequest, ImagePart, Message, TextPart
 
 MAX_IMAGES = 64  # of one request
@@ -40,7 +40,7 @@ EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network(
 Address = IPv4Address | IPv6Address
 
 
-async def prompt(request: ChatRequest, sampler: Sampler, *, allow_urls: bool) -> tinker.ModelInput:
+async def prompt(request: ChatRequest, sampler: LocalSamplingClient, *, allow_urls: bool) -> tinker.ModelInput:
     """The input of a conversation. Raises ImageError for images, PromptError for texts that cannot be given."""
     urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
     if len(urls) > MAX_IMAGES:
@@ -49,7 +49,7 @@ async def prompt(request: ChatRequest, sampler: Sampler, *, allow_urls: bool) ->
     return await asyncio.to_thread(_prompt, request, sampler, images)
 
 
-def _prompt(request: ChatRequest, sampler: Sampler, images: Sequence[bytes]) -> tinker.ModelInput:
+def _prompt(request: ChatRequest, sampler: LocalSamplingClient, images: Sequence[bytes]) -> tinker.ModelInput:
     tokenizer = sampler.get_tokenizer()
     written = text(request, tokenizer).split(IMAGE_TOKEN)
     if len(written) != len(images) + 1:

@@ -21,11 +21,10 @@ import tinker
 from tinker import types
 
 from kshot.errors import PromptError, RequestError
-from vlm.local.clients import SamplingRequest, TokenSequence
+from vlm.local.clients import LocalSamplingClient, SamplingRequest, SamplingTask, TokenSequence
 from vlm.prompts import END_OF_TURN
 from vlm.scoring import score_choices
 from vlm.server.openai import chat
-from vlm.server.openai.models import Sampler, Sampling
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
 from vlm.server.openai.responses import Envelope, Fields, usage
 from vlm.server.openai.text import DecodedText, Sample, Token, TopTokens, Vocabulary
@@ -62,7 +61,7 @@ class Completion(ABC):
 
     request: GenerationRequest
     envelope: Envelope
-    sampler: Sampler
+    sampler: LocalSamplingClient
     prompts: Sequence[EncodedPrompt]
 
     @abstractmethod
@@ -144,10 +143,10 @@ class SampledCompletion(Completion):
         return None if top is None else self.envelope.format.log_probs(self.vocabulary, tokens, top)
 
     @contextlib.contextmanager
-    def _started(self, events: Events | None = None) -> Iterator[list[Sampling]]:
+    def _started(self, events: Events | None = None) -> Iterator[list[SamplingTask]]:
         """The samplings; on the way out what is not done is cancelled. Each new token, and the end of each prompt's
         sampling, is put into `events`."""
-        loop, samplings = asyncio.get_running_loop(), list[Sampling]()
+        loop, samplings = asyncio.get_running_loop(), list[SamplingTask]()
 
         def put(number: int, event_of: Callable[[Any], _NewToken | None], source: Any) -> None:
             if events is not None:

@@ -6,12 +6,14 @@ or chooses → `responses` writes the body or the stream.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from kshot.errors import PromptError
+from kshot.errors import BusyError, PromptError
 from vlm.inputs import model_input
+from vlm.local.clients import LocalSamplingClient
 from vlm.server.openai import chat
 from vlm.server.openai.completions import (
     ChoiceList,
@@ -21,25 +23,35 @@ from vlm.server.openai.completions import (
     SampledCompletion,
     limit,
 )
-from vlm.server.openai.models import Sampler
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from vlm.server.openai.responses import CHAT, COMPLETION, Envelope, Fields, Route, body, stream
+from vlm.server.state import ServerState
+from vlm.server.tinker.sampling import WAITING
 
-OWNER = "kshot"
+OWNER, PATH = "kshot", "tinker://"
 
 
-class Models(Protocol):
+@dataclass(frozen=True)
+class Models:
     """The weights that are served."""
+
+    state: ServerState
 
     def names(self) -> Sequence[str]:
         """Of the base models."""
+        return list(self.state.models)
 
     def created(self) -> float:
         """Since when they are served, in seconds since 1970."""
+        return self.state.started
 
-    async def sampler(self, model: str) -> Sampler:
-        """By the name of a base model or the path of saved sampler weights. Raises UnknownNameError, MissingError or
-        ModelError where it is not here, RequestError for what is no path."""
+    async def sampler(self, model: str) -> LocalSamplingClient:
+        """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
+        where too many requests wait."""
+        if max(len(self.state.samplings), self.state.registry.scheduler.waiting_samples) >= WAITING:
+            raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
+        saved = model.startswith(PATH)
+        return await self.state.samplers.client(model if saved else None, None if saved else model)
 
 
 def router(models: Models, allow_urls: bool) -> APIRouter:
@@ -75,7 +87,7 @@ def router(models: Models, allow_urls: bool) -> APIRouter:
     return router
 
 
-def _encode(request: CompletionRequest, sampler: Sampler) -> list[EncodedPrompt]:
+def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[EncodedPrompt]:
     """A completion's prompts. Raises PromptError for image tokens, RequestError for what is too long."""
     tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
     for prompt in request.prompt:
@@ -97,7 +109,7 @@ def _check_no_image_token(tokenizer: Any, tokens: Sequence[int]) -> None:
 
 
 async def _answer(
-    request: GenerationRequest, http_request: Request, sampler: Sampler, prompts: Sequence[EncodedPrompt]
+    request: GenerationRequest, http_request: Request, sampler: LocalSamplingClient, prompts: Sequence[EncodedPrompt]
 ) -> Response:
     envelope = Envelope(CHAT if isinstance(request, ChatRequest) else COMPLETION, request.model)
     tokenizer = sampler.get_tokenizer()

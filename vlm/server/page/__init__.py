@@ -4,7 +4,7 @@ Three files as they are, without any library, build or foreign address. What the
 GET api/v1/overview, with an API key; the page itself needs none and holds no data of the server.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Response
@@ -33,19 +33,13 @@ def routes() -> APIRouter:
     """GET and HEAD of the page and its two files. Raises KshotError where one is not installed."""
     router = APIRouter(include_in_schema=False)
     for path, name, kind in FILES:
-        router.add_api_route(path, _answer(_read(name), kind), methods=["GET", "HEAD"])
+        try:
+            response = Response((HERE / name).read_bytes(), media_type=kind, headers=HEADERS)
+        except OSError as error:
+            raise KshotError(f"the server's {name} cannot be read ({error.strerror}); install kshot again") from error
+        router.add_api_route(path, partial(_same, response), methods=["GET", "HEAD"])
     return router
 
 
-def _answer(content: bytes, kind: str) -> Callable[[], Response]:
-    def answer() -> Response:
-        return Response(content, media_type=kind, headers=HEADERS)
-
-    return answer
-
-
-def _read(name: str) -> bytes:
-    try:
-        return (HERE / name).read_bytes()
-    except OSError as error:
-        raise KshotError(f"the server's {name} cannot be read ({error.strerror}); install kshot again") from error
+async def _same(response: Response) -> Response:
+    return response
