@@ -6,13 +6,10 @@ one file each; a process that fills a bucket holds its lock, and others fill oth
 evicted: a feature has a few KB, and the folder may be deleted at any time.
 """
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -28,8 +25,8 @@ from torch import nn
 
 from baselines.backbone import load
 from kshot.errors import InputError, KshotError
-from kshot.files import processor, write_file
-from kshot.images import open_image
+from kshot.files import facts_digest, processor, tensor_digest, write_file
+from kshot.images import image_key, open_image
 
 # Results of a batched product depend in their low bits on the size of the batch, so on a CPU every image is a forward
 # of its own: its features are a function of the image alone, bit for bit. A GPU would idle at that.
@@ -87,7 +84,7 @@ class Encoder:
         Raises:
             ImageError: bytes that are no image.
         """
-        keys = [hashlib.sha256(image).digest() for image in images]
+        keys = [bytes.fromhex(image_key(image)) for image in images]
         new = {key: n for n, key in enumerate(keys) if key not in self._memory}  # read again then: not all are held
         if self._store is None:
             self._encode(images, new)
@@ -143,7 +140,10 @@ class Encoder:
 
     def _decoded(self, images: Sequence[bytes], order: Sequence[int]) -> Iterator[np.ndarray]:
         """The images as pixels, in this order; for a GPU decoded ahead in threads, about one window."""
-        prepare = partial(_pixels, images, self._backbone.patch, self._size)
+
+        def prepare(n: int) -> np.ndarray:
+            return resized(images[n], self._backbone.patch, self._size)
+
         if self._cpu:
             yield from map(prepare, order)
             return
@@ -155,10 +155,6 @@ class Encoder:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-
-
-def _pixels(images: Sequence[bytes], patch: int, size: int | None, n: int) -> np.ndarray:
-    return resized(images[n], patch, size)
 
 
 # The store
@@ -231,7 +227,7 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
     depends = {
         "format": FORMAT,
         "module": _structure(module),
-        "weights": _digest(module.state_dict()),
+        "weights": tensor_digest(module.state_dict()),
         "device": torch.cuda.get_device_name(device)
         if cuda
         else [torch.backends.cpu.get_cpu_capability(), processor()],
@@ -239,7 +235,7 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
         "libraries": {name: version(name) for name in LIBRARIES},
         **facts,
     }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+    return facts_digest(depends)
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
@@ -259,15 +255,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, number formats and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # Pixels
@@ -306,11 +293,11 @@ class PixelCache:
 
     def __init__(self, patch: int, size: int | None = None, *, limit: int = 1 << 29) -> None:
         self._patch, self._size, self._room = patch, size, limit
-        self._pixels: dict[bytes, np.ndarray] = {}
+        self._pixels: dict[str, np.ndarray] = {}
 
     def __call__(self, image: bytes) -> np.ndarray:
         """`resized(image)`, from memory if it was kept. The array is shared: do not write to it."""
-        key = hashlib.sha256(image).digest()
+        key = image_key(image)
         if key in self._pixels:
             return self._pixels[key]
         pixels = resized(image, self._patch, self._size)

@@ -7,13 +7,15 @@ TODO The kind of machine this is, never its name. Like `kshot.errors` it stands 
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 # ---- Files that are complete or not there: written to a temporary name beside their place, then renamed. And the
@@ -111,6 +113,22 @@ def remove_stale(target: Path) -> None:
             continue
         if time.time() - newest > STALE:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """32 hex digits for facts that JSON can hold; what it cannot hold counts as its text."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def tensor_digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, over names, shapes, number formats and bytes of torch tensors, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fingerprint(place: Path) -> str:

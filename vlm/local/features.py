@@ -4,8 +4,6 @@ A file is good for a later run only if that run would compute the same bits, so 
 depend on (`fingerprint`). Several processes may share a folder.
 """
 
-import hashlib
-import json
 import os
 import re
 import tempfile
@@ -21,10 +19,9 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from kshot.errors import ModelError
-from kshot.files import STALE, write_file
+from kshot.files import STALE, facts_digest, tensor_digest, write_file
 from vlm.local.model.tower import ImageFeatures
 
 FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
@@ -119,7 +116,7 @@ def fingerprint(visual: Any, processor: Any) -> str:
     cuda = weight.device.type == "cuda"
     facts = {
         "format": FORMAT,
-        "weights": _digest(visual.state_dict()),
+        "weights": tensor_digest(visual.state_dict()),
         "tower": {name: value for name, value in visual.config.to_dict().items() if name != "_name_or_path"},
         "processor": processor.to_dict(),
         "dtype": weight.dtype,
@@ -127,21 +124,12 @@ def fingerprint(visual: Any, processor: Any) -> str:
         "device_type": weight.device.type,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, number formats and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return facts_digest(facts)
 
 
 def _encode(features: ImageFeatures) -> bytes:
     tensors = {"grid": torch.tensor(features.grid), "values": features.values.contiguous()}
-    check = torch.frombuffer(bytearray.fromhex(_digest(tensors)), dtype=torch.uint8)
+    check = torch.frombuffer(bytearray.fromhex(tensor_digest(tensors)), dtype=torch.uint8)
     return safetensors.torch.save({**tensors, "sha256": check})
 
 
@@ -149,7 +137,7 @@ def _decode(content: bytes) -> ImageFeatures:
     """Raises SafetensorError, KeyError, TypeError, ValueError or RuntimeError for anything but what `_encode` made."""
     tensors = safetensors.torch.load(content)
     check = bytes(tensors.pop("sha256").tolist())
-    if check.hex() != _digest(tensors):
+    if check.hex() != tensor_digest(tensors):
         raise ValueError("the content is not what was written")
     time_, height, width = tensors["grid"].tolist()
     return ImageFeatures((time_, height, width), tensors["values"])
