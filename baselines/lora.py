@@ -305,18 +305,17 @@ def _format(image: bytes) -> Literal["png", "jpeg"]:
 # Files
 
 
-def save_head(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a trained head as a new folder, complete or not there: its tensors, and what it is of (JSON values).
-
-    Frozen weights are not stored: the record names the backbone.
+def save_head(folder: Path, head: LoraHead) -> None:
+    """Write a trained head as a new folder, complete or not there: its trained tensors and its configuration. Frozen
+    weights are not stored: the configuration names the backbone.
 
     Raises:
         InputError: the folder exists. KshotError: it cannot be written.
     """
 
     def fill(new: Path) -> None:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / WEIGHTS)
-        (new / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        save_file({name: p.detach().contiguous() for name, p in head.trainable_parameters().items()}, new / WEIGHTS)
+        (new / RECORD).write_text(json.dumps(asdict(head.config), indent=2), encoding="utf-8")
 
     if folder.exists():
         raise InputError(f"{folder} exists; give another name")
@@ -326,27 +325,14 @@ def save_head(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, 
         raise KshotError(f"{folder} cannot be written ({error.strerror or error}); make room there") from error
 
 
-def load_head(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a saved head. Raises ModelError where there is none or it is damaged."""
+def load_head(folder: Path, device: str = "cpu") -> LoraHead:
+    """The head that `save_head` wrote. Raises ModelError where there is none or it is damaged; what LoraHead raises."""
     try:
-        return load_file(folder / WEIGHTS), json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ModelError(f"{folder} holds no trained head, or a damaged one ({error}); train it again") from error
-
-
-def save_lora_head(folder: Path, head: LoraHead) -> None:
-    """Write what is trained of a head, and its configuration. Raises as `save_head`."""
-    save_head(folder, head.trainable_parameters(), asdict(head.config))
-
-
-def load_lora_head(folder: Path, device: str = "cpu") -> LoraHead:
-    """The head that `save_lora_head` wrote. Raises ModelError for a folder of anything else; what LoraHead raises."""
-    weights, record = load_head(folder)
-    try:
-        config = TypeAdapter(LoraHeadConfig).validate_python(record, strict=True)
-    except (ValueError, InputError) as error:
+        config = TypeAdapter(LoraHeadConfig).validate_json((folder / RECORD).read_bytes(), strict=True)
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError, InputError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} is no head with LoRA, or a damaged one ({reason}); train it again") from error
+        raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
     head = LoraHead(config, seed=0, device=device)  # the seed is of weights that are replaced
     head.load_weights(weights)
     return head

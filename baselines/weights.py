@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -81,12 +81,10 @@ def vision_transformer(path: Path) -> VisionTransformer:
     """
     file = f"checkpoint {path}"
     state = _with_timm_names(read(path), file)
-    sizes = _sizes(state, config(path), file)
-    with torch.device("meta"):
-        vit = module_of(sizes)
-    _compare(state, vit, sizes, file)
+    vit = module_of(state, config(path), file)
+    _compare(state, vit, file)
     state = {name: _float32(name, tensor, file) for name, tensor in state.items()}
-    if sizes.registers and sizes.cls_position:
+    if "reg_token" in state and state["pos_embed"].shape[1] > vit.patch_embed.num_patches:
         # With registers timm has no position for CLS: it is added to the token beforehand.
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:].contiguous()
@@ -131,28 +129,9 @@ def _prefix(names: Mapping[str, Tensor], file: str) -> str:
     return prefixes[0]
 
 
-class Sizes(NamedTuple):
-    """A backbone's sizes.
-
-    width, depth, heads: of the transformer. patch: side of a patch, pixels. grid: patches along a side of the images
-    that the position embeddings are of. cls_position: whether there is one for the CLS token too. registers: number of
-    register tokens. hidden: width inside the MLP; gated: whether it is a SwiGLU, whose first layer has twice as many
-    outputs.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    grid: int
-    cls_position: bool
-    registers: int
-    hidden: int
-    gated: bool
-
-
-def _sizes(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, file: str) -> Sizes:
-    """The sizes that a backbone's tensors tell. config: a folder's config.json.
+def module_of(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, file: str) -> VisionTransformer:
+    """What timm calls vit_*_patch14_dinov2 and vit_*_patch14_reg4_dinov2, without weights, in the sizes that tensors
+    tell. config: a folder's config.json.
 
     Raises:
         ModelError: a tensor that tells a size is missing or of another rank, the heads cannot be told, or config.json
@@ -170,21 +149,39 @@ def _sizes(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, file: 
     mlp = f"blocks.{min(blocks, default=0)}.mlp"
     width, _, patch, _ = shape("patch_embed.proj.weight", 4)
     rows, hidden = shape(f"{mlp}.fc1.weight", 2)[0], shape(f"{mlp}.fc2.weight", 2)[1]
-    grid, cls_position = _grid(shape("pos_embed", 3)[1], file)
+    positions, gated = shape("pos_embed", 3)[1], rows == 2 * hidden
+    cls_position = isqrt(positions) ** 2 != positions  # one more than the grid has
+    if (grid := isqrt(positions - cls_position)) == 0 or grid**2 + cls_position != positions:
+        raise ModelError(f"{file} has {positions} position embeddings; DINOv2 has a square number, and one for CLS")
     registers = shape("reg_token", 3)[1] if "reg_token" in state else 0
     heads = _heads(width, config, file)
-    sizes = Sizes(width, len(blocks), heads, patch, grid, cls_position, registers, hidden, gated=rows == 2 * hidden)
-    _check_depth(sizes, file) if config is None else _check_config(sizes, config, file)
-    return sizes
-
-
-def _grid(positions: int, file: str) -> tuple[int, bool]:
-    """Side of the grid, and whether there is one more position, which is that of the CLS token."""
-    cls_position = isqrt(positions) ** 2 != positions
-    grid = isqrt(positions - cls_position)
-    if grid == 0 or grid**2 + cls_position != positions:
-        raise ModelError(f"{file} has {positions} position embeddings; DINOv2 has a square number, and one for CLS")
-    return grid, cls_position
+    _check_config(config, file, width=width, depth=len(blocks), patch=patch, registers=registers, gated=gated)
+    with torch.device("meta"):
+        vit = VisionTransformer(
+            img_size=grid * patch,
+            patch_size=patch,
+            embed_dim=width,
+            depth=len(blocks),
+            num_heads=heads,
+            mlp_ratio=(hidden * (1 + gated) + 0.5) / width,  # timm rounds down
+            mlp_layer=SwiGLUPacked if gated else Mlp,  # type: ignore[arg-type]
+            act_layer=torch.nn.SiLU if gated else torch.nn.GELU,
+            init_values=1.0,  # there is LayerScale; its values are loaded
+            reg_tokens=registers,
+            no_embed_class=registers > 0 or not cls_position,
+            num_classes=0,
+            dynamic_img_size=True,
+            weight_init="skip",
+        )
+    vit.pretrained_cfg = {  # type: ignore[assignment]
+        "input_size": (3, grid * patch, grid * patch),
+        "num_classes": 0,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+    return vit
 
 
 def _heads(width: int, config: Mapping[str, Any] | None, file: str) -> int:
@@ -201,27 +198,19 @@ def _heads(width: int, config: Mapping[str, Any] | None, file: str) -> int:
     return heads
 
 
-def _check_depth(sizes: Sizes, file: str) -> None:
-    depth = DEPTHS.get(sizes.width, sizes.depth)
-    if sizes.depth != depth:
+def _check_config(
+    config: Mapping[str, Any] | None, file: str, *, width: int, depth: int, patch: int, registers: int, gated: bool
+) -> None:
+    """Raises ModelError where config.json, or without one DINOv2's depth, contradicts the tensors."""
+    if config is None and depth != (published := DEPTHS.get(width, depth)):
         raise ModelError(
-            f"{file} has {sizes.depth} blocks; DINOv2 of width {sizes.width} has {depth}: download it again, or, of a "
-            "model that was made so, give the folder that transformers saves"
+            f"{file} has {depth} blocks; DINOv2 of width {width} has {published}: download it again, or, of a model "
+            "that was made so, give the folder that transformers saves"
         )
-
-
-def _check_config(sizes: Sizes, config: Mapping[str, Any], file: str) -> None:
-    stated = {
-        "hidden_size": sizes.width,
-        "num_hidden_layers": sizes.depth,
-        "patch_size": sizes.patch,
-        "num_register_tokens": sizes.registers,
-        "use_swiglu_ffn": sizes.gated,
-        "layer_norm_eps": EPSILON,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-    }
-    wrong = [f"{key} {config[key]!r} instead of {own!r}" for key, own in stated.items() if config.get(key, own) != own]
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "patch_size": patch, "num_register_tokens": registers}
+    sizes |= {"use_swiglu_ffn": gated, "layer_norm_eps": EPSILON, "hidden_act": "gelu", "qkv_bias": True}
+    stated = config or {}
+    wrong = [f"{key} {stated[key]!r} instead of {own!r}" for key, own in sizes.items() if stated.get(key, own) != own]
     if wrong:
         raise ModelError(
             f"{file} has a config.json with {', '.join(wrong)}, which its tensors or DINOv2 have; give both as "
@@ -229,40 +218,10 @@ def _check_config(sizes: Sizes, config: Mapping[str, Any], file: str) -> None:
         )
 
 
-def module_of(sizes: Sizes) -> VisionTransformer:
-    """What timm calls vit_*_patch14_dinov2 and vit_*_patch14_reg4_dinov2, in any size."""
-    side = sizes.grid * sizes.patch
-    vit = VisionTransformer(
-        img_size=side,
-        patch_size=sizes.patch,
-        embed_dim=sizes.width,
-        depth=sizes.depth,
-        num_heads=sizes.heads,
-        mlp_ratio=(sizes.hidden * (1 + sizes.gated) + 0.5) / sizes.width,  # timm rounds down
-        mlp_layer=SwiGLUPacked if sizes.gated else Mlp,  # type: ignore[arg-type]
-        act_layer=torch.nn.SiLU if sizes.gated else torch.nn.GELU,
-        init_values=1.0,  # there is LayerScale; its values are loaded
-        reg_tokens=sizes.registers,
-        no_embed_class=sizes.registers > 0 or not sizes.cls_position,
-        num_classes=0,
-        dynamic_img_size=True,
-        weight_init="skip",
-    )
-    vit.pretrained_cfg = {  # type: ignore[assignment]
-        "input_size": (3, side, side),
-        "num_classes": 0,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-    }
-    return vit
-
-
-def _compare(state: Mapping[str, Tensor], vit: VisionTransformer, sizes: Sizes, file: str) -> None:
+def _compare(state: Mapping[str, Tensor], vit: VisionTransformer, file: str) -> None:
     """Raises ModelError unless the tensors are those that the module needs, by name and shape."""
     needed = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
-    needed["pos_embed"] = (1, sizes.grid**2 + sizes.cls_position, sizes.width)
+    needed["pos_embed"] = (1, state["pos_embed"].shape[1], vit.embed_dim)  # of the stored grid, with or without CLS
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     different = {
         "missing": sorted(needed.keys() - shapes.keys()),
@@ -274,17 +233,12 @@ def _compare(state: Mapping[str, Tensor], vit: VisionTransformer, sizes: Sizes, 
         ],
     }
     if any(different.values()):
-        names = _listed(different)
-        raise ModelError(f"{file} is no complete DINOv2 backbone: {names}; give the state dict of a whole one")
-
-
-def _listed(wrong: Mapping[str, list[str]], most: int = 3) -> str:
-    """As in '1 missing (a), 5 unexpected (b, c, d, ...)'."""
-    return ", ".join(
-        f"{len(names)} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
-        for kind, names in wrong.items()
-        if names
-    )
+        listed = ", ".join(
+            f"{len(names)} {kind} ({', '.join([*names[:3], *['...'][: len(names) > 3]])})"
+            for kind, names in different.items()
+            if names
+        )
+        raise ModelError(f"{file} is no complete DINOv2 backbone: {listed}; give the state dict of a whole one")
 
 
 def _float32(name: str, tensor: Tensor, file: str) -> Tensor:

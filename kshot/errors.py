@@ -18,8 +18,7 @@
         │   └── TooLargeError       more of it than a server takes at once
         └── ResultsError            a results folder that cannot be written or holds another experiment
 
-A message is one line: it names the thing, the value, and the way out. This module knows nothing of the packages that
-raise from it, so that data, vlm and baselines can share it and still not know each other.
+A message is one line: it names the thing, the value, and the way out.
 """
 
 from collections.abc import Iterable

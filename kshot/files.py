@@ -1,8 +1,6 @@
-"""Files that are complete or not there: written to a temporary name beside their place, then renamed. And the cache.
+"""Files that are complete or not there: written to a temporary name in the same folder, then renamed.
 
-Knows nothing of what is written. Like `kshot.errors` it stands below data, vlm, baselines and experiments.
-
-TODO The kind of machine this is, never its name. Like `kshot.errors` it stands below all packages.
+Also the cache folder, fingerprints of files, and the model of the processor, for records.
 """
 
 import ctypes
@@ -17,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-# ---- Files that are complete or not there: written to a temporary name beside their place, then renamed. And the
 
 WHOLE, BLOCKS, BLOCK = 16 << 20, 64, 4096  # bytes read whole; blocks read of more; bytes in a block
 STALE = 3600  # seconds
@@ -153,9 +149,6 @@ def fingerprint(place: Path) -> str:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")
-
-
-# ---- The kind of machine this is, never its name. Like `kshot.errors` it stands below all packages.
 
 
 def processor() -> str:

@@ -1,7 +1,6 @@
-"""What encoded image bytes mean as pixels: one rule for data sets, models and baselines. Knows none of them.
+"""Decodes encoded images to pixels: one rule for data sets, models and baselines.
 
-Sizes are checked in the header, before anything is decoded. Colour profiles are ignored. Like `kshot.errors` it stands
-below data, vlm and baselines.
+Sizes are checked in the header, before anything is decoded. Colour profiles are ignored.
 """
 
 import hashlib

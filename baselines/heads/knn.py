@@ -34,8 +34,8 @@ def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead
 
     def scores(test: np.ndarray) -> np.ndarray:
         queries = unit(test.astype(np.float32))
-        blocks = (block @ units.T for block in _blocks(queries, len(units)))
-        return np.concatenate([_votes(*_nearest(cosines, n), indices, len(present)) for cosines in blocks])
+        cosines = (block @ units.T for _, block in _blocks(queries, len(units)))
+        return np.concatenate([_votes(*_nearest(each, n), indices, len(present)) for each in cosines])
 
     return fitted_head(train.shape[1], n_classes, present, scores, {"neighbours": n})
 
@@ -52,7 +52,7 @@ class _HeldOut:
     def __init__(self, units: np.ndarray, indices: np.ndarray, count: int) -> None:
         self._indices, self._count, fold = indices, count, folds(indices)
         parts = []
-        for start, block in zip(_starts(units, len(units)), _blocks(units, len(units)), strict=True):
+        for start, block in _blocks(units, len(units)):
             cosines = block @ units.T
             cosines[fold[start : start + len(block), None] == fold] = -np.inf
             parts.append(_nearest(cosines, max(_possible(indices))))
@@ -90,7 +90,7 @@ def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray, n_classes: int)
     present = check_training(train, labels, n_classes)
 
     def scores(test: np.ndarray) -> np.ndarray:
-        distances = (cdist(block, train) for block in _blocks(test, len(train)))
+        distances = (cdist(block, train) for _, block in _blocks(test, len(train)))
         return np.concatenate(
             [np.stack([-block[:, labels == label].min(axis=1) for label in present], axis=1) for block in distances]
         )
@@ -110,11 +110,7 @@ def pixels(images: Sequence[bytes], side: int = 32) -> np.ndarray:
     return small.reshape(len(images), side * side * 3)
 
 
-def _starts(rows: np.ndarray, others: int) -> range:
-    """Where the blocks of `rows` begin whose distances to so many others are in memory together."""
-    return range(0, len(rows), max(1, BLOCK // others))
-
-
-def _blocks(rows: np.ndarray, others: int) -> Iterator[np.ndarray]:
+def _blocks(rows: np.ndarray, others: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of its first row, block) of `rows`: those whose distances to so many others are in memory together."""
     step = max(1, BLOCK // others)
-    return (rows[start : start + step] for start in _starts(rows, others))
+    return ((start, rows[start : start + step]) for start in range(0, len(rows), step))

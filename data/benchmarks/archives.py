@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,9 +133,5 @@ def _check_size(path: Path, size: int) -> None:
 
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _new_md5).hexdigest()
-
-
-def _new_md5() -> Any:
-    """MD5 as the authors published it, against damage and mix-ups, not against an attacker."""
-    return hashlib.md5(usedforsecurity=False)
+        # As the authors published it: against damage and mix-ups, not against an attacker.
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

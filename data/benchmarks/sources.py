@@ -42,14 +42,12 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int, access: Acces
     every = with_clean_labels(spec, items)
     facts["content"] = digest((item.label, item.key) for item in every)
     unverified = _unverified(spec, protocol, facts, access)
-    train, test = (
-        with_clean_labels(spec, part) for part in protocol.rule(every, options)
-    )  # a rule may bring new names
+    # A rule may bring new class names.
+    train, test = (with_clean_labels(spec, part) for part in protocol.rule(every, options))
     classes = _classes([*train, *test])
     _check_counts(spec, protocol, classes, train, test)
     stamp += unverified and f"{unverified}-{fingerprint(train, test)}"
-    about = {"source": source, "protocol": protocol.name, **facts, "shared": _shared(train, test)}
-    return Dataset(spec.name, stamp, classes, examples_of(train, classes), examples_of(test, classes), about)
+    return _dataset(spec, stamp, classes, train, test, {"source": source, "protocol": protocol.name, **facts})
 
 
 def load_hub(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
@@ -64,15 +62,25 @@ def load_hub(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Datase
     else:
         train, test = split_items(items, test_size=one_in_five, seed=split_seed)
         name = f"{spec.protocol}-{split_seed}"
-    classes = _classes(items)
-    stamp, about = f"{name}-{fingerprint(train, test)}", {**facts, "shared": _shared(train, test)}
-    return Dataset(spec.name, stamp, classes, examples_of(train, classes), examples_of(test, classes), about)
+    return _dataset(spec, f"{name}-{fingerprint(train, test)}", _classes(items), train, test, facts)
+
+
+def _dataset(
+    spec: DatasetSpec,
+    protocol: str,
+    classes: tuple[str, ...],
+    train: Sequence[Item],
+    test: Sequence[Item],
+    facts: dict[str, Any],
+) -> Dataset:
+    facts["shared"] = len({item.key for item in train} & {item.key for item in test})  # images in both
+    return Dataset(spec.name, protocol, classes, examples_of(train, classes), examples_of(test, classes), facts)
 
 
 def fingerprint(train: Sequence[Item], test: Sequence[Item]) -> str:
-    """12 hex digits for all that results depend on: the images, their classes and their sides; not for the source."""
-    sides = (("train", train), ("test", test))
-    return digest((side, item.label, item.key) for side, items in sides for item in items)[:12]
+    """12 hex digits for all that results depend on: the images, their classes and their split; not for the source."""
+    splits = (("train", train), ("test", test))
+    return digest((split, item.label, item.key) for split, items in splits for item in items)[:12]
 
 
 def choose_source(spec: DatasetSpec, access: Access) -> tuple[str, SplitProtocol]:
@@ -156,11 +164,6 @@ def _unverified(spec: DatasetSpec, protocol: SplitProtocol, facts: dict[str, Any
     if wrong:
         return "-modified"
     return "" if len(facts["md5"]) == len(spec.files) else "-unpacked"
-
-
-def _shared(train: Sequence[Item], test: Sequence[Item]) -> int:
-    """How many images are on both sides."""
-    return len({item.key for item in train} & {item.key for item in test})
 
 
 def with_clean_labels(spec: DatasetSpec, items: Sequence[Item]) -> list[Item]:

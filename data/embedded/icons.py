@@ -270,15 +270,24 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
 def cached(name: str, build: Callable[[], bytes], root: Path | None = None) -> bytes:
     """What `build` returned once, kept as the file root/name (root: default the user's cache).
 
-    The file begins with the SHA-256 of the rest: a damaged one is built anew. It is written under another name and
-    renamed, so processes may race: each reads or writes a complete file.
-    Raises DatasetError if the folder cannot be written.
+    The file begins with the SHA-256 of the rest: a damaged one is built anew. It is complete or not there, so processes
+    may run side by side. Raises DatasetError if the folder cannot be written.
     """
     path = (root or cache_folder()) / name
-    content = _read_checked(path)
-    if content is None:
-        content = build()
-        _write_checked(path, content)
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        stored = b""  # not there yet; where it cannot be read, writing it will say why
+    if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+        return stored[32:]
+    content = build()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        raise DatasetError(
+            f"cannot write {path} ({error.strerror}); set KSHOT_CACHE to a folder that can be written"
+        ) from error
     return content
 
 
@@ -356,22 +365,3 @@ def _read(content: bytes) -> "pa.Table":
     import pyarrow.parquet as pq
 
     return pq.read_table(io.BytesIO(content))
-
-
-def _read_checked(path: Path) -> bytes | None:
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None  # not there yet; where it cannot be read, writing it will say why
-    digest, content = stored[:32], stored[32:]
-    return content if hashlib.sha256(content).digest() == digest else None
-
-
-def _write_checked(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, hashlib.sha256(content).digest() + content)
-    except OSError as error:
-        raise DatasetError(
-            f"cannot write {path} ({error.strerror}); set KSHOT_CACHE to a folder that can be written"
-        ) from error

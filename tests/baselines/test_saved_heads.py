@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tinker import types
 
 from baselines import nano
-from baselines.lora import LoraHeadClient, load_lora_head, save_lora_head
+from baselines.lora import LoraHeadClient, load_head, save_head
 from kshot.errors import InputError, KshotError, ModelError
 from tests.baselines.plain_lora import data_of, same, step, trained
 
@@ -30,14 +30,14 @@ def client(images: list[bytes]) -> LoraHeadClient:
 
 
 def test_a_loaded_head_predicts_the_same(client: LoraHeadClient, images: list[bytes], tmp_path: Path) -> None:
-    save_lora_head(tmp_path / "head", client.head)
-    loaded = load_lora_head(tmp_path / "head")
+    save_head(tmp_path / "head", client.head)
+    loaded = load_head(tmp_path / "head")
     assert loaded.config == client.head.config
     np.testing.assert_array_equal(loaded.class_log_probs(images), client.head.class_log_probs(images))
 
 
 def test_only_what_is_trained_is_stored(client: LoraHeadClient, tmp_path: Path) -> None:
-    save_lora_head(tmp_path / "head", client.head)
+    save_head(tmp_path / "head", client.head)
     assert {path.name for path in (tmp_path / "head").iterdir()} == {"head.safetensors", "kshot.json"}
     assert same(load_file(tmp_path / "head" / "head.safetensors"), trained(client))
     record = {"model": nano.NAME, "n_classes": 3, "rank": 4, "readout": "cls", "size": None}
@@ -84,10 +84,10 @@ def text_for_a_number(file: Path) -> None:
 def test_what_is_damaged_is_named(
     name: str, damage: Callable[[Path], None], says: str, client: LoraHeadClient, tmp_path: Path
 ) -> None:
-    save_lora_head(tmp_path / "head", client.head)
+    save_head(tmp_path / "head", client.head)
     damage(tmp_path / "head" / name)
     with pytest.raises(ModelError, match=says) as caught:
-        load_lora_head(tmp_path / "head")
+        load_head(tmp_path / "head")
     assert "\n" not in str(caught.value)
 
 
@@ -100,8 +100,8 @@ def test_a_save_is_complete_or_not_there(
     with monkeypatch.context() as patch:
         patch.setattr("baselines.lora.save_file", full)
         with pytest.raises(KshotError, match=r"cannot be written \(disk full\)"):
-            save_lora_head(tmp_path / "head", client.head)
+            save_head(tmp_path / "head", client.head)
     assert list(tmp_path.iterdir()) == []
-    save_lora_head(tmp_path / "head", client.head)
+    save_head(tmp_path / "head", client.head)
     with pytest.raises(InputError, match="exists; give another name"):
-        save_lora_head(tmp_path / "head", client.head)
+        save_head(tmp_path / "head", client.head)
