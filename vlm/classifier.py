@@ -73,7 +73,7 @@ def fit(
     adam: types.AdamParams,
     loss: str = "text",
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
-    """One optimizer step a batch of (image, label) views; yields what each step answered. loss: a row of LOSSES.
+    """One optimizer step a batch of (image, label) views; yields the responses of each step. loss: a row of LOSSES.
 
     Raises UnknownNameError for another loss.
     """
@@ -87,22 +87,21 @@ def fit(
 def steps(
     client: TrainingClient, data: Iterable[list[tinker.Datum]], loss_fn: str, adam: types.AdamParams
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
-    """One optimizer step on each list of data, of any training client; yields what each step answered."""
-    coming = iter(data)
-    given = next(coming, None)
-    while given is not None:
-        answer = client.forward_backward(given, loss_fn)
+    """One optimizer step on each list of data, of any training client; yields the responses of each step."""
+    batches = iter(data)
+    batch = next(batches, None)
+    while batch is not None:
+        loss = client.forward_backward(batch, loss_fn)
         step = client.optim_step(adam)  # both submitted before either is awaited
-        given = next(coming, None)  # the next data are made while the service works on these
-        yield answer.result(), step.result()
+        batch = next(batches, None)  # the next data are made while the service works on these
+        yield loss.result(), step.result()
 
 
 def predict(
     sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, method: str = "constrained"
 ) -> np.ndarray:
     """(images, classes) log-probabilities of the class names as answers (see `vlm.scoring.score_choices`)."""
-    asked = ([prompt.question(image) for image in window] for window in _windows(images))
-    parts = [score_choices(sampler, questions, prompt.choices, method) for questions in asked]
+    parts = [score_choices(sampler, each, prompt.choices, method) for each in _questions(images, prompt)]
     return np.concatenate(parts) if parts else np.zeros((0, len(prompt.choices)), np.float32)
 
 
@@ -111,8 +110,7 @@ def predict_and_decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `predict` gives, and from the same pass (images,) the labels that constrained decoding writes, the likeliest
     token at every step. The likeliest label may be another."""
-    asked = ([prompt.question(image) for image in window] for window in _windows(images))
-    parts = [score_and_decode(sampler, questions, prompt.choices) for questions in asked]
+    parts = [score_and_decode(sampler, each, prompt.choices) for each in _questions(images, prompt)]
     if not parts:
         return np.zeros((0, len(prompt.choices)), np.float32), np.zeros(0, np.int64)
     scores, greedy = zip(*parts, strict=True)
@@ -122,15 +120,11 @@ def predict_and_decode(
 def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
-    answers = [
-        answer
-        for window in _windows(images)
-        for answer in _answers(sampler, [prompt.question(image) for image in window], params)
-    ]
-    return [prompt.text(answer.sequences[0].tokens) for answer in answers]
+    responses = (each for questions in _questions(images, prompt) for each in _sample(sampler, questions, params))
+    return [prompt.text(response.sequences[0].tokens) for response in responses]
 
 
-def _answers(
+def _sample(
     sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
 ) -> list[types.SampleResponse]:
     if isinstance(sampler, BatchSampler):
@@ -138,6 +132,7 @@ def _answers(
     return [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
 
 
-def _windows(images: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """The images, WINDOW at a time: those of a large set are never in memory together."""
-    return (list(images[start : start + WINDOW]) for start in range(0, len(images), WINDOW))
+def _questions(images: Sequence[bytes], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:
+    """The questions about the images, WINDOW at a time: the images of a large set are never in memory together."""
+    for start in range(0, len(images), WINDOW):
+        yield [prompt.question(image) for image in images[start : start + WINDOW]]

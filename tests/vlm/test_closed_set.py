@@ -26,7 +26,7 @@ def data(prompt: Prompt, examples: list[Pictured]) -> list[tinker.Datum]:
 
 def test_branches_say_where_a_choice_parts_from_others() -> None:
     crocodile, head, star = (3, 4, 5, 6), (3, 4, 5, 1, 6), (2, 6)
-    found = [[(b.place, b.candidates) for b in each] for each in branches([crocodile, head, star])]
+    found = [[(b.position, b.candidates) for b in each] for each in branches([crocodile, head, star])]
     assert found == [[(0, (2, 3)), (3, (1, 6))], [(0, (2, 3)), (3, (1, 6))], [(0, (2, 3))]]
 
 

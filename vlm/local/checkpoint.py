@@ -21,7 +21,6 @@ from kshot.files import replace_folder
 from vlm.local.model.lora import LoraSpec
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
-CONFIG = "adapter_config.json"  # PEFT's; written for others, never read here
 
 
 @dataclass(frozen=True)

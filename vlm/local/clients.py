@@ -171,17 +171,14 @@ class LocalTrainingClient:
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and every position's log-probability, without a gradient."""
-        call, data = partial(self._engine.forward_backward, forward_only=True), list(data)
-        self._engine.prefetch([datum.model_input for datum in data])
-        return self._submit(call, self._run, data, loss_fn, loss_fn_config)
+        call = partial(self._engine.forward_backward, forward_only=True)
+        return self._submit_data(call, data, loss_fn, loss_fn_config)
 
     def forward_backward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
         """The loss and its gradient, which is added to the run's gradients since its last step."""
-        data = list(data)  # the caller's may change before its turn comes
-        self._engine.prefetch([datum.model_input for datum in data])
-        return self._submit(self._engine.forward_backward, self._run, data, loss_fn, loss_fn_config)
+        return self._submit_data(self._engine.forward_backward, data, loss_fn, loss_fn_config)
 
     def forward_backward_custom(
         self,
@@ -198,9 +195,7 @@ class LocalTrainingClient:
         refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
         if not callable(loss_fn):
             raise RequestError(f"a custom loss must be callable, got {loss_fn!r}; loss handles need the hosted service")
-        data = list(data)
-        self._engine.prefetch([datum.model_input for datum in data])
-        return self._submit(self._engine.forward_backward_custom, self._run, data, loss_fn)
+        return self._submit_data(self._engine.forward_backward_custom, data, loss_fn)
 
     def optim_step(
         self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
@@ -303,14 +298,20 @@ class LocalTrainingClient:
     def _submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
         return AwaitableConcurrentFuture(self._scheduler.submit(call, *args, **kwargs))
 
+    def _submit_data(
+        self, call: Callable[..., Any], data: Sequence[tinker.Datum], *args: Any
+    ) -> AwaitableConcurrentFuture[Any]:
+        data = list(data)  # the caller's may change before it is read
+        self._engine.prefetch([datum.model_input for datum in data])
+        return self._submit(call, self._run, data, *args)
+
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
         return types.LoadWeightsResponse(path=path)
 
     def _save(self, path: str, overwrite: bool, metadata: Mapping[str, str] | None) -> types.SaveWeightsResponse:
-        checkpoint.save(
-            self._state, path, self._checkpoint(self._run.optimizer_tensors(), metadata), overwrite=overwrite
-        )
+        saved = self._checkpoint(self._run.optimizer_tensors(), metadata)
+        checkpoint.save(self._state, path, saved, overwrite=overwrite)
         return types.SaveWeightsResponse(path=path)
 
     def _save_for_sampler(self, path: str, metadata: Mapping[str, str] | None) -> types.SaveWeightsForSamplerResponse:

@@ -76,7 +76,7 @@ class EngineRegistry:
     def start(
         self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None
     ) -> LocalTrainingClient:
-        """A new run called `model_id`; seed None: any. On the worker."""
+        """A new run called `model_id`; seed None: any. On the scheduler's thread."""
         engine = self.engine(base_model)
         run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
         return LocalTrainingClient(engine, run, model_id, self.state, self.scheduler, user_metadata)

@@ -41,29 +41,29 @@ class Rows:
         column = np.arange(len(row)) - (np.cumsum(self.lengths) - self.lengths)[row]
         self.row = torch.from_numpy(row).to(device)  # (positions,) whose row it is
         self.column = torch.from_numpy(column).to(device)
-        place = row * self.longest + column
-        self.place = torch.from_numpy(place).to(device)  # where it stands in the padded rows
+        index = row * self.longest + column
+        self.padded_index = torch.from_numpy(index).to(device)  # where it stands in the padded rows
         source = np.zeros(self.count * self.longest, np.int64)
-        source[place] = np.arange(len(row))
+        source[index] = np.arange(len(row))
         self._source = torch.from_numpy(source).to(device)  # which position stands there; behind a row's end any does
 
     def pad(self, packed: Tensor) -> Tensor:
         """(positions, heads, dim) → (rows, heads, longest, dim)."""
-        padded = packed if self.even else _Scatter.apply(packed, self._source, self.place)
+        padded = packed if self.even else _Scatter.apply(packed, self._source, self.padded_index)
         return padded.view(self.count, self.longest, *packed.shape[1:]).transpose(1, 2)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(rows, heads, longest, dim) → (positions, heads x dim)."""
         flat = padded.transpose(1, 2).reshape(self.count * self.longest, -1)
-        return flat if self.even else _Gather.apply(flat, self.place)
+        return flat if self.even else _Gather.apply(flat, self.padded_index)
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows of a tensor to distinct places. What stands elsewhere is a row of it too, and nobody's gradient."""
+    """Rows of a tensor to distinct indices. What stands elsewhere is a row of it too, and nobody's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, source: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
         return x.index_select(0, source)
 
     @staticmethod
@@ -76,58 +76,59 @@ class _Gather(torch.autograd.Function):
     """Distinct rows of a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
         ctx.size = len(x)
-        return x.index_select(0, place)
+        return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (place,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, place, gradient), None
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, index, gradient), None
 
 
-def gather(x: Tensor, place: Tensor) -> Tensor:
-    """x[place] for distinct places: its gradient is a copy, not a sum."""
-    return _Gather.apply(x, place)
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for distinct indices: its gradient is a copy, not a sum."""
+    return _Gather.apply(x, index)
 
 
 class Causal:
-    """Every position sees its row up to itself. wanted: the packed positions that `last` computes (None: all)."""
+    """Every position sees its row up to itself. wanted: the packed positions that `last` computes (None: all). cache:
+    keeps keys and values, if given."""
 
-    def __init__(self, rows: Rows, wanted: Tensor | None = None) -> None:
-        self.rows, self._positions, self._wanted = rows, wanted, None
+    def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "Cache | None" = None) -> None:
+        self.rows, self._positions, self._wanted, self._cache = rows, wanted, None, cache
         if wanted is not None:
             counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
             self._wanted = Rows(counts, wanted.device)
             column = torch.zeros(self._wanted.count * self._wanted.longest, dtype=torch.long, device=wanted.device)
-            column[self._wanted.place] = rows.column[wanted]
+            column[self._wanted.padded_index] = rows.column[wanted]
             seen = torch.arange(rows.longest, device=wanted.device) <= column[:, None]
             self._mask = seen.view(rows.count, 1, self._wanted.longest, rows.longest)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = self.rows.pad(q), *self.keys(layer, k, v)
+        q, k, v = self.rows.pad(q), *self._keys(layer, k, v)
         return self.rows.pack(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._wanted is None:
             return self(layer, q, k, v)
-        q, k, v = self._wanted.pad(q), *self.keys(layer, k, v)
+        q, k, v = self._wanted.pad(q), *self._keys(layer, k, v)
         return self._wanted.pack(scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True))
 
     def to(self, device: torch.device) -> "Causal":
-        return self if device == self.rows.device else self._made(*self._moved(device))
+        if device == self.rows.device:
+            return self
+        wanted = None if self._positions is None else self._positions.to(device)
+        return Causal(Rows(self.rows.lengths, device), wanted, self._cache)
 
-    def _made(self, rows: Rows, wanted: Tensor | None) -> "Causal":
-        return Causal(rows, wanted)
-
-    def _moved(self, device: torch.device) -> tuple[Rows, Tensor | None]:
-        return Rows(self.rows.lengths, device), None if self._positions is None else self._positions.to(device)
-
-    def keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Padded keys and values, (rows, key heads, longest, dim)."""
-        return self.rows.pad(k), self.rows.pad(v)
+        k, v = self.rows.pad(k), self.rows.pad(v)
+        if self._cache is not None:
+            self._cache.put(layer, k, v)
+        return k, v
 
 
 class Cache:
@@ -168,23 +169,7 @@ class Cache:
         return self._layers[0][0].shape[2]
 
 
-class Filling(Causal):
-    """Causal attention that leaves keys and values in a cache."""
-
-    def __init__(self, cache: Cache, rows: Rows, wanted: Tensor | None = None) -> None:
-        super().__init__(rows, wanted)
-        self._cache = cache
-
-    def _made(self, rows: Rows, wanted: Tensor | None) -> "Filling":
-        return Filling(self._cache, rows, wanted)
-
-    def keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super().keys(layer, k, v)
-        self._cache.put(layer, k, v)
-        return k, v
-
-
-class Next:
+class DecodeStep:
     """One new position behind each row of a cache."""
 
     def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
@@ -199,8 +184,8 @@ class Next:
 
     last = __call__
 
-    def to(self, device: torch.device) -> "Next":
-        return self if device == self._mask.device else Next(self._cache, device)
+    def to(self, device: torch.device) -> "DecodeStep":
+        return self if device == self._mask.device else DecodeStep(self._cache, device)
 
 
 class Tree:
@@ -212,7 +197,7 @@ class Tree:
 
     def __init__(self, rows: Rows, parents: Sequence[int], nodes: Sequence[int]) -> None:
         self._causal, self._parents, self._nodes, self._size = Causal(rows), parents, nodes, len(parents)
-        self.wanted = self._places(rows, nodes)
+        self.wanted = self._wanted_positions(rows, nodes)
         sees = ancestors(parents).to(rows.device)
         lengths = torch.tensor(rows.lengths, device=rows.device)
         prompt = torch.arange(rows.longest, device=rows.device) < lengths[:, None]
@@ -252,7 +237,7 @@ class Tree:
         parts = prompt[:, None].expand(*shape, -1), tree[None].expand(*shape, -1)
         return torch.cat(parts, 2)[:, None]
 
-    def _places(self, rows: Rows, nodes: Sequence[int]) -> Tensor:
+    def _wanted_positions(self, rows: Rows, nodes: Sequence[int]) -> Tensor:
         ends = torch.tensor(rows.lengths, device=rows.device).cumsum(0) - 1
         firsts = len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
         return torch.stack([ends if node == ROOT else firsts + node for node in nodes], 1).flatten()

@@ -90,7 +90,7 @@ def _sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
         "heads": x.shape[1],
         "normed": len(weight),
         "half": half,
-        "lanes": triton.next_power_of_2(half),
+        "columns": triton.next_power_of_2(half),
         "rows": HEADS,
     }
 
@@ -121,18 +121,18 @@ def _rms_back(gradient, x, weight, inverse, out, width, block: tl.constexpr):  #
 @triton.jit
 def _norm_rope(  # type: ignore[no-untyped-def]
     x, weight, cos, sin, out, inverse, eps, heads, normed,
-    half: tl.constexpr, lanes: tl.constexpr, rows: tl.constexpr,
+    half: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    position, lane = tl.program_id(0).to(tl.int64), tl.arange(0, lanes)[None, :]
+    position, column = tl.program_id(0).to(tl.int64), tl.arange(0, columns)[None, :]
     head = (tl.program_id(1) * rows + tl.arange(0, rows))[:, None]
-    there, first = (head < heads) & (lane < half), (head < normed) & (lane < half)
-    at, own = (position * heads + head) * 2 * half + lane, head * 2 * half + lane
+    there, first = (head < heads) & (column < half), (head < normed) & (column < half)
+    at, own = (position * heads + head) * 2 * half + column, head * 2 * half + column
     left = tl.load(x + at, there, 0.0).to(tl.float32)
     right = tl.load(x + at + half, there, 0.0).to(tl.float32)
     scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * half) + eps)[:, None]
     tl.store(inverse + position * normed + head, scale, head < normed)
-    c = tl.load(cos + position * 2 * half + lane, lane < half, 0.0).to(tl.float32)
-    s = tl.load(sin + position * 2 * half + lane, lane < half, 0.0).to(tl.float32)
+    c = tl.load(cos + position * 2 * half + column, column < half, 0.0).to(tl.float32)
+    s = tl.load(sin + position * 2 * half + column, column < half, 0.0).to(tl.float32)
     a = (left * scale).to(x.dtype.element_ty).to(tl.float32) * tl.load(weight + own, first, 0.0).to(tl.float32)
     b = (right * scale).to(x.dtype.element_ty).to(tl.float32) * tl.load(weight + own + half, first, 0.0).to(tl.float32)
     a, b = a.to(x.dtype.element_ty).to(tl.float32), b.to(x.dtype.element_ty).to(tl.float32)
@@ -143,19 +143,19 @@ def _norm_rope(  # type: ignore[no-untyped-def]
 @triton.jit
 def _norm_rope_back(  # type: ignore[no-untyped-def]
     gradient, x, weight, cos, sin, inverse, out, heads, normed,
-    half: tl.constexpr, lanes: tl.constexpr, rows: tl.constexpr,
+    half: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    position, lane = tl.program_id(0).to(tl.int64), tl.arange(0, lanes)[None, :]
+    position, column = tl.program_id(0).to(tl.int64), tl.arange(0, columns)[None, :]
     head = (tl.program_id(1) * rows + tl.arange(0, rows))[:, None]
-    there, first = (head < heads) & (lane < half), (head < normed) & (lane < half)
-    at, own = (position * heads + head) * 2 * half + lane, head * 2 * half + lane
+    there, first = (head < heads) & (column < half), (head < normed) & (column < half)
+    at, own = (position * heads + head) * 2 * half + column, head * 2 * half + column
     scale = tl.load(inverse + position * normed + head, head < normed, 0.0)
     a = tl.load(x + at, first, 0.0).to(tl.float32) * scale
     b = tl.load(x + at + half, first, 0.0).to(tl.float32) * scale
     left = tl.load(gradient + at, there, 0.0).to(tl.float32)
     right = tl.load(gradient + at + half, there, 0.0).to(tl.float32)
-    c = tl.load(cos + position * 2 * half + lane, lane < half, 0.0).to(tl.float32)
-    s = tl.load(sin + position * 2 * half + lane, lane < half, 0.0).to(tl.float32)
+    c = tl.load(cos + position * 2 * half + column, column < half, 0.0).to(tl.float32)
+    s = tl.load(sin + position * 2 * half + column, column < half, 0.0).to(tl.float32)
     to_a = (left * c + right * s) * tl.load(weight + own, first, 0.0).to(tl.float32)
     to_b = (right * c - left * s) * tl.load(weight + own + half, first, 0.0).to(tl.float32)
     along = ((tl.sum(to_a * a, 1) + tl.sum(to_b * b, 1)) / (2 * half))[:, None]

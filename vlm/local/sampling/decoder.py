@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm.local.engine import Engine, Snapshot
-from vlm.local.model.attention import Cache, Next
+from vlm.local.model.attention import Cache, DecodeStep
 from vlm.local.model.packed import PackedInputs
 from vlm.local.sampling.sequence import TokenSequence, append_next_tokens
 
@@ -82,7 +82,7 @@ class Decoder:
         tokens = [(each.sequence.tokens[-1], each.position) for each in running]
         ids, position_ids = torch.tensor(tokens, device=self.engine.model.device).unbind(1)
         with self.engine.model.timed("forward"):
-            hidden = text.hidden(PackedInputs(ids, position_ids.expand(3, -1)), Next(self._cache), factors)
+            hidden = text.hidden(PackedInputs(ids, position_ids.expand(3, -1)), DecodeStep(self._cache), factors)
             logits = text.logits(hidden, factors)
         self._cache.lengths = self._cache.lengths + 1
         for each in running:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kshot.errors import RequestError
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
-from vlm.local.model.attention import Cache, Filling
+from vlm.local.model.attention import Cache, Causal
 from vlm.local.sampling.decoder import Decoder
 from vlm.local.sampling.sequence import TokenSequence, generator_of, sample_tokens
 
@@ -118,7 +118,7 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
     any_fields = any(request.prompt_fields for request in requests)
     wanted = None if any_fields else batch.ends
     with engine.model.timed("forward"):
-        hidden = engine.model.text.hidden(batch.inputs, Filling(cache, batch.rows, wanted), factors, wanted)
+        hidden = engine.model.text.hidden(batch.inputs, Causal(batch.rows, wanted, cache), factors, wanted)
         logits = engine.model.text.logits(hidden[batch.ends] if any_fields else hidden, factors)
     prompt_fieldss = _prompt_fieldss(decoder, batch, hidden, requests)
     results = [
