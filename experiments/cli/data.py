@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from experiments.cli.options import DatasetName, Modified, Protocol, Root, Source, SplitFile, SplitSeed, access_of
+from experiments.cli import options as opt
 from experiments.terminal import err, out, plain_table
 from kshot.errors import DatasetError
 
@@ -32,31 +32,31 @@ def list_data() -> None:
 
 
 def get(
-    name: DatasetName,
-    source: Source = "",
-    root: Root = None,
-    protocol: Protocol = "",
-    split_file: SplitFile = None,
-    allow_modified: Modified = False,
-    split_seed: SplitSeed = 0,
+    name: opt.DatasetName,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    split_seed: opt.SplitSeed = 0,
 ) -> None:
     """Fetch or read a data set once, verify it, and keep it in the cache."""
-    _print_facts(_load(name, access_of(source, root, protocol, split_file, allow_modified), split_seed))
+    _print_facts(_load(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed))
 
 
 def check(
-    name: DatasetName,
-    source: Source = "",
-    root: Root = None,
-    protocol: Protocol = "",
-    split_file: SplitFile = None,
-    allow_modified: Modified = False,
-    split_seed: SplitSeed = 0,
+    name: opt.DatasetName,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    split_seed: opt.SplitSeed = 0,
 ) -> None:
     """Decode and hash every image of a data set, and look for images that train and test share."""
     from data import check as checks
 
-    dataset = _load(name, access_of(source, root, protocol, split_file, allow_modified), split_seed)
+    dataset = _load(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed)
     _print_facts(dataset)
     with err.status("decoding every image"):
         report = checks.check(dataset)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.cli.options import Public, Yes
+from experiments.cli import options as opt
 from experiments.terminal import err, out
 from kshot.errors import InputError
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def push(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder, or a results folder.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub.")],
-    yes: Yes = False,
-    public: Public = False,
+    yes: opt.Yes = False,
+    public: opt.Public = False,
 ) -> None:
     """Send an adapter or results to the hub; without --yes, say what would be sent."""
     check_options(repo, yes, public)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from experiments.cli import options as opt
 from experiments.terminal import err
 from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
 
@@ -46,10 +47,6 @@ Method = Annotated[
         "normalised over the classes by softmax.",
     ),
 ]
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", help="recipe, or '{image}QUESTION => ANSWER {label}' (default: the adapter's)."),
-]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="N", help="Classes to show; with --json under the key topN.")]
 MaxSide = Annotated[
     int | None, typer.Option("--max-side", min=1, help="Longest side in pixels (default: the adapter's, or 480).")
@@ -63,7 +60,7 @@ def predict(
     classes: ClassNames = None,
     class_file: ClassFile = None,
     method: Method = "constrained",
-    prompt: Prompt = None,
+    prompt: opt.Prompt = None,
     top: Top = TOP,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",

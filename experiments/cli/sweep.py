@@ -8,34 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from experiments.cli import hub
-from experiments.cli.options import (
-    Calibration,
-    Datasets,
-    Device,
-    Fewer,
-    LimitTest,
-    Loss,
-    Model,
-    Modified,
-    NoImages,
-    Out,
-    Prompts,
-    Protocol,
-    Public,
-    PushToHub,
-    Root,
-    Service,
-    Set,
-    Source,
-    SplitFile,
-    Workers,
-    Yes,
-    access_of,
-    caps,
-    numbers,
-    settings_of,
-    sweep_name,
-)
+from experiments.cli import options as opt
 from experiments.sweep.observer import Observer
 from experiments.terminal import err, out, plain_table, print_paths, progress_bar
 
@@ -49,7 +22,7 @@ if TYPE_CHECKING:
     from experiments.sweep.workers import Failure
 
 
-def demo(output: Out = None, workers: Workers = None, no_images: NoImages = False) -> None:
+def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoImages = False) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
     from experiments.sweep.config import RunOptions
 
@@ -65,7 +38,7 @@ def sweep(
     most_shots: Annotated[
         list[str] | None, typer.Option("--most-shots", metavar="DATASET=K", help="For one with fewer images; repeat.")
     ] = None,
-    model: Model = None,
+    model: opt.Model = None,
     backbone: Annotated[
         list[str] | None, typer.Option("--backbone", help="DINOv2: a name or a timm name; repeat to compare.")
     ] = None,
@@ -85,57 +58,61 @@ def sweep(
         list[str] | None,
         typer.Option("--vlm-features", help="For a head on the VLM: tower, hidden or tower+hidden; repeat to compare."),
     ] = None,
-    prompt: Prompts = None,
-    loss: Loss = None,
-    calibration: Calibration = None,
-    service: Service = "local",
+    prompt: opt.Prompts = None,
+    loss: opt.Loss = None,
+    calibration: opt.Calibration = None,
+    service: opt.Service = "local",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda (all GPUs, one a worker) or cuda:N.")] = "cpu",
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
-    limit_test: LimitTest = None,
-    allow_fewer: Fewer = False,
-    source: Source = "",
-    root: Root = None,
-    protocol: Protocol = "",
-    split_file: SplitFile = None,
-    allow_modified: Modified = False,
-    settings: Set = None,
-    output: Out = None,
-    workers: Workers = None,
+    limit_test: opt.LimitTest = None,
+    allow_fewer: opt.Fewer = False,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    settings: opt.Set = None,
+    output: opt.Out = None,
+    workers: opt.Workers = None,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="Of each worker; more change results by rounding.")
     ] = 1,
     only_failed: Annotated[bool, typer.Option("--only-failed", help="Try only cells that failed.")] = False,
     only_plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and run nothing.")] = False,
-    no_images: NoImages = False,
+    no_images: opt.NoImages = False,
     track: Annotated[str | None, typer.Option("--track", help="Follow it: wandb, trackio or tensorboard.")] = None,
 ) -> None:
     """Run a grid of data sets, methods, shots and seeds; the same command continues one that was stopped."""
     from experiments.sweep.config import RunOptions
 
-    grid = {"shots": numbers("shots", shots), "seeds": numbers("seeds", seeds), "most_shots": caps(most_shots)}
+    grid = {
+        "shots": opt.numbers("shots", shots),
+        "seeds": opt.numbers("seeds", seeds),
+        "most_shots": opt.caps(most_shots),
+    }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, "protocol": protocol, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    access = access_of(source, root, "", split_file, allow_modified)
+    access = opt.access_of(source, root, "", split_file, allow_modified)
     options = RunOptions(service, device, access, executor, workers, threads, only_failed, track)
     run(content, output, options, images=not no_images, only_plan=only_plan)
 
 
 def zero_shot(
-    dataset: Datasets,
-    model: Model = None,
-    prompt: Prompts = None,
-    calibration: Calibration = None,
-    service: Service = "local",
-    device: Device = "cpu",
-    limit_test: LimitTest = None,
-    source: Source = "",
-    root: Root = None,
-    protocol: Protocol = "",
-    split_file: SplitFile = None,
-    allow_modified: Modified = False,
-    settings: Set = None,
+    dataset: opt.Datasets,
+    model: opt.Model = None,
+    prompt: opt.Prompts = None,
+    calibration: opt.Calibration = None,
+    service: opt.Service = "local",
+    device: opt.Device = "cpu",
+    limit_test: opt.LimitTest = None,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    settings: opt.Set = None,
     output: Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/zero-shot-NAME).")] = None,
 ) -> None:
     """Accuracy of the model as it is, without any labelled example: a sweep of vlm-zero-shot alone."""
@@ -145,7 +122,7 @@ def zero_shot(
     fields = {"datasets": dataset, "prompts": prompt, "protocol": protocol, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
     content = _sweep_of("demo", fields, values, settings)
-    access = access_of(source, root, "", split_file, allow_modified)
+    access = opt.access_of(source, root, "", split_file, allow_modified)
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, RunOptions(service, device, access))
 
@@ -153,9 +130,9 @@ def zero_shot(
 def report(
     folder: Annotated[Path, typer.Argument(help="A results folder.")],
     pack: Annotated[bool, typer.Option("--pack", help="Put the records of all cells into one file.")] = False,
-    push_to_hub: PushToHub = None,
-    yes: Yes = False,
-    public: Public = False,
+    push_to_hub: opt.PushToHub = None,
+    yes: opt.Yes = False,
+    public: opt.Public = False,
 ) -> None:
     """Compute the metrics of a results folder from its stored predictions, draw the figures and write the reports,
     without example images: those are in the reports that kshot sweep writes."""
@@ -202,12 +179,12 @@ def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], sett
 
     overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}
     if "datasets" in overrides and preset == "demo":
-        overrides["name"] = sweep_name(overrides["datasets"])
+        overrides["name"] = opt.sweep_name(overrides["datasets"])
     values = {
         name: (value[0] if len(value) == 1 else tuple(value)) if isinstance(value, list) else value
         for name, value in options.items()
     }
-    return load(preset, overrides, settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
+    return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
 
 
 class _Terminal(Observer):
@@ -265,14 +242,14 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
     from experiments.sweep.store import Results
     from experiments.sweep.workload import is_here, of_jobs, of_sweep
 
-    how: dict[str, Any] = {"service": options.service, "device": options.device, "access": options.access}
+    where: dict[str, Any] = {"service": options.service, "device": options.device, "access": options.access}
     with err.status("counting and measuring"):
         if all(is_here(*each) for each in dataset_accesses(sweep, options.access or Access()).items()):
-            planned = plan(sweep, **how)
+            planned = plan(sweep, **where)
             jobs = planned.missing(Results(folder), only_failed=options.only_failed)
             workload = of_jobs(jobs, planned.datasets)
         else:
-            workload = of_sweep(sweep, **how)
+            workload = of_sweep(sweep, **where)
         estimated = estimate(workload, folder, options)
     print_estimate(estimated)
 

@@ -9,25 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.cli import hub
-from experiments.cli.options import (
-    Dataset,
-    Device,
-    Fewer,
-    Loss,
-    Model,
-    Modified,
-    Prompt,
-    Protocol,
-    Public,
-    PushToHub,
-    Root,
-    Set,
-    Source,
-    SplitFile,
-    Yes,
-    access_of,
-    settings_of,
-)
+from experiments.cli import options as opt
 from experiments.terminal import err, out, print_paths
 from kshot.errors import INTERRUPTED
 
@@ -38,25 +20,25 @@ INTERVAL = 10  # seconds between two lines of progress, where there is no termin
 
 
 def train(
-    dataset: Dataset,
+    dataset: opt.Dataset,
     shots: Annotated[int, typer.Option("--shots", min=1, metavar="K", help="Labelled examples a class.")],
     output: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter's folder: new or empty.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the examples, their order and the adapter.")] = 0,
-    model: Model = None,
-    prompt: Prompt = None,
-    loss: Loss = None,
-    device: Device = "cpu",
-    allow_fewer: Fewer = False,
-    source: Source = "",
-    root: Root = None,
-    protocol: Protocol = "",
-    split_file: SplitFile = None,
-    allow_modified: Modified = False,
-    settings: Set = None,
+    model: opt.Model = None,
+    prompt: opt.Prompt = None,
+    loss: opt.Loss = None,
+    device: opt.Device = "cpu",
+    allow_fewer: opt.Fewer = False,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    settings: opt.Set = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
-    push_to_hub: PushToHub = None,
-    yes: Yes = False,
-    public: Public = False,
+    push_to_hub: opt.PushToHub = None,
+    yes: opt.Yes = False,
+    public: opt.Public = False,
 ) -> None:
     """Train an adapter as the sweep's vlm-lora does, for kshot predict and for PEFT."""
     from experiments.adapters.folder import check_target
@@ -67,8 +49,8 @@ def train(
     check_target(output, force=force)
     hub.check_options(push_to_hub, yes, public)
     options = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
-    values = settings_of(options, settings)
-    access = access_of(source, root, "", split_file, allow_modified)
+    values = opt.settings_of(options, settings)
+    access = opt.access_of(source, root, "", split_file, allow_modified)
     with err.status("reading the data"):
         job, data = plan_training(dataset, shots, seed, values, protocol=protocol, device=device, access=access)
     err.print(f"training {job.cell}", markup=False, highlight=False)

@@ -41,9 +41,9 @@ def work(job: Job | EncodingJob) -> "tuple[dict[str, Any], pa.Table] | None":
 def encode(job: EncodingJob) -> None:
     """Put the features of the job's images where the cells find them. Raises as `run` does."""
     cell_job = job.cell_job
-    settings, dataset, hflip = cell_job.settings, _dataset_of(cell_job), catalog.find(cell_job.source).hflip
+    settings, dataset, hflip = cell_job.settings, dataset_of(cell_job), catalog.find(cell_job.source).hflip
     train = to_encode(dataset, job.seeds, job.shots, settings)
-    test = {example.key: example for example in _test(cell_job)}
+    test = {example.key: example for example in test_examples(cell_job)}
     keys = sorted({*test, *train})[job.part :: job.parts]
     prepared = _prepared(cell_job, [train[key] for key in keys if key in train], hflip)
     images = [image for each in prepared for image in (each.image, each.mirrored) if image]
@@ -63,12 +63,12 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
     where a remote service fails."""
     from experiments.sweep.metrics import metrics
 
-    cell, dataset = job.cell, _dataset_of(job)
+    cell, dataset = job.cell, dataset_of(job)
     if dataset.protocol != cell.protocol:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
     if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
         raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
-    test = _test(job)
+    test = test_examples(job)
     before = _forwards(job)
     outcome = _outcome(job, task_of(job, dataset, test))
     table = predictions(test, outcome)
@@ -125,7 +125,7 @@ def task_of(job: Job, dataset: Dataset, test: list[Example]) -> Task:
     hflip = catalog.find(job.source).hflip
     return Task(
         classes=dataset.classes,
-        train=_train(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
+        train=train_examples(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
         test=shown(test, job),
         seed=job.cell.seed,
         settings=job.settings,
@@ -155,7 +155,7 @@ def _forwards(job: Job) -> int | None:
     return methods.tower_forwards(job.settings, job.device)
 
 
-def _train(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+def train_examples(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
     """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
     return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
 
@@ -175,12 +175,12 @@ def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
     return [replace(prepared[example.key], label=example.label) for example in chosen]
 
 
-def _test(job: Job) -> list[Example]:
+def test_examples(job: Job) -> list[Example]:
     s = job.settings
     return _prepared_test(job.source, job.access, s.split_seed, s.max_side, s.limit_test)
 
 
-def _dataset_of(job: Job) -> Dataset:
+def dataset_of(job: Job) -> Dataset:
     return _dataset(job.source, job.access, job.settings.split_seed)
 
 

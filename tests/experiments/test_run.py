@@ -2,7 +2,7 @@
 
 from experiments.sweep.config import load
 from experiments.sweep.grid import plan
-from experiments.sweep.run import _train
+from experiments.sweep.run import train_examples
 
 
 def test_an_image_that_stands_in_two_classes_keeps_both_labels(make_image) -> None:
@@ -13,5 +13,5 @@ def test_an_image_that_stands_in_two_classes_keeps_both_labels(make_image) -> No
     rows = [Example(content_key(image), image, label) for label in (0, 1)]
     job = plan(load("demo", {"methods": ["pixel-knn"], "shots": [1], "seeds": [0]}, {"max_side": 33})).jobs[0]
     for order in (rows, rows[::-1]):
-        found = _train(job, Dataset("own", "given", ("cat", "dog"), order, []), 0.0)
+        found = train_examples(job, Dataset("own", "given", ("cat", "dog"), order, []), 0.0)
         assert [example.label for example in found] == [0, 1]
