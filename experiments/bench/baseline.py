@@ -5,13 +5,13 @@ worker to the last score. Its features are Gaussian classes with the spectrum of
 have images and as wide as DINOv2-base's: how long heads take depends on sizes and on how hard the classes are to part,
 not on whose features these are. Accuracies on them say nothing but that something was learnt.
 
-Each head meets scikit-learn's on the same features, in turn, on the threads of this process. A head of ours includes
+Each head is compared with scikit-learn's on the same features, in turn, on the threads of this process. Ours includes
 what it chooses on its shots; scikit-learn's neighbours and means are given that choice, its ridge chooses among the
 same penalties by leave-one-out.
 
-An encoder, from the bytes of photographs to features, meets the bare forward pass of its backbone on pixels that are
-ready, one image at a time or in batches of one size, whichever is faster. On a CPU both have one thread, as each of the
-workers of a sweep has.
+An encoder, from the bytes of photographs to features, is compared with the bare forward pass of its backbone on pixels
+that are ready, one image at a time or in batches of one size, whichever is faster. On a CPU both have one
+thread, as each of the workers of a sweep has.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from baselines.backbone import Backbone, load
-from baselines.features import Encoder, resized, size_groups
+from baselines.features import Encoder, resized, size_batches
 from baselines.heads import HEADS, Head
 from baselines.heads.knn import TEMPERATURE
 from baselines.heads.linear import C
@@ -304,7 +304,7 @@ def _images(root: Path | None, count: int) -> list[bytes]:
 
 def _ready(backbone: Backbone, images: Sequence[bytes]) -> list[torch.Tensor]:
     pixels = [resized(image, backbone.patch, PIXELS) for image in images]
-    return [backbone.normalised([pixels[n]]) for group in size_groups(pixels) for n in group]
+    return [backbone.normalised([pixels[n]]) for group in size_batches(pixels, len(pixels)) for n in group]
 
 
 @torch.inference_mode()

@@ -190,7 +190,7 @@ def stock_ids(inputs: tinker.ModelInput, image_token: int) -> list[int]:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 PROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
 PIXELS = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}  # of the real models' image processor
-TOKEN_IDS = {  # what the configuration says of the tokenizer
+TOKEN_IDS = {  # names in the configuration → tokens
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",

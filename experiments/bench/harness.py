@@ -62,7 +62,7 @@ def in_turn(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """The seconds that each task took in each round, and its last result.
 
-    A round runs every task once, so that a slow minute of the machine meets all of them. warm_up: one more round
+    A round runs every task once, so that a slow minute of the machine affects all of them. warm_up: one more round
     before them, which does not count. progress: a line on stderr after each task.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}

@@ -3,7 +3,7 @@
 Against what it cannot do without (the prompts' own forward pass) and what else people do: a forward pass for each
 label, with and without a cache of the prompt, and generating an answer. All score the same photographs with the same
 adapter, in turn; that scores agree is part of the result. Images are `new` (decoded, and encoded by the vision tower)
-or `known` (their features are cached, and only the text model works). Loading and tuning are nobody's time.
+or `known` (their features are cached, and only the text model works). Loading and tuning are not timed.
 """
 
 import tempfile

@@ -38,7 +38,7 @@ from vlm.scoring import score_choices
 from vlm.service import connect
 
 ADAM = types.AdamParams(learning_rate=3e-3, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
-STEPS, FIRST, ENDED = 20, 60, 0.95  # between two looks at the answers; before the first; share of them that must end
+STEPS, FIRST, ENDED = 20, 60, 0.95  # between two checks of the answers; before the first; share that must end
 
 Choices = Sequence[Sequence[int]]  # the tokens of each label
 Lists = tuple[tuple[str, tuple[str, ...]], ...]  # lists of class names, by name
@@ -46,8 +46,8 @@ Lists = tuple[tuple[str, tuple[str, ...]], ...]  # lists of class names, by name
 
 @dataclass(frozen=True)
 class Tuned:
-    """What kshot's process says of itself. start, adapter: as in a Case. steps: of the tuning. prompts: the questions
-    as stock token ids. choices: of each list of names."""
+    """The adapter that kshot's process tuned. start, adapter: as in a Case. steps: of the tuning. prompts: questions as
+    stock token ids. choices: of each list of names."""
 
     start: str
     adapter: Path
@@ -85,14 +85,16 @@ class Ours:
 
     def generate(self, cached: bool) -> list[list[int]]:
         """The tokens of each free answer."""
-        return [a.sequences[0].tokens for a in _answers(self._sampler, self._questions(None, cached), self._stops)]
+        return [
+            a.sequences[0].tokens for a in _answers(self._sampler, self._questions(None, cached), self._prompt.stops)
+        ]
 
     def prefill(self, cached: bool) -> None:
         """The prompts' own pass up to the hidden state of their last position: less than any answer needs."""
         embed(self._sampler, self._questions(None, cached), "hidden")
 
     def label_by_label(self, count: int, names: str) -> np.ndarray:
-        """(photographs, names) constrained log-probabilities, from a sequence for each of them. As kind as can be: a
+        """(photographs, names) constrained log-probabilities, from a sequence for each of them. At its best: a
         sequence ends where its last siblings part, and the head computes siblings alone."""
         choices, questions = self._prompts[names].choices, self._cached[:count]
         branches = label_trie.branches(choices)
@@ -116,11 +118,7 @@ class Ours:
 
     @property
     def _prompt(self) -> Prompt:
-        return next(iter(self._prompts.values()))  # the question says no names
-
-    @property
-    def _stops(self) -> list[int]:
-        return self._prompt.stops
+        return next(iter(self._prompts.values()))  # the question holds no names
 
     def _tune(self, prompt: Prompt) -> tuple[str, int]:
         """The saved adapter's path, and the steps that it took."""
@@ -180,7 +178,7 @@ class Stock:
         for choice, branches in zip(choices[:count], label_trie.branches(choices)[:count], strict=True):
             logits = self._logits(inputs, choice)
             likelihoods.append(float(_log_probs(logits, torch.tensor(choice, device=logits.device)).sum()))
-            constrained.append(sum(_among(logits[b.place], choice[b.place], b.candidates) for b in branches))
+            constrained.append(sum(_among(logits[b.position], choice[b.position], b.candidates) for b in branches))
         return likelihoods, constrained
 
     @torch.no_grad()
@@ -197,7 +195,7 @@ class Stock:
         keys_values.batch_repeat_interleave(len(choices))
         ids = [torch.tensor(choice[:-1], device=device) for choice in choices]
         following = torch.tensor([token for choice in choices for token in choice[1:]], device=device)
-        padded = pad_sequence(ids, batch_first=True)  # behind the labels, where nobody looks
+        padded = pad_sequence(ids, batch_first=True)  # behind the labels, where it is not read
         positions = torch.arange(start, start + padded.shape[1], device=device).expand(3, *padded.shape)
         made = inner(input_ids=padded, past_key_values=keys_values, position_ids=positions, use_cache=True)
         lengths = torch.tensor([len(each) for each in ids], device=device)

@@ -1,8 +1,8 @@
 """`kshot bench train`: examples a second from encoded photographs to optimizer steps, against stock programs.
 
 Ours, a plain transformers + PEFT loop and TRL train the same adapter on the same photographs in the same batches with
-the same optimizer, in turn, each in a process of its own; that their losses agree is part of the result. Loading is
-nobody's time: each round loads anew. The adapter is on attention and MLP of the text model: TRL refuses one on the
+the same optimizer, in turn, each in a process of its own; that their losses agree is part of the result. Each
+round loads anew, which is not timed. The adapter is on attention and MLP of the text model: TRL refuses one on the
 output head.
 """
 
@@ -150,7 +150,7 @@ def _free_memory(device: str) -> None:
 def _peak_memory(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    try:  # what getrusage says of a child begins at its parent's peak, this at nothing
+    try:  # getrusage of a child begins at its parent's peak, this at zero
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):

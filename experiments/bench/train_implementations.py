@@ -249,7 +249,7 @@ def _trainer(workers: int, case: Case, model: Any, processor: Any) -> Any:
 
     class Unreported(SFTTrainer):
         def _send_telemetry(self) -> None:
-            """A benchmark is reported to nobody."""
+            """A benchmark is not reported."""
 
     return Unreported(model=model, args=config, train_dataset=_dataset(case), processing_class=processor)
 
