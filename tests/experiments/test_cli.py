@@ -107,7 +107,7 @@ def test_a_second_writer_is_sent_away(photos: Path, tmp_path: Path, kshot, ran: 
 def test_failures_are_one_line(
     kshot, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int, line: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise raised
 
     monkeypatch.setattr(sweep_command, "run", fail)
@@ -115,7 +115,7 @@ def test_failures_are_one_line(
 
 
 def test_a_defect_is_not_hidden(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_command, "run", lambda *_: 1 // 0)
+    monkeypatch.setattr(sweep_command, "run", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         kshot("demo")
 
@@ -159,7 +159,7 @@ def test_the_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(sweep_command, "run", lambda sweep, *_: names.append(sweep.name))
+    monkeypatch.setattr(sweep_command, "run", lambda sweep, *_, **__: names.append(sweep.name))
     monkeypatch.chdir(photos)
     folders: list[str] = [f"folder:{photos}", "folder:.", "folder:./", f"folder:{photos}/", "folder:/"]
     for dataset in folders:

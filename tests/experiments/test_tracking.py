@@ -1,5 +1,5 @@
-"""Tracking: what the tools are tracking, a package that is missing, a tool that fails. The tools themselves are tried where
-they are installed; nothing leaves this machine."""
+"""Tracking: what the tools are given, a package that is missing, a tool that fails. The tools themselves are tried
+where they are installed; nothing leaves this machine."""
 
 import json
 import sys
@@ -138,8 +138,8 @@ def test_what_wandb_is_told(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytes
     assert first.logged[0] == {"shots": 4, "icons/accuracy": 0.5, "icons/fit_seconds": 2.5, "cells": 1, "cells of": 5}
     assert (first.axes, first.finished) == ({"*": "shots"}, 1)
     assert first.given["settings"].values == {"console": "off", "disable_git": True}  # what this version knows
-    tracking = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
-    assert tracking == {
+    given = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
+    assert given == {
         **{"project": "kshot", "group": "two: vlm-lora, prompt 1", "job_type": "vlm-lora", "dir": tmp_path},
         **{"tags": ["two", "vlm-lora", "icons", "digits"], "reinit": "create_new"},
     }
@@ -201,7 +201,8 @@ def test_another_name_says_the_choices() -> None:
 def test_nothing_is_imported_before_a_tool_is_chosen() -> None:
     import subprocess
 
-    code = "import sys, experiments.sweep.tracking; print(*{'wandb', 'trackio', 'tensorboard', 'torch'} & set(sys.modules))"
+    packages = {"wandb", "trackio", "tensorboard", "torch"}
+    code = f"import sys, experiments.sweep.tracking; print(*{packages} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
