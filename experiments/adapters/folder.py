@@ -132,8 +132,13 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         settings=[(name, "none" if value is None else _code(value)) for name, value in settings],
         template=prompt,
         prompt=f"{USER}{prompt.question.replace(IMAGE, IMAGE_TOKENS)}{ASSISTANT}{prompt.prefill}",
-        **{"shipped": shipped, "folder": card.base_folder, "hub_id": hub_id, "revision": revision},
-        **{"code": _code, "table": _table, "python": repr},
+        shipped=shipped,
+        folder=card.base_folder,
+        hub_id=hub_id,
+        revision=revision,
+        code=_code,
+        table=_table,
+        python=repr,
     )
     return str(content)
 

@@ -72,9 +72,7 @@ def _expand(argument: str) -> Iterator[Picture]:
     elif os.path.lexists(argument) or not glob.has_magic(argument):
         yield Picture(argument, partial(_read, argument))
     else:
-        yield from _or_error(
-            _matching(argument), argument, "no file has such a name; in a pattern, ** is for any folders"
-        )
+        yield from _or_error(_matching(argument), argument, NO_MATCH)
 
 
 def _or_error(pictures: Iterator[Picture], name: str, reason: str) -> Iterator[Picture]:

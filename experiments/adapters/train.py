@@ -67,7 +67,7 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
     last one. Raises InputError, before anything is computed, where the folder holds other things."""
     target = target.resolve()
     check_target(target, force=force)
-    with _temporary_folder(target) as state, _threads_of_a_worker(job.device):
+    with _temporary_folder(target) as state, threads_of_a_worker(job.device):
         from vlm.service import connect
 
         service: Any = connect("local", state_dir=state, device=job.device)
@@ -117,7 +117,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _threads_of_a_worker(device: str) -> Iterator[None]:
+def threads_of_a_worker(device: str) -> Iterator[None]:
     """One thread on a CPU, as in a sweep's workers: sums then come out the same."""
     import torch
 

@@ -34,7 +34,6 @@ class Lengths:
     """Mean numbers of tokens. prompt: up to where the class name begins. training: of a whole example. answer: of the
     class name and the end of the turn. assumed: whether no image of the data set could be measured."""
 
-    image: float
     prompt: float
     training: float
     answer: float
@@ -44,24 +43,16 @@ class Lengths:
 LengthTable = Mapping[tuple[str, str], Lengths]  # by (source, prompt template)
 
 
-def prompt_lengths(workload: Workload) -> LengthTable:
-    """Those of the cells with a vision-language model. Raises ModelError where its tokenizer can neither be loaded nor
-    be fetched."""
+def prompt_lengths(workload: Workload) -> tuple[LengthTable | None, str]:
+    """Those of the cells with a vision-language model; None, and why, where its tokenizer cannot be loaded."""
     cells = {(c.source, c.settings.prompt): c for c in workload.select(lambda cell: cell.uses_vlm)}
-    return {key: _lengths(workload.datasets[key[0]], cell.settings) for key, cell in cells.items()}
-
-
-def available_lengths(workload: Workload) -> tuple[LengthTable | None, str]:
-    """The lengths, or None and why they are not known."""
     try:
-        return prompt_lengths(workload), ""
+        return {key: _lengths(workload.datasets[key[0]], cell.settings) for key, cell in cells.items()}, ""
     except ModelError as error:
         return None, str(error)
 
 
 def _lengths(info: DatasetInfo, settings: Settings) -> Lengths:
-    from tinker import types
-
     from vlm import service
     from vlm.inputs import ImageRule
     from vlm.prompts import Prompt, template
@@ -71,10 +62,9 @@ def _lengths(info: DatasetInfo, settings: Settings) -> Lengths:
     images = sample(info)
     prepared = [prepare(image, max_side=settings.max_side) for image in images or [_photograph()]]
     prompts = [prompt.question(image) for image in prepared]
-    image = [chunk.length for each in prompts for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
     length = float(np.mean([each.length for each in prompts]))
     name, end = float(np.mean([len(choice) for choice in prompt.choices])), len(prompt.stops)
-    return Lengths(float(np.mean(image)), length, length + name + end - 1, name + end, assumed=not images)
+    return Lengths(length, length + name + end - 1, name + end, assumed=not images)
 
 
 def _photograph() -> bytes:

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.plan.counts import Counts, LengthTable, available_lengths, count
+from experiments.plan.counts import Counts, LengthTable, count, prompt_lengths
 from experiments.plan.memory import PASS, Memory, memory
 from experiments.plan.storage import HUB, Disk, Download, disks, downloads
 from experiments.plan.time import Measurement, SweepTime, measure, sweep_time
 from experiments.sweep import workers as executors
+from experiments.sweep.config import RunOptions
 from experiments.sweep.encoding import EncodingSchedule, encoding_jobs, encoding_schedule
+from experiments.sweep.grid import gpus_of
 from experiments.sweep.workload import Workload
 from experiments.terminal import out, plain_table
 from kshot.errors import InputError
@@ -40,43 +42,28 @@ class Estimate:
     no_tokens: str = ""
 
 
-def requirements(
-    workload: Workload,
-    out: Path,
-    workers: int | None = None,
-    *,
-    threads: int = 1,
-    gpus: Sequence[str] = (),
-    device: str | None = None,
-) -> Requirements:
-    """workers: None is one a core, or one a GPU. device: see `memory`."""
-    most = len(gpus) or (max(1, executors.cores() // threads) if workload.device == "cpu" else 1)
-    workers = max(1, min(workers or most, max(len(workload.cells), encoding_jobs(workload))))  # as a sweep starts them
+def requirements(workload: Workload, out: Path, options: RunOptions) -> Requirements:
+    """Without a measurement. out: the results folder."""
+    gpus, on_cpu = gpus_of(options.device), workload.device == "cpu"
+    most = len(gpus) or (max(1, executors.cores() // options.threads) if on_cpu else 1)
+    workers = max(1, min(options.workers or most, max(len(workload.cells), encoding_jobs(workload))))
     fetched = downloads(workload)
-    return Requirements(
-        workers, fetched, memory(workload, workers, device=device), disks(workload, out, fetched, workers)
-    )
+    needed = memory(workload, workers, options.device)
+    return Requirements(workers, fetched, needed, disks(workload, out, fetched, workers))
 
 
-def estimate(
-    workload: Workload,
-    out: Path,
-    workers: int | None = None,
-    *,
-    threads: int = 1,
-    gpus: Sequence[str] = (),
-    device: str | None = None,
-) -> Estimate:
-    """The time is measured on this machine, where all that it needs is here and fits. Raises what loading the models
-    raises."""
-    needed = requirements(workload, out, workers, threads=threads, gpus=gpus, device=device)
-    schedule, (lengths, no_tokens) = encoding_schedule(workload), available_lengths(workload)
+def estimate(workload: Workload, out: Path, options: RunOptions) -> Estimate:
+    """The whole estimate; the time is measured on this machine, where all that it needs is here and fits. Raises what
+    loading the models raises."""
+    needed, schedule = requirements(workload, out, options), encoding_schedule(workload)
+    lengths, no_tokens = prompt_lengths(workload)
     counts = count(workload, lengths)
     if no_time := _unmeasured(workload, needed) or no_tokens:
         return Estimate(needed, schedule, counts, lengths, None, None, no_time, no_tokens)
-    measured = measure(workload, needed.workers, lengths, threads=threads, gpus=gpus)
-    needed = replace(needed, memory=memory(workload, needed.workers, device=device, measured=measured.peak))
-    return Estimate(needed, schedule, counts, lengths, measured, sweep_time(workload, measured, needed.workers))
+    workers, gpus = needed.workers, gpus_of(options.device)
+    measured = measure(workload, workers, lengths, threads=options.threads, gpus=gpus)
+    needed = replace(needed, memory=replace(needed.memory, measured=measured.peak if workload.device == "cpu" else 0))
+    return Estimate(needed, schedule, counts, lengths, measured, sweep_time(workload, measured, workers))
 
 
 def _unmeasured(workload: Workload, needed: Requirements) -> str:

@@ -50,17 +50,14 @@ class Memory:
         return self.possible_workers >= self.workers
 
 
-def memory(
-    workload: Workload, workers: int, *, device: str | None = None, free: int | None = None, measured: int = 0
-) -> Memory:
+def memory(workload: Workload, workers: int, device: str = "cpu") -> Memory:
     """The memory of `workers` processes on the CPU, or of one on each GPU: then of the GPU with the least free memory.
 
-    device: as the user names it, cuda being every visible GPU; the workload's own unless given. free: bytes; None asks
-    the machine. measured: bytes that a worker on the CPU took. Raises ModelError for a device that is not here.
+    device: as the user names it, cuda being every visible GPU. Raises ModelError for one that is not here.
     """
     from vlm import service
 
-    on_cpu, tightest = workload.device == "cpu", _tightest(device or workload.device, workers)
+    on_cpu, tightest = workload.device == "cpu", _tightest(device, workers)
     parts, unknown = {"libraries": LIBRARIES, "weights": 0}, list[str]()
     passes = [0]  # a cell has one at a time: the largest counts
     for name, size in (*_vlm(workload, unknown, tightest), *_backbones(workload, unknown)):
@@ -68,14 +65,9 @@ def memory(
             passes.append(size)
         else:
             parts[name] = parts.get(name, 0) + size
-    return Memory(
-        {**parts, PASS: max(passes)},
-        service.free_bytes(tightest) if free is None else free,
-        "the CPU's memory" if on_cpu else f"the memory of {tightest}",
-        workers if on_cpu else 1,
-        (*unknown,),
-        measured * on_cpu,
-    )
+    location = "the CPU's memory" if on_cpu else f"the memory of {tightest}"
+    parts[PASS] = max(passes)
+    return Memory(parts, service.free_bytes(tightest), location, workers if on_cpu else 1, (*unknown,))
 
 
 def _tightest(device: str, workers: int) -> "torch.device":

@@ -7,22 +7,25 @@ hub's cache, in a folder, or comes with kshot needs no download.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from data import catalog
-from experiments.plan.models import vit_size, vlm_size
-from experiments.sweep.encoding import feature_bytes, is_local, published_configs
+from experiments.plan.models import VitSize, VlmSize, vit_size, vlm_size
+from experiments.sweep.encoding import feature_bytes, is_local
 from experiments.sweep.workload import Workload, backbone_image_counts, image_counts, mean_size
 from kshot.files import cache_folder
 from vlm import models
 
 HUB, KNOWN, UNKNOWN = "the hub says", "about", "unknown"
 TIMEOUT = 10.0  # seconds that the hub has to answer
+MODEL_FILES = (*models.SMALL, *models.WEIGHTS)
 TIMM_FILES = ("model.safetensors", "config.json")
+SPLITS = ("*train*", "*test*")  # the files of a data set that are fetched
 # Bytes of the photographs as their authors publish them, about; the hub's copies hold the same files.
 DATASET_BYTES = {"caltech101": 138 << 20, "cars": 1871 << 20, "flowers": 330 << 20, "pets": 757 << 20}
 
@@ -38,33 +41,38 @@ class Download:
 
 
 def downloads(workload: Workload) -> list[Download]:
-    """What running these cells would fetch first, each once."""
-    found = [*_models(workload), *_backbones(workload), *map(_dataset, workload.missing)]
-    return list({each.name: each for each in found}.values())
+    """What running these cells would fetch first, each once. Of models that run elsewhere only the tokenizer is
+    fetched, which is small."""
+    vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
+    backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.uses_backbone))
+    found = [_model(name, *name.partition("@")[::2], MODEL_FILES, vlm_size) for name in vlms if not is_local(name)]
+    found += [_model(name, hub_id, "", TIMM_FILES, vit_size) for name in backbones if (hub_id := _hub_id(name))]
+    return [each for each in (*found, *map(_dataset, workload.missing)) if each]
 
 
-def _models(workload: Workload) -> Iterator[Download]:
-    """Weights of the models that run here; of others only the tokenizer is fetched, which is small."""
-    patterns = (*models.SMALL, *models.WEIGHTS)
-    for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
-        hub_id, _, revision = name.partition("@")
-        if not is_local(name) and not _is_cached(hub_id, revision):
-            size = vlm_size(name) if hub_id in published_configs() else None
+def _model(
+    name: str,
+    hub_id: str,
+    revision: str,
+    patterns: tuple[str, ...],
+    size_of: Callable[[str], VlmSize | VitSize | None],
+) -> Download | None:
+    if _is_cached(hub_id, revision, patterns):
+        return None
+    size = size_of(name)
+    return _download(name, _hub_bytes(hub_id, revision, patterns), size.weight_bytes if size else None)
 
-            def wanted(file: str) -> bool:
-                return "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)
 
-            yield _download(name, hub_id, revision, wanted, size.weight_bytes if size else None)
+def _dataset(source: str) -> Download:
+    spec = catalog.find(source)
+    size = _hub_bytes(spec.hub, spec.revision, SPLITS, dataset=True)
+    return _download(spec.title.partition(":")[0], size, DATASET_BYTES.get(spec.name), dataset=True)
 
 
-def _backbones(workload: Workload) -> Iterator[Download]:
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.uses_backbone)):
-        hub_id = _hub_id(name)
-        if hub_id and not isinstance(try_to_load_from_cache(hub_id, TIMM_FILES[0]), str):
-            size = vit_size(name)
-            yield _download(name, hub_id, "", TIMM_FILES.__contains__, size.weight_bytes if size else None)
+def _download(name: str, size: int | None, known: int | None, *, dataset: bool = False) -> Download:
+    """size: as the hub states it; known: what is stated where the hub cannot be reached or does not tell."""
+    source = HUB if size is not None else KNOWN if known is not None else UNKNOWN
+    return Download(name, known if size is None else size, source, dataset)
 
 
 def _hub_id(backbone: str) -> str | None:
@@ -81,46 +89,31 @@ def _hub_id(backbone: str) -> str | None:
     return config.hf_hub_id if config and config.hf_hub_id else None
 
 
-def _dataset(source: str) -> Download:
-    """Of its train and test splits, by the names of the files."""
-    spec = catalog.find(source)
-
-    def wanted(file: str) -> bool:
-        return any(split in file.rpartition("/")[2] for split in ("train", "test"))
-
-    title, known = spec.title.partition(":")[0], DATASET_BYTES.get(spec.name)
-    return _download(title, spec.hub, spec.revision, wanted, known, dataset=True)
-
-
-def _download(
-    name: str, hub_id: str, revision: str, wanted: Callable[[str], bool], known: int | None, *, dataset: bool = False
-) -> Download:
-    """known: bytes to state where the hub cannot be reached or does not answer; loading says why."""
+def _hub_bytes(hub_id: str, revision: str, patterns: tuple[str, ...], *, dataset: bool = False) -> int | None:
+    """Bytes of the files with such names, of a model those at the top level; None where the hub does not tell."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx
 
-    if not constants.HF_HUB_OFFLINE:
-        ask = HfApi().dataset_info if dataset else HfApi().model_info
-        with suppress(HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
-            info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
-            size = sum(file.size or 0 for file in info.siblings or () if wanted(file.rfilename))
-            return Download(name, size, HUB, dataset)
-    return Download(name, known, UNKNOWN if known is None else KNOWN, dataset)
+    if constants.HF_HUB_OFFLINE:
+        return None
+    ask = HfApi().dataset_info if dataset else HfApi().model_info
+    try:
+        info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # loading says why
+        return None
+    names = {file: file.rfilename.rpartition("/") for file in info.siblings or ()}
+    fit = [f for f, (top, _, n) in names.items() if (dataset or not top) and any(fnmatch(n, p) for p in patterns)]
+    return sum(file.size or 0 for file in fit)
 
 
-def _is_cached(hub_id: str, revision: str) -> bool:
-    """Whether the hub's cache has all of a model's files."""
+def _is_cached(hub_id: str, revision: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the hub's cache has all of these files of a model, weights among them."""
     from huggingface_hub import snapshot_download
 
+    snapshot = partial(snapshot_download, hub_id, revision=revision or None, local_files_only=True)
     try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision or None,
-            allow_patterns=[*models.SMALL, *models.WEIGHTS],
-            ignore_patterns=["*/*"],
-            local_files_only=True,
-        )
+        folder = snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"])
     except (OSError, ValueError):  # nothing of it, or not all
         return False
     return any(Path(folder).glob(models.WEIGHTS[0]))

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from heapq import heapreplace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from data import catalog
-from data.dataset import Access, Dataset, Example, Images
+from data.dataset import Dataset, Example, Images
 from data.preparation import prepare_all
 from experiments.plan.counts import LengthTable, cell_work, encoded_in_cell
 from experiments.sweep import workers as executors
@@ -48,19 +48,6 @@ class Rates:
     scored: float = 0.0
     generated: float = 0.0
     encoded: float = 0.0
-
-
-@dataclass(frozen=True)
-class ProbeRequest:
-    """What one worker measures of one data set. cells: one of each variant. answer: tokens of an answer."""
-
-    source: str
-    access: Access
-    cells: tuple[CellSpec, ...]
-    shots: tuple[int, ...]
-    service: str
-    device: str
-    answer: int
 
 
 @dataclass(frozen=True)
@@ -117,13 +104,18 @@ def measure(
 ) -> Measurement:
     """Runs every method of the workload in as many workers at once as the sweep will have: two busy cores are slower
     than one. Raises what loading a model raises, as InputError or KshotError."""
-    requests = [_request(workload, source, lengths) for source in workload.datasets]
+    infos = {source: replace(info, dataset=None) for source, info in workload.datasets.items()}  # a worker loads it
+    job = replace(workload, datasets=infos)
+    answers: dict[str, int] = {}
+    for (source, _), length in (lengths or {}).items():
+        answers[source] = max(answers.get(source, 0), round(length.answer))
     sent, start = time.time(), time.perf_counter()
     with probe_folder() as folder:
-        answers = executors.local(partial(probe, folder), [requests] * workers, workers, threads=threads, gpus=gpus)
-        results = [result for _, result in executors.results(answers)]
-    by_source = {one.source: _mean([each[n] for each in results]) for n, one in enumerate(requests)}
-    return Measurement(mean(each[0].began - sent for each in results), by_source, time.perf_counter() - start)
+        done = executors.local(partial(probe, folder, answers), [job] * workers, workers, threads=threads, gpus=gpus)
+        results = [result for _, result in executors.results(done)]
+    by_source = {source: _mean([each[source] for each in results]) for source in infos}
+    began = mean(min(one.began for one in each.values()) for each in results)
+    return Measurement(began - sent, by_source, time.perf_counter() - start)
 
 
 def sweep_time(workload: Workload, measurement: Measurement, workers: int) -> SweepTime:
@@ -152,23 +144,13 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def _request(workload: Workload, source: str, lengths: LengthTable | None) -> ProbeRequest:
-    cells = {cell.variant: cell for cell in workload.cells if cell.source == source}
-    shots = {cell.shots for cell in workload.cells if cell.source == source and cell.spec.learns}
-    answers = [length.answer for (of, _), length in (lengths or {}).items() if of == source]
-    return ProbeRequest(
-        *(source, workload.datasets[source].access, tuple(cells.values()), tuple(sorted(shots)) or (1,)),
-        *(workload.service, workload.device, round(max(answers, default=ANSWER))),
-    )
-
-
 def _mean(results: Sequence[ProbeResult]) -> ProbeResult:
     rates = {
         variant: Rates(*(mean(vars(each.rates[variant])[name] for each in results) for name in vars(Rates())))
         for variant in results[0].rates
     }
-    times = (mean(getattr(each, name) for each in results) for name in ("began", "data", "prepared", "mirrored"))
-    return ProbeResult(*times, rates, max(each.peak for each in results))
+    times = {name: mean(getattr(each, name) for each in results) for name in ("began", "data", "prepared", "mirrored")}
+    return ProbeResult(**times, rates=rates, peak=max(each.peak for each in results))
 
 
 def _cell(cell: CellSpec, workload: Workload, rates: Rates, schedule: EncodingSchedule) -> float:
@@ -215,30 +197,38 @@ def probe_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def probe(folder: Path, requests: Sequence[ProbeRequest]) -> list[ProbeResult]:
+def probe(folder: Path, answers: Mapping[str, int], workload: Workload) -> dict[str, ProbeResult]:
     """What this worker process, which serves nothing else, measures of each data set. Features are cached in `folder`
-    (see `probe_folder`), so that none is there from an earlier sweep."""
-    loaded = [_load(request) for request in requests]  # from the real cache
+    (see `probe_folder`), so that none is there from an earlier sweep. answers: source → tokens of an answer."""
+    loaded = {source: _load(source, workload) for source in workload.datasets}  # from the real cache
     os.environ["KSHOT_CACHE"] = mkdtemp(dir=folder)
-    return [_probe(*each) for each in zip(requests, loaded, strict=True)]
+    results = {}
+    for source, (dataset, began, seconds) in loaded.items():
+        cells = workload.select(lambda cell, source=source: cell.source == source)
+        answer = answers.get(source, ANSWER)
+        results[source] = _probe(replace(workload, cells=cells), answer, dataset, began, seconds)
+    return results
 
 
-def _load(request: ProbeRequest) -> tuple[Dataset, float, float]:
+def _load(source: str, workload: Workload) -> tuple[Dataset, float, float]:
+    """A data set, when its loading began, and the seconds that it took."""
     began, start = time.time(), time.perf_counter()
-    split_seed = request.cells[0].settings.split_seed
-    dataset = catalog.load(request.source, access=request.access, split_seed=split_seed)
+    split_seed = workload.cells[0].settings.split_seed  # a sweep has one
+    dataset = catalog.load(source, access=workload.datasets[source].access, split_seed=split_seed)
     return dataset, began, time.perf_counter() - start
 
 
-def _probe(request: ProbeRequest, loaded: tuple[Dataset, float, float]) -> ProbeResult:
-    (dataset, began, data), max_side = loaded, request.cells[0].settings.max_side
+def _probe(workload: Workload, answer: int, dataset: Dataset, began: float, data: float) -> ProbeResult:
+    """workload: the cells of this data set. answer: tokens of an answer. began, data: when and how long it loaded."""
+    max_side = workload.cells[0].settings.max_side
     start = time.perf_counter()
     images = [*dataset.test, *dataset.train][: FEW + SOME + MANY]  # a small set has too few to test on
     test = prepare_all(images, max_side=max_side, hflip=False)
     prepared = time.perf_counter()
     pool = prepare_all(dataset.train[:MANY], max_side=max_side, hflip=True)
     mirrored = time.perf_counter()
-    rates = {cell.variant: _rates(cell, request, dataset, test) for cell in request.cells}
+    variants = {cell.variant: cell for cell in workload.cells}
+    rates = {variant: _rates(cell, workload, dataset, test, answer) for variant, cell in variants.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
     return ProbeResult(began, data, (prepared - start) / len(test), (mirrored - prepared) / len(pool), rates, peak)
 
@@ -265,9 +255,12 @@ class RunTime:
     total: float
 
 
-def _rates(cell: CellSpec, request: ProbeRequest, dataset: Dataset, test: Sequence[Example]) -> Rates:
-    small, large = _training_images(cell, request, dataset)
-    run = partial(_run, cell, request, dataset)
+def _rates(cell: CellSpec, workload: Workload, dataset: Dataset, test: Sequence[Example], answer: int) -> Rates:
+    small, large = _training_images(cell, workload, dataset)
+    if cell.trains and cell.generates:  # a model that has learnt to answer stops after a class name
+        answer = min(answer, cell.settings.answer_tokens)
+        cell = cell._replace(settings=cell.settings.model_copy(update={"answer_tokens": answer}))
+    run = partial(_run, cell, workload, dataset)
     cold, warm = run(small, test[:FEW]), run(small, test[:FEW])
     some = min(SOME, max(1, (len(test) - FEW) // 2))
     uncached = run(small, test[FEW : FEW + some])
@@ -312,16 +305,17 @@ def fit_rates(
 
 
 def _training_images(
-    cell: CellSpec, request: ProbeRequest, dataset: Dataset
+    cell: CellSpec, workload: Workload, dataset: Dataset
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """The training images of a small and a large run: a batch where a model trains; else two numbers of shots, as far
     as they are few images."""
     s = cell.settings
     if not cell.spec.learns:
         return [], []
-    shots, most = [min(request.shots)] * 2, s.batch_size
+    every = {each.shots for each in workload.cells if each.spec.learns}
+    shots, most = [min(every)] * 2, s.batch_size
     if not cell.trains:
-        few = [k for k in request.shots if k * len(dataset.classes) <= MANY] or shots
+        few = [k for k in every if k * len(dataset.classes) <= MANY] or shots
         shots, most = [min(few), max(few)], MANY
     small, large = (prepare_all(few_shot(dataset, k, 0, s)[:most], max_side=s.max_side, hflip=False) for k in shots)
     return small, large
@@ -329,18 +323,14 @@ def _training_images(
 
 def _run(
     cell: CellSpec,
-    request: ProbeRequest,
+    workload: Workload,
     dataset: Dataset,
     train: Sequence[Example],
     test: Sequence[Example],
     count: int = 1,
 ) -> RunTime:
-    settings = cell.settings
-    if cell.trains and cell.generates:  # a model that has learnt to answer stops after a class name
-        answer_tokens = min(request.answer, settings.answer_tokens)
-        settings = settings.model_copy(update={"answer_tokens": answer_tokens})
-    service = {"service": request.service, "device": request.device}
-    task = ShortTask(dataset.classes, train, Images(test), 0, settings, hflip=0.0, **service, count=count)
+    where = workload.service, workload.device
+    task = ShortTask(dataset.classes, train, Images(test), 0, cell.settings, 0.0, *where, count=count)
     start = time.perf_counter()
     outcome: Outcome = METHODS[cell.method].run(task)
     done = time.perf_counter()

@@ -134,7 +134,8 @@ def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", acces
 
     Raises what `catalog.load` raises; InputError for a set that is not here and whose size is not known.
     """
-    access = replace(access or Access(), **({"protocol": sweep.protocol} if sweep.protocol else {}))
+    access = access or Access()
+    access = replace(access, protocol=sweep.protocol or access.protocol)
     infos = {source: _info(source, access, sweep.settings.split_seed) for source in sweep.datasets}
     cells = [
         CellSpec(source, method, shots, seed, settings)

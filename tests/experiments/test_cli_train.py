@@ -84,7 +84,7 @@ def test_it_is_the_adapter_of_the_sweeps_cell(
     sampler = service.create_sampling_client_from_folder(folder).result()
     rule = ImageRule.from_pretrained(nano.NAME)
     prompt = Prompt(sampler.get_tokenizer(), rule, tuple(card["classes"]), template(card["prompt"]))
-    scores = predict(sampler, Images(run._test(job)), prompt)
+    scores = predict(sampler, Images(run.test_examples(job)), prompt)
     expected = np.array(table["top5_log_probs"].to_pylist(), np.float32)
     assert (np.take_along_axis(scores, np.array(table["top5"].to_pylist()), 1) == expected).all()
     assert scores.argmax(1).tolist() == table["prediction"].to_pylist()
@@ -156,7 +156,7 @@ def test_what_fails_leaves_the_old_adapter_and_nothing_else(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "fit_lora" if at == "step" else "_card", fail)
+    monkeypatch.setattr(training, "fit_lora" if at == "step" else "readme", fail)
     said = kshot(*words, "--out", target, "--force")
     assert (said.status, said.err.splitlines()[-1]) == (1, "kshot: [Errno 28] No space left on device")
     assert files(target) == before
@@ -243,7 +243,7 @@ def test_training_uses_one_thread_on_a_cpu_and_gives_the_others_back() -> None:
 
     torch.set_num_threads(2)
     try:
-        with training._as_a_worker("cpu"):
+        with training.threads_of_a_worker("cpu"):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:

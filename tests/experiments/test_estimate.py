@@ -98,14 +98,9 @@ def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> No
     found = table[source, "recipe"]
     assert found.prompt == pytest.approx(np.mean(questions))
     assert found.training == pytest.approx(np.mean(examples))
-    assert found.image == np.mean([sum(rule_tokens(prompt, image)) for image in images])
     total = count(workload, table)
     assert total.training_tokens == round(4 * 15 * np.mean(examples))  # 3 steps of 5 views
     assert total.prompt_tokens == round(60 * np.mean(questions))
-
-
-def rule_tokens(prompt: Any, image: bytes) -> list[int]:
-    return [chunk.length for chunk in prompt.question(image).chunks if hasattr(chunk, "data")]
 
 
 def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> None:
