@@ -78,7 +78,7 @@ def test_images_of_one_size_may_share_a_pass(
 
 def test_the_feature_cache_is_bounded(model: Any, chunks: list[types.ImageChunk]) -> None:
     chunks = chunks[::3]  # of one size
-    vision = Vision(model, cache_bytes=2 * Vision(model).features(chunks[:1])[0].bytes)
+    vision = Vision(model, cache_bytes=2 * Vision(model).features(chunks[:1])[0].values.nbytes)
     for _ in range(2):
         vision.features(chunks[:2])
     assert vision.forwards == 2

@@ -113,10 +113,6 @@ class LocalSamplingClient:
         """Images that went through the vision tower of the base model in this process."""
         return self._engine.vision.forwards
 
-    def clear_features(self) -> None:
-        """Forget the image features that are in memory, so that each image is new to the vision tower."""
-        self._scheduler.submit(self._engine.vision.clear).result()
-
     def profile(self) -> AbstractContextManager[dict[str, float]]:
         """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
         return self._engine.model.profile()
@@ -133,11 +129,6 @@ class LocalSamplingClient:
     def rule(self) -> ImageRule:
         """How the base model counts an image's tokens."""
         return self._engine.model.rule
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the base model knows."""
-        return self._engine.model.vocabulary
 
     @property
     def context(self) -> int:

@@ -252,10 +252,6 @@ class Vision:
             self._disk.touch(key)  # type: ignore[union-attr]
         return [chunk for chunk, key in keys if not self._is_cached(key)]
 
-    def clear(self) -> None:
-        """Forget the features in memory, as if no image had been seen."""
-        self._memory, self._device_memory = MemoryCache(self._memory.limit), MemoryCache(self._device_memory.limit)
-
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
         images = {_key(chunk): chunk.data for chunk in chunks}

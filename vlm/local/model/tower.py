@@ -146,10 +146,6 @@ class ImageFeatures:
     def tokens(self) -> int:
         return self.values.shape[1]
 
-    @property
-    def bytes(self) -> int:
-        return self.values.nbytes
-
     def to(self, device: torch.device) -> "ImageFeatures":
         """The same on a device."""
         return self if self.values.device == device else ImageFeatures(self.grid, self.values.to(device))
