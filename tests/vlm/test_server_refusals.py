@@ -57,7 +57,7 @@ def test_bodies_without_a_run_in_memory_are_refused_at_once(raw: Raw) -> None:
 def test_a_run_is_made_once(server: Server, raw: Raw) -> None:
     session = raw.session()
     raw.run(session)
-    while server.state.futures.known(f"{session}:train:0/0") in server.state.futures._answers:
+    while server.state.futures.id_of(f"{session}:train:0/0") in server.state.futures._answers:
         time.sleep(0.01)  # until it is written
     server.state.store.prune(0, -1e12, -1e12, 0)  # as after a day: the answer is not known any more
     lora = {"session_id": session, "base_model": nano.NAME, "lora_config": {"rank": 4}}

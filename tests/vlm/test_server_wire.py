@@ -29,10 +29,10 @@ from vlm.server.tinker.wire import (
     MAX_CHUNKS,
     MAX_DATUMS,
     forward_backward_output,
-    of_model,
     parse_forward_backward,
     sample_response,
     tensor_data,
+    tensor_from_json,
 )
 
 few = settings(max_examples=60, deadline=None)
@@ -369,7 +369,7 @@ def test_tensors_from_lists() -> None:
         with pytest.raises(RequestError, match=r"^here has only one of"):
             tensor_data([1], "int64", [1, 1], "here", **one_side)
     with pytest.raises(RequestError, match=r"^ids has 2 values, but shape \[3\]"):
-        of_model(TensorModel(data=[1, 2], dtype="int64", shape=[3]), "ids")
+        tensor_from_json(TensorModel(data=[1, 2], dtype="int64", shape=[3]), "ids")
     with pytest.raises(RequestError, match=r"^here row pointers must be a vector of int64"):
         tensor_data([1], "int64", [1, 1], "here", [0, 0.5], [0])
 
@@ -484,7 +484,7 @@ def test_scores_come_back_in_the_layout_asked_for(ids: np.ndarray, seed: int) ->
     answer = np.where(ids < 0, 0, np.random.default_rng(seed).normal(size=ids.shape)).astype(np.float32)
     whole = tinker.TensorData.from_numpy(answer)
     for model in (TensorModel.from_torch_sparse(torch.from_numpy(ids), -1), TensorModel.from_numpy(ids)):
-        asked = of_model(TensorModel.model_validate_json(model.model_dump_json()), "ids")
+        asked = tensor_from_json(TensorModel.model_validate_json(model.model_dump_json()), "ids")
         assert np.array_equal(asked.to_numpy(-1), ids)
         response = types.SampleResponse([], target_prompt_logprobs=whole)
         read = deserialize_sample_response(sample_response(response, asked))

@@ -96,7 +96,7 @@ class Futures:
         self._stopping = asyncio.Event()
         self.pending = 0
 
-    def known(self, key: str) -> str | None:
+    def id_of(self, key: str) -> str | None:
         """The id of the request that has this key, if there is one."""
         if key in self._ids:
             return self._ids[key]

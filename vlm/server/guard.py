@@ -313,8 +313,8 @@ class Keys:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
-        written = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-        digests = [_digest(path, number, line) for number, line in written if line and not line.startswith("#")]
+        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        digests = [_digest(path, number, line) for number, line in numbered if line and not line.startswith("#")]
         if not digests:
             raise InputError(f"key file {path} has no key; write one a line, of {SHORTEST} characters or more")
         return cls(tuple(digests))

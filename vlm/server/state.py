@@ -257,8 +257,8 @@ class Samplers:
     def keep(self, sampler_id: str, run: str, client: LocalSamplingClient) -> None:
         """Keep weights that are in memory alone; of one run the UNSAVED that were last used."""
         self.ephemeral[sampler_id] = Unsaved(run, client)
-        mine = [name for name, each in self.ephemeral.items() if each.run == run]
-        for name in mine[:-UNSAVED]:
+        snapshots = [name for name, each in self.ephemeral.items() if each.run == run]
+        for name in snapshots[:-UNSAVED]:
             del self.ephemeral[name]
 
     async def _load(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:

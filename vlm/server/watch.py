@@ -13,7 +13,7 @@ from fastapi import APIRouter, Response
 from vlm.server.state import ServerState
 from vlm.server.tables import Run, Session
 
-NEWEST = 50  # runs and checkpoints that the page is told of
+NEWEST = 50  # runs and checkpoints on the page
 POINTS = 300  # of a curve
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -80,27 +80,27 @@ def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> di
 
 
 def _queue(state: ServerState) -> dict[str, Any]:
-    worker = state.registry.scheduler
+    scheduler = state.registry.scheduler
     return {
-        "jobs": worker.waiting_jobs,
-        "samples": worker.waiting_samples,
-        "sequences": worker.active_sequences,
-        "tokens_sampled": worker.tokens_sampled,
-        "busy_share": worker.busy_seconds / max(1e-9, time.time() - state.started),
+        "jobs": scheduler.waiting_jobs,
+        "samples": scheduler.waiting_samples,
+        "sequences": scheduler.active_sequences,
+        "tokens_sampled": scheduler.tokens_sampled,
+        "busy_share": scheduler.busy_seconds / max(1e-9, time.time() - state.started),
     }
 
 
 def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
-    worker = state.registry.scheduler
+    scheduler = state.registry.scheduler
     plain = {
-        "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", worker.waiting_jobs),
-        "kshot_waiting_samples": ("gauge", "Sampling requests that wait for the engine.", worker.waiting_samples),
-        "kshot_active_sequences": ("gauge", "Sequences that are being written.", worker.active_sequences),
+        "kshot_waiting_jobs": ("gauge", "Training and other calls that wait for the engine.", scheduler.waiting_jobs),
+        "kshot_waiting_samples": ("gauge", "Sampling requests that wait for the engine.", scheduler.waiting_samples),
+        "kshot_active_sequences": ("gauge", "Sequences in progress.", scheduler.active_sequences),
         "kshot_pending_requests": ("gauge", "Requests without an answer yet.", state.futures.pending),
         "kshot_live_runs": ("gauge", "Training runs in memory.", len(state.runs)),
         "kshot_loaded_models": ("gauge", "Base models in memory.", len(state.registry.engines)),
-        "kshot_engine_busy_seconds_total": ("counter", "Time the engine has worked.", worker.busy_seconds),
-        "kshot_sampled_tokens_total": ("counter", "Tokens that were sampled.", worker.tokens_sampled),
+        "kshot_engine_busy_seconds_total": ("counter", "Time the engine has worked.", scheduler.busy_seconds),
+        "kshot_sampled_tokens_total": ("counter", "Tokens that were sampled.", scheduler.tokens_sampled),
         "kshot_examples_total": ("counter", "Examples that were trained on.", state.examples),
         "kshot_optimizer_steps_total": ("counter", "Optimizer steps.", state.steps),
     }

@@ -51,11 +51,11 @@ async def prompt(request: ChatRequest, sampler: LocalSamplingClient, *, allow_ur
 
 def _prompt(request: ChatRequest, sampler: LocalSamplingClient, images: Sequence[bytes]) -> tinker.ModelInput:
     tokenizer = sampler.get_tokenizer()
-    written = text(request, tokenizer).split(IMAGE_TOKEN)
-    if len(written) != len(images) + 1:
-        raise PromptError(f"the chat template has {len(written) - 1} places for {len(images)} image(s)")
-    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, written[0])]
-    for image, after in zip(images, written[1:], strict=True):
+    texts = text(request, tokenizer).split(IMAGE_TOKEN)
+    if len(texts) != len(images) + 1:
+        raise PromptError(f"the chat template has {len(texts) - 1} places for {len(images)} image(s)")
+    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, texts[0])]
+    for image, after in zip(images, texts[1:], strict=True):
         chunks += [image_chunk(image, sampler.rule), encode(tokenizer, after)]
     return model_input(*chunks)
 
@@ -98,8 +98,8 @@ def special_token_in(text: str, special: Sequence[str]) -> str | None:
 
 def end_tokens(tokenizer: Any) -> list[int]:
     """The tokens that end an answer."""
-    known = tokenizer.added_tokens_encoder
-    return sorted({tokenizer.eos_token_id, *(known[token] for token in END_TOKENS if token in known)})
+    ids = tokenizer.added_tokens_encoder
+    return sorted({tokenizer.eos_token_id, *(ids[token] for token in END_TOKENS if token in ids)})
 
 
 def _check(name: str, message: Message, special: Sequence[str]) -> None:
@@ -115,10 +115,10 @@ def _supports_images(tokenizer: Any) -> bool:
     if not tokenizer.chat_template:
         return False
     try:
-        written = tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False)
+        text = tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False)
     except (TemplateError, TypeError, ValueError):  # one of texts alone trips over a list
         return False
-    return bool(written.count(IMAGE_BLOCK) == 1)
+    return bool(text.count(IMAGE_BLOCK) == 1)
 
 
 def _content(message: Message) -> str | list[dict[str, str]]:
@@ -133,10 +133,10 @@ def _text_of(message: Message) -> str:
 
 
 def _chatml(request: ChatRequest) -> str:
-    written = "".join(f"{TURN_START}{m.role}\n{_text_of(m)}{END_OF_TURN}\n" for m in request.messages)
+    text = "".join(f"{TURN_START}{m.role}\n{_text_of(m)}{END_OF_TURN}\n" for m in request.messages)
     if request.continue_final_message:
-        return written.removesuffix(f"{END_OF_TURN}\n")
-    return written + (f"{TURN_START}assistant\n" if request.begins_answer else "")
+        return text.removesuffix(f"{END_OF_TURN}\n")
+    return text + (f"{TURN_START}assistant\n" if request.begins_answer else "")
 
 
 # Image URLs
@@ -214,8 +214,8 @@ async def _target(url: str, parts: SplitResult, public: Callable[[Address], bool
     if not parts.hostname or parts.username is not None:
         raise ImageError(f"image URL {url!r:.60} must be http(s)://HOST/..., without a user")
     port = parts.port or PORTS[parts.scheme]
-    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    addresses = [ip_address(str(each[4][0]).partition("%")[0]) for each in found]
+    infos = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = [ip_address(str(each[4][0]).partition("%")[0]) for each in infos]
     if not addresses or not all(map(public, addresses)):
         raise ImageError(f"image URL {url!r:.60} is not at a public address")
     host = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])

@@ -26,14 +26,16 @@ class Model(BaseModel):
     def _drop_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {name: value for name, value in data.items() if value is not None}
-        for name in [name for name in given if name not in cls.model_fields]:
+        fields = {name: value for name, value in data.items() if value is not None}
+        for name in [name for name in fields if name not in cls.model_fields]:
             allowed = cls.NEUTRAL.get(name, ())
-            if name in cls.NEUTRAL and (allowed is None or any(_same(given[name], each) for each in allowed)):
-                del given[name]
+            if name in cls.NEUTRAL and (allowed is None or any(_same(fields[name], each) for each in allowed)):
+                del fields[name]
             elif name in cls.NEUTRAL:
-                raise wrong(name, f"{name} = {reprlib.repr(given[name])} is not supported by this server; leave it out")
-        return given
+                raise wrong(
+                    name, f"{name} = {reprlib.repr(fields[name])} is not supported by this server; leave it out"
+                )
+        return fields
 
 
 def wrong(param: str | None, message: str) -> PydanticCustomError:
@@ -182,9 +184,11 @@ class GenerationRequest(Model, ABC):
         """Refuse fields without an effect on a choice."""
         off = "top_p", "top_k", "stop", "stop_token_ids", "logprobs", "top_logprobs", "echo"
         fields = type(self).model_fields
-        given = next((n for n in off if n in fields and getattr(self, n) != fields[n].default), None)
-        if given:
-            raise wrong(given, f"{given} does not go with a closed list of choices, which come with choice_log_probs")
+        refused = next((n for n in off if n in fields and getattr(self, n) != fields[n].default), None)
+        if refused:
+            raise wrong(
+                refused, f"{refused} does not go with a closed list of choices, which come with choice_log_probs"
+            )
 
 
 class CompletionRequest(GenerationRequest):

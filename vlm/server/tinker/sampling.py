@@ -95,12 +95,12 @@ class SamplingService:
         refuse(record_stability_info=request.record_stability_info)
         _check_size(request)
         key = self._key(request)
-        request_id = self.state.futures.known(key)
+        request_id = self.state.futures.id_of(key)
         if request_id is None:
             if len(self.state.samplings) >= WAITING:
                 raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
             targets = request.target_prompt_logprobs
-            tensor = None if targets is None else wire.of_model(targets, "target_prompt_logprobs")
+            tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
             request_id = self.state.futures.open(key)
             self.state.samplings[request_id] = SamplingTask(Future())  # until its weights are there; may be cancelled
             self.state.background(self._start(request_id, Sample(request, tensor, self.image_log_probs)))

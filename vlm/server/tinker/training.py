@@ -141,7 +141,7 @@ class SnapshotForSampler(RunOperation):
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
         self.state.live_run(self.request.model_id)
-        if self.state.futures.known(f"{self.request.model_id}/{self.request.seq_id}") is None:
+        if self.state.futures.id_of(f"{self.request.model_id}/{self.request.seq_id}") is None:
             self._check_unused()
 
     def run(self, client: LocalTrainingClient) -> Any:
@@ -278,7 +278,7 @@ class TrainingService:
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
-        if (known := self.state.futures.known(key)) is not None:
+        if (known := self.state.futures.id_of(key)) is not None:
             return known
         run = self.state.live_run(model_id)
         run.check(seq)
@@ -297,7 +297,7 @@ class TrainingService:
         self.state.check_session(session)
         model_id = f"{session}:train:{seq}"
         key = f"{model_id}/0"
-        if (known := self.state.futures.known(key)) is not None:
+        if (known := self.state.futures.id_of(key)) is not None:
             return known
         if self.state.store.get(Run, model_id) is not None:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")

@@ -121,9 +121,9 @@ def sample_response(response: types.SampleResponse, layout: tinker.TensorData | 
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
     for each in response.sequences:
         _write_sequence(message.sequences.add(), each)
-    own = response.prompt_logprobs_np if response.prompt_logprobs_np is not None else response.prompt_logprobs
-    if own is not None:
-        message.prompt_logprobs = _bytes(own, "<f4")  # None as NaN
+    log_probs = response.prompt_logprobs_np if response.prompt_logprobs_np is not None else response.prompt_logprobs
+    if log_probs is not None:
+        message.prompt_logprobs = _bytes(log_probs, "<f4")  # None as NaN
     top = response.topk_prompt_logprobs_np or response.topk_prompt_logprobs
     if top is not None:
         _write_top(message.topk_prompt_logprobs, top)
@@ -292,10 +292,10 @@ def tensor_data(
     return tinker.TensorData(flat, dtype, shape, indices[0].tolist(), indices[1].tolist())
 
 
-def of_model(given: TensorModel, where: str) -> tinker.TensorData:
+def tensor_from_json(tensor: TensorModel, where: str) -> tinker.TensorData:
     """The SDK's tensor from one in a JSON body; raises as `tensor_data`."""
-    sparse = given.sparse_crow_indices, given.sparse_col_indices
-    return tensor_data(given.data, given.dtype, given.shape or [], where, *sparse)
+    sparse = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    return tensor_data(tensor.data, tensor.dtype, tensor.shape or [], where, *sparse)
 
 
 def in_layout_of(layout: tinker.TensorData, dense: tinker.TensorData) -> tinker.TensorData:
