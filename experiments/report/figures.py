@@ -92,7 +92,7 @@ def draw_dataset(table: Scores, title: str, n_classes: int | None, published: Se
     rows = _legend_shape(titles)[1] + len(note.splitlines())
     figure = _new_figure(SIZE[0], SIZE[1] + ROW * max(0, rows - ROWS))
     axes = figure.add_subplot()
-    _draw_axes(axes, table, n_classes, shots=shots, chance=chance, published=inside)
+    _draw_axes(axes, table, n_classes, shots, chance, inside)
     axes.set_ylabel("accuracy on the test images (%)")
     axes.set_title(title, loc="left", fontsize=11)
     _draw_legend(figure, titles, note)
@@ -109,7 +109,7 @@ def draw_overview(tables: Mapping[str, Scores], title: str, n_classes: Mapping[s
     shots = sorted({k for table in tables.values() for k in _shots_of(table)})
     for n, (dataset, table) in enumerate(tables.items()):
         axes = figure.add_subplot(down, across, n + 1)
-        _draw_axes(axes, table, n_classes.get(dataset), shots=shots, chance=CHANCE, published=())
+        _draw_axes(axes, table, n_classes.get(dataset), shots, CHANCE, ())
         axes.set_title(textwrap.fill(name(dataset), WRAP), loc="left", fontsize=10)
         if n + across < len(tables):  # another is below it
             axes.set_xlabel("")
@@ -193,13 +193,7 @@ GAP, BREAK = 0.5, 0.05  # how far behind 0 the axis is broken, and half of what 
 
 
 def _draw_axes(
-    axes: Axes,
-    table: Scores,
-    n_classes: int | None,
-    *,
-    shots: Sequence[int],
-    chance: str,
-    published: Sequence[Reference],
+    axes: Axes, table: Scores, n_classes: int | None, shots: Sequence[int], chance: str, published: Sequence[Reference]
 ) -> None:
     """Draw the series of a data set, and the line of chance where `n_classes` is known, called `chance`.
 

@@ -23,6 +23,7 @@ from experiments.report.tables import (
     CellId,
     Record,
     accuracy_table,
+    as_list,
     cost_table,
     facts_table,
     metrics_table,
@@ -91,19 +92,16 @@ def _write_figures(
     folder: Path, sweep: Record, cells: Sequence[Record], datasets: Sequence[str], n_classes: Mapping[str, int]
 ) -> dict[str | None, Sequence[Path]]:
     """(PNG, SVG) of each data set, and under None that of all together where there are several."""
-    overview = {None: write_overview_figure(cells, datasets, folder, n_classes)} if len(datasets) > 1 else {}
-    backbones = sweep.get("settings", {}).get("backbone", ())
-    backbones = [backbones] if isinstance(backbones, str) else backbones
-    return overview | {
-        dataset: write_dataset_figure(
-            cells,
-            dataset,
-            folder,
-            n_classes=n_classes.get(dataset),
-            published=references_to_draw(dataset, backbones),
+    figures: dict[str | None, Sequence[Path]] = {}
+    if len(datasets) > 1:
+        figures[None] = write_overview_figure(cells, datasets, folder, n_classes)
+    backbones = as_list(sweep.get("settings", {}).get("backbone", ()))
+    for dataset in datasets:
+        rows = references_to_draw(dataset, backbones)
+        figures[dataset] = write_dataset_figure(
+            cells, dataset, folder, n_classes=n_classes.get(dataset), published=rows
         )
-        for dataset in datasets
-    }
+    return figures
 
 
 def _overview(figures: Mapping[str | None, Sequence[Path]], datasets: Sequence[str]) -> Iterator[Block]:
@@ -194,17 +192,14 @@ def _leader(table: Mapping[str, Mapping[int, Score]], shots: int) -> str:
 def _certainty(column: Mapping[str, Score], leaders: Sequence[str], rivals: Sequence[str]) -> str:
     if column[leaders[0]].half_width is None:
         return " (one seed, so without an interval over seeds)"
-    overlapping = [style(m).title for m in rivals if any(_overlap(column[leader], column[m]) for leader in leaders)]
+    intervals = {method: score.interval or (score.mean, score.mean) for method, score in column.items()}
+    lowest = min(intervals[leader][0] for leader in leaders)
+    overlapping = [style(m).title for m in rivals if intervals[m][1] >= lowest]
     if not overlapping:
         return ", with a 95% interval above all others"
     more = [f"{len(overlapping) - NAMED} more"] if len(overlapping) > NAMED else []
     that = "that" if len(overlapping) == 1 else "those"
     return f", but the 95% interval overlaps with {that} of {_and(overlapping[:NAMED] + more)}"
-
-
-def _overlap(best: Score, other: Score) -> bool:
-    (low, _), (_, high) = (score.interval or (score.mean, score.mean) for score in (best, other))
-    return low <= high
 
 
 def _share(score: Score) -> str:

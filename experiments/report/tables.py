@@ -337,7 +337,7 @@ def _models_table(sweep: Record) -> Table | None:
     read = {setting for method in methods if method in METHODS for setting in METHODS[method].settings}
     rows: list[tuple[str, ...]] = []
     for kind in (kind for kind in MODELS if kind in settings and kind in read):
-        names, revisions = (_as_list(settings.get(key)) for key in (kind, f"{kind}_revision"))
+        names, revisions = (as_list(settings.get(key)) for key in (kind, f"{kind}_revision"))
         revisions = revisions if len(revisions) == len(names) else revisions * len(names)
         rows += [
             (kind, _value(model), NONE if revision is None else _value(revision))
@@ -365,7 +365,8 @@ def _settings_table(caption: str, header: str, *records: Record) -> Table:
     return Table(caption, (header, "value"), tuple(rows))
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """The values of a setting: several where they are compared."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
