@@ -102,9 +102,12 @@ def _hub_bytes(hub_id: str, revision: str, patterns: tuple[str, ...], *, dataset
         info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # loading says why
         return None
-    names = {file: file.rfilename.rpartition("/") for file in info.siblings or ()}
-    fit = [f for f, (top, _, n) in names.items() if (dataset or not top) and any(fnmatch(n, p) for p in patterns)]
-    return sum(file.size or 0 for file in fit)
+    total = 0
+    for file in info.siblings or ():
+        top, _, name = file.rfilename.rpartition("/")
+        if (dataset or not top) and any(fnmatch(name, pattern) for pattern in patterns):
+            total += file.size or 0
+    return total
 
 
 def _is_cached(hub_id: str, revision: str, patterns: tuple[str, ...]) -> bool:

@@ -204,7 +204,7 @@ def probe(folder: Path, answers: Mapping[str, int], workload: Workload) -> dict[
     os.environ["KSHOT_CACHE"] = mkdtemp(dir=folder)
     results = {}
     for source, (dataset, began, seconds) in loaded.items():
-        cells = workload.select(lambda cell, source=source: cell.source == source)
+        cells = [cell for cell in workload.cells if cell.source == source]
         answer = answers.get(source, ANSWER)
         results[source] = _probe(replace(workload, cells=cells), answer, dataset, began, seconds)
     return results
