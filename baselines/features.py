@@ -130,12 +130,10 @@ class Encoder:
         keys = iter(new)
         while window := list(islice(decoded, WINDOW * batch)):
             window_keys = list(islice(keys, len(window)))
-            for group in size_groups(window):
-                for start in range(0, len(group), batch):
-                    members = group[start : start + batch]
-                    pixels = self._backbone.normalised([window[n] for n in members])
-                    features = self._backbone.features(self._backbone.module, pixels).cpu().numpy()
-                    self._memory.update((window_keys[n], row) for n, row in zip(members, features, strict=True))
+            for members in size_batches(window, batch):
+                pixels = self._backbone.normalised([window[n] for n in members])
+                features = self._backbone.features(self._backbone.module, pixels).cpu().numpy()
+                self._memory.update((window_keys[n], row) for n, row in zip(members, features, strict=True))
         self.forwards += len(new)
 
     def _decoded(self, images: Sequence[bytes], order: Sequence[int]) -> Iterator[np.ndarray]:
@@ -276,12 +274,12 @@ def resized(image: bytes, patch: int, size: int | None = None) -> np.ndarray:
     return np.asarray(decoded.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def size_groups(pixels: Sequence[np.ndarray]) -> list[list[int]]:
-    """Indices of arrays of one shape, in order of first appearance: what one batched forward can take."""
+def size_batches(pixels: Sequence[np.ndarray], limit: int) -> list[list[int]]:
+    """Indices of arrays of one shape, at most `limit` together: what one batched forward can take."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, array in enumerate(pixels):
         groups.setdefault(array.shape, []).append(index)
-    return list(groups.values())
+    return [group[n : n + limit] for group in groups.values() for n in range(0, len(group), limit)]
 
 
 class PixelCache:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from baselines.backbone import Backbone, load
-from baselines.features import PixelCache, resized, size_groups
+from baselines.features import PixelCache, resized, size_batches
 from kshot.checks import check_adam
 from kshot.errors import ImageError, InputError, KshotError, ModelError, RequestError
 from kshot.files import write_folder
@@ -90,11 +90,9 @@ class LoraHead:
 
     def logits(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, (B, n_classes) logits) of arrays (H, W, 3) uint8: those of one size together, CHUNK at a time."""
-        for group in size_groups(pixels):
-            for start in range(0, len(group), CHUNK):
-                members = group[start : start + CHUNK]
-                batch = self.backbone.normalised([pixels[n] for n in members])
-                yield members, self._linear(self.backbone.features(self._adapted, batch))
+        for members in size_batches(pixels, CHUNK):
+            batch = self.backbone.normalised([pixels[n] for n in members])
+            yield members, self._linear(self.backbone.features(self._adapted, batch))
 
     @torch.no_grad()
     def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
