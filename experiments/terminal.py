@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, tables, paths. Knows no command and computes nothing."""
+"""Progress, tables and paths as the terminal shows them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

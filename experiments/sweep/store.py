@@ -148,7 +148,6 @@ class Results:
 
     def fail(self, key: str, identity: Mapping[str, Any], error: str, exit_status: int, trace: str) -> None:
         """Note why a cell has no result; a later `add` of it takes that back."""
-        (self.folder / "failed").mkdir(exist_ok=True)
         self._write_json(
             f"failed/{key}.json", {"key": key, **identity, "error": error, "exit_status": exit_status, "trace": trace}
         )
@@ -232,6 +231,7 @@ class Results:
 
     def _write(self, name: str, content: bytes) -> None:
         try:
+            (self.folder / name).parent.mkdir(exist_ok=True)
             write_file(self.folder / name, content)
         except OSError as error:  # it could be written when the sweep began
             reason = f"cannot write {self.folder / name}: {error.strerror}"
