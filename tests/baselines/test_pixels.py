@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from baselines.features import PixelCache, resized, size_groups, whole_patches
+from baselines.features import PixelCache, resized, size_batches, whole_patches
 from kshot.errors import ImageError
 from kshot.images import open_image
 
@@ -42,9 +42,11 @@ def test_broken_bytes(cut: int, make_image: Callable[..., bytes]) -> None:
         resized(make_image(0)[:cut], 16)
 
 
-def test_size_groups() -> None:
+def test_size_batches() -> None:
     shapes = [(2, 3), (3, 2), (2, 3)]
-    assert size_groups([np.empty(shape) for shape in shapes]) == [[0, 2], [1]]
+    arrays = [np.empty(shape) for shape in shapes]
+    assert size_batches(arrays, 2) == [[0, 2], [1]]
+    assert size_batches(arrays, 1) == [[0], [2], [1]]
 
 
 def test_cache_keeps_until_full(make_image: Callable[..., bytes]) -> None:
