@@ -33,7 +33,7 @@ def trained(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> LocalTrai
 def folder(trained: LocalTrainingClient, service: LocalServiceClient, tmp_path: Path) -> Path:
     """A copy, somewhere else, of what a sampler's save writes."""
     path = trained.save_weights_for_sampler("x").result().path
-    return Path(shutil.copytree(folder_of(service._host.state, path), tmp_path / "an adapter"))
+    return Path(shutil.copytree(folder_of(service._registry.state, path), tmp_path / "an adapter"))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local import scheduler as scheduling
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.engine import BASE, Engine, Snapshot
-from vlm.local.model.attention import Next
+from vlm.local.model.attention import DecodeStep
 from vlm.local.model.load import Model
 from vlm.local.sampling import decoder as decoding
 from vlm.local.sampling import sampler
@@ -123,7 +123,7 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
     hidden, made = engine.model.text.hidden, list[tuple[str, int]]()
 
     def counted(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
-        made.append(("write" if isinstance(attention, Next) else "read", len(inputs.ids)))
+        made.append(("write" if isinstance(attention, DecodeStep) else "read", len(inputs.ids)))
         return hidden(inputs, attention, *args)
 
     monkeypatch.setattr(engine.model.text, "hidden", counted)
@@ -320,7 +320,7 @@ def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
     hidden, left, other = engine.model.text.hidden, [2], Snapshot()
 
     def failing(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
-        if isinstance(attention, Next) and len(inputs.ids) == 2:  # of the two requests below
+        if isinstance(attention, DecodeStep) and len(inputs.ids) == 2:  # of the two requests below
             left[0] -= 1
             if left[0] == 0:
                 raise torch.OutOfMemoryError("no memory")

@@ -82,7 +82,7 @@ def test_another_process_finds_the_checkpoint(
     trained: LocalTrainingClient, service: LocalServiceClient, mixed: list[tinker.Datum]
 ) -> None:
     path = trained.save_state("shared").result().path
-    elsewhere = LocalServiceClient(service._host.state)
+    elsewhere = LocalServiceClient(service._registry.state)
     try:
         assert same(
             log_probs(trained, mixed), log_probs(elsewhere.create_training_client_from_state(path).result(), mixed)
@@ -101,7 +101,7 @@ def test_the_files_load_in_stock_peft_and_merged_too(
     from transformers import Qwen3VLForConditionalGeneration
 
     path = trained.save_state("peft").result().path
-    folder = next(p for p in service._host.state.rglob("peft") if p.is_dir())
+    folder = next(p for p in service._registry.state.rglob("peft") if p.is_dir())
     text = mixed[2]
     ids = torch.tensor([text.model_input.to_ints()])
     targets = text.loss_fn_inputs["target_tokens"].to_torch()
@@ -157,7 +157,7 @@ def test_missing_damaged_and_foreign_checkpoints_are_named(
     with pytest.raises(ModelError, match="does not exist"):
         trained.load_state(missing).result()
     path = trained.save_state("damaged").result().path
-    next(service._host.state.rglob("damaged")).joinpath("adapter_model.safetensors").write_bytes(b"short")
+    next(service._registry.state.rglob("damaged")).joinpath("adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(ModelError, match="is damaged"):
         trained.load_state(path).result()
     whole = trained.save_weights_for_sampler("weights-only").result().path
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_tensors_changes_nothing(
     for kind in ("sampler_weights", "weights"):
         saved = trained.save_weights_for_sampler if kind == "sampler_weights" else trained.save_state
         path = saved("lacking").result().path
-        file = next(service._host.state.rglob(f"{kind}/lacking")) / "adapter_model.safetensors"
+        file = next(service._registry.state.rglob(f"{kind}/lacking")) / "adapter_model.safetensors"
         tensors = load_file(file)
         first, *rest = tensors
         save_file({**{name: tensors[name] for name in rest[3:]}, first: tensors[first][:1].contiguous()}, file)

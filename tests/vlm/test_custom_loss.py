@@ -16,7 +16,7 @@ from vlm.local.clients import LocalTrainingClient
 def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
     """The gathered gradients, and forget them."""
     gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.forget()
+    client._run.clear_gradients()
     return gradients
 
 

@@ -15,7 +15,7 @@ from vlm.classifier import generate
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import LocalServiceClient
-from vlm.local.sampling.sequence import _candidates, pick
+from vlm.local.sampling.sequence import _candidates, sample_token
 from vlm.prompts import Prompt
 
 
@@ -99,7 +99,7 @@ def test_top_k_top_p_and_temperature_choose_from_what_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(**params: Any) -> dict[int, float]:
-        made = [pick(logits, types.SamplingParams(**params), generator) for _ in range(4000)]
+        made = [sample_token(logits, types.SamplingParams(**params), generator) for _ in range(4000)]
         return {token: made.count(token) / 4000 for token in sorted(set(made))}
 
     assert drawn(temperature=0.0) == {0: 1.0}
