@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 from kshot.errors import DatasetError
-from kshot.images import image_key
 
 
 def content_key(image: bytes) -> str:
     """The identity of an image, whatever its source: the SHA-256 of its bytes, in hex."""
-    return image_key(image)
+    return hashlib.sha256(image).hexdigest()
 
 
 class Readable(Protocol):
