@@ -54,7 +54,7 @@ def weights(name: str) -> str:
     name = full_name(name)
     folder = source(name)
     if name not in MODELS and not _is_folder(name):
-        with translated(partial(_hub_message, name)):
+        with translated(partial(hub_message, name)):
             _fetch_weights(name.partition("@")[0], Path(folder).name)
     return folder
 
@@ -74,7 +74,7 @@ def _is_folder(name: str) -> bool:
 @cache  # one commit for as long as the process runs, and one request
 def _fetch_small(name: str) -> str:
     hub_id, _, revision = name.partition("@")
-    with translated(partial(_hub_message, name)), _quiet():
+    with translated(partial(hub_message, name)), _quiet():
         folder = _snapshot(hub_id, revision or None, SMALL)
     if not _is_folder(folder):
         raise ModelError(f"{name} has no config.json on the hub; give a model that has one, as Qwen3-VL's do")
@@ -134,7 +134,8 @@ def translated(message: Callable[[Exception], str]) -> Iterator[None]:
         raise ModelError(message(error)) from error
 
 
-def _hub_message(name: str, error: Exception) -> str:
+def hub_message(name: str, error: Exception) -> str:
+    """What went wrong with a model's files on the hub or in its cache, and the way out."""
     hub_id, _, revision = name.partition("@")
     if found := hub.access_problem(error, "model", name, f"https://huggingface.co/{hub_id}", revision):
         return found
