@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from kshot.errors import ModelError
 from kshot.hub import TRIES
 from tests.data.hub_server import CUT, RESET, HubRepo
 from tests.vlm.checkpoints import serve_models, sharded
