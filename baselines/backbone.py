@@ -225,7 +225,7 @@ def _create(name: str, *, pretrained: bool) -> nn.Module:
 
 def _source(model: str) -> ModelSource:
     if model == nano.NAME:
-        return ModelSource("timm", f"local-dir:{nano.folder()}")
+        return ModelSource("timm", _timm_folder(nano.HERE, "install kshot again"))
     path = Path(model.removeprefix("local-dir:"))
     if weights.is_weights(path):
         return ModelSource("weights", str(path.resolve()))
@@ -236,10 +236,10 @@ def _source(model: str) -> ModelSource:
     return ModelSource("timm", model)
 
 
-def _timm_folder(folder: Path) -> str:
+def _timm_folder(folder: Path, way_out: str = "give a folder in the hub layout") -> str:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ModelError(f"model folder {str(folder)!r} has no {name}; give a folder in the hub layout")
+            raise ModelError(f"model folder {str(folder)!r} has no {name}; {way_out}")
     return f"local-dir:{folder.resolve()}"
 
 

@@ -7,21 +7,8 @@ not at 1e-5, which is for networks far deeper.
 
 from pathlib import Path
 
-from kshot.errors import ModelError
-
 NAME = "kshot/nano-dinov2"
 NOTE = f"{NAME} has 0.8 million weights and has learnt from drawings of icons alone: it says nothing about DINOv2."
 REVISION = "24b26d9e61d4"  # the first 12 digits of the SHA-256 of the weights
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent  # the folder with config.json and model.safetensors
 CONFIG = HERE / "config.json"
-
-
-def folder() -> Path:
-    """The folder with config.json and model.safetensors, for timm's `local-dir:`.
-
-    Raises:
-        ModelError: the weights are not installed.
-    """
-    if not (HERE / "model.safetensors").is_file():
-        raise ModelError(f"the weights of {NAME} are missing in {HERE}; install kshot again")
-    return HERE

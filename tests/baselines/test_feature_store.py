@@ -55,7 +55,7 @@ def test_what_rounds_otherwise_is_kept_apart(
 @pytest.mark.parametrize("change", ["heads", "weights"])
 def test_another_model_is_another_feature(change: str, images: list[bytes], tmp_path: Path) -> None:
     """Of the same name; and the same weights may be of another number of heads, which only config.json states."""
-    paths = [shutil.copytree(nano.folder(), tmp_path / name / "model") for name in ("one", "other")]
+    paths = [shutil.copytree(nano.HERE, tmp_path / name / "model") for name in ("one", "other")]
     if change == "heads":
         config = json.loads((paths[1] / "config.json").read_text())
         config["model_args"]["num_heads"] = 2

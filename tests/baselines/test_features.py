@@ -21,7 +21,7 @@ from kshot.images import open_image
 
 
 def test_features_are_timms_cls_tokens(images: list[bytes]) -> None:
-    vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True, dynamic_img_size=True).eval()
+    vit = timm.create_model(f"local-dir:{nano.HERE}", pretrained=True, dynamic_img_size=True).eval()
     features = Encoder(nano.NAME).features(images)
     for image, feature in zip(images, features, strict=True):
         pixels = normalize(to_tensor(open_image(image)), vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_used_is_found_before_a_start(
 ) -> None:
     """config: the text of config.json, or arguments of a DINOv2."""
     known = {"architecture": "vit_small_patch14_dinov2", "model_args": config, "pretrained_cfg": {}}
-    shutil.copy(nano.folder() / "model.safetensors", tmp_path)
+    shutil.copy(nano.HERE / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(known))
     with pytest.raises(ModelError, match=message) as caught:
         check(str(tmp_path), readout)
@@ -200,7 +200,7 @@ def test_loading_leaves_the_global_generator_alone() -> None:
 
 
 def test_a_folder_loads_with_and_without_prefix() -> None:
-    assert load(str(nano.folder())).module is load(f"local-dir:{nano.folder()}").module is load(nano.NAME).module
+    assert load(str(nano.HERE)).module is load(f"local-dir:{nano.HERE}").module is load(nano.NAME).module
 
 
 def test_unknown_name_lists_the_nearest() -> None:
@@ -219,14 +219,14 @@ def test_unknown_name_lists_the_nearest() -> None:
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_incomplete_folder(missing: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(nano.folder(), tmp_path / "model")
+    folder = shutil.copytree(nano.HERE, tmp_path / "model")
     (folder / missing).unlink()
     with pytest.raises(ModelError, match=f"has no {missing}"):
         Encoder(f"local-dir:{folder}")
 
 
 def test_weights_of_another_architecture(tmp_path: Path) -> None:
-    folder = shutil.copytree(nano.folder(), tmp_path / "model")
+    folder = shutil.copytree(nano.HERE, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["model_args"]["embed_dim"] = 64
     (folder / "config.json").write_text(json.dumps(config))
@@ -236,7 +236,7 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
 
 
 def test_a_model_without_cls_token_is_refused(tmp_path: Path) -> None:
-    folder = shutil.copytree(nano.folder(), tmp_path / "model")
+    folder = shutil.copytree(nano.HERE, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["model_args"] |= {"global_pool": "avg", "fc_norm": True}
     vit = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])

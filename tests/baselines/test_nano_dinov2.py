@@ -11,17 +11,18 @@ import torch
 from safetensors import safe_open
 
 from baselines import nano
+from baselines.backbone import load
 from kshot.errors import ModelError
 
 
 def test_timm_loads_the_folder() -> None:
-    vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True)
+    vit = timm.create_model(f"local-dir:{nano.HERE}", pretrained=True)
     assert vit.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 1 + 64, 128)
 
 
 def test_the_weights_in_the_file_are_those_that_timm_computes_with() -> None:
-    vit = timm.create_model(f"local-dir:{nano.folder()}", pretrained=True)
-    with safe_open(nano.folder() / "model.safetensors", "pt") as file:
+    vit = timm.create_model(f"local-dir:{nano.HERE}", pretrained=True)
+    with safe_open(nano.HERE / "model.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     assert stored.keys() == vit.state_dict().keys()
     assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in stored.items())
@@ -35,8 +36,8 @@ def test_revision_and_size() -> None:
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nano, "HERE", tmp_path)
-    with pytest.raises(ModelError, match="install kshot again"):
-        nano.folder()
+    with pytest.raises(ModelError, match=r"has no config\.json; install kshot again"):
+        load(nano.NAME)
 
 
 def test_importing_the_package_brings_no_torch() -> None:

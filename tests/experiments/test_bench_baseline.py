@@ -36,12 +36,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problem.cache_clear()
-    finish(baseline.measure(None, True, model=str(nano.folder())), tmp_path / "baseline.json")
+    finish(baseline.measure(None, True, model=str(nano.HERE)), tmp_path / "baseline.json")
     problem.cache_clear()
     written = (tmp_path / "baseline.json").read_text()
     record = json.loads(written)
     rows, ratios = {row["name"]: row for row in record["rows"]}, record["ratios"]
-    assert str(nano.folder()) not in written
+    assert str(nano.HERE) not in written
     assert ratios.keys() == {"grid_seconds", "feature_rate_share", *(f"{head}_vs_sklearn" for head in HEADS)}
     assert rows["grid of heads"]["cells"] == 8
     assert ratios["grid_seconds"] == rows["grid of heads"]["median"]

@@ -109,13 +109,11 @@ class ServerState:
         for row in self.store.of_session(Sampler, session):
             self.samplers.ephemeral.pop(row.id, None)
 
-    def live_run(self, run: str) -> LiveRun:
-        """A run in memory. Raises MissingError for another, and says what was last saved of it."""
-        if run in self.runs:
-            return self.runs[run]
+    def missing_run(self, run: str) -> MissingError:
+        """What to say of a run that is not in memory: there is none of that name, or what was last saved of it."""
         if self.store.get(Run, run) is None:
-            raise MissingError(f"there is no run {run!r}; create one")
-        raise self.lost_run(run, "this server was started again, or its session is over")
+            return MissingError(f"there is no run {run!r}; create one")
+        return self.lost_run(run, "this server was started again, or its session is over")
 
     def lost_run(self, run: str, why: str) -> MissingError:
         """The error of requests to a run that is not in memory any more."""

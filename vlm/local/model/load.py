@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -179,7 +179,8 @@ class Model:
         embeddings = self.stock.model.language_model.embed_tokens.weight
         self.device: torch.device = embeddings.device
         self.dtype: torch.dtype = embeddings.dtype
-        self._seconds: dict[str, float] | None = None  # of the profile that is open
+        # around a part of PROFILED: its seconds are added to the profile, where one is open
+        self.timed: Callable[[str], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
@@ -188,15 +189,12 @@ class Model:
         "tower": the vision tower, where no cache has an image's features. "forward": the text model, its head and the
         loss. Each part waits for the device, so on a GPU a profiled request may take longer than others.
         """
-        before, self._seconds = self._seconds, dict.fromkeys(PROFILED, 0.0)
+        before, seconds = self.timed, dict.fromkeys(PROFILED, 0.0)
+        self.timed = partial(_timed, seconds, self.device)
         try:
-            yield self._seconds
+            yield seconds
         finally:
-            self._seconds = before
-
-    def timed(self, part: str) -> AbstractContextManager[None]:
-        """Around a part of PROFILED: its seconds are added to the profile, where one is open."""
-        return nullcontext() if self._seconds is None else _timed(self._seconds, part, self.device)
+            self.timed = before
 
     def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
         """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
@@ -210,7 +208,7 @@ class Model:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], part: str, device: torch.device) -> Iterator[None]:
+def _timed(seconds: dict[str, float], device: torch.device, part: str) -> Iterator[None]:
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
     wait()
     start = time.perf_counter()

@@ -140,7 +140,8 @@ class SnapshotForSampler(RunOperation):
         refuse(kind=None if self.request.kind == "snapshot" else self.request.kind)
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
-        self.state.live_run(self.request.model_id)
+        if self.request.model_id not in self.state.runs:
+            raise self.state.missing_run(self.request.model_id)
         if self.state.futures.id_of(f"{self.request.model_id}/{self.request.seq_id}") is None:
             self._check_unused()
 
@@ -280,7 +281,7 @@ class TrainingService:
         key = f"{model_id}/{seq}"
         if (known := self.state.futures.id_of(key)) is not None:
             return known
-        run = self.state.live_run(model_id)
+        run = self._live_run(model_id)
         run.check(seq)
         if size and seq != run.next_seq and sum(self.state.sizes.values()) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
@@ -344,8 +345,14 @@ class TrainingService:
 
     async def info(self, model_id: str) -> types.GetInfoResponse:
         """What a run is, as soon as its model is loaded. Raises MissingError for one that is not in memory."""
-        run = self.state.live_run(model_id)
+        run = self._live_run(model_id)
         await run.started.wait()
         if run.client is None:
             raise run.failure or MissingError(f"there is no run {model_id!r}")
         return run.client.get_info()
+
+    def _live_run(self, model_id: str) -> LiveRun:
+        """A run in memory. Raises MissingError for another, and says what was last saved of it."""
+        if model_id not in self.state.runs:
+            raise self.state.missing_run(model_id)
+        return self.state.runs[model_id]
