@@ -207,13 +207,9 @@ def _check_config(
             f"{file} has {depth} blocks; DINOv2 of width {width} has {published}: download it again, or, of a model "
             "that was made so, give the folder that transformers saves"
         )
-    sizes: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "patch_size": patch,
-        "num_register_tokens": registers,
-    }
-    sizes |= {"use_swiglu_ffn": gated, "layer_norm_eps": EPSILON, "hidden_act": "gelu", "qkv_bias": True}
+    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": depth, "patch_size": patch}
+    sizes |= {"num_register_tokens": registers, "use_swiglu_ffn": gated}
+    sizes |= {"layer_norm_eps": EPSILON, "hidden_act": "gelu", "qkv_bias": True}
     stated = config or {}
     wrong = [f"{key} {stated[key]!r} instead of {own!r}" for key, own in sizes.items() if stated.get(key, own) != own]
     if wrong:

@@ -180,7 +180,7 @@ class Model:
         self.device: torch.device = embeddings.device
         self.dtype: torch.dtype = embeddings.dtype
         # around a part of PROFILED: its seconds are added to the profile, where one is open
-        self.timed: Callable[[str], AbstractContextManager[None]] = nullcontext
+        self.timed: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
