@@ -43,7 +43,7 @@ def encode(job: EncodingJob) -> None:
     cell_job = job.cell_job
     settings, dataset, hflip = cell_job.settings, dataset_of(cell_job), catalog.find(cell_job.source).hflip
     train = to_encode(dataset, job.seeds, job.shots, settings)
-    test = {example.key: example for example in test_examples(cell_job)}
+    test = {example.key: example for example in examples_to_test(cell_job)}
     keys = sorted({*test, *train})[job.part :: job.parts]
     prepared = _prepared(cell_job, [train[key] for key in keys if key in train], hflip)
     images = [image for each in prepared for image in (each.image, each.mirrored) if image]
@@ -68,7 +68,7 @@ def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:
         raise DatasetError(f"{job.source} has changed since the sweep began; run it again with another --out")
     if cell.settings != relevant(recorded(job.settings), METHODS[cell.method].settings):
         raise ModelError(f"the weights of {cell} have changed since the sweep began; run it again with another --out")
-    test = test_examples(job)
+    test = examples_to_test(job)
     before = _forwards(job)
     outcome = _outcome(job, task_of(job, dataset, test))
     table = predictions(test, outcome)
@@ -175,7 +175,7 @@ def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
     return [replace(prepared[example.key], label=example.label) for example in chosen]
 
 
-def test_examples(job: Job) -> list[Example]:
+def examples_to_test(job: Job) -> list[Example]:
     s = job.settings
     return _prepared_test(job.source, job.access, s.split_seed, s.max_side, s.limit_test)
 

@@ -84,7 +84,7 @@ def test_it_is_the_adapter_of_the_sweeps_cell(
     sampler = service.create_sampling_client_from_folder(folder).result()
     rule = ImageRule.from_pretrained(nano.NAME)
     prompt = Prompt(sampler.get_tokenizer(), rule, tuple(card["classes"]), template(card["prompt"]))
-    scores = predict(sampler, Images(run.test_examples(job)), prompt)
+    scores = predict(sampler, Images(run.examples_to_test(job)), prompt)
     expected = np.array(table["top5_log_probs"].to_pylist(), np.float32)
     assert (np.take_along_axis(scores, np.array(table["top5"].to_pylist()), 1) == expected).all()
     assert scores.argmax(1).tolist() == table["prediction"].to_pylist()

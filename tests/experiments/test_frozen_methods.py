@@ -17,7 +17,7 @@ from data.dataset import Images
 from experiments.sweep.config import load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Task
-from experiments.sweep.run import dataset_of, run, task_of, test_examples
+from experiments.sweep.run import dataset_of, examples_to_test, run, task_of
 from kshot.errors import InputError, TooFewImagesError
 from vlm import ImageRule, Prompt, connect, nano
 from vlm.embedding import embed_images
@@ -31,7 +31,7 @@ def asked(photos: Path, method: str, shots: int = 4, **settings: Any) -> Task:
         "demo", {"datasets": [f"folder:{photos}"], "methods": [method], "shots": [shots], "seeds": [0]}, settings
     )
     job = plan(sweep).jobs[0]
-    return task_of(job, dataset_of(job), test_examples(job))
+    return task_of(job, dataset_of(job), examples_to_test(job))
 
 
 def test_the_table_says_of_heads_what_they_say_themselves() -> None:

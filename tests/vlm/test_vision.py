@@ -179,7 +179,7 @@ def test_live_features_have_gradients_and_are_not_kept(model: Any, chunks: list[
 def test_features_kept_on_the_device_are_found_there_and_bounded(model: Any, chunks: list[types.ImageChunk]) -> None:
     chunks = chunks[::3]  # of one size
     expected = Vision(model).features(chunks[:3])
-    vision = Vision(model, cache_bytes=0, device_bytes=2 * expected[0].bytes)  # nothing else keeps them
+    vision = Vision(model, cache_bytes=0, device_bytes=2 * expected[0].values.nbytes)  # nothing else keeps them
     vision.features(chunks[:2])
     again = vision.features(chunks[:2])
     assert vision.forwards == 2
