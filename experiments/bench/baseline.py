@@ -15,16 +15,14 @@ thread, as each of the workers of a sweep has.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
@@ -34,13 +32,12 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from baselines.backbone import Backbone, load
 from baselines.features import Encoder, resized, size_batches
-from baselines.heads import HEADS, Head
+from baselines.heads import HEADS
 from baselines.heads.knn import TEMPERATURE
 from baselines.heads.linear import C
 from baselines.heads.ridge import PENALTIES
-from data.benchmarks.layouts import CARS
-from data.catalog import DATASETS
 from experiments.bench.case import Plan, photographs
+from experiments.bench.grid import DIM, QUICK, SIZES, Cell, cells, predict, problem, run, write
 from experiments.bench.harness import (
     Rows,
     check_agreement,
@@ -54,32 +51,8 @@ from experiments.bench.harness import (
 )
 from experiments.sweep import workers
 
-DIM = 768  # of DINOv2-base
-SPREAD = 3.0  # of the images of a class, in units of that of the classes: accuracy at one shot is far from 0 and 1
 SEEDS = 5
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scipy", "timm", "torch")
-
-
-class Size(NamedTuple):
-    """A data set's numbers of classes and images, and the shots of the blog's sweep on it."""
-
-    classes: int
-    train: int
-    test: int
-    shots: tuple[int, ...]
-
-
-def _size(name: str, classes: int, shots: tuple[int, ...] = (1, 2, 4, 8, 16)) -> Size:
-    return Size(classes, DATASETS[name].train, DATASETS[name].test, shots)
-
-
-SIZES = {
-    "caltech101": _size("caltech101", 102),
-    "cars": _size("cars", len(CARS)),
-    "flowers": _size("flowers", 102, (1, 2, 4, 8, 10)),  # ten training images a class are all that there are
-    "pets": _size("pets", 37),
-}
-QUICK = {name: SIZES[name]._replace(shots=SIZES[name].shots[:3]) for name in ("flowers", "pets")}
 
 
 def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = "") -> dict[str, Any]:
@@ -101,75 +74,6 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = ""
 
 
 # The grid
-
-
-class Problem(NamedTuple):
-    """Features (N, DIM) float32 and labels (N,) of two splits."""
-
-    train: np.ndarray
-    train_labels: np.ndarray
-    test: np.ndarray
-    test_labels: np.ndarray
-
-    def shots(self, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels of `shots` training images of every class."""
-        order = np.random.default_rng(seed).permutation(len(self.train_labels))
-        by_class = order[np.argsort(self.train_labels[order], kind="stable")]
-        counts = np.bincount(self.train_labels)
-        chosen = np.concatenate([by_class[start : start + shots] for start in counts.cumsum() - counts])
-        return self.train[chosen], self.train_labels[chosen]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A head on k shots of a data set. folder: where `write` put the features."""
-
-    folder: Path
-    dataset: str
-    shots: int
-    seed: int
-    head: str
-
-
-def write(folder: Path, sizes: Mapping[str, Size]) -> None:
-    """Make the features of every set and put them into files: what an encoder's cache would hold."""
-    for number, (name, size) in enumerate(sizes.items()):
-        rng = np.random.default_rng((0, number))
-        spectrum = (1 / np.sqrt(np.arange(1, DIM + 1))).astype(np.float32)
-        mix = np.linalg.qr(rng.standard_normal((DIM, DIM), dtype=np.float32))[0]
-        centres = rng.standard_normal((size.classes, DIM), dtype=np.float32)
-        arrays = []
-        for count in (size.train, size.test):
-            labels = np.arange(count) % size.classes
-            noise = SPREAD * rng.standard_normal((count, DIM), dtype=np.float32)
-            arrays += [np.ascontiguousarray(((centres[labels] + noise) * spectrum) @ mix), labels]
-        safetensors.numpy.save_file(Problem(*arrays)._asdict(), folder / f"{name}.safetensors")
-
-
-@lru_cache(maxsize=1)
-def problem(folder: Path, dataset: str) -> Problem:
-    """The features of a set that `write` made."""
-    return Problem(**safetensors.numpy.load_file(folder / f"{dataset}.safetensors"))
-
-
-def cells(folder: Path, sizes: Mapping[str, Size], seeds: int) -> Iterator[Cell]:
-    """Every data set x shots x seed x head, the long ones first."""
-    grid = [(name, k) for name, size in sizes.items() for k in size.shots]
-    grid.sort(key=lambda each: -each[1] * sizes[each[0]].classes ** 2)
-    yield from (Cell(folder, name, k, seed, head) for name, k in grid for seed in range(seeds) for head in HEADS)
-
-
-def run(cell: Cell) -> tuple[float, float]:
-    """One cell, in a worker: seconds to fit the head and score all test images, and the accuracy."""
-    made, n_classes = problem(cell.folder, cell.dataset), SIZES[cell.dataset].classes
-    fitted = timed(predict, HEADS[cell.head], *made.shots(cell.shots, cell.seed), made.test, n_classes)
-    return fitted.seconds, float((fitted.value == made.test_labels).mean())
-
-
-def predict(head: Head, train: np.ndarray, labels: np.ndarray, test: np.ndarray, n_classes: int) -> np.ndarray:
-    """(test,) labels."""
-    predictions: np.ndarray = head.fit(train, labels, n_classes).scores(test).argmax(axis=1)
-    return predictions
 
 
 def _grid(jobs: Sequence[Cell]) -> tuple[Rows, float]:

@@ -13,7 +13,7 @@ import torch
 from baselines import nano
 from baselines.heads import HEADS
 from experiments.bench import baseline
-from experiments.bench.baseline import SIZES, Cell, Size, cells, problem, run, write
+from experiments.bench.grid import SIZES, Cell, Size, cells, problem, run, write
 from experiments.bench.harness import finish
 from kshot.errors import KshotError
 
