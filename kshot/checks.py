@@ -56,14 +56,14 @@ def check_adam(params: Any) -> None:
 def check_packages() -> None:
     """Raise InputError where a module of the user's, such as a `data.py` beside their script, hides a package of
     kshot's: Python would import theirs."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     for name in PACKAGES:
         try:
             spec = find_spec(name)
         except ValueError:  # a module that was made by hand has none
             spec = None
         places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
-        if root / name not in places:
+        if root / name not in [place.resolve() for place in places]:  # a way there may lead over links
             hiding = (spec and spec.origin) or (places[0] if places else f"another module {name!r}")
             raise InputError(
                 f"{hiding} hides kshot's own package {name!r} from Python; rename it, or start Python in another folder"

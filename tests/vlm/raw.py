@@ -66,7 +66,7 @@ class Raw:
 
     def answer(self, request_id: str) -> Any:
         """What a request came to, as soon as it is there."""
-        for _ in range(200):
+        for _ in range(2400):  # two minutes: a loaded machine is slow to load a model
             response = self.retrieve(request_id)
             assert response.status_code == 200, response.text
             if response.headers["content-type"] != "application/json":
