@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlm.local.model import ops, ops_torch
+from vlm.local.model import ops
 
 EPS = 1e-6
 SIZES = [(1, 3, 1, 4), (5, 9, 6, 12), (3, 48, 40, 128)]  # positions, heads, normed ones, width of one
@@ -45,17 +45,17 @@ def _inputs(size: tuple[int, int, int, int], dtype: torch.dtype, device: str = "
 
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_the_formulas(size: tuple[int, int, int, int]) -> None:
-    given = _inputs(size, torch.float64)
-    x, weight, normed = given["x"].requires_grad_(), given["weight"], size[2]
-    single = {name: tensor.detach().float() for name, tensor in given.items()}
-    first = _rotated(_norm(x[:, :normed], weight), given["cos"], given["sin"])
-    flat, row = x.flatten(1), given["gradient"].flatten(1)
+    exact = _inputs(size, torch.float64)
+    x, weight, normed = exact["x"].requires_grad_(), exact["weight"], size[2]
+    single = {name: tensor.detach().float() for name, tensor in exact.items()}
+    first = _rotated(_norm(x[:, :normed], weight), exact["cos"], exact["sin"])
+    flat, row = x.flatten(1), exact["gradient"].flatten(1)
     gate, up = flat.chunk(2, 1)
     wide = torch.ones(flat.shape[1]) * 0.7
     cases: list[tuple[Tensor, Tensor, Any]] = [
         (
             torch.cat((first, x[:, normed:]), 1),
-            given["gradient"],
+            exact["gradient"],
             lambda y: ops.norm_rope(y, single["weight"], (single["cos"], single["sin"]), EPS),
         ),
         (_norm(flat, wide.double()), row, lambda y: ops.rms_norm(y.flatten(1), wide, EPS)),
@@ -70,27 +70,27 @@ def test_gradients_are_those_of_the_formulas(size: tuple[int, int, int, int]) ->
         torch.testing.assert_close(own.double(), slope, **TOLERANCE[torch.float32])
 
 
-def _both_agree(way: ModuleType, size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
-    """All six functions of `way` against torch's, on float32 copies of the same numbers."""
-    given = _inputs(size, dtype, device)
-    exact = {name: tensor.float() for name, tensor in given.items()}
+def _assert_agrees(backend: ModuleType, size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    """All six functions of `backend` against torch's, on float32 copies of the same numbers."""
+    inputs = _inputs(size, dtype, device)
+    exact = {name: tensor.float() for name, tensor in inputs.items()}
     turned = ("weight", "cos", "sin")
 
     def close(ours: Tensor, expected: Tensor) -> None:
         assert ours.shape == expected.shape
         torch.testing.assert_close(ours.float(), expected.float(), **TOLERANCE[dtype])
 
-    def all_of(way: Any, named: dict[str, Tensor]) -> Iterator[Tensor]:
+    def all_of(backend: Any, named: dict[str, Tensor]) -> Iterator[Tensor]:
         x, gradient = named["x"], named["gradient"]
-        out, inverse = way.norm_rope(x, *(named[name] for name in turned), EPS)
-        yield from (out, inverse, way.norm_rope_back(gradient, x, *(named[name] for name in turned), inverse))
+        out, inverse = backend.rotated_norm(x, *(named[name] for name in turned), EPS)
+        yield from (out, inverse, backend.rotated_norm_back(gradient, x, *(named[name] for name in turned), inverse))
         flat, wide = x.flatten(1), named["x"].new_ones(x[0].numel()) * 0.75
-        out, inverse = way.rms(flat, wide, EPS)
-        yield from (out, inverse, way.rms_back(gradient.flatten(1), flat, wide, inverse))
-        out, kept = way.swiglu(flat)
-        yield from (out, way.swiglu_back(gradient.flatten(1)[:, ::2], flat, *kept))
+        out, inverse = backend.norm(flat, wide, EPS)
+        yield from (out, inverse, backend.norm_back(gradient.flatten(1), flat, wide, inverse))
+        out, *kept = backend.gated(flat)
+        yield from (out, backend.gated_back(gradient.flatten(1)[:, ::2], flat, *kept))
 
-    for ours, expected in zip(all_of(way, given), all_of(ops_torch, exact), strict=True):
+    for ours, expected in zip(all_of(backend, inputs), all_of(ops, exact), strict=True):
         close(ours, expected)
 
 
@@ -98,8 +98,8 @@ def test_kernels_agree_with_torch() -> None:
     """In a process of its own, in which Triton's interpreter runs them on the CPU: it must be chosen before Triton."""
     pytest.importorskip("triton", reason="torch has no Triton on this system")
     script = "from tests.vlm.test_elementwise import interpreted; interpreted()"
-    told = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["6", "agree"]
 
@@ -109,7 +109,7 @@ def interpreted() -> None:
 
     cases = list(product(SIZES, TOLERANCE))
     for size, dtype in cases:
-        _both_agree(ops_triton, size, dtype, "cpu")
+        _assert_agrees(ops_triton, size, dtype, "cpu")
     print(len(cases), "agree")
 
 
@@ -117,9 +117,9 @@ def interpreted() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [*SIZES, (700, 48, 40, 128)])
 def test_compiled_kernels_agree_with_torch(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    way = ops._on_gpu(torch.device("cuda", 0))
-    assert way is not ops_torch
-    _both_agree(way, size, dtype, "cuda")
+    backend = ops._on_gpu(torch.device("cuda", 0))
+    assert backend is not ops
+    _assert_agrees(backend, size, dtype, "cuda")
 
 
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +127,5 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.Monkey
     monkeypatch.delattr("vlm.local.model.ops_triton", raising=False)
     ops._on_gpu.cache_clear()
     with pytest.warns(UserWarning, match="Triton compiles nothing here"):
-        assert ops._on_gpu(torch.device("cpu")) is ops_torch
+        assert ops._on_gpu(torch.device("cpu")) is ops
     ops._on_gpu.cache_clear()

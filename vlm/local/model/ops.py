@@ -1,9 +1,11 @@
 """The text model's operations beside its matrix products, with their gradients: norms, rotation, gated activation.
 
 Each gives what the stock operations give, with few passes over memory and no gradient for what is frozen. On a GPU
-Triton's kernels compute them (`ops_triton`), elsewhere torch's (`ops_torch`).
+Triton's kernels compute them (`ops_triton`), elsewhere torch's operations, below. Functions named `…_back` give the
+gradient of x from that of their namesake's result.
 """
 
+import sys
 import warnings
 from functools import cache
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from kshot.hub import one_line
-from vlm.local.model import ops_torch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: (n, width). weight: (width,).
     """
-    return _RmsNorm.apply(x, weight, eps)
+    return _Operation.apply("norm", eps, x, weight)
 
 
 def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, ...], eps: float) -> Tensor:
@@ -29,56 +31,33 @@ def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, ...], eps: float) -
 
     x: (n, heads, dim). weight: (first heads, dim), frozen. rope: cosines and sines, (n, 1, dim), both halves alike.
     """
-    cos, sin = rope
-    return _NormRope.apply(x, weight, cos, sin, eps)
+    return _Operation.apply("rotated_norm", eps, x, weight, *rope)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """(n, 2 x wide) → (n, wide): silu(gate) · up (Shazeer 2020)."""
-    return _SwiGlu.apply(gate_up)
+    return _Operation.apply("gated", None, gate_up)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _Operation(torch.autograd.Function):
+    """A function by name of this module or of `ops_triton`, and its `…_back`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, inverse = _backend(x).rms(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
+    def forward(ctx: Any, name: str, eps: float | None, *inputs: Tensor) -> Tensor:
+        out, *kept = getattr(_backend(inputs[0]), name)(*inputs, *([] if eps is None else [eps]))
+        ctx.name, ctx.frozen = name, len(inputs) - 1
+        ctx.save_for_backward(*inputs, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _backend(gradient).rms_back(gradient, *ctx.saved_tensors), None, None
-
-
-class _NormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        out, inverse = _backend(x).norm_rope(x, weight, cos, sin, eps)
-        ctx.save_for_backward(x, weight, cos, sin, inverse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _backend(gradient).norm_rope_back(gradient, *ctx.saved_tensors), None, None, None, None
-
-
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        out, kept = _backend(gate_up).swiglu(gate_up)
-        ctx.save_for_backward(gate_up, *kept)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _backend(gradient).swiglu_back(gradient, *ctx.saved_tensors)
+        back = getattr(_backend(gradient), f"{ctx.name}_back")
+        return None, None, back(gradient, *ctx.saved_tensors), *(None for _ in range(ctx.frozen))
 
 
 def _backend(x: Tensor) -> Any:
-    return _on_gpu(x.device) if x.is_cuda else ops_torch
+    return _on_gpu(x.device) if x.is_cuda else sys.modules[__name__]
 
 
 @cache
@@ -87,9 +66,71 @@ def _on_gpu(device: torch.device) -> Any:
     try:
         from vlm.local.model import ops_triton
 
-        ops_triton.swiglu(torch.zeros(1, 2, device=device))
+        ops_triton.gated(torch.zeros(1, 2, device=device))
     except Exception as error:  # whatever a missing or broken compiler raises
         message = f"Triton compiles nothing here, so training on {device} is slower: {one_line(error)}"
         warnings.warn(message, stacklevel=2)
-        return ops_torch
+        return sys.modules[__name__]
     return ops_triton
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed x, and what its gradient needs: (n, 1) 1 / rms in float32."""
+    inverse = _inverse_rms(x, eps)
+    return (x * inverse).to(x.dtype).mul_(weight), inverse
+
+
+def norm_back(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return _scaled_back(gradient * weight, x, inverse)
+
+
+def rotated_norm(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same heads with the first ones normed and rotated, and (n, first heads, 1) 1 / rms in float32."""
+    first, out = x[:, : len(weight)], torch.empty_like(x)
+    inverse = _inverse_rms(first, eps)
+    _rotate((first * inverse).to(x.dtype).mul_(weight), cos, sin, 1, out[:, : len(weight)])
+    out[:, len(weight) :] = x[:, len(weight) :]
+    return out, inverse
+
+
+def rotated_norm_back(gradient: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor) -> Tensor:
+    out, count = torch.empty_like(x), len(weight)
+    rotated = _rotate(gradient[:, :count], cos, sin, -1, out[:, :count]).mul_(weight)
+    rotated.copy_(_scaled_back(rotated, x[:, :count], inverse))
+    out[:, count:] = gradient[:, count:]
+    return out
+
+
+def gated(gate_up: Tensor) -> tuple[Tensor, ...]:
+    """silu(gate) · up, and what its gradient needs beside gate_up."""
+    gate, up = gate_up.chunk(2, -1)
+    opened = functional.silu(gate)
+    return opened * up, opened
+
+
+def gated_back(gradient: Tensor, gate_up: Tensor, opened: Tensor) -> Tensor:
+    (gate, up), out = gate_up.chunk(2, -1), torch.empty_like(gate_up)
+    to_gate, to_up = out.chunk(2, -1)
+    torch.mul(gradient, opened, out=to_up)
+    torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
+    return out
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x from that of x · inverse."""
+    normal = x * inverse
+    along = (gradient * normal).mean(-1, keepdim=True)
+    return torch.addcmul(gradient.float(), normal, along, value=-1).mul_(inverse).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> Tensor:
+    """Into out."""
+    half = x.shape[-1] // 2
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    return out

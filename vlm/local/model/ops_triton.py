@@ -1,11 +1,11 @@
 """Norms, rotation and gated activation as one Triton kernel each, and their gradients. What each means:
 `vlm.local.model.ops`.
 
-One pass over memory, in float32 inside, rounded where torch's operations round. Functions named `…_back` give the
-gradient of the first argument of their namesake from that of its result. Needs Triton; tensors may be of any GPU.
+One pass over memory, in float32 inside, rounded where torch's operations round; `gated_back` needs gate_up alone. Needs
+Triton; tensors may be of any GPU.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,62 +17,48 @@ HEADS = 8  # that one program works on
 WIDE = 1024  # numbers of a gated row that one program works on
 
 
-def rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed x, and what its gradient needs: (n, 1) 1 / rms in float32."""
-    x = x.contiguous()
-    out, inverse = torch.empty_like(x), x.new_empty((len(x), 1), dtype=torch.float32)
-    with _device(x):
-        _rms[(len(x),)](x, weight, out, inverse, eps, **_row(x))
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, inverse = x.new_empty(x.shape), x.new_empty((len(x), 1), dtype=torch.float32)
+    _start(_norm, (len(x),), x, weight, out, inverse, eps, **_row(x))
     return out, inverse
 
 
-def rms_back(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    gradient, x = gradient.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    with _device(x):
-        _rms_back[(len(x),)](gradient, x, weight, inverse, out, **_row(x))
+def norm_back(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    _start(_norm_back, (len(x),), gradient, x, weight, inverse, out, **_row(x))
     return out
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same heads with the first ones normed and rotated, and (n, first heads, 1) 1 / rms in float32."""
-    x = x.contiguous()
-    out, inverse = torch.empty_like(x), x.new_empty((len(x), len(weight), 1), dtype=torch.float32)
-    with _device(x):
-        _norm_rope[_heads(x)](x, weight, cos.contiguous(), sin.contiguous(), out, inverse, eps, **_sizes(x, weight))
+def rotated_norm(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, inverse = x.new_empty(x.shape), x.new_empty((len(x), len(weight), 1), dtype=torch.float32)
+    _start(_rotated_norm, _heads(x), x, weight, cos, sin, out, inverse, eps, **_sizes(x, weight))
     return out, inverse
 
 
-def norm_rope_back(gradient: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor) -> Tensor:
-    gradient, x = gradient.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    given = gradient, x, weight, cos.contiguous(), sin.contiguous(), inverse, out
-    with _device(x):
-        _norm_rope_back[_heads(x)](*given, **_sizes(x, weight))
+def rotated_norm_back(gradient: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    _start(_rotated_norm_back, _heads(x), gradient, x, weight, cos, sin, inverse, out, **_sizes(x, weight))
     return out
 
 
-def swiglu(gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """silu(gate) · up, and what its gradient needs beside gate_up: nothing."""
-    gate_up = gate_up.contiguous()
+def gated(gate_up: Tensor) -> tuple[Tensor, ...]:
     wide = gate_up.shape[-1] // 2
     out = gate_up.new_empty(len(gate_up), wide)
-    with _device(out):
-        _swiglu[(len(out), triton.cdiv(wide, WIDE))](gate_up, out, wide, block=WIDE)
-    return out, ()
+    _start(_gated, (len(out), triton.cdiv(wide, WIDE)), gate_up, out, wide, block=WIDE)
+    return (out,)
 
 
-def swiglu_back(gradient: Tensor, gate_up: Tensor) -> Tensor:
-    gradient, gate_up = gradient.contiguous(), gate_up.contiguous()
-    out, wide = torch.empty_like(gate_up), gate_up.shape[-1] // 2
-    with _device(out):
-        _swiglu_back[(len(out), triton.cdiv(wide, WIDE))](gradient, gate_up, out, wide, block=WIDE)
+def gated_back(gradient: Tensor, gate_up: Tensor) -> Tensor:
+    out, wide = gate_up.new_empty(gate_up.shape), gate_up.shape[-1] // 2
+    _start(_gated_back, (len(out), triton.cdiv(wide, WIDE)), gradient, gate_up, out, wide, block=WIDE)
     return out
 
 
-def _device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the current device, whatever its tensors are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _start(kernel: Any, grid: tuple[int, ...], *values: Any, **sizes: int) -> None:
+    """Kernels take contiguous tensors, and start on the current device, whatever their tensors are on."""
+    tensors = [value.contiguous() if isinstance(value, Tensor) else value for value in values]
+    with torch.cuda.device(values[0].device) if values[0].is_cuda else nullcontext():
+        kernel[grid](*tensors, **sizes)
 
 
 def _row(x: Tensor) -> dict[str, int]:
@@ -96,7 +82,7 @@ def _sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def _rms(x, weight, out, inverse, eps, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm(x, weight, out, inverse, eps, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     there = column < width
     value = tl.load(x + row * width + column, there, 0.0).to(tl.float32)
@@ -107,7 +93,7 @@ def _rms(x, weight, out, inverse, eps, width, block: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _rms_back(gradient, x, weight, inverse, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_back(gradient, x, weight, inverse, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     there = column < width
     scale = tl.load(inverse + row)
@@ -119,7 +105,7 @@ def _rms_back(gradient, x, weight, inverse, out, width, block: tl.constexpr):  #
 
 
 @triton.jit
-def _norm_rope(  # type: ignore[no-untyped-def]
+def _rotated_norm(  # type: ignore[no-untyped-def]
     x, weight, cos, sin, out, inverse, eps, heads, normed,
     half: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +127,7 @@ def _norm_rope(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_rope_back(  # type: ignore[no-untyped-def]
+def _rotated_norm_back(  # type: ignore[no-untyped-def]
     gradient, x, weight, cos, sin, inverse, out, heads, normed,
     half: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +150,7 @@ def _norm_rope_back(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _swiglu(gate_up, out, wide, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated(gate_up, out, wide, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     there = column < wide
     gate = tl.load(gate_up + row * 2 * wide + column, there, 0.0).to(tl.float32)
@@ -174,7 +160,7 @@ def _swiglu(gate_up, out, wide, block: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _swiglu_back(gradient, gate_up, out, wide, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated_back(gradient, gate_up, out, wide, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     there, at = column < wide, row * 2 * wide + column
     gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
