@@ -20,17 +20,15 @@ from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured, disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.local import decoding, sampling
 from vlm.local import scheduler as scheduling
 from vlm.local.clients import LocalTrainingClient
+from vlm.local.decoding import Decoder, TokenSequence
 from vlm.local.engine import BASE, Engine, Snapshot
 from vlm.local.model.attention import DecodeStep
 from vlm.local.model.load import Model
-from vlm.local.sampling import decoder as decoding
-from vlm.local.sampling import sampler
-from vlm.local.sampling.decoder import Decoder
-from vlm.local.sampling.sampler import SamplingRequest
-from vlm.local.sampling.sequence import TokenSequence
-from vlm.local.scheduler import SamplingTask, Scheduler
+from vlm.local.sampling import SamplingRequest
+from vlm.local.scheduler import Scheduler
 from vlm.prompts import Prompt
 
 SOON = 60  # seconds after which a test gives up
@@ -135,11 +133,11 @@ def test_a_sequence_is_the_same_whoever_is_in_the_batch(
 ) -> None:
     """They join at different times, in pairs or alone, and leave as they end."""
     for order in (range(len(requests)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
-        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampler.SamplingResult](), list(order)
+        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampling.SamplingResult](), list(order)
         most = 0
         while left or decoder.active:
             some = [left.pop() for _ in range(min(len(left), 1 + len(left) % 2))]
-            answers |= zip(some, sampler.prefill(decoder, [requests[n] for n in some]) if some else [], strict=True)
+            answers |= zip(some, sampling.prefill(decoder, [requests[n] for n in some]) if some else [], strict=True)
             most = max(most, len(decoder.step()))
         assert most >= 8
         for number, answer in answers.items():
@@ -157,7 +155,7 @@ def test_those_that_find_no_row_or_no_room_wait(
 ) -> None:
     monkeypatch.setattr(decoding, "CACHED", cached)
     decoder, made = Decoder(engine, BASE, rows), passes(engine, monkeypatch)
-    answers = [sampler.prefill(decoder, [request])[0] for request in requests]
+    answers = [sampling.prefill(decoder, [request])[0] for request in requests]
     assert not decoder.free_rows or rows == 64
     assert made == [("read", request.prompt.length) for request in requests]
     while decoder.active:
@@ -184,7 +182,7 @@ def test_many_threads_are_answered_together(
         def note(sequence: TokenSequence) -> None:
             told[n].setdefault(sequence, []).append(sequence.tokens[-1])
 
-        return scheduler.sample(engine, BASE, requests[chosen[n]], note).future.result(SOON).sequences
+        return scheduler.sample(engine, BASE, requests[chosen[n]], note).result(SOON).sequences
 
     release = held(scheduler)
     with ThreadPoolExecutor(64) as pool:
@@ -199,7 +197,7 @@ def test_many_threads_are_answered_together(
     assert scheduler.tokens_sampled == written
     longest = max(len(tokens) for each in alone for tokens, _ in each)
     assert len(made) < 3 * longest + 10 < written / 5
-    assert max(size for kind, size in made if kind == "write") == sampler.ROWS
+    assert max(size for kind, size in made if kind == "write") == sampling.ROWS
     scheduler.submit(int).result(SOON)  # the turn in which the last answer was inputs is over
     assert (scheduler.waiting_jobs, scheduler.waiting_samples, scheduler.active_sequences) == (0, 0, 0)
     assert scheduler.busy_seconds > 0
@@ -212,7 +210,7 @@ def test_requests_take_as_many_passes_as_the_longest(
     params = types.SamplingParams(max_tokens=9, temperature=0.0, stop=[])
     started = [scheduler.sample(engine, BASE, SamplingRequest(prompts[4], params)) for _ in range(40)]
     release()
-    assert len({tuple(each.future.result(SOON).sequences[0].tokens) for each in started}) == 1
+    assert len({tuple(each.result(SOON).sequences[0].tokens) for each in started}) == 1
     assert made == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
 
 
@@ -235,8 +233,8 @@ def test_snapshots_take_turns(
     started = [scheduler.sample(engine, tuned, request, lambda _: tokens.append("tuned")) for request in asked]
     release()
     for each, what in zip(started, expected, strict=True):
-        assert_alone(each.future.result(SOON).sequences, what)
-    assert_alone(base.future.result(SOON).sequences, alone[2])
+        assert_alone(each.result(SOON).sequences, what)
+    assert_alone(base.result(SOON).sequences, alone[2])
     assert expected[2] != alone[2]
     assert 0 < tokens.index("tuned") < tokens.index("base", tokens.index("tuned"))
 
@@ -286,9 +284,9 @@ def test_a_bad_request_fails_alone(
     )
     release()
     with pytest.raises(error, match=named):
-        bad.future.result(SOON)
+        bad.result(SOON)
     for good, expected in ((before, alone[0]), (after, alone[1])):
-        assert_alone(good.future.result(SOON).sequences, expected)
+        assert_alone(good.result(SOON).sequences, expected)
 
 
 def test_who_raises_when_told_fails_alone(
@@ -305,8 +303,8 @@ def test_who_raises_when_told_fails_alone(
     good, bad = scheduler.sample(engine, BASE, requests[1]), scheduler.sample(engine, BASE, requests[1], third)
     release()
     with pytest.raises(OSError, match="nobody listens"):
-        bad.future.result(SOON)
-    assert_alone(good.future.result(SOON).sequences, alone[1])
+        bad.result(SOON)
+    assert_alone(good.result(SOON).sequences, alone[1])
 
 
 def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
@@ -333,10 +331,10 @@ def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
     release()
     for each in lost:
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-            each.future.result(SOON)
-    assert_alone(kept.future.result(SOON).sequences, alone[0])
-    assert_alone(waiting.future.result(SOON).sequences, alone[3])
-    assert_alone(scheduler.sample(engine, BASE, requests[1]).future.result(SOON).sequences, alone[1])
+            each.result(SOON)
+    assert_alone(kept.result(SOON).sequences, alone[0])
+    assert_alone(waiting.result(SOON).sequences, alone[3])
+    assert_alone(scheduler.sample(engine, BASE, requests[1]).result(SOON).sequences, alone[1])
 
 
 def test_a_full_context_ends_a_sequence_and_no_other(
@@ -355,7 +353,7 @@ def test_a_full_context_ends_a_sequence_and_no_other(
         scheduler.sample(engine, BASE, SamplingRequest(requests[n].prompt, ENDLESS)) for n in (long, short)
     )
     release()
-    (cut,), (longer,) = full.future.result(SOON).sequences, fitting.future.result(SOON).sequences
+    (cut,), (longer,) = full.result(SOON).sequences, fitting.result(SOON).sequences
     assert (cut.stop_reason, longer.stop_reason) == ("length", "length")
     assert cut.tokens == alone[long][0][0][: room + 1]
     assert len(longer.tokens) == requests[long].prompt.length + room + 1 - requests[short].prompt.length
@@ -380,17 +378,17 @@ def test_who_cancels_frees_the_rows(
     waiting, gone = scheduler.sample(engine, BASE, requests[1]), scheduler.sample(engine, BASE, requests[3])
     assert gone.cancel()
     brief = SamplingRequest(requests[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
-    answer = scheduler.sample(engine, BASE, brief).future.result(SOON)  # needs no row
+    answer = scheduler.sample(engine, BASE, brief).result(SOON)  # needs no row
     assert answer.sequences[0].tokens == alone[2][0][0][:1]
-    assert gone.future in wait([gone.future], SOON).done
-    assert not waiting.future.done()
+    assert gone in wait([gone], SOON).done
+    assert not waiting.done()
     assert first.cancel()
-    assert_alone(waiting.future.result(SOON).sequences, alone[1])
-    assert not second.future.done()
-    assert second.future.cancel()  # who holds the future alone cancels as well
+    assert_alone(waiting.result(SOON).sequences, alone[1])
+    assert not second.done()
+    assert second.cancel()  # who holds the future alone cancels as well
     for each in (first, second, gone):
         with pytest.raises(CancelledError):
-            each.future.result(SOON)
+            each.result(SOON)
     assert not waiting.cancel()
     scheduler.submit(int).result(SOON)
     scheduler.submit(int).result(SOON)
@@ -411,7 +409,7 @@ def test_jobs_do_not_wait_for_sampling_to_end(
     step = scheduler.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
     assert loss.metrics["loss:sum"] > 0
     assert step.metrics is not None
-    assert not started.future.done()
+    assert not started.done()
     started.cancel()
 
 
@@ -425,7 +423,7 @@ def test_sampling_does_not_wait_for_all_jobs(
     started = scheduler.sample(engine, BASE, requests[0], lambda _: seen.append(len(ran)))
     assert (scheduler.waiting_jobs, scheduler.waiting_samples) == (200, 1)
     release()
-    assert len(started.future.result(SOON).sequences[0].tokens) == len(seen) == 3
+    assert len(started.result(SOON).sequences[0].tokens) == len(seen) == 3
     assert all(after - before <= 1 for before, after in zip([0, *seen], seen, strict=False))
     for job in jobs:
         job.result(SOON)
@@ -474,15 +472,15 @@ def test_a_closed_scheduler_finishes_what_was_requested(
     release()
     scheduler.close()
     assert job.done()
-    assert started.future.done()
-    assert_alone(started.future.result().sequences, alone[1])
+    assert started.done()
+    assert_alone(started.result().sequences, alone[1])
 
 
 def test_a_scheduler_that_nobody_has_ends_its_thread(engine: Engine, requests: list[SamplingRequest]) -> None:
     scheduler = Scheduler()
     thread = scheduler.submit(threading.current_thread).result(SOON)
-    started: SamplingTask = scheduler.sample(engine, BASE, requests[0])
-    started.future.result(SOON)
+    started = scheduler.sample(engine, BASE, requests[0])
+    started.result(SOON)
     del scheduler
     gc.collect()
     thread.join(SOON)

@@ -17,11 +17,11 @@ from tinker import types
 from kshot.errors import MissingError, ModelError, RequestError
 from tests.vlm.openai_served import PREFIXES, Models, application, checked, connected, listening
 from vlm import nano
+from vlm.local.decoding import TokenSequence
 from vlm.local.registry import LocalServiceClient
-from vlm.local.sampling.sampler import SamplingRequest
-from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.sampling import SamplingRequest
 from vlm.server.futures import INTERNAL
-from vlm.server.openai.responses import stream
+from vlm.server.openai.routes import stream
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 BODY = {"model": nano.NAME, "messages": HELLO}
@@ -97,15 +97,7 @@ class Scripted(Models):
             if on_token:
                 on_token(sequence)
         future.set_exception(self.ending)
-
-        class Made:
-            def __init__(self) -> None:
-                self.future = future
-
-            def cancel(self) -> bool:
-                return future.cancel()
-
-        return Made()
+        return future
 
 
 def events(response: httpx.Response) -> list[str]:
@@ -192,8 +184,8 @@ def test_a_client_that_goes_away_cancels_its_sampling(address: str, models: Mode
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/chat/completions", json=body, timeout=0.3)
-    wait_until(lambda: len(models.samplings) == before + 1 and models.samplings[-1].future.done())
-    assert models.samplings[-1].future.cancelled()
+    wait_until(lambda: len(models.samplings) == before + 1 and models.samplings[-1].done())
+    assert models.samplings[-1].cancelled()
 
 
 def test_the_official_client_may_close_a_stream(address: str, models: Models) -> None:
@@ -201,8 +193,8 @@ def test_the_official_client_may_close_a_stream(address: str, models: Models) ->
         stream = api.completions.create(model=nano.NAME, prompt=["a", "b"], max_tokens=4000, stream=True)
         next(iter(stream))
         stream.close()
-    wait_until(lambda: all(each.future.done() for each in models.samplings))
-    assert all(each.future.cancelled() for each in models.samplings[-2:])
+    wait_until(lambda: all(each.done() for each in models.samplings))
+    assert all(each.cancelled() for each in models.samplings[-2:])
 
 
 def test_what_is_streamed_is_closed_when_sending_fails() -> None:

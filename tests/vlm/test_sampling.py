@@ -14,8 +14,8 @@ from vlm import nano
 from vlm.classifier import generate
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
+from vlm.local.decoding import _candidates, sample_token
 from vlm.local.registry import LocalServiceClient
-from vlm.local.sampling.sequence import _candidates, sample_token
 from vlm.prompts import Prompt
 
 
@@ -284,7 +284,7 @@ def test_more_samples_than_a_pass_has_rows(
 ) -> None:
     params = types.SamplingParams(max_tokens=4, temperature=1.0, seed=3, stop=[])
     whole = [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences]
-    monkeypatch.setattr("vlm.local.sampling.sampler.ROWS", 2)
+    monkeypatch.setattr("vlm.local.sampling.ROWS", 2)
     assert [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences] == whole
     assert len({tuple(tokens) for tokens in whole}) > 1
 
@@ -297,7 +297,7 @@ def test_the_nucleus_of_many_tokens_is_exact(monkeypatch: pytest.MonkeyPatch) ->
         probs = logits[order[: top_k if top_k > 0 else None]].double().softmax(-1)
         size = int((probs.cumsum(-1) - probs < top_p).sum())
         for likely in (16, 1024):
-            monkeypatch.setattr("vlm.local.sampling.sequence.LIKELY", likely)
+            monkeypatch.setattr("vlm.local.decoding.LIKELY", likely)
             kept, tokens = _candidates(logits.double(), top_k, top_p)
             assert tokens.tolist() == order[:size].tolist()
             assert torch.allclose(kept / kept.sum(), probs[:size] / probs[:size].sum())
@@ -338,7 +338,7 @@ def test_prompt_values_in_parts_equal_those_at_once(
         return answer.prompt_logprobs, tops, answer.target_prompt_logprobs.to_numpy()
 
     own, tops, chosen = values()
-    monkeypatch.setattr("vlm.local.sampling.sampler.LOGITS", 7 * 4096)
+    monkeypatch.setattr("vlm.local.sampling.LOGITS", 7 * 4096)
     again, tops_again, chosen_again = values()
     assert tops_again == tops
     assert chosen_again == pytest.approx(chosen, abs=1e-4)

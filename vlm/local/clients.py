@@ -1,5 +1,6 @@
 """The SDK's `SamplingClient` and `TrainingClient` over an engine of this process."""
 
+import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -9,104 +10,34 @@ from typing import Any, Literal
 import numpy as np
 import tinker
 from tinker import types
-from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
+from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
 from kshot.checks import path_of
 from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
-from vlm.local import checkpoint, scoring
+from vlm.local import checkpoint, sampling, scoring
 from vlm.local.checkpoint import Checkpoint
+from vlm.local.decoding import TokenSequence as TokenSequence
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.model.lora import Adapter, LoraSpec
-from vlm.local.sampling import sampler
-from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
-from vlm.local.sampling.sequence import TokenSequence as TokenSequence
-from vlm.local.scheduler import SamplingTask as SamplingTask
+from vlm.local.sampling import SamplingRequest as SamplingRequest
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
 
-def refuse(**given: object) -> None:
+def refuse(**options: object) -> None:
     """Raise RequestError for an option of the SDK that this service does not have, if it is given."""
-    for name, value in given.items():
+    for name, value in options.items():
         if value:
             raise RequestError(f"{name}={value!r} is not supported by the local service; leave it out")
 
 
-class LocalSamplingClient:
-    """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
+class _Client:
+    """What both kinds have of the engine."""
 
-    def __init__(self, engine: Engine, snapshot: Snapshot, scheduler: Scheduler) -> None:
-        self._engine, self._snapshot, self._scheduler = engine, snapshot, scheduler
-
-    def sample(
-        self,
-        prompt: tinker.ModelInput,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-        topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: types.TensorData | None = None,
-        prompt_alt_tokens_k: int = 0,
-        prompt_logprobs_last_n: int | None = None,
-    ) -> AwaitableConcurrentFuture[types.SampleResponse]:
-        """Samples after a prompt, and log-probabilities of the prompt where requested (see the SDK)."""
-        request = sampler.SamplingRequest(
-            prompt,
-            sampling_params,
-            num_samples,
-            include_prompt_logprobs,
-            topk_prompt_logprobs,
-            target_prompt_logprobs,
-            topk_sample_logprobs=topk_sample_logprobs,
-            prompt_alt_tokens_k=prompt_alt_tokens_k,
-            prompt_logprobs_last_n=prompt_logprobs_last_n,
-        )
-        return self._submit([prompt], lambda: sampler.sample(self._engine, self._snapshot, [request])[0])
-
-    def start(
-        self, request: sampler.SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None
-    ) -> SamplingTask:
-        """The same, in a batch with whatever else is sampled at the time: sooner where much is, and equal to what it
-        would be alone but for rounding. on_token: see `vlm.local.scheduler.Scheduler.sample`."""
-        self._engine.prefetch([request.prompt])
-        return self._scheduler.sample(self._engine, self._snapshot, request, on_token)
-
-    def compute_logprobs(
-        self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> AwaitableConcurrentFuture[list[float | None]]:
-        """Each position's log-probability given those before it; None at position 0 and at image positions."""
-        params = types.SamplingParams(max_tokens=1)
-        request = sampler.SamplingRequest(
-            prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n
-        )
-        return self._submit(
-            [prompt], lambda: sampler.sample(self._engine, self._snapshot, [request])[0].prompt_logprobs
-        )
-
-    def sample_batch(
-        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
-    ) -> list[types.SampleResponse]:
-        """One sample after each prompt, in shared passes: the same results as one by one, sooner."""
-        requests = [sampler.SamplingRequest(prompt, params) for prompt in prompts]
-        return self._submit(prompts, sampler.sample, self._engine, self._snapshot, requests).result()
-
-    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
-        """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
-        return self._submit(prompts, scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
-
-    def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
-        """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
-        call = partial(scoring.embed, tower=tower, hidden=hidden)
-        return self._submit(prompts, call, self._engine, self._snapshot, prompts).result()
-
-    def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
-        """See `vlm.embedding.ImageEncoder`."""
-        new = self._engine.vision.uncached(images)
-        self._engine.vision.prefetch(new)
-        self._scheduler.submit(self._engine.vision.features, new).result()
+    def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
+        self._engine, self._scheduler = engine, scheduler
 
     @property
     def tower_forwards(self) -> int:
@@ -120,6 +51,85 @@ class LocalSamplingClient:
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
         return self._engine.model.tokenizer
+
+    def _submit(
+        self, inputs: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Future[Any]:
+        """A call on the scheduler's thread; the images of its inputs are decoded ahead."""
+        self._engine.prefetch(inputs)
+        return Future(self._scheduler.submit(call, *args, **kwargs))
+
+
+class LocalSamplingClient(_Client):
+    """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
+
+    def __init__(self, engine: Engine, snapshot: Snapshot, scheduler: Scheduler) -> None:
+        super().__init__(engine, scheduler)
+        self._snapshot = snapshot
+
+    def sample(
+        self,
+        prompt: tinker.ModelInput,
+        num_samples: int,
+        sampling_params: types.SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> Future[types.SampleResponse]:
+        """Samples after a prompt, and log-probabilities of the prompt where requested (see the SDK)."""
+        request = SamplingRequest(
+            prompt,
+            sampling_params,
+            num_samples,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            target_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        return self._submit([prompt], lambda: self._sample([request])[0])
+
+    def start(
+        self, request: SamplingRequest, on_token: Callable[[TokenSequence], None] | None = None
+    ) -> concurrent.futures.Future[types.SampleResponse]:
+        """The same, in a batch with whatever else is sampled at the time: sooner where much is, and equal to what it
+        would be alone but for rounding. on_token: see `vlm.local.scheduler.Scheduler.sample`."""
+        self._engine.prefetch([request.prompt])
+        return self._scheduler.sample(self._engine, self._snapshot, request, on_token)
+
+    def compute_logprobs(
+        self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> Future[list[float | None]]:
+        """Each position's log-probability given those before it; None at position 0 and at image positions."""
+        params, last = types.SamplingParams(max_tokens=1), prompt_logprobs_last_n
+        request = SamplingRequest(prompt, params, prompt_logprobs=True, prompt_logprobs_last_n=last)
+        return self._submit([prompt], lambda: self._sample([request])[0].prompt_logprobs)
+
+    def sample_batch(
+        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+    ) -> list[types.SampleResponse]:
+        """One sample after each prompt, in shared passes: the same results as one by one, sooner."""
+        requests = [SamplingRequest(prompt, params) for prompt in prompts]
+        return self._submit(prompts, self._sample, requests).result()
+
+    def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
+        """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
+        return self._submit(prompts, scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
+
+    def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
+        """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
+        wanted = {"tower": tower, "hidden": hidden}
+        return self._submit(prompts, scoring.embed, self._engine, self._snapshot, prompts, **wanted).result()
+
+    def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
+        """See `vlm.embedding.ImageEncoder`."""
+        new = self._engine.vision.uncached(images)
+        self._engine.vision.prefetch(new)
+        self._scheduler.submit(self._engine.vision.features, new).result()
 
     def get_base_model(self) -> str:
         """The name of the base model."""
@@ -135,14 +145,11 @@ class LocalSamplingClient:
         """How many positions the base model takes."""
         return self._engine.model.context
 
-    def _submit(
-        self, prompts: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any
-    ) -> AwaitableConcurrentFuture[Any]:
-        self._engine.prefetch(prompts)
-        return AwaitableConcurrentFuture(self._scheduler.submit(call, *args))
+    def _sample(self, requests: Sequence[SamplingRequest]) -> list[types.SampleResponse]:
+        return sampling.sample(self._engine, self._snapshot, requests)
 
 
-class LocalTrainingClient:
+class LocalTrainingClient(_Client):
     """One training run; meets `vlm.service.TrainingClient`. Requests run in the order they are made."""
 
     def __init__(
@@ -154,20 +161,19 @@ class LocalTrainingClient:
         scheduler: Scheduler,
         user_metadata: Mapping[str, str] | None,
     ) -> None:
-        self.model_id = model_id
-        self._engine, self._run, self._state, self._scheduler = engine, run, state, scheduler
-        self._user_metadata = user_metadata
+        super().__init__(engine, scheduler)
+        self.model_id, self._run, self._state, self._user_metadata = model_id, run, state, user_metadata
 
     def forward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
-    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+    ) -> Future[types.ForwardBackwardOutput]:
         """The loss and every position's log-probability, without a gradient."""
         call = partial(self._engine.forward_backward, forward_only=True)
         return self._submit_data(call, data, loss_fn, loss_fn_config)
 
     def forward_backward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
-    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+    ) -> Future[types.ForwardBackwardOutput]:
         """The loss and its gradient, which is added to the run's gradients since its last step."""
         return self._submit_data(self._engine.forward_backward, data, loss_fn, loss_fn_config)
 
@@ -177,7 +183,7 @@ class LocalTrainingClient:
         loss_fn: CustomLoss,
         *,
         loss_type_input: Literal["logprobs"] | None = None,
-    ) -> AwaitableConcurrentFuture[types.ForwardBackwardOutput]:
+    ) -> Future[types.ForwardBackwardOutput]:
         """The gradient of any function of the log-probabilities, added to what the run has gathered (see the SDK).
 
         loss_fn(data, log_probs) runs on the service's scheduler; log_probs are float32 vectors that require gradients,
@@ -190,12 +196,12 @@ class LocalTrainingClient:
 
     def optim_step(
         self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
-    ) -> AwaitableConcurrentFuture[types.OptimStepResponse]:
+    ) -> Future[types.OptimStepResponse]:
         """One AdamW step with the gathered gradients, which are then cleared. Takes one of its two arguments."""
-        given = [params for params in (optim_params, adam_params) if params is not None]
-        if len(given) != 1 or not isinstance(given[0], types.AdamParams):
-            raise RequestError(f"optim_step takes one AdamParams, got {given or 'none'}")
-        return self._submit(self._engine.optim_step, self._run, given[0])
+        params = [each for each in (optim_params, adam_params) if each is not None]
+        if len(params) != 1 or not isinstance(params[0], types.AdamParams):
+            raise RequestError(f"optim_step takes one AdamParams, got {params or 'none'}")
+        return self._submit((), self._engine.optim_step, self._run, params[0])
 
     def save_state(
         self,
@@ -203,33 +209,31 @@ class LocalTrainingClient:
         ttl_seconds: int | None = None,
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
-    ) -> AwaitableConcurrentFuture[types.SaveWeightsResponse]:
+    ) -> Future[types.SaveWeightsResponse]:
         """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
         refuse(ttl_seconds=ttl_seconds)
-        path = path_of(self.model_id, "weights", name)
-        return self._submit(self._save, path, overwrite, user_metadata)
+        path, options = path_of(self.model_id, "weights", name), {"optimizer": True, "overwrite": overwrite}
+        return self._submit((), self._save, types.SaveWeightsResponse, path, user_metadata, **options)
 
-    def load_state(
-        self, path: str, weights_access_token: str | None = None
-    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+    def load_state(self, path: str, weights_access_token: str | None = None) -> Future[types.LoadWeightsResponse]:
         """Take the weights of a checkpoint; the optimizer starts anew."""
         refuse(weights_access_token=weights_access_token)
-        return self._submit(self._load, path, optimizer=False)
+        return self._submit((), self._load, path, optimizer=False)
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
-    ) -> AwaitableConcurrentFuture[types.LoadWeightsResponse]:
+    ) -> Future[types.LoadWeightsResponse]:
         """Take the weights and the optimizer of a checkpoint."""
         refuse(weights_access_token=weights_access_token)
-        return self._submit(self._load, path, optimizer=True)
+        return self._submit((), self._load, path, optimizer=True)
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
-    ) -> AwaitableConcurrentFuture[types.SaveWeightsForSamplerResponse]:
+    ) -> Future[types.SaveWeightsForSamplerResponse]:
         """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
         refuse(ttl_seconds=ttl_seconds)
         path = path_of(self.model_id, "sampler_weights", name)
-        return self._submit(self._save_for_sampler, path, user_metadata)
+        return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata)
 
     def save_weights_and_get_sampling_client(
         self,
@@ -237,15 +241,11 @@ class LocalTrainingClient:
         retry_config: Any = None,
         record_stability_info: bool = False,
         kind: str = "snapshot",
-    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+    ) -> Future[LocalSamplingClient]:
         """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
         refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
         refuse(kind=None if kind == "snapshot" else kind)
-        return self._submit(self._sampler)
-
-    def get_tokenizer(self) -> Any:
-        """The stock tokenizer of the base model."""
-        return self._engine.model.tokenizer
+        return self._submit((), self._sampler)
 
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
@@ -258,15 +258,6 @@ class LocalTrainingClient:
             lora_rank=self.spec.rank,
             model_name=model.name,
         )
-
-    @property
-    def tower_forwards(self) -> int:
-        """Images that went through the vision tower of the base model in this process."""
-        return self._engine.vision.forwards
-
-    def profile(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
-        return self._engine.model.profile()
 
     @property
     def spec(self) -> LoraSpec:
@@ -286,35 +277,34 @@ class LocalTrainingClient:
             raise RequestError(f"checkpoint {path} was saved without optimizer state; use load_state")
         self._run.restore(Adapter.of(layout, saved.weights), (saved.optimizer or {}) if optimizer else {})
 
-    def _submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
-        return AwaitableConcurrentFuture(self._scheduler.submit(call, *args, **kwargs))
-
-    def _submit_data(
-        self, call: Callable[..., Any], data: Sequence[tinker.Datum], *args: Any
-    ) -> AwaitableConcurrentFuture[Any]:
+    def _submit_data(self, call: Callable[..., Any], data: Sequence[tinker.Datum], *args: Any) -> Future[Any]:
         data = list(data)  # the caller's may change before it is read
-        self._engine.prefetch([datum.model_input for datum in data])
-        return self._submit(call, self._run, data, *args)
+        return self._submit([datum.model_input for datum in data], call, self._run, data, *args)
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
         return types.LoadWeightsResponse(path=path)
 
-    def _save(self, path: str, overwrite: bool, metadata: Mapping[str, str] | None) -> types.SaveWeightsResponse:
-        saved = self._checkpoint(self._run.optimizer_tensors(), metadata)
+    def _save(
+        self,
+        response: Callable[..., Any],
+        path: str,
+        metadata: Mapping[str, str] | None,
+        *,
+        optimizer: bool = False,
+        overwrite: bool = False,
+    ) -> Any:
+        adapter = self._run.adapter
+        saved = Checkpoint(
+            base_model=self._engine.model.name,
+            spec=self.spec,
+            weights={name: tensor.detach().clone() for name, tensor in adapter.named().items()},
+            experts=adapter.layout.experts,
+            optimizer=self._run.optimizer_tensors() if optimizer else None,
+            user_metadata=metadata or self._user_metadata,
+        )
         checkpoint.save(self._state, path, saved, overwrite=overwrite)
-        return types.SaveWeightsResponse(path=path)
-
-    def _save_for_sampler(self, path: str, metadata: Mapping[str, str] | None) -> types.SaveWeightsForSamplerResponse:
-        checkpoint.save(self._state, path, self._checkpoint(None, metadata))
-        return types.SaveWeightsForSamplerResponse(path=path)
+        return response(path=path)
 
     def _sampler(self) -> LocalSamplingClient:
         return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._scheduler)
-
-    def _checkpoint(self, optimizer: Mapping[str, Any] | None, metadata: Mapping[str, str] | None) -> Checkpoint:
-        layout = self._run.adapter.layout
-        weights = {name: tensor.detach().clone() for name, tensor in self._run.adapter.named().items()}
-        return Checkpoint(
-            self._engine.model.name, layout.spec, weights, layout.experts, optimizer, metadata or self._user_metadata
-        )

@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 from tinker import types
 
 from kshot.errors import RequestError
+from vlm.local import sampling
+from vlm.local.decoding import Decoder, TokenSequence
 from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
-from vlm.local.sampling import sampler
-from vlm.local.sampling.decoder import Decoder
-from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
-from vlm.local.sampling.sequence import TokenSequence
+from vlm.local.sampling import SamplingRequest, SamplingResult
 
 OnToken = Callable[[TokenSequence], None]
 
@@ -38,7 +37,7 @@ class QueuedRequest:
     snapshot: Snapshot
     request: SamplingRequest
     on_token: OnToken | None
-    future: "Future[types.SampleResponse]" = field(default_factory=Future)
+    future: Future[types.SampleResponse] = field(default_factory=Future)
     result: SamplingResult | None = None
     error: BaseException | None = None
 
@@ -54,7 +53,7 @@ class QueuedRequest:
     def is_valid(self) -> bool:
         """Whether it can be sampled, as far as that shows before the prompt is read; if not it has failed."""
         try:
-            sampler.check(self.engine, self.request)
+            sampling.check(self.engine, self.request)
         except Exception as error:
             self.fail(error)
         return self.error is None
@@ -148,7 +147,7 @@ class SnapshotBatch:
     def _prefill(self, requests: Sequence[QueuedRequest]) -> None:
         """Read their prompts, together if none of them fails."""
         try:
-            results = sampler.prefill(self.decoder, [each.request for each in requests])
+            results = sampling.prefill(self.decoder, [each.request for each in requests])
         except BaseException as error:
             if len(requests) == 1:
                 requests[0].fail(error)
@@ -179,17 +178,6 @@ class SnapshotBatch:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class SamplingTask:
-    """A sampling request that waits or runs. To cancel its future is to cancel it, from any thread."""
-
-    future: "Future[types.SampleResponse]"
-
-    def cancel(self) -> bool:
-        """Give it up: its sequences leave the batch at the next token. False where the result is already there."""
-        return self.future.cancel()
-
-
 class Scheduler:
     """One thread, for engines that are not safe to call from several.
 
@@ -216,7 +204,7 @@ class Scheduler:
         busy, since = self._busy, self._since
         return busy if since is None else busy + time.perf_counter() - since
 
-    def submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> "Future[T]":
+    def submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """A future of the call's result; jobs run one by one in the order in which they were submitted.
 
         Raises RequestError on the scheduler's own thread, and after `close`.
@@ -227,16 +215,17 @@ class Scheduler:
 
     def sample(
         self, engine: Engine, snapshot: Snapshot, request: SamplingRequest, on_token: OnToken | None = None
-    ) -> SamplingTask:
-        """What `sampler.sample` gives for this request, decoded in a batch with all else that is sampled meanwhile.
+    ) -> Future[types.SampleResponse]:
+        """What `sampling.sample` gives for this request, decoded in a batch with all else that is sampled meanwhile.
 
         on_token: called on the scheduler's thread with the sequence that has got a token, after each; what it raises
-        fails this request alone. Raises as `submit`; the future raises RequestError and ImageError for what cannot be
-        sampled.
+        fails this request alone. The future may be cancelled until there is a result, from any thread: then its
+        sequences leave the batch at the next token. Raises as `submit`; the future raises RequestError and ImageError
+        for what cannot be sampled.
         """
         queued = QueuedRequest(engine, snapshot, request, on_token)
         self._enqueue(self._new_requests, queued)
-        return SamplingTask(queued.future)
+        return queued.future
 
     def close(self, wait: bool = True) -> None:
         """Accept no more requests; what was submitted is finished. wait: until it is."""
@@ -307,7 +296,7 @@ class Scheduler:
         return self._batches.setdefault(key, SnapshotBatch(request.engine, request.snapshot))
 
 
-def _run_job(future: "Future[T]", call: Callable[[], T]) -> None:
+def _run_job(future: Future[T], call: Callable[[], T]) -> None:
     """A job: the call, unless its future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return

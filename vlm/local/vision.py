@@ -46,7 +46,7 @@ class Patches(NamedTuple):
 
 @dataclass
 class _PendingImage:
-    future: "Future[Patches]"
+    future: Future[Patches]
     bytes: int
     requests: int  # how often it was started and not yet taken
     since: float

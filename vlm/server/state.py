@@ -10,19 +10,19 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinker import types
 
-from kshot.errors import BusyError, LostError, MissingError, RequestError, UnknownNameError
-from vlm.local.clients import LocalSamplingClient, SamplingTask
+from kshot.errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
+from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Answer, Futures
 from vlm.server.runs import LiveRun
-from vlm.server.store import Store
-from vlm.server.tables import Run, Sampler, Session
+from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
 
 log = logging.getLogger("kshot.server")
 
@@ -37,7 +37,7 @@ UNSAVED = 16  # snapshots of a run that are in memory alone: the last that were 
 
 @dataclass
 class ServerState:
-    """One server's state. samplings: the sampling tasks in progress, by request id. sizes: bytes of the bodies of
+    """One server's state. samplings: the futures of those in progress, by request id. sizes: bytes of the bodies of
     training requests that are not finished. steps, examples: trained since the start. ended: whether the engine had
     finished when the server was closed."""
 
@@ -45,7 +45,7 @@ class ServerState:
     store: Store
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
-    samplings: dict[str, SamplingTask] = field(default_factory=dict)
+    samplings: dict[str, Future[types.SampleResponse]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     ended: bool = False
     steps: int = 0
@@ -78,21 +78,17 @@ class ServerState:
         self.store.add(session)
         return session.id
 
-    def check_session(self, session: str) -> None:
-        """Raise MissingError for a session that is not, or not any more."""
+    def check_session(self, session: str, finished: type[KshotError] = MissingError) -> None:
+        """Raise MissingError for an unknown session, `finished` for one that was finished."""
         row = self.store.get(Session, session)
         if row is None:
             raise MissingError(f"there is no session {session!r}; create one")
         if row.finished is not None:
-            raise MissingError(f"session {session} was finished; create a new one")
+            raise finished(f"session {session} was finished; create a new one")
 
     def heartbeat(self, session: str) -> None:
-        """Note that a session's client is there. Raises MissingError as `check_session` does, and LostError for a
-        finished session, at which the SDK stops sending heartbeats."""
-        try:
-            self.check_session(session)
-        except MissingError as error:
-            raise error if self.store.get(Session, session) is None else LostError(str(error)) from error
+        """Note that a session's client is there; raises as `check_session`."""
+        self.check_session(session, LostError)  # at which the SDK stops sending heartbeats
         self.store.update(Session, session, heartbeat=time.time())
 
     def finish_session(self, session: str, reason: dict[str, Any]) -> None:
@@ -187,31 +183,26 @@ class ServerState:
             log.error("a request was not finished", exc_info=task.exception())
 
 
-@dataclass(frozen=True)
-class Unsaved:
-    """A snapshot of a run, in memory alone."""
-
-    run: str
-    client: LocalSamplingClient
-
-
 @dataclass
 class Samplers:
-    """Sampling clients by the weights that they stand for. ephemeral: by sampler, those that are in memory alone."""
+    """Sampling clients by the weights that they stand for. ephemeral: by sampler, the run and the client of snapshots
+    that are in memory alone."""
 
     registry: EngineRegistry
     store: Store
     checkpoints: Checkpoints
-    ephemeral: "OrderedDict[str, Unsaved]" = field(default_factory=OrderedDict)
+    ephemeral: "OrderedDict[str, tuple[str, LocalSamplingClient]]" = field(default_factory=OrderedDict)
     _loaded: "OrderedDict[str, asyncio.Task[LocalSamplingClient]]" = field(default_factory=OrderedDict)
 
-    def check(self, model_path: str | None, base_model: str | None) -> None:
-        """Raise UnknownNameError or MissingError for weights that are not here."""
-        models = self.registry.model_paths or {}
+    def check(self, model_path: str | None, base_model: str | None) -> Checkpoint | None:
+        """The row of saved weights, None of a base model. Raises UnknownNameError or MissingError for weights that are
+        not here."""
         if model_path is not None:
-            self.checkpoints.existing(model_path)
-        elif base_model not in models:
+            return self.checkpoints.existing(model_path)
+        models = self.registry.model_paths or {}
+        if base_model not in models:
             raise UnknownNameError("model", str(base_model), models)
+        return None
 
     def check_sampler(self, sampler_id: str) -> None:
         """Raise MissingError for a sampling session that is not here."""
@@ -220,13 +211,11 @@ class Samplers:
 
     async def client(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         """A client on saved weights or a base model; raises as `check`, and ModelError where they cannot be loaded."""
-        self.check(model_path, base_model)
-        key = f"base {base_model}"
-        if model_path is not None:
-            saved = self.checkpoints.existing(model_path)
-            key = f"{saved.path} {saved.created}"  # one that was overwritten is loaded again
+        saved = self.check(model_path, base_model)
+        key = f"{saved.path} {saved.created}" if saved else f"base {base_model}"  # overwritten: loaded again
         if key not in self._loaded:
-            self._loaded[key] = asyncio.create_task(self._load(model_path, base_model))
+            client = self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
+            self._loaded[key] = asyncio.ensure_future(client)
             while len(self._loaded) > KEPT_LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(key)
@@ -243,24 +232,21 @@ class Samplers:
         memory alone and are gone."""
         if sampler_id in self.ephemeral:
             self.ephemeral.move_to_end(sampler_id)
-            return self.ephemeral[sampler_id].client
+            return self.ephemeral[sampler_id][1]
         row = self._row(sampler_id)
         if row.ephemeral:
             raise MissingError(
                 f"the weights of sampling session {sampler_id} were in memory alone and are gone; save them with "
                 "save_weights_for_sampler"
             )
-        return await self.client(row.model_path, None if row.model_path else row.base_model)
+        return await self.client(row.model_path, row.base_model)
 
     def keep(self, sampler_id: str, run: str, client: LocalSamplingClient) -> None:
         """Keep weights that are in memory alone; of one run the UNSAVED that were last used."""
-        self.ephemeral[sampler_id] = Unsaved(run, client)
-        snapshots = [name for name, each in self.ephemeral.items() if each.run == run]
+        self.ephemeral[sampler_id] = run, client
+        snapshots = [name for name, (own, _) in self.ephemeral.items() if own == run]
         for name in snapshots[:-UNSAVED]:
             del self.ephemeral[name]
-
-    async def _load(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
-        return await self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
 
     def _row(self, sampler_id: str) -> Sampler:
         row = self.store.get(Sampler, sampler_id)

@@ -9,9 +9,11 @@ Whoever stops waiting (the task is cancelled, the iterator closed) cancels the s
 
 import asyncio
 import contextlib
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,16 +23,86 @@ import tinker
 from tinker import types
 
 from kshot.errors import PromptError, RequestError
-from vlm.local.clients import LocalSamplingClient, SamplingRequest, SamplingTask, TokenSequence
+from vlm.local.clients import LocalSamplingClient, SamplingRequest, TokenSequence
 from vlm.prompts import END_OF_TURN
 from vlm.scoring import score_choices
 from vlm.server.openai import chat
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
-from vlm.server.openai.responses import Envelope, Fields, usage
-from vlm.server.openai.text import DecodedText, Sample, Token, TopTokens, Vocabulary
+from vlm.server.openai.text import DecodedText, Token, TopTokens, Vocabulary
 
 MAX_CHOICES = 4096
 WAITERS = ThreadPoolExecutor(64, "kshot-choices")  # threads that wait for the engine, beside those of the event loop
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """The shapes of an endpoint. choice(index, text, reason, log_probs) → a whole completion; delta(index, text,
+    reason, log_probs) → a part of one; opening: the delta before the first part, if there is one."""
+
+    prefix: str
+    object: str
+    chunk: str
+    choice: Callable[[int, str, str | None, Fields | None], Fields]
+    delta: Callable[[int, str, str | None, Fields | None], Fields]
+    log_probs: Callable[[Vocabulary, Sequence[Token], int], Fields]
+    opening: Callable[[int], Fields] | None = None
+
+
+def _text_choice(index: int, text: str, reason: str | None, log_probs: Fields | None) -> Fields:
+    return {"index": index, "text": text, "logprobs": log_probs, "finish_reason": reason}
+
+
+def _message_choice(index: int, text: str, reason: str | None, log_probs: Fields | None) -> Fields:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": log_probs, "finish_reason": reason}
+
+
+def _message_delta(index: int, text: str, reason: str | None, log_probs: Fields | None) -> Fields:
+    delta = {"content": text} if text or log_probs else {}
+    return {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
+
+
+def _message_opening(index: int) -> Fields:
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _text_log_probs(vocabulary: Vocabulary, tokens: Sequence[Token], top: int) -> Fields:
+    """top_logprobs holds the token itself too, so top + 1 entries where it is none of the likeliest."""
+    tops = [
+        None if t.log_prob is None else {vocabulary.name(i): v for i, v in [*(t.top or ())[:top], (t.id, t.log_prob)]}
+        for t in tokens
+    ]
+    return {
+        "tokens": [vocabulary.name(token.id) for token in tokens],
+        "token_logprobs": [token.log_prob for token in tokens],
+        "top_logprobs": tops,
+        "text_offset": [token.start for token in tokens],
+    }
+
+
+def _message_log_probs(vocabulary: Vocabulary, tokens: Sequence[Token], top: int) -> Fields:
+    def entry(token: int, log_prob: float | None) -> Fields:
+        data = vocabulary.data(token)
+        return {"token": data.decode(errors="replace"), "logprob": log_prob, "bytes": list(data)}
+
+    content = [
+        {**entry(t.id, t.log_prob), "top_logprobs": [entry(*each) for each in (t.top or ())[:top]]} for t in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+COMPLETION = Format("cmpl", "text_completion", "text_completion", _text_choice, _text_choice, _text_log_probs)
+CHAT = Format(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    _message_choice,
+    _message_delta,
+    _message_log_probs,
+    _message_opening,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +132,12 @@ class Completion(ABC):
     """What a request is answered with: `request.n` completions of each prompt."""
 
     request: GenerationRequest
-    envelope: Envelope
     sampler: LocalSamplingClient
     prompts: Sequence[EncodedPrompt]
+
+    def __post_init__(self) -> None:
+        self.format = CHAT if isinstance(self.request, ChatRequest) else COMPLETION
+        self._id, self._created = f"{self.format.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     @abstractmethod
     async def response(self) -> Fields:
@@ -72,13 +147,23 @@ class Completion(ABC):
     def chunks(self) -> AsyncGenerator[Fields]:
         """The events of a stream. Raises what the sampler raises, before the first event or later."""
 
-    def chunk(self, *choices: Fields, usage: Fields | None = None) -> Fields:
-        """An event of a stream with these choices."""
-        return self.envelope.chunk(choices, with_usage=self.request.with_usage, usage=usage)
+    def body(self, choices: Sequence[Fields], usage: Fields) -> Fields:
+        """The body of a response that is no stream."""
+        return {**self._head(self.format.object), "choices": choices, "usage": usage}
 
-    def usage(self, completion_tokens: int) -> Fields:
-        """How many tokens the request took."""
-        return usage(sum(prompt.input.length for prompt in self.prompts), completion_tokens)
+    def chunk(self, *choices: Fields, usage: Fields | None = None) -> Fields:
+        """An event of a stream. usage: in its last event, where the client wants it."""
+        more = {"usage": usage} if self.request.with_usage else {}
+        return {**self._head(self.format.chunk), "choices": choices, **more}
+
+    def usage(self, tokens: int) -> Fields:
+        """Positions of the prompts, images included, and tokens of the completions, those that end one included."""
+        prompt = sum(each.input.length for each in self.prompts)
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+
+    def _head(self, kind: str) -> Fields:
+        model = self.request.model
+        return {"id": self._id, "object": kind, "created": self._created, "model": model, "system_fingerprint": None}
 
 
 class _NewToken(NamedTuple):
@@ -108,18 +193,19 @@ class SampledCompletion(Completion):
     vocabulary: Vocabulary = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.vocabulary = Vocabulary(self.sampler.get_tokenizer())
         self.ends = [*self.ends, *self.request.stop_token_ids]
 
     async def response(self) -> Fields:
         with self._started() as samplings:
-            results = await asyncio.gather(*(asyncio.wrap_future(each.future) for each in samplings))
+            results = await asyncio.gather(*(asyncio.wrap_future(each) for each in samplings))
         choices = [
             self._choice(number, prompt, result, n)
             for number, (prompt, result) in enumerate(zip(self.prompts, results, strict=True))
             for n in range(self.request.n)
         ]
-        return self.envelope.body(choices, self._usage(results))
+        return self.body(choices, self._usage(results))
 
     async def chunks(self) -> AsyncGenerator[Fields]:
         events, results = Events(), dict[int, types.SampleResponse]()
@@ -128,7 +214,7 @@ class SampledCompletion(Completion):
             while len(results) < len(samplings):
                 number, token = await events.get()
                 if token is None:
-                    results[number] = samplings[number].future.result()
+                    results[number] = samplings[number].result()
                     choices = streams[number].finish(results[number])
                 else:
                     choices = streams[number].add(token)
@@ -140,13 +226,13 @@ class SampledCompletion(Completion):
     def log_probs(self, tokens: Sequence[Token]) -> Fields | None:
         """Of these tokens, where the client wants them."""
         top = self.request.top
-        return None if top is None else self.envelope.format.log_probs(self.vocabulary, tokens, top)
+        return None if top is None else self.format.log_probs(self.vocabulary, tokens, top)
 
     @contextlib.contextmanager
-    def _started(self, events: Events | None = None) -> Iterator[list[SamplingTask]]:
+    def _started(self, events: Events | None = None) -> Iterator[list[Future[types.SampleResponse]]]:
         """The samplings; on the way out what is not done is cancelled. Each new token, and the end of each prompt's
         sampling, is put into `events`."""
-        loop, samplings = asyncio.get_running_loop(), list[SamplingTask]()
+        loop, samplings = asyncio.get_running_loop(), list[Future[types.SampleResponse]]()
 
         def put(number: int, event_of: Callable[[Any], _NewToken | None], source: Any) -> None:
             if events is not None:
@@ -157,12 +243,11 @@ class SampledCompletion(Completion):
             for number, prompt in enumerate(self.prompts):
                 on_token = None if events is None else partial(put, number, _NewToken.of)
                 samplings.append(self.sampler.start(self._sampling_request(prompt), on_token))
-                samplings[-1].future.add_done_callback(partial(put, number, lambda _: None))
+                samplings[-1].add_done_callback(partial(put, number, lambda _: None))
             yield samplings
         finally:
             for each in samplings:
-                if not each.future.done():
-                    each.cancel()
+                each.cancel()
 
     def _sampling_request(self, prompt: EncodedPrompt) -> SamplingRequest:
         request, top = self.request, self.request.top or 0
@@ -185,14 +270,14 @@ class SampledCompletion(Completion):
         )
 
     def _choice(self, number: int, prompt: EncodedPrompt, result: types.SampleResponse, n: int) -> Fields:
-        sample = Sample(self.vocabulary, self.request.stop, self.ends)
+        sample = DecodedText(self.vocabulary, self.request.stop, self.ends)
         if prompt.limit:
             sample.add_all(result.sequences[n])
         sample.finish("length")
         text, tokens = sample.take()
         shifted = (replace(token, start=token.start + len(prompt.echo)) for token in tokens)
         log_probs = self.log_probs([*self._echo(prompt, result), *shifted])
-        return self.envelope.format.choice(number * self.request.n + n, prompt.echo + text, sample.reason, log_probs)
+        return self.format.choice(number * self.request.n + n, prompt.echo + text, sample.reason, log_probs)
 
     def _echo(self, prompt: EncodedPrompt, result: types.SampleResponse) -> list[Token]:
         """The prompt's tokens; a model gives no log-probability of the first."""
@@ -200,7 +285,7 @@ class SampledCompletion(Completion):
         values, tops = result.prompt_logprobs or [None] * count, result.topk_prompt_logprobs or [None] * count
         for each in zip(prompt.echo_tokens, values, tops, strict=True):
             text.add(*each)
-        text.end()
+        text.finish("length")
         return text.take()[1]
 
     def _usage(self, results: Sequence[types.SampleResponse]) -> Fields:
@@ -216,10 +301,10 @@ class _Stream:
     """The completions of one prompt, as deltas."""
 
     def __init__(self, completion: SampledCompletion, prompt: EncodedPrompt, number: int) -> None:
-        self._completion, self._prompt, self._format = completion, prompt, completion.envelope.format
+        self._completion, self._prompt, self._format = completion, prompt, completion.format
         request = completion.request
         self._first, self._opened = number * request.n, False
-        self._samples = [Sample(completion.vocabulary, request.stop, completion.ends) for _ in range(request.n)]
+        self._samples = [DecodedText(completion.vocabulary, request.stop, completion.ends) for _ in range(request.n)]
         self._numbers = dict[TokenSequence, int]()
 
     def add(self, new: _NewToken) -> Iterator[Fields]:
@@ -297,18 +382,18 @@ class ChosenCompletion(Completion):
     async def response(self) -> Fields:
         scores, chosen = await self._choose()
         choices = [
-            {**self.envelope.format.choice(index, self.choices.texts[n], "stop", None), **self._extra(scores, index)}
+            {**self.format.choice(index, self.choices.texts[n], "stop", None), **self._extra(scores, index)}
             for index, n in enumerate(chosen)
         ]
-        return self.envelope.body(choices, self._usage(chosen))
+        return self.body(choices, self._usage(chosen))
 
     async def chunks(self) -> AsyncGenerator[Fields]:
         scores, chosen = await self._choose()
-        form = self.envelope.format
         for index, n in enumerate(chosen):
-            if form.opening is not None:
-                yield self.chunk(form.opening(index))
-            yield self.chunk({**form.delta(index, self.choices.texts[n], "stop", None), **self._extra(scores, index)})
+            if self.format.opening is not None:
+                yield self.chunk(self.format.opening(index))
+            delta = self.format.delta(index, self.choices.texts[n], "stop", None)
+            yield self.chunk({**delta, **self._extra(scores, index)})
         if self.request.with_usage:
             yield self.chunk(usage=self._usage(chosen))
 

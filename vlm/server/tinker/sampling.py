@@ -14,11 +14,11 @@ import numpy as np
 from tinker import types
 
 from kshot.errors import BusyError, RequestError
-from vlm.local.clients import LocalSamplingClient, SamplingRequest, SamplingTask, refuse
+from vlm.local.clients import LocalSamplingClient, SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer
 from vlm.server.runs import answer_of, when_done
 from vlm.server.state import ServerState, check_number, sampler_id
-from vlm.server.tables import Sampler
+from vlm.server.store import Sampler
 from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait
@@ -34,7 +34,7 @@ class Sample:
     targets: types.TensorData | None
     image_log_probs: float
 
-    def run(self, client: LocalSamplingClient) -> SamplingTask:
+    def run(self, client: LocalSamplingClient) -> Future[types.SampleResponse]:
         """Start to sample."""
         request = self.request
         return client.start(
@@ -75,12 +75,10 @@ class SamplingService:
         """The id of a sampling session, the same for the same number. Raises where its weights are not here."""
         check_number("sampling_session_seq_id", request.sampling_session_seq_id)
         self.state.check_session(request.session_id)
-        self.state.samplers.check(request.model_path, request.base_model)
-        base = request.base_model
-        if request.model_path is not None:
-            base = self.state.checkpoints.existing(request.model_path).base_model
-            if request.base_model not in (None, base):
-                raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
+        saved = self.state.samplers.check(request.model_path, request.base_model)
+        base = saved.base_model if saved else request.base_model
+        if request.base_model not in (None, base):
+            raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
         name = sampler_id(request.session_id, request.sampling_session_seq_id)
         before = self.state.store.get(Sampler, name)
         if before is None:
@@ -102,14 +100,14 @@ class SamplingService:
             targets = request.target_prompt_logprobs
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
             request_id = self.state.futures.open(key)
-            self.state.samplings[request_id] = SamplingTask(Future())  # until its weights are there; may be cancelled
+            self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
             self.state.background(self._start(request_id, Sample(request, tensor, self.image_log_probs)))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
         """Stop sampling that nobody waits for any more."""
-        if (task := self.state.samplings.get(request_id)) is not None:
-            task.cancel()
+        if (future := self.state.samplings.get(request_id)) is not None:
+            future.cancel()
 
     def _key(self, request: types.SampleRequest) -> str:
         """The request's key, once its weights were looked up."""
@@ -130,13 +128,13 @@ class SamplingService:
                 client = await samplers.client_of(request.sampling_session_id)
             else:
                 client = await samplers.client(request.model_path, request.base_model)
-            if self.state.samplings[request_id].future.cancelled():
+            if self.state.samplings[request_id].cancelled():
                 return self._done(request_id, sample, CancelledError())
-            task = sample.run(client)
+            future = sample.run(client)
         except Exception as error:
             return self._done(request_id, sample, error)
-        self.state.samplings[request_id] = task
-        return when_done(task.future, partial(self._done, request_id, sample))
+        self.state.samplings[request_id] = future
+        return when_done(future, partial(self._done, request_id, sample))
 
     def _done(self, request_id: str, sample: Sample, result: Any) -> None:
         self.state.samplings.pop(request_id, None)

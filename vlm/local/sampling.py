@@ -15,10 +15,9 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
 from kshot.errors import RequestError
+from vlm.local.decoding import Decoder, TokenSequence, generator_of, sample_tokens
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Causal
-from vlm.local.sampling.decoder import Decoder
-from vlm.local.sampling.sequence import TokenSequence, generator_of, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,8 @@ def check(engine: Engine, request: SamplingRequest) -> None:
     if request.prompt_logprobs_last_n is not None and not request.prompt_logprobs:
         raise RequestError(f"prompt_logprobs_last_n = {last} is of prompt_logprobs; ask for these too")
     if request.targets is not None:
-        engine.model.check_tokens(
-            [int(t) for t in request.targets.to_numpy(-1).flat if t != -1], "target_prompt_logprobs id"
-        )
+        targets = [int(target) for target in request.targets.to_numpy(-1).flat if target != -1]
+        engine.model.check_tokens(targets, "target_prompt_logprobs id")
 
 
 @torch.no_grad()
@@ -120,53 +118,33 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
     with engine.model.timed("forward"):
         hidden = engine.model.text.hidden(batch.inputs, Causal(batch.rows, wanted, cache), factors, wanted)
         logits = engine.model.text.logits(hidden[batch.ends] if any_fields else hidden, factors)
-    prompt_fieldss = _prompt_fieldss(decoder, batch, hidden, requests)
-    results = [
-        SamplingResult(_sequences(engine, request), values)
-        for request, values in zip(requests, prompt_fieldss, strict=True)
-    ]
+    results, tokenizer = list[SamplingResult](), engine.model.tokenizer
+    for request, end, length in zip(requests, batch.ends.tolist(), batch.rows.lengths, strict=True):
+        top, row = request.topk_sample_logprobs, slice(end + 1 - length, end + 1)
+        sequences = [TokenSequence(tokenizer, request.params, number, top) for number in range(request.num_samples)]
+        values = _prompt_values(decoder, batch, hidden, row, request) if request.prompt_fields else {}
+        results.append(SamplingResult(sequences, values))
     decoder.add(cache, logits, batch.next_position, [result.sequences for result in results])
     return results
 
 
-def _sequences(engine: Engine, request: SamplingRequest) -> list[TokenSequence]:
-    tokenizer, top = engine.model.tokenizer, request.topk_sample_logprobs
-    return [TokenSequence(tokenizer, request.params, number, top) for number in range(request.num_samples)]
-
-
-def _prompt_fieldss(
-    decoder: Decoder, batch: Batch, hidden: Tensor, requests: Sequence[SamplingRequest]
-) -> Iterator[dict[str, Any]]:
-    """For each request the fields of its response about the prompt."""
-    if not any(request.prompt_fields for request in requests):
-        yield from ({} for _ in requests)
-        return
-    rows = (t.split(batch.rows.lengths) for t in (batch.inputs.ids, hidden, batch.is_image()))
-    for request, ids, states, is_image in zip(requests, *rows, strict=True):
-        image = is_image.cpu().numpy()
-        yield (
-            _prompt_values(decoder.engine, decoder.snapshot, ids, states, image, request)
-            if request.prompt_fields
-            else {}
-        )
-
-
 def _prompt_values(
-    engine: Engine, snapshot: Snapshot, ids: Tensor, hidden: Tensor, is_image: np.ndarray, request: SamplingRequest
+    decoder: Decoder, batch: Batch, hidden: Tensor, row: slice, request: SamplingRequest
 ) -> dict[str, Any]:
-    """The fields of SampleResponse about the prompt: hidden states (length, hidden) predict ids from position 1 on."""
+    """The fields of SampleResponse about the prompt that is `row` of the batch and of its hidden states."""
+    ids, states = batch.inputs.ids[row], hidden[row]  # a state predicts the next id
     rows, values = len(ids) - 1, dict[str, Any]()
-    targets, uniform = _target_ids(request.targets, rows), _uniform(request, rows)
+    targets, generator = _target_ids(request.targets, rows), generator_of(request.params.seed, 0, prompt=True)
+    uniform = torch.rand(rows, request.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
     first_own = 1 + _skipped(request, rows)  # the position of the first token of the prompt that is scored
-    start = (
-        1 if request.targets is not None or request.prompt_alt_tokens_k else first_own
-    )  # the first position at which anything is scored
-    inputs = hidden[start - 1 : -1], ids[start:], request, targets[start - 1 :], uniform[start - 1 :]
-    parts = zip(*_scored(engine, snapshot, *inputs), strict=True)
+    any_position = request.targets is not None or request.prompt_alt_tokens_k
+    start = 1 if any_position else first_own  # the first position at which anything is scored
+    inputs = states[start - 1 : -1], ids[start:], request, targets[start - 1 :], uniform[start - 1 :]
+    parts = zip(*_scored(decoder, *inputs), strict=True)
     own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
     if request.prompt_logprobs:
         values["prompt_logprobs_np"] = _behind(first_own, own[first_own - start :], np.nan)
-        values["prompt_logprobs_np"][is_image] = np.nan
+        values["prompt_logprobs_np"][batch.is_image()[row].cpu().numpy()] = np.nan
     if request.topk_prompt_logprobs:
         top_ids, tops = top_ids[first_own - start :].astype(np.int32), tops[first_own - start :]
         values["topk_prompt_logprobs_np"] = TopkLogprobs(
@@ -181,21 +159,16 @@ def _prompt_values(
 
 
 def _scored(
-    engine: Engine,
-    snapshot: Snapshot,
-    hidden: Tensor,
-    ids: Tensor,
-    request: SamplingRequest,
-    targets: Tensor,
-    uniform: Tensor,
+    decoder: Decoder, hidden: Tensor, ids: Tensor, request: SamplingRequest, targets: Tensor, uniform: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
     """For each position its own token's log-probability (n,), its likeliest tokens and their log-probabilities
     (n, top), those of its targets, and what is drawn by `uniform`, with log-probabilities; in parts that keep the
     logits within LOGITS numbers."""
-    step = max(1, LOGITS // engine.model.vocabulary)
+    model, factors = decoder.engine.model, decoder.snapshot.factors
+    step = max(1, LOGITS // model.vocabulary)
     for start in range(0, max(1, len(hidden)), step):
         part = slice(start, start + step)
-        logits = engine.model.text.logits(hidden[part], snapshot.factors)
+        logits = model.text.logits(hidden[part], factors)
         # not log_softmax: of 150,000 float32 logits that may be 2e-4 off on a CPU, and logsumexp is not
         log_probs = logits - logits.logsumexp(-1, keepdim=True)
         own = log_probs.gather(1, ids[part, None].to(log_probs.device))[:, 0]
@@ -226,12 +199,6 @@ def _target_ids(targets: types.TensorData | None, rows: int) -> Tensor:
     if ids.ndim != 2 or len(ids) != rows:
         raise RequestError(f"target_prompt_logprobs must have {rows} rows, one a position, got {tuple(ids.shape)}")
     return ids
-
-
-def _uniform(request: SamplingRequest, rows: int) -> Tensor:
-    """(rows, prompt_alt_tokens_k) numbers from [0, 1), by the request's seed, that draw in the prompt's place."""
-    generator = generator_of(request.params.seed, 0, prompt=True)
-    return torch.rand(rows, request.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
 
 
 def _behind(start: int, values: np.ndarray, empty: float) -> np.ndarray:
