@@ -25,7 +25,7 @@ def pieces(tokens: list[int], stops: list[str], tokenizer: Any = NANO) -> list[s
     for token in tokens:
         text.add(token)
         taken.append(text.take()[0])
-    text.end()
+    text.finish("length")
     return [*taken, text.take()[0]]
 
 
@@ -64,7 +64,7 @@ def test_each_token_says_where_it_begins() -> None:
     text = DecodedText(Vocabulary(NANO))
     for token in tokens:
         text.add(token, -1.0)
-    text.end()
+    text.finish("length")
     taken = text.take()[1]
     assert [token.id for token in taken] == tokens
     assert [token.start for token in taken] == [0, *[1] * (len(tokens) - 2), 2]
@@ -75,9 +75,9 @@ def test_tokens_of_a_stopped_text_are_those_that_begin_in_it() -> None:
     text = DecodedText(Vocabulary(NANO), ["bc"])
     for token in letters:
         text.add(token)
-    text.end()
+    text.finish("length")
     said, tokens = text.take()
-    assert (said, text.stopped) == ("a", True)
+    assert (said, text.reason) == ("a", "stop")
     assert [token.id for token in tokens] == letters[:1]
 
 

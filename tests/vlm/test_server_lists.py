@@ -17,7 +17,7 @@ from tests.vlm.serving import HEADERS, MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
-from vlm.server.tables import Checkpoint, Run, Session
+from vlm.server.store import Checkpoint, Run, Session
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 DATA = [datum(model_input([300, 301, 302]), [400, 401])]

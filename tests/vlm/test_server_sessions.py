@@ -18,7 +18,7 @@ from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
-from vlm.server.tables import Session
+from vlm.server.store import Session
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server.store import FILE, Store
-from vlm.server.tables import Checkpoint, Future, Loss, Run, Sampler, Session
+from vlm.server.store import FILE, Checkpoint, Future, Loss, Run, Sampler, Session, Store
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}
@@ -141,7 +140,6 @@ def test_checkpoints(filled: Store) -> None:
     assert filled.checkpoints("s:train:0", 5, 1, "weights") == [a]
     assert filled.checkpoints(kind="weights") == [foreign, b, a]
     assert filled.count(Checkpoint) == 4
-    assert filled.checkpoint_paths() == sorted(row.path for row in rows)
     assert filled.last_checkpoint("s:train:0", "weights") == b
     assert filled.last_checkpoint("nobody", "weights") is None
     assert filled.expired(98.5) == [sampler.path]
@@ -279,7 +277,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from vlm.server.store import Store
-from vlm.server.tables import Session
+from vlm.server.store import Session
 
 store = Store(Path(sys.argv[1]))
 store.add(Session("s"))

@@ -16,10 +16,9 @@ from starlette.exceptions import HTTPException
 from tinker import types
 
 from kshot.errors import KshotError, RequestError
-from vlm.server import page, watch
-from vlm.server.futures import JSON, PROTOBUF, error_body, status_of
+from vlm.server import page
+from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Budget, Guard, Keys, Requests, hosts_of
-from vlm.server.openai import responses
 from vlm.server.openai import routes as openai_routes
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
@@ -70,15 +69,19 @@ def application(state: ServerState, options: Options) -> Any:
     requests: Counter[tuple[str, int]] = Counter()
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
     training, sampling = TrainingService(state), SamplingService(state, options.image_log_probs)
-    api.include_router(tinker_routes.routes(state, training, sampling))
-    api.include_router(watch.routes(state, requests, options.address))
+    for router in (
+        tinker_routes.routes(state, training, sampling),
+        page.data_routes(state, requests, options.address),
+    ):
+        api.include_router(router, responses=_failures(Failure))
+    openai = openai_routes.router(openai_routes.Models(state), options.allow_urls)
     for prefix in OPENAI:
-        api.include_router(openai_routes.router(openai_routes.Models(state), options.allow_urls), prefix=prefix)
+        api.include_router(openai, prefix=prefix, responses=_failures(OpenAIFailure))
     api.include_router(page.routes())
-    free = frozenset({HEALTH, *PAGE})
-    describe(api, OPENAI, free)
+    _describe(api)
     _handle_errors(api, training)
     api.add_middleware(Requests, counts=requests)
+    free = frozenset({HEALTH, *PAGE})
     return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget())
 
 
@@ -98,7 +101,7 @@ def _lifespan(state: ServerState) -> Any:
 def error_response(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     """An error's HTTP status and body, in the form that the clients of this path read."""
     if path.startswith(OPENAI):
-        return responses.error_response(error)
+        return openai_routes.error_response(error)
     return status_of(error), error_body(error)
 
 
@@ -120,7 +123,7 @@ def _handle_errors(api: FastAPI, training: TrainingService) -> None:
         path = request.url.path
         body: dict[str, Any] = {"error": f"{request.method} {path}: {error.detail}", "category": "user"}
         if path.startswith(OPENAI):
-            _, body = responses.error_response(error)
+            _, body = openai_routes.error_response(error)
         return JSONResponse(body, error.status_code, error.headers)
 
     @api.exception_handler(Exception)
@@ -131,7 +134,6 @@ def _handle_errors(api: FastAPI, training: TrainingService) -> None:
 # What /openapi.json says beyond what FastAPI derives
 
 REFERENCE = "#/components/schemas/{model}"
-EVENTS, TEXT = "text/event-stream", "text/plain"
 KEYS = {
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -161,49 +163,25 @@ class OpenAIFailure(StrictBody):
     category: Literal["user", "server"]
 
 
-SCHEMAS: dict[str, Any] = {"Failure": Failure, "OpenAIFailure": OpenAIFailure, "SampleRequest": types.SampleRequest}
-ANSWERS = {"/api/v1/retrieve_future": (JSON, PROTOBUF), "/metrics": (TEXT,)}  # else JSON
+def _failures(model: type[StrictBody]) -> dict[int | str, dict[str, Any]]:
+    return {
+        "4XX": {"description": "The request is wrong, or comes at a wrong time", "model": model},
+        "5XX": {"description": "The server failed", "model": model},
+    }
 
 
-def describe(api: FastAPI, openai: tuple[str, ...], free: frozenset[str]) -> None:
-    """Complete an application's description. openai: prefixes of paths whose errors have OpenAI's form. free: paths
-    that need no key."""
+def _describe(api: FastAPI) -> None:
+    """Complete an application's description."""
     derived = api.openapi
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
-            api.openapi_schema = _completed(derived(), openai, free)
+            schema = derived()
+            sample = TypeAdapter(types.SampleRequest).json_schema(ref_template=REFERENCE)
+            schema["components"]["schemas"] |= sample.pop("$defs", {}) | {"SampleRequest": sample}
+            schema["components"]["securitySchemes"] = KEYS
+            schema["security"] = [{name: []} for name in KEYS]
+            api.openapi_schema = schema
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]  # as the framework's manual says
-
-
-def _completed(schema: dict[str, Any], openai: tuple[str, ...], free: frozenset[str]) -> dict[str, Any]:
-    components = schema["components"]
-    components["securitySchemes"] = KEYS
-    schema["security"] = [{name: []} for name in KEYS]
-    for name, kind in SCHEMAS.items():
-        described = TypeAdapter(kind).json_schema(ref_template=REFERENCE)
-        components["schemas"] |= described.pop("$defs", {}) | {name: described}
-    for unused in ("HTTPValidationError", "ValidationError"):
-        components["schemas"].pop(unused, None)
-    for path, operations in schema["paths"].items():
-        failure = "OpenAIFailure" if path.startswith(openai) else "Failure"
-        for method, operation in operations.items():
-            _complete(operation, path, failure)
-            if path.startswith(openai) and method == "post":
-                operation["responses"]["200"]["content"][EVENTS] = {}
-            if path in free:
-                operation["security"] = []
-    return schema
-
-
-def _complete(operation: dict[str, Any], path: str, failure: str) -> None:
-    content = {JSON: {"schema": {"$ref": REFERENCE.format(model=failure)}}}
-    operation["responses"].pop("422", None)
-    operation["responses"] |= {
-        "4XX": {"description": "The request is wrong, or comes at a wrong time", "content": content},
-        "5XX": {"description": "The server failed", "content": content},
-    }
-    if path in ANSWERS:
-        operation["responses"]["200"]["content"] = {kind: {} for kind in ANSWERS[path]}

@@ -16,8 +16,7 @@ from kshot.checks import KINDS, folder_of, path_in
 from kshot.errors import MissingError, RequestError
 from kshot.files import remove_stale, set_aside
 from vlm.local.registry import OPTIMIZER, RECORD
-from vlm.server.store import Store
-from vlm.server.tables import Checkpoint
+from vlm.server.store import Checkpoint, Store
 
 log = logging.getLogger("kshot.server")
 LISTED = 1000  # of a run's checkpoints, newest first, that are searched for one that has not expired
@@ -80,9 +79,9 @@ class Checkpoints:
     def reconcile(self) -> None:
         """Make the list agree with the disk: a server may have been killed between the two writes."""
         folders = dict(self._folders())
-        for path in self.store.checkpoint_paths():
-            if path not in folders:
-                self.store.remove_checkpoint(path)
+        for row in self.store.checkpoints():
+            if row.path not in folders:
+                self.store.remove_checkpoint(row.path)
         for path, folder in folders.items():
             if self.store.get(Checkpoint, path) is None:
                 try:

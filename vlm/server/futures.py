@@ -25,8 +25,8 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from vlm.server.store import Future as FutureRow
 from vlm.server.store import Store
-from vlm.server.tables import Future as FutureRow
 
 log = logging.getLogger("kshot.server")
 

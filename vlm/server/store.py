@@ -1,16 +1,20 @@
-# ruff: noqa: S608 - the names of tables and columns that are put into statements are those of `vlm.server.tables`
+# ruff: noqa: S608 - the names that are put into statements are those of the tables and fields below
 """What a server keeps from one start to the next: sessions, runs, samplers, checkpoints, answers, losses.
 
 One SQLite file in the state folder, for one server at a time. Every call is safe from any thread, and all there or not
 at all when it is cut off (but for `prune`). Rows whose call has returned outlive the process, however it ends; a
 machine that loses power may lose the last ones (WAL, synchronous=NORMAL), never the file.
+
+Times are seconds since 1970 (UTC). A column has the name of its field; what SQLite has no type for is JSON.
 """
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -19,10 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server import tables as sql
-from vlm.server.tables import Checkpoint, Future, Loss, columns, row_of
 
-Row = TypeVar("Row")
 FILE = "server.sqlite3"
 OLDEST = (3, 37, 0)  # of SQLite: strict tables and RETURNING
 SETTINGS = (
@@ -32,6 +33,170 @@ SETTINGS = (
     "wal_autocheckpoint = 4000",  # pages: 16 MB are written to disk at once, in some 40 ms
     "busy_timeout = 5000",
 )
+VERSION = 1  # of the schema
+
+# A checkpoint's run may be of another process (a folder that was put there), so it is no reference.
+# Losses count from 0 within their run, so that every so manieth is found without reading the others.
+SCHEMA = """
+CREATE TABLE sessions (
+    id TEXT PRIMARY KEY, created REAL NOT NULL, heartbeat REAL NOT NULL, finished TEXT, user_metadata TEXT,
+    tags TEXT NOT NULL, display_name TEXT, sdk_version TEXT
+) STRICT;
+CREATE INDEX sessions_by_time ON sessions (created);
+CREATE TABLE runs (
+    id TEXT PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions, base_model TEXT NOT NULL, lora TEXT NOT NULL,
+    user_metadata TEXT, created REAL NOT NULL, last_request REAL NOT NULL, next_seq INTEGER NOT NULL
+) STRICT;
+CREATE INDEX runs_by_time ON runs (created);
+CREATE INDEX runs_by_session ON runs (session, created);
+CREATE TABLE samplers (
+    id TEXT PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions, base_model TEXT NOT NULL, model_path TEXT,
+    ephemeral INTEGER NOT NULL, created REAL NOT NULL, clones INTEGER NOT NULL
+) STRICT;
+CREATE INDEX samplers_by_session ON samplers (session, created);
+CREATE TABLE checkpoints (
+    path TEXT PRIMARY KEY, run TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL,
+    size_bytes INTEGER NOT NULL, user_metadata TEXT, expires REAL, public INTEGER NOT NULL, base_model TEXT NOT NULL,
+    lora TEXT NOT NULL, has_optimizer INTEGER NOT NULL
+) STRICT;
+CREATE INDEX checkpoints_by_time ON checkpoints (created);
+CREATE INDEX checkpoints_by_run ON checkpoints (run, created);
+CREATE INDEX checkpoints_by_end ON checkpoints (expires) WHERE expires IS NOT NULL;
+CREATE TABLE futures (
+    request_id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, created REAL NOT NULL, finished REAL NOT NULL,
+    status TEXT NOT NULL, content_type TEXT NOT NULL, payload BLOB NOT NULL, retrieved REAL
+) STRICT;
+CREATE INDEX futures_by_time ON futures (finished);
+CREATE INDEX futures_by_retrieval ON futures (retrieved) WHERE retrieved IS NOT NULL;
+CREATE TABLE losses (
+    run TEXT NOT NULL REFERENCES runs, number INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL, loss REAL,
+    examples INTEGER NOT NULL, PRIMARY KEY (run, number)
+) STRICT, WITHOUT ROWID
+"""
+
+Row = TypeVar("Row")
+
+
+def _to_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _from_json(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _not_null(stored: float | None) -> float:
+    return math.nan if stored is None else stored  # SQLite has no NaN and stores NULL for it
+
+
+_JSON = {"write": _to_json, "read": _from_json}
+_FLAG = {"read": bool}
+_NUMBER = {"read": _not_null}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A client's session; finished: why it ended, or None."""
+
+    id: str
+    created: float = field(default_factory=time.time)
+    heartbeat: float = field(default_factory=time.time)
+    finished: Mapping[str, Any] | None = field(default=None, metadata=_JSON)
+    user_metadata: Mapping[str, Any] | None = field(default=None, metadata=_JSON)
+    tags: list[str] = field(default_factory=list, metadata=_JSON)
+    display_name: str | None = None
+    sdk_version: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; lora: rank and what is trained; next_seq: the number that its next request should have."""
+
+    id: str
+    session: str
+    base_model: str
+    lora: Mapping[str, Any] = field(metadata=_JSON)
+    user_metadata: Mapping[str, str] | None = field(default=None, metadata=_JSON)
+    created: float = field(default_factory=time.time)
+    last_request: float = field(default_factory=time.time)
+    next_seq: int = 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling session; model_path: None for the base model; ephemeral: the weights were in memory alone; clones:
+    how many clients have joined it."""
+
+    id: str
+    session: str
+    base_model: str
+    model_path: str | None = None
+    ephemeral: bool = field(default=False, metadata=_FLAG)
+    created: float = field(default_factory=time.time)
+    clones: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved weights; path: tinker://<run>/<kind>/<name>; expires: None for never."""
+
+    path: str
+    run: str
+    kind: str
+    name: str
+    created: float
+    size_bytes: int
+    user_metadata: Mapping[str, str] | None = field(metadata=_JSON)
+    expires: float | None
+    public: bool = field(metadata=_FLAG)
+    base_model: str
+    lora: Mapping[str, Any] = field(metadata=_JSON)
+    has_optimizer: bool = field(metadata=_FLAG)
+
+
+@dataclass(frozen=True)
+class Future:
+    """A request that is finished; key: whose it is, and its number there; retrieved: when its answer was sent."""
+
+    request_id: str
+    key: str
+    created: float
+    finished: float
+    status: str
+    content_type: str
+    payload: bytes
+    retrieved: float | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A point of a run's curve."""
+
+    step: int
+    time: float
+    loss: float = field(metadata=_NUMBER)
+    examples: int
+
+
+TABLES = {Session: "sessions", Run: "runs", Sampler: "samplers", Checkpoint: "checkpoints", Future: "futures"}
+KEYS = {kind: fields(kind)[0].name for kind in TABLES}  # primary keys
+READERS = {kind: [(each.name, each.metadata.get("read")) for each in fields(kind)] for kind in (*TABLES, Loss)}
+CHECKPOINTS = """
+    SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)
+    ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?
+"""
+ADD_LOSS = """
+    INSERT INTO losses (run, number, step, time, loss, examples)
+    SELECT :run, ifnull(max(number) + 1, 0), :step, :time, :loss, :n FROM losses WHERE run = :run
+"""
+OLD_FUTURES = "SELECT request_id FROM futures WHERE retrieved < :retrieved OR finished < :finished"
+FUTURES_BEYOND = """
+    SELECT request_id FROM (
+        SELECT request_id,
+               sum(length(payload)) OVER (ORDER BY retrieved IS NOT NULL, finished DESC, rowid DESC) AS total
+        FROM futures)
+    WHERE total > :most
+"""
 
 
 class Store:
@@ -73,53 +238,48 @@ class Store:
 
     def add(self, row: Any, verb: str = "INSERT", end: str = "") -> None:
         """A new row."""
-        values = columns(type(row), vars(row))
+        values = _columns(type(row), vars(row))
         names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
-        self._run(f"{verb} INTO {sql.TABLES[type(row)]} ({names}) VALUES ({places}) {end}", values)
+        self._run(f"{verb} INTO {TABLES[type(row)]} ({names}) VALUES ({places}) {end}", values)
 
     def update(self, kind: type, key: str, **values: Any) -> None:
         """Change some fields of a row, if it is there."""
-        stored = columns(kind, values)
+        stored = _columns(kind, values)
         assignments = ", ".join(f"{name} = :{name}" for name in stored)
-        where = f"WHERE {sql.KEYS[kind]} = :_key"
-        self._run(f"UPDATE {sql.TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
+        where = f"WHERE {KEYS[kind]} = :_key"
+        self._run(f"UPDATE {TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
 
     def get(self, kind: type[Row], key: str) -> Row | None:
         """The row with this primary key."""
-        return self._one(kind, f"SELECT * FROM {sql.TABLES[kind]} WHERE {sql.KEYS[kind]} = ?", key)
+        return self._one(kind, f"SELECT * FROM {TABLES[kind]} WHERE {KEYS[kind]} = ?", key)
 
     def newest(self, kind: type[Row], limit: int, offset: int = 0) -> list[Row]:
         """Newest first: sessions or runs."""
-        order = f"SELECT * FROM {sql.TABLES[kind]} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
+        order = f"SELECT * FROM {TABLES[kind]} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
         return self._all(kind, order, limit, offset)
 
     def count(self, kind: type) -> int:
         """The number of rows of a table."""
-        return self._number(f"SELECT count(*) FROM {sql.TABLES[kind]}")
+        return self._number(f"SELECT count(*) FROM {TABLES[kind]}")
 
     def of_session(self, kind: type[Row], session: str) -> list[Row]:
         """The runs or samplers of a session, oldest first."""
-        return self._all(kind, f"SELECT * FROM {sql.TABLES[kind]} WHERE session = ? ORDER BY created, rowid", session)
+        return self._all(kind, f"SELECT * FROM {TABLES[kind]} WHERE session = ? ORDER BY created, rowid", session)
 
     def next_clone(self, sampler: str) -> int | None:
         """The number of one more client of a sampler, from 1 on; never the same twice."""
         change = "UPDATE samplers SET clones = clones + 1 WHERE id = ? RETURNING clones"
-        rows = self._run(change, (sampler,))
-        return rows[0][0] if rows else None
+        return next((number for (number,) in self._run(change, (sampler,))), None)
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:
         """A checkpoint, in place of one with the same path."""
         self.add(checkpoint, "INSERT OR REPLACE")
 
     def checkpoints(
-        self, run: str | None = None, limit: int = 100, offset: int = 0, kind: str | None = None
+        self, run: str | None = None, limit: int = -1, offset: int = 0, kind: str | None = None
     ) -> list[Checkpoint]:
-        """Newest first: all, or those of a run, of a kind, or both."""
-        return self._all(Checkpoint, sql.CHECKPOINTS, run, run, kind, kind, limit, offset)
-
-    def checkpoint_paths(self) -> list[str]:
-        """Of all of them."""
-        return [path for (path,) in self._run("SELECT path FROM checkpoints ORDER BY path")]
+        """Newest first: all, or those of a run, of a kind, or both. limit: -1 for no limit."""
+        return self._all(Checkpoint, CHECKPOINTS, run, run, kind, kind, limit, offset)
 
     def last_checkpoint(self, run: str, kind: str) -> Checkpoint | None:
         """The newest of a run of one kind."""
@@ -154,14 +314,14 @@ class Store:
 
         Much of it takes a second: call it from a thread of its own, whose deletions let other calls in between.
         """
-        self._delete_futures(sql.OLD_FUTURES, {"retrieved": now - after_retrieved_s, "finished": now - after_s})
+        self._delete_futures(OLD_FUTURES, {"retrieved": now - after_retrieved_s, "finished": now - after_s})
         if self._number("SELECT ifnull(sum(length(payload)), 0) FROM futures") > max_bytes:
-            self._delete_futures(sql.FUTURES_BEYOND, {"most": max_bytes})
+            self._delete_futures(FUTURES_BEYOND, {"most": max_bytes})
 
     def add_loss(self, run: str, step: int, loss: float, examples: int, now: float | None = None) -> None:
         """One more point of the curve of a run that there is."""
         now = time.time() if now is None else now
-        self._run(sql.ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
+        self._run(ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
 
     def losses(self, run: str, at_most: int = 500) -> list[Loss]:
         """A run's curve in order; of more points than that, some at even distances, with the first and the last."""
@@ -175,7 +335,7 @@ class Store:
             self._run("DELETE FROM futures WHERE request_id = ?", tuple(row))
 
     def _all(self, kind: type[Row], query: str, *values: Any) -> list[Row]:
-        return [row_of(kind, stored) for stored in self._run(query, values)]
+        return [_row_of(kind, stored) for stored in self._run(query, values)]
 
     def _one(self, kind: type[Row], query: str, *values: Any) -> Row | None:
         return next(iter(self._all(kind, query, *values)), None)
@@ -198,12 +358,22 @@ class Store:
             self._connection.execute(f"PRAGMA {setting}")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            self._connection.executescript(f"BEGIN; {sql.SCHEMA}; PRAGMA user_version = {sql.VERSION}; COMMIT;")
-        elif version != sql.VERSION:
+            self._connection.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version != VERSION:
             raise KshotError(
-                f"{self.path} has schema version {version} and this kshot reads {sql.VERSION}; use the kshot that "
+                f"{self.path} has schema version {version} and this kshot reads {VERSION}; use the kshot that "
                 "wrote it, or choose another --state"
             )
+
+
+def _columns(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What SQLite stores of the values of some fields."""
+    written = [(each.name, each.metadata.get("write")) for each in fields(kind) if each.name in values]
+    return {name: write(values[name]) if write else values[name] for name, write in written}
+
+
+def _row_of(kind: type[Row], stored: sqlite3.Row) -> Row:
+    return kind(*(read(stored[name]) if read else stored[name] for name, read in READERS[kind]))
 
 
 def _locked(folder: Path) -> FileLock:

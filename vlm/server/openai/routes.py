@@ -1,34 +1,50 @@
 """The OpenAI-compatible endpoints, to be put under /v1 and, as the hosted service has them, under /oai/api/v1.
 
 The way of a request: `requests` reads the body → `chat` turns messages into the model's input → `completions` samples
-or chooses → `responses` writes the body or the stream.
+or chooses → here the body or the stream is sent, or an error in the API's form.
 """
 
 import asyncio
-from collections.abc import Sequence
+import json
+import logging
+import reprlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException  # of which FastAPI's own is a kind
 
-from kshot.errors import BusyError, PromptError
+from kshot.errors import BusyError, ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
 from vlm.inputs import model_input
 from vlm.local.clients import LocalSamplingClient
+from vlm.server.futures import INTERNAL, status_of
 from vlm.server.openai import chat
 from vlm.server.openai.completions import (
     ChoiceList,
     ChosenCompletion,
     Completion,
     EncodedPrompt,
+    Fields,
     SampledCompletion,
     limit,
 )
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
-from vlm.server.openai.responses import CHAT, COMPLETION, Envelope, Fields, Route, body, stream
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import WAITING
 
+log = logging.getLogger("kshot.server")
+T = TypeVar("T")
 OWNER, PATH = "kshot", "tinker://"
+EVENTS = "text/event-stream"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}  # beside JSON
+CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+REASONS = {"extra_forbidden": "is not known to this server; leave it out", "missing": "is missing"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +87,13 @@ def router(models: Models, allow_urls: bool) -> APIRouter:
             await models.sampler(model)
         return model_fields(model)
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=STREAMED)
     async def completions(request: CompletionRequest, http_request: Request) -> Response:
         sampler = await models.sampler(request.model)
         prompts = await asyncio.to_thread(_encode, request, sampler)
         return await _answer(request, http_request, sampler, prompts)
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
         sampler = await models.sampler(request.model)
         prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
@@ -111,15 +127,130 @@ def _check_no_image_token(tokenizer: Any, tokens: Sequence[int]) -> None:
 async def _answer(
     request: GenerationRequest, http_request: Request, sampler: LocalSamplingClient, prompts: Sequence[EncodedPrompt]
 ) -> Response:
-    envelope = Envelope(CHAT if isinstance(request, ChatRequest) else COMPLETION, request.model)
     tokenizer = sampler.get_tokenizer()
     completion: Completion
     if request.choice is None:
-        completion = SampledCompletion(request, envelope, sampler, prompts, chat.end_tokens(tokenizer))
+        completion = SampledCompletion(request, sampler, prompts, chat.end_tokens(tokenizer))
     else:
         choices = await asyncio.to_thread(ChoiceList.of, request, request.choice, tokenizer)
         choices.check(request, prompts, sampler.context)
-        completion = ChosenCompletion(request, envelope, sampler, prompts, choices)
+        completion = ChosenCompletion(request, sampler, prompts, choices)
     if request.stream:
         return await stream(http_request, completion.chunks())
-    return await body(http_request, completion.response())
+    return JSONResponse(await _unless_gone(http_request, completion.response()))
+
+
+# Streams, for as long as the client is there
+
+
+async def stream(request: Request, chunks: AsyncGenerator[Fields]) -> Response:
+    """Server-sent events. An error before the first of them is raised."""
+    first = await _unless_gone(request, anext(chunks))
+    return _Events(_events(first, chunks), media_type=EVENTS, headers={"Cache-Control": "no-cache"})
+
+
+async def _events(first: Fields, chunks: AsyncGenerator[Fields]) -> AsyncGenerator[str]:
+    try:
+        yield _event(first)
+        async for chunk in chunks:
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield _event(error_response(error)[1])
+    finally:
+        await chunks.aclose()
+
+
+def _event(data: Fields) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class _Events(StreamingResponse):
+    """A streaming response that closes its iterator, however it ends."""
+
+    async def __call__(self, *args: Any) -> None:
+        iterator: Any = self.body_iterator
+        try:
+            await super().__call__(*args)
+        finally:
+            await iterator.aclose()
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; where the client goes away first, the work is cancelled."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(CLOSED_REQUEST, "the client went away")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Until the client goes away; its whole body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# Errors
+
+
+class Route(APIRoute):
+    """A route whose exceptions become error responses."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        inner = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await inner(request)
+            except Exception as error:
+                status, body = error_response(error)
+                return JSONResponse(body, status)
+
+        return handler
+
+
+def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of an error. Of what nobody meant to raise, only the log has details."""
+    status, message, param, code = 500, str(error), None, None
+    match error:
+        case UnknownNameError() | ModelError() | MissingError():  # nothing but models is looked up here
+            status, param, code = 404, "model", "model_not_found"
+        case RequestValidationError():
+            status, (message, param) = 400, _invalid(error.errors())
+        case HTTPException():
+            status, message = error.status_code, str(error.detail)
+        case ImageError():
+            status, param = 400, "messages"
+        case KshotError():
+            status = status_of(error)
+        case _:
+            log.error("a request failed", exc_info=error)
+            message = INTERNAL
+    kind, category = ("invalid_request_error", "user") if status < 500 else ("server_error", "server")
+    fields = {"message": message, "type": TYPES.get(status, kind), "param": param, "code": code}
+    return status, {"error": fields, "category": category}
+
+
+def _invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Message and field of the first thing that is wrong with a body."""
+    first = errors[0]
+    place = [_plain(each) for each, _ in groupby(first["loc"]) if each != "body"]  # a part's kind and field are one
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
+    if first["type"] == "wrong":
+        return first["msg"], first["ctx"]["param"]
+    name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place).lstrip(".") or "the body"
+    value = "" if first["type"] in REASONS else f"; got {reprlib.repr(first['input'])}"
+    reason = REASONS.get(first["type"], f"is wrong: {first['msg']}")
+    return f"{name} {reason}{value}", str(place[0]) if place else None
+
+
+def _plain(place: int | str) -> int | str:
+    """A name that a client made up, on one line."""
+    return place.encode("unicode_escape").decode() if isinstance(place, str) else place

@@ -61,33 +61,53 @@ def _bytes() -> dict[str, int]:
 
 
 class DecodedText:
-    """A text that grows by tokens. stops: texts that end it and are no part of it. stopped: whether one has."""
+    """A text that grows by tokens. stops, ends: texts and tokens that end it and are no part of it. reason: why it has
+    ended, or None."""
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
-        self._vocabulary, self._stops = vocabulary, stops
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), ends: Collection[int] = ()) -> None:
+        self._vocabulary, self._stops, self._ends = vocabulary, stops, ends
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text, self._taken = "", 0
+        self._text, self._taken, self._cut = "", 0, False
         self._tokens = deque[Token]()
-        self.stopped, self._ended = False, False
+        self.reason: types.StopReason | None = None
 
-    def add(self, token: int, log_prob: float | None = None, top: TopTokens | None = None) -> None:
-        """Append a token, unless the text has been stopped."""
-        if not self.stopped:
-            self._tokens.append(Token(token, log_prob, top, len(self._text)))
-            self._append(self._decoder.decode(self._vocabulary.data(token)))
+    def add(
+        self,
+        token: int,
+        log_prob: float | None = None,
+        top: TopTokens | None = None,
+        reason: types.StopReason | None = None,
+    ) -> None:
+        """Append a token, unless the text has ended; reason: why it is the last one."""
+        if self.reason is None:
+            if not (reason == "stop" and token in self._ends):
+                self._tokens.append(Token(token, log_prob, top, len(self._text)))
+                self._append(self._decoder.decode(self._vocabulary.data(token)))
+            if reason or self._cut:
+                self.finish(reason or "stop")
 
-    def end(self) -> None:
-        """End the text: what was held back belongs to it, if it has no stop string."""
-        self._ended = True
-        if not self.stopped:
-            self._append(self._decoder.decode(b"", final=True))
+    def add_all(self, sequence: types.SampledSequence) -> None:
+        """Append all tokens of a sequence."""
+        count = len(sequence.tokens)
+        top: Sequence[TopTokens | None] = sequence.topk_logprobs or [None] * count
+        reasons = [*[None] * (count - 1), sequence.stop_reason]
+        for each in zip(sequence.tokens, sequence.logprobs or (), top, reasons, strict=True):
+            self.add(*each)
+
+    def finish(self, reason: types.StopReason) -> None:
+        """End it, for this reason unless it has ended before: what was held back belongs to it, if it has no stop
+        string."""
+        if self.reason is None:
+            if not self._cut:
+                self._append(self._decoder.decode(b"", final=True))
+            self.reason = "stop" if self._cut else reason
 
     def take(self) -> tuple[str, list[Token]]:
         """The text that is certain and was not taken before, and the tokens that begin in it."""
-        ready = len(self._text) - (0 if self._ended or self.stopped else self._held())
+        ready = len(self._text) - (0 if self.reason else self._held())
         text, self._taken = self._text[self._taken : ready], max(self._taken, ready)
         tokens = list[Token]()
-        while self._tokens and (self._tokens[0].start < ready or (self._ended and not self.stopped)):
+        while self._tokens and (self._tokens[0].start < ready or (self.reason and not self._cut)):
             tokens.append(self._tokens.popleft())
         return text, tokens
 
@@ -97,41 +117,10 @@ class DecodedText:
         self._text += more
         starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
         if cuts := [start for start in starts if start >= 0]:
-            self._text, self.stopped = self._text[: min(cuts)], True
+            self._text, self._cut = self._text[: min(cuts)], True
 
     def _held(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
         longest = max(map(len, self._stops), default=0)
         sizes = range(min(longest - 1, len(self._text)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(self._text[-n:]) for stop in self._stops)), 0)
-
-
-class Sample:
-    """One completion as it grows. ends: tokens that end it and are no part of it. reason: why it has ended, or None."""
-
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], ends: Collection[int]) -> None:
-        self._text, self._ends = DecodedText(vocabulary, stops), ends
-        self.reason: types.StopReason | None = None
-        self.take = self._text.take
-
-    def add(self, token: int, log_prob: float, top: TopTokens | None, reason: types.StopReason | None) -> None:
-        """Add the next token; reason: why it is the last one."""
-        if self.reason is None:
-            if not (reason == "stop" and token in self._ends):
-                self._text.add(token, log_prob, top)
-            if reason or self._text.stopped:
-                self.finish(reason or "stop")
-
-    def add_all(self, sequence: types.SampledSequence) -> None:
-        """Add all tokens of a sequence."""
-        count = len(sequence.tokens)
-        top: Sequence[TopTokens | None] = sequence.topk_logprobs or [None] * count
-        reasons = [*[None] * (count - 1), sequence.stop_reason]
-        for each in zip(sequence.tokens, sequence.logprobs or (), top, reasons, strict=True):
-            self.add(*each)
-
-    def finish(self, reason: types.StopReason) -> None:
-        """End it, for this reason unless it has ended before."""
-        if self.reason is None:
-            self._text.end()
-            self.reason = "stop" if self._text.stopped else reason

@@ -17,7 +17,7 @@ from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route
 from vlm.server.state import ServerState
-from vlm.server.tables import Checkpoint, Run, Sampler, Session
+from vlm.server.store import Checkpoint, Run, Sampler, Session
 from vlm.server.tinker import training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
@@ -28,7 +28,6 @@ FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # o
 DYNAMIC = {"sample_cancel_enabled": True}
 TYPES = dict(zip(KINDS, ("training", "sampler"), strict=True))  # our folders → the protocol's words
 OWNER = "local"
-ALL = 2**31
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**31)]
 Scope = Literal["owned", "accessible"]
@@ -85,7 +84,7 @@ def routes(state: ServerState, training_service: TrainingService, sampling_servi
 
 
 def _server(router: APIRouter, state: ServerState) -> None:
-    @router.get("/healthz")
+    @router.get("/healthz", openapi_extra={"security": []})
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -245,7 +244,7 @@ def first_fault(errors: Any) -> str:
 
 
 def _answers(router: APIRouter, state: ServerState) -> None:
-    @router.post("/retrieve_future")
+    @router.post("/retrieve_future", responses={200: {"content": {PROTOBUF: {}}}})
     async def retrieve_future(
         request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
     ) -> Response:
@@ -282,7 +281,7 @@ def _runs(router: APIRouter, state: ServerState) -> None:
     @router.get("/training_runs/{run}/checkpoints")
     async def checkpoints_of(run: str) -> dict[str, Any]:
         _existing(state, run)
-        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run, limit=ALL)]}
+        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run)]}
 
     @router.post("/weights_info")
     async def weights_info(request: WeightsInfo) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.runs import LiveRun, Operation, when_done
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
-from vlm.server.tables import Run, Sampler
+from vlm.server.store import Run, Sampler
 from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
