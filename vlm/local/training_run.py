@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kshot.checks import check_adam
 from kshot.errors import ModelError, RequestError
-from vlm.local.model.lora import Adapter, Factors
+from vlm.local.model.lora import Adapter, Factors, misfits
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
 
@@ -138,15 +138,10 @@ def _gradient(master: nn.Parameter) -> Tensor:
 
 def _moments(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, dict[torch.device, Tensor]]:
     """Adam's moments as flat buffers; empty for an empty state."""
-    pieces = adapter.layout.pieces
-    expected = {f"{name}.{m}": piece.shape for name, piece in pieces.items() for m in MOMENTS} | {"step": ()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
-    if tensors and wrong:
+    if not tensors:
+        return {}
+    layout = adapter.layout
+    shapes = {f"{name}.{m}": piece.shape for name, piece in layout.pieces.items() for m in MOMENTS} | {"step": ()}
+    if wrong := misfits(tensors, shapes):
         raise ModelError(f"checkpoint does not fit the optimizer in {len(wrong)} tensors: first {wrong[0]!r}")
-    moments: dict[str, dict[torch.device, Tensor]] = {}
-    for moment in MOMENTS if tensors else ():
-        moments[moment] = {device: torch.empty_like(flat) for device, flat in adapter.flats.items()}
-        for name, piece in pieces.items():
-            piece.of(moments[moment]).copy_(tensors[f"{name}.{moment}"])
-    return moments
+    return {m: layout.flats({name: tensors[f"{name}.{m}"] for name in layout.pieces}) for m in MOMENTS}

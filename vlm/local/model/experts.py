@@ -124,28 +124,22 @@ def _groupable(left: Tensor, right: Tensor) -> bool:
     return hasattr(functional, "grouped_mm") and all(step == 1 or step % 8 == 0 for step in strides)
 
 
-def _project(groups: Groups, rows: Tensor, weight: Tensor, pair: Pair | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(P, in) by (experts, out, in) and LoRA → (P, out), and what LoRA's first product gave, scaled: (P, r)."""
-    out = groups.product(rows, weight.mT)
-    if pair is None:
+def _project(groups: Groups, rows: Tensor, weight: Tensor, thin: Pair | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(P, in) by (experts, in, out), and by a pair (experts, in, r), (experts, r, out) times `scale`, if there is one →
+    (P, out), and what the pair's first gave, scaled: (P, r)."""
+    out = groups.product(rows, weight)
+    if thin is None:
         return out, rows.new_empty(0)
-    low = groups.product(rows, pair[0].mT).mul_(scale)
-    return groups.product(low, pair[1].mT, onto=out), low
+    low = groups.product(rows, thin[0]).mul_(scale)
+    return groups.product(low, thin[1], onto=out), low
 
 
-def _project_back(
-    groups: Groups, grad: Tensor, weight: Tensor, pair: Pair | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(P, out) → gradient of `_project`'s rows, (P, in), and of what A gave, (P, r)."""
-    grad_rows = groups.product(grad, weight)
-    if pair is None:
-        return grad_rows, grad.new_empty(0)
-    grad_low = groups.product(grad, pair[1]).mul_(scale)
-    return groups.product(grad_low, pair[0], onto=grad_rows), grad_low
-
-
-def _pair(a: Tensor | None, b: Tensor | None, experts: int) -> Pair | None:
-    return None if a is None or b is None else by_expert((a, b), experts)
+def _thin(a: Tensor | None, b: Tensor | None, experts: int, *, back: bool = False) -> Pair | None:
+    """The factors of LoRA's two products on the way forward, or on the gradient's way back."""
+    if a is None or b is None:
+        return None
+    a, b = by_expert((a, b), experts)
+    return (b, a) if back else (a.mT, b.mT)
 
 
 def _pair_grads(
@@ -166,24 +160,16 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        groups: Groups,
-        experts: Any,
-        scale: float,
-        a_in: Tensor | None,
-        b_in: Tensor | None,
-        a_out: Tensor | None,
-        b_out: Tensor | None,
+        ctx: Any, x: Tensor, weights: Tensor, groups: Groups, experts: Any, scale: float, *factors: Tensor | None
     ) -> Tensor:
-        pair = _pair(a_in, b_in, experts.num_experts)
-        both, low_in = _project(groups, x[groups.rows], experts.gate_up_proj, pair, scale)
+        a_in, b_in, a_out, b_out = factors
+        thin = _thin(a_in, b_in, experts.num_experts)
+        both, low_in = _project(groups, x[groups.rows], experts.gate_up_proj.mT, thin, scale)
         gate, up = both.chunk(2, dim=-1)
-        pair = _pair(a_out, b_out, experts.num_experts)
-        out, low_out = _project(groups, experts.act_fn(gate) * up, experts.down_proj, pair, scale)
+        thin = _thin(a_out, b_out, experts.num_experts)
+        out, low_out = _project(groups, experts.act_fn(gate) * up, experts.down_proj.mT, thin, scale)
         ctx.groups, ctx.experts, ctx.scale = groups, experts, scale
-        ctx.save_for_backward(x, weights, both, low_in, low_out, a_in, b_in, a_out, b_out)
+        ctx.save_for_backward(x, weights, both, low_in, low_out, *factors)
         return groups.unsorted(out).mul_(weights[..., None]).sum(1)
 
     @staticmethod
@@ -195,21 +181,21 @@ class _Experts(torch.autograd.Function):
 
         # The down projection is linear: the gradient goes back through it without the routing weights, which then
         # multiply the narrow side of each product. So the weights' own gradient needs no output of an expert.
-        grad_rows, pair = grad[groups.rows], _pair(a_out, b_out, experts.num_experts)
-        grad_mid, grad_low = _project_back(groups, grad_rows, experts.down_proj, pair, scale)
+        grad_rows, thin = grad[groups.rows], _thin(a_out, b_out, experts.num_experts, back=True)
+        grad_mid, grad_low = _project(groups, grad_rows, experts.down_proj, thin, scale)
         mid, both = _activated(experts, both)
         grad_weights = groups.unsorted((grad_mid * mid.detach()).sum(-1))
         grads_out: tuple[Tensor | None, Tensor | None] = (None, None)
-        if pair:
+        if thin:
             grads_out = _pair_grads(groups, b_out, mid.detach(), low_out * weight, grad_rows, grad_low.mul_(weight))
         del grad_rows
 
         (grad_both,) = torch.autograd.grad(mid, both, grad_mid.mul_(weight))
         del mid, both, grad_mid
-        pair = _pair(a_in, b_in, experts.num_experts)
-        grad_x, grad_low = _project_back(groups, grad_both, experts.gate_up_proj, pair, scale)
+        thin = _thin(a_in, b_in, experts.num_experts, back=True)
+        grad_x, grad_low = _project(groups, grad_both, experts.gate_up_proj, thin, scale)
         grads_in: tuple[Tensor | None, Tensor | None] = (None, None)
-        if pair:
+        if thin:
             grads_in = _pair_grads(groups, b_in, x[groups.rows], low_in, grad_both, grad_low)
         return groups.unsorted(grad_x).sum(1), grad_weights, None, None, None, *grads_in, *grads_out
 

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kshot.hub import one_line
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
-from vlm.local.model.lora import Layout, LoraSpec
+from vlm.local.model.lora import Layout
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
 
@@ -52,7 +52,18 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(each) for each in devices]
     device_map = placement.device_map(name, dtype, size, tied, devices, free)
-    return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
+    with _load_errors(name), _quiet():
+        model, info = stock.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
+            output_loading_info=True,
+        )
+    _check_whole(name, info)
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -92,21 +103,6 @@ def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     return next((DTYPES[dtype] for dtype, _ in stored.most_common() if dtype in DTYPES), torch.float32)
 
 
-def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
-    with _load_errors(name), _quiet():
-        model, info = stock.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=dict(device_map),
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
-            output_loading_info=True,
-        )
-    _check_whole(name, info)
-    return model
-
-
 def _check_whole(name: str, info: Mapping[str, Any]) -> None:
     """Raise ModelError for tensors that were not in the checkpoint (they would be random), or do not belong to it."""
     shapes = [f"{key} ({list(here)}, not {list(there)})" for key, here, there in info["mismatched_keys"]]
@@ -117,14 +113,13 @@ def _check_whole(name: str, info: Mapping[str, Any]) -> None:
     }
     wrong = [f"{what.format(len(keys))}, first {min(keys)}" for what, keys in problems.items() if keys]
     if wrong:
-        way_out = "give the weights that belong to its config.json"
-        raise ModelError(f"checkpoint {name} {'; it '.join(wrong)}; {way_out}")
+        raise ModelError(f"checkpoint {name} {'; it '.join(wrong)}; give the weights that belong to its config.json")
 
 
 def _load_errors(name: str) -> AbstractContextManager[None]:
     """Whatever transformers, torch or safetensors raise for a checkpoint, as ModelError in one line."""
-    way_out = "download it again or give another"
-    return models.translated(lambda error: f"model {name} cannot be loaded ({one_line(error)}); {way_out}")
+    reason = "model {} cannot be loaded ({}); download it again or give another"
+    return models.translated(lambda error: reason.format(name, one_line(error)))
 
 
 @contextmanager
@@ -168,7 +163,7 @@ class Model:
         self.text = Text(self.stock)
         self.rule = ImageRule.from_pretrained(path)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
-        self.layout = lru_cache(maxsize=None)(self._layout)
+        self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.text_config.vocab_size
         self.context: int = config.text_config.max_position_embeddings
@@ -201,10 +196,6 @@ class Model:
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
             wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
             raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
-
-    def _layout(self, spec: LoraSpec) -> Layout:
-        """Where everything is in an adapter of a spec."""
-        return Layout(self.stock, spec)
 
 
 @contextmanager

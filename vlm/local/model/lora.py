@@ -118,20 +118,25 @@ class Layout:
         """PEFT's configuration of such an adapter."""
         return self.spec.config(experts=self.experts)
 
+    def flats(self, tensors: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
+        """Float32 buffers that hold these tensors, by PEFT's names."""
+        flats = {device: torch.empty(size, device=device) for device, size in self.sizes.items()}
+        for name, piece in self.pieces.items():
+            piece.of(flats).copy_(tensors[name])
+        return flats
+
     def _groups(self, stock: nn.Module) -> Iterator[Group]:
         pattern = re.compile("|".join(self.spec.patterns))
         chosen = {name: layer for name, layer in stock.named_modules() if pattern.fullmatch(name)}
         for names in _sharing_input(list(chosen)):
             shapes = [(chosen[n].in_features, chosen[n].out_features) for n in names]
             yield self._group(names[0], names, shapes, chosen[names[0]].weight.device, 1)
-        for name, module in stock.named_modules():
-            if self.spec.train_mlp and name.endswith(EXPERTS):
-                for parameter, inner in EXPERT_PARAMETERS.items():
-                    stack = getattr(module, parameter)
-                    count, out, into = stack.shape
-                    yield self._group(
-                        f"{name}.{parameter}", [f"{name}.{inner}".rstrip(".")], [(into, out)], stack.device, count
-                    )
+        experts = [(n, m) for n, m in stock.named_modules() if self.spec.train_mlp and n.endswith(EXPERTS)]
+        for name, module in experts:
+            for parameter, inner in EXPERT_PARAMETERS.items():
+                stack, inside = getattr(module, parameter), f"{name}.{inner}".rstrip(".")
+                count, out, into = stack.shape
+                yield self._group(f"{name}.{parameter}", [inside], [(into, out)], stack.device, count)
 
     def _group(
         self, key: str, names: Sequence[str], shapes: Sequence[tuple[int, int]], device: torch.device, experts: int
@@ -159,6 +164,12 @@ def _sharing_input(names: Sequence[str]) -> Iterator[list[str]]:
         left = [name for name in left if name not in members]
 
 
+def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The names whose tensor is missing, too many or of another shape, in order."""
+    names = {*tensors, *shapes}
+    return sorted(n for n in names if n not in tensors or tuple(tensors[n].shape) != shapes.get(n))
+
+
 class Adapter:
     """The numbers of one adapter: a flat float32 buffer a device."""
 
@@ -180,16 +191,11 @@ class Adapter:
     def of(cls, layout: Layout, weights: Mapping[str, Tensor]) -> "Adapter":
         """The adapter with these tensors. Raises ModelError where names or shapes are not the layout's."""
         expected = {name: piece.shape for name, piece in layout.pieces.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
-        if wrong:
-            first = f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}, not {expected.get(wrong[0], 'to be there')}"
+        if wrong := misfits(weights, expected):
+            name, shape = wrong[0], tuple(weights[wrong[0]].shape) if wrong[0] in weights else "missing"
+            first = f"{name} is {shape}, not {expected.get(name, 'to be there')}"
             raise ModelError(f"checkpoint does not fit the adapter in {len(wrong)} tensors: {first}")
-        flats = {device: torch.empty(size, device=device) for device, size in layout.sizes.items()}
-        adapter = cls(layout, flats)
-        for name, tensor in adapter.named().items():
-            tensor.copy_(weights[name])
-        return adapter
+        return cls(layout, layout.flats(weights))
 
     def named(self) -> dict[str, Tensor]:
         """PEFT's name → the view of that tensor."""

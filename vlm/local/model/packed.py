@@ -6,7 +6,6 @@ layer computes only the positions whose hidden state is wanted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,23 +50,17 @@ class Text:
         """
         x, rope = self._embedded(inputs), self._angles(inputs.position_ids)
         final = len(self.layers) - 1
-        early = (
-            wanted is not None and len(inputs.deepstack) <= final
-        )  # the last layer's own features need all positions
+        # the last layer's own features need all positions
+        early = wanted is not None and len(inputs.deepstack) <= final
         for number, layer in enumerate(self.layers):
             if layer.device != x.device:
-                x, rope, attention = (
-                    x.to(layer.device),
-                    tuple(r.to(layer.device) for r in rope),
-                    attention.to(layer.device),
-                )
+                x, attention = x.to(layer.device), attention.to(layer.device)
+                rope = tuple(each.to(layer.device) for each in rope)
             x = layer(number, x, rope, attention, factors, wanted if early and number == final else None)
             if number < len(inputs.deepstack) and inputs.image_positions is not None:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
-                added = torch.zeros_like(x).index_copy_(
-                    0, inputs.image_positions.to(x.device), inputs.deepstack[number].to(x)
-                )
-                x = x.add_(added)
+                positions = inputs.image_positions.to(x.device)
+                x = x.add_(torch.zeros_like(x).index_copy_(0, positions, inputs.deepstack[number].to(x)))
         if wanted is not None and not early:
             x = gather(x, wanted.to(x.device))
         return rms_norm(x.to(self._norm.weight.device), self._norm.weight, self._norm.variance_epsilon)
@@ -132,7 +125,10 @@ class _Layer:
     ) -> Tensor:
         """(positions, hidden) → the same after this layer, or only at the `wanted` positions."""
         scale = factors.scale if factors else 1.0
-        pair = partial(_pair, factors, self._name)
+
+        def pair(name: str) -> Pair | None:
+            return factors.pair(f"{self._name}.{name}") if factors else None
+
         mixed = linear(rms_norm(x, self._norm1, self._eps), *self._qkv, pair("self_attn.q_proj"), scale)
         mixed = norm_rope(mixed.view(len(x), -1, self._dim), self._qk_norm, rope, self._eps)
         q, k, v = mixed.split((self._heads, self._key_heads, self._key_heads), 1)
@@ -144,18 +140,11 @@ class _Layer:
         x = linear(seen, *self._o, pair("self_attn.o_proj"), scale, residual=x)
         normal = rms_norm(x, self._norm2, self._eps)
         if self._sparse is not None:
-            gate_up, down = _single(pair("mlp.experts.gate_up_proj")), _single(pair("mlp.experts.down_proj"))
+            pairs = (pair(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
+            gate_up, down = (each and (each[0], each[1][0]) for each in pairs)
             return x + sparse_mlp(normal, self._sparse, gate_up, down, scale)
         inner = swiglu(linear(normal, *self._gate_up, pair("mlp.gate_proj"), scale))
         return linear(inner, *self._down, pair("mlp.down_proj"), scale, residual=x)
-
-
-def _pair(factors: Factors | None, layer: str, name: str) -> Pair | None:
-    return factors.pair(f"{layer}.{name}") if factors else None
-
-
-def _single(pair: Pair | None) -> tuple[Tensor, Tensor] | None:
-    return None if pair is None else (pair[0], pair[1][0])
 
 
 def _beside(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

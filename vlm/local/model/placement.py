@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -51,19 +50,15 @@ def _files(name: str, folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
-        raise ModelError(_no_weights(name, folder))
+        if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
+            reason = f"has pickled weights ({pickles[0]}), but only safetensors are read"
+            raise ModelError(f"checkpoint {name} {reason}; load it elsewhere and save it with save_pretrained")
+        reason = f"it has no weights as safetensors ({SINGLE} or {INDEX}), all that is read"
+        raise ModelError(f"model {name} cannot be loaded: {reason}")
     try:
         return sorted({str(file) for file in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{INDEX} of checkpoint {name} is broken ({error!r}); download it again") from error
-
-
-def _no_weights(name: str, folder: Path) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
-        way_out = "load it elsewhere and save it with save_pretrained"
-        return f"checkpoint {name} has pickled weights ({pickles[0]}), but only safetensors are read; {way_out}"
-    return f"model {name} cannot be loaded: it has no weights as safetensors ({SINGLE} or {INDEX}), all that is read"
 
 
 def _header(name: str, path: Path) -> dict[str, StoredTensor]:
@@ -73,29 +68,19 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
         text = file.read(length) if length <= MAX_HEADER else b""
     if LFS.startswith(start) and start:
         raise ModelError(f"{path.name} of checkpoint {name} is a Git LFS pointer; run `git lfs pull` in {path.parent}")
+    # the hub's cache keeps the content elsewhere, and takes it for whole as long as it is there
+    way_out = f"delete {path.resolve()} and download it again"
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         tensors = {key: StoredTensor(entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
         size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {_download_again(path)}") from error
-    _check_size(name, path, size)
-    return tensors
-
-
-def _check_size(name: str, path: Path, size: Any) -> None:
-    has = path.stat().st_size
-    if has != size:
+        raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {way_out}") from error
+    if (has := path.stat().st_size) != size:
         what = "cut short" if has < size else "broken"
-        raise ModelError(
-            f"checkpoint {name} is {what}: {path.name} has {has:,} of {size:,} bytes; {_download_again(path)}"
-        )
-
-
-def _download_again(path: Path) -> str:
-    """The hub's cache keeps the content elsewhere, and takes it for whole as long as it is there."""
-    return f"delete {path.resolve()} and download it again"
+        raise ModelError(f"checkpoint {name} is {what}: {path.name} has {has:,} of {size:,} bytes; {way_out}")
+    return tensors
 
 
 DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
@@ -140,16 +125,16 @@ def devices(device: str) -> list[torch.device]:
     if device == "auto":
         return [torch.device("cuda", n) for n in range(count)] or [torch.device("cpu")]
     try:
-        found = torch.device(device)
+        named = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}; choose {DEVICES}") from error
-    if found.type == "cuda" and (found.index or 0) >= count:
+    if named.type == "cuda" and (named.index or 0) >= count:
         raise ModelError(f"no device {device!r}: torch sees {count} CUDA devices here; choose {DEVICES}")
-    if found.type == "mps" and not torch.backends.mps.is_available():
+    if named.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError(f"no device {device!r}: torch sees no MPS device here; choose {DEVICES}")
-    if found.type not in ("cpu", "cuda", "mps"):
+    if named.type not in ("cpu", "cuda", "mps"):
         raise ModelError(f"device {device!r} is not supported; choose {DEVICES}")
-    return [torch.device("cuda", found.index or 0)] if found.type == "cuda" else [torch.device(found.type)]
+    return [torch.device("cuda", named.index or 0)] if named.type == "cuda" else [torch.device(named.type)]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -188,36 +173,29 @@ def device_map(
     """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
     free on them. Raises ModelError where the weights do not fit, before any is read."""
     blocks = [size.first, *size.layers, size.last]
-    if len(targets) == 1:
-        chosen = [0] * len(blocks) if size.total <= free[0] else None
-    else:
-        shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
-        chosen = next((found for share in shares if (found := _fill(blocks, share))), None)
-    if chosen is None:
+    shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
+    places = next((places for share in shares if (places := _fill(blocks, share))), None)
+    if places is None:
         raise ModelError(_too_little(name, dtype, size.total, targets, free))
     if len(targets) == 1:
         return {"": targets[0]}
-    return _named([targets[n].index for n in chosen], tied)
+    # as numbers, because accelerate takes a main device out of a set of them: the order must not vary
+    first, *layers, last = (targets[n].index for n in places)
+    modules = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
+    return {**modules, NORM: last, HEAD: first if tied else last}
 
 
 def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
     """The device of each block, in order; None where they do not fit."""
-    left, device, found = list(room), 0, []
+    left, device, places = list(room), 0, []
     for block in blocks:
         while device < len(left) and left[device] < block:
             device += 1
         if device == len(left):
             return None
         left[device] -= block
-        found.append(device)
-    return found
-
-
-def _named(chosen: Sequence[int], tied: bool) -> dict[str, torch.device | int]:
-    """As numbers, because accelerate takes a main device out of a set of them: the order must not vary."""
-    first, *layers, last = chosen
-    modules = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
-    return {**modules, NORM: last, HEAD: first if tied else last}
+        places.append(device)
+    return places
 
 
 def _too_little(
