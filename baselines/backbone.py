@@ -84,15 +84,11 @@ class Backbone:
             height, width = self.fixed_size
             requested = "images of their own sizes were asked for" if size is None else f"{size} pixels were asked for"
             way_out = f"give image size {height}" if height == width else "use another model: kshot makes squares"
-            raise InputError(
-                f"model {self.name!r} has a fixed position embedding and takes {height}x{width} pixels alone, "
-                f"{requested}; {way_out}"
-            )
+            limit = f"has a fixed position embedding and takes {height}x{width} pixels alone"
+            raise InputError(f"model {self.name!r} {limit}, {requested}; {way_out}")
         if size is not None and (size <= 0 or size % self.patch):
-            raise InputError(
-                f"image size {size} is no multiple of {self.patch}, the patch size of model {self.name!r}; "
-                f"give a multiple of {self.patch}"
-            )
+            patch = f"{self.patch}, the patch size of model {self.name!r}"
+            raise InputError(f"image size {size} is no multiple of {patch}; give a multiple of {self.patch}")
 
     def normalised(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """(B, 3, H, W) float32 on the backbone's device, of B arrays (H, W, 3) uint8 of one size."""
@@ -101,12 +97,11 @@ class Backbone:
 
     def features(self, module: nn.Module, batch: Tensor) -> Tensor:
         """(B, dim): what `readout` takes of `module` (this one or a copy of it with adapters) on normalised pixels."""
-        vit: Any = module
         if self.readout == POOLED:
-            pooled: Tensor = vit(batch)
+            pooled: Tensor = module(batch)
             return pooled
         blocks, mean = READOUTS[self.readout]
-        states = _last_blocks(vit, batch, blocks)
+        states = _last_blocks(module, batch, blocks)
         parts = [prefix[:, 0] for _, prefix in states] + ([states[-1][0].mean(dim=1)] if mean else [])
         return torch.cat(parts, dim=1)
 
@@ -132,40 +127,29 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     """Raise what `load` and `Backbone.check_size` would, before a start. Downloads nothing: of a model that only the
     hub knows nothing is checked; of timm's models all but the weights; local files are read whole."""
     source = _source(model)
-    if source.kind == "timm" and not source.name.startswith("hf-hub:"):
+    if isinstance(source, Path):
+        module = _module(source, "cpu")
+    elif source.startswith("hf-hub:"):
+        return
+    else:
         with torch.device("meta"):
-            module = _create_or_explain(source.name, pretrained=False)
-        _backbone(model, module, "cpu", readout).check_size(size)
-    elif source.kind == "weights":
-        _backbone(model, _module(source, "cpu"), "cpu", readout).check_size(size)
-
-
-class ModelSource(NamedTuple):
-    """Where a module comes from. kind: "timm" (name: what timm calls it) or "weights" (name: a path)."""
-
-    kind: str
-    name: str
+            module = _create(source, pretrained=False)
+    _backbone(model, module, "cpu", readout).check_size(size)
 
 
 def _backbone(name: str, module: nn.Module, device: str, readout: str) -> Backbone:
     if readout not in READOUTS and readout != POOLED:
         raise UnknownNameError("readout", readout, [*READOUTS, POOLED])
-    if readout != POOLED and not _has_tokens(module):
+    tokens = isinstance(module, TRANSFORMERS) and not isinstance(module.norm, nn.Identity)
+    if readout != POOLED and not (tokens and module.cls_token is not None):
         raise ModelError(f"model {name!r} has no CLS token after a final norm; use a DINOv2 model or readout {POOLED}")
     if readout in READOUTS and READOUTS[readout].blocks > (depth := len(module.blocks)):  # type: ignore[arg-type]
-        raise ModelError(
-            f"model {name!r} has {depth} blocks, readout {readout} takes {READOUTS[readout].blocks}; use cls"
-        )
+        takes = READOUTS[readout].blocks
+        raise ModelError(f"model {name!r} has {depth} blocks, readout {readout} takes {takes}; use cls")
     config = resolve_model_data_config(module)
     mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
     patch, fixed = _input(module)
     return Backbone(name, module, readout, patch, fixed, mean, std)
-
-
-def _has_tokens(module: Any) -> bool:
-    return (
-        isinstance(module, TRANSFORMERS) and module.cls_token is not None and not isinstance(module.norm, nn.Identity)
-    )
 
 
 def _input(module: Any) -> tuple[int, tuple[int, int] | None]:
@@ -192,19 +176,21 @@ def _last_blocks(vit: Any, batch: Tensor, blocks: int) -> list[tuple[Tensor, Ten
 
 # Two: a sweep compares at most a small and a large one, and a ViT-L has 1.2 GB.
 @lru_cache(maxsize=2)
-def _module(source: ModelSource, device: str) -> nn.Module:
-    if source.kind == "weights":
-        module: nn.Module = weights.vision_transformer(Path(source.name))
-    else:
-        module = _create_or_explain(source.name, pretrained=True)
+def _module(source: str | Path, device: str) -> nn.Module:
+    module: nn.Module
+    module = weights.vision_transformer(source) if isinstance(source, Path) else _create(source, pretrained=True)
     return module.requires_grad_(False).eval().to(device)
 
 
-def _create_or_explain(name: str, *, pretrained: bool) -> nn.Module:
+def _create(name: str, *, pretrained: bool) -> nn.Module:
+    """timm's module; a transformer that can resample its position embedding is set to do so."""
     # timm draws random weights before it loads the real ones.
     with torch.random.fork_rng(devices=[]):
         try:
-            return _create(name, pretrained=pretrained)
+            try:
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+            except TypeError:  # of another family: its constructor has no such argument
+                return timm.create_model(name, pretrained=pretrained, num_classes=0)
         except Exception as error:  # timm, safetensors and the hub's client have no common exception
             way_out = (
                 "its config.json and model.safetensors must be of one architecture of timm"
@@ -215,25 +201,18 @@ def _create_or_explain(name: str, *, pretrained: bool) -> nn.Module:
             raise ModelError(f"cannot load model {name!r} ({reason}); {way_out}") from error
 
 
-def _create(name: str, *, pretrained: bool) -> nn.Module:
-    """timm's module; a transformer that can resample its position embedding is set to do so."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # of another family: its constructor has no such argument
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
-
-
-def _source(model: str) -> ModelSource:
+def _source(model: str) -> str | Path:
+    """Where a module comes from: timm's name for it, or the path of weights."""
     if model == nano.NAME:
-        return ModelSource("timm", _timm_folder(nano.HERE, "install kshot again"))
+        return _timm_folder(nano.HERE, "install kshot again")
     path = Path(model.removeprefix("local-dir:"))
     if weights.is_weights(path):
-        return ModelSource("weights", str(path.resolve()))
+        return path.resolve()
     if model.startswith("local-dir:") or path.is_dir():
-        return ModelSource("timm", _timm_folder(path))
+        return _timm_folder(path)
     if not model.startswith("hf-hub:"):
         _check_timm_has(model)
-    return ModelSource("timm", model)
+    return model
 
 
 def _timm_folder(folder: Path, way_out: str = "give a folder in the hub layout") -> str:
@@ -250,6 +229,5 @@ def _check_timm_has(model: str) -> None:
         near = get_close_matches(model, names, n=5) or [name for name in names if "patch14_dinov2" in name]
         raise UnknownNameError("model (a folder, a file of weights, or a model of timm)", model, near)
     if not timm.is_model_pretrained(model):
-        raise ModelError(
-            f"timm has no weights of model {model!r}; give a folder or a file of weights, or another model"
-        )
+        way_out = "give a folder or a file of weights, or another model"
+        raise ModelError(f"timm has no weights of model {model!r}; {way_out}")

@@ -102,11 +102,9 @@ class Encoder:
         buckets: dict[int, dict[bytes, int]] = {}
         for key, n in new.items():
             buckets.setdefault(key[0], {})[key] = n
-        locked = [
-            each for each in sorted(buckets) if not self._fill_bucket(store, each, images, buckets[each], wait=False)
-        ]
-        for bucket in locked:
-            self._fill_bucket(store, bucket, images, buckets[bucket], wait=True)
+        waiting = sorted(buckets)
+        for wait in (False, True):
+            waiting = [n for n in waiting if not self._fill_bucket(store, n, images, buckets[n], wait=wait)]
 
     def _fill_bucket(
         self, store: "FeatureStore", bucket: int, images: Sequence[bytes], wanted: dict[bytes, int], *, wait: bool
@@ -185,12 +183,9 @@ class FeatureStore:
     def write(self, bucket: int, features: Features) -> None:
         """Replace a bucket; the caller has its lock. Raises KshotError where the disk is full or gone."""
         keys = np.frombuffer(b"".join(features), np.uint8).reshape(len(features), KEY)
-        tensors: dict[str, np.ndarray] = {
-            "keys": keys,
-            "features": np.stack(list(features.values())).astype(np.float32),
-        }
+        rows = np.stack(list(features.values())).astype(np.float32)
         try:
-            write_file(self._path(bucket), safetensors.numpy.save(tensors))
+            write_file(self._path(bucket), safetensors.numpy.save({"keys": keys, "features": rows}))
         except OSError as error:
             reason = f"features cannot be written to {self._folder} ({error.strerror})"
             raise KshotError(f"{reason}; make room, then the same command goes on from there") from error
@@ -222,13 +217,12 @@ def fingerprint(module: nn.Module, facts: Mapping[str, Any], device: str) -> str
     """32 hex digits for all that a feature depends on: the module's weights, `facts` (JSON values), the device, the
     threads that share a product on a CPU, and the libraries between the bytes of an image and its feature."""
     cuda = device.startswith("cuda")
+    cpu = [torch.backends.cpu.get_cpu_capability(), processor()]
     depends = {
         "format": FORMAT,
         "module": _structure(module),
         "weights": tensor_digest(module.state_dict()),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else [torch.backends.cpu.get_cpu_capability(), processor()],
+        "device": torch.cuda.get_device_name(device) if cuda else cpu,
         "threads": 0 if cuda else torch.get_num_threads(),
         "libraries": {name: version(name) for name in LIBRARIES},
         **facts,

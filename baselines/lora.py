@@ -33,6 +33,7 @@ ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
 LOSS = "cross_entropy"
+FORMATS: dict[bytes, Literal["png", "jpeg"]] = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}  # by first bytes
 WEIGHTS, RECORD = "head.safetensors", "kshot.json"
 
 
@@ -106,19 +107,6 @@ class LoraHead:
                 rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
         return result
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of another head of this configuration, named as `trainable_parameters` names them.
-
-        Raises:
-            ModelError: other tensors; nothing is changed then.
-        """
-        own = self.trainable_parameters()
-        expected, found = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (own, weights))
-        if different := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
-            raise ModelError(f"weights do not fit the head in {len(different)} tensors: first {different[0]!r}")
-        for name, parameter in own.items():
-            parameter.detach().copy_(weights[name])
-
 
 def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:
     """The backbone with LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer of its blocks."""
@@ -138,21 +126,16 @@ def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:
 def _check_reached(backbone: Backbone, module: nn.Module, layers: Sequence[str]) -> None:
     """Raises ModelError where the model does not call one of its layers but uses its weight, as the EVA models of timm
     do: an adapter there would have no effect."""
-    unreached = set(layers)
-    hooks = [
-        module.get_submodule(name).register_forward_hook(lambda *_, name=name: unreached.discard(name))
-        for name in layers
-    ]
+    unreached, linears = set(layers), [(name, module.get_submodule(name)) for name in layers]
+    hooks = [each.register_forward_hook(lambda *_, name=name: unreached.discard(name)) for name, each in linears]
     height, width = backbone.fixed_size or (backbone.patch, backbone.patch)
     with torch.no_grad():
         backbone.features(module, torch.zeros(1, 3, height, width, device=backbone.mean.device))
     for hook in hooks:
         hook.remove()
     if unreached:
-        first = min(unreached)
-        raise ModelError(
-            f"model {backbone.name!r} computes past {first}, where LoRA then does nothing; use a DINOv2 model"
-        )
+        problem = f"computes past {min(unreached)}, where LoRA then does nothing"
+        raise ModelError(f"model {backbone.name!r} {problem}; use a DINOv2 model")
 
 
 # Training
@@ -164,7 +147,10 @@ def datum(image: bytes, label: int) -> tinker.Datum:
     Raises:
         ImageError: bytes of another kind.
     """
-    chunk = types.ImageChunk(data=image, format=_format(image), expected_tokens=1)
+    format = next((name for start, name in FORMATS.items() if image.startswith(start)), None)
+    if format is None:
+        raise ImageError("an image is neither JPEG nor PNG; save it as one of them")
+    chunk = types.ImageChunk(data=image, format=format, expected_tokens=1)
     targets = tinker.TensorData.from_numpy(np.array([label], np.int64))
     return tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={"target_tokens": targets})
 
@@ -174,12 +160,7 @@ class LoraHeadClient:
 
     A request is done when its method returns. The same requests after the same seed give the same bits.
 
-    Args:
-        model, device, readout: see `baselines.backbone.load`, which also lists what is raised.
-        n_classes, rank, size: see LoraHeadConfig. seed: LoRA's A is drawn from it.
-
-    Raises:
-        InputError, ModelError: see LoraHead.
+    Arguments and errors: see LoraHeadConfig and LoraHead.
     """
 
     def __init__(
@@ -291,15 +272,6 @@ def _image_and_label(number: int, datum: tinker.Datum, n_classes: int) -> tuple[
     return chunks[0].data, label
 
 
-def _format(image: bytes) -> Literal["png", "jpeg"]:
-    """The format that an image's first bytes say."""
-    if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if image.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    raise ImageError("an image is neither JPEG nor PNG; save it as one of them")
-
-
 # Files
 
 
@@ -332,5 +304,10 @@ def load_head(folder: Path, device: str = "cpu") -> LoraHead:
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
     head = LoraHead(config, seed=0, device=device)  # the seed is of weights that are replaced
-    head.load_weights(weights)
+    own = head.trainable_parameters()
+    expected, stored = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (own, weights))
+    if different := sorted(name for name in {*expected, *stored} if expected.get(name) != stored.get(name)):
+        raise ModelError(f"weights do not fit the head in {len(different)} tensors: first {different[0]!r}")
+    for name, parameter in own.items():
+        parameter.detach().copy_(weights[name])
     return head

@@ -203,20 +203,16 @@ def _check_config(
 ) -> None:
     """Raises ModelError where config.json, or without one DINOv2's depth, contradicts the tensors."""
     if config is None and depth != (published := DEPTHS.get(width, depth)):
-        raise ModelError(
-            f"{file} has {depth} blocks; DINOv2 of width {width} has {published}: download it again, or, of a model "
-            "that was made so, give the folder that transformers saves"
-        )
+        way_out = "download it again, or, of a model that was made so, give the folder that transformers saves"
+        raise ModelError(f"{file} has {depth} blocks; DINOv2 of width {width} has {published}: {way_out}")
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": depth, "patch_size": patch}
     sizes |= {"num_register_tokens": registers, "use_swiglu_ffn": gated}
     sizes |= {"layer_norm_eps": EPSILON, "hidden_act": "gelu", "qkv_bias": True}
     stated = config or {}
     wrong = [f"{key} {stated[key]!r} instead of {own!r}" for key, own in sizes.items() if stated.get(key, own) != own]
     if wrong:
-        raise ModelError(
-            f"{file} has a config.json with {', '.join(wrong)}, which its tensors or DINOv2 have; give both as "
-            "transformers saved them"
-        )
+        problem = f"a config.json with {', '.join(wrong)}, which its tensors or DINOv2 have"
+        raise ModelError(f"{file} has {problem}; give both as transformers saved them")
 
 
 def _compare(state: Mapping[str, Tensor], vit: VisionTransformer, file: str) -> None:
@@ -224,14 +220,11 @@ def _compare(state: Mapping[str, Tensor], vit: VisionTransformer, file: str) -> 
     needed = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     needed["pos_embed"] = (1, state["pos_embed"].shape[1], vit.embed_dim)  # of the stored grid, with or without CLS
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    both = sorted(shapes.keys() & needed.keys())
     different = {
         "missing": sorted(needed.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - needed.keys()),
-        "of another shape": [
-            f"{name} {shapes[name]} instead of {needed[name]}"
-            for name in sorted(shapes.keys() & needed.keys())
-            if shapes[name] != needed[name]
-        ],
+        "of another shape": [f"{n} {shapes[n]} instead of {needed[n]}" for n in both if shapes[n] != needed[n]],
     }
     if any(different.values()):
         listed = ", ".join(
@@ -264,9 +257,8 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise ModelError(
-            f"checkpoint {path} does not exist; give {', '.join(READERS)} or a folder as transformers saves it"
-        )
+        kinds = f"{', '.join(READERS)} or a folder as transformers saves it"
+        raise ModelError(f"checkpoint {path} does not exist; give {kinds}")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ModelError(f"checkpoint {path} is of no known kind; give {', '.join(READERS)}")
@@ -282,19 +274,18 @@ def read(path: Path) -> dict[str, Tensor]:
 def config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a folder that transformers saved a DINOv2 to; None of every other path."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.get("model_type") in MODEL_TYPES else None
+    return stated if isinstance(stated, dict) and stated.get("model_type") in MODEL_TYPES else None
 
 
 def _folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
     if config(folder) is None:
         types = " or ".join(MODEL_TYPES)
-        raise ModelError(
-            f"checkpoint {folder} has no config.json with model_type {types}; give a file or such a folder"
-        )
+        problem = f"has no config.json with model_type {types}"
+        raise ModelError(f"checkpoint {folder} {problem}; give a file or such a folder")
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return read(folder / "model.safetensors")
@@ -310,7 +301,7 @@ def _folder(folder: Path) -> dict[str, Tensor]:
 
 def _pickle(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's own reasons advise to run what the file holds
@@ -318,10 +309,10 @@ def _pickle(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} is no pickle of tensors alone: damaged, TorchScript, or with other objects, which are "
             "not loaded; where you trust the file, load it and save its state_dict() as .safetensors"
         ) from error
-    under = [key for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
+    under = [key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if len(under) > 1:
         raise ModelError(f"checkpoint {path} has state dicts under {', '.join(under)}; save one of them alone")
-    state = found[under[0]] if under else found
+    state = content[under[0]] if under else content
     if not isinstance(state, dict):
         raise ModelError(f"checkpoint {path} is a {type(state).__name__}; save the model's state_dict()")
     others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]

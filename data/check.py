@@ -4,10 +4,8 @@ Counts, checksums and class names are verified where a data set is loaded.
 """
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -43,7 +41,8 @@ def check(dataset: Dataset) -> CheckReport:
     hashes = np.array([result if isinstance(result, int) else 0 for result in results], np.uint64)
     bad = {n: result for n, result in enumerate(results) if isinstance(result, str)}
     split = len(dataset.train)
-    exact = _equal_pairs(dataset.train, dataset.test)
+    trained = {example.key: n for n, example in enumerate(dataset.train)}
+    exact = [(trained[example.key], n) for n, example in enumerate(dataset.test) if example.key in trained]
     near = [
         pair
         for pair in near_pairs(hashes[:split], hashes[split:])
@@ -67,13 +66,8 @@ def near_pairs(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
     """one: (N,) uint64, other: (M,) uint64 → pairs of rows whose hashes differ in at most NEAR bits."""
     step = max(1, BLOCK // max(1, len(other)))
     blocks = ((start, one[start : start + step]) for start in range(0, len(one), step))
-    found = ((start, np.argwhere(np.bitwise_count(rows[:, None] ^ other) <= NEAR)) for start, rows in blocks)
-    return list(chain.from_iterable(((start + int(i), int(j)) for i, j in pairs) for start, pairs in found))
-
-
-def _equal_pairs(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, int]]:
-    rows = {example.key: n for n, example in enumerate(train)}
-    return [(rows[example.key], n) for n, example in enumerate(test) if example.key in rows]
+    pairs = ((start, np.argwhere(np.bitwise_count(rows[:, None] ^ other) <= NEAR)) for start, rows in blocks)
+    return [(start + int(i), int(j)) for start, block in pairs for i, j in block]
 
 
 def _hash_or_error(example: Example) -> int | str:

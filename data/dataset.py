@@ -161,28 +161,11 @@ class Access:
     allow_modified: bool = False
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """One of the original files of a data set.
-
-    names: what it may be called, an archive or the folder that comes out of it; the first that exists counts.
-    md5: name → MD5 of the published file, where it is known (32 hex digits).
-    """
-
-    names: tuple[str, ...]
-    md5: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """What a split may depend on besides the items. split_file: the user's copy of a split drawn by others."""
-
-    split_seed: int = 0
-    split_file: Path | None = None
-
-
 Split = tuple[list[Item], list[Item]]  # train, test
-SplitRule = Callable[[Sequence[Item], SplitOptions], Split]
+SplitRule = Callable[[Sequence[Item], int, Path | None], Split]  # of items, split seed and the user's split file
+# What one of the original files may be called, an archive or the folder that comes out of it: the first that exists
+# counts; and the MD5 of the published file (32 hex digits), "" of a folder.
+SourceNames = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -242,7 +225,7 @@ class DatasetSpec:
     sources: tuple[str, ...] = ()
     hub: str = ""
     revision: str = ""
-    files: Mapping[str, SourceFile] = field(default_factory=dict)
+    files: Mapping[str, SourceNames] = field(default_factory=dict)
     protocols: tuple[SplitProtocol, ...] = ()
     content: str = ""
     spellings: Mapping[str, str] = field(default_factory=dict)

@@ -8,8 +8,8 @@ cache alone is enough. No code of a set is run.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from data.dataset import Item, content_key
 from kshot.errors import DatasetError, KshotError, UnknownNameError
-from kshot.hub import access_problem, is_unreachable, one_line, unreachable_reason, with_retries
+from kshot.hub import access_problem, is_unreachable, one_line, translated, unreachable_reason, with_retries
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
@@ -56,7 +56,7 @@ def read(hub_id: str, revision: str | None = None, splits: Sequence[str] | None 
     Raises DatasetError for a set that is not there, not open to this user or not of images with class labels,
     UnknownNameError for a split it does not have, KshotError where the hub cannot be reached.
     """
-    with _translate_errors(hub_id, revision):
+    with translated(partial(_explained, hub_id, revision)):
         snapshot = _snapshot(hub_id, revision)
         builder, files = _layout(hub_id, snapshot)
         for split in splits or ():
@@ -140,11 +140,9 @@ def _columns(hub_id: str, features: Mapping[str, Any]) -> Columns:
 
     image, label = _one_of(features, Image, "image"), _one_of(features, ClassLabel, "label")
     if image is None or label is None:
-        found = ", ".join(f"{name} ({_type_of(feature)})" for name, feature in features.items())
-        raise DatasetError(
-            f"{hub_id} has the columns {found}, not one Image and one ClassLabel; use a set that has them, "
-            "or save its images as PATH/<class>/<image> and give folder:PATH"
-        )
+        columns = ", ".join(f"{name} ({_type_of(feature)})" for name, feature in features.items())
+        way_out = "use a set that has them, or save its images as PATH/<class>/<image> and give folder:PATH"
+        raise DatasetError(f"{hub_id} has the columns {columns}, not one Image and one ClassLabel; {way_out}")
     return Columns(image, label, tuple(features[label].names))
 
 
@@ -164,7 +162,7 @@ def _items(hub_id: str, snapshot: Path, builder: Any, columns: Columns) -> Itera
     from datasets import Image
     from pyarrow.dataset import ParquetFragmentScanOptions
 
-    with _translate_errors(hub_id, snapshot.name):
+    with translated(partial(_explained, hub_id, snapshot.name)):
         if builder.name == "parquet":
             builder.config.columns = [columns.image, columns.label]  # others are not even read
             builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)  # else whole files are
@@ -187,18 +185,8 @@ def _image(hub_id: str, stored: Mapping[str, Any] | None, snapshot: Path) -> byt
     return Path(path).read_bytes()
 
 
-@contextmanager
-def _translate_errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    """Raise errors of the libraries as one-line errors of kshot."""
-    try:
-        yield
-    except KshotError:
-        raise
-    except Exception as error:
-        raise _translated(hub_id, revision, error) from error
-
-
-def _translated(hub_id: str, revision: str | None, error: Exception) -> KshotError:
+def _explained(hub_id: str, revision: str | None, error: Exception) -> KshotError:
+    """An error of the libraries as one of kshot."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 

@@ -134,19 +134,14 @@ _lock = Lock()
 
 def spool(content: bytes) -> SpooledBytes:
     """Write bytes to the spool; any thread may do so. Raises DatasetError where the cache folder cannot be written."""
-    spooled = _reserve(len(content), image_key(content))
-    spooled.segment.write(content, spooled.offset)
-    return spooled
-
-
-def _reserve(length: int, key: str) -> SpooledBytes:
     with _lock:
         segment = _current.get(os.getpid())
         if segment is None or segment.end >= SEGMENT:
             segment = _current[os.getpid()] = _Segment()
-        spooled = SpooledBytes(segment, segment.end, length, key)
-        segment.end += length
-    return spooled
+        offset = segment.end
+        segment.end += len(content)
+    segment.write(content, offset)
+    return SpooledBytes(segment, offset, len(content), image_key(content))
 
 
 def _unwritable(error: OSError) -> DatasetError:

@@ -1,7 +1,10 @@
 """What all uses of the Hugging Face hub share: another try where a connection drops, and its errors in plain words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
+
+from kshot.errors import KshotError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,6 +24,17 @@ def with_retries(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             if not tries_left:
                 raise
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def translated(explained: Callable[[Exception], KshotError]) -> Iterator[None]:
+    """Whatever a library raises inside, as the error of kshot that `explained` makes of it; kshot's own go through."""
+    try:
+        yield
+    except KshotError:
+        raise
+    except Exception as error:
+        raise explained(error) from error
 
 
 def one_line(error: BaseException) -> str:

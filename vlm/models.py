@@ -4,13 +4,13 @@ A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVIS
 into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 from kshot import hub
-from kshot.errors import KshotError, ModelError, UnknownNameError
+from kshot.errors import ModelError, UnknownNameError
 from vlm import nano
 
 MODELS = {nano.NAME: nano.folder}
@@ -54,7 +54,7 @@ def weights(name: str) -> str:
     name = full_name(name)
     folder = source(name)
     if name not in MODELS and not _is_folder(name):
-        with translated(partial(hub_message, name)):
+        with hub.translated(partial(hub_error, name)):
             _fetch_weights(name.partition("@")[0], Path(folder).name)
     return folder
 
@@ -74,7 +74,7 @@ def _is_folder(name: str) -> bool:
 @cache  # one commit for as long as the process runs, and one request
 def _fetch_small(name: str) -> str:
     hub_id, _, revision = name.partition("@")
-    with translated(partial(hub_message, name)), _quiet():
+    with hub.translated(partial(hub_error, name)), _quiet():
         folder = _snapshot(hub_id, revision or None, SMALL)
     if not _is_folder(folder):
         raise ModelError(f"{name} has no config.json on the hub; give a model that has one, as Qwen3-VL's do")
@@ -123,27 +123,16 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-@contextmanager
-def translated(message: Callable[[Exception], str]) -> Iterator[None]:
-    """Whatever a library raises inside, as ModelError with this message; errors of kshot go through."""
-    try:
-        yield
-    except KshotError:
-        raise
-    except Exception as error:
-        raise ModelError(message(error)) from error
-
-
-def hub_message(name: str, error: Exception) -> str:
+def hub_error(name: str, error: Exception) -> ModelError:
     """What went wrong with a model's files on the hub or in its cache, and the way out."""
     hub_id, _, revision = name.partition("@")
-    if found := hub.access_problem(error, "model", name, f"https://huggingface.co/{hub_id}", revision):
-        return found
+    if problem := hub.access_problem(error, "model", name, f"https://huggingface.co/{hub_id}", revision):
+        return ModelError(problem)
     if hub.is_unreachable(error):
         reason, way_out = hub.unreachable_reason(error), "go online and try again, set HF_ENDPOINT to a mirror, or"
-        return (
-            f"the hub cannot be reached ({reason}) and its cache lacks files of model {name}; {way_out} give a folder"
-        )
+        problem = f"the hub cannot be reached ({reason}) and its cache lacks files of model {name}"
+        return ModelError(f"{problem}; {way_out} give a folder")
+    problem = hub.one_line(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return f"model {name} cannot be stored: {hub.one_line(error)}; HF_HOME names the folder of the hub's cache"
-    return f"model {name} cannot be fetched from the hub ({hub.one_line(error)}); give another one, or a folder"
+        return ModelError(f"model {name} cannot be stored: {problem}; HF_HOME names the folder of the hub's cache")
+    return ModelError(f"model {name} cannot be fetched from the hub ({problem}); give another one, or a folder")

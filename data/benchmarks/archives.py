@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from data.dataset import SourceFile
+from data.dataset import SourceNames
 from kshot.errors import DatasetError
 
 MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
@@ -26,16 +26,15 @@ class SourceFiles:
     """The original files of a data set in the folder root. Every method raises DatasetError where one is missing."""
 
     root: Path
-    files: Mapping[str, SourceFile]
+    files: Mapping[str, SourceNames]
     url: str
 
     def path(self, key: str) -> Path:
         """Where the file is. Raises DatasetError where it is missing."""
-        names = self.files[key].names
-        for name in names:
+        for name in self.files[key]:
             if (self.root / name).exists():
                 return self.root / name
-        wanted = " nor ".join(names)
+        wanted = " nor ".join(self.files[key])
         raise DatasetError(f"there is no {wanted} in {self.root}; --root names the folder of the files of {self.url}")
 
     def members(self, key: str) -> Iterator[tuple[str, bytes]]:
@@ -75,9 +74,9 @@ class SourceFiles:
         return digest.hexdigest()[:16]
 
 
-def modified(files: Mapping[str, SourceFile], checksums: Mapping[str, str]) -> list[str]:
+def modified(files: Mapping[str, SourceNames], checksums: Mapping[str, str]) -> list[str]:
     """The names of the files whose MD5 is not that of the published ones."""
-    known = {name: md5 for file in files.values() for name, md5 in file.md5.items()}
+    known = {name: md5 for names in files.values() for name, md5 in names.items() if md5}
     return sorted(name for name, md5 in checksums.items() if known.get(name, md5) != md5)
 
 

@@ -25,6 +25,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 CALTECH101, CARS, FLOWERS, PETS = (CLASSES[name] for name in ("caltech101", "cars", "flowers", "pets"))
 # As the authors of the set and some copies of it spell them.
 FLOWER_SPELLINGS = {"barbeton daisy": "barberton daisy", "pink-yellow dahlia?": "pink-yellow dahlia"}
+FLOWER_SPLITS = {"trnid": "train", "valid": "validation", "tstid": "test"}  # setid.mat's names
 NO_IMAGES = {"BACKGROUND_Google/tmp"}  # Caltech-101's archive holds this one
 
 
@@ -42,7 +43,6 @@ def caltech101(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
 
 def flowers(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
     """jpg/image_NNNNN.jpg; imagelabels.mat holds the class of image N, setid.mat which numbers are in which split."""
-
     labels = _mat(files.read("labels", "imagelabels.mat"), "labels")
     ids = files.read("split", "setid.mat")
     split = {int(n): name for key, name in FLOWER_SPLITS.items() for n in _mat(ids, key)}
@@ -81,7 +81,6 @@ def cars(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
             yield Item(f"cars_{split}/{path}", split, label[path], image, content_key(image))
 
 
-FLOWER_SPLITS = {"trnid": "train", "valid": "validation", "tstid": "test"}
 LAYOUTS = {"caltech101": caltech101, "flowers": flowers, "pets": pets, "cars": cars}
 
 
@@ -100,17 +99,15 @@ def _images(
         else:
             ignored.append(name)
     if missing:
-        raise DatasetError(
-            f"{files.path(part)} lacks {next(iter(missing))} and {len(missing) - 1} more that are listed"
-        )
+        lacking = f"{next(iter(missing))} and {len(missing) - 1} more that are listed"
+        raise DatasetError(f"{files.path(part)} lacks {lacking}")
 
 
 def _class(names: Sequence[str], number: Any, where: str) -> str:
     """The class of that number, from 1 on."""
     if not 1 <= int(number) <= len(names):
-        raise DatasetError(
-            f"{where} has a class {int(number)}, but classes go from 1 to {len(names)}; get the original"
-        )
+        known = f"classes go from 1 to {len(names)}"
+        raise DatasetError(f"{where} has a class {int(number)}, but {known}; get the original")
     return names[int(number) - 1]
 
 

@@ -13,13 +13,12 @@ from typing import Any
 from data import hub, pack
 from data.benchmarks import layouts
 from data.benchmarks.archives import SourceFiles, modified
-from data.benchmarks.protocols import stamp as stamp_of
+from data.benchmarks.specs import stamp as stamp_of
 from data.dataset import (
     Access,
     Dataset,
     DatasetSpec,
     Item,
-    SplitOptions,
     SplitProtocol,
     clean_classes,
     digest,
@@ -36,14 +35,14 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int, access: Acces
     or class names that are not the protocol's).
     """
     source, protocol = choose_source(spec, access)
-    options = SplitOptions(split_seed, access.split_file)
-    stamp = stamp_of(protocol, options)  # first: it tells whether there is a split file at all
+    split = split_seed, access.split_file
+    stamp = stamp_of(protocol, *split)  # first: it tells whether there is a split file at all
     items, facts = items_of(spec, source, protocol, access, root)
     every = with_clean_labels(spec, items)
     facts["content"] = digest((item.label, item.key) for item in every)
     unverified = _unverified(spec, protocol, facts, access)
     # A rule may bring new class names.
-    train, test = (with_clean_labels(spec, part) for part in protocol.rule(every, options))
+    train, test = (with_clean_labels(spec, part) for part in protocol.rule(every, *split))
     classes = _classes([*train, *test])
     _check_counts(spec, protocol, classes, train, test)
     stamp += unverified and f"{unverified}-{fingerprint(train, test)}"
@@ -187,11 +186,9 @@ def _check_counts(
     for what, count in wanted.items():
         if counts[what] == 0 or (count and counts[what] != count):
             expected = f", not {count:,}" if count else ""
-            raise DatasetError(
-                f"{spec.name}, protocol {protocol.name}: {counts[what]:,} {what}{expected}; check its files"
-            )
+            problem = f"{counts[what]:,} {what}{expected}"
+            raise DatasetError(f"{spec.name}, protocol {protocol.name}: {problem}; check its files")
     stated = {spec.clean(name) for name in spec.classes or ()}
     if stated and not protocol.from_file and (odd := sorted({*classes} - stated)):
-        raise DatasetError(
-            f"{spec.name}: the source has a class {odd[0]!r}, which the set does not have; check its files"
-        )
+        problem = f"the source has a class {odd[0]!r}, which the set does not have"
+        raise DatasetError(f"{spec.name}: {problem}; check its files")

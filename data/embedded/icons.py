@@ -18,7 +18,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
@@ -27,9 +26,6 @@ from data.dataset import Dataset, DatasetSpec, Example, content_key
 from data.fewshot import stratified_split
 from kshot.errors import DatasetError
 from kshot.files import cache_folder, write_file
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Reading the fonts
 
@@ -108,7 +104,8 @@ def inked(icons: Iterable[Icon]) -> Iterator[tuple[Icon, Image.Image]]:
 
 def thumbnails(glyphs: Iterable[Image.Image]) -> np.ndarray:
     """(glyphs, 24 * 24) uint8: the ink boxes padded to squares and shrunk, to compare drawings whatever their size."""
-    return np.stack([_thumbnail(image) for image in glyphs])
+    small = (_tile(image, 1.0).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for image in glyphs)
+    return np.stack([np.asarray(image).ravel() for image in small])
 
 
 def _glyph(icon: Icon) -> Image.Image:
@@ -117,13 +114,6 @@ def _glyph(icon: Icon) -> Image.Image:
     image = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
     return image
-
-
-def _thumbnail(image: Image.Image) -> np.ndarray:
-    side = max(image.size)
-    square = Image.new("L", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).ravel()
 
 
 def _file(pattern: str) -> Path:
@@ -252,8 +242,10 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
     The first call draws the icons (seconds) and keeps them as one file in root, the next ones read it.
     Raises DatasetError where the fonts are not installed or root cannot be written.
     """
+    import pyarrow.parquet as pq
+
     words = spec.classes or ()
-    table = _read(cached(f"icons-{_key(words)}.parquet", lambda: build(words), root))
+    table = pq.read_table(io.BytesIO(cached(f"icons-{_key(words)}.parquet", lambda: build(words), root)))
     images, labels = table["image"].to_pylist(), table["word"].to_pylist()
     examples = [Example(content_key(i), i, words.index(w)) for i, w in zip(images, labels, strict=True)]
     train, test = stratified_split(
@@ -336,15 +328,11 @@ def sift(icons: Sequence[Icon], distance: np.ndarray) -> dict[int, int]:
     words = np.array([first_word(icon) for icon in icons])
     drawing, first = _components(distance <= SAME)
     kept = [int(row) for d, row in enumerate(first) if len(set(words[drawing == d])) == 1]
-    near = (distance <= NEAR) & (words[:, None] == words)
-    group, first = _components((near | _redrawn(icons))[np.ix_(kept, kept)])
-    return {row: kept[first[g]] for row, g in zip(kept, group, strict=True)}
-
-
-def _redrawn(icons: Sequence[Icon]) -> np.ndarray:
-    """(icons, icons): one name in one family, whatever the edition."""
     titles = np.array([f"{icon.font.family}/{icon.name}" for icon in icons])
-    return titles[:, None] == titles
+    redrawn = titles[:, None] == titles  # one name in one family, whatever the edition
+    near = (distance <= NEAR) & (words[:, None] == words)
+    group, first = _components((near | redrawn)[np.ix_(kept, kept)])
+    return {row: kept[first[g]] for row, g in zip(kept, group, strict=True)}
 
 
 def _components(linked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -359,9 +347,3 @@ def _components(linked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _key(words: Sequence[str]) -> str:
     parts = (fingerprint(), DRAWING_VERSION, CHOICE_VERSION, *words)
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
-
-
-def _read(content: bytes) -> "pa.Table":
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(content))

@@ -1,10 +1,12 @@
-"""A stand-in for the Hugging Face hub on the loopback: the requests of `huggingface_hub` for data sets, counted.
+"""A stand-in for the Hugging Face hub on the loopback: the requests of `huggingface_hub` for reading sets and models,
+and for making a repository and committing to it (small files in the commit, weights by LFS), counted.
 
 with serve({"owner/name": HubRepo({"README.md": b"..."})}) as hub:
-    ... HF_ENDPOINT=hub.url ...
+    ... HF_ENDPOINT=hub.url, and to write HF_TOKEN=TOKEN ...
     hub.requests        # [("GET", "/datasets/owner/name/resolve/<commit>/README.md", "bytes=100-")]
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -16,20 +18,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/datasets/(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+))?")
-FILE = re.compile(r"/datasets/(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+TOKEN = "hf_of_nobody"  # noqa: S105 - the stand-in's own
+NAME = r"(?P<id>[\w.-]+/[\w.-]+)"
+API = re.compile(rf"/api/(?:dataset|model)s/{NAME}(?:/(?P<what>revision|tree|preupload|commit)/(?P<revision>[^/]+))?")
+FILE = re.compile(rf"/(?:datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+BATCH = re.compile(rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch")
 CUT, RESET = "cut", "reset"  # the connection ends early, or is reset
 
 
 @dataclass
 class HubRepo:
-    """files: name → content. gated: its files are refused. drops: file → how each next answer breaks off half-way."""
+    """files: name → content. gated: its files are refused. drops: file → how each next answer breaks off half-way.
 
-    files: Mapping[str, bytes]
+    kind, private: as it was made. commits: the message and the names of each that was sent.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
     gated: bool = False
     drops: dict[str, list[str]] = field(default_factory=dict)
+    kind: str = "model"
+    private: bool = False
+    commits: list[tuple[str, list[str]]] = field(default_factory=list)
 
     @cached_property
     def commit(self) -> str:
@@ -42,13 +54,13 @@ def etag(content: bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """requests: (method, path, the Range header or ""), in the order they came."""
+    """requests: (method, path, the Range header or ""), in the order they came. objects: sent by LFS, by SHA-256."""
 
     daemon_threads = True
 
     def __init__(self, repos: Mapping[str, HubRepo]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos, self.requests = dict(repos), list[tuple[str, str, str]]()
+        self.repos, self.requests, self.objects = dict(repos), list[tuple[str, str, str]](), dict[str, bytes]()
 
     @property
     def url(self) -> str:
@@ -81,8 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range", "")))
+        path = self._path()
         match = API.fullmatch(path) or FILE.fullmatch(path)
         repo = self.server.repos.get(match["id"]) if match else None
         if match is None or repo is None:
@@ -92,7 +103,30 @@ class _Handler(BaseHTTPRequestHandler):
         elif match.re is FILE:
             self._file(repo, match["file"])
         else:
-            self._json(_tree(repo) if match["kind"] == "tree" else _info(match["id"], repo))
+            self._json(_tree(repo) if match["what"] == "tree" else _info(match["id"], repo))
+
+    def do_PUT(self) -> None:
+        self.server.objects[self._path().rpartition("/")[2]] = self._body()
+        self._json({})
+
+    def do_POST(self) -> None:
+        path, body = self._path(), self._body()
+        api = API.fullmatch(path)
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._json({"error": "Invalid user token."}, 401)
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json({"warnings": [], "errors": []})
+        elif BATCH.fullmatch(path):
+            objects = [{**o, "actions": self._upload_of(o["oid"])} for o in json.loads(body)["objects"]]
+            self._json({"transfer": "basic", "objects": objects})
+        elif api and api["what"] == "preupload":
+            self._json({"files": [_mode(file["path"]) for file in json.loads(body)["files"]]})
+        elif api and api["what"] == "commit":
+            self._commit(api["id"], *map(json.loads, body.splitlines()))
+        else:
+            self._json({"error": f"the stand-in has no {path}"}, 500)
 
     def _file(self, repo: HubRepo, name: str) -> None:
         if repo.gated:
@@ -107,8 +141,40 @@ class _Handler(BaseHTTPRequestHandler):
         drop = repo.drops[name].pop(0) if self.command == "GET" and repo.drops.get(name) else ""
         return self._answer(206 if start else 200, content[start:], headers, drop)
 
-    def _json(self, value: object) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _create(self, wanted: dict[str, str]) -> None:
+        name, kind = f"{wanted['organization']}/{wanted['name']}", wanted.get("type", "model")
+        url = f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        if wanted["organization"] == "forbidden":
+            return self._json({"error": "You don't have the rights to create it"}, 403)
+        if name in self.server.repos:
+            return self._json({"error": "You already created this repo", "url": url}, 409)
+        self.server.repos[name] = HubRepo(kind=kind, private=wanted.get("visibility") == "private")
+        return self._json({"url": url})
+
+    def _upload_of(self, oid: str) -> dict[str, Any]:
+        return {"upload": {"href": f"{self.server.url}/lfs/{oid}", "header": {}}}
+
+    def _commit(self, name: str, header: dict[str, Any], *lines: dict[str, Any]) -> None:
+        repo, sent = self.server.repos[name], dict[str, bytes]()
+        for line in lines:
+            value, by_lfs = line["value"], line["key"] == "lfsFile"
+            content = self.server.objects[value["oid"]] if by_lfs else base64.b64decode(value["content"])
+            assert not by_lfs or etag(content) == value["oid"]
+            sent[value["path"]] = content
+        repo.files |= sent
+        repo.commits.append((header["value"]["summary"], list(sent)))
+        self._json({"commitUrl": f"{self.server.url}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40})
+
+    def _path(self) -> str:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path, self.headers.get("Range", "")))
+        return path
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _json(self, value: object, status: int = 200) -> None:
+        self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
         self._answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
@@ -118,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if drop else body)
         if drop:
             self._hang_up(drop)
@@ -135,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _info(hub_id: str, repo: HubRepo) -> dict[str, object]:
-    return {"id": hub_id, "sha": repo.commit, "private": False, "gated": repo.gated and "auto", "tags": []}
+    gated = repo.gated and "auto"
+    return {"id": hub_id, "sha": repo.commit, "private": repo.private, "gated": gated, "tags": [], "siblings": []}
 
 
 def _tree(repo: HubRepo) -> list[dict[str, object]]:
@@ -143,3 +210,8 @@ def _tree(repo: HubRepo) -> list[dict[str, object]]:
         {"type": "file", "path": name, "size": len(content), "oid": etag(content)[:40]}
         for name, content in repo.files.items()
     ]
+
+
+def _mode(path: str) -> dict[str, object]:
+    mode = "lfs" if path.endswith(".safetensors") else "regular"
+    return {"path": path, "uploadMode": mode, "shouldIgnore": False}

@@ -13,7 +13,6 @@ from PIL import Image
 
 from data import catalog
 from data.dataset import Dataset, content_key
-from data.embedded import icons as iconfonts
 from data.embedded import icons as icons_module
 from data.embedded.icons import (
     MIN_CONTRAST,
@@ -95,16 +94,6 @@ def test_two_builds_are_equal_and_an_icon_does_not_depend_on_the_others(icons: D
         assert alone == [e.key for e in icons.test if icons.classes[e.label] == name]
 
 
-def test_a_damaged_cache_is_rebuilt(tmp_path: Path) -> None:
-    row = replace(ROW, classes=("flag",))
-    dataset = icons_module.load(row, root=tmp_path, split_seed=0)
-    (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
-    path.write_bytes(good[: len(good) // 2])
-    assert icons_module.load(row, root=tmp_path, split_seed=0) == dataset
-    assert path.read_bytes() == good
-
-
 def icon(font: str, family: str, name: str) -> Icon:
     return Icon(Font(font, family), name, Path(), 0)
 
@@ -130,7 +119,7 @@ def test_the_fonts() -> None:
     icons = read_icons()
     assert 20_000 < len(icons) < 30_000
     assert len({i.identity for i in icons}) == len(icons)
-    assert {i.font for i in icons} == set(iconfonts.FONTS)
+    assert {i.font for i in icons} == set(icons_module.FONTS)
     plus = next(i for i in icons if i.identity == "materialdesignicons6-webfont/cart-plus")
     assert first_word(plus) == "cart"
     ((_, glyph),) = inked([plus])
@@ -140,7 +129,7 @@ def test_the_fonts() -> None:
 
 
 def test_missing_fonts_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iconfonts, "find_spec", lambda name: None)
+    monkeypatch.setattr(icons_module, "find_spec", lambda name: None)
     with pytest.raises(DatasetError, match="pip install 'qtawesome"):
         read_icons()
 

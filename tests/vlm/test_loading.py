@@ -1,4 +1,5 @@
-"""Loading checkpoints in hub layout: dense and mixture-of-experts, whole and broken, from folders."""
+"""Loading checkpoints in hub layout, dense and mixture-of-experts, whole and broken; and where their weights go: sizes,
+free memory, devices and the map of layers, for which no GPU is needed."""
 
 import json
 import logging
@@ -14,12 +15,13 @@ import torch
 from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_weights
 from vlm import nano
+from vlm.local.model import placement
 from vlm.local.model.load import load
-from vlm.local.model.placement import StoredTensor, stored_tensors
+from vlm.local.model.placement import Sizes, StoredTensor, stored_tensors
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"
-CPU, GPUS = [torch.device("cpu")], [torch.device("cuda", n) for n in range(3)]
+GPUS = [torch.device("cuda", n) for n in range(3)]
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -61,9 +63,8 @@ def test_weights_in_several_files_are_one_model(parts: Path, stock: Any) -> None
     assert same(load(str(parts)), stock)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
-def test_the_dtype_asked_for_is_that_of_every_weight(parts: Path, dtype: torch.dtype) -> None:
-    assert {p.dtype for p in load(str(parts), dtype=dtype).parameters()} == {dtype}
+def test_the_dtype_asked_for_is_that_of_every_weight(parts: Path) -> None:
+    assert {p.dtype for p in load(str(parts), dtype=BF16).parameters()} == {BF16}
 
 
 def test_without_one_the_configuration_says_the_dtype_else_the_weights_do(tmp_path: Path) -> None:
@@ -122,25 +123,23 @@ def test_loading_says_nothing(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        ("{", ["JSONDecodeError"]),
+        ("[]", ["cannot be loaded"]),
         ({"model_type": "bert"}, ["'bert'", "qwen3_vl and qwen3_vl_moe"]),
         ({"model_type": None, "auto_map": {"AutoConfig": "code.Config"}}, ["type None"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantised", "the model it was made from"]),
         ({"text_config": {"hidden_size": "large"}}, ["cannot be loaded", "hidden_size"]),
     ],
 )
-def test_other_models_are_refused(tmp_path: Path, config: dict[str, Any], words: list[str]) -> None:
+def test_other_models_are_refused(tmp_path: Path, config: dict[str, Any] | str, words: list[str]) -> None:
     folder = copied(nano.folder(), tmp_path)
-    with_config(folder, **config)
+    if isinstance(config, str):
+        (folder / "config.json").write_text(config)
+    else:
+        with_config(folder, **config)
     (folder / "code.py").write_text("raise SystemExit('a script was run')")
     message = refusal(folder)
     assert all(word in message for word in [str(folder), *words]), message
-
-
-def test_a_configuration_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    assert "JSONDecodeError" in refusal(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    assert "cannot be loaded" in refusal(tmp_path)
 
 
 def test_missing_weight_files_are_counted_before_any_is_read(parts: Path, tmp_path: Path) -> None:
@@ -195,34 +194,159 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     assert "pickled weights (pytorch_model.bin), but only safetensors are read" in refusal(tmp_path)
 
 
-def test_tensors_that_are_missing_or_too_many_are_refused(tmp_path: Path) -> None:
-    folder, norm = copied(nano.folder(), tmp_path), "model.language_model.layers.{}.input_layernorm.weight"
-    with_weights(folder, {norm.format(1): None, norm.format(3): None})
-    assert f"lacks 2 of the model's tensors, first {norm.format(1)}" in refusal(folder)
-    with_weights(folder, {norm.format(n): torch.ones(128) for n in (1, 3, 4)})
-    assert f"has 1 tensors that the model does not know, first {norm.format(4)}" in refusal(folder)
+NORM, LAYER = "model.language_model.norm.weight", "model.language_model.layers.{}.input_layernorm.weight"
 
 
-def test_an_untied_head_must_be_there(moe: tuple[Path, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"lm_head.weight": None}, "lacks 1 of the model's tensors, first lm_head.weight"),  # which is not tied
+        ({LAYER.format(0): None, LAYER.format(1): None}, f"lacks 2 of the model's tensors, first {LAYER.format(0)}"),
+        ({LAYER.format(2): torch.ones(32)}, f"has 1 tensors that the model does not know, first {LAYER.format(2)}"),
+        ({NORM: torch.ones(7)}, f"has 1 tensors of other shapes than the model's, first {NORM} ([7], not [32])"),
+        ({EXPERTS: torch.ones(3, 5, 7)}, f"first {EXPERTS} ([3, 7, 5], not [4, 32, 24])"),
+        ({EXPERTS: torch.ones(3)}, "cannot be loaded"),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused(
+    moe: tuple[Path, Any], tmp_path: Path, change: dict[str, torch.Tensor | None], problem: str
+) -> None:
     folder = copied(moe[0], tmp_path)
-    with_weights(folder, {"lm_head.weight": None})
-    assert "lacks 1 of the model's tensors, first lm_head.weight" in refusal(folder)
-
-
-def test_tensors_of_another_shape_are_refused(moe: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, name = copied(moe[0], tmp_path), "model.language_model.norm.weight"
-    with_weights(folder, {name: torch.ones(7)})
-    assert f"has 1 tensors of other shapes than the model's, first {name} ([7], not [32])" in refusal(folder)
-    with_weights(folder, {name: torch.ones(32), EXPERTS: torch.ones(3, 5, 7)})
-    assert f"first {EXPERTS} ([3, 7, 5], not [4, 32, 24])" in refusal(folder)
-    with_weights(folder, {EXPERTS: torch.ones(3)})
-    assert "cannot be loaded" in refusal(folder)
+    with_weights(folder, change)
+    assert problem in refusal(folder)
 
 
 def test_stored_tensors_say_dtype_and_shape(moe: tuple[Path, Any]) -> None:
     tensors = stored_tensors("moe", moe[0])
     assert tensors["lm_head.weight"] == StoredTensor("F32", (128, 32))
     assert tensors["lm_head.weight"].elements == 128 * 32
+
+
+def test_sizes_are_those_in_the_dtype_and_count_a_tied_head_once(parts: Path, stock: Any) -> None:
+    tensors = stored_tensors("nano", parts)
+    here = sum(p.numel() for p in stock.parameters())
+    assert placement.sizes(tensors, 4, True, F32).total == 4 * here
+    both = {**tensors, "lm_head.weight": tensors[EMBEDDINGS]}
+    assert placement.sizes(both, 4, True, BF16).total == 2 * here
+    untied = placement.sizes(both, 4, False, BF16)
+    assert untied.total == 2 * (here + 4096 * 128)
+    assert untied.last == 2 * (4096 * 128 + 128)
+    layer = sum(p.numel() for p in stock.model.language_model.layers[0].parameters())
+    assert untied.layers == (2 * layer,) * 4
+
+
+def test_too_little_memory_is_said_before_any_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 12_000_000)
+    message = refusal(nano.NAME)
+    assert message.startswith(f"model {nano.NAME} needs 0.0 GB for its weights in float32, but free are 0.0 GB on cpu;")
+    assert message.endswith("use a smaller model, or bfloat16")
+    load(nano.NAME, dtype=BF16)  # half of it fits
+
+
+def test_too_little_memory_on_one_gpu_points_at_the_others() -> None:
+    size = Sizes(2 * 10**9, (10**9,) * 10, 2 * 10**9)
+    with pytest.raises(ModelError) as caught:
+        placement.device_map("m", BF16, size, False, GPUS[:1], [13 * 10**9])
+    message = "needs 14.0 GB for its weights in bfloat16, but free are 13.0 GB on cuda:0"
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("use a smaller model, or `auto` to spread it over several GPUs")
+    assert placement.device_map("m", BF16, size, False, GPUS[:1], [14 * 10**9]) == {"": GPUS[0]}
+    with pytest.raises(ModelError, match=r"5\.0 GB on cuda:0, 4\.0 GB on cuda:1, 4\.9 GB on cuda:2; use a smaller"):
+        placement.device_map("m", F32, size, False, GPUS, [5 * 10**9, 4 * 10**9, 49 * 10**8])
+
+
+def layers_of(places: dict[str, Any]) -> list[int]:
+    return [device for name, device in places.items() if name.startswith(placement.LAYERS)]
+
+
+def test_layers_go_over_the_gpus_in_order_and_evenly() -> None:
+    places = placement.device_map("m", BF16, Sizes(3, (1,) * 10, 2), False, GPUS, [100, 100, 100])
+    assert layers_of(places) == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert {places[name] for name in placement.FIRST} == {0}
+    assert places[placement.NORM] == places[placement.HEAD] == 2
+
+
+def test_a_gpu_in_use_takes_fewer_layers_and_a_tied_head_stays_with_the_embeddings() -> None:
+    places = placement.device_map("m", BF16, Sizes(2, (1,) * 10, 0), True, GPUS, [40, 10, 70])
+    assert layers_of(places) == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert (places[placement.NORM], places[placement.HEAD]) == (2, 0)
+
+
+def test_every_free_byte_may_be_used_but_no_more() -> None:
+    size = Sizes(4, (3, 3, 3), 3)
+    assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3])) == [0, 1, 1]
+    with pytest.raises(ModelError):
+        placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3])
+
+
+def test_the_map_covers_every_weight_of_both_kinds(stock: Any, moe: tuple[Path, Any]) -> None:
+    for model in (stock, moe[1]):
+        layers = model.config.text_config.num_hidden_layers
+        places = placement.device_map("m", BF16, Sizes(1, (1,) * layers, 1), False, GPUS, [9, 9, 9])
+        names = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+        assert all(any(name.startswith(f"{module}.") for module in places) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "expected"),
+    [
+        ("cpu", 2, ["cpu"]),
+        ("cuda", 2, ["cuda:0"]),
+        ("cuda:1", 2, ["cuda:1"]),
+        ("auto", 0, ["cpu"]),
+        ("auto", 1, ["cuda:0"]),
+        ("auto", 2, ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_devices_by_name(device: str, count: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert [str(place) for place in placement.devices(device)] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("gpu", "unknown device 'gpu'"),
+        ("cuda:2", "torch sees 2 CUDA devices"),
+        ("mps", "no MPS device"),
+        ("meta", "not supported"),
+    ],
+)
+def test_devices_that_are_not_here_are_refused(device: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    message = refusal(nano.NAME, device=device)
+    assert why in message
+    assert "choose cpu, cuda" in message
+
+
+def write_group(folder: Path, limit: str, used: int, cached: int, version: int) -> None:
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in zip((names[0], names[1], "memory.stat"), (limit, used, f"{names[2]} {cached}"), strict=True):
+        (folder / name).write_text(f"{content}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_control_groups_count(tmp_path: Path, version: int) -> None:
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    top = root / "memory" if version == 1 else root
+    own.write_text("4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
+    assert placement.group_free_bytes(root, own) == float("inf")
+    write_group(top / "a/b", "max" if version == 2 else str(2**63 - 4096), 10, 5, version)
+    assert placement.group_free_bytes(root, own) > 2**62
+    write_group(top / "a", "1000", 700, 500, version)
+    assert placement.group_free_bytes(root, own) == 800
+    write_group(top / "a/b", "100", 300, 0, version)
+    assert placement.group_free_bytes(root, own) == 0
+    own.unlink()
+    assert placement.group_free_bytes(root, own) == float("inf")
+
+
+def test_free_memory_of_this_machine_is_a_number() -> None:
+    assert placement.free_bytes(torch.device("cpu")) > 0
 
 
 @pytest.mark.gpu

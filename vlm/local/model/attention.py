@@ -197,9 +197,10 @@ class Tree:
 
     def __init__(self, rows: Rows, parents: Sequence[int], nodes: Sequence[int]) -> None:
         self._causal, self._parents, self._nodes, self._size = Causal(rows), parents, nodes, len(parents)
-        self.wanted = self._wanted_positions(rows, nodes)
         sees = ancestors(parents).to(rows.device)
         lengths = torch.tensor(rows.lengths, device=rows.device)
+        ends, firsts = lengths.cumsum(0) - 1, len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
+        self.wanted = torch.stack([ends if node == ROOT else firsts + node for node in nodes], 1).flatten()
         prompt = torch.arange(rows.longest, device=rows.device) < lengths[:, None]
         self._mask = self._masks(prompt, sees)
         none = sees.new_zeros(1, self._size)
@@ -236,11 +237,6 @@ class Tree:
         shape = len(prompt), len(tree)
         parts = prompt[:, None].expand(*shape, -1), tree[None].expand(*shape, -1)
         return torch.cat(parts, 2)[:, None]
-
-    def _wanted_positions(self, rows: Rows, nodes: Sequence[int]) -> Tensor:
-        ends = torch.tensor(rows.lengths, device=rows.device).cumsum(0) - 1
-        firsts = len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
-        return torch.stack([ends if node == ROOT else firsts + node for node in nodes], 1).flatten()
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:

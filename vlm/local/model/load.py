@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from kshot.errors import ModelError, RequestError
-from kshot.hub import one_line
+from kshot.hub import one_line, translated
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
@@ -119,7 +119,7 @@ def _check_whole(name: str, info: Mapping[str, Any]) -> None:
 def _load_errors(name: str) -> AbstractContextManager[None]:
     """Whatever transformers, torch or safetensors raise for a checkpoint, as ModelError in one line."""
     reason = "model {} cannot be loaded ({}); download it again or give another"
-    return models.translated(lambda error: reason.format(name, one_line(error)))
+    return translated(lambda error: ModelError(reason.format(name, one_line(error))))
 
 
 @contextmanager

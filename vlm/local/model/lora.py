@@ -94,9 +94,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that read one input. name: that of the first one; a and b: their pieces."""
+    """Pieces of layers that read one input."""
 
-    name: str
     a: tuple[Piece, ...]
     b: tuple[Piece, ...]
 
@@ -107,7 +106,7 @@ class Layout:
     def __init__(self, stock: nn.Module, spec: LoraSpec) -> None:
         self.spec, self.sizes = spec, dict[torch.device, int]()
         self.experts = any(name.endswith(EXPERTS) for name, _ in stock.named_modules())
-        self.groups = {group.name: group for group in self._groups(stock)}
+        self.groups = dict(self._groups(stock))  # by the name of the first layer
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:
@@ -125,26 +124,26 @@ class Layout:
             piece.of(flats).copy_(tensors[name])
         return flats
 
-    def _groups(self, stock: nn.Module) -> Iterator[Group]:
+    def _groups(self, stock: nn.Module) -> Iterator[tuple[str, Group]]:
         pattern = re.compile("|".join(self.spec.patterns))
         chosen = {name: layer for name, layer in stock.named_modules() if pattern.fullmatch(name)}
         for names in _sharing_input(list(chosen)):
             shapes = [(chosen[n].in_features, chosen[n].out_features) for n in names]
-            yield self._group(names[0], names, shapes, chosen[names[0]].weight.device, 1)
+            yield names[0], self._group(names, shapes, chosen[names[0]].weight.device, 1)
         experts = [(n, m) for n, m in stock.named_modules() if self.spec.train_mlp and n.endswith(EXPERTS)]
         for name, module in experts:
             for parameter, inner in EXPERT_PARAMETERS.items():
                 stack, inside = getattr(module, parameter), f"{name}.{inner}".rstrip(".")
                 count, out, into = stack.shape
-                yield self._group(f"{name}.{parameter}", [inside], [(into, out)], stack.device, count)
+                yield f"{name}.{parameter}", self._group([inside], [(into, out)], stack.device, count)
 
     def _group(
-        self, key: str, names: Sequence[str], shapes: Sequence[tuple[int, int]], device: torch.device, experts: int
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], device: torch.device, experts: int
     ) -> Group:
         rank = self.spec.rank * experts
         a = [self._piece(f"{n}.lora_A", (rank, into), device) for n, (into, _) in zip(names, shapes, strict=True)]
         b = [self._piece(f"{n}.lora_B", (out, rank), device) for n, (_, out) in zip(names, shapes, strict=True)]
-        return Group(key, tuple(a), tuple(b))
+        return Group(tuple(a), tuple(b))
 
     def _piece(self, name: str, shape: tuple[int, int], device: torch.device) -> Piece:
         start = self.sizes.get(device, 0)
@@ -256,15 +255,10 @@ def linear(
     """
     if pair is None:
         return _frozen(x, weight, bias, residual)
-    a, bs = pair
-    function = _Merged if _worth_merging(x, weight) else _Separate
-    return function.apply(x, weight, bias, residual, a, scale, *bs)
-
-
-def _worth_merging(x: Tensor, weight: Tensor) -> bool:
-    """By operations; in float32 alone, as a sum in another type would lose the small delta."""
-    out, into = weight.shape
-    return weight.dtype == torch.float32 and weight.numel() <= SMALL and len(x) * (out + into) >= 2 * out * into
+    (a, bs), (out, into) = pair, weight.shape
+    # by operations; in float32 alone, as a sum in another type would lose the small delta
+    merge = weight.dtype == torch.float32 and weight.numel() <= SMALL and len(x) * (out + into) >= 2 * out * into
+    return (_Merged if merge else _Separate).apply(x, weight, bias, residual, a, scale, *bs)
 
 
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -72,13 +72,8 @@ def _heads(x: Tensor) -> tuple[int, int]:
 
 def _sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
     half = x.shape[-1] // 2
-    return {
-        "heads": x.shape[1],
-        "normed": len(weight),
-        "half": half,
-        "columns": triton.next_power_of_2(half),
-        "rows": HEADS,
-    }
+    sizes = {"heads": x.shape[1], "normed": len(weight), "half": half}
+    return {**sizes, "columns": triton.next_power_of_2(half), "rows": HEADS}
 
 
 @triton.jit

@@ -48,7 +48,11 @@ class Text:
 
         wanted: the positions to return, in order; `attention` must have been made with them too.
         """
-        x, rope = self._embedded(inputs), self._angles(inputs.position_ids)
+        x = self._embed.weight[inputs.ids]
+        if inputs.image_positions is not None and inputs.embeds is not None:
+            x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
+        # cosines and sines, (positions, 1, dim)
+        rope = tuple(each[0][:, None] for each in self._rope(self._embed.weight, inputs.position_ids[:, None]))
         final = len(self.layers) - 1
         # the last layer's own features need all positions
         early = wanted is not None and len(inputs.deepstack) <= final
@@ -82,17 +86,6 @@ class Text:
             a, (b,) = pair
             out = out + scale * (hidden @ a.float().t()) @ b.index_select(0, rows).float().t()
         return out
-
-    def _embedded(self, inputs: PackedInputs) -> Tensor:
-        x = self._embed.weight[inputs.ids]
-        if inputs.image_positions is not None and inputs.embeds is not None:
-            x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
-        return x
-
-    def _angles(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """Cosines and sines, (positions, 1, dim)."""
-        cos, sin = self._rope(self._embed.weight, position_ids[:, None])
-        return cos[0][:, None], sin[0][:, None]
 
 
 class _Layer:

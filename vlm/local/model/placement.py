@@ -176,7 +176,11 @@ def device_map(
     shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
     places = next((places for share in shares if (places := _fill(blocks, share))), None)
     if places is None:
-        raise ModelError(_too_little(name, dtype, size.total, targets, free))
+        has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
+        ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
+        ways_out += ["`auto` to spread it over several GPUs"] if [t.type for t in targets] == ["cuda"] else []
+        what = f"model {name} needs {size.total / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
+        raise ModelError(f"{what}, but free are {has}; use {', or '.join(ways_out)}")
     if len(targets) == 1:
         return {"": targets[0]}
     # as numbers, because accelerate takes a main device out of a set of them: the order must not vary
@@ -196,13 +200,3 @@ def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
         left[device] -= block
         places.append(device)
     return places
-
-
-def _too_little(
-    name: str, dtype: torch.dtype, needed: int, targets: Sequence[torch.device], free: Sequence[int]
-) -> str:
-    has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
-    ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
-    ways_out += ["`auto` to spread it over several GPUs"] if targets[0].type == "cuda" and len(targets) == 1 else []
-    what = f"model {name} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
-    return f"{what}, but free are {has}; use {', or '.join(ways_out)}"
