@@ -1,7 +1,8 @@
-"""Progress, tables and paths as the terminal shows them."""
+"""Lines, progress, tables and paths as the terminal shows them."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -10,16 +11,24 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+# text is shown as it is: names and paths may hold what rich would read as markup
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
-def progress_bar() -> "Progress":
-    """A bar that fits into 80 columns; a log file gets a line a cell instead."""
+def fail(message: str, status: int) -> NoReturn:
+    """End the program with one line on stderr."""
+    err.print(f"kshot: {' '.join(message.split())}", style="red")
+    sys.exit(status)
+
+
+def progress_bar(name: str, count: str, *end: str) -> "Progress":
+    """A bar that fits into 80 columns, with texts before it, behind it and at its end; none in a log file."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    texts = (TextColumn(text, style=style) for text, style in (("left", "none"), ("{task.description}", "dim")))
-    columns = TextColumn("cells"), BarColumn(16), TextColumn("{task.fields[count]}"), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), *texts, console=err, disable=not err.is_terminal)
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn(name), BarColumn(16), TextColumn(count), *times, *map(TextColumn, end)
+    return Progress(*columns, console=err, disable=not err.is_terminal)
 
 
 def plain_table(columns: list[str]) -> Table:
@@ -33,4 +42,4 @@ def plain_table(columns: list[str]) -> Table:
 def print_paths(paths: list[Path]) -> None:
     """What was written."""
     for path in paths:
-        out.print(f"wrote {path}", markup=False, highlight=False)
+        out.print(f"wrote {path}")

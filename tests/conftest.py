@@ -2,12 +2,16 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from experiments.sweep.cells import Job
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
 
@@ -40,3 +44,40 @@ def make_image() -> Callable[..., bytes]:
         return stream.getvalue()
 
     return make
+
+
+class Ended(NamedTuple):
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kshot(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """The console script, run in this process."""
+    from tests.experiments.trained import status_of
+
+    def run(*words: object) -> Ended:
+        capsys.readouterr()
+        return Ended(status_of(*words), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> "list[Job]":
+    """Cells run in this process, without workers, each of which would import everything anew; the list of them."""
+    from experiments.sweep import workers
+    from experiments.sweep.cells import Job
+
+    jobs: list[Job] = []
+
+    def local(run: Any, mine: Sequence[Any], _: int | None = None, *, first: Sequence[Any] = (), **__: Any) -> Any:
+        for job in (*first, *mine):
+            jobs.extend([job] if isinstance(job, Job) else [])
+            yield job, workers.call(run, job)
+
+    monkeypatch.setattr(workers, "local", local)
+    return jobs

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,22 +31,20 @@ def test_a_module_of_the_user_that_hides_ours_is_one_line(tmp_path: Path, hidden
     name = hidden.split("/")[0].removesuffix(".py")
     place = tmp_path / (hidden if hidden.endswith(".py") else name)
     line = f"{place} hides kshot's own package '{name}' from Python; rename it, or start Python in another folder\n"
-    said = python("import kshot; kshot.Results", tmp_path)
-    assert said.stderr.endswith(f"kshot.errors.InputError: {line}")
-    said = python("import sys; from kshot.__main__ import main; sys.argv = ['kshot', 'data', 'list']; main()", tmp_path)
-    assert (said.returncode, said.stdout, said.stderr) == (2, "", f"kshot: {line}")
+    assert python("import kshot; kshot.Results", tmp_path).stderr.endswith(f"kshot.errors.InputError: {line}")
+    done = python("import sys; from kshot.__main__ import main; sys.argv = ['kshot', 'data', 'list']; main()", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"kshot: {line}")
 
 
 def test_another_folder_of_the_user_does_not_disturb(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "my_data.py").write_text("")
-    said = python("import kshot; print(kshot.Results.__name__)", tmp_path)
-    assert (said.stdout, said.stderr) == ("Results\n", "")
+    done = python("import kshot; print(kshot.Results.__name__)", tmp_path)
+    assert (done.stdout, done.stderr) == ("Results\n", "")
 
 
-@pytest.mark.usefixtures("cache")
-def test_a_sweep_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.sweep.workers.local", here)
+@pytest.mark.usefixtures("ran")
+def test_a_sweep_from_python(tmp_path: Path) -> None:
     grid = {"datasets": ["digits"], "methods": ["dinov2-logreg", "pixel-knn"], "shots": [1, 2], "seeds": [0]}
     results = kshot.sweep("demo", tmp_path / "out", **grid, settings={"limit_test": 20})
     frame = results.frame()
@@ -60,8 +57,3 @@ def test_a_sweep_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(frame["limit_test"]) == {20}
     with pytest.raises(kshot.InputError, match="unknown method 'no-such'"):
         kshot.sweep("demo", tmp_path / "other", methods=["no-such"])
-
-
-def here(run: Any, jobs: Any, *_: Any, first: Any = (), **__: Any) -> Any:
-    """In place of worker processes."""
-    return ((job, run(job)) for job in (*first, *jobs))

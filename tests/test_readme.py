@@ -2,17 +2,15 @@
 
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from experiments.cli import main
-from experiments.sweep import workers
-from tests.vlm.serving import command, served
+from tests.vlm.serving import command as serving
+from tests.vlm.serving import served
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,42 +51,30 @@ def test_the_make_targets_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def in_this_process(
-    run: Callable[[Any], Any], jobs: Sequence[Any], _: int | None = None, *, first: Sequence[Any] = (), **__: Any
-) -> Iterator[Any]:
-    """In place of worker processes, each of which would import everything anew."""
-    return ((job, run(job)) for job in (*first, *jobs))
-
-
+@pytest.mark.usefixtures("ran")
 def test_the_commands_run(
-    tmp_path: Path,
-    make_image: Callable[..., bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, kshot: Any
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(make_image(0, 40, 30, format="JPEG"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workers, "local", in_this_process)
     ours = [words[1:] for words in commands() if words[0] == "kshot" and words[1] != "serve"]
     assert ["demo"] in ours
     assert ["data", "list"] in ours
     for words in ours:
-        given = ["sweep", "demo"] if words == ["demo"] else words  # the demo is that sweep, and takes no such options
-        small = SMALL.get(given[0], [])
-        if given[1].startswith("blog"):  # needs a GPU and the hub: it is planned alone
-            given, small = [*given[:2], "--plan"], []
-        monkeypatch.setattr(sys, "argv", ["kshot", *given, *small])
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        assert ended.value.code == 0, (words, capsys.readouterr().err)
+        command = ["sweep", "demo"] if words == ["demo"] else words  # the demo is that sweep, and takes no such options
+        command = [*command, *SMALL.get(command[0], [])]
+        if command[1].startswith("blog"):  # needs a GPU and the hub: it is planned alone
+            command = [*command[:2], "--plan"]
+        ended = kshot(*command)
+        assert ended.status == 0, (words, ended.err)
     assert (tmp_path / "runs/demo/report.html").exists()
     assert (tmp_path / "runs/digits/figures/digits.svg").exists()
 
 
 def test_the_server_starts(tmp_path: Path) -> None:
-    (given,) = (words[2:] for words in commands() if words[:2] == ["kshot", "serve"])
-    with command(tmp_path, *given) as server:
+    (arguments,) = (words[2:] for words in commands() if words[:2] == ["kshot", "serve"])
+    with serving(tmp_path, *arguments) as server:
         assert httpx.get(f"{server.address}/api/v1/healthz").json() == {"status": "ok"}
 
 

@@ -16,6 +16,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="End within a minute.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Where to write (default: results/bench/NAME.json).")]
 Root = Annotated[Path | None, typer.Option("--root", help="A folder of class folders; without it, made ones.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+ELSEWHERE = {name: ("overheads", f"measure_{name}") for name in ("serve", "sweep")}  # of a name: module and function
 
 
 def data(
@@ -90,5 +91,6 @@ def _run(name: str, json_path: Path | None, *arguments: Any) -> None:
     from experiments.bench.harness import FOLDER, finish
 
     with err.status("measuring"):
-        measured = import_module(f"experiments.bench.{name}").measure(*arguments)
+        module, function = ELSEWHERE.get(name, (name, "measure"))
+        measured = getattr(import_module(f"experiments.bench.{module}"), function)(*arguments)
     finish(measured, json_path or FOLDER / f"{name}.json")

@@ -16,13 +16,15 @@ SHOWN = 5  # pairs of duplicates that are named
 
 def list_data() -> None:
     """The data sets that can be named, with their sizes, protocols and licences."""
+    from rich.text import Text
+
     from data.catalog import DATASETS
 
     table = plain_table(["name", "classes", "train", "test", "title, licence and protocols"])
     for spec in DATASETS.values():
         count = spec.protocols[0].classes if spec.protocols else len(spec.classes or ())
-        protocols = f"\n[dim]{', '.join(p.name for p in spec.protocols)}[/dim]" if spec.protocols else ""
-        text = f"{spec.title}\n[dim]{spec.licence}[/dim]{protocols}\n"
+        small = "\n".join(filter(None, [spec.licence, ", ".join(p.name for p in spec.protocols)]))
+        text = Text.assemble(f"{spec.title}\n", (small, "dim"), "\n")
         table.add_row(spec.name, str(count), f"{spec.train:,}", f"{spec.test:,}", text)
     table.add_row("folder:PATH", "?", "?", "?", "Your own: PATH/<class>/* or PATH/{train,test}/<class>/*\n")
     table.add_row(
@@ -61,7 +63,7 @@ def check(
     with err.status("decoding every image"):
         report = checks.check(dataset)
     for line in _lines(dataset, report):
-        out.print(line, markup=False, highlight=False)
+        out.print(line)
     if report.broken:
         more = f" and {len(report.broken) - 1} more" if len(report.broken) > 1 else ""
         raise DatasetError(f"{dataset.name}: {report.broken[0]}{more}")
@@ -76,7 +78,7 @@ def _load(name: str, access: "Access", split_seed: int) -> "Dataset":
 
 def _print_facts(dataset: "Dataset") -> None:
     for name, value in _facts(dataset):
-        out.print(f"{name}: {value}", markup=False, highlight=False)
+        out.print(f"{name}: {value}")
 
 
 def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:

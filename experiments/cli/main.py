@@ -11,12 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from experiments.cli import bench, data
-from experiments.cli.hub import push
-from experiments.cli.predict import predict
+from experiments.cli.adapters import predict, push, train
 from experiments.cli.serve import serve
 from experiments.cli.sweep import demo, report, sweep, zero_shot
-from experiments.cli.train import train
-from experiments.terminal import err, out
+from experiments.terminal import fail, out
 from kshot.errors import INTERRUPTED, InputError, KshotError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -54,10 +52,10 @@ def help_or_version(
     if version:
         from importlib.metadata import version as installed
 
-        out.print(f"kshot {installed('kshot')}", highlight=False)
+        out.print(f"kshot {installed('kshot')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        out.print(context.get_help(), markup=False, highlight=False)
+        out.print(context.get_help())
         raise typer.Exit
 
 
@@ -85,18 +83,13 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except KshotError as error:
-        _fail(str(error), error.exit_status)
+        fail(str(error), error.exit_status)
     except UsageError as error:
-        _fail(f"{error.format_message()} (see kshot --help)", InputError.exit_status)
+        fail(f"{error.format_message()} (see kshot --help)", InputError.exit_status)
     except OSError as error:  # a disk that is full or gone
-        _fail(str(error), KshotError.exit_status)
+        fail(str(error), KshotError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:  # Typer turns Ctrl-C into this status from 0.26 on
-        _fail("stopped; what was finished is kept, the same command goes on from there", INTERRUPTED)
+        fail("stopped; what was finished is kept, the same command goes on from there", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str, status: int) -> None:
-    err.print(f"kshot: {' '.join(message.split())}", style="red", markup=False, highlight=False)
-    sys.exit(status)

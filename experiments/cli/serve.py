@@ -52,6 +52,6 @@ def serve(
 
     def print_address(address: str) -> None:
         line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state})"
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(line)
 
     run(registry, options, print_address)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.cli import hub
 from experiments.cli import options as opt
-from experiments.sweep.observer import Observer
+from experiments.cli.adapters import check_push, offer
 from experiments.terminal import err, out, plain_table, print_paths, progress_bar
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def report(
     without example images: those are in the reports that kshot sweep writes."""
     from experiments.sweep.store import Results
 
-    hub.check_options(push_to_hub, yes, public)
+    check_push(push_to_hub, yes, public)
     results = Results(folder)
     content = results.sweep()
     with results.writing():
@@ -152,7 +151,7 @@ def report(
     print_summary(content, results.cells())
     print_paths(paths)
     if push_to_hub is not None:
-        hub.offer(folder, push_to_hub, yes, public)
+        offer(folder, push_to_hub, yes, public)
 
 
 def run(
@@ -187,12 +186,12 @@ def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], sett
     return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
 
 
-class _Terminal(Observer):
+class _Terminal:
     """Shows on the terminal how a sweep goes, and reports it at its end."""
 
     def __init__(self, options: "RunOptions", images: bool) -> None:
         self._options, self._images = options, images
-        self._progress = progress_bar()
+        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "[dim]{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
@@ -204,7 +203,7 @@ class _Terminal(Observer):
 
         if not jobs:
             some = "no cell has failed" if self._options.only_failed else f"all {len(planned.jobs)} cells are there"
-            err.print(f"{some}: nothing to compute", highlight=False)
+            err.print(f"{some}: nothing to compute")
             yield
             return
         check_room(planned, results, jobs, self._options)
@@ -224,9 +223,9 @@ class _Terminal(Observer):
             name, cost = f"{job.cell.method}, k={job.cell.shots}", METHODS[job.cell.method].cost
         self._progress.update(self._task, advance=cost, description=name, count=count)
         if failure:
-            err.print(f"failed: {job}: {failure.message}", style="yellow", markup=False, highlight=False)
+            err.print(f"failed: {job}: {failure.message}", style="yellow")
         elif not err.is_terminal:
-            err.print(f"{count} {job}", markup=False, highlight=False)
+            err.print(f"{count} {job}")
 
     def complete(self, planned: "Plan", results: "Results", content: dict[str, Any]) -> None:
         paths = report_of(results, content, planned if self._images else None)
@@ -309,13 +308,13 @@ def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
             under = _choices(series)
             title = method_of(series) + (f" #{numbers[under]}" if under else "")  # 80 columns are few
             table.add_row(title, *(_mean(accuracies.get(series, {}).get(k)) for k in shots))
-        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold", markup=False, highlight=False)
+        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold")
         out.print(table, soft_wrap=False)
         out.print()
     for under, number in numbers.items():
-        out.print(f"#{number}: {under}", markup=False, highlight=False)
+        out.print(f"#{number}: {under}")
     for note in content["notes"]:
-        out.print(note, style="yellow", markup=False, highlight=False)
+        out.print(note, style="yellow")
 
 
 def _numbers(methods: Iterable[str]) -> dict[str, int]:

@@ -1,30 +1,17 @@
 """A small set of images in a folder with odd names, the command line in this process, and sweeps run once for all."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from stored import CLASSES
-from trained import train
+from trained import TINY, status_of, train
 
-from experiments.cli import main
-from experiments.sweep import workers
-from experiments.sweep.cells import Job
-from experiments.sweep.workers import call
+from vlm.local.registry import LocalServiceClient
 
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
-TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")
-
-
-class Said(NamedTuple):
-    """How a command ended and what it printed."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -46,51 +33,32 @@ def grid(photos: Path) -> list[str]:
 
 
 @pytest.fixture
-def kshot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    """The console script, run in this process."""
+def refused(kshot: Callable[..., Any]) -> Callable[..., str]:
+    """The one line that a command prints which is refused for bad input."""
 
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["kshot", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capsys.readouterr())
+    def run(*words: object, parts: Sequence[str] = ()) -> str:
+        ended = kshot(*words)
+        lines = [line for line in ended.err.splitlines() if not line.startswith("training ")]  # what kshot train begins
+        assert (ended.status, ended.out, len(lines), ended.err[-1]) == (2, "", 1, "\n"), ended
+        assert lines[0].startswith("kshot: ")
+        assert all(part in lines[0] for part in parts), lines[0]
+        return lines[0]
 
     return run
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Cells run in this process, without workers; the list of those that were."""
-    jobs: list[Job] = []
-
-    def local(
-        run: Callable[[Any], Any], given: Sequence[Job], _: int | None = None, *, first: Sequence[Any] = (), **__: Any
-    ) -> Iterator[Any]:
-        for job in (*first, *given):
-            jobs.extend([job] if isinstance(job, Job) else [])
-            yield job, call(run, job)
-
-    monkeypatch.setattr(workers, "local", local)
-    return jobs
 
 
 @pytest.fixture(scope="session")
 def two_workers(grid: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of `grid`, uninterrupted."""
     out = tmp_path_factory.mktemp("two") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["kshot", *grid, "--workers", "2", "--out", str(out)])
-        with pytest.raises(SystemExit, match=r"^0$"):
-            main.main()
+    assert status_of(*grid, "--workers", "2", "--out", out) == 0
     return out
 
 
 @pytest.fixture(scope="session")
 def adapter(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of the photos' classes."""
-    return train(photos, tmp_path_factory.mktemp("trained") / "adapter")
+    """An adapter of the photos' classes, in a folder that was not there."""
+    return train(photos, tmp_path_factory.mktemp("trained") / "new/adapter")
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +78,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., b
 def images(folder: Path, tmp_path: Path) -> Path:
     """The images alone."""
     return Path(shutil.copytree(folder, tmp_path / "images", ignore=shutil.ignore_patterns("*.txt", "cut.png")))
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[LocalServiceClient]:
+    """A service without a checkpoint or a loaded model."""
+    client = LocalServiceClient(tmp_path / "state")
+    yield client
+    client.close()

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from stored import CLASSES
-from trained import train
+from trained import TRAINING, train
 
 from experiments.adapters import folder as cards
 from experiments.adapters.folder import Card, read_card
@@ -31,18 +30,18 @@ def card(**changes: Any) -> Card:
         "data": {"source": "hub", "hub": "dpdl-benchmark/caltech101", "revision": "abc", "ignored": ["x"]},
         "versions": {"kshot": "0.1.0"},
     }
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         **{"classes": ("a|b", "`tick`", "<b>"), "prompt": "{image}What, `this`? => A {label}.", "max_side": 48},
         **{"base_model": "Qwen/Qwen3-VL-2B-Instruct", "trained": trained},
     }
-    return Card(**{**given, **changes})
+    return Card(**{**fields, **changes})
 
 
 def front(text: str) -> dict[str, Any]:
     """The front matter as any reader of YAML finds it."""
     _, head, _ = text.split("---\n", 2)
-    found: dict[str, Any] = yaml.safe_load(head)
-    return found
+    fields: dict[str, Any] = yaml.safe_load(head)
+    return fields
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +58,15 @@ def test_the_front_matter_of_the_nano_models_adapter(written: str) -> None:
 
 
 def test_of_a_hubs_model_and_data_set_the_hub_ids_are_named_and_no_licence_is_made_up() -> None:
-    found = front(cards.readme(card(base_model="Qwen/Qwen3-VL-2B-Instruct@v1")))
-    assert (found["base_model"], found["datasets"]) == ("Qwen/Qwen3-VL-2B-Instruct", ["dpdl-benchmark/caltech101"])
-    assert "license" not in found
+    fields = front(cards.readme(card(base_model="Qwen/Qwen3-VL-2B-Instruct@v1")))
+    assert (fields["base_model"], fields["datasets"]) == ("Qwen/Qwen3-VL-2B-Instruct", ["dpdl-benchmark/caltech101"])
+    assert "license" not in fields
 
 
 def test_the_card_says_what_the_record_says(written: str, adapter: Path, photos: Path) -> None:
-    found = read_card(adapter)
-    assert found is not None
-    trained = found.trained
+    recorded = read_card(adapter)
+    assert recorded is not None
+    trained = recorded.trained
     parts = [
         *(f"`{nano.NAME}`, revision `{nano.REVISION}`", f"**Note.** {nano.NOTE}"),
         *(f"`folder:{photos.name}`".replace("|", "\\|"), f"protocol `{trained['protocol']}`"),
@@ -86,18 +85,29 @@ def test_the_same_training_writes_the_same_bytes(written: str, photos: Path, tmp
     assert (again / "README.md").read_text(encoding="utf-8") == written
 
 
-def test_a_base_model_in_a_folder_has_a_name_and_a_fingerprint_and_no_place(photos: Path, tmp_path: Path) -> None:
+def test_a_base_model_in_a_folder_has_a_name_and_a_fingerprint_and_no_place(
+    photos: Path, tmp_path: Path, kshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model card has no place; the records, which loading needs, have it in full, and an upload says so."""
     (tmp_path / "my model").mkdir()
-    folder = str(sharded(tmp_path / "my model"))
-    text = (train(photos, tmp_path / "adapter", "--model", folder) / "README.md").read_text(encoding="utf-8")
-    record = json.loads((tmp_path / "adapter/classifier.json").read_text(encoding="utf-8"))
+    sharded(tmp_path / "my model")
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", "my model", "--out", "a", "--push-to-hub", "o/x")
+    ended = kshot("train", "--dataset", f"folder:{photos}", *TRAINING, *options)
+    assert ended.status == 0, ended.err
+    text, recorded = Path("a/README.md").read_text(encoding="utf-8"), read_card(Path("a"))
+    assert recorded is not None
+    settings = recorded.trained["settings"]
     assert "base_model" not in front(text)
-    assert (
-        f"`my model`, a folder whose content has the fingerprint `{record['trained']['settings']['model_revision']}`"
-        in text
-    )
+    assert f"`my model`, a folder whose content has the fingerprint `{settings['model_revision']}`" in text
     assert "base = 'PATH/TO/my model'" in text
     assert str(tmp_path) not in text
+    assert (recorded.base_folder, settings["model"]) == (tmp_path / "my model", "my model")
+    assert json.loads(Path("a/kshot.json").read_text())["base_model"] == f"{tmp_path}/my model"
+    first, *_, leaks, last = ended.out.splitlines()
+    assert (first, last) == ("wrote a", "nothing was sent; this sends it: kshot push a o/x --yes")
+    named = "adapter_config.json, classifier.json, kshot.json"
+    assert leaks == f"the base model's folder on this machine is named in {named}"
 
 
 def test_names_of_any_letters_keep_tables_and_code_whole() -> None:
@@ -116,13 +126,6 @@ def test_of_many_classes_a_few_are_shown() -> None:
     assert "`c5`" not in text
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[LocalServiceClient]:
-    client = LocalServiceClient(tmp_path / "state")
-    yield client
-    client.close()
-
-
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 def test_the_code_runs_and_writes_what_kshot_reads(
     written: str, adapter: Path, photos: Path, tmp_path: Path, service: LocalServiceClient
@@ -132,14 +135,13 @@ def test_the_code_runs_and_writes_what_kshot_reads(
     from vlm.classifier import generate
 
     (code,) = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
-    found = read_card(adapter)
-    assert found is not None
+    recorded = read_card(adapter)
+    assert recorded is not None
     sampler = service.create_sampling_client_from_folder(adapter).result()
-    prompt = Prompt(
-        sampler.get_tokenizer(), ImageRule.from_pretrained(nano.NAME), found.classes, template(found.prompt)
-    )
+    rule = ImageRule.from_pretrained(nano.NAME)
+    prompt = Prompt(sampler.get_tokenizer(), rule, recorded.classes, template(recorded.prompt))
     for n, name in enumerate(CLASSES):
-        image = prepare((photos / name / f"{n}.png").read_bytes(), max_side=found.max_side, name=name)
+        image = prepare((photos / name / f"{n}.png").read_bytes(), max_side=recorded.max_side, name=name)
         (tmp_path / "image.jpg").write_bytes(image)
         (answer,) = generate(sampler, [image], prompt, max_tokens=32)
         place = code.replace('"DIR"', repr(str(adapter))).replace('"IMAGE"', repr(str(tmp_path / "image.jpg")))

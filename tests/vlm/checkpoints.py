@@ -1,13 +1,8 @@
-"""Checkpoints in hub layout to load: the nano model in parts, a tiny mixture of experts; and a hub that serves models.
-
-with serve_models({"owner/name": HubRepo(files)}) as hub: ...    # as tests.data.hub_server's serve, for models
-"""
+"""Checkpoints in hub layout to load: the nano model in parts, a tiny mixture of experts."""
 
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.data import hub_server
 from vlm import nano
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
@@ -82,21 +76,3 @@ def with_config(folder: Path, **change: object) -> None:
     """Set entries of config.json, or (None) take them out."""
     written = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
-
-
-class _ModelHandler(hub_server._Handler):
-    """Models are asked for as sets are, under other paths."""
-
-    def parse_request(self) -> bool:
-        understood = super().parse_request()
-        if understood:
-            path = self.path.replace("/api/models/", "/api/datasets/")
-            self.path = f"/datasets{path}" if re.match(r"/(?!api/)[^/]+/[^/]+/resolve/", path) else path
-        return understood
-
-
-@contextmanager
-def serve_models(repos: Mapping[str, hub_server.HubRepo]) -> Iterator[hub_server.Hub]:
-    with hub_server.serve(repos) as hub:
-        hub.RequestHandlerClass = _ModelHandler
-        yield hub

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kshot.hub import TRIES
-from tests.data.hub_server import CUT, RESET, HubRepo
-from tests.vlm.checkpoints import serve_models, sharded
+from tests.data.hub_server import CUT, RESET, HubRepo, serve
+from tests.vlm.checkpoints import sharded
 from vlm import models
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ NONE, DROPPED = ("source", "o/none"), ("weights", "o/dropped")
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     home = tmp_path_factory.mktemp("hub")
-    with serve_models(repos(sharded(tmp_path_factory.mktemp("sharded")))) as hub:
+    with serve(repos(sharded(tmp_path_factory.mktemp("sharded")))) as hub:
         small, small_files = ask(hub.url, home, ("source", "o/nano")), hub.downloads()
         hub.requests.clear()
         refused = [("weights" if name == "o/dropped" else "load", name) for name in REFUSED]
@@ -187,4 +187,4 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(story: Story) -> N
 
 def test_a_cache_that_cannot_be_written_is_said() -> None:
     one_line = r"model o/x cannot be stored: OSError: .*No space left.*; HF_HOME"
-    assert re.match(one_line, models.hub_message("o/x", OSError(28, "No space left on device")))
+    assert re.match(one_line, str(models.hub_error("o/x", OSError(28, "No space left on device"))))

@@ -1,0 +1,255 @@
+"""`kshot train`, `predict` and `push`: an adapter is trained, classifies images, and is sent to the hub; and
+--push-to-hub of other commands. Without --yes nothing is sent and the hub is not contacted."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from experiments.cli import options as opt
+from experiments.terminal import err, fail, out, print_paths, progress_bar
+from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
+
+if TYPE_CHECKING:
+    from experiments.adapters.predict import Prediction, Source
+    from experiments.adapters.train import Step
+
+INTERVAL = 10  # seconds between two lines of progress, where there is no terminal
+BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
+TOP = 5
+
+
+def train(
+    dataset: opt.Dataset,
+    shots: Annotated[int, typer.Option("--shots", min=1, metavar="K", help="Labelled examples a class.")],
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter's folder: new or empty.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the examples, their order and the adapter.")] = 0,
+    model: opt.Model = None,
+    prompt: opt.Prompt = None,
+    loss: opt.Loss = None,
+    device: opt.Device = "cpu",
+    allow_fewer: opt.Fewer = False,
+    source: opt.Source = "",
+    root: opt.Root = None,
+    protocol: opt.Protocol = "",
+    split_file: opt.SplitFile = None,
+    allow_modified: opt.Modified = False,
+    settings: opt.Set = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+    push_to_hub: opt.PushToHub = None,
+    yes: opt.Yes = False,
+    public: opt.Public = False,
+) -> None:
+    """Train an adapter as the sweep's vlm-lora does, for kshot predict and for PEFT."""
+    from experiments.adapters.folder import check_target
+    from experiments.adapters.train import plan_training
+    from experiments.adapters.train import train as run
+    from experiments.sweep.provenance import notes
+
+    check_target(output, force=force)
+    check_push(push_to_hub, yes, public)
+    options = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
+    values = opt.settings_of(options, settings)
+    access = opt.access_of(source, root, "", split_file, allow_modified)
+    with err.status("reading the data"):
+        job, data = plan_training(dataset, shots, seed, values, protocol=protocol, device=device, access=access)
+    err.print(f"training {job.cell}")
+    try:
+        _show_steps(run(job, data, output, force=force))
+    except KeyboardInterrupt:
+        fail("stopped; nothing was written", INTERRUPTED)
+    for note in notes(job.settings, {"model"}):
+        out.print(note, style="yellow")
+    print_paths([output])
+    if push_to_hub is not None:
+        offer(output, push_to_hub, yes, public)
+
+
+def _show_steps(steps: Iterable["Step"]) -> None:
+    """A bar on a terminal; else a line for the first and the last step, and now and then between."""
+    with progress_bar("step {task.completed}/{task.total}", "{task.description}") as progress:
+        task, printed = progress.add_task("reading the model", total=None), 0.0
+        for step in steps:
+            text, due = f"loss {step.loss:.3f}", time.monotonic() - printed >= INTERVAL or step.number == step.steps
+            progress.update(task, completed=step.number, total=step.steps, description=text)
+            if due and not err.is_terminal:
+                printed = time.monotonic()
+                err.print(f"step {step.number}/{step.steps} {text}")
+
+
+Images = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE",
+        help="A file; a folder, which is searched recursively; a quoted pattern such as 'photos/**/*.jpg'; or - for "
+        "standard input: an image, or if it is text (UTF-8), a list of these, one a line.",
+    ),
+]
+ClassNames = Annotated[
+    list[str] | None, typer.Option("--class", metavar="NAME", help="A class; repeat. In place of the adapter's.")
+]
+ClassFile = Annotated[
+    Path | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line, in place of --class.")
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="constrained: the model restricted to the class names, exactly. likelihood: that of each whole name, "
+        "normalised over the classes by softmax.",
+    ),
+]
+
+
+def predict(
+    images: Images,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="A folder that kshot train wrote.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Without --adapter: a Qwen3-VL as it is. With it: where its model is now."),
+    ] = None,
+    classes: ClassNames = None,
+    class_file: ClassFile = None,
+    method: Method = "constrained",
+    prompt: opt.Prompt = None,
+    top: Annotated[
+        int, typer.Option("--top", min=1, metavar="N", help="Classes to show; with --json under the key topN.")
+    ] = TOP,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",
+    max_side: Annotated[
+        int | None, typer.Option("--max-side", min=1, help="Longest side in pixels (default: the adapter's, or 480).")
+    ] = None,
+) -> None:
+    """The likeliest classes of images, with probabilities; what is no image is named on stderr, and the status is 1."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other programs, threads that spin make each other wait
+    from experiments.adapters.predict import METHODS, Source
+
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+    source = Source(adapter, model, _class_names(classes, class_file), prompt, max_side, device)
+    try:
+        failed = _answer(images, source, method, top, as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
+        raise typer.Exit(BROKEN_PIPE) from None
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        fail("stopped", INTERRUPTED)
+    if failed:
+        raise typer.Exit(KshotError.exit_status)
+
+
+def _answer(images: list[str], source: "Source", method: str, top: int, *, as_json: bool) -> int:
+    """Print the answers, flushed by windows; how many images have none."""
+    from experiments.adapters.predict import Prediction, classifier, pictures, shown
+
+    failed = 0
+    requested = pictures(images, lambda: sys.stdin.buffer)
+    with classifier(source, method, greedy=as_json) as loaded, closing(loaded.predict(requested)) as windows:
+        names = loaded.prompt.classes
+        for window in windows:
+            for answer in window:
+                if isinstance(answer, Prediction):
+                    _print([_json(answer, names, top)] if as_json else _lines(answer, names, top))
+                else:
+                    failed += 1
+                    sys.stdout.flush()  # in order, where both go to one place
+                    err.print(f"kshot: {shown(str(answer))}", style="red")
+            sys.stdout.flush()
+    return failed
+
+
+def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
+    likeliest = [{"label": names[label], "probability": p} for label, p in answer.top(top)]
+    content: dict[str, Any] = {"image": answer.name, f"top{top}": likeliest}
+    if answer.greedy is not None:
+        content["greedy"] = names[answer.greedy]
+    return json.dumps(content, allow_nan=False)
+
+
+def _lines(answer: "Prediction", names: tuple[str, ...], top: int) -> Iterator[str]:
+    from experiments.adapters.predict import shown
+
+    yield shown(answer.name)
+    for label, probability in answer.top(top):
+        yield f"  {probability:.4f}  {shown(names[label])}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] | None:
+    """The class names of the options; None without them. Raises InputError."""
+    if file is None:
+        return tuple(name.strip() for name in names) if names else None
+    if names:
+        raise InputError("class names are given twice, with --class and with --classes; leave one out")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"--classes {file} cannot be read ({error.strerror}); give a file of names") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--classes {file} is no text in UTF-8; write one class name a line") from error
+    listed = tuple(line.strip() for line in lines if line.strip())
+    if not listed:
+        raise InputError(f"--classes {file} holds no class name; write one a line")
+    return listed
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder, or a results folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub.")],
+    yes: opt.Yes = False,
+    public: opt.Public = False,
+) -> None:
+    """Send an adapter or results to the hub; without --yes, say what would be sent."""
+    offer(folder, repo, yes, public)
+
+
+def check_push(repo: str | None, yes: bool, public: bool) -> None:
+    """For commands with --push-to-hub, before they begin. Raises InputError for a name that cannot be one, a missing
+    token, and for options that mean nothing without it."""
+    from experiments.adapters import hub
+
+    if repo is not None:
+        hub.check(repo, dry_run=not yes)
+    elif yes or public:
+        raise InputError(f"{'--yes' if yes else '--public'} is for --push-to-hub REPO; leave it out")
+
+
+def offer(folder: Path, repo: str, yes: bool, public: bool) -> None:
+    """Send a folder that is complete, or say what would be sent. Raises as `hub.push` does."""
+    from experiments.adapters import hub
+
+    with err.status(f"sending to {repo}" if yes else "reading the folder"):
+        upload = hub.push(folder, repo, private=not public, dry_run=not yes)
+    whose = "private" if upload.private else "public"
+    out.print(f"{upload.repo}: a {upload.kind} repository of the hub, made {whose} unless it is there")
+    cells = [size for name, size in upload.files if name.startswith("cells/")]
+    lines = [(size, name) for name, size in upload.files if not name.startswith("cells/")]
+    lines += [(sum(cells), f"cells/, {len(cells)} records")] if cells else []
+    lines += [(sum(size for _, size in upload.files), f"bytes in {len(upload.files)} files")]
+    for size, text in lines:
+        out.print(f"{size:>13,}  {text}")
+    if upload.skipped:
+        out.print(f"stays here: {', '.join(upload.skipped)}")
+    if upload.leaks:
+        out.print(f"the base model's folder on this machine is named in {', '.join(upload.leaks)}", style="yellow")
+    if yes:
+        out.print(f"sent: {upload.url}")
+    else:
+        words = ["kshot", "push", str(folder), repo, *(["--public"] if public else []), "--yes"]
+        out.print(f"nothing was sent; this sends it: {shlex.join(words)}")
