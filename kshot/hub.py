@@ -1,7 +1,7 @@
 """What all uses of the Hugging Face hub share: another try where a connection drops, and its errors in plain words."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from kshot.errors import KshotError
@@ -17,13 +17,10 @@ def with_retries(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """The call's result. It is made again where the connection drops, TRIES times in all."""
     from huggingface_hub.utils import httpx
 
-    for tries_left in reversed(range(TRIES)):
-        try:
+    for _ in range(TRIES - 1):
+        with suppress(httpx.TransportError):
             return call(*args, **kwargs)
-        except httpx.TransportError:
-            if not tries_left:
-                raise
-    raise AssertionError("unreachable")
+    return call(*args, **kwargs)
 
 
 @contextmanager

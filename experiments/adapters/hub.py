@@ -5,8 +5,6 @@ results. Predictions, images of a data set and all other files stay here.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from experiments.adapters import folder as adapters
 from experiments.sweep.provenance import TOGETHER, file_stem
 from experiments.sweep.store import PACKED, Results
 from kshot.errors import InputError, KshotError
-from kshot.hub import LOG_IN, first_cause, one_line
+from kshot.hub import LOG_IN, first_cause, one_line, translated
 
 MODEL, DATASET = "model", "dataset"  # the hub's kinds of repositories
 PHOTOGRAPH = re.compile(rb"data:image/(?!svg\+xml)")  # figures are drawings; images of data sets are JPEG
@@ -47,7 +45,7 @@ def push(folder: Path, repo: str, *, private: bool, dry_run: bool = True) -> Upl
     upload = _upload(folder, repo, private)
     if dry_run:
         return upload
-    with _hub_errors(repo):
+    with translated(lambda error: KshotError(_message(repo, error))):
         return _send(upload)
 
 
@@ -105,10 +103,10 @@ def _results_files(folder: Path) -> list[str]:
 
 def _leaks(folder: Path) -> tuple[str, ...]:
     card = adapters.read_card(folder)
-    if card is None or not Path(card.base_model).is_absolute():
+    if card is None or card.base_folder is None:
         return ()
-    named = [name for name in sorted(adapters.FILES) if name.endswith(".json")]
-    return tuple(name for name in named if card.base_model in (folder / name).read_text(encoding="utf-8"))
+    records = sorted(name for name in adapters.FILES if name.endswith(".json"))
+    return tuple(name for name in records if card.base_model in (folder / name).read_text(encoding="utf-8"))
 
 
 def _send(upload: Upload) -> Upload:
@@ -123,17 +121,6 @@ def _send(upload: Upload) -> Upload:
     message = "An adapter of kshot" if kind == MODEL else "Results of kshot"
     commit = api.create_commit(upload.repo, operations, commit_message=message, repo_type=kind)
     return replace(upload, url=str(commit.commit_url))
-
-
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Raise what goes wrong with the hub as KshotError."""
-    try:
-        yield
-    except KshotError:
-        raise
-    except Exception as error:
-        raise KshotError(_message(repo, error)) from error
 
 
 def _message(repo: str, error: Exception) -> str:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -92,17 +92,13 @@ def _walk(top: str) -> Iterator[Picture]:
             yield Picture(path, partial(_read, path))
             continue
         try:
-            status, names = os.stat(path), sorted(filter(_is_visible, os.listdir(path)), reverse=True)
+            status, names = os.stat(path), sorted(filterfalse(is_system_file, os.listdir(path)), reverse=True)
         except OSError as error:
             yield _failing(path, f"this folder cannot be read ({error.strerror})")
             continue
         here = status.st_dev, status.st_ino
         if here not in above:
             pending += [(os.path.join(path, name), above | {here}) for name in names]
-
-
-def _is_visible(name: str) -> bool:
-    return not is_system_file(name)
 
 
 def _matching(pattern: str) -> Iterator[Picture]:
@@ -118,7 +114,10 @@ def _matching(pattern: str) -> Iterator[Picture]:
 def _from_stdin(stdin: BinaryIO) -> Iterator[Picture]:
     """One image, or where the bytes are text the image of each line."""
     data = stdin.read(MAX_BYTES + 1)
-    text = _text(data)
+    try:  # no format of images that is in use is UTF-8 without a zero byte
+        text = None if b"\0" in data else data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = None
     if len(data) > MAX_BYTES:
         yield _failing(STDIN, f"standard input is longer than {MAX_BYTES:,} bytes")
     elif text is None:
@@ -127,14 +126,6 @@ def _from_stdin(stdin: BinaryIO) -> Iterator[Picture]:
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         listed = (picture for line in lines if line.strip() for picture in _expand(line))
         yield from _or_error(listed, STDIN, "standard input holds neither an image nor a path")
-
-
-def _text(data: bytes) -> str | None:
-    """Bytes as text; None for an image: no format in use is UTF-8 without a zero byte."""
-    try:
-        return None if b"\0" in data else data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
 
 
 def _failing(name: str, reason: str) -> Picture:
@@ -261,7 +252,10 @@ def classifier(source: Source, method: str = METHODS[0], *, greedy: bool = False
     max_side = source.max_side or (card.max_side if card else Settings().max_side)
     service: Any = connect("local", device=source.device, cache_bytes=CACHE_BYTES)
     try:
-        sampler = _sampler(service, source)
+        if source.adapter is None:
+            sampler = service.create_sampling_client(base_model=source.model).result()
+        else:
+            sampler = service.create_sampling_client_from_folder(source.adapter, source.model).result()
         prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(sampler.get_base_model()), classes, wording)
         check(prompt.choices)
         yield Classifier(sampler, prompt, max_side, method, greedy)
@@ -277,12 +271,6 @@ def _check(source: Source, classes: Sequence[str]) -> None:
         raise InputError(f"{what}; give them with --class NAME, twice or more, or --classes FILE")
     if len(classes) < 2:
         raise InputError(f"there is one class, {classes[0]!r}; a choice needs two or more")
-
-
-def _sampler(service: Any, source: Source) -> Any:
-    if source.adapter is None:
-        return service.create_sampling_client(base_model=source.model).result()
-    return service.create_sampling_client_from_folder(source.adapter, source.model).result()
 
 
 def prefetched(prepare: Callable[[Picture], bytes], pictures: Iterator[Picture]) -> Iterator[list[Prepared]]:

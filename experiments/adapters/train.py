@@ -19,6 +19,7 @@ from experiments.sweep.config import Sweep, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, fit_lora, prompt_of
 from experiments.sweep.provenance import notes
+from experiments.sweep.workers import one_thread_on_a_cpu
 from kshot.checks import folder_of
 from kshot.errors import InputError
 from kshot.files import remove_stale
@@ -67,7 +68,7 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
     last one. Raises InputError, before anything is computed, where the folder holds other things."""
     target = target.resolve()
     check_target(target, force=force)
-    with _temporary_folder(target) as state, threads_of_a_worker(job.device):
+    with _temporary_folder(target) as state, one_thread_on_a_cpu(job.device):
         from vlm.service import connect
 
         service: Any = connect("local", state_dir=state, device=job.device)
@@ -114,17 +115,3 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         raise InputError(f"cannot write to {target} ({error.strerror}); give another folder with --out") from error
     with folder as path:
         yield Path(path)
-
-
-@contextmanager
-def threads_of_a_worker(device: str) -> Iterator[None]:
-    """One thread on a CPU, as in a sweep's workers: sums then come out the same."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -214,7 +214,7 @@ def test_training_uses_one_thread_on_a_cpu_and_gives_the_others_back() -> None:
 
     torch.set_num_threads(2)
     try:
-        with training.threads_of_a_worker("cpu"):
+        with training.one_thread_on_a_cpu("cpu"):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
