@@ -56,9 +56,9 @@ def batches(
     for _ in range(steps):
         while len(order) < batch_size:
             order += rng.permutation(len(examples)).tolist()
-        taken, order = order[:batch_size], order[batch_size:]
+        numbers, order = order[:batch_size], order[batch_size:]
         flips = rng.random(batch_size) < hflip
-        yield [_view(examples[n], bool(flip)) for n, flip in zip(taken, flips, strict=True)]
+        yield [_view(examples[n], bool(flip)) for n, flip in zip(numbers, flips, strict=True)]
 
 
 def _view(example: Labelled, flip: bool) -> View:
@@ -101,8 +101,8 @@ def predict(
     sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, method: str = "constrained"
 ) -> np.ndarray:
     """(images, classes) log-probabilities of the class names as answers (see `vlm.scoring.score_choices`)."""
-    parts = [score_choices(sampler, each, prompt.choices, method) for each in _questions(images, prompt)]
-    return np.concatenate(parts) if parts else np.zeros((0, len(prompt.choices)), np.float32)
+    windows = questions(images, prompt)
+    return np.concatenate([score_choices(sampler, each, prompt.choices, method) for each in windows])
 
 
 def predict_and_decode(
@@ -110,17 +110,15 @@ def predict_and_decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `predict` gives, and from the same pass (images,) the labels that constrained decoding writes, the likeliest
     token at every step. The likeliest label may be another."""
-    parts = [score_and_decode(sampler, each, prompt.choices) for each in _questions(images, prompt)]
-    if not parts:
-        return np.zeros((0, len(prompt.choices)), np.float32), np.zeros(0, np.int64)
-    scores, greedy = zip(*parts, strict=True)
+    windows = questions(images, prompt)
+    scores, greedy = zip(*(score_and_decode(sampler, each, prompt.choices) for each in windows), strict=True)
     return np.concatenate(scores), np.concatenate(greedy)
 
 
 def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
-    responses = (each for questions in _questions(images, prompt) for each in _sample(sampler, questions, params))
+    responses = [each for window in questions(images, prompt) for each in _sample(sampler, window, params)]
     return [prompt.text(response.sequences[0].tokens) for response in responses]
 
 
@@ -132,7 +130,8 @@ def _sample(
     return [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
 
 
-def _questions(images: Sequence[bytes], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:
-    """The questions about the images, WINDOW at a time: the images of a large set are never in memory together."""
-    for start in range(0, len(images), WINDOW):
+def questions(images: Sequence[bytes], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:
+    """The questions about the images, WINDOW at a time, so that those of a large set are never in memory together;
+    one empty window where there are no images."""
+    for start in range(0, max(1, len(images)), WINDOW):
         yield [prompt.question(image) for image in images[start : start + WINDOW]]

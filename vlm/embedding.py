@@ -15,7 +15,7 @@ import tinker
 from tinker import types
 
 from kshot.errors import RequestError, UnknownNameError
-from vlm.classifier import WINDOW
+from vlm.classifier import WINDOW, questions
 from vlm.inputs import ImageRule, image_chunk
 from vlm.prompts import Prompt
 from vlm.service import SamplingClient
@@ -33,13 +33,11 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """A sampling client that caches the vision tower's features of images.
-
-    tower_forwards: images that went through the tower of its model in this process.
-    """
+    """A sampling client that caches the vision tower's features of images."""
 
     @property
-    def tower_forwards(self) -> int: ...
+    def tower_forwards(self) -> int:
+        """Images that went through the tower of its model in this process."""
 
     def encode_images(self, images: Sequence[types.ImageChunk]) -> None:
         """Have these images' features ready, in memory or on disk; those that are cost nothing."""
@@ -75,5 +73,4 @@ def embed(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], what: s
 def embed_images(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, what: str) -> np.ndarray:
     """(images, D) float32 features of the question about each image, its prefill at the end, so that "hidden" is the
     state that the class name is written from. Raises as `embed` does, and ImageError for bytes that are no image."""
-    windows = (images[start : start + WINDOW] for start in range(0, max(1, len(images)), WINDOW))
-    return np.concatenate([embed(sampler, [prompt.question(image) for image in some], what) for some in windows])
+    return np.concatenate([embed(sampler, window, what) for window in questions(images, prompt)])

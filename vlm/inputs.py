@@ -70,16 +70,16 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
     Raises ImageError for bytes that are no image.
     """
     image = data if isinstance(data, EncodedImage) else EncodedImage(data)
-    found = rule.headers.get(image.key)
-    if found is None:
+    known = rule.headers.get(image.key)
+    if known is None:
         header = open_header(image)
         plain = CHUNK_FORMATS.get(header.format or "")
         if plain is None or not is_plain(header):
             return _png_chunk(image, rule)
-        found = plain, rule.tokens(header.height, header.width)
+        known = plain, rule.tokens(header.height, header.width)
         if len(rule.headers) < CACHED_HEADERS:
-            rule.headers[image.key] = found
-    format, tokens = found
+            rule.headers[image.key] = known
+    format, tokens = known
     return types.ImageChunk(data=image, format=format, expected_tokens=tokens)
 
 

@@ -95,19 +95,16 @@ def greedy(trie: Trie, edges: np.ndarray) -> np.ndarray:
     """(rows,) choices that are written by always taking the likeliest child, from the (rows, edges) log-probabilities
     of a `constrained` trie: what token-by-token constrained decoding gives. Not always the likeliest choice: a node
     may be likelier than any other and its best leaf not. Ties go to the lower token."""
-    found = np.zeros((len(edges), 1 + max(choice for choice, _ in trie.pairs)), bool)
-    best: dict[int, list[int]] = {}
+    siblings: dict[int, list[int]] = {}
     for number, edge in sorted(enumerate(trie.edges), key=lambda each: each[1].token):
-        best.setdefault(edge.node, []).append(number)
-    taken = np.zeros(edges.shape, bool)
-    for numbers in best.values():
-        taken[np.arange(len(edges)), np.array(numbers)[edges[:, numbers].argmax(1)]] = True
-    steps: dict[int, list[int]] = {}
-    for choice, number in trie.pairs:
-        steps.setdefault(choice, []).append(number)
-    for choice, numbers in steps.items():
-        found[:, choice] = taken[:, numbers].all(1)
-    return found.argmax(1)
+        siblings.setdefault(edge.node, []).append(number)
+    likeliest = np.zeros(edges.shape, bool)
+    for numbers in siblings.values():
+        likeliest[np.arange(len(edges)), np.array(numbers)[edges[:, numbers].argmax(1)]] = True
+    choice, edge_of = np.array(trie.pairs).T
+    written = np.ones((len(edges), choice.max() + 1), bool)
+    np.logical_and.at(written.T, choice, likeliest.T[edge_of])
+    return written.argmax(1)
 
 
 def check(choices: Sequence[Sequence[int]]) -> None:
@@ -122,8 +119,8 @@ def check(choices: Sequence[Sequence[int]]) -> None:
 
 
 def _children(choices: Sequence[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    found: dict[tuple[int, ...], set[int]] = {}
+    children: dict[tuple[int, ...], set[int]] = {}
     for choice in choices:
         for n in range(len(choice)):
-            found.setdefault(tuple(choice[:n]), set()).add(choice[n])
-    return {path: tuple(sorted(tokens)) for path, tokens in found.items()}
+            children.setdefault(tuple(choice[:n]), set()).add(choice[n])
+    return {path: tuple(sorted(tokens)) for path, tokens in children.items()}

@@ -40,9 +40,9 @@ class Template:
 
     def __post_init__(self) -> None:
         for what, text, slot in (("question", self.question, IMAGE), ("answer", self.answer, LABEL)):
-            found = re.findall(r"\{[^{}]*\}", text)
-            if found != [slot]:
-                has = f"has {', '.join(found)}" if found else "has none"
+            slots = re.findall(r"\{[^{}]*\}", text)
+            if slots != [slot]:
+                has = f"has {', '.join(slots)}" if slots else "has none"
                 raise PromptError(f"the {what} {text!r} of a prompt must hold {slot} once and no other slot; it {has}")
             if SPECIAL in text:
                 raise PromptError(f"the {what} {text!r} of a prompt writes {SPECIAL!r}, which steers the model")

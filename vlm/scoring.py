@@ -64,32 +64,25 @@ def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: 
 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """The edges' log-probabilities, a request for each node that edges leave from."""
-    nodes = sorted({edge.node for edge in trie.edges})
-    futures = [[_request(sampler, prompt, trie, node) for node in nodes] for prompt in prompts]
-    rows = []
-    for requested in futures:
-        by_node = {node: _log_probs(trie, node, future) for node, future in zip(nodes, requested, strict=True)}
-        rows.append([by_node[edge.node][edge.token] for edge in trie.edges])
-    return np.array(rows, np.float64).reshape(len(prompts), len(trie.edges))
+    numbers: dict[int, list[int]] = {}  # of the edges that leave from a node
+    for number, edge in enumerate(trie.edges):
+        numbers.setdefault(edge.node, []).append(number)
+    children = {node: [trie.edges[number].token for number in each] for node, each in numbers.items()}
+    futures = [
+        [_request(sampler, prompt, trie.path(node), tokens) for node, tokens in children.items()] for prompt in prompts
+    ]
+    scores = np.zeros((len(prompts), len(trie.edges)))
+    for row, requested in zip(scores, futures, strict=True):
+        for each, future in zip(numbers.values(), requested, strict=True):
+            values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
+            row[each] = values - np.logaddexp.reduce(values) if trie.children else values
+    return scores
 
 
-def _tokens(trie: label_trie.Trie, node: int) -> list[int]:
-    return [edge.token for edge in trie.edges if edge.node == node]
-
-
-def _request(sampler: SamplingClient, prompt: tinker.ModelInput, trie: label_trie.Trie, node: int) -> Any:
-    """Log-probabilities of the node's children: the prompt, its path and any child to score it at."""
-    tokens = _tokens(trie, node)
-    full = model_input(*prompt.chunks, [*trie.path(node), tokens[0]])
+def _request(sampler: SamplingClient, prompt: tinker.ModelInput, path: list[int], tokens: list[int]) -> Any:
+    """Log-probabilities of the children of a node: the prompt, its path and any child to score it at."""
+    full = model_input(*prompt.chunks, [*path, tokens[0]])
     ids = np.full((full.length - 1, len(tokens)), -1, np.int64)
     ids[-1] = tokens
     target = types.TensorData(data=ids, dtype="int64", shape=list(ids.shape))
     return sampler.sample(full, 1, types.SamplingParams(max_tokens=1), target_prompt_logprobs=target)
-
-
-def _log_probs(trie: label_trie.Trie, node: int, future: Any) -> dict[int, float]:
-    tokens = _tokens(trie, node)
-    values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
-    if trie.children:
-        values = values - np.logaddexp.reduce(values)
-    return dict(zip(tokens, values, strict=True))

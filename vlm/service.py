@@ -99,17 +99,18 @@ def connect(
     device, what it computes on ("auto" spreads a model over all GPUs); dtype, "float32" or "bfloat16" (default: the
     checkpoint's); train_vision, whether LoRA covers the vision tower too, beside what each run says; features, a folder
     that keeps image features for later processes; cache_bytes, of image features in memory (default: see
-    `feature_memory`). api_key: of the others; on loopback it defaults to the key any local
-    server takes. Raises UnknownNameError for another name, RequestError for an option of the other kind.
+    `feature_memory`). api_key: of the others; on loopback it defaults to the key any local server takes.
+    Raises UnknownNameError for another name, RequestError for an option of the other kind.
     """
-    options = {"train_vision": train_vision, "features": features, "cache_bytes": cache_bytes}
-    local: dict[str, Any] = {"state_dir": state_dir, "dtype": dtype, **options}
-    local_only = [name for name, value in local.items() if value] + ["device"] * (device != "cpu")
+    local: dict[str, Any] = {"state_dir": state_dir, "dtype": dtype, "train_vision": train_vision}
+    local |= {"features": features, "cache_bytes": cache_bytes, "device": device}
     if service == "local":
         if api_key is not None:
             raise RequestError("api_key is for remote services; the local one has none")
-        return _local(state_dir, device, dtype, **options)
-    if local_only:
+        from vlm.local.registry import LocalServiceClient, dtype_of
+
+        return LocalServiceClient(**local | {"dtype": dtype_of(dtype)})
+    if local_only := [name for name, value in local.items() if value not in (None, False, "cpu")]:
         raise RequestError(f"{', '.join(local_only)}: for the local service, not for {service!r}")
     if service == "tinker":
         return _official(None, api_key)
@@ -159,18 +160,12 @@ def feature_memory(device: "torch.device") -> int:
     return memory_limit() if device.type == "cpu" else device_limit(device)
 
 
-def feature_disk_bytes() -> int:
-    """Bytes of image features that a folder of them (`features` of `connect`) has at most."""
-    from vlm.local.features import DISK_BYTES
+def feature_disk_bytes(*, kept: bool = False) -> int:
+    """Bytes of image features that a folder of them (`features` of `connect`) has at most. kept: those that stay: at
+    its limit the folder makes room for what comes next."""
+    from vlm.local.vision import DISK_BYTES, SHARE
 
-    return DISK_BYTES
-
-
-def feature_disk_room() -> int:
-    """Bytes of them that stay there: at its limit the folder makes room for what comes next."""
-    from vlm.local.features import DISK_BYTES, SHARE
-
-    return DISK_BYTES - DISK_BYTES // SHARE
+    return DISK_BYTES - DISK_BYTES // SHARE if kept else DISK_BYTES
 
 
 def adapter_parameters(model: Any, rank: int) -> int:
@@ -194,12 +189,6 @@ def pass_limits() -> PassLimits:
     from vlm.local.engine import PACK, POSITIONS, ROWS
 
     return PassLimits(PACK, POSITIONS, ROWS)
-
-
-def _local(state_dir: Path | None, device: str, dtype: str | None, **options: Any) -> ServiceClient:
-    from vlm.local.registry import LocalServiceClient, dtype_of
-
-    return LocalServiceClient(state_dir, device, dtype_of(dtype), **options)
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:

@@ -1,18 +1,25 @@
 """A local service on the nano model, prompts about small images, and the same model as plain transformers + PEFT."""
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 import tinker
+import torch
 
+from tests.vlm import openai_served
 from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from tests.vlm.helpers import CLASSES, Pictured
 from tests.vlm.raw import Raw, talking
-from tests.vlm.serving import Server, served
+from tests.vlm.services import Service, opened
+from tests.vlm.serving import Server, listening, served
 from vlm import nano
-from vlm.inputs import ImageRule
-from vlm.local.clients import LocalTrainingClient
+from vlm.inputs import ImageRule, datum, image_chunk, model_input
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
@@ -35,9 +42,20 @@ def rule() -> ImageRule:
 
 
 @pytest.fixture(scope="session")
+def sampler(service: LocalServiceClient) -> LocalSamplingClient:
+    """Of the nano model as it is."""
+    return service.create_sampling_client(base_model=nano.NAME).result()
+
+
+@pytest.fixture(scope="session")
 def prompt(service: LocalServiceClient, rule: ImageRule) -> Prompt:
-    sampler = service.create_sampling_client(base_model=nano.NAME).result()
-    return Prompt(sampler.get_tokenizer(), rule, CLASSES)
+    tokenizer = service.create_sampling_client(base_model=nano.NAME).result().get_tokenizer()
+    return Prompt(tokenizer, rule, CLASSES)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prompt: Prompt) -> Any:
+    return prompt.tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +65,30 @@ def examples(make_image: Callable[..., bytes]) -> list[Pictured]:
     return [Pictured(make_image(n, *sizes[n % 3], format="JPEG"), n % len(CLASSES)) for n in range(12)]
 
 
+@pytest.fixture(scope="session")
+def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
+    """Questions about images of three sizes, one about two images, one about none."""
+    encode = prompt.tokenizer.encode
+    first, second = (image_chunk(e.image, rule) for e in examples[:2])
+    two = model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
+    return [*(prompt.question(e.image) for e in examples[:3]), two, model_input(encode("Once upon a"))]
+
+
 @pytest.fixture
 def mixed(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.Datum]:
     """Datums of different lengths and image sizes, one of them with two images and one without any."""
-    from vlm.inputs import datum, image_chunk, model_input
-
     encode = prompt.tokenizer.encode
     first, second = (image_chunk(e.image, rule) for e in examples[1:3])
     two = model_input(encode("one <|vision_start|>"), first, encode("<|vision_end|> two "), second, encode(" same?"))
     text = datum(model_input(encode("The capital of France is")), encode(" Paris\n"))
     return [prompt.datum(examples[0].image, 0), datum(two, encode(" no\n")), text, prompt.datum(examples[2].image, 4)]
+
+
+@pytest.fixture(scope="module", params=["local", "http"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The engine in this process, and the SDK on a server."""
+    with opened(request.param, tmp_path_factory.mktemp(request.param)) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +101,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def raw(server: Server) -> Iterator[Raw]:
     with talking(server.address) as raw:
         yield raw
+
+
+@pytest.fixture(scope="module")
+def models(service: LocalServiceClient) -> openai_served.Models:
+    """What the OpenAI-compatible endpoints serve, and what was asked of it."""
+    return openai_served.Models(service)
+
+
+@pytest.fixture(scope="module")
+def address(models: openai_served.Models) -> Iterator[str]:
+    with listening(openai_served.application(models)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def api(address: str) -> Iterator[openai.OpenAI]:
+    with openai_served.connected(address) as api:
+        yield api
+
+
+@pytest.fixture
+def model(stock: Any, rule: ImageRule) -> Any:
+    """What `vlm.local.vision.Vision` needs of a model."""
+    frozen = copy.deepcopy(stock).requires_grad_(False)
+    device = torch.device("cpu")
+    return SimpleNamespace(stock=frozen, device=device, rule=rule, name=nano.NAME, timed=lambda _: nullcontext())
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,10 @@ def adapter_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
 
 
 def gradients_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
-    return client._run.gradients()
+    """PEFT's name → the view of that tensor's accumulated gradient."""
+    run = client._run
+    flats = {device: master.grad for device, master in run._masters.items() if master.grad is not None}
+    return {name: piece.of(flats) for name, piece in run.adapter.layout.pieces.items()}
 
 
 def disturb(client: LocalTrainingClient, seed: int = 0) -> None:

@@ -11,19 +11,13 @@ from hypothesis.extra.numpy import arrays
 
 from experiments.sweep.config import Settings
 from kshot.errors import UnknownNameError
-from vlm import calibration, nano
+from vlm import calibration
 from vlm.calibration import calibrated, choose, prior
 from vlm.classifier import predict
-from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 
 logits = arrays(np.float32, (6, 4), elements=st.floats(-20, 20, width=32))
-
-
-@pytest.fixture(scope="module")
-def sampler(service: LocalServiceClient) -> Any:
-    return service.create_sampling_client(base_model=nano.NAME).result()
 
 
 def test_it_is_off_by_default() -> None:

@@ -8,7 +8,7 @@ import tinker
 import torch
 from tinker import types
 
-from kshot.errors import RequestError, UnknownNameError
+from kshot.errors import RequestError
 from tests.vlm.helpers import CLASSES, Pictured, adapter_of, disturb, gradients_of, plain_peft, stock_inputs
 from vlm.classifier import fit, predict
 from vlm.inputs import ImageRule
@@ -106,11 +106,6 @@ def test_training_on_it_separates_the_classes(
     assert losses[-1] < 0.05 * losses[0]
     sampler = client.save_weights_and_get_sampling_client().result()
     assert predict(sampler, [e.image for e in examples[:6]], prompt).argmax(1).tolist() == list(range(len(CLASSES)))
-
-
-def test_an_unknown_loss_is_named(client: LocalTrainingClient, prompt: Prompt) -> None:
-    with pytest.raises(UnknownNameError, match="choose from: text, closed-set"):
-        next(fit(client, [[(b"", 0)]], prompt, ADAM, "closed"))
 
 
 def candidates(rows: int, tokens: list[int]) -> tinker.TensorData:

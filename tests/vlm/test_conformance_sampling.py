@@ -3,7 +3,6 @@
 What is expected comes from the stock model, its own generate, and a stock forward pass for each choice.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from tinker import types
 
 from tests.vlm import brute_force
 from tests.vlm.helpers import IMAGE, Pictured, stock_inputs
-from tests.vlm.services import PATIENCE, Service, opened, peft, step, stock_log_probs
+from tests.vlm.services import PATIENCE, Service, peft, step, stock_log_probs
 from vlm import nano
-from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.inputs import ImageRule, model_input
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 
@@ -24,29 +23,14 @@ ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-2)
 ONE = types.SamplingParams(max_tokens=1)
 
 
-@pytest.fixture(scope="module", params=["local", "http"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with opened(request.param, tmp_path_factory.mktemp(request.param)) as service:
-        yield service
-
-
 @pytest.fixture(scope="module")
 def sampler(both: Service) -> Any:
     return both.base()
 
 
-@pytest.fixture(scope="module")
-def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
-    """Questions about images of three sizes, one about two images, one about none."""
-    encode = prompt.tokenizer.encode
-    first, second = (image_chunk(e.image, rule) for e in examples[:2])
-    two = model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
-    return [*(prompt.question(e.image) for e in examples[:3]), two, model_input(encode("Once upon a"))]
-
-
-def sample(sampler: Any, asked: tinker.ModelInput, count: int = 1, **given: Any) -> list[types.SampledSequence]:
-    params = types.SamplingParams(**{"max_tokens": 8, "stop": [], **given})
-    sequences: list[types.SampledSequence] = sampler.sample(asked, count, params).result(PATIENCE).sequences
+def sample(sampler: Any, query: tinker.ModelInput, count: int = 1, **options: Any) -> list[types.SampledSequence]:
+    params = types.SamplingParams(**{"max_tokens": 8, "stop": [], **options})
+    sequences: list[types.SampledSequence] = sampler.sample(query, count, params).result(PATIENCE).sequences
     return sequences
 
 
@@ -54,9 +38,9 @@ def test_greedy_tokens_are_those_of_stock_generate(
     sampler: Any, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     params = types.SamplingParams(max_tokens=10, temperature=0.0, stop=[])
-    futures = [sampler.sample(asked, 1, params) for asked in prompts]  # all at once: a server writes them together
-    for asked, future in zip(prompts, futures, strict=True):
-        inputs = stock_inputs(asked, rule)
+    futures = [sampler.sample(query, 1, params) for query in prompts]  # all at once: a server writes them together
+    for query, future in zip(prompts, futures, strict=True):
+        inputs = stock_inputs(query, rule)
         written = stock.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=-1, pad_token_id=0)
         (sequence,) = future.result(PATIENCE).sequences
         assert sequence.tokens == written[0, inputs["input_ids"].shape[1] :].tolist()
@@ -67,24 +51,22 @@ def test_log_probs_of_a_sample_and_its_likeliest_tokens_are_the_models(
     sampler: Any, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     """Whatever temperature and filters drew the tokens."""
-    params, asked = (
-        types.SamplingParams(max_tokens=6, temperature=1.5, top_k=50, top_p=0.9, seed=3, stop=[]),
-        prompts[0],
-    )
-    for sequence in sampler.sample(asked, 2, params, topk_sample_logprobs=3).result(PATIENCE).sequences:
-        expected = stock_log_probs(stock, model_input(*asked.chunks, sequence.tokens), rule)[asked.length - 1 : -1]
+    query = prompts[0]
+    params = types.SamplingParams(max_tokens=6, temperature=1.5, top_k=50, top_p=0.9, seed=3, stop=[])
+    for sequence in sampler.sample(query, 2, params, topk_sample_logprobs=3).result(PATIENCE).sequences:
+        expected = stock_log_probs(stock, model_input(*query.chunks, sequence.tokens), rule)[query.length - 1 : -1]
         own = expected.gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
         assert sequence.logprobs == pytest.approx(own.tolist(), abs=1e-4)
         best = expected.topk(3)
         assert [[token for token, _ in top] for top in sequence.topk_logprobs] == best.indices.tolist()
         values = [value for top in sequence.topk_logprobs for _, value in top]
         assert values == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
-    assert sample(sampler, asked)[0].topk_logprobs is None
+    assert sample(sampler, query)[0].topk_logprobs is None
 
 
 def test_seeds_reproduce_and_samples_differ(sampler: Any, prompts: list[tinker.ModelInput]) -> None:
-    def tokens(**given: Any) -> list[tuple[int, ...]]:
-        return [tuple(s.tokens) for s in sample(sampler, prompts[0], 3, temperature=2.0, **given)]
+    def tokens(**options: Any) -> list[tuple[int, ...]]:
+        return [tuple(s.tokens) for s in sample(sampler, prompts[0], 3, temperature=2.0, **options)]
 
     assert tokens(seed=1) == tokens(seed=1)
     assert len({*tokens(seed=1), *tokens(seed=2), *tokens(), *tokens()}) == 12
@@ -114,57 +96,57 @@ def test_stop_tokens_strings_and_lengths(sampler: Any, prompt: Prompt, prompts: 
 def test_log_probs_of_a_prompt_are_the_models(
     sampler: Any, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
-    for asked in prompts:
-        ids, expected = stock_inputs(asked, rule)["input_ids"][0], stock_log_probs(stock, asked, rule)
+    for query in prompts:
+        ids, expected = stock_inputs(query, rule)["input_ids"][0], stock_log_probs(stock, query, rule)
         own = expected[:-1].gather(1, ids[1:, None])[:, 0]
         unscored = [n == 0 or ids[n] == IMAGE for n in range(len(ids))]
-        got = sampler.compute_logprobs(asked).result(PATIENCE)
+        got = sampler.compute_logprobs(query).result(PATIENCE)
         assert [value is None for value in got] == unscored
         values = [value for value in got if value is not None]
         assert values == pytest.approx([own[n - 1].item() for n, no in enumerate(unscored) if not no], abs=1e-4)
-        answer = sampler.sample(asked, 1, ONE, include_prompt_logprobs=True).result(PATIENCE)
+        answer = sampler.sample(query, 1, ONE, include_prompt_logprobs=True).result(PATIENCE)
         assert answer.prompt_logprobs == pytest.approx(got, abs=1e-4)
-        last = sampler.compute_logprobs(asked, 2).result(PATIENCE)
-        assert last[:-2] == [None] * (asked.length - 2)
+        last = sampler.compute_logprobs(query, 2).result(PATIENCE)
+        assert last[:-2] == [None] * (query.length - 2)
         assert last[-2:] == pytest.approx(got[-2:], abs=1e-4)
-        some = sampler.sample(asked, 1, ONE, True, topk_prompt_logprobs=2, prompt_logprobs_last_n=2).result(PATIENCE)
+        some = sampler.sample(query, 1, ONE, True, topk_prompt_logprobs=2, prompt_logprobs_last_n=2).result(PATIENCE)
         assert some.prompt_logprobs == pytest.approx(last, abs=1e-4)
-        assert some.topk_prompt_logprobs[:-2] == [None] * (asked.length - 2)
-        found = [[token for token, _ in top] for top in some.topk_prompt_logprobs[-2:]]
-        assert found == expected[-3:-1].topk(2).indices.tolist()
+        assert some.topk_prompt_logprobs[:-2] == [None] * (query.length - 2)
+        likeliest = [[token for token, _ in top] for top in some.topk_prompt_logprobs[-2:]]
+        assert likeliest == expected[-3:-1].topk(2).indices.tolist()
 
 
 def test_chosen_and_likeliest_tokens_of_a_prompt(
     sampler: Any, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
-    asked = prompts[0]
-    expected = stock_log_probs(stock, asked, rule)
-    ids = torch.full((asked.length - 1, 2), -1, dtype=torch.int64)
+    query = prompts[0]
+    expected = stock_log_probs(stock, query, rule)
+    ids = torch.full((query.length - 1, 2), -1, dtype=torch.int64)
     ids[-1], ids[3, 0] = torch.tensor([17, 4000]), 5
     cells = (ids != -1).numpy()
     for target in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
-        answer = sampler.sample(asked, 1, ONE, topk_prompt_logprobs=3, target_prompt_logprobs=target).result(PATIENCE)
+        answer = sampler.sample(query, 1, ONE, topk_prompt_logprobs=3, target_prompt_logprobs=target).result(PATIENCE)
         values = answer.target_prompt_logprobs.to_torch().numpy()
         assert values.shape == cells.shape
         wanted = [expected[3, 5].item(), *expected[-2, [17, 4000]].tolist()]
         assert values[cells] == pytest.approx(np.array(wanted), abs=1e-4)
         assert answer.topk_prompt_logprobs[0] is None
-        found = [[token for token, _ in top] for top in answer.topk_prompt_logprobs[1:]]
-        assert found == expected[:-1].topk(3).indices.tolist()
+        likeliest = [[token for token, _ in top] for top in answer.topk_prompt_logprobs[1:]]
+        assert likeliest == expected[:-1].topk(3).indices.tolist()
 
 
 def test_draws_in_the_prompts_place(
     sampler: Any, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
-    asked, expected = prompts[0], stock_log_probs(stock, prompts[0], rule)[:-1]
+    query, expected = prompts[0], stock_log_probs(stock, prompts[0], rule)[:-1]
 
-    def draws(count: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        params = types.SamplingParams(**{"max_tokens": 1, **given})
-        drawn = sampler.sample(asked, 1, params, prompt_alt_tokens_k=count).result(PATIENCE).prompt_alt_tokens
+    def draws(count: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        params = types.SamplingParams(**{"max_tokens": 1, **options})
+        drawn = sampler.sample(query, 1, params, prompt_alt_tokens_k=count).result(PATIENCE).prompt_alt_tokens
         return drawn.tokens.to_torch(), drawn.logprobs.to_torch()
 
     tokens, values = draws(50, temperature=1.0, seed=5)
-    assert tokens.shape == (asked.length - 1, 50)
+    assert tokens.shape == (query.length - 1, 50)
     assert torch.allclose(values, expected.gather(1, tokens), atol=1e-4)
     assert torch.equal(draws(50, temperature=1.0, seed=5)[0], tokens)
     assert not torch.equal(draws(50, temperature=1.0, seed=6)[0], tokens)
@@ -175,9 +157,9 @@ def test_draws_in_the_prompts_place(
 def test_scores_of_choices_are_those_of_a_stock_pass_for_each(
     method: str, sampler: Any, stock: Any, prompt: Prompt, examples: list[Pictured], rule: ImageRule
 ) -> None:
-    asked = [prompt.question(each.image) for each in examples[:2]]
-    got = score_choices(sampler, asked, prompt.choices, method)
-    for row, each in zip(got, asked, strict=True):
+    query = [prompt.question(each.image) for each in examples[:2]]
+    got = score_choices(sampler, query, prompt.choices, method)
+    for row, each in zip(got, query, strict=True):
         expected = brute_force.scores(stock, each, prompt.choices, rule, IMAGE)[method]
         assert row == pytest.approx(expected, abs=1e-4)
 
@@ -186,7 +168,7 @@ def test_samplers_are_snapshots(
     both: Service, stock: Any, mixed: list[tinker.Datum], prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     """Of the weights when the request's turn comes: after the steps submitted before it, before those after it."""
-    run, asked = both.start(), prompts[1]
+    run, query = both.start(), prompts[1]
     for _ in range(3):
         run.forward_backward(mixed, "cross_entropy")
         run.optim_step(ADAM)
@@ -194,9 +176,9 @@ def test_samplers_are_snapshots(
     path = run.save_weights_for_sampler("third").result(PATIENCE).path  # the SDK numbers it later than it is asked for
     step(run, mixed, ADAM)
     assert path == f"tinker://{run.model_id}/sampler_weights/third"
-    ids = stock_inputs(asked, rule)["input_ids"][0]
+    ids = stock_inputs(query, rule)["input_ids"][0]
     expected, base = (
-        stock_log_probs(model, asked, rule)[:-1].gather(1, ids[1:, None])[:, 0].tolist()
+        stock_log_probs(model, query, rule)[:-1].gather(1, ids[1:, None])[:, 0].tolist()
         for model in (peft(stock, both.folder(path)), stock)
     )
     assert abs(expected[-1] - base[-1]) > 0.01
@@ -204,6 +186,6 @@ def test_samplers_are_snapshots(
     for client, wanted in ((unsaved.result(PATIENCE), expected), (saved, expected), (both.base(), base)):
         assert client.get_base_model() == nano.NAME
         step(run, mixed, ADAM)
-        got = client.compute_logprobs(asked).result(PATIENCE)
+        got = client.compute_logprobs(query).result(PATIENCE)
         pairs = [(value, wanted[n - 1]) for n, value in enumerate(got) if value is not None]
         assert [value for value, _ in pairs] == pytest.approx([value for _, value in pairs], abs=1e-4)

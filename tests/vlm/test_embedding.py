@@ -21,11 +21,6 @@ from vlm.prompts import Prompt
 
 
 @pytest.fixture
-def sampler(service: LocalServiceClient) -> LocalSamplingClient:
-    return service.create_sampling_client(base_model=nano.NAME).result()
-
-
-@pytest.fixture
 def asked(prompt: Prompt, examples: list[Pictured]) -> list[tinker.ModelInput]:
     """Questions about images of three sizes."""
     return [prompt.question(e.image) for e in examples[:6]]
@@ -193,7 +188,7 @@ def test_images_are_asked_about_in_windows(
         return original(self, prompts, **asked)
 
     monkeypatch.setattr(LocalSamplingClient, "embed_prompts", noted)
-    monkeypatch.setattr("vlm.embedding.WINDOW", 3)
+    monkeypatch.setattr("vlm.classifier.WINDOW", 3)
     got = embed_images(sampler, images, prompt, "tower+hidden")
     assert sizes == [3, 3, 1]
     reference = expected(stock.model, [prompt.question(image) for image in images], rule)

@@ -10,7 +10,7 @@ import tinker
 import torch
 from tinker import types
 
-from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft, stock_inputs
+from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft
 from vlm import nano
 from vlm.classifier import batches, fit, predict
 from vlm.inputs import ImageRule, image_chunk
@@ -39,8 +39,8 @@ def test_loss_and_gradients_equal_plain_transformers_and_peft(
         assert (gradient - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
 
 
-def test_log_probs_come_back_where_they_belong(
-    client: LocalTrainingClient, stock: Any, mixed: list[tinker.Datum], rule: ImageRule
+def test_log_probs_of_a_gradient_come_back_where_the_weight_is_not_0(
+    client: LocalTrainingClient, mixed: list[tinker.Datum]
 ) -> None:
     weighted = client.forward_backward(mixed, "cross_entropy").result()
     everywhere = client.forward(mixed, "cross_entropy").result()
@@ -48,44 +48,8 @@ def test_log_probs_come_back_where_they_belong(
     for datum, some, full in zip(mixed, weighted.loss_fn_outputs, everywhere.loss_fn_outputs, strict=True):
         weights = datum.loss_fn_inputs["weights"].to_numpy()
         assert some["logprobs"].shape == full["logprobs"].shape == [datum.model_input.length]
-        assert some["logprobs"].to_numpy()[weights == 0] == pytest.approx(0.0)
-        assert some["logprobs"].to_numpy()[weights == 1] == pytest.approx(
-            full["logprobs"].to_numpy()[weights == 1], abs=1e-5
-        )
-        with torch.no_grad():
-            logits = stock(**stock_inputs(datum.model_input, rule)).logits[0]
-        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
-        reference = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        assert full["logprobs"].to_numpy() == pytest.approx(reference.numpy(), abs=1e-4)
-
-
-def test_batched_equals_single(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
-    disturb(client)
-    together = client.forward(mixed, "cross_entropy").result().loss_fn_outputs
-    alone = [client.forward([datum], "cross_entropy").result().loss_fn_outputs[0] for datum in mixed]
-    for one, other in zip(together, alone, strict=True):
-        assert one["logprobs"].to_numpy() == pytest.approx(other["logprobs"].to_numpy(), abs=2e-5)
-
-
-def test_one_batch_equals_its_halves_accumulated(service: LocalServiceClient, mixed: list[tinker.Datum]) -> None:
-    whole, halves = (service.create_lora_training_client(nano.NAME, rank=4, seed=1).result() for _ in range(2))
-    for client in (whole, halves):
-        disturb(client)
-    whole.forward_backward(mixed, "cross_entropy").result()
-    halves.forward_backward(mixed[:1], "cross_entropy").result()
-    halves.forward_backward(mixed[1:], "cross_entropy").result()
-    for one, other in zip(gradients_of(whole).values(), gradients_of(halves).values(), strict=True):
-        assert one.abs().max() > 0
-        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
-
-
-def test_weights_scale_the_gradient(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
-    """A custom loss sends signed weights: the loss is linear in them."""
-    once = client.forward_backward(mixed[2:3], "cross_entropy").result().metrics["loss:sum"]
-    fields = dict(mixed[2].loss_fn_inputs)
-    fields["weights"] = tinker.TensorData.from_numpy(-2.5 * fields["weights"].to_numpy())
-    scaled = tinker.Datum(model_input=mixed[2].model_input, loss_fn_inputs=fields)
-    assert client.forward_backward([scaled], "cross_entropy").result().metrics["loss:sum"] == pytest.approx(-2.5 * once)
+        expected = np.where(weights == 0, 0.0, full["logprobs"].to_numpy())
+        assert some["logprobs"].to_numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -162,31 +126,6 @@ def test_interleaved_runs_of_different_rank_equal_each_alone(
     assert [list(losses) for losses in zip(*mingled, strict=True)] == alone
 
 
-def test_a_sampling_client_is_a_snapshot(
-    client: LocalTrainingClient, service: LocalServiceClient, prompt: Prompt, examples: list[Pictured]
-) -> None:
-    images = [e.image for e in examples[:3]]
-    base = service.create_sampling_client(base_model=nano.NAME).result()
-    untouched = predict(base, images, prompt)
-    early = client.save_weights_and_get_sampling_client().result()
-    assert (predict(early, images, prompt) == untouched).all()  # B is zero: the adapter changes nothing yet
-    for _ in fit(client, batches(examples, 6, 3, np.random.default_rng(0)), prompt, ADAM):
-        pass
-    late = client.save_weights_and_get_sampling_client().result()
-    assert (predict(early, images, prompt) == untouched).all()
-    assert (predict(base, images, prompt) == untouched).all()
-    assert not np.allclose(predict(late, images, prompt), untouched)
-
-
-def test_requests_run_in_the_order_they_are_made(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
-    """The snapshot is asked for before the step has run, and sees it; the forward before it does not."""
-    before = client.forward(mixed, "cross_entropy")
-    client.forward_backward(mixed, "cross_entropy")
-    client.optim_step(ADAM)
-    after = client.forward(mixed, "cross_entropy")
-    assert after.result().metrics["loss:sum"] < before.result().metrics["loss:sum"]
-
-
 def test_image_features_do_not_depend_on_their_company(
     client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]
 ) -> None:
@@ -232,12 +171,6 @@ def test_the_flags_choose_what_is_trained(service: LocalServiceClient, flags: di
     names = list(adapter_of(client))
     assert {k for k in ("self_attn", "mlp", "lm_head") if any(f".{k}." in n for n in names)} == kinds
     assert not any("visual" in n for n in names)
-
-
-def test_information_about_a_run(client: LocalTrainingClient) -> None:
-    info = client.get_info()
-    assert (info.model_data.model_name, info.lora_rank, info.is_lora) == (nano.NAME, 4, True)
-    assert ":train:" in client.model_id
 
 
 def test_a_profile_sums_the_models_own_seconds(

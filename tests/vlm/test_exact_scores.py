@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tinker
 
 from data.benchmarks.layouts import CALTECH101, CARS, FLOWERS, PETS
 from data.dataset import clean_name
@@ -16,8 +17,10 @@ from tests.vlm.helpers import IMAGE
 from vlm import label_trie, nano
 from vlm.classifier import predict, predict_and_decode
 from vlm.inputs import ImageRule
+from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt, template
+from vlm.scoring import score_choices
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz      -'éß"
 
@@ -53,7 +56,7 @@ NAMES: dict[str, list[str]] = {
     ],
     "Caltech's 100": [clean_name(name) for name in COOP],
     "196 cars": [clean_name(name) for name in CARS],
-    "1,000 random": random_names(1000, 0),
+    "300 random": random_names(300, 0),
 }
 
 
@@ -123,6 +126,21 @@ def walked(side: Side, prompt: Prompt, image: bytes) -> int:
         values = scores(side.stock, asked, ahead, prompt.rule, side.image)["likelihood"]
         written = ahead[int(values.argmax())]
     return prompt.choices.index(written)
+
+
+@pytest.mark.parametrize("method", ["constrained", "likelihood"])
+def test_scores_in_parts_equal_those_at_once(
+    method: str,
+    sampler: LocalSamplingClient,
+    prompt: Prompt,
+    prompts: list[tinker.ModelInput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither logits nor masks of many nodes are in memory together."""
+    whole = score_choices(sampler, prompts, prompt.choices, method)
+    monkeypatch.setattr("vlm.local.scoring.LOGITS", 3 * 4096)
+    monkeypatch.setattr("vlm.local.scoring.MASK", 3000)
+    assert score_choices(sampler, prompts, prompt.choices, method) == pytest.approx(whole, abs=1e-4)
 
 
 def test_a_name_that_stands_twice_is_an_error(side: Side) -> None:

@@ -3,7 +3,6 @@
 import copy
 import os
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,22 +13,12 @@ from tinker import types
 
 from kshot.errors import ModelError
 from tests.vlm.helpers import Pictured
-from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local import features, vision
-from vlm.local.features import DiskCache, fingerprint
+from vlm.local import vision
 from vlm.local.model.tower import ImageFeatures
-from vlm.local.vision import Vision, memory_limit
+from vlm.local.vision import DiskCache, Vision, fingerprint, memory_limit
 
 KEYS = [f"{n:02x}" * 32 for n in range(8)]
-
-
-@pytest.fixture
-def model(stock: Any, rule: ImageRule) -> Any:
-    frozen = copy.deepcopy(stock).requires_grad_(False)
-    return SimpleNamespace(
-        stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME, timed=lambda _: nullcontext()
-    )
 
 
 @pytest.fixture
@@ -102,7 +91,7 @@ def test_the_fingerprint_is_of_everything_that_features_depend_on(
         other = copy.deepcopy(processor)
         setattr(other, field, value)
         seen.append(fingerprint(visual, other))
-    monkeypatch.setattr(features, "FORMAT", 2)
+    monkeypatch.setattr(vision, "FORMAT", 2)
     seen.append(fingerprint(visual, processor))
     assert len(set(seen)) == len(seen)
 
@@ -130,7 +119,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features, "write_file", full)
+    monkeypatch.setattr(vision, "write_file", full)
     with pytest.warns(UserWarning, match=r"image features are not kept in .*: No space left on device"):
         cache(tmp_path).put(KEYS[0], layers())
 

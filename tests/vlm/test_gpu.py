@@ -22,7 +22,7 @@ def _trained(
     device: str, state: Path, data: list[tinker.Datum], images: list[bytes], prompt: Prompt
 ) -> tuple[list[float], np.ndarray, Any, int]:
     """Losses of five steps, the scores of images and what is written of one, and images that the tower saw."""
-    service = LocalServiceClient(state / device, device)
+    service = LocalServiceClient(state / device, device=device)
     try:
         client = service.create_lora_training_client(nano.NAME, rank=4, seed=1).result()
         losses = []

@@ -1,7 +1,6 @@
 """What a loss takes: configurations, names and fields, and the errors that say what is wrong with them."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -12,25 +11,6 @@ from tinker import types
 
 from kshot.errors import RequestError, UnknownNameError
 from vlm.local.losses import LOSSES, fields_of, loss
-
-Arrays = Mapping[str, np.ndarray]
-NARROW = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05}
-WIDE = {"clip_low_threshold": 0.0, "clip_high_threshold": 1e30}
-CASES: list[tuple[str, dict[str, float]]] = [
-    ("cross_entropy", {}),
-    ("importance_sampling", {}),
-    ("ppo", {}),
-    ("ppo", NARROW),
-    ("ppo", {"clip_low_threshold": 0.0, "clip_high_threshold": 0.0}),
-    ("ppo", {"clip_high_threshold": 3.0}),
-    ("cispo", {}),
-    ("cispo", NARROW),
-    ("cispo", {"clip_low_threshold": 0.0}),
-    ("dro", {"beta": 0.05}),
-    ("dro", {"beta": 2}),
-    ("dro", {"beta": 0.0}),
-]
-each_case = pytest.mark.parametrize(("name", "config"), CASES)
 
 
 def test_configurations_and_their_defaults() -> None:
@@ -85,8 +65,8 @@ def datum(**fields: Any) -> tinker.Datum:
 
 def test_fields_have_one_length_and_the_dtypes_of_the_losses() -> None:
     targets = [6, 7, 2]
-    for given_weights in ({}, {"weights": [1, 1, 1]}, {"weights": np.ones(3)}):
-        fields = fields_of(datum(target_tokens=targets, **given_weights))
+    for weights in ({}, {"weights": [1, 1, 1]}, {"weights": np.ones(3)}):
+        fields = fields_of(datum(target_tokens=targets, **weights))
         assert fields["target_tokens"].tolist() == targets
         assert fields["target_tokens"].dtype == torch.int64
         assert fields["weights"].tolist() == [1.0, 1.0, 1.0]

@@ -15,8 +15,8 @@ from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
 from vlm.local import engine as engine_module
 from vlm.local.clients import LocalTrainingClient
-from vlm.local.engine import collate, groups
-from vlm.local.model.attention import Causal, Rows, ancestors
+from vlm.local.engine import groups
+from vlm.local.model.attention import Causal
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
@@ -32,12 +32,12 @@ def test_packed_equals_padded_and_single(
     client: LocalTrainingClient, stock: Any, inputs: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     """The hidden states of a pack, of each row alone, and of the stock model on right-padded rows."""
-    model, encode = client._engine.model, client._engine.vision.features
-    batch = collate(model, encode, inputs)
+    engine, model = client._engine, client._engine.model
+    batch = engine.collate(inputs, None)
     with torch.no_grad():
         packed = model.text.hidden(batch.inputs, Causal(batch.rows), None).split(batch.rows.lengths)
         for each, together in zip(inputs, packed, strict=True):
-            one = collate(model, encode, [each])
+            one = engine.collate([each], None)
             alone = model.text.hidden(one.inputs, Causal(one.rows), None)
             assert torch.allclose(alone, together, atol=1e-4)
         padded = _padded(stock, [stock_inputs(each, rule) for each in inputs])
@@ -67,7 +67,7 @@ def test_positions_equal_the_stock_ones(
     client: LocalTrainingClient, stock: Any, inputs: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     """M-RoPE for images of several sizes, two in one prompt, none, at the beginning and at the end."""
-    batch = collate(client._engine.model, client._engine.vision.features, inputs)
+    batch = client._engine.collate(inputs, None)
     ours = batch.inputs.position_ids.split(batch.rows.lengths, 1)
     for each, places, after in zip(inputs, ours, batch.next_position.tolist(), strict=True):
         row = stock_inputs(each, rule)
@@ -85,7 +85,7 @@ def test_the_head_at_positions_equals_the_full_head(
     """So does the last layer, which is asked for these positions alone."""
     disturb(client)
     model, factors = client._engine.model, client._run.factors
-    batch = collate(model, client._engine.vision.features, inputs)
+    batch = client._engine.collate(inputs, None)
     wanted = torch.tensor([3, 10, 11, batch.rows.lengths[0] + 2, int(batch.rows.row.shape[0]) - 1])
     with torch.no_grad():
         full = model.text.logits(model.text.hidden(batch.inputs, Causal(batch.rows), factors), factors)
@@ -93,35 +93,17 @@ def test_the_head_at_positions_equals_the_full_head(
     assert torch.allclose(model.text.logits(some, factors), full[wanted], atol=1e-3)
 
 
-def test_several_packs_equal_one(
-    client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "value"), [("PACK", 60), ("LOGITS", 5 * 4096)])
+def test_several_packs_and_logits_in_parts_equal_those_at_once(
+    client: LocalTrainingClient, mixed: list[tinker.Datum], limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disturb(client)
     one = client.forward_backward(mixed, "cross_entropy").result()
     gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
     client._run.clear_gradients()
-    monkeypatch.setattr(engine_module, "PACK", 60)
-    assert len(list(engine_module._packs(_items(mixed)))) > 2
+    monkeypatch.setattr(engine_module, limit, value)
     several = client.forward_backward(mixed, "cross_entropy").result()
     assert several.metrics["loss:sum"] == pytest.approx(one.metrics["loss:sum"], rel=1e-5)
-    for name, gradient in gradients_of(client).items():
-        assert torch.allclose(gradient, gradients[name], atol=1e-4, rtol=1e-4), name
-
-
-def _items(data: list[tinker.Datum]) -> list[Any]:
-    plain = engine_module.loss("cross_entropy", None)
-    return [engine_module._Item.of(n, datum, plain, every=True) for n, datum in enumerate(data)]
-
-
-def test_logits_in_parts_equal_those_at_once(
-    client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disturb(client)
-    client.forward_backward(mixed, "cross_entropy").result()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.clear_gradients()
-    monkeypatch.setattr(engine_module, "LOGITS", 5 * 4096)
-    client.forward_backward(mixed, "cross_entropy").result()
     for name, gradient in gradients_of(client).items():
         assert torch.allclose(gradient, gradients[name], atol=1e-4, rtol=1e-4), name
 
@@ -140,36 +122,23 @@ def test_a_bad_datum_stops_all_packs(
     client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
 
 
+@pytest.mark.parametrize("fails", [1, 2])
 def test_a_pass_that_fails_drops_what_was_gathered(
-    client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+    client: LocalTrainingClient, mixed: list[tinker.Datum], fails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step with a part of the gradients would be silent; without any it is an error."""
-    client.forward_backward(mixed, "cross_entropy").result()
+    """Before it, and by the request's other passes. A step with a part of the gradients would be silent; without any it
+    is an error, also in a pipeline, where the step was submitted behind the request."""
+    client.forward_backward(mixed[:1], "cross_entropy").result()
+    monkeypatch.setattr(engine_module, "PACK", 60)
+    backward, calls = torch.Tensor.backward, []
 
-    def full(*_: Any, **__: Any) -> None:
-        raise MemoryError("no memory left")
+    def full(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == fails:
+            raise MemoryError("no memory left")
+        backward(*args)
 
     monkeypatch.setattr(torch.Tensor, "backward", full)
-    with pytest.raises(MemoryError):
-        client.forward_backward(mixed, "cross_entropy").result()
-    with pytest.raises(RequestError, match="forward_backward first"):
-        client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
-
-
-def test_a_later_pass_that_fails_drops_the_first_ones_part(
-    client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also in a pipeline: the step that was submitted behind the request must not take a part for the whole."""
-    monkeypatch.setattr(engine_module, "PACK", 60)
-    whole, calls = engine_module.Engine._log_probs, []
-
-    def second_fails(*args: Any) -> torch.Tensor:
-        calls.append(args)
-        if len(calls) == 2:
-            raise MemoryError("no memory left")
-        return whole(*args)
-
-    monkeypatch.setattr(engine_module.Engine, "_log_probs", second_fails)
     loss = client.forward_backward(mixed, "cross_entropy")
     step = client.optim_step(types.AdamParams(learning_rate=1e-3))
     with pytest.raises(MemoryError):
@@ -230,27 +199,3 @@ def test_layers_on_several_devices(
     finally:
         for layer in layers:
             layer.device = torch.device("cpu")
-
-
-def test_a_node_sees_its_ancestors() -> None:
-    parents = [-1, 0, 1, -1, 0]
-    assert ancestors(parents).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [0, 0, 0, 1, 0],
-        [1, 0, 0, 0, 1],
-    ]
-
-
-def test_rows_pad_and_pack() -> None:
-    for lengths in ([2, 4, 1], [3, 3], [5]):
-        rows = Rows(lengths, torch.device("cpu"))
-        x = torch.arange(float(sum(lengths) * 6)).view(-1, 2, 3)
-        padded = rows.pad(x)
-        assert padded.shape == (len(lengths), 2, max(lengths), 3)
-        assert (rows.pack(padded) == x.flatten(1)).all()
-        for row, length in enumerate(lengths):
-            start = sum(lengths[:row])
-            assert (padded[row, :, :length] == x[start : start + length].transpose(0, 1)).all()
-            assert padded[row, :, length:].isfinite().all()  # where no position looks

@@ -1,4 +1,4 @@
-"""Sampling and prompt log-probabilities against the stock model and its generate; scores against brute force."""
+"""Sampling on the local engine alone: what `test_conformance_sampling.py` asks of every service is not repeated."""
 
 from typing import Any
 
@@ -9,28 +9,12 @@ import torch
 from tinker import types
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import OtherService, Pictured, stock_inputs
-from vlm import nano
+from tests.vlm.helpers import IMAGE, OtherService, Pictured, stock_inputs
 from vlm.classifier import generate
-from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.decoding import _candidates, sample_token
-from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
-
-
-@pytest.fixture(scope="module")
-def sampler(service: LocalServiceClient) -> LocalSamplingClient:
-    return service.create_sampling_client(base_model=nano.NAME).result()
-
-
-@pytest.fixture(scope="module")
-def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
-    """Questions about images of three sizes, one about two images, one about none."""
-    encode = prompt.tokenizer.encode
-    first, second = (image_chunk(e.image, rule) for e in examples[:2])
-    two = model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
-    return [*(prompt.question(e.image) for e in examples[:5]), two, model_input(encode("Once upon a"))]
 
 
 def greedy(stock: Any, asked: tinker.ModelInput, rule: ImageRule, length: int) -> list[int]:
@@ -41,113 +25,21 @@ def greedy(stock: Any, asked: tinker.ModelInput, rule: ImageRule, length: int) -
     return tokens
 
 
-def test_greedy_tokens_equal_stock_generate(
-    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
-) -> None:
-    params = types.SamplingParams(max_tokens=12, temperature=0.0, stop=[])
-    expected = [greedy(stock, asked, rule, 12) for asked in prompts]
-    assert [r.sequences[0].tokens for r in sampler.sample_batch(prompts, params)] == expected
-    assert [sampler.sample(p, 1, params).result().sequences[0].tokens for p in prompts] == expected
-
-
-def test_the_log_probs_of_a_sample_are_the_models(
-    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
-) -> None:
-    params = types.SamplingParams(max_tokens=6, temperature=0.7, top_k=50, top_p=0.9, seed=3, stop=[])
-    sequence = sampler.sample(prompts[0], 1, params).result().sequences[0]
-    full = stock_inputs(model_input(*prompts[0].chunks, sequence.tokens), rule)
-    with torch.no_grad():
-        log_probs = stock(**full).logits[0].log_softmax(-1)
-    expected = [log_probs[prompts[0].length - 1 + n, token] for n, token in enumerate(sequence.tokens)]
-    assert sequence.logprobs == pytest.approx(torch.stack(expected).tolist(), abs=1e-4)
-
-
-def test_seeds_reproduce_and_samples_of_one_prompt_differ(
-    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]
-) -> None:
-    def tokens(seed: int) -> list[list[int]]:
-        params = types.SamplingParams(max_tokens=8, seed=seed, stop=[], temperature=2.0)
-        return [s.tokens for s in sampler.sample(prompts[0], 3, params).result().sequences]
-
-    assert tokens(1) == tokens(1)
-    assert tokens(1) != tokens(2)
-    assert len({tuple(t) for t in [*tokens(1), *tokens(2)]}) == 6
-
-
-def test_stop_tokens_strings_and_lengths(
-    sampler: LocalSamplingClient, prompt: Prompt, prompts: list[tinker.ModelInput]
-) -> None:
-    def write(stop: Any, max_tokens: int = 10) -> types.SampledSequence:
-        params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
-        return sampler.sample(prompts[0], 1, params).result().sequences[0]
-
-    free = write([])
-    assert (free.stop_reason, len(free.tokens)) == ("length", 10)
-    third = free.tokens[2]
-    by_id = write([third])
-    assert by_id.stop_reason == "stop"
-    assert by_id.tokens == free.tokens[: free.tokens.index(third) + 1]
-    text = prompt.tokenizer.decode(free.tokens)
-    by_string = write(text[2:4])
-    assert by_string.stop_reason == "stop"
-    assert text[2:4] in prompt.tokenizer.decode(by_string.tokens)
-    assert text[2:4] not in prompt.tokenizer.decode(by_string.tokens[:-1])
-
-
 def test_top_k_top_p_and_temperature_choose_from_what_they_say() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
 
     def drawn(**params: Any) -> dict[int, float]:
-        made = [sample_token(logits, types.SamplingParams(**params), generator) for _ in range(4000)]
-        return {token: made.count(token) / 4000 for token in sorted(set(made))}
+        made = [sample_token(logits, types.SamplingParams(**params), generator) for _ in range(1500)]
+        return {token: made.count(token) / 1500 for token in sorted(set(made))}
 
     assert drawn(temperature=0.0) == {0: 1.0}
-    assert drawn() == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=0.03)
-    assert drawn(top_k=2) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.03)
-    assert drawn(top_p=0.6) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.03)  # 0.5 alone does not reach 0.6
+    assert drawn() == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=0.05)
+    assert drawn(top_k=2) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.05)
+    assert drawn(top_p=0.6) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.05)  # 0.5 alone does not reach 0.6
     assert drawn(top_p=0.5) == {0: 1.0}
     flat = np.sqrt([0.5, 0.3, 0.15, 0.05])
-    assert drawn(temperature=2.0) == pytest.approx(dict(enumerate(flat / flat.sum())), abs=0.03)
-
-
-def test_prompt_log_probs_equal_the_stock_forward(
-    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
-) -> None:
-    for asked in prompts:
-        inputs = stock_inputs(asked, rule)
-        ids = inputs["input_ids"][0]
-        with torch.no_grad():
-            log_probs = stock(**inputs).logits[0].log_softmax(-1)
-        got = sampler.compute_logprobs(asked).result()
-        for position, value in enumerate(got):
-            if position == 0 or ids[position] == 4082:
-                assert value is None
-            else:
-                assert value == pytest.approx(log_probs[position - 1, ids[position]].item(), abs=1e-4)
-
-
-def test_top_and_target_log_probs_of_a_prompt(
-    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
-) -> None:
-    asked = prompts[0]
-    with torch.no_grad():
-        log_probs = stock(**stock_inputs(asked, rule)).logits[0].log_softmax(-1)
-    ids = torch.full((asked.length - 1, 2), -1, dtype=torch.int64)
-    ids[-1] = torch.tensor([17, 4000])
-    ids[3, 0] = 5
-    for target in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
-        params = types.SamplingParams(max_tokens=1)
-        answer = sampler.sample(asked, 1, params, topk_prompt_logprobs=3, target_prompt_logprobs=target).result()
-        assert answer.target_prompt_logprobs is not None
-        values = answer.target_prompt_logprobs.to_numpy()
-        assert values[-1] == pytest.approx(log_probs[-2, [17, 4000]].numpy(), abs=1e-4)
-        assert values[3] == pytest.approx([log_probs[3, 5].item(), 0.0], abs=1e-4)
-        assert answer.topk_prompt_logprobs is not None
-        first, second = answer.topk_prompt_logprobs[:2]
-        assert first is None
-        assert second is not None
-        assert [token for token, _ in second] == log_probs[0].topk(3).indices.tolist()
+    assert drawn(temperature=2.0) == pytest.approx(dict(enumerate(flat / flat.sum())), abs=0.05)
 
 
 def test_free_answers_are_greedy_and_end_with_the_turn(
@@ -168,32 +60,10 @@ def test_free_answers_are_greedy_and_end_with_the_turn(
     assert generate(sampler, images[:1], prompt, 24) == [prompt.tokenizer.decode(first).strip()]
 
 
-def test_requests_that_do_not_fit_are_named(sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]) -> None:
-    params = types.SamplingParams(max_tokens=1)
-    with pytest.raises(RequestError, match="num_samples = 0"):
-        sampler.sample(prompts[0], 0, params).result()
-    for wrong in (
-        {"top_p": 0.0},
-        {"temperature": -1.0},
-        {"max_tokens": 0},
-        {"seed": 2**64},
-        {"seed": -1},
-        {"top_k": -2},
-    ):
-        with pytest.raises(RequestError, match=f"{next(iter(wrong))} = "):
-            sampler.sample(prompts[0], 1, types.SamplingParams(**{"max_tokens": 1, **wrong})).result()  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="topk_prompt_logprobs = 5000"):
-        sampler.sample(prompts[0], 1, params, topk_prompt_logprobs=5000).result()
-    off = types.TensorData.from_numpy(np.full((prompts[0].length - 1, 1), 4096))
-    with pytest.raises(RequestError, match="id 4096 is outside"):
-        sampler.sample(prompts[0], 1, params, target_prompt_logprobs=off).result()
-    short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
-    with pytest.raises(RequestError, match="rows"):
-        sampler.sample(prompts[0], 1, params, target_prompt_logprobs=short).result()
-
-
 def test_options_out_of_range_are_named(sampler: LocalSamplingClient, prompts: list[tinker.ModelInput]) -> None:
     params, rows = types.SamplingParams(max_tokens=1), prompts[0].length - 1
+    with pytest.raises(RequestError, match="seed = 18446744073709551616 is out of range"):
+        sampler.sample(prompts[0], 1, types.SamplingParams(max_tokens=1, seed=2**64)).result()
     for name, value in (
         ("topk_sample_logprobs", -1),
         ("topk_sample_logprobs", 4097),
@@ -208,23 +78,6 @@ def test_options_out_of_range_are_named(sampler: LocalSamplingClient, prompts: l
         sampler.sample(prompts[0], 1, params, topk_prompt_logprobs=1, prompt_logprobs_last_n=2).result()
 
 
-def test_the_likeliest_tokens_of_a_sample_are_the_models(
-    sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
-) -> None:
-    """Whatever filters and temperature drew the tokens themselves."""
-    params = types.SamplingParams(max_tokens=5, temperature=1.5, top_k=40, seed=4, stop=[])
-    for sequence in sampler.sample(prompts[0], 2, params, topk_sample_logprobs=3).result().sequences:
-        full = stock_inputs(model_input(*prompts[0].chunks, sequence.tokens), rule)
-        with torch.no_grad():
-            best = stock(**full).logits[0, prompts[0].length - 1 : -1].log_softmax(-1).topk(3)
-        top = sequence.topk_logprobs_np
-        assert top is not None
-        assert (top.token_ids.dtype, top.logprobs.dtype) == (np.int32, np.float32)
-        assert top.token_ids.tolist() == best.indices.tolist()
-        assert top.logprobs == pytest.approx(best.values.numpy(), abs=1e-4)
-    assert sampler.sample(prompts[0], 1, params).result().sequences[0].topk_logprobs is None
-
-
 def test_only_the_last_positions_of_a_prompt_are_scored(
     sampler: LocalSamplingClient, stock: Any, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
@@ -233,9 +86,9 @@ def test_only_the_last_positions_of_a_prompt_are_scored(
     ids = inputs["input_ids"][0]
     with torch.no_grad():
         log_probs = stock(**inputs).logits[0].log_softmax(-1)
-    is_image = (ids == 4082).tolist()
+    is_image = (ids == IMAGE).tolist()
     for last in (1, 5, length - 1):  # of the last, some are an image's
-        answer = sampler.sample(asked, 1, params, True, 2, prompt_logprobs_last_n=last).result()
+        answer = sampler.sample(asked, 1, params, True, 2, 1, prompt_logprobs_last_n=last).result()
         own, tops = answer.prompt_logprobs, answer.topk_prompt_logprobs
         assert own is not None
         assert tops is not None
@@ -244,8 +97,11 @@ def test_only_the_last_positions_of_a_prompt_are_scored(
         expected = [log_probs[n - 1, ids[n]].item() for n, value in enumerate(own) if value is not None]
         assert [value for value in own if value is not None] == pytest.approx(expected, abs=1e-4)
         assert tops[: length - last] == [None] * (length - last)
-        found = [[token for token, _ in top or []] for top in tops[length - last :]]
-        assert found == log_probs[length - last - 1 : -1].topk(2).indices.tolist()
+        tokens = [[token for token, _ in top or []] for top in tops[length - last :]]
+        assert tokens == log_probs[length - last - 1 : -1].topk(2).indices.tolist()
+        best = answer.sequences[0].topk_logprobs_np
+        assert best is not None
+        assert (best.token_ids.dtype, best.logprobs.dtype) == (np.int32, np.float32)
 
 
 def test_draws_in_the_prompts_place_are_the_models_at_the_temperature(
@@ -256,8 +112,8 @@ def test_draws_in_the_prompts_place_are_the_models_at_the_temperature(
     with torch.no_grad():
         logits = stock(**stock_inputs(asked, rule)).logits[0, :-1].double()
 
-    def draws(count: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        params = types.SamplingParams(**{"max_tokens": 1, "seed": 5, "top_k": 2, **given})
+    def draws(count: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        params = types.SamplingParams(**{"max_tokens": 1, "seed": 5, "top_k": 2, **options})
         answer = sampler.sample(asked, 1, params, True, prompt_alt_tokens_k=count, prompt_logprobs_last_n=1).result()
         drawn = answer.prompt_alt_tokens
         assert drawn is not None
@@ -277,16 +133,6 @@ def test_draws_in_the_prompts_place_are_the_models_at_the_temperature(
     assert torch.equal(draws(2, temperature=0.0)[0], best.expand(-1, 2))
     assert torch.equal(draws(3, seed=6)[0], draws(3, seed=6)[0])
     assert not torch.equal(draws(3, seed=6)[0], draws(3, seed=7)[0])
-
-
-def test_more_samples_than_a_pass_has_rows(
-    sampler: LocalSamplingClient, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    params = types.SamplingParams(max_tokens=4, temperature=1.0, seed=3, stop=[])
-    whole = [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences]
-    monkeypatch.setattr("vlm.local.sampling.ROWS", 2)
-    assert [s.tokens for s in sampler.sample(prompts[0], 5, params).result().sequences] == whole
-    assert len({tuple(tokens) for tokens in whole}) > 1
 
 
 def test_the_nucleus_of_many_tokens_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +164,7 @@ def test_prompt_values_in_parts_equal_those_at_once(
     sampler: LocalSamplingClient, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The logits of a long prompt are never in memory together."""
-    asked = prompts[5]
+    asked = prompts[3]
     ids = torch.full((asked.length - 1, 3), -1)
     ids[::2] = torch.tensor([5, 6, 7])
     targets = types.TensorData.from_torch(ids)
@@ -338,6 +184,7 @@ def test_prompt_values_in_parts_equal_those_at_once(
         return answer.prompt_logprobs, tops, answer.target_prompt_logprobs.to_numpy()
 
     own, tops, chosen = values()
+    assert not chosen[1::2].any()  # where nothing is to be scored
     monkeypatch.setattr("vlm.local.sampling.LOGITS", 7 * 4096)
     again, tops_again, chosen_again = values()
     assert tops_again == tops

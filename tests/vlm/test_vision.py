@@ -1,10 +1,7 @@
 """Image features: the frozen tower's, computed once, exact, and the same whatever else is asked for."""
 
-import copy
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +11,8 @@ from torch import Tensor
 
 from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured
-from vlm import nano
 from vlm.inputs import ImageRule, image_chunk
 from vlm.local import vision
-from vlm.local import vision as pixels
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.model import tower
 from vlm.local.model.tower import ImageFeatures
@@ -26,25 +21,17 @@ from vlm.prompts import Prompt
 
 
 @pytest.fixture
-def model(stock: Any, rule: ImageRule) -> Any:
-    """What Vision needs of a model."""
-    frozen = copy.deepcopy(stock).requires_grad_(False)
-    return SimpleNamespace(
-        stock=frozen, device=torch.device("cpu"), rule=rule, name=nano.NAME, timed=lambda _: nullcontext()
-    )
-
-
-@pytest.fixture
 def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
     return [image_chunk(e.image, rule) for e in examples]
 
 
+def close(one: ImageFeatures, other: ImageFeatures) -> bool:
+    return one.grid == other.grid and torch.allclose(one.values, other.values, atol=1e-4)
+
+
 def same(some: list[ImageFeatures], others: list[ImageFeatures]) -> bool:
     """Bit for bit."""
-    return all(
-        a.grid == b.grid and all(map(torch.equal, (a.embeds, *a.deepstack), (b.embeds, *b.deepstack)))
-        for a, b in zip(some, others, strict=True)
-    )
+    return all(a.grid == b.grid and torch.equal(a.values, b.values) for a, b in zip(some, others, strict=True))
 
 
 def test_a_second_epoch_runs_the_tower_zero_times(
@@ -69,18 +56,17 @@ def test_images_of_one_size_may_share_a_pass(
     together = Vision(model)
     shared = together._encode({vision._key(chunk): chunk.data for chunk in chunks}, together=True)
     assert passes == [3, 1, 2, 2, 1, 1, 1, 1]
-    for chunk, other in zip(chunks, alone, strict=True):
-        one = shared[vision._key(chunk)]
-        assert one.grid == other.grid
-        assert torch.allclose(one.embeds, other.embeds, atol=1e-4)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.deepstack, other.deepstack, strict=True))
+    assert all(close(shared[vision._key(chunk)], other) for chunk, other in zip(chunks, alone, strict=True))
 
 
-def test_the_feature_cache_is_bounded(model: Any, chunks: list[types.ImageChunk]) -> None:
+@pytest.mark.parametrize("place", ["cache_bytes", "device_bytes"])
+def test_a_feature_cache_is_bounded(model: Any, chunks: list[types.ImageChunk], place: str) -> None:
     chunks = chunks[::3]  # of one size
-    vision = Vision(model, cache_bytes=2 * Vision(model).features(chunks[:1])[0].values.nbytes)
-    for _ in range(2):
-        vision.features(chunks[:2])
+    expected = Vision(model).features(chunks[:3])
+    limits = {"cache_bytes": 0, place: 2 * expected[0].values.nbytes}
+    vision = Vision(model, **limits)
+    vision.features(chunks[:2])
+    assert same(vision.features(chunks[:2]), expected[:2])
     assert vision.forwards == 2
     vision.features(chunks[2:3])  # drops the oldest
     vision.features(chunks[1:2])
@@ -101,8 +87,8 @@ def test_images_are_decoded_ahead_to_the_same_bits(
         return original(data)
 
     expected = Vision(model, threads=0).features(chunks)
-    original = pixels.open_image
-    monkeypatch.setattr(pixels, "open_image", noted)
+    original = vision.open_image
+    monkeypatch.setattr(vision, "open_image", noted)
     ahead = Vision(model, threads=2)
     ahead.prefetch([*chunks, *chunks])
     waiting = list(ahead._pixels._started.values())
@@ -166,24 +152,8 @@ def test_live_features_have_gradients_and_are_not_kept(model: Any, chunks: list[
     live = vision.live([*chunks, chunks[0]], linear)
     assert vision.forwards == 2 * len(chunks)
     assert live[-1] is live[0]
-    for one, other in zip(live, expected, strict=False):
-        assert one.grid == other.grid
-        assert torch.allclose(one.embeds, other.embeds, atol=1e-4)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.deepstack, other.deepstack, strict=True))
-    torch.cat([layer for each in live for layer in (each.embeds, *each.deepstack)]).sum().backward()
+    assert all(close(one, other) for one, other in zip(live, [*expected, expected[0]], strict=True))
+    sum(each.values.sum() for each in live).backward()
     assert scale.grad is not None
     assert len(seen) == 16
-    assert not any(layer.requires_grad for layer in (expected[0].embeds, *expected[0].deepstack))
-
-
-def test_features_kept_on_the_device_are_found_there_and_bounded(model: Any, chunks: list[types.ImageChunk]) -> None:
-    chunks = chunks[::3]  # of one size
-    expected = Vision(model).features(chunks[:3])
-    vision = Vision(model, cache_bytes=0, device_bytes=2 * expected[0].values.nbytes)  # nothing else keeps them
-    vision.features(chunks[:2])
-    again = vision.features(chunks[:2])
-    assert vision.forwards == 2
-    assert all(torch.equal(one.values, other.values) for one, other in zip(again, expected, strict=False))
-    vision.features(chunks[2:3])  # drops the oldest
-    vision.features(chunks[:1])
-    assert vision.forwards == 4
+    assert not expected[0].values.requires_grad

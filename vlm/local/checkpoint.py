@@ -66,20 +66,21 @@ def load_folder(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise ModelError(f"adapter {folder} is no folder; give one that kshot train wrote")
     if not (folder / RECORD).is_file():
-        raise ModelError(
-            f"adapter {folder} has no {RECORD}; only adapters that kshot wrote can be read: train it again"
-        )
-    found = _read(folder, f"adapter {folder}")
-    if not all(tensor.float().isfinite().all() for tensor in found.weights.values()):
+        way_out = "only adapters that kshot wrote can be read: train it again"
+        raise ModelError(f"adapter {folder} has no {RECORD}; {way_out}")
+    adapter = _read(folder, f"adapter {folder}")
+    if not all(tensor.float().isfinite().all() for tensor in adapter.weights.values()):
         raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
-    return found
+    return adapter
 
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     try:
         record = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(record["base_model"], str):
+            raise TypeError(f"{record['base_model']!r} is no name")
         return Checkpoint(
-            base_model=_text(record["base_model"]),
+            base_model=record["base_model"],
             spec=_spec(record["lora"]),
             weights=load_file(source / WEIGHTS),
             experts=record["experts"],
@@ -89,12 +90,6 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no name")
-    return value
 
 
 def _spec(values: Any) -> LoraSpec:

@@ -34,8 +34,6 @@ from vlm.local.vision import ImageFeatures, Vision
 
 # Packed batches
 
-Encode = Callable[[Sequence[types.ImageChunk]], list[ImageFeatures]]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,35 +47,6 @@ class Batch:
     def ends(self) -> Tensor:
         """(rows,) where each row's last position is in the pack."""
         return torch.tensor(self.rows.lengths, device=self.inputs.ids.device).cumsum(0) - 1
-
-    def is_image(self) -> Tensor:
-        """(positions,) True at image positions."""
-        mask = torch.zeros_like(self.inputs.ids, dtype=torch.bool)
-        if self.inputs.image_positions is not None:
-            mask[self.inputs.image_positions] = True
-        return mask
-
-
-def collate(model: Model, encode: Encode, inputs: Sequence[tinker.ModelInput]) -> Batch:
-    """The batch of these inputs; `encode` gives the images' features.
-
-    Raises RequestError for an empty input, foreign chunks and tokens off the vocabulary.
-    """
-    for each in inputs:
-        _check(model, each)
-    images = encode([chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)])
-    remaining = iter(images)
-    rows = [_packed_row(model, each, remaining) for each in inputs]
-    lengths = [len(ids) for ids, _, _ in rows]
-    wrong = next((length for length in lengths if not 0 < length <= model.context), None)
-    if wrong is not None:
-        raise RequestError(
-            f"a model input has {wrong} positions; this model takes at least one token, at most {model.context}"
-        )
-    ids = np.array([token for ids, _, _ in rows for token in ids], np.int64)
-    packed = _packed_inputs(model, ids, np.concatenate([positions for _, positions, _ in rows], 1), images)
-    after = torch.tensor([after for _, _, after in rows], device=model.device)
-    return Batch(Rows(lengths, model.device), packed, after)
 
 
 def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]:
@@ -97,23 +66,15 @@ def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]
 
 def length_of(each: tinker.ModelInput) -> int:
     """The positions of an input, as far as they are known before its images are decoded."""
-    sizes = ((c.expected_tokens or 0) if isinstance(c, types.ImageChunk) else c.length for c in each.chunks)
-    return sum(sizes)
+    return sum((c.expected_tokens or 0) if isinstance(c, types.ImageChunk) else c.length for c in each.chunks)
 
 
-def _packed_inputs(
-    model: Model, ids: np.ndarray, position_ids: np.ndarray, images: Sequence[ImageFeatures]
-) -> PackedInputs:
-    device = model.device
-    packed = torch.from_numpy(ids).to(device), torch.from_numpy(position_ids).to(device)
-    if not images:
-        return PackedInputs(*packed)
-    image_positions = torch.from_numpy(np.flatnonzero(ids == model.image_token)).to(device)
-    values = torch.cat([image.values for image in images], 1).to(device)
-    return PackedInputs(*packed, image_positions, values[0], values[1:])
+def _images(inputs: Sequence[tinker.ModelInput]) -> list[types.ImageChunk]:
+    return [chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
 
 
 def _check(model: Model, each: tinker.ModelInput) -> None:
+    """Raise RequestError for foreign chunks and tokens off the vocabulary."""
     after_image = False
     for chunk in each.chunks:
         if isinstance(chunk, types.EncodedTextChunk):
@@ -253,9 +214,8 @@ class Engine:
                     log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
                 slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
                 run.add(partial(log_probs.backward, slope))
-        surrogate = sum(
-            float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, log_probs_of, strict=True)
-        )
+        pairs = zip(slopes, log_probs_of, strict=True)
+        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in pairs)
         return _output(log_probs_of, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
 
     def optim_step(self, run: TrainingRun, params: types.AdamParams) -> types.OptimStepResponse:
@@ -265,16 +225,35 @@ class Engine:
 
     def prefetch(self, inputs: Sequence[tinker.ModelInput]) -> None:
         """Begin to decode the images that a coming request will need. From any thread; raises nothing about images."""
-        self.vision.prefetch([chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)])
+        self.vision.prefetch(_images(inputs))
 
     def collate(self, inputs: Sequence[tinker.ModelInput], factors: Factors | None) -> Batch:
-        """The packed batch of these inputs, images as the tower sees them with the adapter, if that covers it."""
-        return collate(self.model, self._encode(factors), inputs)
+        """The packed batch of these inputs, images as the tower sees them with the adapter, if that covers it.
 
-    def _encode(self, factors: Factors | None) -> Encode:
-        if factors is None or not factors.spec.train_vision:
-            return self.vision.features
-        return partial(self.vision.live, linear=partial(_tower_linear, factors))
+        Raises RequestError for an empty input, foreign chunks and tokens off the vocabulary.
+        """
+        model, device = self.model, self.model.device
+        for each in inputs:
+            _check(model, each)
+        if factors is not None and factors.spec.train_vision:
+            images = self.vision.live(_images(inputs), partial(_tower_linear, factors))
+        else:
+            images = self.vision.features(_images(inputs))
+        remaining = iter(images)
+        rows, positions, after = zip(*(_packed_row(model, each, remaining) for each in inputs), strict=True)
+        lengths = [len(ids) for ids in rows]
+        wrong = next((length for length in lengths if not 0 < length <= model.context), None)
+        if wrong is not None:
+            raise RequestError(
+                f"a model input has {wrong} positions; this model takes at least one token, at most {model.context}"
+            )
+        ids = np.array([token for row in rows for token in row], np.int64)
+        packed = [torch.from_numpy(ids).to(device), torch.from_numpy(np.concatenate(positions, 1)).to(device)]
+        if images:
+            values = torch.cat([image.values for image in images], 1).to(device)
+            at = np.flatnonzero(ids == model.image_token)
+            packed += [torch.from_numpy(at).to(device), values[0], values[1:]]
+        return Batch(Rows(lengths, device), PackedInputs(*packed), torch.tensor(after, device=device))
 
     def _check(self, items: Sequence["_Item"]) -> None:
         if not items:
@@ -310,12 +289,11 @@ class Engine:
         targets = pack.scored("target_tokens").to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)
-        score = partial(self._score, factors)
         step = max(1, LOGITS // self.model.vocabulary)
         if len(scored) <= step:
-            return score(hidden, targets)
+            return self._score(factors, hidden, targets)
         parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient
-        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(self._score, factors, *part, use_reentrant=False) for part in parts])
 
     def _score(self, factors: Factors, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.model.text.logits(hidden, factors)

@@ -80,25 +80,12 @@ def _log(threshold: float) -> float:
     return math.log(threshold) if threshold > 0 else -math.inf
 
 
-def _weighted(fields: Fields) -> Tensor:
-    return fields["weights"] != 0
-
-
-def _advantaged(fields: Fields, **_: float) -> Tensor:
-    return fields["advantages"] != 0
-
-
-def _penalised(fields: Fields, *, beta: float) -> Tensor:
-    return torch.ones_like(fields["advantages"], dtype=torch.bool) if beta else _advantaged(fields)
-
-
 @dataclass(frozen=True)
 class Loss:
     """A loss of LOSSES; `loss` returns it with its configuration filled in."""
 
     name: str
     function: Callable[..., Tensor]
-    counts: Callable[..., Tensor]
     required: tuple[str, ...] = ()
     optional: Mapping[str, float] = field(default_factory=dict)  # a field and its value where the datum lacks it
     config: Mapping[str, float] = field(default_factory=dict)  # a key and its default; NaN: there is none
@@ -115,7 +102,8 @@ class Loss:
 
     def scored(self, fields: Fields) -> Tensor:
         """(n,) bool: the positions whose log-probability the value or the gradient depends on."""
-        return self.counts(fields, **self.config)
+        everywhere = self.config.get("beta", 0.0) != 0  # dro's penalty
+        return (fields["advantages" if self.uses_sampled else "weights"] != 0) | everywhere
 
 
 _SAMPLED = ("logprobs", "advantages")
@@ -123,13 +111,13 @@ _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 LOSSES: dict[str, Loss] = {
     each.name: each
     for each in (
-        Loss("cross_entropy", cross_entropy, _weighted, optional={"weights": 1.0}),
-        Loss("closed_set", cross_entropy, _weighted, optional={"weights": 1.0}, closed=True),
-        Loss("importance_sampling", importance_sampling, _advantaged, _SAMPLED),
-        Loss("ppo", ppo, _advantaged, _SAMPLED, config=_CLIP),
-        Loss("cispo", cispo, _advantaged, _SAMPLED, config=_CLIP),
+        Loss("cross_entropy", cross_entropy, optional={"weights": 1.0}),
+        Loss("closed_set", cross_entropy, optional={"weights": 1.0}, closed=True),
+        Loss("importance_sampling", importance_sampling, _SAMPLED),
+        Loss("ppo", ppo, _SAMPLED, config=_CLIP),
+        Loss("cispo", cispo, _SAMPLED, config=_CLIP),
         # The documentation names no default for beta, and implementations differ by two orders of magnitude.
-        Loss("dro", dro, _penalised, _SAMPLED, config={"beta": math.nan}),
+        Loss("dro", dro, _SAMPLED, config={"beta": math.nan}),
     )
 }
 
@@ -145,13 +133,10 @@ def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
     definition, config = LOSSES[name], config or {}
     unknown = sorted(set(config) - set(definition.config))
     if unknown:
-        takes = (
-            f"takes {sorted(definition.config)} in its configuration" if definition.config else "takes no configuration"
-        )
+        keys = sorted(definition.config)
+        takes = f"takes {keys} in its configuration" if keys else "takes no configuration"
         raise RequestError(f"loss {name!r} {takes}, got {unknown}")
-    values = {
-        key: _number(name, key, config[key]) if key in config else default for key, default in definition.config.items()
-    }
+    values = {**definition.config, **{key: _number(name, key, value) for key, value in config.items()}}
     for key in (key for key, value in values.items() if math.isnan(value)):
         raise RequestError(f"loss {name!r} has no default {key}; give one: loss_fn_config={{{key!r}: 0.05}}")
     if "clip_low_threshold" in values and values["clip_low_threshold"] > values["clip_high_threshold"]:
@@ -203,8 +188,8 @@ def _number(name: str, key: str, value: Any) -> float:
 def _vector(name: str, data: tinker.TensorData) -> Tensor:
     vector = None if data.sparse_crow_indices is not None else data.to_torch()
     if vector is None or vector.ndim != 1:
-        shape = data.shape
-        raise RequestError(f"{name} must be a vector, a number per position, got shape {shape}; top-K is not built")
+        form = f"a vector, a number per position, got shape {data.shape}"
+        raise RequestError(f"{name} must be {form}; top-K is not built")
     return vector
 
 

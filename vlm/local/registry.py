@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tinker import types
-from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture
+from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
@@ -37,12 +37,13 @@ DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # N
 
 @dataclass
 class EngineRegistry:
-    """Models in memory and what is done with them.
+    """Models in memory and what is done with them; `start` to `sampler_of_folder` run on the scheduler's thread.
 
-    state: where checkpoints are. device, dtype: where and in what models compute (None: the checkpoint's).
-    train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a folder that keeps
-    image features between processes. cache_bytes: how much memory they may take in this one (None: a quarter, at most
-    16 GiB). model_paths: name of a model → its folder or hub id; None: a name says itself where its model is.
+    state: where checkpoints are. device, dtype: where and in what models compute ("auto": spread over all GPUs; None:
+    the checkpoint's). train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a
+    folder that keeps image features between processes. cache_bytes: how much memory they may take in this one (None: a
+    quarter, at most 16 GiB). model_paths: name of a model → its folder or hub id; None: a name says itself where its
+    model is.
     """
 
     state: Path = field(default_factory=state_folder)
@@ -55,17 +56,16 @@ class EngineRegistry:
     scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
 
-    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> AwaitableConcurrentFuture[Any]:
+    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """A future of a call on the scheduler's thread, in the order of submission."""
-        return AwaitableConcurrentFuture(self.scheduler.submit(call, *args, **kwargs))
+        return Future(self.scheduler.submit(call, *args, **kwargs))
 
     def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
         """What a run covers here. Raises RequestError where that is nothing."""
         return LoraSpec(rank, train_mlp, train_attn, train_unembed, self.train_vision)
 
     def engine(self, base_model: str) -> Engine:
-        """The engine of a model, loaded at its first use; on the scheduler's thread. Raises UnknownNameError,
-        ModelError."""
+        """The engine of a model, loaded at its first use. Raises UnknownNameError, ModelError."""
         if base_model not in self.engines:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
@@ -76,7 +76,7 @@ class EngineRegistry:
     def start(
         self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None
     ) -> LocalTrainingClient:
-        """A new run called `model_id`; seed None: any. On the scheduler's thread."""
+        """A new run called `model_id`; seed None: any."""
         engine = self.engine(base_model)
         run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
         return LocalTrainingClient(engine, run, model_id, self.state, self.scheduler, user_metadata)
@@ -90,8 +90,7 @@ class EngineRegistry:
         *,
         optimizer: bool,
     ) -> LocalTrainingClient:
-        """A new run with what a checkpoint holds; on the scheduler's thread. Raises RequestError where that is of
-        another model."""
+        """A new run with what a checkpoint holds. Raises RequestError where that is of another model."""
         saved = checkpoint.load(self.state, path)
         if base_model not in (None, saved.base_model):
             raise RequestError(f"checkpoint {path} is of {saved.base_model!r}, not of {base_model!r}")
@@ -100,13 +99,13 @@ class EngineRegistry:
         return client
 
     def sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
-        """A client on saved weights or on a base model; on the scheduler's thread."""
+        """A client on saved weights or on a base model."""
         if base_model is not None:
             return LocalSamplingClient(self.engine(base_model), BASE, self.scheduler)
-        return self.adapted(checkpoint.load(self.state, model_path or ""))
+        return self._adapted(checkpoint.load(self.state, model_path or ""))
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
-        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; on the scheduler's thread."""
+        """A client on the adapter in a folder of the checkpoint layout, wherever it lies."""
         saved = checkpoint.load_folder(folder)
         name = base_model or saved.base_model
         try:
@@ -117,19 +116,14 @@ class EngineRegistry:
             way_out = "say with base_model (--model) where it is"
             raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
         try:
-            return self.adapted(replace(saved, base_model=name))
+            return self._adapted(replace(saved, base_model=name))
         except ModelError as error:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
-    def adapted(self, saved: Checkpoint) -> LocalSamplingClient:
-        """A client on a checkpoint in memory; on the scheduler's thread."""
+    def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
         engine = self.engine(saved.base_model)
         adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
         return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
-
-    def close(self) -> None:
-        """Finish what was requested and stop the scheduler."""
-        self.scheduler.close()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -147,31 +141,17 @@ def check_seed(seed: Any) -> None:
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise RequestError for another optimizer than Adam."""
-    if not (optimizer is None or isinstance(optimizer, types.AdamOptimizerConfig)):
-        raise RequestError(f"optimizer={optimizer!r} is not supported by the local service; leave it out")
+    refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
 
 
 class LocalServiceClient:
     """Training and sampling on models of this process; meets `vlm.service.ServiceClient`.
 
-    state_dir: where checkpoints are written and found. device: where models are put ("auto": spread over all GPUs).
-    dtype: what they compute in; None is the checkpoint's own. train_vision: whether LoRA covers the vision tower too.
-    features: a folder that keeps image features between processes, or None. cache_bytes: how much memory they may
-    take in this one; None is a quarter of the machine's, at most 16 GiB.
+    state_dir: where checkpoints are written and found. options: of EngineRegistry.
     """
 
-    def __init__(
-        self,
-        state_dir: Path | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,
-        *,
-        train_vision: bool = False,
-        features: Path | None = None,
-        cache_bytes: int | None = None,
-    ) -> None:
-        state = state_dir or state_folder()
-        self._registry = EngineRegistry(state, device, dtype, train_vision, features, cache_bytes)
+    def __init__(self, state_dir: Path | None = None, **options: Any) -> None:
+        self._registry = EngineRegistry(state_dir or state_folder(), **options)
         self._session, self._runs = str(uuid.uuid4()), count()
 
     def create_lora_training_client(
@@ -184,7 +164,7 @@ class LocalServiceClient:
         train_unembed: bool = True,
         user_metadata: dict[str, str] | None = None,
         optimizer: types.AdamOptimizerConfig | None = None,
-    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+    ) -> Future[LocalTrainingClient]:
         """A future of a new training run on `base_model`; the LoRA weights are initialised from `seed`."""
         check_optimizer(optimizer)
         check_seed(seed)
@@ -198,7 +178,7 @@ class LocalServiceClient:
         user_metadata: dict[str, str] | None = None,
         weights_access_token: str | None = None,
         optimizer: types.AdamOptimizerConfig | None = None,
-    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+    ) -> Future[LocalTrainingClient]:
         """A future of a new run with the weights of a checkpoint and a fresh optimizer."""
         refuse(weights_access_token=weights_access_token)
         check_optimizer(optimizer)
@@ -210,7 +190,7 @@ class LocalServiceClient:
         base_model: str | None = None,
         user_metadata: dict[str, str] | None = None,
         weights_access_token: str | None = None,
-    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
+    ) -> Future[LocalTrainingClient]:
         """A future of a new run with the weights and the optimizer of a checkpoint."""
         refuse(weights_access_token=weights_access_token)
         return self._resume(path, base_model, user_metadata, optimizer=True)
@@ -221,7 +201,7 @@ class LocalServiceClient:
         base_model: str | None = None,
         retry_config: Any = None,
         record_stability_info: bool = False,
-    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+    ) -> Future[LocalSamplingClient]:
         """A future of a client on saved sampler weights, or on a base model as it is."""
         refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
@@ -230,7 +210,7 @@ class LocalServiceClient:
 
     def create_sampling_client_from_folder(
         self, folder: Path, base_model: str | None = None
-    ) -> AwaitableConcurrentFuture[LocalSamplingClient]:
+    ) -> Future[LocalSamplingClient]:
         """A future of a client on the adapter in a folder of the checkpoint layout, wherever it lies.
 
         base_model: the model under another name than the recorded one, as where its folder was moved. Not of the SDK,
@@ -245,14 +225,10 @@ class LocalServiceClient:
 
     def close(self) -> None:
         """Finish what was requested and stop the scheduler."""
-        self._registry.close()
+        self._registry.scheduler.close()
 
-    def _resume(
-        self, path: str, base_model: str | None, user_metadata: dict[str, str] | None, *, optimizer: bool
-    ) -> AwaitableConcurrentFuture[LocalTrainingClient]:
-        return self._registry.submit(
-            self._registry.resume, self._next_id(), path, base_model, user_metadata, optimizer=optimizer
-        )
+    def _resume(self, *args: Any, optimizer: bool) -> Future[LocalTrainingClient]:
+        return self._registry.submit(self._registry.resume, self._next_id(), *args, optimizer=optimizer)
 
     def _next_id(self) -> str:
         return f"{self._session}:train:{next(self._runs)}"

@@ -144,7 +144,7 @@ def _prompt_values(
     own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
     if request.prompt_logprobs:
         values["prompt_logprobs_np"] = _behind(first_own, own[first_own - start :], np.nan)
-        values["prompt_logprobs_np"][batch.is_image()[row].cpu().numpy()] = np.nan
+        values["prompt_logprobs_np"][(ids == decoder.engine.model.image_token).cpu().numpy()] = np.nan
     if request.topk_prompt_logprobs:
         top_ids, tops = top_ids[first_own - start :].astype(np.int32), tops[first_own - start :]
         values["topk_prompt_logprobs_np"] = TopkLogprobs(

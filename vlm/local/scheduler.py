@@ -50,14 +50,6 @@ class QueuedRequest:
     def sequences(self) -> Sequence[TokenSequence]:
         return self.result.sequences if self.result else ()
 
-    def is_valid(self) -> bool:
-        """Whether it can be sampled, as far as that shows before the prompt is read; if not it has failed."""
-        try:
-            sampling.check(self.engine, self.request)
-        except Exception as error:
-            self.fail(error)
-        return self.error is None
-
     def fail(self, error: BaseException) -> None:
         clear_frames(error.__traceback__)  # they hold a pass's tensors, and the error may be kept for long
         self.error = error
@@ -80,20 +72,14 @@ class QueuedRequest:
         for sequence in self.sequences:
             sequence.end()
         if self.future.set_running_or_notify_cancel():
-            response = self._response()
+            try:
+                if self.result and self.error is None:
+                    self.future.set_result(self.result.response())
+            except Exception as error:  # no response can be made of it: this request fails, and no other
+                self.fail(error)
             if self.error is not None:
                 self.future.set_exception(self.error)
-            else:
-                self.future.set_result(response)
         return True
-
-    def _response(self) -> Any:
-        """What was sampled; where that cannot be put into a response this request fails, and no other."""
-        try:
-            return self.result.response() if self.result and self.error is None else None
-        except Exception as error:
-            self.fail(error)
-            return None
 
 
 class SnapshotBatch:
@@ -109,15 +95,16 @@ class SnapshotBatch:
         return not (self.waiting or self._running)
 
     def add(self, request: QueuedRequest) -> None:
-        """Queue a request; one that cannot be sampled fails at once."""
-        if request.is_valid():
+        """Queue a request; one of which it shows before its prompt is read that it cannot be sampled fails at once."""
+        try:
+            sampling.check(request.engine, request.request)
+        except Exception as error:
+            request.fail(error)
+        if not request.finish_if_done():
             self.waiting.append(request)
-        else:
-            request.finish_if_done()
 
     def step(self) -> int:
-        """Prefill the requests for which there is a row, and decode one token of each sequence; returns how many
-        tokens."""
+        """Prefill the requests for which there is a row, decode a token of each sequence; returns how many tokens."""
         admitted = self._admitted()
         self._running += admitted
         for members in groups([length_of(each.request.prompt) for each in admitted], ROWS, POSITIONS):

@@ -9,6 +9,7 @@ no pass of the text model, and with a frozen tower they come from the cache of i
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
@@ -92,13 +93,8 @@ def _with_nodes(batch: Batch, trie: Trie) -> PackedInputs:
     inputs, device = batch.inputs, batch.inputs.ids.device
     tokens = torch.tensor(trie.tokens, dtype=torch.long, device=device).repeat(batch.rows.count)
     after = batch.next_position[:, None] + torch.tensor(trie.depths, dtype=torch.long, device=device)
-    return PackedInputs(
-        torch.cat([inputs.ids, tokens]),
-        torch.cat([inputs.position_ids, after.flatten().expand(3, -1)], 1),
-        inputs.image_positions,
-        inputs.embeds,
-        inputs.deepstack,
-    )
+    position_ids = torch.cat([inputs.position_ids, after.flatten().expand(3, -1)], 1)
+    return replace(inputs, ids=torch.cat([inputs.ids, tokens]), position_ids=position_ids)
 
 
 @torch.no_grad()
@@ -132,8 +128,8 @@ def _check(prompts: Sequence[tinker.ModelInput]) -> None:
 def _tower(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
     """(rows, hidden) mean of what stands at the positions of each row's one image. Row by row, so that the digits do
     not depend on the other rows; in float32, since the mean of many bfloat16 numbers has more digits than they have."""
-    embeds = cast(Tensor, batch.inputs.embeds)  # every row has an image
-    tokens = torch.bincount(batch.rows.row[batch.is_image()]).tolist()
+    embeds, positions = cast(Tensor, batch.inputs.embeds), cast(Tensor, batch.inputs.image_positions)  # in every row
+    tokens = torch.bincount(batch.rows.row[positions]).tolist()
     return torch.stack([image.float().mean(0) for image in embeds.split(tokens)])
 
 

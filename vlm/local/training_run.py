@@ -37,9 +37,8 @@ class TrainingRun:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around the passes of one request: its gradients are accumulated whole. Where a later pass fails, all
-        are dropped, so that no step is made with a part; a request that fails before its first changes nothing.
-        """
+        """Around the passes of one request. Where a later one fails, all gradients are dropped, so that no step is made
+        with a part; a request that fails before its first changes nothing."""
         self._started = False
         try:
             yield
@@ -80,21 +79,13 @@ class TrainingRun:
         if not norm.isfinite():
             self.clear_gradients()
             raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
-        self._optimizer.param_groups[0].update(
-            lr=params.learning_rate,
-            betas=(params.beta1, params.beta2),
-            eps=params.eps,
-            weight_decay=params.weight_decay,
-        )
+        betas = params.beta1, params.beta2
+        options = {"lr": params.learning_rate, "betas": betas, "eps": params.eps, "weight_decay": params.weight_decay}
+        self._optimizer.param_groups[0].update(options)
         self._optimizer.step()
         self.clear_gradients()
         self._refresh()
         return float(norm)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """PEFT's name → the view of that tensor's accumulated gradient."""
-        flats = {device: _gradient(master) for device, master in self._masters.items()}
-        return {name: piece.of(flats) for name, piece in self.adapter.layout.pieces.items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """A copy of Adam's state, `<tensor>.<moment>` and `step`; empty before its first step."""

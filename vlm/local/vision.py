@@ -6,28 +6,38 @@ requested with it; elsewhere images of one size share a pass.
 
 A few threads decode images ahead of time (`PixelLoader`). Their patches have the bits of the stock image processor,
 called on one image, whichever thread makes them.
+
+A folder of features outlives the process (`DiskCache`). A file is good for a later run only if that run would compute
+the same bits, so its path names everything that features depend on (`fingerprint`). Processes may share a folder.
 """
 
 import os
+import re
+import tempfile
 import time
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from threading import Barrier, Lock
 from typing import Any, NamedTuple
 
 import psutil
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from tinker import types
 from torch import Tensor
 
-from kshot.errors import ImageError, RequestError
+from kshot.errors import ImageError, ModelError, RequestError
+from kshot.files import STALE, facts_digest, tensor_digest, write_file
 from kshot.images import image_key, open_header, open_image
 from vlm.inputs import ImageRule
-from vlm.local.features import DISK_BYTES, DiskCache, fingerprint
 from vlm.local.model.load import Model
 from vlm.local.model.placement import group_free_bytes
 from vlm.local.model.tower import ImageFeatures, Linear, plain, tower
@@ -35,6 +45,12 @@ from vlm.local.model.tower import ImageFeatures, Linear, plain, tower
 PIXEL_BYTES = 1 << 30
 MOST_THREADS = 4
 ABANDONED = 600  # seconds after which patches that nobody took may make room for others
+PASS_PATCHES = 1 << 15  # of images that share a pass: activations of about 1 GB in the largest tower in bfloat16
+FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
+DISK_BYTES = 32 << 30
+SHARE = 16  # the folder is looked through whenever this process has written one part in SHARE of the limit
+LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
+_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]{12}\.tmp)?")  # of the files that are this module's
 
 
 class Patches(NamedTuple):
@@ -186,19 +202,124 @@ class MemoryCache:
             self._held -= self._cache.popitem(last=False)[1].values.nbytes
 
 
-PASS_PATCHES = 1 << 15  # of images that share a pass: activations of about 1 GB in the largest tower in bfloat16
+class DiskCache:
+    """Features in <folder>/<fingerprint>/<2 hex digits>/<SHA-256 of the image>.safetensors.
+
+    fingerprint: gives what the features depend on; asked for once, when first needed.
+    limit: bytes of the whole folder; least recently used files go first. Each further process may exceed it by 1/SHARE.
+    Raises ModelError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Callable[[], str], limit: int = DISK_BYTES) -> None:
+        self._folder, self._fingerprint, self._limit = folder, fingerprint, limit
+        self._written: int | None = None  # bytes written since the folder was looked through
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = f"feature cache folder {folder} cannot be written ({error.strerror})"
+            raise ModelError(f"{reason}; name another, or none") from error
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def touch(self, key: str) -> None:
+        """Have it count as used now: it is about to be."""
+        with suppress(OSError):
+            os.utime(self.path(key))
+
+    def path(self, key: str) -> Path:
+        """Where the features of the image with this SHA-256 are or would be."""
+        return self._version_folder / key[:2] / f"{key}.safetensors"
+
+    def get(self, key: str) -> ImageFeatures | None:
+        """None where there is no file, or a damaged one."""
+        path = self.path(key)
+        try:
+            features = _decode(path.read_bytes())
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+            return None
+        with suppress(OSError):  # another process has just removed it, or owns it
+            os.utime(path)
+        return features
+
+    def put(self, key: str, features: ImageFeatures) -> None:
+        """Write the file, over one that is there. A full disk is a warning: the run does not need the file."""
+        content, path = _encode(features), self.path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
+        except OSError as error:
+            warnings.warn(f"image features are not kept in {self._folder}: {error.strerror}", stacklevel=2)
+            return
+        if self._written is None or self._written + len(content) > self._limit // SHARE:
+            self._shrink()
+            self._written = 0
+        self._written += len(content)
+
+    @cached_property
+    def _version_folder(self) -> Path:
+        return self._folder / self._fingerprint()
+
+    def _shrink(self) -> None:
+        """Leave room for what is written until the next look."""
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
+        excess = sum(stat.st_size for _, stat in files) - (self._limit - self._limit // SHARE)
+        for path, stat in files:
+            unfinished = path.suffix != ".safetensors"
+            if time.time() - stat.st_mtime > STALE if unfinished else excess > 0:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                excess -= stat.st_size
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What this module wrote, and nothing else that may lie in the folder."""
+        for path in self._folder.glob("*/[0-9a-f][0-9a-f]/*"):
+            if _NAME.fullmatch(path.name):
+                with suppress(FileNotFoundError):
+                    yield path, path.stat()
+
+
+def fingerprint(visual: Any, processor: Any) -> str:
+    """32 hex digits for all that an image's features depend on: the tower's weights and configuration, the processor's
+    settings, the number format, the device, and the libraries between the bytes of an image and its features."""
+    weight = visual.pos_embed.weight
+    cuda = weight.device.type == "cuda"
+    facts = {
+        "format": FORMAT,
+        "weights": tensor_digest(visual.state_dict()),
+        "tower": {name: value for name, value in visual.config.to_dict().items() if name != "_name_or_path"},
+        "processor": processor.to_dict(),
+        "dtype": weight.dtype,
+        "device": torch.cuda.get_device_name(weight.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "device_type": weight.device.type,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return facts_digest(facts)
+
+
+def _encode(features: ImageFeatures) -> bytes:
+    tensors = {"grid": torch.tensor(features.grid), "values": features.values.contiguous()}
+    check = torch.frombuffer(bytearray.fromhex(tensor_digest(tensors)), dtype=torch.uint8)
+    return safetensors.torch.save({**tensors, "sha256": check})
+
+
+def _decode(content: bytes) -> ImageFeatures:
+    """Raises SafetensorError, KeyError, TypeError, ValueError or RuntimeError for anything but what `_encode` made."""
+    tensors = safetensors.torch.load(content)
+    check = bytes(tensors.pop("sha256").tolist())
+    if check.hex() != tensor_digest(tensors):
+        raise ValueError("the content is not what was written")
+    time_, height, width = tensors["grid"].tolist()
+    return ImageFeatures((time_, height, width), tensors["values"])
 
 
 class Vision:
-    """The tower of one model with its caches.
+    """The tower of one model with its caches, of which least recently used features go first.
 
-    cache_bytes: of features in the host's memory; a quarter of it, at most 16 GiB, unless given. Least recently used
-        ones go first.
-    device_bytes: of features in a GPU's memory too, as copying them there waits for its work; a sixteenth of it, none
-        on other devices, unless given.
-    disk: a folder that keeps features for later processes, up to disk_bytes.
-    threads: that decode ahead (`prefetch`); as many as the machine can spare unless given.
-    Raises ModelError where the folder cannot be written.
+    cache_bytes: in the host's memory; by default `memory_limit`. device_bytes: in a GPU's memory too, as copying there
+    waits for its work; by default `device_limit`. disk: a folder that keeps features for later processes. threads: that
+    decode ahead (`prefetch`); by default `spare_threads`. Raises ModelError where the folder cannot be written.
     """
 
     def __init__(
@@ -208,14 +329,12 @@ class Vision:
         disk: Path | None = None,
         *,
         device_bytes: int | None = None,
-        disk_bytes: int = DISK_BYTES,
         threads: int | None = None,
     ) -> None:
         self._model = model
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
         self._device_memory = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
-        tower_fingerprint = partial(fingerprint, self._visual, model.rule.processor)
-        self._disk = None if disk is None else DiskCache(disk, tower_fingerprint, disk_bytes)
+        self._disk = None if disk is None else DiskCache(disk, partial(fingerprint, self._visual, model.rule.processor))
         self._pixels = PixelLoader(model.rule, spare_threads(model.device) if threads is None else threads)
         self.forwards = 0  # images that went through the tower
 
@@ -228,15 +347,13 @@ class Vision:
                 self._pixels.start(key, chunk.data)
 
     def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
-        """The features of each chunk, in order, on the model's device. Raises ImageError for broken bytes and
-        RequestError where `expected_tokens` is given and differs from what this model's processor makes of the
-        image."""
+        """The features of each chunk, in order, on the model's device. Raises ImageError for broken bytes, RequestError
+        where `expected_tokens` is given and is not what this model's processor makes of the image."""
         keys = [_key(chunk) for chunk in chunks]
-        images = dict(zip(keys, chunks, strict=True))
-        cached = {
-            key: features for key in images if (features := self._device_memory.get(key) or self._from_cache(key))
-        }
-        cached |= self._encode({key: chunk.data for key, chunk in images.items() if key not in cached})
+        images = {key: chunk.data for key, chunk in zip(keys, chunks, strict=True)}
+        known = ((key, self._device_memory.get(key) or self._from_cache(key)) for key in images)
+        cached = {key: features for key, features in known if features}
+        cached |= self._encode({key: data for key, data in images.items() if key not in cached})
         ready = {key: features.to(self._model.device) for key, features in cached.items()}
         for key, features in ready.items():
             if self._device_memory.limit and key not in self._device_memory:
@@ -247,21 +364,18 @@ class Vision:
 
     def uncached(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
         """Those whose features no cache has; the others count as used now, and stay while new ones come."""
-        keys = [(chunk, _key(chunk)) for chunk in chunks]
-        for _, key in keys if self._disk else ():
-            self._disk.touch(key)  # type: ignore[union-attr]
-        return [chunk for chunk, key in keys if not self._is_cached(key)]
+        images = [(chunk, _key(chunk)) for chunk in chunks]
+        if self._disk:
+            for _, key in images:
+                self._disk.touch(key)
+        return [chunk for chunk, key in images if not self._is_cached(key)]
 
     def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
         """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
         images = {_key(chunk): chunk.data for chunk in chunks}
-        patches = {key: self._pixels.take(key, data) for key, data in images.items()}
+        ready = {key: each.to(self._model.device) for key, each in self._together(images, linear).items()}
         for chunk in chunks:
-            self._check(chunk, self._tokens(patches[_key(chunk)]))
-        ready: dict[str, ImageFeatures] = {}
-        for keys in _groups(patches):
-            features = self._run([patches[key] for key in keys], linear)
-            ready |= {key: each.to(self._model.device) for key, each in zip(keys, features, strict=True)}
+            self._check(chunk, ready[_key(chunk)].tokens)
         return [ready[_key(chunk)] for chunk in chunks]
 
     @property
@@ -284,20 +398,28 @@ class Vision:
     def _encode(self, images: dict[str, bytes], together: bool | None = None) -> dict[str, ImageFeatures]:
         """Through the tower and into the caches. together: images of one size in one pass; unless on a CPU."""
         if together if together is not None else self._model.device.type != "cpu":
-            patches = {key: self._pixels.take(key, data) for key, data in images.items()}
-            passes = [{key: patches[key] for key in keys} for keys in _groups(patches)]
-            done = {k: v for each in passes for k, v in zip(each, self._run([*each.values()]), strict=True)}
+            done = self._together(images)
         else:
             done = {key: self._run([self._pixels.take(key, data)])[0] for key, data in images.items()}
         for key, features in done.items():
-            self._keep(key, features.compact())
+            self._pixels.drop(key)  # other requests may wait for it
+            self._memory.put(key, compact := features.compact())
+            if self._disk:
+                self._disk.put(key, compact)
         return done
 
-    def _keep(self, key: str, features: ImageFeatures) -> None:
-        self._pixels.drop(key)  # other requests may wait for it
-        self._memory.put(key, features)
-        if self._disk:
-            self._disk.put(key, features)
+    def _together(self, images: dict[str, bytes], linear: Linear = plain) -> dict[str, ImageFeatures]:
+        """Through the tower, those of one grid in one pass, as many as may share it."""
+        done, by_grid = dict[str, ImageFeatures](), dict[tuple[int, int, int], dict[str, Patches]]()
+        for key, data in images.items():
+            patches = self._pixels.take(key, data)
+            by_grid.setdefault(patches.grid, {})[key] = patches
+        for group in by_grid.values():
+            keys, patches_of = [*group], [*group.values()]
+            size = max(1, PASS_PATCHES // len(patches_of[0].pixels))
+            for n in range(0, len(keys), size):
+                done |= zip(keys[n : n + size], self._run(patches_of[n : n + size], linear), strict=True)
+        return done
 
     def _run(self, images: Sequence[Patches], linear: Linear = plain) -> list[ImageFeatures]:
         """Images of one grid, in one pass."""
@@ -307,9 +429,6 @@ class Vision:
             embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
         self.forwards += len(images)
         return [ImageFeatures(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
-
-    def _tokens(self, patches: Patches) -> int:
-        return len(patches.pixels) // self._visual.spatial_merge_size**2
 
     def _check(self, chunk: types.ImageChunk, tokens: int) -> None:
         if chunk.expected_tokens not in (None, tokens):
@@ -321,15 +440,3 @@ class Vision:
 
 def _key(chunk: types.ImageChunk) -> str:
     return image_key(chunk.data)
-
-
-def _groups(patches: dict[str, Patches]) -> list[list[str]]:
-    """Keys of images of one grid, as many as may share a pass."""
-    by_grid: dict[tuple[int, int, int], list[str]] = {}
-    for key, each in patches.items():
-        by_grid.setdefault(each.grid, []).append(key)
-    groups = []
-    for keys in by_grid.values():
-        size = max(1, PASS_PATCHES // len(patches[keys[0]].pixels))
-        groups += [keys[n : n + size] for n in range(0, len(keys), size)]
-    return groups

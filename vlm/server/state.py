@@ -161,7 +161,7 @@ class ServerState:
         for task in self._tasks:
             task.cancel()
         # not a thread of a pool, for which the interpreter would wait
-        ending = threading.Thread(target=self.registry.close, daemon=True)
+        ending = threading.Thread(target=self.registry.scheduler.close, daemon=True)
         ending.start()
         deadline = time.monotonic() + GRACE
         while ending.is_alive() and time.monotonic() < deadline:
@@ -204,11 +204,6 @@ class Samplers:
             raise UnknownNameError("model", str(base_model), models)
         return None
 
-    def check_sampler(self, sampler_id: str) -> None:
-        """Raise MissingError for a sampling session that is not here."""
-        if sampler_id not in self.ephemeral:
-            self._row(sampler_id)
-
     async def client(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         """A client on saved weights or a base model; raises as `check`, and ModelError where they cannot be loaded."""
         saved = self.check(model_path, base_model)
@@ -233,7 +228,7 @@ class Samplers:
         if sampler_id in self.ephemeral:
             self.ephemeral.move_to_end(sampler_id)
             return self.ephemeral[sampler_id][1]
-        row = self._row(sampler_id)
+        row = self.row(sampler_id)
         if row.ephemeral:
             raise MissingError(
                 f"the weights of sampling session {sampler_id} were in memory alone and are gone; save them with "
@@ -248,7 +243,8 @@ class Samplers:
         for name in snapshots[:-UNSAVED]:
             del self.ephemeral[name]
 
-    def _row(self, sampler_id: str) -> Sampler:
+    def row(self, sampler_id: str) -> Sampler:
+        """A sampling session. Raises MissingError for an unknown one."""
         row = self.store.get(Sampler, sampler_id)
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
@@ -260,10 +256,10 @@ def sampler_id(session: str, seq: int) -> str:
     return f"{session}:sample:{seq}"
 
 
-def check_number(name: str, number: int) -> None:
-    """Raise RequestError for what cannot be the number of a run or sampler in its session."""
-    if not 0 <= number <= LAST:
-        raise RequestError(f"{name} = {number} is out of range: it must be from 0 to {LAST}")
+def check_number(name: str, number: int, least: int = 0, most: int = LAST) -> None:
+    """Raise RequestError for a number out of range: by default that of a run or sampler in its session."""
+    if not least <= number <= most:
+        raise RequestError(f"{name} = {number} is out of range: it must be from {least} to {most}")
 
 
 def metadata_text(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
