@@ -88,7 +88,7 @@ class CellWork:
 def cell_work(cell: CellSpec, info: DatasetInfo) -> CellWork:
     """Constant compute for what trains, whatever the shots."""
     s, tested = cell.settings, info.test_count(cell.settings)
-    steps = -(-s.views_per_class * info.classes // s.batch_size) if cell.trains else 0
+    steps = s.steps(info.classes) if cell.trains else 0
     fitted = min(cell.shots * info.classes, info.train) if cell.spec.learns else 0
     validated = cell.generates and cell.spec.learns and s.calibration == "validated"  # labelled images are scored too
     scored = tested + (min(cell.shots, VALIDATION) * info.classes if validated else 0)

@@ -10,9 +10,8 @@ from experiments.plan.storage import HUB, Disk, Download, disks, downloads
 from experiments.plan.time import Measurement, SweepTime, measure, sweep_time
 from experiments.sweep import workers as executors
 from experiments.sweep.config import RunOptions
-from experiments.sweep.encoding import EncodingSchedule, encoding_jobs, encoding_schedule
 from experiments.sweep.grid import gpus_of
-from experiments.sweep.workload import Workload
+from experiments.sweep.workload import EncodingSchedule, Workload, encoding_jobs, encoding_schedule
 from experiments.terminal import out, plain_table
 from kshot.errors import InputError
 
@@ -29,8 +28,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The whole estimate. time, lengths: None where the time, or the numbers of tokens, are not known: `no_time` and
-    `no_tokens` say why."""
+    """time, lengths: None where the time, or the numbers of tokens, are not known: `no_time`, `no_tokens` say why."""
 
     requirements: Requirements
     encoding_schedule: EncodingSchedule
@@ -78,13 +76,7 @@ def _unmeasured(workload: Workload, needed: Requirements) -> str:
     return "" if needed.memory.fits else "it does not fit into the memory"
 
 
-OTHER_DISK = {  # what names a folder on another disk
-    "downloads": "HF_HOME",
-    "packed data sets": "KSHOT_CACHE",
-    "image features": "KSHOT_CACHE",
-    "prepared images": "KSHOT_CACHE",
-    "results": "--out",
-}
+OTHER_DISK = {"downloads": "HF_HOME", "results": "--out"}  # what names a folder on another disk; else KSHOT_CACHE
 
 
 def check(needed: Requirements) -> None:
@@ -94,7 +86,8 @@ def check(needed: Requirements) -> None:
             largest = max(disk.needs, key=lambda what: disk.needs[what])
             raise InputError(
                 f"the sweep needs {_size(disk.needed)} of disk at {disk.folder}, most of it for {largest}, and "
-                f"{_size(disk.free)} are free; make room, or name a folder on another disk ({OTHER_DISK[largest]})"
+                f"{_size(disk.free)} are free; make room, or name a folder on another disk "
+                f"({OTHER_DISK.get(largest, 'KSHOT_CACHE')})"
             )
     m = needed.memory
     if m.fits:
@@ -108,8 +101,6 @@ def check(needed: Requirements) -> None:
     raise InputError(f"{need}, and {_size(m.free)} are free; use {' or '.join(ways)}")
 
 
-# The estimate as a table
-
 Row = tuple[str, str, str]  # what, how much, of what
 
 
@@ -122,7 +113,6 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def rows(estimate: Estimate) -> list[Row]:
-    """The lines of the table."""
     needed = estimate.requirements
     return [*_counts(estimate), *_downloads(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
 

@@ -1,17 +1,32 @@
 """How much memory the workers of a sweep need, and how much is free.
 
-A worker holds one model of each kind that its cells use. What a pass takes is an estimate; where a worker was measured
-to take more than all estimates together, that counts.
+A worker holds one model of each kind that its cells use. Weights and adapters are counted exactly, on a model that is
+built without memory (torch's meta device). What a pass takes is an estimate from the sizes of its layers; where a
+worker was measured to take more than all estimates together, that counts.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from experiments.plan.models import VlmSize, vit_size, vlm_size
-from experiments.sweep.workload import CellSpec, Workload, image_counts, image_sizes, mean_size
+from baselines import nano as nano_dinov2
+from experiments.sweep.workload import (
+    CellSpec,
+    ImageFeatures,
+    Workload,
+    image_counts,
+    image_features,
+    image_sizes,
+    item_bytes,
+    mean_size,
+    model_config,
+)
+from kshot.errors import KshotError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +34,10 @@ if TYPE_CHECKING:
 LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
 TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
 PASS = "a training or scoring pass"  # noqa: S105 - not a password
+SLACK = 1.1  # more than what is kept: what an allocator holds on to, and the gradients under way; see the tests
+ADAM = 16  # bytes of a trained number: itself, its gradient and two moments, in float32
+SNAPSHOT = 4  # bytes of it in the snapshot that is sampled from
+ACTIVATIONS = 17  # vectors that a block of a vision transformer keeps of each token for its gradient
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,8 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device") -> Iter
             unknown.append(name)
             continue
         yield "weights", model.weight_bytes
-        tokens = {cell.source: _image_tokens(workload, model, cell) for cell in cells}
+        sides = {c.source: mean_size(workload.datasets[c.source], c.settings.max_side) for c in cells}
+        tokens = {source: int(model.features.tokens(*side)) for source, side in sides.items()}
         longest, limits = TEXT + max(tokens.values()), service.pass_limits()
         if trained := [cell.settings for cell in cells if cell.trains]:
             yield "adapter and optimizer", model.adapter_bytes(trained[0].rank)
@@ -98,12 +118,6 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device") -> Iter
         images = {source: each.train_views + each.test for source, each in image_counts(cells, workload).items()}
         features = max(images[source] * tokens[source] for source in tokens) * model.features.token_bytes
         yield "image features", min(int(features), service.feature_memory(device))
-
-
-def _image_tokens(workload: Workload, model: VlmSize, cell: CellSpec) -> int:
-    """Of an image, about: without the processor's rounding."""
-    width, height = mean_size(workload.datasets[cell.source], cell.settings.max_side)
-    return max(1, int(width * height / model.features.side**2))
 
 
 def _backbones(workload: Workload, unknown: list[str]) -> Iterator[tuple[str, int]]:
@@ -137,3 +151,126 @@ def _images_of_a_pass(cell: CellSpec, workload: Workload) -> tuple[int, float, f
     sizes = Counter(image_sizes(info))
     commonest = sizes.most_common(1)[0][1] / sizes.total()
     return math.ceil(together * commonest), *mean_size(info, s.max_side)
+
+
+@dataclass(frozen=True)
+class VlmSize:
+    """A Qwen3-VL. weights, adapter: numbers; of LoRA on attention, MLP and head, of rank 1. item: bytes of a weight.
+    features: of its images. text: the configuration of its text model."""
+
+    weights: int
+    adapter: int
+    item: int
+    features: ImageFeatures
+    text: Any
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights * self.item
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Of a run in training with its snapshot; both have a copy in the model's type where that is no float32, and
+        the run one for the gradient."""
+        return rank * self.adapter * (ADAM + SNAPSHOT + (3 * self.item if self.item < 4 else 0))
+
+    def training_bytes(self, positions: int, labelled: int) -> int:
+        """Of a training pass: at each position and layer the inputs of every product and norm; at each labelled
+        position the logits and their gradient, in float32."""
+        t, (q, kv) = self.text, self._widths
+        layer = 4 * t.hidden_size + 2 * (q + 2 * kv) + 2 * q + self._mlp
+        return int(SLACK * (positions * t.num_hidden_layers * layer * self.item + 3 * labelled * t.vocab_size * 4))
+
+    def scoring_bytes(self, positions: int) -> int:
+        """Of a pass without a gradient: one layer, and all keys and values."""
+        t, (q, kv) = self.text, self._widths
+        return positions * (4 * t.hidden_size + 4 * q + self._mlp + 2 * t.num_hidden_layers * kv) * self.item
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        return self.text.num_attention_heads * self.text.head_dim, self.text.num_key_value_heads * self.text.head_dim
+
+    @property
+    def _mlp(self) -> int:
+        """Numbers that the MLP keeps at a position, of the experts that it goes through."""
+        if not getattr(self.text, "num_experts", 0):
+            return 3 * int(self.text.intermediate_size)
+        return int(self.text.num_experts_per_tok * (3 * self.text.moe_intermediate_size + 2 * self.text.hidden_size))
+
+
+def vlm_size(name: str) -> VlmSize | None:
+    """The size of a Qwen3-VL that is here, on the hub or published; None for other models."""
+    config = model_config(name)
+    features = image_features(config)
+    if config is None or features is None:
+        return None
+    try:
+        return _counted(json.dumps(config), item_bytes(config), features)
+    except (ValueError, KeyError, AttributeError, KshotError):  # loading it says what is wrong
+        return None
+
+
+@cache  # the largest takes a second
+def _counted(config_json: str, item: int, features: ImageFeatures) -> VlmSize:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vlm import service
+
+    values = json.loads(config_json)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    adapter = service.adapter_parameters(model, rank=1)
+    return VlmSize(parameters(model), adapter, item, features, config.text_config)
+
+
+@dataclass(frozen=True)
+class VitSize:
+    """A vision transformer of DINOv2's kind, in float32. weights: numbers. patch: side of one, in pixels."""
+
+    weights: int
+    width: int
+    depth: int
+    patch: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 * self.weights
+
+    def adapter_bytes(self, rank: int, classes: int) -> int:
+        """LoRA on every linear layer of its blocks and a linear head, in training, with its snapshot."""
+        d = self.width
+        block = (d + 3 * d) + (d + d) + 2 * (d + 4 * d)
+        return (ADAM + SNAPSHOT) * (rank * self.depth * block + classes * (d + 1))
+
+    def training_bytes(self, tokens: int) -> int:
+        """Of a training pass over so many tokens."""
+        return int(SLACK * 4 * tokens * self.depth * ACTIVATIONS * self.width)
+
+
+def vit_size(backbone: str) -> VitSize | None:
+    """The size of a backbone: a folder of timm's, or a name of timm's; None for others."""
+    folder = nano_dinov2.HERE if backbone == nano_dinov2.NAME else Path(backbone.removeprefix("local-dir:"))
+    try:
+        if not folder.exists():
+            return None if backbone.startswith("hf-hub:") else _of_timm(backbone)
+        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
+        weights = (folder / "model.safetensors").stat().st_size // 4
+        return VitSize(weights, arguments["embed_dim"], arguments["depth"], arguments["patch_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # loading it says what is wrong
+        return None
+
+
+@cache
+def _of_timm(name: str) -> VitSize:
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        module: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    return VitSize(parameters(module), module.embed_dim, len(module.blocks), module.patch_embed.patch_size[0])
+
+
+def parameters(model: Any) -> int:
+    """Numbers of a model; a tied one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ hub's cache, in a folder, or comes with kshot needs no download.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from data import catalog
-from experiments.plan.models import VitSize, VlmSize, vit_size, vlm_size
-from experiments.sweep.encoding import feature_bytes, is_local
-from experiments.sweep.workload import Workload, backbone_image_counts, image_counts, mean_size
+from experiments.plan.memory import VitSize, VlmSize, vit_size, vlm_size
+from experiments.sweep.workload import Workload, backbone_image_counts, feature_bytes, image_counts, is_local, mean_size
 from kshot.files import cache_folder
 from vlm import models
 
@@ -45,21 +44,16 @@ def downloads(workload: Workload) -> list[Download]:
     fetched, which is small."""
     vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
     backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.uses_backbone))
-    found = [_model(name, *name.partition("@")[::2], MODEL_FILES, vlm_size) for name in vlms if not is_local(name)]
-    found += [_model(name, hub_id, "", TIMM_FILES, vit_size) for name in backbones if (hub_id := _hub_id(name))]
-    return [each for each in (*found, *map(_dataset, workload.missing)) if each]
+    fetched = [_model(n, *n.partition("@")[::2], MODEL_FILES, vlm_size(n)) for n in vlms if not is_local(n)]
+    fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := _hub_id(n))]
+    return [each for each in (*fetched, *map(_dataset, workload.missing)) if each]
 
 
 def _model(
-    name: str,
-    hub_id: str,
-    revision: str,
-    patterns: tuple[str, ...],
-    size_of: Callable[[str], VlmSize | VitSize | None],
+    name: str, hub_id: str, revision: str, patterns: tuple[str, ...], size: VlmSize | VitSize | None
 ) -> Download | None:
     if _is_cached(hub_id, revision, patterns):
         return None
-    size = size_of(name)
     return _download(name, _hub_bytes(hub_id, revision, patterns), size.weight_bytes if size else None)
 
 
@@ -69,10 +63,10 @@ def _dataset(source: str) -> Download:
     return _download(spec.title.partition(":")[0], size, DATASET_BYTES.get(spec.name), dataset=True)
 
 
-def _download(name: str, size: int | None, known: int | None, *, dataset: bool = False) -> Download:
-    """size: as the hub states it; known: what is stated where the hub cannot be reached or does not tell."""
-    source = HUB if size is not None else KNOWN if known is not None else UNKNOWN
-    return Download(name, known if size is None else size, source, dataset)
+def _download(name: str, stated: int | None, known: int | None, *, dataset: bool = False) -> Download:
+    """stated: bytes as the hub says; known: those where the hub cannot be reached or does not tell."""
+    source = HUB if stated is not None else KNOWN if known is not None else UNKNOWN
+    return Download(name, known if stated is None else stated, source, dataset)
 
 
 def _hub_id(backbone: str) -> str | None:
@@ -122,8 +116,6 @@ def _is_cached(hub_id: str, revision: str, patterns: tuple[str, ...]) -> bool:
     return any(Path(folder).glob(models.WEIGHTS[0]))
 
 
-# What a sweep stores
-
 PREDICTION = 200  # bytes of a stored prediction, about
 REPORT = 20 << 20  # of figures and reports, about
 JPEG = 0.25  # bytes a pixel of a prepared image, about
@@ -155,8 +147,8 @@ def disks(workload: Workload, out: Path, fetched: Sequence[Download], workers: i
     features += _growth(_backbone_features(workload), cache / "features")
     predictions = sum(workload.datasets[cell.source].test_count(cell.settings) for cell in workload.cells)
     needs = [
-        (hub, "downloads", _total(fetched)),
-        (cache, "packed data sets", _total(each for each in fetched if each.dataset)),
+        (hub, "downloads", sum(each.bytes or 0 for each in fetched)),
+        (cache, "packed data sets", sum(each.bytes or 0 for each in fetched if each.dataset)),
         (cache, "image features", features),
         (cache, "prepared images", _prepared(workload) * workers),
         (out, "results", PREDICTION * predictions + REPORT),
@@ -170,12 +162,8 @@ def disks(workload: Workload, out: Path, fetched: Sequence[Download], workers: i
     return [Disk(folder, sizes, shutil.disk_usage(folder).free) for folder, sizes in by_device.values()]
 
 
-def _total(fetched: Iterable[Download]) -> int:
-    return sum(each.bytes or 0 for each in fetched)
-
-
 def _growth(needed: int, folder: Path) -> int:
-    """What a folder of features grows by. What is in it is taken for this sweep's; other processes may remove it."""
+    """What a folder grows by. What is in it is taken for this sweep's; other processes may remove it."""
     kept = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,11 +26,17 @@ from data.preparation import prepare_all
 from experiments.plan.counts import LengthTable, cell_work, encoded_in_cell
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import predictions
-from experiments.sweep.encoding import EncodingSchedule, encoding_schedule
 from experiments.sweep.methods import METHODS, Outcome, Task
 from experiments.sweep.metrics import metrics
 from experiments.sweep.run import few_shot
-from experiments.sweep.workload import CellSpec, Workload, backbone_image_counts, image_counts
+from experiments.sweep.workload import (
+    CellSpec,
+    EncodingSchedule,
+    Workload,
+    backbone_image_counts,
+    encoding_schedule,
+    image_counts,
+)
 from kshot.files import TEMPORARY, cache_folder, remove_stale
 
 ANSWER = 8  # tokens of an answer, where no tokenizer is here to count them
@@ -102,8 +109,8 @@ def measure(
     threads: int = 1,
     gpus: Sequence[str] = (),
 ) -> Measurement:
-    """Runs every method of the workload in as many workers at once as the sweep will have: two busy cores are slower
-    than one. Raises what loading a model raises, as InputError or KshotError."""
+    """Runs every method in as many workers at once as the sweep will have: two busy cores are slower than one. Raises
+    what loading a model raises, as InputError or KshotError."""
     infos = {source: replace(info, dataset=None) for source, info in workload.datasets.items()}  # a worker loads it
     job = replace(workload, datasets=infos)
     answers: dict[str, int] = {}
@@ -122,13 +129,11 @@ def sweep_time(workload: Workload, measurement: Measurement, workers: int) -> Sw
     """Of the whole sweep on this many workers."""
     schedule = encoding_schedule(workload)
     seconds = [_cell(cell, workload, measurement.rates(cell), schedule) for cell in workload.cells]
-    methods: dict[str, float] = {}
+    methods, prepare = defaultdict[str, float](float), 0.0
     loads: dict[Any, float] = {}  # a later data set finds its models loaded
     for cell, each in zip(workload.cells, seconds, strict=True):
-        methods[cell.method] = methods.get(cell.method, 0.0) + each
-    for result in measurement.results.values():
-        loads = {variant: rates.load for variant, rates in result.rates.items()} | loads
-    prepare = 0.0
+        methods[cell.method] += each
+        loads.setdefault(cell.variant, measurement.rates(cell).load)
     for source, images in image_counts(workload.cells, workload).items():
         result = measurement.results[source]  # every worker prepares the images of its cells, which are soon all
         prepare += result.data + (images.test * result.prepared + images.train * result.mirrored)
@@ -203,15 +208,14 @@ def probe(folder: Path, answers: Mapping[str, int], workload: Workload) -> dict[
     loaded = {source: _load(source, workload) for source in workload.datasets}  # from the real cache
     os.environ["KSHOT_CACHE"] = mkdtemp(dir=folder)
     results = {}
-    for source, (dataset, began, seconds) in loaded.items():
+    for source, timed in loaded.items():
         cells = [cell for cell in workload.cells if cell.source == source]
-        answer = answers.get(source, ANSWER)
-        results[source] = _probe(replace(workload, cells=cells), answer, dataset, began, seconds)
+        results[source] = _probe(replace(workload, cells=cells), answers.get(source, ANSWER), *timed)
     return results
 
 
 def _load(source: str, workload: Workload) -> tuple[Dataset, float, float]:
-    """A data set, when its loading began, and the seconds that it took."""
+    """A data set, when its loading began, and its seconds."""
     began, start = time.time(), time.perf_counter()
     split_seed = workload.cells[0].settings.split_seed  # a sweep has one
     dataset = catalog.load(source, access=workload.datasets[source].access, split_seed=split_seed)
@@ -285,10 +289,8 @@ def fit_rates(
     step = fit = 0.0
     if steps:
         step = (cached.fit - warm.fit) / (steps - 1) if steps > 1 else cached.fit
-    elif train[1] > train[0]:
-        fit = (cached.fit - warm.fit) / (train[1] - train[0])
     else:
-        fit = cached.fit / max(train[0], 1)
+        fit = (cached.fit - warm.fit) / (train[1] - train[0]) if train[1] > train[0] else cached.fit / max(train[0], 1)
     more = max(test - FEW, 1)
     scored = (cached.predict + cached.metrics - warm.predict - warm.metrics) / more
     generated = (cached.answer - warm.answer) / more
@@ -304,9 +306,7 @@ def fit_rates(
     )
 
 
-def _training_images(
-    cell: CellSpec, workload: Workload, dataset: Dataset
-) -> tuple[Sequence[Example], Sequence[Example]]:
+def _training_images(cell: CellSpec, workload: Workload, dataset: Dataset) -> tuple[list[Example], list[Example]]:
     """The training images of a small and a large run: a batch where a model trains; else two numbers of shots, as far
     as they are few images."""
     s = cell.settings
@@ -322,15 +322,10 @@ def _training_images(
 
 
 def _run(
-    cell: CellSpec,
-    workload: Workload,
-    dataset: Dataset,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    count: int = 1,
+    cell: CellSpec, where: Workload, dataset: Dataset, train: list[Example], test: Sequence[Example], count: int = 1
 ) -> RunTime:
-    where = workload.service, workload.device
-    task = ShortTask(dataset.classes, train, Images(test), 0, cell.settings, 0.0, *where, count=count)
+    shown = dataset.classes, train, Images(test)
+    task = ShortTask(*shown, 0, cell.settings, 0.0, where.service, where.device, count=count)
     start = time.perf_counter()
     outcome: Outcome = METHODS[cell.method].run(task)
     done = time.perf_counter()

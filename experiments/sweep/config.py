@@ -21,7 +21,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -67,9 +66,14 @@ class Settings(BaseModel):
     loss: Literal["text", "closed-set"] = "text"
     calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
 
+    def steps(self, classes: int) -> int:
+        """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
+        return -(-self.views_per_class * classes // self.batch_size)
+
 
 T = TypeVar("T")
-Several = Annotated[tuple[T, ...], Field(min_length=1)]
+Distinct = Annotated[tuple[T, ...], AfterValidator(lambda values: tuple(dict.fromkeys(values)))]
+Several = Annotated[Distinct[T], Field(min_length=1)]
 
 
 class Compare(BaseModel):
@@ -82,11 +86,6 @@ class Compare(BaseModel):
     readout: Several[Readout] = ()
     vlm_features: Several[VlmFeatures] = ()
 
-    @field_validator("*")
-    @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(values))
-
 
 COMPARED = tuple(Compare.model_fields)
 
@@ -98,12 +97,12 @@ class Sweep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # the default folder is runs/NAME
-    datasets: Annotated[tuple[str, ...], Field(min_length=1)]
-    methods: Annotated[tuple[str, ...], Field(min_length=1)]
-    shots: Annotated[tuple[Shots, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    datasets: Several[str]
+    methods: Several[str]
+    shots: Several[Shots]
+    seeds: Several[Seed]
     most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
-    prompts: tuple[str, ...] = ()  # prompts to compare; none: that of the settings
+    prompts: Distinct[str] = ()  # prompts to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
     compare: Compare = Compare()
@@ -140,11 +139,6 @@ class Sweep(BaseModel):
                 grid = product(self.shots_of(dataset), self.seeds) if learns else [(0, 0)]
                 yield from ((settings, shots, seed) for shots, seed in grid)
 
-    @field_validator("datasets", "methods", "shots", "seeds", "prompts")
-    @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(values))
-
     @model_validator(mode="after")
     def _caps_are_of_its_sets(self) -> Self:
         if unknown := [name for name in self.most_shots if name not in self.datasets]:
@@ -175,13 +169,8 @@ class RunOptions:
 
 
 MODELS = ("model", "backbone")  # the settings that name one
-DATA_SETTINGS = (
-    "max_side",
-    "limit_test",
-    "split_seed",
-    "allow_fewer",
-    "shuffle_test",
-)  # those of what models are shown
+# those of what models are shown
+DATA_SETTINGS = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 
 
 def presets() -> list[str]:

@@ -4,11 +4,11 @@ they finish."""
 import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from baselines import nano as nano_dinov2
 from data import catalog
@@ -16,26 +16,42 @@ from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
 from experiments.sweep.config import RunOptions, Settings, Sweep
-from experiments.sweep.encoding import BATCH, encoding_schedule
 from experiments.sweep.methods import METHODS, check_left_out
-from experiments.sweep.observer import Observer
 from experiments.sweep.provenance import notes, recorded, relevant
 from experiments.sweep.run import few_shot, to_encode, validation, work
 from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker, tracker
 from experiments.sweep.workers import EXECUTORS, Failure
-from experiments.sweep.workload import of_jobs
+from experiments.sweep.workload import BATCH, encoding_schedule, of_jobs
 from kshot.errors import DatasetError, InputError, KshotError, UnknownNameError
 from vlm import models
 
-IMAGE_SETTINGS = (
-    "model",
-    "max_side",
-    "limit_test",
-    "split_seed",
-    "allow_fewer",
-    "calibration",
-)  # which images are shown
+# on which depends what images are shown
+IMAGE_SETTINGS = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")
+
+
+class Observer(Protocol):
+    """What a caller may do at each stage of a sweep: nothing, unless a method is replaced."""
+
+    def planning(self) -> AbstractContextManager[Any]:
+        """Around the reading of the data and the checks."""
+        return nullcontext()
+
+    def running(self, planned: "Plan", results: Results, jobs: "Sequence[Job]") -> AbstractContextManager[Any]:
+        """Around the run of these jobs: none, where the folder has all cells."""
+        return nullcontext()
+
+    def finished(self, job: Job | EncodingJob, failure: Failure | None, done: int, total: int) -> None:
+        """After each job. done: cells of the sweep that are stored, of `total`."""
+        return
+
+    def complete(self, planned: "Plan", results: Results, content: dict[str, Any]) -> None:
+        """After the last job, while the folder is still held for writing. content: of sweep.json."""
+        return
+
+
+class _Silent(Observer):
+    """Does nothing."""
 
 
 def run_sweep(
@@ -46,7 +62,7 @@ def run_sweep(
     Raises as `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where
     every failure was one of the input.
     """
-    options, observer, results = options or RunOptions(), observer or Observer(), Results(folder)
+    options, observer, results = options or RunOptions(), observer or _Silent(), Results(folder)
     if options.executor not in EXECUTORS:
         raise UnknownNameError("executor", options.executor, EXECUTORS)
     follower = tracker(options.track) if options.track else Tracker()
@@ -69,11 +85,9 @@ def run_sweep(
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a sweep with the data sets they need, all checked.
-
-    jobs: one data set after the other, so that workers keep its images, and of each the long ones first, so that no
-    worker waits at the end. gpus: see `gpus_of`; a worker sees one of them, as cuda.
-    """
+    """The cells of a sweep with the data sets they need, all checked. jobs: one data set after the other, so that
+    workers keep its images, and of each the long ones first, so that no worker waits at the end. gpus: see `gpus_of`; a
+    worker sees one of them, as cuda."""
 
     sweep: Sweep
     datasets: dict[str, Dataset]
@@ -82,27 +96,26 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The content of sweep.json."""
-        names = [dataset.name for dataset in self.datasets.values()]
         settings, compared = self._settings(), _compared(self.sweep)
+        caps = {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
+        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
+        of_datasets = [line for dataset in self.datasets.values() for line in _dataset_notes(dataset)]
         return {
             "name": self.sweep.name,
-            "datasets": names,
+            "datasets": [dataset.name for dataset in self.datasets.values()],
             "methods": list(self.sweep.methods),
             "shots": sorted(self.sweep.shots),
             "seeds": sorted(self.sweep.seeds),
             "settings": settings,
-            **({"most_shots": self._most_shots()} if self.sweep.most_shots else {}),
+            **({"most_shots": caps} if caps else {}),
             **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
             **({"compare": {name: settings[name] for name in compared}} if compared else {}),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
-            "notes": self._notes(),
+            "notes": [*of_settings, *of_datasets],
             **({"service": service_kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
         }
-
-    def _most_shots(self) -> dict[str, int]:
-        return {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
 
     def _settings(self) -> dict[str, Any]:
         """What the settings were; of one that has several values, and of its revision, each in a list."""
@@ -111,11 +124,6 @@ class Plan:
             first, *others = each = _recorded_along(self.sweep, name)
             values |= {key: [one[key] for one in each] for key in values if any(o[key] != first[key] for o in others)}
         return values
-
-    def _notes(self) -> list[str]:
-        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
-        of_datasets = [line for dataset in self.datasets.values() for line in _dataset_notes(dataset)]
-        return [*of_settings, *of_datasets]
 
     def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
         """The jobs whose cells are not stored yet; of them those that have failed."""
@@ -159,7 +167,7 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
     _check_prompts(sweep, service)
     accesses, split_seed = dataset_accesses(sweep, access or Access()), sweep.settings.split_seed
     datasets = {source: catalog.load(source, access=each, split_seed=split_seed) for source, each in accesses.items()}
-    _check_names(datasets)
+    _check_apart(datasets, [dataset.name for dataset in datasets.values()], kind=DatasetError)
     _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
@@ -171,32 +179,28 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
 
 
 def execute(
-    planned: Plan,
-    results: Results,
-    jobs: Sequence[Job],
-    executor: str = "local",
-    workers: int | None = None,
-    threads: int = 1,
-) -> Generator[tuple[Job | EncodingJob, Failure | None], None, None]:
-    """Run and store these jobs of the plan; yields each when it is stored, or with why it failed: that stops no other.
-    Images that were encoded for them are yielded too; where that fails, their cells say so.
+    planned: Plan, results: Results, jobs: Sequence[Job], options: RunOptions
+) -> Generator[tuple[Job | EncodingJob, dict[str, Any] | Failure | None], None, None]:
+    """Run and store these jobs of the plan; yields each with its record when that is stored, or with why it failed:
+    that stops no other. Images that were encoded for them are yielded too; where that fails, their cells say so.
 
-    executor: of EXECUTORS. Raises InputError where it cannot run here, or not with so many workers.
+    Raises InputError where the executor cannot run here, or not with so many workers.
     """
-    gpus = planned.gpus
-    if gpus and workers and workers > len(gpus) and executor == "local":
+    gpus, workers = planned.gpus, options.workers
+    if gpus and workers and workers > len(gpus) and options.executor == "local":
         raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
-    start = getattr(executors, executor)
-    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=threads, gpus=gpus)
+    start = getattr(executors, options.executor)
+    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=options.threads, gpus=gpus)
     with closing(answers):
         for job, answer in answers:
-            failure = answer if isinstance(answer, Failure) else None
-            if isinstance(job, Job):
-                if failure:
-                    results.fail(job.cell.key, job.cell.identity, failure.message, failure.exit_status, failure.trace)
-                else:
-                    results.add(*answer)
-            yield job, failure
+            if isinstance(job, EncodingJob):
+                yield job, answer
+            elif isinstance(answer, Failure):
+                results.fail(job.cell.key, job.cell.identity, answer.message, answer.exit_status, answer.trace)
+                yield job, answer
+            else:
+                results.add(*answer)
+                yield job, answer[0]
 
 
 def _run_jobs(
@@ -209,12 +213,12 @@ def _run_jobs(
 ) -> None:
     total = len(planned.jobs)
     done = total - len(planned.missing(results))
-    with closing(execute(planned, results, jobs, options.executor, options.workers, options.threads)) as answers:
-        for job, failure in answers:
-            if isinstance(job, Job) and not failure:
+    with closing(execute(planned, results, jobs, options)) as answers:
+        for job, answer in answers:
+            if isinstance(answer, dict):
                 done += 1
-                follower.cell(results.cell(job.cell.key), done, total)
-            finished(job, failure, done, total)
+                follower.cell(answer, done, total)
+            finished(job, answer if isinstance(answer, Failure) else None, done, total)
 
 
 def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
@@ -222,10 +226,9 @@ def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
     if failed := [record for record in results.failures() if record["key"] in keys]:
         first, wrong = failed[0], all(record["exit_status"] == InputError.exit_status for record in failed)
         cell = f"{first['method']} on {first['dataset']}, {first['shots']} shots, seed {first['seed']}"
-        raise (InputError if wrong else KshotError)(
-            f"{len(failed)} of {len(keys)} cells failed, first {cell}: {first['error']} (the same command tries them "
-            "again, and --only-failed them alone)"
-        )
+        again = "(the same command tries them again, and --only-failed them alone)"
+        message = f"{len(failed)} of {len(keys)} cells failed, first {cell}: {first['error']} {again}"
+        raise (InputError if wrong else KshotError)(message)
 
 
 def _check_shots(sweep: Sweep, datasets: Mapping[str, Dataset]) -> None:
@@ -293,25 +296,18 @@ def _check_models(sweep: Sweep, service: str) -> None:
             for encoder in encoders:
                 check(*encoder)
     for name in _compared(sweep):
-        _check_apart(name, sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)])
+        _check_apart(sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)], f"{name} ")
 
 
-def _check_apart(setting: str, values: Iterable[Any], names: Iterable[Any]) -> None:
-    """Series are told apart by what results call a value; two folders may share their name."""
+def _check_apart(
+    values: Iterable[Any], names: Iterable[Any], prefix: str = "", kind: type[InputError] = InputError
+) -> None:
+    """Results are told apart by what they call a value; two folders may share their name."""
     first: dict[Any, Any] = {}
     for value, name in zip(values, names, strict=True):
         twin = first.setdefault(name, value)
         if twin != value:
-            raise InputError(f"{setting} {twin} and {value} would both be called {name}; rename one or leave it out")
-
-
-def _check_names(datasets: Mapping[str, Dataset]) -> None:
-    """Results are told apart by the name of their data set; two folders may share theirs."""
-    first: dict[str, str] = {}
-    for source, dataset in datasets.items():
-        twin = first.setdefault(dataset.name, source)
-        if twin != source:
-            raise DatasetError(f"{twin} and {source} would both be called {dataset.name}; rename one or leave it out")
+            raise kind(f"{prefix}{twin} and {value} would both be called {name}; rename one or leave it out")
 
 
 def dataset_accesses(sweep: Sweep, access: Access) -> dict[str, Access]:
@@ -334,9 +330,8 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
         raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
     calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
     if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
-        raise InputError(
-            "calibration validated chooses on labelled images, and zero-shot has none; give contextual, pmi or none"
-        )
+        choice = "calibration validated chooses on labelled images, and zero-shot has none"
+        raise InputError(f"{choice}; give contextual, pmi or none")
 
 
 def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
@@ -355,11 +350,10 @@ def _compared(sweep: Sweep) -> list[str]:
 
 
 def _recorded_along(sweep: Sweep, setting: str) -> list[dict[str, Any]]:
-    """The sweep's first settings as results state them, with each value of one setting in turn."""
+    """The first settings as results state them, with each value of one setting in turn."""
     first = sweep.variants[0]
     return [recorded(first.model_copy(update={setting: value})) for value in sweep.axes[setting]]
 
 
 def _used(sweep: Sweep) -> set[str]:
-    """The settings that any of the methods reads."""
     return {name for method in sweep.methods for name in METHODS[method].settings}

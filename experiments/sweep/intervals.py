@@ -83,9 +83,9 @@ def bootstrap_difference(runs_a: Sequence[pa.Table], runs_b: Sequence[pa.Table],
     """
     if not runs_a or len(runs_a) != len(runs_b):
         raise ResultsError(f"cannot pair {len(runs_a)} runs with {len(runs_b)}: give one of each per seed")
-    images = _images(runs_a[0])
-    # Whole numbers: the gain times the number of runs.
-    gain = sum(_right(a, images).astype(int) - _right(b, images) for a, b in zip(runs_a, runs_b, strict=True))
+    first, *others = [_in_order(run) for pair in zip(runs_a, runs_b, strict=True) for run in pair]
+    right = [_right(run, first).astype(int) for run in (first, *others)]
+    gain = sum(right[::2]) - sum(right[1::2])  # whole numbers: times the number of runs
     # A resample's difference depends only on how often it drew each gain: a few counts instead of n indices.
     values, counts = np.unique(-np.asarray(gain), return_counts=True)
     n = int(counts.sum())
@@ -99,20 +99,15 @@ def bootstrap_difference(runs_a: Sequence[pa.Table], runs_b: Sequence[pa.Table],
 
 def _in_order(run: pa.Table) -> pa.Table:
     """Rows by (key, label): twin images share a key; their labels may differ."""
+    if not run.num_rows:
+        raise ResultsError("predictions are empty: nothing to pair")
     return run.select(["key", "label", "prediction"]).sort_by([("key", "ascending"), ("label", "ascending")])
 
 
-def _images(run: pa.Table) -> pa.Table:
-    if not run.num_rows:
-        raise ResultsError("predictions are empty: nothing to pair")
-    return _in_order(run).select(["key", "label"])
-
-
-def _right(run: pa.Table, images: pa.Table) -> NDArray[np.bool_]:
-    """Whether the prediction for each of `images` is right, in their order."""
-    run = _in_order(run)
-    if not run.select(["key", "label"]).equals(images):
-        raise ResultsError(f"cannot pair predictions: {_mismatch(images, run)}")
+def _right(run: pa.Table, first: pa.Table) -> NDArray[np.bool_]:
+    """Whether each prediction is right. Both in order; the images must be those of the first run."""
+    if not run.select(["key", "label"]).equals(first.select(["key", "label"])):
+        raise ResultsError(f"cannot pair predictions: {_mismatch(first, run)}")
     return run["prediction"].to_numpy() == run["label"].to_numpy()
 
 

@@ -21,18 +21,15 @@ if TYPE_CHECKING:
 
     from baselines.features import Encoder
     from baselines.heads import Fit
-    from vlm.embedding import ImageEncoder
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
 
 @dataclass(frozen=True)
 class Task:
-    """The input of a method: k labelled examples a class, the test images, the class names, seed and settings.
-
-    hflip: probability of showing a training image mirrored. service, device: what computes.
-    validation: labelled images to choose settings on, where any are chosen; none of them is in train or test.
-    """
+    """The input of a method. train: k labelled examples a class. hflip: probability of showing one mirrored. service,
+    device: what computes. validation: labelled images to choose settings on, where any are chosen; none of them is in
+    train or test."""
 
     classes: tuple[str, ...]
     train: Sequence[Example]
@@ -46,8 +43,8 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
-        return -(-self.settings.views_per_class * len(self.classes) // self.settings.batch_size)
+        """Optimizer steps."""
+        return self.settings.steps(len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,8 @@ class Outcome:
     """The output of a method. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
 
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
-    has encoded or loaded costs nothing again.
-    answers: the free-text answer to each image and the label it reads as (-1: none), for methods that write.
-    chosen: settings that were chosen on labelled images that are no test images, and what was chosen.
+    has encoded or loaded costs nothing again. answers: the free-text answer to each image and the label it reads as
+    (-1: none), for methods that write. chosen: what was chosen on labelled images that are no test images, by setting.
     """
 
     scores: np.ndarray
@@ -69,12 +65,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """The function, the settings its numbers depend on, whether it learns, and its relative cost in time.
-
-    zero_shot: the method that evaluates the model before this one tunes it. leaves_out: whether it chooses its own
-    settings by leave-one-out on the training images. local: whether it needs features, which the Tinker API does not
-    give.
-    """
+    """The function, the settings its numbers depend on, whether it learns, and its relative cost in time. zero_shot:
+    the method that evaluates the model before this one tunes it. leaves_out: whether it chooses its own settings by
+    leave-one-out on the training images. local: whether it needs features, which the Tinker API does not give."""
 
     run: Callable[[Task], Outcome]
     settings: tuple[str, ...]
@@ -132,7 +125,7 @@ def dinov2_frozen(head: str, task: Task) -> Outcome:
 
 def pixel_knn(task: Task) -> Outcome:
     """Nearest neighbour on raw pixels: the floor."""
-    from baselines.heads.knn import fit_nearest_neighbour, pixels
+    from baselines.heads.nearest import fit_nearest_neighbour, pixels
 
     return _fitted(task, pixels, fit_nearest_neighbour, probabilities=False)
 
@@ -160,20 +153,20 @@ def dinov2_lora(task: Task) -> Outcome:
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
-_DATA = DATA_SETTINGS
 _TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
-_BACKBONE = ("backbone", "readout", "image_size")
-_PROMPTED = ("model", "prompt", "answer_tokens", "calibration")
+_FROZEN = (*DATA_SETTINGS, "backbone", "readout", "image_size")
+_PROMPTED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
+_EMBEDDED = (*DATA_SETTINGS, "model", "prompt", "vlm_features")
 METHODS = {
-    "vlm-zero-shot": Method(vlm_zero_shot, (*_DATA, *_PROMPTED), learns=False),
-    "vlm-lora": Method(vlm_lora, (*_DATA, *_PROMPTED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
-    "vlm-vision-linear": Method(vlm_vision_linear, (*_DATA, "model", "prompt", "vlm_features"), cost=2.0, local=True),
-    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), (*_DATA, *_BACKBONE)),
-    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), (*_DATA, *_BACKBONE), leaves_out=True),
-    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), (*_DATA, *_BACKBONE), leaves_out=True),
-    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), (*_DATA, *_BACKBONE), leaves_out=True),
-    "dinov2-lora": Method(dinov2_lora, (*_DATA, *_BACKBONE, *_TRAINED), cost=5.0),
-    "pixel-knn": Method(pixel_knn, _DATA),
+    "vlm-zero-shot": Method(vlm_zero_shot, _PROMPTED, learns=False),
+    "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-vision-linear": Method(vlm_vision_linear, _EMBEDDED, cost=2.0, local=True),
+    "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), _FROZEN),
+    "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), _FROZEN, leaves_out=True),
+    "dinov2-knn": Method(partial(dinov2_frozen, "knn"), _FROZEN, leaves_out=True),
+    "dinov2-mean": Method(partial(dinov2_frozen, "mean"), _FROZEN, leaves_out=True),
+    "dinov2-lora": Method(dinov2_lora, (*_FROZEN, *_TRAINED), cost=5.0),
+    "pixel-knn": Method(pixel_knn, DATA_SETTINGS),
 }
 
 
@@ -182,16 +175,13 @@ def encode(images: Sequence[bytes], settings: Settings, device: str) -> None:
     from vlm.embedding import encode
     from vlm.inputs import ImageRule
 
-    encode(_tower(settings, device), images, ImageRule.from_pretrained(settings.model))
+    encode(base_sampler("local", device, settings.model), images, ImageRule.from_pretrained(settings.model))
 
 
 def tower_forwards(settings: Settings, device: str) -> int:
     """How many images the local VLM's vision tower has encoded in this process."""
-    return _tower(settings, device).tower_forwards
-
-
-def _tower(settings: Settings, device: str) -> "ImageEncoder":
-    return base_sampler("local", device, settings.model)
+    forwards: int = base_sampler("local", device, settings.model).tower_forwards
+    return forwards
 
 
 def base_sampler(service: str, device: str, model: str) -> Any:
@@ -233,15 +223,13 @@ def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
 
 
 def prompt_of(client: Any, task: Task) -> "Prompt":
-    """The task's prompt in the tokens of its model.
-
-    The SDK's client would load the tokenizer from the hub by the model's name, where our models and folders are not.
-    """
+    """The task's prompt in the tokens of its model."""
     from vlm import service
     from vlm.inputs import ImageRule
     from vlm.prompts import Prompt, template
 
     model = task.settings.model
+    # The SDK's client would load it from the hub by the model's name, where our models and folders are not.
     tokenizer = client.get_tokenizer() if task.service == "local" else service.tokenizer(model)
     return Prompt(tokenizer, ImageRule.from_pretrained(model), task.classes, template(task.settings.prompt))
 
@@ -266,10 +254,8 @@ def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.
     from vlm.classifier import predict
 
     name: str = task.settings.calibration
-    if name != "validated":
-        return prior(name, sampler, prompt), {}
-    if not task.validation:
-        return prior(NONE, sampler, prompt), {}
+    if name != "validated" or not task.validation:
+        return prior(NONE if name == "validated" else name, sampler, prompt), {}
     priors = {each: prior(each, sampler, prompt) for each in (NONE, *PRIORS)}
     labels = np.array([example.label for example in task.validation])
     name = choose(predict(sampler, Images(task.validation), prompt), labels, priors)
@@ -289,8 +275,7 @@ def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head:
 def _fitted(
     task: Task, features: Callable[[Sequence[bytes]], np.ndarray], fit: "Fit", *, probabilities: bool
 ) -> Outcome:
-    """A head fitted on the training images alone, then applied. "fit" holds the encoding of the training images,
-    "predict" that of the test images."""
+    """A head fitted on the training images alone, then applied; both with the encoding of their images."""
     start = time.perf_counter()
     labels = np.array([example.label for example in task.train])
     fitted = fit(features(Images(task.train)), labels, len(task.classes))

@@ -18,7 +18,7 @@ from kshot.errors import ResultsError
 
 COLUMNS = ("key", "label", "prediction", "top5", "top5_log_probs", "label_log_prob", "answer", "answer_label")
 ECE_BINS = 15
-# The metrics that are a share of the test images; the others have no Wilson interval.
+# the metrics that are a share of the test images; the others have no Wilson interval
 SHARES = {"accuracy", "accuracy_strict", "accuracy_constrained", "top5", "unparseable"}
 
 
@@ -174,8 +174,7 @@ def _first(lists: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def _score(values: Sequence[float], shots: int, images: int | None) -> Score:
-    mean, half_width = summary(values)
     # Zero-shot cells draw no training images: equal values over seeds are one measurement, not a certainty of ± 0.
     if len(values) == 1 or (shots == 0 and len(set(values)) == 1):
         return Score(values[0], None, 1, None if images is None else wilson(values[0], images))
-    return Score(mean, half_width, len(values))
+    return Score(*summary(values), len(values))

@@ -31,21 +31,20 @@ VERSIONS = ("kshot", "torch", "transformers", "peft", "timm", "scikit-learn", "n
 
 
 def work(job: Job | EncodingJob) -> "tuple[dict[str, Any], pa.Table] | None":
-    """What a worker does: `run` a cell or `encode` images."""
-    if isinstance(job, EncodingJob):
-        encode(job)
-        return None
-    return run(job)
+    """What a worker does."""
+    if isinstance(job, Job):
+        return run(job)
+    encode(job)
+    return None
 
 
 def encode(job: EncodingJob) -> None:
     """Put the features of the job's images where the cells find them. Raises as `run` does."""
-    cell_job = job.cell_job
-    settings, dataset, hflip = cell_job.settings, dataset_of(cell_job), catalog.find(cell_job.source).hflip
-    train = to_encode(dataset, job.seeds, job.shots, settings)
+    cell_job, settings = job.cell_job, job.cell_job.settings
+    train = to_encode(dataset_of(cell_job), job.seeds, job.shots, settings)
     test = {example.key: example for example in examples_to_test(cell_job)}
     keys = sorted({*test, *train})[job.part :: job.parts]
-    prepared = _prepared(cell_job, [train[key] for key in keys if key in train], hflip)
+    prepared = _prepared(cell_job, [train[key] for key in keys if key in train])
     images = [image for each in prepared for image in (each.image, each.mirrored) if image]
     images += [test[key].image for key in keys if key in test]
     methods.encode(images, settings, cell_job.device)
@@ -122,17 +121,19 @@ def versions(job: Job) -> dict[str, str]:
 
 def task_of(job: Job, dataset: Dataset, test: list[Example]) -> Task:
     """What the cell's method is given. Raises TooFewImagesError, ImageError."""
-    hflip = catalog.find(job.source).hflip
+    method = METHODS[job.cell.method]
+    chooses = method.learns and "calibration" in method.settings
+    labelled = validation(dataset, job.cell.shots, job.cell.seed, job.settings) if chooses else []
     return Task(
         classes=dataset.classes,
-        train=train_examples(job, dataset, hflip) if METHODS[job.cell.method].learns else [],
+        train=train_examples(job, dataset) if method.learns else [],
         test=shown(test, job),
         seed=job.cell.seed,
         settings=job.settings,
-        hflip=hflip,
+        hflip=catalog.find(job.source).hflip,
         service=job.service,
         device=job.device,
-        validation=_validation(job, dataset, hflip),
+        validation=_prepared(job, labelled),
     )
 
 
@@ -155,21 +156,15 @@ def _forwards(job: Job) -> int | None:
     return methods.tower_forwards(job.settings, job.device)
 
 
-def train_examples(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
+def train_examples(job: Job, dataset: Dataset) -> list[Example]:
     """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
-    return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
+    return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings))
 
 
-def _validation(job: Job, dataset: Dataset, hflip: float) -> list[Example]:
-    method = METHODS[job.cell.method]
-    if not method.learns or "calibration" not in method.settings:
-        return []
-    return _prepared(job, validation(dataset, job.cell.shots, job.cell.seed, job.settings), hflip)
-
-
-def _prepared(job: Job, chosen: list[Example], hflip: float) -> list[Example]:
+def _prepared(job: Job, chosen: list[Example]) -> list[Example]:
     prepared = _prepared_train(job.source, job.access, job.settings.split_seed, job.settings.max_side)
-    new = prepare_all([e for e in chosen if e.key not in prepared], max_side=job.settings.max_side, hflip=hflip > 0)
+    new = [example for example in chosen if example.key not in prepared]
+    new = prepare_all(new, max_side=job.settings.max_side, hflip=catalog.find(job.source).hflip > 0)
     prepared.update((example.key, example) for example in new)
     # An image that is in two classes is prepared once; each example keeps its own label.
     return [replace(prepared[example.key], label=example.label) for example in chosen]

@@ -67,7 +67,7 @@ def choices_of(series: str) -> tuple[Choice, ...]:
 
 
 def number_of(series: str) -> int:
-    """Its index among all series of its method, from 0."""
+    """Its index among the series of its method, from 0."""
     number = 0
     for choice in choices_of(series):
         number = number * choice.total + choice.number
@@ -94,12 +94,9 @@ def main_pairs(series: Iterable[str]) -> list[tuple[str, str]]:
 def from_zero(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:
     """{series: {shots: value}} in which the curve of a method that tunes begins at 0 shots, with the value of the model
     untuned; where that was not measured, nothing changes."""
-    return {series: {**_start(table, series), **row} for series, row in table.items()}
-
-
-def _start(table: Mapping[str, Mapping[int, T]], series: str) -> dict[int, T]:
-    untuned = table.get(zero_shot_of(series) or "", {})
-    return {0: untuned[0]} if 0 in untuned else {}
+    untuned = {series: table.get(zero_shot_of(series) or "", {}) for series in table}
+    starts = {series: {0: row[0]} if 0 in row else {} for series, row in untuned.items()}
+    return {series: {**starts[series], **row} for series, row in table.items()}
 
 
 def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
@@ -109,13 +106,11 @@ def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
 
 
 def _read(method: str, axes: Axes) -> Axes:
-    """The axes that the method reads."""
     settings = METHODS[method].settings if method in METHODS else ()
     return {setting: values for setting, values in axes.items() if setting in settings}
 
 
 def _series(method: str, axes: Axes) -> list[str]:
-    """The series of a method: every combination of what is compared and it reads."""
     read = _read(method, axes).items()
     each = ([Choice(setting, v, n, len(values)) for n, v in enumerate(values)] for setting, values in read)
     return [_named(method, choices) for choices in product(*each)]
@@ -174,13 +169,12 @@ COUNTED = {"image_size": "image size", "vlm_features": "VLM feature set"}
 def style(series: str) -> Style:
     """The method's style, or a spare one chosen by its name; where settings are compared, a shade of it, with the
     choices in the title."""
-    method, choices, number = method_of(series), choices_of(series), number_of(series)
-    colour, marker = SPARE[crc32(method.encode()) % len(SPARE)]
-    base = STYLES.get(method) or Style(method, colour, marker, "-.")
+    method, choices = method_of(series), choices_of(series)
+    base = STYLES.get(method) or Style(method, *SPARE[crc32(method.encode()) % len(SPARE)], "-.")
     if not choices:
         return base
     lines = [*dict.fromkeys((base.line, *LINES))]
-    line, index = divmod(number, _shades(choices))
+    line, index = divmod(number_of(series), _shades(choices))
     shade, amount, hollow = SHADES[index]
     return Style(
         title=f"{base.title} ({', '.join(map(choice_text, choices))})",

@@ -47,13 +47,9 @@ class Results:
         """The records of all finished cells, in the order of data set, method, shots and seed."""
         return _in_order({**self._packed(), **self._single()}.values())
 
-    def cell(self, key: str) -> dict[str, Any]:
-        """The record of one finished cell."""
-        return self._record(key) if self._path(key).exists() else self._packed()[key]
-
     def frame(self) -> "pd.DataFrame":
-        """A table with a row a finished cell, in the order of `cells`. Columns: dataset, protocol, method (its name on
-        the command line), shots, seed; `accuracy`, which is the number that reports show, and every other metric (see
+        """A row a finished cell, in the order of `cells`. Columns: dataset, protocol, method (its name on the command
+        line), shots, seed; `accuracy`, which reports show, and every other metric (see
         `experiments.sweep.metrics.metrics`); and each setting. What a method does not have or read is missing (NaN)."""
         import pandas as pd
 
@@ -84,11 +80,11 @@ class Results:
     def finished(self) -> set[str]:
         """The keys of the cells whose record and predictions are both there."""
         records = {path.stem for path in self._paths()} | self._packed().keys()
-        return records & {path.stem for path in self._prediction_paths()}
+        return records & {path.stem for path in (self.folder / "predictions").glob("*.parquet")}
 
     def has_predictions(self) -> bool:
         """Whether any are there; committed results leave all of them out."""
-        return any(self._prediction_paths())
+        return any((self.folder / "predictions").glob("*.parquet"))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -105,8 +101,8 @@ class Results:
         except Timeout as error:
             raise ResultsError(f"{self.folder} is being written by another kshot; wait for it or use --out") from error
         except OSError as error:
-            reason = f"cannot write to {self.folder}: {error.strerror}"
-            raise ResultsError(f"{reason}; choose another folder with --out") from error
+            message = f"cannot write to {self.folder}: {error.strerror}; choose another folder with --out"
+            raise ResultsError(message) from error
         try:
             for part in ("", *FOLDERS, "failed"):
                 remove_unfinished(self.folder / part)
@@ -177,21 +173,13 @@ class Results:
         if not any((self.folder / "cells").iterdir()):
             (self.folder / "cells").rmdir()
 
-    def _path(self, key: str) -> Path:
-        return self.folder / "cells" / f"{key}.json"
-
     def _paths(self) -> Iterator[Path]:
         return (self.folder / "cells").glob("*.json")
 
-    def _prediction_paths(self) -> Iterator[Path]:
-        return (self.folder / "predictions").glob("*.parquet")
-
-    def _record(self, key: str) -> dict[str, Any]:
-        path = self._path(key)
-        return _checked(_read(path, f"a record is gone; {RUN_AGAIN}"), path, CELL_FIELDS, f"delete it and {RUN_AGAIN}")
-
     def _single(self) -> dict[str, dict[str, Any]]:
-        return {path.stem: self._record(path.stem) for path in self._paths()}
+        """The records of the files by key."""
+        gone, way_out = f"a record is gone; {RUN_AGAIN}", f"delete it and {RUN_AGAIN}"
+        return {path.stem: _checked(_read(path, gone), path, CELL_FIELDS, way_out) for path in self._paths()}
 
     def _packed(self) -> dict[str, dict[str, Any]]:
         """The records of cells.jsonl by key; none where it is not there."""
@@ -208,7 +196,7 @@ class Results:
         self._write(PACKED, "".join(f"{line}\n" for line in lines).encode())
 
     def _is_foreign(self) -> bool:
-        """Whether the folder is somebody else's: it has visible things in it that no sweep made."""
+        """Whether it has visible things in it that no sweep made."""
         if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
             return False
         visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}

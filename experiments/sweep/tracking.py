@@ -19,6 +19,7 @@ from experiments.sweep.provenance import file_stem
 from experiments.sweep.series import by_series
 from experiments.terminal import err
 from kshot.errors import InputError, UnknownNameError
+from kshot.hub import one_line
 
 EXTRA = "pip install 'kshot[tracking]'"
 PROJECT = "kshot"  # of W&B, unless WANDB_PROJECT names another
@@ -51,15 +52,14 @@ def tracker(name: str) -> Tracker:
     """
     if name not in TRACKERS:
         raise UnknownNameError("tracker", name, TRACKERS)
-    tool = TRACKERS[name]
     try:
-        for module in tool.modules:
+        for module in TRACKERS[name].modules:
             import_module(module)
     except Exception as error:  # also what is broken in other ways than by being absent
-        reason = f"which cannot be imported ({_line(error)})"
+        reason = f"which cannot be imported ({one_line(error)})"
         install = f"{EXTRA}, or: pip install {name}"
         raise InputError(f"tracking with {name} needs the package {name}, {reason}; {install}") from error
-    return _Guarded(name, tool.make())
+    return _Guarded(name, TRACKERS[name]())
 
 
 class _Guarded(Tracker):
@@ -82,8 +82,8 @@ class _Guarded(Tracker):
             call(*arguments)
         except Exception as error:
             self._inner = Tracker()
-            text = f"kshot: tracking with {self._name} failed and ends here, the sweep goes on ({_line(error)})"
-            err.print(text, style="yellow", markup=False, highlight=False)
+            text = f"kshot: tracking with {self._name} failed and ends here, the sweep goes on ({one_line(error)})"
+            err.print(text, style="yellow")
 
 
 class Curve(NamedTuple):
@@ -97,7 +97,9 @@ class Curve(NamedTuple):
 
 
 class _Runs(Tracker):
-    """A tracker with a run a curve."""
+    """A tracker with a run a curve. modules: what must be importable; the package is named as the tool."""
+
+    modules: tuple[str, ...]
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         self._name, self._config, self._folder, self._runs = name, config, folder, dict[Curve, Any]()
@@ -121,6 +123,8 @@ def _values(record: Mapping[str, Any]) -> dict[str, float]:
 class Wandb(_Runs):
     """Weights & Biases: a run a curve, in a group a series; shots are the x axis. WANDB_MODE, WANDB_PROJECT,
     WANDB_ENTITY and the like hold. Files, and what is logged offline, go to `wandb` in the results folder."""
+
+    modules = ("wandb",)
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         """Asks for a key where one is needed, there is none, and somebody is there to be asked."""
@@ -162,6 +166,8 @@ class Trackio(_Runs):
     """trackio: a project a sweep, in it a run a curve and a group a series; the step is the shots. Kept on this machine
     (TRACKIO_DIR) unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise."""
 
+    modules = ("trackio",)
+
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
         """Opens the run, and closes it: trackio has one open at a time."""
         import trackio
@@ -186,6 +192,8 @@ class Trackio(_Runs):
 
 class TensorBoard(_Runs):
     """TensorBoard's event files in `tensorboard` of the results folder, a run a curve; the step is the shots."""
+
+    modules = ("tensorboard", "torch.utils.tensorboard")
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         super().start(name, config, folder)
@@ -213,18 +221,7 @@ class TensorBoard(_Runs):
         return SummaryWriter(self._folder / "tensorboard" / folder)
 
 
-class Tool(NamedTuple):
-    """modules: what must be importable; the package is named as the tool. make: its tracker."""
-
-    modules: tuple[str, ...]
-    make: type[Tracker]
-
-
-TRACKERS = {
-    "wandb": Tool(("wandb",), Wandb),
-    "trackio": Tool(("trackio",), Trackio),
-    "tensorboard": Tool(("tensorboard", "torch.utils.tensorboard"), TensorBoard),
-}
+TRACKERS: dict[str, type[_Runs]] = {"wandb": Wandb, "trackio": Trackio, "tensorboard": TensorBoard}
 
 
 @contextmanager
@@ -239,7 +236,3 @@ def _nothing_sent() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

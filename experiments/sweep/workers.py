@@ -69,8 +69,25 @@ def local(
     count = min(workers or room, max(len(jobs), len(first)))
     if count == 0:
         return
-    with _worker_pool(run, count, threads, gpus) as pool:
-        yield from _JobScheduler(pool, first, jobs).all()
+    with _worker_pool(run, count, threads, gpus) as (pool, replace):
+        for stage in (first, jobs):
+            pending, running = deque((job, 1) for job in stage), dict[Worker[J, R], tuple[J, int]]()
+            while pending or running:
+                for worker in pool:
+                    if pending and worker not in running:
+                        running[worker] = pending.popleft()
+                        worker.start(running[worker][0])
+                busy: dict[Any, Worker[J, R]] = {worker.channel: worker for worker in running}
+                for channel in wait([*busy]):
+                    worker = busy[channel]
+                    (job, tries), result = running.pop(worker), worker.result()
+                    lost = isinstance(result, Failure) and result.lost
+                    if lost:
+                        replace(worker)
+                    if lost and tries < TRIES:
+                        pending.append((job, tries + 1))  # at the end, when fewer run beside it
+                    else:
+                        yield job, result
 
 
 def ray(
@@ -82,21 +99,18 @@ def ray(
     threads: int = 1,
     gpus: Sequence[str] = (),
 ) -> Answers[J, R]:
-    """(job, result or Failure) as they finish, `workers` at a time (default: as many as the cluster has room for).
+    """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for).
 
-    A job takes `threads` CPUs, and a GPU where there are `gpus`. first: jobs that must be finished before any of `jobs`
-    begins. However it ends, also when the iterator is closed, no job of this run goes on. Raises InputError without
-    Ray, KshotError where the cluster cannot be reached or has no place for a job.
+    A job takes `threads` CPUs, and a GPU where there are `gpus`. However it ends, no job of this run goes on. Raises
+    InputError without Ray, KshotError where the cluster cannot be reached or has no place for a job.
     """
     if not jobs and not first:
         return
     library, gpu = _ray(), bool(gpus)
     with _connected(library):
         _check_room(library, threads, gpu)
-        task = library.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")(
-            _ray_work
-        )
-        running: dict[Any, J] = {}
+        remote = library.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")
+        task, running = remote(_ray_work), dict[Any, J]()
         try:
             for stage in (first, jobs):
                 waiting = deque(stage)
@@ -188,10 +202,8 @@ def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
 
 
 class Worker(Generic[J, R]):
-    """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch.
-
-    watched: the process ends when the other end of this pipe is closed. environment: set before any library is loaded.
-    """
+    """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch. It ends when the
+    other end of `watched` is closed. environment: set before any library is loaded."""
 
     def __init__(
         self, run: Callable[[J], R], watched: Connection, threads: int, environment: Mapping[str, str]
@@ -233,87 +245,34 @@ class Worker(Generic[J, R]):
         self._process.close()
 
 
-class _WorkerPool:
-    """The workers of a run. Of one that dies another takes the place, on the same GPU."""
-
-    def __init__(self, make: Callable[[int], Worker[Any, Any]], count: int) -> None:
-        self._make = make
-        self.workers = [make(number) for number in range(count)]
-
-    def replace(self, dead: Worker[Any, Any]) -> None:
-        number = self.workers.index(dead)
-        self.workers[number] = self._make(number)  # first: where that fails, all of the old ones are ended later
-        dead.close()
-
-
 @contextmanager
-def _worker_pool(run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]) -> Iterator[_WorkerPool]:
+def _worker_pool(
+    run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]
+) -> Iterator[tuple[list[Worker[J, R]], Callable[[Worker[J, R]], None]]]:
+    """The workers, and what puts another in the place of one that died, on the same GPU."""
     os.environ.update(environment(threads))  # a library reads it on being loaded, which a child does on its first line
     watched, parent_end = CONTEXT.Pipe(duplex=False)
+    workers: list[Worker[J, R]] = []
 
-    def make(number: int) -> Worker[J, R]:
+    def start(number: int) -> Worker[J, R]:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
         return Worker(run, watched, threads, gpu)
 
+    def replace(dead: Worker[J, R]) -> None:
+        number = workers.index(dead)
+        workers[number] = start(number)  # first: where that fails, all of the old ones are ended later
+        dead.close()
+
     with watched:
-        pool: _WorkerPool | None = None
         try:
-            pool = _WorkerPool(make, count)
-            yield pool
-            for worker in pool.workers:
+            workers.extend(map(start, range(count)))
+            yield workers, replace
+            for worker in workers:
                 worker.stop()
         finally:
             parent_end.close()  # ends the workers that still run
-            for worker in pool.workers if pool else ():
+            for worker in workers:
                 worker.close()
-
-
-@dataclass
-class _Task(Generic[J]):
-    """A job, whether others wait for it, and how often its worker has died."""
-
-    job: J
-    first: bool
-    lost: int = 0
-
-
-class _JobScheduler:
-    """Gives the jobs to the workers of a pool."""
-
-    def __init__(self, pool: _WorkerPool, first: Sequence[Any], jobs: Sequence[Any]) -> None:
-        self._pool, self._running = pool, dict[Worker[Any, Any], _Task[Any]]()
-        self._pending = deque([*(_Task(job, True) for job in first), *(_Task(job, False) for job in jobs)])
-        self._unfinished_first = len(first)  # jobs that must be finished before the others begin
-
-    def all(self) -> Answers[Any, Any]:
-        while self._fill():
-            busy: dict[Any, Worker[Any, Any]] = {worker.channel: worker for worker in self._running}
-            for channel in wait([*busy]):
-                task, result = self._result(busy[channel])
-                if isinstance(result, Failure) and result.lost and task.lost < TRIES:
-                    self._put_back(task)
-                    continue
-                self._unfinished_first -= task.first
-                yield task.job, result
-
-    def _fill(self) -> bool:
-        """Give every idle worker a job, if one may begin; whether any is at work."""
-        for worker in self._pool.workers:
-            if worker not in self._running and self._pending and (self._pending[0].first or not self._unfinished_first):
-                self._running[worker] = self._pending.popleft()
-                worker.start(self._running[worker].job)
-        return bool(self._running)
-
-    def _result(self, worker: Worker[Any, Any]) -> tuple[_Task[Any], Any]:
-        task, result = self._running.pop(worker), worker.result()
-        if isinstance(result, Failure) and result.lost:
-            task.lost += 1
-            self._pool.replace(worker)
-        return task, result
-
-    def _put_back(self, task: _Task[Any]) -> None:
-        """At once, where others wait for it; else at the end, when fewer run beside it."""
-        (self._pending.appendleft if task.first else self._pending.append)(task)
 
 
 def call(run: Callable[[J], R], job: J) -> R | Failure:
@@ -337,6 +296,19 @@ def prepare_process(threads: int) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     getLogger("huggingface_hub").setLevel(CRITICAL)  # its retries; what they end in is reported in one line
+
+
+@contextmanager
+def one_thread_on_a_cpu(device: str) -> Iterator[None]:
+    """As in a sweep's workers, so that sums come out the same."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def exit_with(watched: Connection) -> None:
@@ -368,11 +340,5 @@ def _work(
 
 def _pickled(result: Any) -> Any:
     """As `send` would pickle it; where that fails, the Failure."""
-    try:
-        return ForkingPickler.dumps(result)
-    except Exception as error:
-        return ForkingPickler.dumps(call(_raise, error))
-
-
-def _raise(error: Exception) -> None:
-    raise error
+    packed = call(ForkingPickler.dumps, result)
+    return ForkingPickler.dumps(packed) if isinstance(packed, Failure) else packed

@@ -1,14 +1,20 @@
-"""What a sweep has to do: its cells, their data sets, and how many different images these cells see.
+"""What a sweep has to do: its cells, their data sets, how many different images these cells see, and which of them the
+vision tower encodes once for all cells.
 
 A data set that is on this machine is counted exactly. Of a benchmark that is not, the catalog has the published
 numbers: enough to estimate a sweep before anything is fetched.
+
+Images whose features the disk cache can keep are encoded before the first cell. Where a sweep has more features than
+the cache keeps (see `vlm.service`), the cache drops the least recently used, which would be those of a later data set:
+so the cells of that set encode them.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +25,16 @@ from experiments.sweep.cells import Job
 from experiments.sweep.config import Settings, Sweep
 from experiments.sweep.methods import METHODS, Method
 from experiments.sweep.run import to_encode
-from kshot.errors import InputError
+from kshot.errors import InputError, KshotError
 from kshot.files import cache_folder
 from kshot.images import open_header
+from vlm import models
 
 SAMPLE = 32  # images of a data set that are measured, at most
 PHOTOGRAPH = 480, 360  # pixels, width and height, of every image of a data set that is not here
+BATCH = 64  # images that one job encodes
+CONFIGS = Path(__file__).with_name("qwen3_vl_configs.json")  # of Qwen3-VL's sizes, as published: what sizes follow from
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 class CellSpec(NamedTuple):
@@ -42,7 +52,7 @@ class CellSpec(NamedTuple):
 
     @property
     def uses_vlm(self) -> bool:
-        return "model" in self.spec.settings
+        return self.spec.uses_vlm
 
     @property
     def uses_backbone(self) -> bool:
@@ -66,11 +76,8 @@ class CellSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The size of a data set. train, test: numbers of images. class_names: () where they are not known.
-
-    hflip: probability of a mirrored training image. dataset: the set itself, where it is on this machine; access: how
-    a worker gets it.
-    """
+    """The size of a data set. train, test: numbers of images. class_names: () where they are not known. hflip:
+    probability of a mirrored training image. dataset: the set itself, where it is here. access: how workers get it."""
 
     classes: int
     class_names: tuple[str, ...]
@@ -96,10 +103,8 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Workload:
-    """Cells in the order in which they run, and their data sets by source.
-
-    service, device: what computes them ("local", "tinker" or an address), on what kind of device (cpu or cuda).
-    """
+    """Cells in the order in which they run, and their data sets by source. service: what computes them ("local",
+    "tinker" or an address). device: its kind, cpu or cuda."""
 
     cells: Sequence[CellSpec]
     datasets: Mapping[str, DatasetInfo]
@@ -129,11 +134,8 @@ def of_jobs(jobs: Sequence[Job], datasets: Mapping[str, Dataset]) -> Workload:
 
 
 def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Workload:
-    """The workload of a sweep before its data is fetched: sets that are here are loaded, of the others the catalog
-    has the sizes.
-
-    Raises what `catalog.load` raises; InputError for a set that is not here and whose size is not known.
-    """
+    """The workload of a sweep before its data is fetched: sets that are here are loaded. Raises what `catalog.load`
+    raises; InputError for a set that is not here and whose size is not known."""
     access = access or Access()
     access = replace(access, protocol=sweep.protocol or access.protocol)
     infos = {source: _info(source, access, sweep.settings.split_seed) for source in sweep.datasets}
@@ -228,12 +230,10 @@ def _image_counts(cells: list[CellSpec], info: DatasetInfo) -> ImageCounts:
     return ImageCounts(train, train * (2 if info.hflip > 0 and learning else 1), info.test_count(settings))
 
 
-def sample(info: DatasetInfo, seed: int = 0, count: int = SAMPLE) -> list[bytes]:
-    """At most `count` images of a data set, drawn by the seed; none of a set that is not here."""
-    if info.dataset is None:
-        return []
-    images = [*info.dataset.train, *info.dataset.test]
-    return [images[n].image for n in np.random.default_rng(seed).permutation(len(images))[:count]]
+def sample(info: DatasetInfo) -> list[bytes]:
+    """At most SAMPLE images of a data set, always the same; none of a set that is not here."""
+    images = [*info.dataset.train, *info.dataset.test] if info.dataset else []
+    return [images[n].image for n in np.random.default_rng(0).permutation(len(images))[:SAMPLE]]
 
 
 def image_sizes(info: DatasetInfo) -> list[tuple[int, int]]:
@@ -245,3 +245,106 @@ def mean_size(info: DatasetInfo, max_side: int) -> tuple[float, float]:
     """Width and height in pixels of prepared images, on average over the sample."""
     fitted = [(w * min(1, max_side / max(w, h)), h * min(1, max_side / max(w, h))) for w, h in image_sizes(info)]
     return float(np.mean([w for w, _ in fitted])), float(np.mean([h for _, h in fitted]))
+
+
+@dataclass(frozen=True)
+class EncodingSchedule:
+    """When the vision tower encodes the images of each source: ahead, once; in the cells, once in each worker, where
+    features fit into the cache but not beside those before them; again in every cell, where they do not fit. capacity:
+    bytes that the cache keeps."""
+
+    ahead: tuple[str, ...]
+    per_worker: tuple[str, ...]
+    per_cell: tuple[str, ...]
+    capacity: int
+
+
+def encoding_schedule(workload: Workload) -> EncodingSchedule:
+    """The first set that does not fit beside those before it ends what is encoded ahead: what its cells keep would
+    push out features of later sets before they are used."""
+    from vlm import service
+
+    needed = feature_bytes(workload)
+    capacity, total, ahead = service.feature_disk_bytes(kept=True) if needed else 0, 0, list[str]()
+    for source, size in needed.items():
+        total += size
+        if total > capacity:
+            break
+        ahead.append(source)
+    later = [source for source in needed if source not in ahead]
+    per_worker = tuple(source for source in later if needed[source] <= capacity)
+    per_cell = tuple(source for source in later if needed[source] > capacity)
+    return EncodingSchedule(tuple(ahead), per_worker, per_cell, capacity)
+
+
+def encoding_jobs(workload: Workload) -> int:
+    """How many jobs encode images ahead, BATCH at a time."""
+    counts = image_counts(workload.select(lambda cell: cell.uses_vlm), workload)
+    ahead = encoding_schedule(workload).ahead
+    return sum(int(-(-(counts[source].train + counts[source].test) // BATCH)) for source in ahead)
+
+
+def feature_bytes(workload: Workload) -> dict[str, int]:
+    """Source → bytes of the features of all its images, mirrored ones too, that the local service's model sees; 0 for
+    a model whose configuration is not known."""
+    cells = workload.local_vlm_cells
+    features = image_features(model_config(cells[0].settings.model)) if cells else None  # a sweep has one model
+    sizes = {}
+    for source, counts in image_counts(cells, workload).items():
+        width, height = mean_size(workload.datasets[source], cells[0].settings.max_side)
+        token_bytes = features.tokens(width, height) * features.token_bytes if features else 0
+        sizes[source] = int((counts.train_views + counts.test) * token_bytes)
+    return sizes
+
+
+class ImageFeatures(NamedTuple):
+    """side: pixels; a square of so many is one token. token_bytes: of the features of one token in the cache."""
+
+    side: int
+    token_bytes: int
+
+    def tokens(self, width: float, height: float) -> float:
+        """Of an image of so many pixels, about: without the processor's rounding."""
+        return max(1, width * height / self.side**2)
+
+
+def image_features(config: dict[str, Any] | None) -> ImageFeatures | None:
+    """Those of a Qwen3-VL by its config.json; None for other models. For each token the cache keeps its embedding and
+    one more for every DeepStack layer."""
+    try:
+        text, vision = (config or {})["text_config"], (config or {})["vision_config"]
+        embeddings = 1 + len(vision["deepstack_visual_indexes"])
+        side = vision["patch_size"] * vision.get("spatial_merge_size", 2)
+        return ImageFeatures(side, embeddings * text["hidden_size"] * item_bytes(config or {}))
+    except KeyError:
+        return None
+
+
+def item_bytes(config: dict[str, Any]) -> int:
+    """Bytes of a weight. Raises KeyError for a type that is not in the table."""
+    declared = (each.get(name) for each in (config, config["text_config"]) for name in ("dtype", "torch_dtype"))
+    return ITEM_BYTES[str(next(filter(None, declared), "float32"))]  # some configurations state it of the text alone
+
+
+def model_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a model: as published for Qwen3-VL, else from its folder or the hub; None where it cannot be
+    read: loading the model says why."""
+    name = models.full_name(name)
+    if not is_local(name) and (published := published_configs().get(name.partition("@")[0])):
+        return published
+    try:
+        return dict(json.loads(Path(models.source(name), "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KshotError):
+        return None
+
+
+def is_local(name: str) -> bool:
+    """Whether a model comes with kshot or is a folder."""
+    return name in models.MODELS or (Path(name) / "config.json").is_file()
+
+
+@cache
+def published_configs() -> dict[str, dict[str, Any]]:
+    """Hub id → configuration, of every size of Qwen3-VL."""
+    configs = json.loads(CONFIGS.read_text(encoding="utf-8"))
+    return {hub_id: configs[size] for size, hub_id in models.SIZES.items()}

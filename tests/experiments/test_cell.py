@@ -1,4 +1,5 @@
-"""The key of a cell: the same everywhere, and another one as soon as anything that its numbers depend on changes."""
+"""The key of a cell: the same everywhere, and another one as soon as anything that its numbers depend on changes; and
+what a cell is given."""
 
 import hashlib
 import json
@@ -8,20 +9,17 @@ from typing import Any
 
 import pytest
 
+from data.dataset import Dataset, Example, content_key
 from experiments.sweep.cells import Cell
 from experiments.sweep.config import Settings, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS
+from experiments.sweep.run import train_examples
 
 CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "limit_test": None})
 OTHER: dict[str, Any] = {
-    **{
-        "model": "Qwen/other",
-        "backbone": "vit_small_patch14_dinov2.lvd142m",
-        "max_side": 99,
-        "limit_test": 7,
-        "split_seed": 7,
-    },
+    **{"model": "Qwen/other", "backbone": "vit_small_patch14_dinov2.lvd142m"},
+    **{"max_side": 99, "limit_test": 7, "split_seed": 7},
     **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7},
     **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7, "shuffle_test": True},
     **{"prompt": "{image}What? => {label}", "loss": "closed-set", "calibration": "pmi", "answer_tokens": 7},
@@ -72,3 +70,14 @@ def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, st
     elsewhere = keys(photos, {}, service="tinker")
     assert elsewhere == {method: usual[method] for method in elsewhere}
     assert usual.keys() - elsewhere.keys() == {"vlm-vision-linear"}
+
+
+def test_an_image_that_stands_in_two_classes_keeps_both_labels(photos: Path, make_image) -> None:
+    """Whichever of them was prepared first."""
+    image = make_image(4321)
+    rows = [Example(content_key(image), image, label) for label in (0, 1)]
+    grid = {"datasets": [f"folder:{photos}"], "methods": ["pixel-knn"], "shots": [1], "seeds": [0]}
+    job = plan(load("demo", grid, {"max_side": 33})).jobs[0]
+    for order in (rows, rows[::-1]):
+        examples = train_examples(job, Dataset("own", "given", ("cat", "dog"), order, []))
+        assert [example.label for example in examples] == [0, 1]

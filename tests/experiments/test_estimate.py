@@ -22,8 +22,7 @@ from data.preparation import prepare
 from experiments.plan import storage
 from experiments.plan.counts import cell_work, count, prompt_lengths
 from experiments.plan.estimate import Requirements, check, duration, estimate, requirements, rows
-from experiments.plan.memory import PASS, Memory, memory
-from experiments.plan.models import vit_size
+from experiments.plan.memory import PASS, Memory, memory, vit_size
 from experiments.plan.storage import Disk, Download, disks, downloads
 from experiments.sweep.cells import predictions
 from experiments.sweep.config import RunOptions, Sweep, load
@@ -77,9 +76,8 @@ def test_only_what_is_asked_for_is_counted(sweep: Callable[..., Sweep]) -> None:
 
 def test_labelled_images_for_a_choice_are_asked_too(sweep: Callable[..., Sweep]) -> None:
     workload = of_sweep(sweep(("vlm-lora",), calibration="validated"))
-    by_shots = {part.shots: cell_work(part, workload.datasets[part.source]) for part in workload.cells}
-    assert {shots: each.scored for shots, each in by_shots.items()} == {1: 6 + 3, 2: 6 + 6}
-    assert {each.generated for each in by_shots.values()} == {6}
+    by_shots = {cell.shots: cell_work(cell, workload.datasets[cell.source]) for cell in workload.cells}
+    assert {shots: (work.scored, work.generated) for shots, work in by_shots.items()} == {1: (6 + 3, 6), 2: (6 + 6, 6)}
 
 
 def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> None:
@@ -108,9 +106,8 @@ def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> 
     planned = plan(asked)
     by_jobs, by_sweep = of_jobs(planned.jobs, planned.datasets), of_sweep(asked)
     assert Counter(by_jobs.cells) == Counter(by_sweep.cells)
-    assert [METHODS[part.method].cost for part in by_jobs.cells] == [
-        METHODS[part.method].cost for part in by_sweep.cells
-    ]
+    costs = ([METHODS[cell.method].cost for cell in workload.cells] for workload in (by_jobs, by_sweep))
+    assert next(costs) == next(costs)
     assert count(by_jobs, None) == count(by_sweep, None)
 
 
@@ -126,11 +123,6 @@ def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -
     assert prompt_lengths(blog)[0] is None  # no tokenizer of that model is here
 
 
-def test_a_hubs_set_of_unknown_size_is_refused() -> None:
-    with pytest.raises(InputError, match=r"hub:some/set is not on this machine .*kshot data get hub:some/set"):
-        of_sweep(load("demo", {"datasets": ("hub:some/set",)}, {}))
-
-
 def test_a_packed_set_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fill(facts: dict[str, Any]) -> Any:
         facts.update(hub="dpdl-benchmark/oxford_flowers102", revision="0" * 40)
@@ -142,6 +134,8 @@ def test_a_packed_set_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     pack.open_or_make("hub-0123", fill)
     assert is_here("flowers", Access())
     assert not is_here("pets", Access())
+    with pytest.raises(InputError, match=r"hub:some/set is not on this machine .*kshot data get hub:some/set"):
+        of_sweep(load("demo", {"datasets": ("hub:some/set",)}, {}))
     assert is_here("hub:dpdl-benchmark/oxford_flowers102", Access())
     assert not is_here("hub:dpdl-benchmark/oxford_flowers102@abc", Access())
     assert is_here("icons", Access())
@@ -213,11 +207,7 @@ def test_memory_of_a_worker(sweep: Callable[..., Sweep]) -> None:
     assert replace(memory(of_sweep(sweep()), 2), measured=3 * 10**9).needed == 6 * 10**9
     elsewhere = of_sweep(sweep(("vlm-lora",)), service="http://somewhere")
     assert memory(elsewhere, 1).parts["weights"] == 0
-
-
-def test_a_model_of_unknown_size_is_said(sweep: Callable[..., Sweep]) -> None:
-    found = memory(of_sweep(sweep(model="somebody/a-model")), 1)
-    assert found.unknown == ("somebody/a-model",)
+    assert memory(of_sweep(sweep(model="somebody/a-model")), 1).unknown == ("somebody/a-model",)
 
 
 def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> None:
@@ -264,17 +254,9 @@ def test_disk_by_file_system(blog: Workload, tmp_path: Path, monkeypatch: pytest
 
 
 def fitting(**changed: Any) -> Requirements:
-    given: dict[str, Any] = {
-        "workers": 4,
-        "downloads": [],
-        "memory": Memory({"libraries": 10**9, "weights": 4 * 10**9, PASS: 10**9}, 30 * 10**9, "the CPU's memory", 4),
-        "disks": [Disk(Path("/data"), {"downloads": 10**9, "results": 10}, 2 * 10**9)],
-    }
-    return Requirements(**{**given, **changed})
-
-
-def test_what_fits_is_not_refused() -> None:
-    check(fitting())
+    memory = Memory({"libraries": 10**9, "weights": 4 * 10**9, PASS: 10**9}, 30 * 10**9, "the CPU's memory", 4)
+    disks = [Disk(Path("/data"), {"downloads": 10**9, "results": 10}, 2 * 10**9)]
+    return replace(Requirements(4, [], memory, disks), **changed)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +288,7 @@ def test_what_fits_is_not_refused() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_way_out(changed: dict[str, Any], message: str) -> None:
+    check(fitting())
     with pytest.raises(InputError, match=message):
         check(fitting(**changed))
 

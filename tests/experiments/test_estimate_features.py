@@ -14,20 +14,26 @@ from baselines import nano as nano_dinov2
 from experiments.cli.sweep import check_room
 from experiments.plan.counts import encoded_in_cell
 from experiments.plan.estimate import estimate, requirements, rows
-from experiments.plan.memory import memory
-from experiments.plan.models import vit_size
+from experiments.plan.memory import memory, vit_size
 from experiments.plan.storage import disks
 from experiments.plan.time import Measurement, ProbeResult, Rates, measure, probe_folder, sweep_time
 from experiments.sweep import workers as executors
 from experiments.sweep.config import RunOptions, Sweep, load
-from experiments.sweep.encoding import BATCH, encoding_jobs, encoding_schedule, feature_bytes
 from experiments.sweep.grid import plan
 from experiments.sweep.store import Results
-from experiments.sweep.workload import Workload, of_jobs, of_sweep
+from experiments.sweep.workload import (
+    BATCH,
+    Workload,
+    encoding_jobs,
+    encoding_schedule,
+    feature_bytes,
+    of_jobs,
+    of_sweep,
+)
 from kshot.errors import InputError
 from kshot.files import STALE
 from vlm import nano
-from vlm.local import features
+from vlm.local import vision
 
 TINY = {"views_per_class": 4, "batch_size": 5, "rank": 4}
 COUNTS = {"a": 10, "b": 20, "c": 10}  # images a class
@@ -70,7 +76,7 @@ SMALL, LARGE = (4, 16), (8, 16)  # a fifth of a folder is tested on; 2 x 8 shots
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the cache keep so many bytes: 15/16 of its limit."""
-    return lambda kept: monkeypatch.setattr(features, "DISK_BYTES", -(-kept * 16 // 15))
+    return lambda kept: monkeypatch.setattr(vision, "DISK_BYTES", -(-kept * 16 // 15))
 
 
 def times(workload: Workload) -> tuple[tuple[str, ...], ...]:
@@ -94,38 +100,13 @@ def test_the_first_that_fit_together_are_shared(
     limit(2 * each(*SMALL) + each(*LARGE))
     assert encoding_schedule(workload).ahead == (a, b, c)
     limit(2 * each(*SMALL) + each(*LARGE) - 16)
-    assert (
-        encoding_schedule(workload).ahead,
-        encoding_schedule(workload).per_worker,
-        encoding_schedule(workload).per_cell,
-    ) == (
-        (a, b),
-        (c,),
-        (),
-    )
+    assert times(workload) == ((a, b), (c,), ())
     limit(each(*LARGE) - 16)
-    assert (
-        encoding_schedule(workload).ahead,
-        encoding_schedule(workload).per_worker,
-        encoding_schedule(workload).per_cell,
-    ) == (
-        (a,),
-        (c,),
-        (b,),
-    )
+    assert times(workload) == ((a,), (c,), (b,))
     assert encoding_schedule(turned).ahead == (c,)
     limit(each(*SMALL) - 16)
-    assert (
-        encoding_schedule(workload).ahead,
-        encoding_schedule(workload).per_worker,
-        encoding_schedule(workload).per_cell,
-    ) == (
-        (),
-        (),
-        (a, b, c),
-    )
-    unknown = of_sweep(sweep(model="somebody/a-model"))
-    assert encoding_schedule(unknown).ahead == (a, b, c)
+    assert times(workload) == ((), (), (a, b, c))
+    assert encoding_schedule(of_sweep(sweep(model="somebody/a-model"))).ahead == (a, b, c)
 
 
 def test_only_those_are_encoded_ahead(
@@ -144,7 +125,7 @@ def test_encoding_takes_workers_too(
     sweep: Callable[..., Sweep], limit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As many as are started: one cell, but 20 images in parts of 4."""
-    for module in ("encoding", "grid"):
+    for module in ("workload", "grid"):
         monkeypatch.setattr(f"experiments.sweep.{module}.BATCH", 4)
     planned = plan(sweep(order=(0,)))
     workload = of_jobs(planned.jobs, planned.datasets)
@@ -162,16 +143,15 @@ def rates_of(workload: Workload, rates: Rates) -> Measurement:
 
 def test_the_time_of_what_is_encoded_again(sweep: Callable[..., Sweep], limit: Callable[[int], None]) -> None:
     """Two seeds of two methods; of the second set every image again in every cell, of the third in every worker."""
-    asked = sweep(("vlm-lora", "vlm-vision-linear", "vlm-zero-shot"), views_per_class=100)
-    workload = of_sweep(asked)
+    workload = of_sweep(sweep(("vlm-lora", "vlm-vision-linear", "vlm-zero-shot"), views_per_class=100))
     measured = rates_of(workload, Rates(encoded=0.5))
     assert sweep_time(workload, measured, 1).cells == 0
     assert sweep_time(workload, measured, 1).encode == 0.5 * (2 * (4 + 32) + (8 + 32))
     limit(each(*LARGE) - 16)
     found = sweep_time(workload, measured, 2)
     assert found.encode == 0.5 * ((4 + 32) + 2 * (4 + 32)) / 2
-    lora, linear, asks = 32 + 8 + 8, 16 + 8, 8 + 8  # no mirrored image for a head; no answer from one
-    assert found.methods == {"vlm-lora": 0.5 * lora, "vlm-vision-linear": 0.5 * linear, "vlm-zero-shot": 0.5 * asks}
+    images = {"vlm-lora": 32 + 8 + 8, "vlm-vision-linear": 16 + 8, "vlm-zero-shot": 8 + 8}  # a head: no twin, no answer
+    assert found.methods == {method: 0.5 * count for method, count in images.items()}
     few = of_sweep(sweep())  # 8 views in batches of 5
     assert encoded_in_cell(few.cells[0], few.datasets[few.cells[0].source]) == 10 + 4 + 4
 
@@ -180,18 +160,17 @@ def test_the_table_says_when(
     sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None], tmp_path: Path
 ) -> None:
     a, b, c = sets
-    asked = of_sweep(sweep(), service="tinker")  # which is not measured
-    found, workload = estimate(asked, tmp_path, RunOptions(workers=1)), of_sweep(sweep())
-    found = replace(found, counts=replace(found.counts, tower=112))
+    elsewhere = of_sweep(sweep(), service="tinker")  # which is not measured
+    estimated, workload = estimate(elsewhere, tmp_path, RunOptions(workers=1)), of_sweep(sweep())
+    counts = replace(estimated.counts, tower=112)
 
-    def said() -> tuple[str, str]:
-        return {row[0]: row[1:] for row in rows(replace(found, encoding_schedule=encoding_schedule(workload)))}[
-            "vision tower"
-        ]
+    def line() -> tuple[str, ...]:
+        table = rows(replace(estimated, counts=counts, encoding_schedule=encoding_schedule(workload)))
+        return next(row for row in table if row[0] == "vision tower")[1:]
 
-    assert said() == ("112 images", "each once for all cells, mirrored twins too")
+    assert line() == ("112 images", "each once for all cells, mirrored twins too")
     limit(each(*LARGE) - 16)
-    assert said() == (
+    assert line() == (
         "112 images",
         f"each once for all cells, mirrored twins too: {a}; once in every worker: {c} (their features do not fit "
         f"beside those of the sets before); again in every cell: {b} (their features do not fit into 0 MB)",
@@ -313,14 +292,29 @@ def test_a_measurement_leaves_nothing_behind(
     assert [*(tmp_path / "cache").iterdir()] == []
 
 
-def test_a_measurement_of_two_sets_leaves_nothing(
+def test_a_small_sweep_is_measured(
     sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model that the first set has loaded keeps features of the second too."""
-    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
-    found = measure(of_sweep(sweep(("vlm-zero-shot",), order=(0, 2), answer_tokens=2)), 1)
-    assert len(found.results) == 2
-    assert [*tmp_path.iterdir()] == []
+    """Every method is tried on two sets, as many workers as there will be; nothing is left, though the model that the
+    first set has loaded keeps features of the second too."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    methods = ("vlm-zero-shot", "dinov2-logreg", "dinov2-lora", "pixel-knn")
+    workload = of_sweep(sweep(methods, order=(0, 2), answer_tokens=2))
+    estimated = estimate(workload, tmp_path / "out", RunOptions(workers=1))
+    assert estimated.measurement is not None
+    assert estimated.time is not None
+    assert len(estimated.measurement.results) == 2
+    for result in estimated.measurement.results.values():
+        by_method = {variant[0]: rates for variant, rates in result.rates.items()}
+        assert by_method.keys() == set(methods)
+        assert by_method["dinov2-lora"].step > 0
+    first = next(iter(estimated.measurement.results.values()))
+    assert next(rates for variant, rates in first.rates.items() if variant[0] == "dinov2-logreg").encoded > 0
+    assert estimated.requirements.memory.measured == estimated.measurement.peak > 100 << 20
+    assert 0 < estimated.time.total < 600
+    assert [*(tmp_path / "cache").iterdir()] == []
+    assert not (tmp_path / "out").exists()
+    assert next(row for row in rows(estimated) if row[0] == "time")[2].endswith("1 worker")
 
 
 def test_what_killed_measurements_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

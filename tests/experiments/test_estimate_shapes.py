@@ -1,23 +1,21 @@
 """Sizes of models as the plan counts them: held to published numbers, to what is loaded, and to what a pass was
 measured to take."""
 
-import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from baselines import nano as nano_dinov2
 from baselines.backbone import load as load_backbone
 from baselines.lora import LoraHead, LoraHeadConfig
-from experiments.plan.memory import TEXT
-from experiments.plan.models import VitSize, parameters, vit_size, vlm_size
+from experiments.plan.memory import TEXT, VitSize, parameters, vit_size, vlm_size
 from experiments.sweep.config import load
-from experiments.sweep.encoding import published_configs
 from experiments.sweep.methods import Task, prompt_of
+from experiments.sweep.workload import published_configs
 from tests.vlm.checkpoints import experts
 from vlm import models, nano
 from vlm.local.model import load as loading
@@ -101,14 +99,14 @@ def test_a_training_step_takes_what_a_gpu_was_measured_to_take(size: str) -> Non
     assert found == pytest.approx(measured, rel=0.15)
 
 
-def test_a_pass_of_the_nano_model_keeps_what_is_said() -> None:
+def test_a_pass_of_the_nano_model_keeps_what_is_said(make_image: Callable[..., bytes]) -> None:
     """What autograd saves, but for weights and adapter, in a pass of a hundred questions."""
     model, settings = vlm_size(nano.NAME), load("demo", {}, {}).settings
     assert model is not None
     client: Any = connect("local").create_lora_training_client(nano.NAME, rank=32, seed=0).result()
     engine, run = client._engine, client._run
     prompt = prompt_of(client, Task(("star", "key"), [], [], 0, settings))
-    data = [prompt.datum(picture(n), n % 2) for n in range(100)]
+    data = [prompt.datum(make_image(n), n % 2) for n in range(100)]
     known = {p.untyped_storage().data_ptr() for p in (*engine.model.stock.parameters(), *run._copies.values())}
     saved: dict[int, int] = {}
     kept: list[torch.Tensor] = []
@@ -124,9 +122,3 @@ def test_a_pass_of_the_nano_model_keeps_what_is_said() -> None:
     positions = sum(datum.model_input.length for datum in data)
     labelled = sum(int(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
     assert model.training_bytes(positions, labelled) == pytest.approx(found, rel=0.35)
-
-
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (number, 2 * number, 0)).save(buffer, "PNG")
-    return buffer.getvalue()

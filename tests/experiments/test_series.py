@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import reported
 
 from experiments.cli.sweep import print_summary
 from experiments.report.figures import write_dataset_figure
@@ -25,16 +26,7 @@ from experiments.sweep.series import (
 from kshot.errors import ResultsError
 
 PROMPTS = ["recipe", "{image}What is it? => It is a {label}"]
-SWEEP = {
-    "name": "demo",
-    "datasets": ["icons"],
-    "methods": ["vlm-zero-shot", "vlm-lora", "pixel-knn"],
-    "shots": [1, 4],
-    "seeds": [0, 1],
-    "settings": {},
-    "notes": [],
-    "prompts": PROMPTS,
-}
+SWEEP = reported.SWEEP | {"seeds": [0, 1], "settings": {}, "notes": [], "prompts": PROMPTS}
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +39,9 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cell(method: str, shots: int, seed: int, accuracy: float, prompt: str | None = None) -> dict:
     answers = dict.fromkeys(("accuracy_constrained", "accuracy_strict"), accuracy) if prompt else {}
-    return {
-        "key": f"{method}-{shots}-{seed}-{prompt}",
-        "dataset": "icons",
-        "method": method,
-        "shots": shots,
-        "seed": seed,
-        "settings": {"prompt": prompt} if prompt else {},
-        "test_images": 100,
-        "metrics": {"accuracy": accuracy, **answers},
-        "timings": {},
-        "versions": {},
-    }
+    more = {"settings": {"prompt": prompt} if prompt else {}, "metrics": {"accuracy": accuracy, **answers}}
+    record = reported.cell(method, shots, seed, accuracy)
+    return record | more | {"key": f"{record['key']}-{prompt}", "test_images": 100}
 
 
 def asked(method: str, number: int, of: int = 5) -> Series:

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.sweep import methods
 from experiments.sweep.cells import Job
-from experiments.sweep.config import load
+from experiments.sweep.config import RunOptions, load
 from experiments.sweep.grid import execute, gpus_of, plan
 from experiments.sweep.methods import METHODS, Outcome, Task
 from experiments.sweep.store import Results
@@ -40,7 +40,9 @@ def sweep(photos: Path, tmp_path: Path, kshot: Any) -> Callable[..., Any]:
     return lambda *more: kshot("sweep", "--dataset", f"folder:{photos}", *QUICK, "--out", tmp_path / "out", *more)
 
 
-def test_a_failed_cell_is_noted_and_the_others_run(sweep: Any, broken: Any, ran: list[Job], tmp_path: Path) -> None:
+def test_a_failed_cell_is_noted_and_tried_again_and_the_others_run(
+    sweep: Any, broken: Any, ran: list[Job], tmp_path: Path
+) -> None:
     broken(ZeroDivisionError("by 0"))
     said = sweep()
     assert said.status == 1
@@ -55,6 +57,10 @@ def test_a_failed_cell_is_noted_and_the_others_run(sweep: Any, broken: Any, ran:
     assert last.startswith("kshot: 1 of 4 cells failed, first pixel-knn on folder:")
     assert "2 shots, seed 0: ZeroDivisionError: by 0 (the same command tries them again, and --only-failed" in last
     assert (tmp_path / "out/report.html").exists()
+    broken(None)
+    ran.clear()
+    assert sweep().status == 0  # the same command
+    assert [(job.cell.method, job.cell.shots) for job in ran] == [("pixel-knn", 2)]
 
 
 def test_only_failed_runs_those_alone(sweep: Any, broken: Any, ran: list[Job], tmp_path: Path) -> None:
@@ -72,15 +78,6 @@ def test_only_failed_runs_those_alone(sweep: Any, broken: Any, ran: list[Job], t
     ran.clear()
     assert sweep().status == 0
     assert [job.cell.method for job in ran] == ["dinov2-logreg"]
-
-
-def test_the_same_command_tries_them_again(sweep: Any, broken: Any, ran: list[Job]) -> None:
-    broken(InputError("no"))
-    assert sweep().status == 2
-    broken(None)
-    ran.clear()
-    assert sweep().status == 0
-    assert [(job.cell.method, job.cell.shots) for job in ran] == [("pixel-knn", 2)]
 
 
 def test_another_device_or_service_is_refused(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
@@ -135,4 +132,4 @@ def test_the_gpus_that_workers_get(
 def test_more_workers_than_gpus_is_an_error(photos: Path, tmp_path: Path) -> None:
     planned = replace(plan(load("demo", {"datasets": (f"folder:{photos}",), "shots": (1,)}, {})), gpus=("0",))
     with pytest.raises(InputError, match="--workers 2, but GPUs: 1, and each worker takes one"):
-        list(execute(planned, Results(tmp_path), planned.jobs, workers=2))
+        list(execute(planned, Results(tmp_path), planned.jobs, RunOptions(workers=2)))

@@ -2,13 +2,15 @@
 where they are installed; nothing leaves this machine."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,19 +31,9 @@ SWEEP = {
 
 def cell(dataset: str, method: str, shots: int, seed: int, accuracy: float, prompt: str = "recipe") -> dict[str, Any]:
     settings = {"rank": 4, "prompt": prompt} if method == "vlm-lora" else {"max_side": 480}
-    return {
-        **{
-            "key": "0",
-            "dataset": dataset,
-            "protocol": "seeded-split-0",
-            "method": method,
-            "shots": shots,
-            "seed": seed,
-        },
-        **{"settings": settings, "test_images": 5, "versions": {"kshot": "0.1.0"}},
-        "metrics": {"accuracy": accuracy, "accuracy_strict": None},
-        "timings": {"fit_seconds": 2.5},
-    }
+    cell = {"key": "0", "dataset": dataset, "protocol": "p", "method": method, "shots": shots, "seed": seed}
+    measured = {"metrics": {"accuracy": accuracy, "accuracy_strict": None}, "timings": {"fit_seconds": 2.5}}
+    return {**cell, "settings": settings, "test_images": 5, "versions": {"kshot": "0.1.0"}, **measured}
 
 
 CELLS = [
@@ -76,108 +68,70 @@ def accuracies(rows: list[tuple[str, int, dict[str, Any]]]) -> dict[str, dict[st
     return found
 
 
-class FakeRun:
-    def __init__(self, given: dict[str, Any]) -> None:
-        self.given, self.logged, self.axes, self.finished = given, list[dict[str, Any]](), dict[str, str](), 0
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes[name] = step_metric
-
-    def log(self, values: dict[str, Any]) -> None:
-        self.logged.append(values)
-
-    def finish(self) -> None:
-        self.finished += 1
-
-
-class FakeWandb(ModuleType):
-    """The part of wandb that is called. fails: the name of a call that does."""
-
-    def __init__(self, mode: str = "offline", fails: str = "") -> None:
-        super().__init__("wandb")
-        self.runs, self.mode, self.fails, self.calls = list[FakeRun](), mode, fails, list[str]()
-
-    class Settings:
-        model_fields = ("console", "disable_git")
-
-        def __init__(self, **values: Any) -> None:
-            self.values = values
-
-    def _called(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.fails:
-            raise RuntimeError(f"{name}:\nno")
-
-    def setup(self) -> Any:
-        self._called("setup")
-        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
-
-    def login(self) -> None:
-        self._called("login")
-
-    def init(self, **given: Any) -> FakeRun:
-        self._called("init")
-        self.runs.append(FakeRun(given))
-        return self.runs[-1]
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The part of wandb that is called, offline."""
+    fake = Mock()
+    fake.setup.return_value.settings.mode = "offline"
+    fake.init.side_effect = lambda **_: Mock()
+    fake.Settings = Mock(model_fields=("console", "disable_git"), side_effect=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return fake
 
 
-def test_what_wandb_is_told(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+def calls(wandb: Mock) -> list[str]:
+    return [name for name, *_ in wandb.mock_calls if name in ("setup", "login", "init")]
+
+
+def test_what_wandb_is_told(wandb: Mock, tmp_path: Path) -> None:
+    runs: list[Mock] = []
+    wandb.init.side_effect = lambda **_: runs.append(Mock()) or runs[-1]
     follow(tracker("wandb"), tmp_path)
-    assert wandb.calls == ["setup", "init", "init", "init"]  # offline nobody is asked for a key
-    rows = [(run.given["name"], values["shots"], values) for run in wandb.runs for values in run.logged]
+    assert calls(wandb) == ["setup", "init", "init", "init"]  # offline nobody is asked for a key
+    options = [call.kwargs for call in wandb.init.call_args_list]
+    logged = [[call.args[0] for call in run.log.call_args_list] for run in runs]
+    rows = [(each["name"], row["shots"], row) for each, lines in zip(options, logged, strict=True) for row in lines]
     assert accuracies(rows) == {f"two: {run}": values for run, values in EXPECTED.items()}
-    first = wandb.runs[0]
-    assert first.logged[0] == {"shots": 4, "icons/accuracy": 0.5, "icons/fit_seconds": 2.5, "cells": 1, "cells of": 5}
-    assert (first.axes, first.finished) == ({"*": "shots"}, 1)
-    assert first.given["settings"].values == {"console": "off", "disable_git": True}  # what this version knows
-    given = {name: first.given[name] for name in ("project", "group", "job_type", "tags", "dir", "reinit")}
-    assert given == {
-        **{"project": "kshot", "group": "two: vlm-lora, prompt 1", "job_type": "vlm-lora", "dir": tmp_path},
-        **{"tags": ["two", "vlm-lora", "icons", "digits"], "reinit": "create_new"},
-    }
-    config = first.given["config"]
+    row = {"shots": 4, "icons/accuracy": 0.5, "icons/fit_seconds": 2.5, "cells": 1, "cells of": 5}
+    assert logged[0][0] == row
+    runs[0].define_metric.assert_called_once_with("*", step_metric="shots")
+    runs[0].finish.assert_called_once_with()
+    config = options[0].pop("config")
     assert config["settings"] == CELLS[0]["settings"]
     assert config["sweep"] == {key: value for key, value in SWEEP.items() if key != "classes"}
-    assert "mode" not in first.given  # WANDB_MODE decides
+    assert options[0] == {  # no mode: WANDB_MODE decides
+        **{"project": "kshot", "group": "two: vlm-lora, prompt 1", "job_type": "vlm-lora", "dir": tmp_path},
+        **{"tags": ["two", "vlm-lora", "icons", "digits"], "reinit": "create_new"},
+        **{"name": "two: vlm-lora, prompt 1, seed 0", "settings": {"console": "off", "disable_git": True}},
+    }
 
 
 def test_wandb_asks_for_a_key_before_anything_runs_and_takes_the_users_project(
-    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wandb: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    wandb.mode = "online"
+    wandb.setup.return_value.settings.mode = "online"
     tracking = tracker("wandb")
     tracking.start("two", SWEEP, tmp_path)
-    assert wandb.calls == ["setup", "login"]
+    assert calls(wandb) == ["setup", "login"]
     tracking.cell(CELLS[0], 1, 5)
-    assert wandb.runs[0].given["project"] == "mine"
+    assert wandb.init.call_args.kwargs["project"] == "mine"
 
 
 @pytest.mark.parametrize("fails", ["setup", "init"])
 def test_a_failure_is_one_line_and_the_tracker_is_left_alone(
-    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str
+    wandb: Mock, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str
 ) -> None:
-    wandb.fails = fails
+    getattr(wandb, fails).side_effect = RuntimeError(f"{fails}:\nno")
     follow(tracker("wandb"), tmp_path)
-    assert wandb.calls == ["setup", *(["init"] if fails == "init" else [])]
-    said = capsys.readouterr()
+    assert calls(wandb) == ["setup", *(["init"] if fails == "init" else [])]
     failed = "kshot: tracking with wandb failed and ends here, the sweep goes on"
-    assert (said.out, said.err) == ("", f"{failed} (RuntimeError: {fails}: no)\n")
+    assert capsys.readouterr() == ("", f"{failed} (RuntimeError: {fails}: no)\n")
 
 
-def test_ctrl_c_is_no_failure(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(wandb, "setup", stopped)
+def test_ctrl_c_is_no_failure(wandb: Mock, tmp_path: Path) -> None:
+    wandb.setup.side_effect = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         tracker("wandb").start("two", SWEEP, tmp_path)
 
@@ -199,8 +153,6 @@ def test_another_name_says_the_choices() -> None:
 
 
 def test_nothing_is_imported_before_a_tool_is_chosen() -> None:
-    import subprocess
-
     packages = {"wandb", "trackio", "tensorboard", "torch"}
     code = f"import sys, experiments.sweep.tracking; print(*{packages} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -283,9 +235,6 @@ print(json.dumps({run: SQLiteStorage.get_logs("two", run) for run in SQLiteStora
 
 def test_real_trackio_keeps_all_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trackio", reason="trackio is not installed")
-    import os
-    import subprocess
-
     with ThreadingHTTPServer(("127.0.0.1", 0), _Counting) as hub:
         hub.requests = []  # type: ignore[attr-defined]
         thread = Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})

@@ -1,14 +1,18 @@
-"""Jobs on Ray: a local cluster, two nodes of which one is removed half way, and errors."""
+"""Jobs on Ray: a local cluster, two nodes of which one is removed half way, and errors; and a sweep there, of which the
+results are the local ones."""
 
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stored import numbers
 
 from experiments.sweep import workers
 from experiments.sweep.workers import MISSING, Failure
@@ -42,18 +46,80 @@ def note(job: tuple[str, float, str]) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes of one CPU each on this machine."""
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes of one CPU each on this machine."""
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that its processes find this module
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.second = made.add_node(num_cpus=1)
     ray.init(address=made.address, log_to_driver=False, logging_level="error")
     yield made
     ray.shutdown()
     made.shutdown()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster with a cache of its own, so that nothing is there before. A process is in one cluster at a time: its
+    tests come first."""
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with two_nodes() as made:
+        yield made
+
+
+def removed_after(cluster: Any, cells: int, out: Path, left: list[int]) -> threading.Thread:
+    """Takes the second node away, without a warning, as soon as so many cells are stored."""
+
+    def wait_and_remove() -> None:
+        while len(stored := [*out.glob("cells/*.json")]) < cells:
+            time.sleep(0.05)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        left.append(len(stored))
+
+    thread = threading.Thread(target=wait_and_remove, daemon=True)
+    thread.start()
+    return thread
+
+
+def nodes_left() -> int:
+    """Ray takes a while to say that one is gone."""
+    deadline = time.monotonic() + 60
+    while (alive := sum(node["Alive"] for node in ray.nodes())) > 1 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return alive
+
+
+def run_without_half(arguments: list[str], cells: int, cluster: Any, out: Path, kshot: Callable[..., Any]) -> None:
+    left: list[int] = []
+    thread = removed_after(cluster, cells // 2, out, left)
+    said = kshot(*arguments, "--executor", "ray", "--out", out)
+    assert said.status == 0, said.err
+    thread.join(10)
+    assert cells // 2 <= left[0] < cells
+    assert nodes_left() == 1
+    assert said.err.count(f"/{cells} ") == cells + said.err.count("encoding the images")  # each was handed on once
+
+
+def test_a_sweep_loses_a_node(grid: list[str], two_workers: Path, fresh: Any, tmp_path: Path, kshot: Any) -> None:
+    run_without_half(grid, 17, fresh, tmp_path / "out", kshot)
+    assert numbers(tmp_path / "out") == numbers(two_workers)
+
+
+@pytest.mark.slow
+def test_the_demo_loses_a_node(fresh: Any, tmp_path: Path, kshot: Any) -> None:
+    assert kshot("demo", "--out", tmp_path / "local").status == 0
+    os.environ["KSHOT_CACHE"] = str(tmp_path / "cache2")
+    run_without_half(["sweep", "demo"], 61, fresh, tmp_path / "out", kshot)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "local")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that its processes find this module
+    with two_nodes() as made:
+        yield made
     del os.environ["PYTHONPATH"]
 
 
