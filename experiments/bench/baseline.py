@@ -33,22 +33,13 @@ from sklearn.preprocessing import StandardScaler, normalize
 from baselines.backbone import Backbone, load
 from baselines.features import Encoder, resized, size_batches
 from baselines.heads import HEADS
-from baselines.heads.knn import TEMPERATURE
 from baselines.heads.linear import C
+from baselines.heads.nearest import TEMPERATURE
 from baselines.heads.ridge import PENALTIES
+from experiments.bench import harness
 from experiments.bench.case import Plan, photographs
 from experiments.bench.grid import DIM, QUICK, SIZES, Cell, cells, predict, problem, run, write
-from experiments.bench.harness import (
-    Rows,
-    check_agreement,
-    in_turn,
-    median_ratio,
-    quiet,
-    record,
-    row,
-    synchronize,
-    timed,
-)
+from experiments.bench.harness import Rows, check_agreement, in_turn, median_ratio, row, synchronize, timed
 from experiments.sweep import workers
 
 SEEDS = 5
@@ -62,7 +53,7 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = ""
     Raises InputError for a device that cannot be; ModelError for the model; DatasetError; KshotError where a head's
     predictions differ from scikit-learn's.
     """
-    quiet()
+    harness.quiet()
     encoder_rows, share = _encoder(root, quick, device, model)
     with tempfile.TemporaryDirectory() as name:
         folder, sizes = Path(name), QUICK if quick else SIZES
@@ -70,7 +61,7 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = ""
         head_rows, ratios = heads(folder, quick)
         grid_rows, seconds = _grid(list(cells(folder, sizes, 1 if quick else SEEDS)))
     ratios = {"grid_seconds": seconds, "feature_rate_share": share, **ratios}
-    return record([*grid_rows, *head_rows, *encoder_rows], ratios, PACKAGES)
+    return harness.record([*grid_rows, *head_rows, *encoder_rows], ratios, PACKAGES)
 
 
 # The grid
@@ -98,12 +89,9 @@ TOLERANCE = 1e-6  # of scikit-learn's logistic regression: at its default, 1e-4,
 Peer = Callable[[np.ndarray, np.ndarray, np.ndarray, Any], Any]  # train, labels, test, our choice → predictions
 
 
-def _linear(model: Any) -> Peer:
-    def peer(train: np.ndarray, labels: np.ndarray, test: np.ndarray, chosen: Any) -> Any:
-        pipeline = make_pipeline(StandardScaler(), model)
-        return pipeline.fit(train.astype(np.float64), labels).predict(test.astype(np.float64))
-
-    return peer
+def _linear(model: Any, train: np.ndarray, labels: np.ndarray, test: np.ndarray, chosen: Any) -> Any:
+    pipeline = make_pipeline(StandardScaler(), model)
+    return pipeline.fit(train.astype(np.float64), labels).predict(test.astype(np.float64))
 
 
 def _knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, chosen: Any) -> Any:
@@ -121,8 +109,8 @@ def _mean(train: np.ndarray, labels: np.ndarray, test: np.ndarray, chosen: Any) 
 
 
 PEERS: dict[str, Peer] = {
-    "logreg": _linear(LogisticRegression(C=C, tol=TOLERANCE, max_iter=10_000)),
-    "ridge": _linear(RidgeClassifierCV(np.array(PENALTIES) * DIM, scoring="accuracy")),
+    "logreg": partial(_linear, LogisticRegression(C=C, tol=TOLERANCE, max_iter=10_000)),
+    "ridge": partial(_linear, RidgeClassifierCV(np.array(PENALTIES) * DIM, scoring="accuracy")),
     "knn": _knn,
     "mean": _mean,
 }
@@ -163,10 +151,11 @@ def _encoder(root: Path | None, quick: bool, device: str, model: str) -> tuple[R
     """Rows of images a second, and the encoder's over the fastest bare one's. Raises as `baselines.backbone.load`
     does, and DatasetError."""
     rounds, architecture, ours = 3 if quick else 5, ARCHITECTURES[quick], "photographs to features"
-    with _random_backbone(architecture) as random, _one_thread_on(device):
+    with _random_backbone(architecture) as random, workers.one_thread_on_a_cpu(device):
         backbone = load(model or random, device)
         images = _images(root, COUNT[device.split(":")[0], quick])
-        ready = _ready(backbone, images)
+        pixels = [resized(image, backbone.patch, PIXELS) for image in images]
+        ready = [backbone.normalised([pixels[n]]) for group in size_batches(pixels, len(pixels)) for n in group]
         encoders = [Encoder(model or random, size=PIXELS, device=device) for _ in range(rounds + 1)]  # nothing cached
         tasks: dict[str, Callable[[], Any]] = {ours: lambda: encoders.pop().features(images)}
         batches = {n: [torch.cat(ready[m : m + n]) for m in range(0, len(ready), n)] for n in BATCHES}
@@ -177,16 +166,6 @@ def _encoder(root: Path | None, quick: bool, device: str, model: str) -> tuple[R
     rows = [row(what, [len(images) / s for s in each], "images/s", **facts) for what, each in seconds.items()]
     fastest = [min(times) for times in zip(*(seconds[name] for name in seconds if name != ours), strict=True)]
     return rows, median_ratio(fastest, seconds[ours])
-
-
-@contextmanager
-def _one_thread_on(device: str) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -204,11 +183,6 @@ def _images(root: Path | None, count: int) -> list[bytes]:
     _, chosen = photographs(root, Plan(classes=8, shots=min(count // 8, 8)), np.random.default_rng(0))
     # More are the same with another tail: other bytes, so another key, and the same work.
     return [chosen[n % len(chosen)][0] + b"\0" * (n // len(chosen)) for n in range(count)]
-
-
-def _ready(backbone: Backbone, images: Sequence[bytes]) -> list[torch.Tensor]:
-    pixels = [resized(image, backbone.patch, PIXELS) for image in images]
-    return [backbone.normalised([pixels[n]]) for group in size_batches(pixels, len(pixels)) for n in group]
 
 
 @torch.inference_mode()

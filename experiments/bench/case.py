@@ -19,6 +19,7 @@ from tinker import types
 
 from data.dataset import clean_name
 from kshot.errors import DatasetError, KshotError, ModelError
+from kshot.hub import one_line
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.models import source
@@ -224,25 +225,14 @@ def write_shape(folder: Path, shape: Shape, device: str) -> Path:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     config, processor = _nano(CONFIG), _nano(PROCESSOR)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    config["text_config"] |= dict(zip((*names, "intermediate_size"), shape.text, strict=True)) | {
-        "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": shape.mrope,
-            "mrope_interleaved": True,
-        },
-        "initializer_range": 0.02,
-    }
-    vision = dict(zip(("hidden_size", "depth", "num_heads", "intermediate_size"), shape.vision, strict=True))
-    config["vision_config"] |= vision | {
-        "patch_size": 16,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": shape.deepstack,
-        "out_hidden_size": shape.text[0],
-        "initializer_range": 0.02,
-    }
+    text = config["text_config"]
+    text |= dict(zip((*names, "intermediate_size"), shape.text, strict=True)) | {"initializer_range": 0.02}
+    text |= {"vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied}
+    text["rope_parameters"] |= {"rope_theta": 5e6, "mrope_section": shape.mrope}
+    vision = config["vision_config"]
+    vision |= dict(zip(("hidden_size", "depth", "num_heads", "intermediate_size"), shape.vision, strict=True))
+    vision |= {"patch_size": 16, "num_position_embeddings": 2304, "initializer_range": 0.02}
+    vision |= {"deepstack_visual_indexes": shape.deepstack, "out_hidden_size": shape.text[0]}
     config |= {"tie_word_embeddings": shape.tied, "dtype": str(dtype).removeprefix("torch.")}
     processor |= {"patch_size": 16, "size": PIXELS}
     return _write(folder, nano.folder(), config, processor, dtype, device)
@@ -265,7 +255,7 @@ def write_vocabulary(folder: Path, tokenizer: str) -> Path:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise for broken files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(error)[:200]
         raise ModelError(f"the tokenizer {tokenizer} cannot be loaded ({reason}); give --tokenizer another") from error
     vocabulary = loaded.get_vocab()
     missing = [token for token in (*TOKEN_IDS.values(), END_OF_TURN) if token not in vocabulary]

@@ -31,17 +31,11 @@ class Size(NamedTuple):
     shots: tuple[int, ...]
 
 
-def _size(name: str, classes: int, shots: tuple[int, ...] = (1, 2, 4, 8, 16)) -> Size:
-    return Size(classes, DATASETS[name].train, DATASETS[name].test, shots)
-
-
-SIZES = {
-    "caltech101": _size("caltech101", 102),
-    "cars": _size("cars", len(CARS)),
-    "flowers": _size("flowers", 102, (1, 2, 4, 8, 10)),  # ten training images a class are all that there are
-    "pets": _size("pets", 37),
-}
-QUICK = {name: SIZES[name]._replace(shots=SIZES[name].shots[:3]) for name in ("flowers", "pets")}
+SHOTS = (1, 2, 4, 8, 16)
+CLASSES = {"caltech101": 102, "cars": len(CARS), "flowers": 102, "pets": 37}
+SIZES = {name: Size(count, DATASETS[name].train, DATASETS[name].test, SHOTS) for name, count in CLASSES.items()}
+SIZES["flowers"] = SIZES["flowers"]._replace(shots=(1, 2, 4, 8, 10))  # that many training images a class are there
+QUICK = {name: SIZES[name]._replace(shots=SHOTS[:3]) for name in ("flowers", "pets")}
 
 
 class Problem(NamedTuple):

@@ -26,6 +26,7 @@ from experiments.sweep.workers import exit_with, interrupts_blocked
 from experiments.terminal import err, out, plain_table, print_paths
 from kshot.errors import InputError, KshotError, ResultsError, UnknownNameError
 from kshot.files import processor, write_file
+from kshot.hub import one_line
 
 T = TypeVar("T")
 
@@ -50,20 +51,21 @@ class Timed(Generic[T]):
     value: T
 
 
-def timed(function: Callable[..., T], *args: object) -> Timed[T]:
-    """function(*args) and the seconds it took."""
+def timed(function: Callable[..., T], *args: object, device: str = "cpu") -> Timed[T]:
+    """function(*args) and the seconds it took, with what it has sent to the device."""
     start = perf_counter()
     value = function(*args)
+    synchronize(device)
     return Timed(perf_counter() - start, value)
 
 
 def in_turn(
-    tasks: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True, progress: bool = False
+    tasks: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """The seconds that each task took in each round, and its last result.
 
     A round runs every task once, so that a slow minute of the machine affects all of them. warm_up: one more round
-    before them, which does not count. progress: a line on stderr after each task.
+    before them, which does not count; False: of tasks that take minutes, with a line on stderr after each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     results = dict[str, Any]()
@@ -75,7 +77,7 @@ def in_turn(
             results[name] = measured.value
             if number:
                 seconds[name].append(measured.seconds)
-            if progress:
+            if not warm_up:
                 text = f"round {number} of {rounds}, {name}: {measured.seconds:.3g} s"
                 err.print(text, style="dim", highlight=False)
     return seconds, results
@@ -112,10 +114,10 @@ def record(rows: Rows, ratios: Mapping[str, float], packages: Iterable[str]) -> 
 def finish(record: dict[str, Any], path: Path) -> None:
     """Print the table and write the JSON file. Raises ResultsError where it cannot be written."""
     table = plain_table(["what", "median", "unit"])
-    for measured in record["rows"]:
-        table.add_row(measured["name"], _number(measured["median"]), measured["unit"])
-    for name, ratio in record["ratios"].items():
-        table.add_row(name, _number(ratio), UNITS.get(name, "times"))
+    lines = [(measured["name"], measured["median"], measured["unit"]) for measured in record["rows"]]
+    lines += [(name, ratio, UNITS.get(name, "times")) for name, ratio in record["ratios"].items()]
+    for name, value, unit in lines:
+        table.add_row(name, f"{value:,.0f}" if abs(value) >= 10**DIGITS else f"{value:.{DIGITS}g}", unit)
     out.print(table, soft_wrap=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +127,6 @@ def finish(record: dict[str, Any], path: Path) -> None:
     print_paths([path])
     for note in record.get("notes", []):
         out.print(note, style="yellow", markup=False, highlight=False)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10**DIGITS else f"{value:.{DIGITS}g}"
 
 
 def check_device(device: str) -> None:
@@ -159,6 +157,7 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+@dataclass(frozen=True)
 class Process:
     """A process that calls functions on its main thread, one at a time, and sleeps in between.
 
@@ -166,26 +165,16 @@ class Process:
     threads than cores and lets none wait actively, and peak memory belongs to both.
     """
 
-    def __init__(self, name: str, pool: ProcessPoolExecutor) -> None:
-        self._name, self._pool = name, pool
-
-    def submit(self, function: Callable[..., T], *args: object) -> Callable[[], T]:
-        """Start function(*args), all of it picklable; the returned function waits for the result.
-
-        Waiting raises InputError for one in the process, and KshotError for every other exception and for its death.
-        """
-        future = self._alive(self._pool.submit, _call, self._name, function, *args)
-        return lambda: self._alive(future.result)
+    name: str
+    pool: ProcessPoolExecutor
 
     def run(self, function: Callable[..., T], *args: object) -> T:
-        """Submit and wait."""
-        return self.submit(function, *args)()
-
-    def _alive(self, call: Callable[..., Any], *args: object) -> Any:
+        """function(*args) there, all of it picklable. Raises InputError for one in the process, and KshotError for
+        every other exception and for its death."""
         try:
-            return call(*args)
+            return self.pool.submit(_call, self.name, function, *args).result()
         except BrokenProcessPool as error:
-            raise KshotError(f"the process of {self._name!r} died (killed? out of memory?)") from error
+            raise KshotError(f"the process of {self.name!r} died (killed? out of memory?)") from error
 
 
 @contextmanager
@@ -226,4 +215,4 @@ def _call(name: str, function: Callable[..., T], *args: object) -> T:
     except KshotError as error:
         raise KshotError(str(error)) from None
     except Exception as error:
-        raise KshotError(f"{name!r} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise KshotError(f"{name!r} failed: {one_line(error)}") from None

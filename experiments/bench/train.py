@@ -9,51 +9,25 @@ output head.
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tinker import types
 
-from experiments.bench.case import RANK, SHAPES, Case, Plan, adapter_folder, new_case, write_shape
-from experiments.bench.harness import (
-    Process,
-    Rows,
-    Timed,
-    check_agreement,
-    check_device,
-    device_facts,
-    in_turn,
-    median_ratio,
-    processes,
-    quiet,
-    record,
-    row,
-    synchronize,
-    timed,
-)
-from experiments.bench.train_implementations import (
-    OURS,
-    PLAIN,
-    WITH_LOADERS,
-    WORKERS,
-    Implementation,
-    Outcome,
-    new_client,
-    ours,
-    peers,
-    step_pairs,
-)
+from experiments.bench import harness
+from experiments.bench import train_implementations as programs
+from experiments.bench.case import RANK, SHAPES, Case, Plan, new_case, write_shape
+from experiments.bench.harness import Rows, Timed, in_turn, median_ratio, row, timed
+from experiments.bench.train_implementations import OURS, PLAIN, Implementation, Outcome
 from kshot.errors import InputError, KshotError, UnknownNameError
 from vlm import nano
 from vlm.models import source
-from vlm.service import connect
-
-T = TypeVar("T")
 
 NANO = "nano"
 FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
@@ -74,70 +48,36 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
     Raises InputError for a shape or device that cannot be; DatasetError; KshotError for an implementation that fails,
     and as `summary`.
     """
-    check(device, shape)
-    quiet()
+    if shape not in (NANO, *SHAPES):
+        raise UnknownNameError("shape", shape, [NANO, *SHAPES])
+    harness.check_device(device)
+    if device == "cpu" and shape != NANO:
+        raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
+    harness.quiet()
     plan = QUICK if quick else FULL_GPU if device == "cuda" else FULL
-    workers = WORKERS[:1] if quick else WORKERS  # starting more takes a large share of a short training
-    implementations = {OURS: ours, **peers(workers)}
-    with tempfile.TemporaryDirectory() as folder, processes(implementations) as started:
+    loaders = programs.WORKERS[: 1 if quick else None]  # starting more takes a large share of a short training
+    implementations = {OURS: programs.ours, **programs.peers(loaders)}
+    with tempfile.TemporaryDirectory() as folder, harness.processes(implementations) as started:
         state = Path(folder)
         model = nano.NAME if shape == NANO else str(write_shape(state / "model", SHAPES[shape], device))
-        case = with_adapter(new_case(model, device, plan, root, state))  # meanwhile they import
+        case = programs.with_adapter(new_case(model, device, plan, root, state))  # meanwhile they import
+        _free_memory(device)
         tasks = {name: partial(started[name].run, train, each, case) for name, each in implementations.items()}
-        _warm_up(started, implementations, replace(case, batches=case.batches[:WARM_STEPS]))
-        seconds, trained = in_turn(tasks, plan.rounds, warm_up=False, progress=True)
-        pairs = started[OURS].run(step_pairs, case, PAIRS * plan.rounds)
+        short = replace(case, batches=case.batches[:WARM_STEPS])
+        # On a CPU all at once, as most of it is importing; a GPU has room for one.
+        with ThreadPoolExecutor(len(tasks) if device == "cpu" else 1) as pool:
+            list(pool.map(lambda name: started[name].run(train, implementations[name], short), tasks))
+        seconds, trained = in_turn(tasks, plan.rounds, warm_up=False)
+        pairs = started[OURS].run(programs.step_pairs, case, PAIRS * plan.rounds)
         return summary(case, plan, seconds, trained, pairs)
 
 
-def check(device: str, shape: str) -> None:
-    """Raise UnknownNameError or InputError for what cannot be measured."""
-    if shape not in (NANO, *SHAPES):
-        raise UnknownNameError("shape", shape, [NANO, *SHAPES])
-    check_device(device)
-    if device == "cpu" and shape != NANO:
-        raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
-
-
-def with_adapter(case: Case) -> Case:
-    """The case with an adapter to begin with, which a client has saved."""
-    service: Any = connect("local", state_dir=case.state, device=case.device)
-    try:
-        start = new_client(service, case).save_state("start").result().path
-    finally:
-        service.close()
-    _free_memory(case.device)
-    return replace(case, start=start, adapter=adapter_folder(case))
-
-
-def _warm_up(started: Mapping[str, Process], implementations: Mapping[str, Implementation], case: Case) -> None:
-    """A short training of each. On a CPU all at once, as most of it is importing; a GPU has room for one."""
-    waiting = (started[name].submit(train, each, case) for name, each in implementations.items())
-    for result in list(waiting) if case.device == "cpu" else waiting:
-        result()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training in a process. peak: bytes, the most so far: on a CPU of the process, libraries included; on a GPU what
-    torch had allocated there."""
-
-    outcome: Outcome
-    peak: int
-
-
-def train(implementation: Implementation, case: Case) -> Timed[Trained]:
+def train(implementation: Implementation, case: Case) -> Timed[Outcome]:
     """In this process: load, train, which is timed, and free what was loaded."""
     with implementation(case) as run:
-        trained = timed(_synchronized, case.device, run)
+        trained = timed(run, device=case.device)
     _free_memory(case.device)
-    return Timed(trained.seconds, Trained(trained.value, _peak_memory(case.device)))
-
-
-def _synchronized(device: str, function: Callable[..., T], *args: Any) -> T:
-    result = function(*args)
-    synchronize(device)
-    return result
+    return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device)))
 
 
 def _free_memory(device: str) -> None:
@@ -166,21 +106,21 @@ def summary(
     case: Case,
     plan: Plan,
     seconds: Mapping[str, Sequence[float]],
-    trained: Mapping[str, Trained],
+    trained: Mapping[str, Outcome],
     pairs: Sequence[tuple[float, float]],
 ) -> dict[str, Any]:
     """The record of what was measured; pairs: of `step_pairs`. Raises KshotError where losses differ on a CPU, and
     where the tower encoded an image again after the first epoch."""
     facts = {"photographs": len(case.photographs), "batch": plan.batch, "epochs": plan.epochs}
-    facts |= device_facts(case.device)
+    facts |= harness.device_facts(case.device)
     rates = {name: [case.views / spent for spent in each] for name, each in seconds.items()}
     needed, peak = operations(case), matrix_product_rate(case)
     steps, model = zip(*pairs, strict=True)
     memory = "of the process, libraries included" if case.device == "cpu" else "allocated on the device"
     rows = [
         *(row(name, rate, "examples/s", **facts) for name, rate in rates.items()),
-        *_agreement({name: each.outcome.losses for name, each in trained.items()}, exact=case.device == "cpu"),
-        *_tower(trained[OURS].outcome.tower or [], case.epoch),
+        *_agreement({name: each.losses for name, each in trained.items()}, exact=case.device == "cpu"),
+        *_tower(trained[OURS].tower, case.epoch),
         row("step", [1e3 * each for each in steps], "ms"),
         row("model alone", [1e3 * each for each in model], "ms"),
         row("needed operations", [sum(needed.values()) / s / 1e9 for s in seconds[OURS]], "GFLOP/s", flops=needed),
@@ -188,7 +128,7 @@ def summary(
         *(
             row(f"peak memory, {name}", [each.peak / 1e6], "MB", what=memory)
             for name, each in trained.items()
-            if name not in WITH_LOADERS
+            if name not in programs.WITH_LOADERS
         ),
     ]
     speed = {name: median(rate) for name, rate in rates.items()}
@@ -199,7 +139,7 @@ def summary(
         "step_over_model": median_ratio(steps, model),
         "gemm_share": sum(needed.values()) / median(seconds[OURS]) / max(peak),
     }
-    made = record(rows, ratios, [*PACKAGES, *(["trl"] if trl else [])])
+    made = harness.record(rows, ratios, [*PACKAGES, *(["trl"] if trl else [])])
     return made if trl else {**made, "notes": [NO_TRL]}
 
 
@@ -210,7 +150,7 @@ def _agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
         apart = [abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True)][:COMPARED]
         if exact:
             at = apart.index(max(apart)) + 1
-            check_agreement(f"at step {at} our loss and that of {name!r} are", max(apart), TOLERANCE)
+            harness.check_agreement(f"at step {at} our loss and that of {name!r} are", max(apart), TOLERANCE)
         rows.append(row(f"loss apart from {name}", [max(apart)], "nats", steps=len(apart)))
     return rows
 
@@ -293,5 +233,5 @@ def matrix_product_rate(case: Case) -> list[float]:
     side, dtype = PEAK_SIDE[case.device], AutoConfig.from_pretrained(source(case.model)).dtype
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator).to(case.device, dtype) for _ in range(2))
-    seconds, _ = in_turn({"product": partial(_synchronized, case.device, torch.mm, a, b)}, PEAK_TIMES)
-    return [2.0 * side**3 / each for each in seconds["product"]]
+    products = [timed(torch.mm, a, b, device=case.device) for _ in range(1 + PEAK_TIMES)][1:]
+    return [2.0 * side**3 / each.seconds for each in products]

@@ -17,7 +17,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from tinker import types
 
-from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, check_inputs
+from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, adapter_folder, check_inputs
 from experiments.bench.harness import timed
 from vlm.models import source
 from vlm.prompts import Prompt
@@ -45,13 +45,13 @@ WITH_LOADERS = {name for workers, name in TRL.items() if workers}  # their memor
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training gave. losses: the mean over the answers' tokens at each step.
-
-    tower: images that had gone through the vision tower after each step, where that is counted.
-    """
+    """What a training gave. losses: the mean over the answers' tokens at each step. tower: images that had gone through
+    the vision tower after each step, where that is counted. peak: bytes, the most so far: on a CPU of the process,
+    libraries included; on a GPU what torch had allocated there."""
 
     losses: list[float]
-    tower: list[int] | None = None
+    tower: Sequence[int] = ()
+    peak: int = 0
 
 
 Implementation = Callable[[Case], AbstractContextManager[Callable[[], Outcome]]]  # loads; what it gives then trains
@@ -85,10 +85,11 @@ def ours(case: Case) -> Iterator[Callable[[], Outcome]]:
 
 @contextmanager
 def _client(case: Case) -> Iterator[tuple[Any, Any, Prompt]]:
-    """Of a service of its own, so that it has seen no image; loaded, with the case's first adapter."""
+    """Of a service of its own, so that it has seen no image; with the case's first adapter, where it has one."""
     service: Any = connect("local", state_dir=case.state, device=case.device)
     try:
-        client = new_client(service, case)
+        # Without an adapter on the output head: TRL refuses one there.
+        client = service.create_lora_training_client(case.model, rank=RANK, seed=SEED, train_unembed=False).result()
         if case.start:
             client.load_state(case.start).result()
         yield service, client, case.prompt(client.get_tokenizer())
@@ -96,9 +97,11 @@ def _client(case: Case) -> Iterator[tuple[Any, Any, Prompt]]:
         service.close()
 
 
-def new_client(service: Any, case: Case) -> Any:
-    """A run without an adapter on the output head: TRL refuses one there."""
-    return service.create_lora_training_client(case.model, rank=RANK, seed=SEED, train_unembed=False).result()
+def with_adapter(case: Case) -> Case:
+    """The case with an adapter to begin with, which a client has saved."""
+    with _client(case) as (_, client, _):
+        start = client.save_state("start").result().path
+    return replace(case, start=start, adapter=adapter_folder(case))
 
 
 def _batches(prompt: Prompt, case: Case, batches: Iterable[Sequence[int]]) -> Iterator[list[tinker.Datum]]:
@@ -184,24 +187,15 @@ def stock_model(case: Case, *, merge: bool = False) -> Any:
     if merge:
         stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
-    with _no_rename_warnings():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # names that transformers has renamed
         model = PeftModel.from_pretrained(stock.to(case.device), str(case.adapter), is_trainable=not merge)
         return model.merge_and_unload().eval() if merge else model.train()
 
 
 def stock_processor(case: Case) -> Any:
-    """The stock processor of the case's model."""
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(source(case.model))
-
-
-@contextmanager
-def _no_rename_warnings() -> Iterator[None]:
-    """PEFT and TRL use names that transformers has renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        yield
 
 
 @contextmanager
@@ -212,7 +206,7 @@ def _trl(workers: int, case: Case) -> Iterator[Callable[[], Outcome]]:
         trainer.train()
         return Outcome([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
-    with _no_rename_warnings():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # names that transformers has renamed
         trainer = _trainer(workers, case, stock_model(case), stock_processor(case))
         trainer.remove_callback(PrinterCallback)
         first = [trainer.train_dataset[number] for number in range(len(case.batches[0]))]

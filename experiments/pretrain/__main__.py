@@ -6,21 +6,27 @@ nano Qwen3-VL), answers (the whole of it). The stage `ship` measures both on hel
 the hub's layout, with model cards, in place of those of the packages `vlm.nano` and `baselines.nano` or under
 `--ship-to`. Every choice in the recipe was made on the words of `subjects.VALIDATION`; the demo's classes are in no
 stage.
+
+The tokenizer is older than all of them, a part of Qwen3's (Apache-2.0):
+
+    python -m experiments.pretrain --tokenizer TOKENIZER_JSON SIZE > vlm/nano/tokenizer.json
 """
 
 import argparse
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.utils import logging
@@ -31,8 +37,7 @@ from data.dataset import Images
 from data.embedded import icons
 from data.fewshot import k_shot
 from data.preparation import prepare_all
-from experiments.pretrain import cards, learning, students
-from experiments.pretrain.cards import StageRecord
+from experiments.pretrain import learning, students
 from experiments.pretrain.learning import Plan, Report
 from experiments.pretrain.subjects import VALIDATION, Subjects, subjects
 from experiments.sweep.config import Settings, read
@@ -41,18 +46,48 @@ from kshot.errors import InputError, UnknownNameError
 from kshot.files import write_file
 from vlm import nano as vlm_nano
 from vlm.inputs import ImageRule
-from vlm.prompts import Prompt
+from vlm.prompts import PREFILL, QUESTION, Prompt
 
 STEPS = {"vit": 7000, "tower": 5000, "answers": 2000}
 SHIP = "ship"
 LONGEST = 6  # tokens of a name, its end included, that the whole model learns to write
-SEEDS = (0, 1, 2)  # of the few-shot accuracies on the model cards
+SEEDS, SHOTS = (0, 1, 2), (1, 4, 16)  # of the few-shot accuracies on the model cards
+FLOOR = "pixel-knn"
+CARDS = {  # of each template: what the model is a small one of, and the methods in the card's table
+    "dinov2": ("DINOv2", ("dinov2-logreg", FLOOR)),
+    "qwen3_vl": ("Qwen3-VL", ("vlm-zero-shot", "vlm-lora", FLOOR)),
+}
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How long one stage trained. machine: in words."""
+
+    steps: int
+    batch: int
+    seconds: int
+    machine: str
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps of {self.batch} pictures, {self.seconds / 60:.0f} minutes on {self.machine}"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """drawings: distinct ones, mirror images not counted. accuracies: method → shots → share on VALIDATION."""
+
+    drawings: int
+    names: int
+    stages: Mapping[str, StageRecord]
+    accuracies: Mapping[str, Mapping[int, float]]
 
 
 def main() -> None:
     """Run the stages that are requested and not done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for the files of the stages")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--work", type=Path, help="folder for the files of the stages")
+    task.add_argument("--tokenizer", nargs=2, metavar=("JSON", "SIZE"), help="instead: print its first SIZE ids")
     parser.add_argument("--stages", default=",".join((*STEPS, SHIP)), help="those to run (default: all, in this order)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -60,7 +95,13 @@ def main() -> None:
     parser.add_argument("--ship-to", type=Path, help="folder to ship to (default: this repository)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.tokenizer:
+        path, size = options.tokenizer
+        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dump(prefix(whole, int(size)), sys.stdout, ensure_ascii=False, separators=(",", ":"))
+        return
     torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     for stage in options.stages.split(","):
         if stage == SHIP:
@@ -83,7 +124,7 @@ def run(stage: str, work: Path, plan: Plan) -> None:
     cpu = f"{threads} CPU core{'s' if threads > 1 else ''}"
     machine = cpu if plan.device == "cpu" else torch.cuda.get_device_name(plan.device)
     record = StageRecord(plan.steps, plan.batch, round(time.time() - start), machine)
-    _save(target, weights, {"made": json.dumps(asdict(record))})
+    write_file(target, save(weights, {"made": json.dumps(asdict(record))}))
     print(f"{stage}: {record}", flush=True)
 
 
@@ -95,7 +136,7 @@ def train_vit(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
 def train_tower(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     """The weights of the nano Qwen3-VL's vision tower."""
     visual = _untrained_model(plan.seed).model.visual
-    students.train_tower(visual, *_described(work, plan), plan, report)
+    learning.distil(students.Tower(visual), visual.config.out_hidden_size, *_described(work, plan), plan, report)
     return _weights(visual)
 
 
@@ -131,15 +172,38 @@ def ship(work: Path, root: Path) -> None:
         for path in files.glob("*.json"):
             write_file(folder / path.name, path.read_bytes())
         weights = folder / "model.safetensors"
-        _save(weights, load_file(work / f"{stage}.safetensors"), {"format": "pt"})
+        write_file(weights, save(load_file(work / f"{stage}.safetensors"), {"format": "pt"}))
         print(f"{weights}: REVISION = {hashlib.sha256(weights.read_bytes()).hexdigest()[:12]!r}", flush=True)
     records = {}
     for stage in STEPS:
         with safe_open(work / f"{stage}.safetensors", "pt") as file:
             records[stage] = StageRecord(**json.loads(file.metadata()["made"]))
-    facts = cards.CardFacts(len(drawings), len(set(drawings.names)), records, accuracies(str(text), str(vit)))
-    write_file(vit / "README.md", cards.dinov2_card(facts).encode())
-    write_file(text / "README.md", cards.qwen_card(facts).encode())
+    facts = CardFacts(len(drawings), len(set(drawings.names)), records, accuracies(str(text), str(vit)))
+    write_file(vit / "README.md", card("dinov2", facts).encode())
+    write_file(text / "README.md", card("qwen3_vl", facts).encode())
+
+
+def card(model: str, facts: CardFacts) -> str:
+    """README.md of a model of CARDS, in the hub's format."""
+    original, methods = CARDS[model]
+    environment = Environment(
+        loader=PackageLoader("experiments.pretrain"),
+        undefined=StrictUndefined,
+        autoescape=select_autoescape(),  # of HTML alone: this is Markdown
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(f"{model}.md.jinja").render(
+        facts=facts,
+        original=original,
+        methods=methods,
+        shots=SHOTS,
+        validation=VALIDATION,
+        icons_licence=find("icons").licence,
+        question=QUESTION,
+        prefill=PREFILL,
+        logit_scale=students.LOGIT_SCALE,
+    )
 
 
 def accuracies(model: str, backbone: str) -> dict[str, dict[int, float]]:
@@ -149,8 +213,8 @@ def accuracies(model: str, backbone: str) -> dict[str, dict[int, float]]:
     """
     settings = Settings.model_validate(read("demo")["settings"] | {"model": model, "backbone": backbone})
     measured: dict[str, dict[int, float]] = {}
-    for method in (cards.FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora"):
-        shots = cards.SHOTS if METHODS[method].learns else (0,)
+    for method in (FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora"):
+        shots = SHOTS if METHODS[method].learns else (0,)
         measured[method] = {k: _accuracy(method, settings, k) for k in shots}
         print(f"{method}: {measured[method]}", flush=True)
     return measured
@@ -174,6 +238,22 @@ def _accuracy(method: str, settings: Settings, shots: int) -> float:
     return mean(shares)
 
 
+def prefix(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
+    """The `tokenizer.json` of the first `size` ids of a byte-level BPE: bytes, then merges, then all special tokens.
+
+    Merges are ordered by rank, so the first n of them are a BPE of their own; ordinary tokens keep their ids. Raises
+    ValueError where the byte alphabet and the special tokens alone need more than `size` ids.
+    """
+    model, special = tokenizer["model"], tokenizer["added_tokens"]
+    ordinary = size - len(special)
+    if ordinary < 256:
+        raise ValueError(f"{size} ids do not hold 256 bytes and {len(special)} special tokens")
+    vocab = {token: i for token, i in model["vocab"].items() if i < ordinary}
+    merges = [pair for pair in model["merges"] if "".join(pair) in vocab]
+    special = [{**token, "id": ordinary + i} for i, token in enumerate(special)]
+    return {**tokenizer, "added_tokens": special, "model": {**model, "vocab": vocab, "merges": merges}}
+
+
 def _untrained_model(seed: int) -> Any:
     """The nano Qwen3-VL with random weights."""
     with torch.random.fork_rng(devices=[]):
@@ -186,7 +266,7 @@ def _subjects(work: Path) -> Subjects:
     masks, names = work / "subjects.safetensors", work / "subjects.json"
     if not names.exists():
         drawings = subjects()
-        _save(masks, {"masks": torch.from_numpy(drawings.masks)})
+        write_file(masks, save({"masks": torch.from_numpy(drawings.masks)}))
         write_file(names, json.dumps(drawings.names).encode())
     return Subjects(load_file(masks)["masks"].numpy(), tuple(json.loads(names.read_bytes())))
 
@@ -195,21 +275,13 @@ def _described(work: Path, plan: Plan) -> tuple[Tensor, Tensor]:
     """The drawings and their mirror images, and the teacher's descriptions of them."""
     masks, target = torch.from_numpy(_subjects(work).masks), work / "described.safetensors"
     if not target.exists():
-        _save(target, {"described": learning.describe(masks, plan.device)})
+        write_file(target, save({"described": learning.describe(masks, plan.device)}))
     return torch.cat([masks, masks.flip(-1)]), load_file(target)["described"]
 
 
 def _weights(module: Any) -> dict[str, Tensor]:
     """The module's tensors under the stock names, a tied one once."""
     return {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items() if n != "lm_head.weight"}
-
-
-def _save(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write under a temporary name first, so that a file with the target's name is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata)
-    unfinished.rename(target)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms.v2 import Normalize
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from baselines.nano import CONFIG
@@ -48,29 +49,14 @@ IGNORED = -100
 # The nano DINOv2
 
 
-class NanoDinov2(nn.Module):
-    """timm's module with pictures of 0 to 1 as its input."""
-
-    def __init__(self, vit: Any) -> None:
-        super().__init__()
-        self.vit: Any = vit
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(N, 3, side, side) → (N, D): the CLS token after the final norm."""
-        features: Tensor = self.vit((pictures - self.mean) / self.std)
-        return features
-
-
 def train_dinov2(masks: Tensor, described: Tensor, plan: Plan, report: Report) -> dict[str, Tensor]:
     """The weights of a nano DINOv2 that learnt from these drawings and the teacher's descriptions of them."""
     with plain_attention():
-        student = NanoDinov2(create_dinov2(plan.seed)).to(plan.device)
-    distil(student, student.vit.num_features, masks, described, plan, report)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in student.vit.state_dict().items()}
+        vit = create_dinov2(plan.seed)
+    # Pictures are of 0 to 1; a feature is the CLS token after the final norm.
+    student = nn.Sequential(Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), vit).to(plan.device)
+    distil(student, vit.num_features, masks, described, plan, report)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
 
 
 def create_dinov2(seed: int) -> Any:
@@ -117,19 +103,6 @@ def plain_attention() -> Iterator[None]:
 # The vision tower of the nano Qwen3-VL
 
 
-class LinearPatchEmbed(nn.Module):
-    """The patch embedding as a matrix product, with the stock module's own parameters: its Conv3d has a stride equal
-    to its kernel, and as a product it is many times faster (pytorch#174051)."""
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.proj: Any = stock.proj
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(patches, channels x time x height x width) → (patches, hidden)."""
-        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
 class Tower(nn.Module):
     """Qwen3-VL's vision model; `visual` is the stock module, whose parameters these are."""
 
@@ -137,7 +110,7 @@ class Tower(nn.Module):
         super().__init__()
         self.visual, config = visual, visual.config
         self.patch, self.merge, self.frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-        visual.patch_embed = LinearPatchEmbed(visual.patch_embed)
+        visual.patch_embed.forward = partial(_patch_embed, visual.patch_embed)
         for block in visual.blocks:
             block.attn.forward = partial(_attention, block.attn)
 
@@ -161,6 +134,12 @@ class Tower(nn.Module):
         return ordered.expand(-1, -1, self.frames, -1, -1).reshape(n * grid * grid, -1)
 
 
+def _patch_embed(self: Any, patches: Tensor) -> Tensor:
+    """(patches, channels x time x height x width) → (patches, hidden): a matrix product, as the Conv3d has a stride
+    equal to its kernel; as a product it is many times faster (pytorch#174051)."""
+    return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
 def _attention(
     self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
 ) -> Tensor:
@@ -172,11 +151,6 @@ def _attention(
     weights = ((q * self.scaling) @ k.transpose(2, 3)).softmax(-1)
     attended: Tensor = self.proj((weights.to(v.dtype) @ v).transpose(1, 2).reshape(length, -1))
     return attended
-
-
-def train_tower(visual: Any, masks: Tensor, described: Tensor, plan: Plan, report: Report) -> None:
-    """Train the stock module in place."""
-    distil(Tower(visual), visual.config.out_hidden_size, masks, described, plan, report)
 
 
 # The whole nano Qwen3-VL

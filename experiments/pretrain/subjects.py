@@ -8,6 +8,7 @@ own. The words of VALIDATION are left out by the same rule: every choice in the 
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.catalog import DATASETS
 from data.embedded import icons
-from data.embedded.icons import Icon, inked, read_icons, thumbnails
+from data.embedded.icons import inked, read_icons, thumbnails
 
 SIDE = 64  # pixels; the longest side of a drawing
 SIMILAR = 0.03  # mean absolute difference of thumbnails: what is nearer to a held-out drawing shows the same thing
@@ -53,6 +54,7 @@ NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("number", "numeric", "digit", "counter", "numbers", "superscript", "subscript", "decimal"),
 )
+CLASSES = (*(DATASETS["icons"].classes or ()), *VALIDATION)  # held out: those of the demo, and of validation
 TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono-Oblique", "STIXGeneral")
 SCRIPTS = ("LATIN", "GREEK", "CYRILLIC")
 
@@ -66,12 +68,6 @@ class Subjects:
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def held_out() -> tuple[str, ...]:
-    """Words that no name may contain."""
-    demo = DATASETS["icons"].classes or ()
-    return (*demo, *(word for words in SYNONYMS.values() for word in words), *VALIDATION)
 
 
 def subjects() -> Subjects:
@@ -94,9 +90,9 @@ def allowed(name: str) -> bool:
     if any(char.isdigit() for char in name) or not set(words).isdisjoint(NUMBERS):
         return False
     parts = {*words, *(word.removesuffix("s") for word in words)}
-    if not parts.isdisjoint(held_out()):
+    if not parts.isdisjoint((*CLASSES, *chain.from_iterable(SYNONYMS.values()))):
         return False
-    return not any(word in name for word in (*(DATASETS["icons"].classes or ()), *VALIDATION) if len(word) > 3)
+    return not any(word in name for word in CLASSES if len(word) > 3)
 
 
 def _icons() -> Iterator[tuple[str, Image.Image]]:
@@ -106,9 +102,7 @@ def _icons() -> Iterator[tuple[str, Image.Image]]:
 
 def held_out_thumbnails() -> np.ndarray:
     """Thumbnails of every drawing of the demo's classes and of the validation words."""
-    classes = {*(DATASETS["icons"].classes or ()), *VALIDATION}
-    chosen: list[Icon] = [icon for icon in read_icons() if icons.first_word(icon) in classes]
-    return thumbnails(image for _, image in inked(chosen))
+    return thumbnails(image for _, image in inked(icon for icon in read_icons() if icons.first_word(icon) in CLASSES))
 
 
 def _glyphs() -> Iterator[tuple[str, Image.Image]]:

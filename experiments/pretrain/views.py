@@ -60,7 +60,8 @@ class Pictures:
         shear_matrix = torch.stack([stretch, stretch * shear, 0 * shear, 1 / stretch], 1).view(n, 2, 2)
         grid = sampling_grid(shear_matrix @ rotation, centre, 2 * self.side)
         glyph = functional.grid_sample(ink, grid, align_corners=False)
-        corner = torch.tensor([1.0, 0.5, 0.2], device=self._device)[self._choice(n, 3)] / share
+        corner = torch.randint(3, (n,), generator=self._rng, device=self._device)
+        corner = torch.tensor([1.0, 0.5, 0.2], device=self._device)[corner] / share
         plate = torch.zeros_like(glyph)
         if (b := button).any():
             grid, scale = sampling_grid(rotation[b], centre[b], 2 * self.side), self.side * size[b]
@@ -122,9 +123,6 @@ class Pictures:
 
     def _uniform(self, shape: int | tuple[int, ...], low: float, high: float) -> Tensor:
         return torch.rand(shape, generator=self._rng, device=self._device) * (high - low) + low
-
-    def _choice(self, n: int, among: int) -> Tensor:
-        return torch.randint(among, (n,), generator=self._rng, device=self._device)
 
 
 def dilated(ink: Tensor) -> Tensor:

@@ -113,21 +113,26 @@ def _ratio(a: ShotsNeeded | None, b: ShotsNeeded | None) -> str:
 Runs = Mapping[int, "pa.Table"]  # {seed: predictions}
 
 
-def best_differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Table | None:
-    """At the smallest and the largest shots, the best series against each other: paired bootstrap over test images of
-    the mean over all seeds they have in common.
+DIFFERENCE = ("k", "seeds", "difference", "95% interval", "p")  # columns
 
-    None when fewer than two series have predictions in the folder. Raises ResultsError when their images differ.
+
+def difference_tables(folder: Path, cells: Sequence[Record], dataset: str) -> Iterator[Table]:
+    """Paired bootstraps over test images of the mean over the seeds that two series have in common: at the smallest and
+    the largest shots, the best series against each other; and at every shots, the two methods that the comparison is
+    about. Of series that have predictions in the folder. Raises ResultsError when their images differ.
     """
-    shots = {cell["shots"] for cell in cells if cell["dataset"] == dataset}
-    drawn = sorted(shots - {0} or shots)
+    shots = sorted({cell["shots"] for cell in cells if cell["dataset"] == dataset})
+    drawn, pairs = [k for k in shots if k] or shots, main_pairs(ordered(cell["method"] for cell in cells))
     leaders: dict[int, str] = {}
     rows: list[tuple[str, ...]] = []
-    for k in dict.fromkeys([drawn[0], drawn[-1]]):
+    main: list[tuple[str, ...]] = []
+    for k in shots if pairs else dict.fromkeys([drawn[0], drawn[-1]]):
         runs = _stored_runs(folder, cells, dataset, k)
-        if len(runs) > 1:
+        if k in (drawn[0], drawn[-1]) and len(runs) > 1:
             leaders[k] = leader = _best_series(cells, dataset, k, runs)
             rows += [(style(m).title, *_difference(k, runs[leader], runs[m])) for m in ordered(runs) if m != leader]
+        compared = [(a, b) for a, b in pairs if a in runs and b in runs]
+        main += [(f"{style(a).title} minus {style(b).title}", *_difference(k, runs[a], runs[b])) for a, b in compared]
     titles = [style(leader).title for leader in leaders.values()]
     one = len(set(titles)) == 1
     leading = titles[:1] if one else [f"{title} at {k}" for title, k in zip(titles, leaders, strict=True)]
@@ -136,27 +141,14 @@ def best_differences_table(folder: Path, cells: Sequence[Record], dataset: str) 
         "accuracy: paired bootstrap over test images of the mean over the seeds that both have. The seeds are taken as "
         "they are; not corrected for the number of comparisons."
     )
-    return Table(caption, ("method", "k", "seeds", "difference", "95% interval", "p"), tuple(rows)) if rows else None
-
-
-def main_differences_table(folder: Path, cells: Sequence[Record], dataset: str) -> Table | None:
-    """The two methods that the comparison is about against each other, at every shots at which both have predictions;
-    of the same test as `best_differences_table`. None where there are none. Raises as that does.
-    """
-    pairs = main_pairs(ordered(cell["method"] for cell in cells))
-    rows: list[tuple[str, ...]] = []
-    for k in sorted({cell["shots"] for cell in cells if cell["dataset"] == dataset}) if pairs else ():
-        runs = _stored_runs(folder, cells, dataset, k)
-        rows += [
-            (f"{style(a).title} minus {style(b).title}", *_difference(k, runs[a], runs[b]))
-            for a, b in pairs
-            if a in runs and b in runs
-        ]
+    if rows:
+        yield Table(caption, ("method", *DIFFERENCE), tuple(rows))
     caption = (
         "The two tuned models against each other at every k, in points of accuracy: the same paired bootstrap over "
         "test images. One test a row; the rows are not corrected for their number."
     )
-    return Table(caption, ("methods", "k", "seeds", "difference", "95% interval", "p"), tuple(rows)) if rows else None
+    if main:
+        yield Table(caption, ("methods", *DIFFERENCE), tuple(main))
 
 
 def _stored_runs(folder: Path, cells: Sequence[Record], dataset: str, shots: int) -> dict[str, Runs]:

@@ -8,7 +8,7 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,7 +24,6 @@ class Best(str):
 class Heading:
     """A heading of level 2 or 3; the title of the document is the only one of level 1."""
 
-    kind: ClassVar[str] = "heading"
     level: int
     text: str
 
@@ -33,7 +32,6 @@ class Heading:
 class Paragraph:
     """Running text."""
 
-    kind: ClassVar[str] = "paragraph"
     text: str
 
 
@@ -41,7 +39,6 @@ class Paragraph:
 class Notes:
     """Sentences that stand out."""
 
-    kind: ClassVar[str] = "notes"
     sentences: tuple[str, ...]
 
 
@@ -52,7 +49,6 @@ class Table:
     prose: the fields hold words that may be many, not numbers; so do those of every table of two columns.
     """
 
-    kind: ClassVar[str] = "table"
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -68,7 +64,6 @@ class Table:
 class Picture:
     """A figure: the SVG's bytes (for the page that stands alone), the PNG's path from the report, a description."""
 
-    kind: ClassVar[str] = "picture"
     svg: bytes
     png: str
     alt: str
@@ -86,7 +81,6 @@ class Photo(NamedTuple):
 class Gallery:
     """Images of a data set under a caption, in report.html alone: report.md is kept in repositories."""
 
-    kind: ClassVar[str] = "gallery"
     caption: str
     photos: tuple[Photo, ...]
 
@@ -95,7 +89,6 @@ class Gallery:
 class Command:
     """What to type in a shell."""
 
-    kind: ClassVar[str] = "command"
     text: str
 
 
@@ -130,7 +123,7 @@ def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.tests["best"] = lambda field: isinstance(field, Best)
+    environment.tests |= {kind.__name__.lower(): kind.__instancecheck__ for kind in (Best, *get_args(Block))}
     environment.filters |= {"base64": lambda data: b64encode(data).decode(), "fenced": _fenced}
     return environment.get_template(template).render(title=title, blocks=blocks)
 

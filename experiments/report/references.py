@@ -70,11 +70,11 @@ def references_to_draw(dataset: str, backbones: Iterable[str]) -> list[Reference
 
 
 def published_table(dataset: str) -> Table | None:
-    """What others have published on the data set; None where there is nothing."""
+    """What others have published on the data set, with the decimals of the sources; None where there is nothing."""
     rows = [
         (
             f"{row.method} ({row.marks})" if row.marks else row.method,
-            *(_value(row, column) for column in COLUMNS),
+            *(f"{row.values[k]:.{1 if k == ALL else 2}f}" if k in row.values else NONE for k in COLUMNS),
             row.protocol,
             row.source,
         )
@@ -88,10 +88,3 @@ def published_table(dataset: str) -> Table | None:
         "Second-hand: not taken from the authors."
     )
     return Table(caption, ("method", *map(str, COLUMNS), "protocol", "source"), tuple(rows)) if rows else None
-
-
-def _value(row: Reference, column: int | str) -> str:
-    """The number with the decimals of its source: two, or one of the full training data."""
-    if column not in row.values:
-        return NONE
-    return f"{row.values[column]:.{1 if column == ALL else 2}f}"

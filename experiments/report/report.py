@@ -9,31 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.report.comparisons import (
-    ImageSources,
-    best_differences_table,
-    confusion_blocks,
-    efficiency_table,
-    main_differences_table,
-)
+from experiments.report import comparisons, tables
+from experiments.report.comparisons import ImageSources
 from experiments.report.document import Block, Command, Heading, Notes, Paragraph, Picture, html, markdown
 from experiments.report.figures import write_dataset_figure, write_overview_figure
 from experiments.report.references import published_table, references_to_draw
-from experiments.report.tables import (
-    CellId,
-    Record,
-    accuracy_table,
-    as_list,
-    cost_table,
-    facts_table,
-    metrics_table,
-    missing_table,
-    percent,
-    prompts_table,
-    provenance_tables,
-    text_table,
-    timings_table,
-)
+from experiments.report.tables import CellId, Record
 from experiments.sweep.intervals import Score
 from experiments.sweep.metrics import scores, seeds_of
 from experiments.sweep.provenance import TOGETHER, name
@@ -72,14 +53,14 @@ def write_report(
         *_overview(figures, datasets),
         *(Paragraph(headline(cells, dataset)) for dataset in datasets),
         *([Notes(tuple(sweep["notes"]))] if sweep.get("notes") else []),
-        *([prompts] if (prompts := prompts_table(sweep)) else []),
+        *([prompts] if (prompts := tables.prompts_table(sweep)) else []),
         *(block for dataset in datasets for block in _dataset(folder, sweep, cells, dataset, figures[dataset], images)),
         Heading(2, "How it was run"),
-        facts_table(sweep, cells, n_images, n_classes),
-        *(_section("Cost", timings_table(cells), cost_table(cells)) if cells else []),
-        *_section("Where the numbers come from", *provenance_tables(sweep, cells)),
+        tables.facts_table(sweep, cells, n_images, n_classes),
+        *(_section("Cost", tables.timings_table(cells), tables.cost_table(cells)) if cells else []),
+        *_section("Where the numbers come from", *tables.provenance_tables(sweep, cells)),
         Heading(2, "Missing cells"),
-        missing_table(sweep, cells, failures or {}) or Paragraph("None: every planned cell has been run."),
+        tables.missing_table(sweep, cells, failures or {}) or Paragraph("None: every planned cell has been run."),
     ]
     if sweep.get("command"):
         blocks += [Heading(2, "Run it again"), Command(sweep["command"])]
@@ -95,7 +76,7 @@ def _write_figures(
     figures: dict[str | None, Sequence[Path]] = {}
     if len(datasets) > 1:
         figures[None] = write_overview_figure(cells, datasets, folder, n_classes)
-    backbones = as_list(sweep.get("settings", {}).get("backbone", ()))
+    backbones = tables.as_list(sweep.get("settings", {}).get("backbone", ()))
     for dataset in datasets:
         rows = references_to_draw(dataset, backbones)
         figures[dataset] = write_dataset_figure(
@@ -127,15 +108,14 @@ def _dataset(
         f"Line chart: accuracy over labelled examples per class on {name(dataset)}; its numbers are in the table below."
     )
     yield Picture(svg.read_bytes(), f"figures/{png.name}", alt)
-    yield accuracy_table(cells, dataset)
+    yield tables.accuracy_table(cells, dataset)
     yield from _section("Published elsewhere", published_table(dataset))
-    yield from _section("Examples needed", efficiency_table(cells, dataset))
-    yield from _section("Answers in text", text_table(cells, dataset))
-    yield from _section("All metrics", metrics_table(cells, dataset))
-    tests = best_differences_table(folder, cells, dataset), main_differences_table(folder, cells, dataset)
-    yield from _section("Paired differences", *tests)
+    yield from _section("Examples needed", comparisons.efficiency_table(cells, dataset))
+    yield from _section("Answers in text", tables.text_table(cells, dataset))
+    yield from _section("All metrics", tables.metrics_table(cells, dataset))
+    yield from _section("Paired differences", *comparisons.difference_tables(folder, cells, dataset))
     if classes := sweep.get("classes", {}).get(dataset):
-        yield from _section("Worst confusions", *confusion_blocks(folder, cells, dataset, classes, images))
+        yield from _section("Worst confusions", *comparisons.confusion_blocks(folder, cells, dataset, classes, images))
 
 
 def _section(heading: str, *blocks: Block | None) -> Iterator[Block]:
@@ -204,7 +184,7 @@ def _certainty(column: Mapping[str, Score], leaders: Sequence[str], rivals: Sequ
 
 def _share(score: Score) -> str:
     score = score._replace(over_images=None)  # brackets would have to be explained
-    return f"{percent(score)} %".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{tables.percent(score)} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _count(n: int, what: str) -> str:

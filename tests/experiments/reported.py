@@ -1,7 +1,14 @@
 """What the tests of reports share: a sweep, its cells with made-up accuracies, and the report written of them."""
 
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+from pyarrow import parquet
 
 from experiments.report.report import write_report
 
@@ -46,7 +53,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for found, attributes in self.tags if found == tag]
+        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def cell(method: str, shots: int, seed: int, accuracy: float, dataset: str = "icons") -> dict:
@@ -78,6 +85,32 @@ def grid(dataset: str = "icons") -> list[dict]:
     return [cell(m, k, seed, a, dataset) for (m, k), row in ACCURACY.items() for seed, a in enumerate(row)]
 
 
-def written(folder: Path, sweep: dict, cells: list[dict], **more) -> tuple[str, str]:
-    write_report(folder, sweep, cells, {"icons": 120}, **more)
+def written(folder: Path, sweep: dict, cells: list[dict], *, drawn: bool = False, **more) -> tuple[str, str]:
+    """report.md and report.html. Unless they are `drawn`, the files of figures are empty: drawing takes most of the
+    time."""
+    with nullcontext() if drawn else patch.object(Figure, "savefig"):
+        write_report(folder, sweep, cells, {"icons": 120}, **more)
     return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+def store_predictions(folder: Path, cells: list[dict], images: int = 200, classes: int = 10) -> None:
+    """Predictions of some images: right from the first on as often as the record says, else one of the next classes."""
+    (folder / "predictions").mkdir()
+    number = np.arange(images)
+    label, key = number % classes, [str(n) for n in number]
+    for each in cells:
+        wrong = (label + 1 + (number % 3 > 0)) % classes
+        prediction = np.where(number < round(images * each["metrics"]["accuracy"]), label, wrong)
+        table = pa.table({"key": key, "label": label, "prediction": prediction})
+        parquet.write_table(table, folder / "predictions" / f"{each['key']}.parquet")
+
+
+def axes_height(figure: Figure) -> float:
+    """Inches of the first axes; the legend must be wholly on the page, below them."""
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 < axes.y0
+    return axes.height / figure.dpi

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from baselines import nano
 from baselines.heads import HEADS
@@ -81,21 +80,3 @@ def test_a_head_that_disagrees_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
         match=r"ridge: predictions .* are .* apart, more than 0.01: nothing to compare",
     ):
         baseline.heads(tmp_path, quick=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--backbone", "nowhere"], "nowhere"),
-        (["--root", "nowhere"], "nowhere has 0 of the 8 folders"),
-        pytest.param(
-            ["--device", "cuda"],
-            "not available",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
-    ],
-)
-def test_what_cannot_be_measured(kshot: Callable[..., Any], arguments: Sequence[str], message: str) -> None:
-    said = kshot("bench", "baseline", "--quick", *arguments)
-    assert said.status == 2
-    assert message in said.err

@@ -4,9 +4,11 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from experiments.bench import data, harness
@@ -20,6 +22,9 @@ RATIOS = {
     "jpeg_12mp_grainy_vs_plain",
     "jpeg_12mp_grainy_vs_plain_one_thread",
 }
+
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 @pytest.fixture
@@ -46,7 +51,8 @@ def test_the_record_and_the_table(photos: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("small")
-def test_without_a_folder_it_makes_photographs() -> None:
+def test_without_a_folder_it_makes_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "encoded", lambda rng, _, grain: encoded(rng, (64, 48), grain))
     assert data.measure(None, True)["rows"][0]["images"] == 128
 
 
@@ -83,3 +89,25 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match=r"x\.json cannot be written \(.*\); name another with --json"):
         harness.finish(harness.record([], {}, []), tmp_path / "file" / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("baseline --quick --backbone nowhere", "nowhere"),
+        ("baseline --quick --root nowhere", "nowhere has 0 of the 8 folders"),
+        ("score --quick --device tpu", "unknown device 'tpu'"),
+        ("score --quick --tokenizer nowhere", "unknown model 'nowhere'"),
+        ("score --quick --root nowhere", "nowhere has 0 of the 8 folders of at least 2 photographs"),
+        ("train --shape 3B", "unknown shape '3B'"),
+        ("train --device tpu", "unknown device 'tpu'"),
+        ("train --shape 2B", "--shape 2B would take hours on a CPU"),
+        pytest.param("baseline --quick --device cuda", "not available", marks=WITHOUT_CUDA),
+        pytest.param("score --device cuda", "sees no CUDA device", marks=WITHOUT_CUDA),
+        pytest.param("train --device cuda", "sees no CUDA device", marks=WITHOUT_CUDA),
+    ],
+)
+def test_what_cannot_be_measured(kshot: Callable[..., Any], arguments: str, message: str) -> None:
+    ended = kshot("bench", *arguments.split())
+    assert ended.status == 2
+    assert message in ended.err

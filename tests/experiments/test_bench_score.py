@@ -1,23 +1,19 @@
 """The benchmark of scoring on a case small enough for a test: what it measures, what it refuses, and what it writes."""
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from data.benchmarks.layouts import CARS
 from data.dataset import clean_name
-from experiments.bench import score, score_implementations
+from experiments.bench import score
 from experiments.bench.case import write_vocabulary
 from experiments.bench.harness import finish
-from experiments.bench.score import CACHED, CAR_NAMES, HUNDRED, LISTS, NEW, RATIOS, Plan, prepared_case
-from experiments.bench.score_implementations import Ours, cut
+from experiments.bench.score import CACHED, CAR_NAMES, HUNDRED, LISTS, NEW, RATIOS, Ours, Plan, cut, prepared_case
 from kshot.errors import KshotError, ModelError
 from vlm import nano
 
@@ -80,11 +76,11 @@ def test_other_scores_are_noticed() -> None:
 
 
 def test_an_answer_that_never_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_implementations, "FIRST", 1)
-    monkeypatch.setattr(score_implementations, "STEPS", 1)
+    monkeypatch.setattr(score, "FIRST", 1)
+    monkeypatch.setattr(score, "STEPS", 1)
     case = prepared_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
     with pytest.raises(KshotError, match="after 1 steps fewer than 95% of the answers end"):
-        Ours(case, tuple(LISTS.items()))
+        Ours(case, LISTS)
 
 
 def test_the_names() -> None:
@@ -105,24 +101,3 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"the tokenizer .* (cannot be loaded|lacks).*give --tokenizer"):
         write_vocabulary(tmp_path / "two", str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--tokenizer", "nowhere"], "unknown model 'nowhere'"),
-        (["--root", "nowhere"], "nowhere has 0 of the 8 folders of at least 2 photographs"),
-    ],
-)
-def test_what_cannot_be_measured(kshot: Callable[..., Any], arguments: Sequence[str], message: str) -> None:
-    said = kshot("bench", "score", "--quick", *arguments)
-    assert said.status == 2
-    assert message in said.err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(kshot: Callable[..., Any]) -> None:
-    said = kshot("bench", "score", "--device", "cuda")
-    assert said.status == 2
-    assert "sees no CUDA device" in said.err

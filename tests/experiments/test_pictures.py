@@ -14,17 +14,8 @@ from kshot.errors import ImageError, InputError
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that hold their own name."""
-    files = (
-        "b.png",
-        "a.png",
-        "sub/c.png",
-        "sub/deep/d.JPG",
-        "z/note.txt",
-        "sub/.hidden.png",
-        ".git/x.png",
-        "Thumbs.db",
-    )
-    for name in (*files, "[ab].png", "x[1].png"):
+    seen = ("b.png", "a.png", "sub/c.png", "sub/deep/d.JPG", "z/note.txt", "[ab].png", "x[1].png")
+    for name in (*seen, "sub/.hidden.png", ".git/x.png", "Thumbs.db"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "empty/.only").mkdir(parents=True)
@@ -34,15 +25,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(*arguments: str, stdin: bytes = b"") -> list[str]:
     """Names that can be read, and the errors of those that cannot."""
-    found = []
+    read = []
     for picture in pictures(arguments, lambda: io.BytesIO(stdin)):
         try:
             picture.read()
         except ImageError as error:
-            found.append(str(error))
+            read.append(str(error))
         else:
-            found.append(picture.name)
-    return found
+            read.append(picture.name)
+    return read
 
 
 def test_files_in_the_order_given(here: Path) -> None:
@@ -53,28 +44,25 @@ def test_files_in_the_order_given(here: Path) -> None:
 
 def test_a_folder_is_searched_by_name_without_hidden_files(here: Path) -> None:
     assert names("sub") == ["sub/c.png", "sub/deep/d.JPG"]
-    found = ["./[ab].png", "./a.png", "./b.png", "./sub/c.png", "./sub/deep/d.JPG", "./x[1].png", "./z/note.txt"]
-    assert names(".") == found
+    below = ["[ab].png", "a.png", "b.png", "sub/c.png", "sub/deep/d.JPG", "x[1].png", "z/note.txt"]
+    assert names(".") == [f"./{name}" for name in below]
     assert names("sub/") == ["sub/c.png", "sub/deep/d.JPG"]
     assert names(".git") == [".git/x.png"]  # asked for by name
 
 
-def test_patterns(here: Path) -> None:
+def test_patterns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("?.png") == ["a.png", "b.png"]
     assert names("**/*.png") == ["[ab].png", "a.png", "b.png", "sub/c.png", "x[1].png"]
     assert names("s*") == ["sub/c.png", "sub/deep/d.JPG"]  # as the shell's s*: folders are searched
     assert names("sub/**") == ["sub/c.png", "sub/deep/d.JPG"]  # each once, though folder and file match
+    monkeypatch.setenv("HOME", str(here / "sub"))
+    assert names("~/*.png") == [f"{here}/sub/c.png"]
 
 
 def test_a_name_that_is_there_is_no_pattern(here: Path) -> None:
     assert names("[ab].png", "x[1].png") == ["[ab].png", "x[1].png"]
     (here / "[ab].png").unlink()
     assert names("[ab].png") == ["a.png", "b.png"]
-
-
-def test_a_home_folder_in_a_pattern(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(here / "sub"))
-    assert names("~/*.png") == [f"{here}/sub/c.png"]
 
 
 def test_what_holds_nothing_or_is_not_there_is_named(here: Path) -> None:

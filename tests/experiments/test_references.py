@@ -104,9 +104,9 @@ def test_cars_are_no_mean_per_class(tmp_path) -> None:
     assert "(mean per class)" not in text
 
 
-@pytest.mark.parametrize("dataset", ["icons", "digits", "folder:caltech101", "hub:dpdl-benchmark/caltech101"])
-def test_other_sets_have_no_such_table(tmp_path, dataset: str) -> None:
-    assert published_table(dataset) is None
-    for report in written(tmp_path, SWEEP | {"datasets": [dataset]}, grid(dataset)):
+def test_other_sets_have_no_such_table(tmp_path) -> None:
+    for dataset in ("icons", "digits", "folder:caltech101", "hub:dpdl-benchmark/caltech101"):
+        assert published_table(dataset) is None
+    for report in written(tmp_path, SWEEP | {"datasets": ["folder:caltech101"]}, grid("folder:caltech101")):
         assert "Published" not in report
         assert "CoOp" not in report

@@ -4,12 +4,9 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
-from pyarrow import parquet
-from reported import NASTY, SWEEP, grid, written
+from reported import NASTY, SWEEP, grid, store_predictions, written
 
 from experiments.report.comparisons import ImageSources
 from tests.vlm.browser import Browser, Tab, needs_chromium
@@ -71,13 +68,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every kind of block, two data sets, images, and names that try something."""
     folder = tmp_path_factory.mktemp("report")
     cells = [*grid("cars"), *grid(NASTY)]
-    (folder / "predictions").mkdir()
     for n, each in enumerate(cells):
         each["key"] = f"cell-{n}"
-        right = np.arange(20) < 20 * each["metrics"]["accuracy"]
-        label = np.arange(20) % 4
-        columns = {"key": [str(i) for i in range(20)], "label": label, "prediction": np.where(right, label, 3 - label)}
-        parquet.write_table(pa.table(columns), folder / "predictions" / f"cell-{n}.parquet")
+    store_predictions(folder, cells, images=20, classes=4)
     names = ["<b>one", "two" * 30, "three", "four"]
     sweep = SWEEP | {
         "datasets": ["cars", NASTY],
@@ -89,7 +82,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     gone = ("cars", "vlm-lora", 4, 2)
     cells = [c for c in cells if (c["dataset"], c["method"], c["shots"], c["seed"]) != gone]
-    written(folder, sweep, cells, failures={gone: "e" * 300}, images=ImageSources(image, lambda *_: image("", "3")))
+    images = ImageSources(image, lambda *_: image("", "3"))
+    written(folder, sweep, cells, drawn=True, failures={gone: "e" * 300}, images=images)
     return folder / "report.html"
 
 
@@ -105,10 +99,10 @@ def tabbed(tab: Tab, limit: int = 300) -> list[dict]:
     reached: list[dict] = []
     for _ in range(limit):
         tab.press("Tab")
-        found = tab.js(FOCUSED)
-        if found["tag"] == "BODY" or (reached and found["place"] == reached[0]["place"]):
+        focused = tab.js(FOCUSED)
+        if focused["tag"] == "BODY" or (reached and focused["place"] == reached[0]["place"]):
             return reached
-        reached.append(found)
+        reached.append(focused)
     raise AssertionError(f"after {limit} times Tab still in the page")
 
 
@@ -156,16 +150,14 @@ def test_a_region_scrolls_by_arrow_keys(tab: Tab, report: Path) -> None:
     tab.until("box.scrollLeft > 0")
 
 
-@pytest.mark.parametrize("width", [360, 390, 768])
-def test_the_page_never_scrolls_sideways(tab: Tab, report: Path, width: int) -> None:
-    opened(tab, report, width)
-    assert tab.js("innerWidth") == width  # a phone's grows with what does not fit
-    assert tab.js("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+def test_the_page_never_scrolls_sideways(tab: Tab, report: Path) -> None:
     beyond = "[...document.querySelectorAll('h1, h2, h3, p, nav, .gallery, .gallery *, caption span')]"
-    assert (
-        tab.js(f"{beyond}.filter((it) => it.getBoundingClientRect().right > innerWidth + 1).map((it) => it.outerHTML)")
-        == []
-    )
+    beyond += ".filter((it) => it.getBoundingClientRect().right > innerWidth + 1).map((it) => it.outerHTML)"
+    for width in (360, 390, 768):
+        opened(tab, report, width)
+        assert tab.js("innerWidth") == width  # a phone's grows with what does not fit
+        assert tab.js("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        assert tab.js(beyond) == []
 
 
 def test_every_image_is_shown(tab: Tab, report: Path) -> None:
@@ -177,9 +169,9 @@ def test_every_image_is_shown(tab: Tab, report: Path) -> None:
     assert all(natural > 0 and shown > 0 for _, natural, shown in sizes)
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_text_can_be_read_in_the_light_and_in_the_dark(tab: Tab, report: Path, dark: bool) -> None:
-    opened(tab, report, 1200, dark=dark)
-    ground = tab.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-    assert (max(ground) < 60) if dark else (min(ground) > 200)
-    assert tab.js(CONTRAST) >= 4.5
+def test_text_can_be_read_in_the_light_and_in_the_dark(tab: Tab, report: Path) -> None:
+    for dark in (False, True):
+        opened(tab, report, 1200, dark=dark)
+        ground = tab.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        assert (max(ground) < 60) if dark else (min(ground) > 200)
+        assert tab.js(CONTRAST) >= 4.5

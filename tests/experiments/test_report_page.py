@@ -20,11 +20,16 @@ def nasty(tmp_path_factory) -> tuple[str, str]:
         "name": "<i>/home/lovelace/x",
     }
     cells = [c | {"method": c["method"].replace("pixel-knn", "<b>new|er")} for c in grid(NASTY)]
-    return written(tmp_path_factory.mktemp("nasty"), sweep, cells)
+    return written(tmp_path_factory.mktemp("nasty"), sweep, cells, drawn=True)
 
 
-def test_html_is_whole_and_asks_for_nothing(tmp_path):
-    _, text = written(tmp_path, SWEEP, grid())
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory) -> tuple[str, str]:
+    return written(tmp_path_factory.mktemp("harmless"), SWEEP, grid(), drawn=True)
+
+
+def test_html_is_whole_and_asks_for_nothing(harmless):
+    _, text = harmless
     page = Page(text)
     assert not page.open
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
@@ -52,17 +57,20 @@ def test_names_are_escaped(nasty):
     assert len(re.findall(r"(?<!\\)\|", rows[0])) == 5  # method, 0, 1, 4
 
 
-def test_no_absolute_paths(nasty, tmp_path):
-    for report in (*nasty, *written(tmp_path, SWEEP, grid())):
+def test_no_absolute_paths(nasty, harmless, tmp_path_factory):
+    for report in (*nasty, *harmless):
         assert "/home" not in report
         assert "lovelace" not in re.sub(r"base64,[^\"]*", "", report)
-        assert str(tmp_path) not in report
+        assert str(tmp_path_factory.getbasetemp()) not in report
 
 
 def test_second_write_gives_the_same_bytes(tmp_path):
-    first = [path.read_bytes() for path in write_report(tmp_path / "a", SWEEP, grid(), {"icons": 120})]
-    second = [path.read_bytes() for path in write_report(tmp_path / "b", SWEEP, grid()[::-1], {"icons": 120})]
+    """With figures of one data set and of all, and with published rows."""
+    sweep, cells = SWEEP | {"datasets": ["icons", "cars"]}, [*grid(), *grid("cars")]
+    first = [path.read_bytes() for path in write_report(tmp_path / "a", sweep, cells, {"icons": 120})]
+    second = [path.read_bytes() for path in write_report(tmp_path / "b", sweep, cells[::-1], {"icons": 120})]
     assert first == second
+    assert len(set(first)) == 8
 
 
 def test_headings_are_in_order_and_the_contents_name_the_chapters(nasty, tmp_path):

@@ -1,32 +1,19 @@
 """What a report says of stored predictions: paired differences and confusions."""
 
 import re
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from reported import SWEEP, cell, grid, written
+from reported import SWEEP, cell, grid, store_predictions, written
 from sklearn.metrics import confusion_matrix
 
 from experiments.report.tables import NONE
 from kshot.errors import ResultsError
 
 
-def stored(folder: Path, cells: list[dict], classes: int = 10) -> None:
-    """Predictions of 200 images: right from the first on as often as the record says, else the next class."""
-    (folder / "predictions").mkdir()
-    label = np.arange(200) % classes
-    for c in cells:
-        right = np.arange(200) < round(200 * c["metrics"]["accuracy"])
-        wrong = (label + 1 + (np.arange(200) % 3 > 0)) % classes
-        columns = {"key": [str(i) for i in range(200)], "label": label, "prediction": np.where(right, label, wrong)}
-        parquet.write_table(pa.table(columns), folder / "predictions" / f"{c['key']}.parquet")
-
-
 def test_paired_differences_when_predictions_are_there(tmp_path):
-    stored(tmp_path, grid())
+    store_predictions(tmp_path, grid())
     text, _ = written(tmp_path, SWEEP, grid())
     assert "(pixel kNN at 1, VLM + LoRA at 4) minus each other" in text
     assert re.search(r"\| VLM \+ LoRA \| 1 \| 3 \| \+1.0 \| ", text)
@@ -37,7 +24,7 @@ def test_paired_differences_when_predictions_are_there(tmp_path):
 
 def test_paired_differences_count_the_common_seeds(tmp_path):
     cells = [c for c in grid() if c["method"] != "vlm-zero-shot" and (c["method"], c["seed"]) != ("pixel-knn", 1)]
-    stored(tmp_path, cells)
+    store_predictions(tmp_path, cells)
     assert "| pixel kNN | 4 | 2 | +40.0 |" in written(tmp_path, SWEEP, cells)[0]
     apart = [c for c in cells if (c["method"] == "pixel-knn") == (c["seed"] == 2)]
     text, _ = written(tmp_path, SWEEP, apart)
@@ -47,7 +34,7 @@ def test_paired_differences_count_the_common_seeds(tmp_path):
 def test_the_two_tuned_models_are_paired_at_every_k(tmp_path):
     shares = {"vlm-lora": {1: 0.3, 4: 0.8, 16: 0.9}, "dinov2-lora": {1: 0.4, 4: 0.6, 16: 0.9}, "pixel-knn": {1: 0.1}}
     cells = [cell(m, k, s, share) for m, row in shares.items() for k, share in row.items() for s in (0, 1)]
-    stored(tmp_path, cells)
+    store_predictions(tmp_path, cells)
     text, _ = written(tmp_path, SWEEP | {"methods": [*shares]}, cells)
     rows = re.findall(
         r"\| VLM \+ LoRA minus DINOv2 \+ LoRA \| (\d+) \| (\d) \| (\S+) \| (\S+) to (\S+) \| (\S+) \|", text
@@ -67,7 +54,7 @@ def test_the_two_tuned_models_are_paired_at_every_k(tmp_path):
 def test_confusions_have_names_and_counts(tmp_path):
     names = [f"kind {n}" for n in range(10)]
     sweep = SWEEP | {"classes": {"icons": names}}
-    stored(tmp_path, grid())
+    store_predictions(tmp_path, grid())
     text, _ = written(tmp_path, sweep, grid())
     assert text.count("the most frequent confusions") == 1  # the VLM is the best
     runs = [parquet.read_table(tmp_path / "predictions" / f"vlm-lora-4-{seed}.parquet") for seed in range(3)]
@@ -88,12 +75,12 @@ def test_no_confusions_without_predictions_names_or_mistakes(tmp_path):
     sweep = SWEEP | {"classes": {"icons": [f"kind {n}" for n in range(10)]}}
     assert "confusions" not in written(tmp_path, sweep, grid())[0]
     perfect = [cell("vlm-lora", 4, seed, 1.0) for seed in range(3)]
-    stored(tmp_path, perfect)
+    store_predictions(tmp_path, perfect)
     assert "confusions" not in written(tmp_path, sweep, perfect)[0]
     assert "confusions" not in written(tmp_path, SWEEP, perfect)[0]
 
 
 def test_confusions_refuse_a_class_without_a_name(tmp_path):
-    stored(tmp_path, grid())
+    store_predictions(tmp_path, grid())
     with pytest.raises(ResultsError, match="there are 3 class names"):
         written(tmp_path, SWEEP | {"classes": {"icons": ["a", "b", "c"]}}, grid())

@@ -1,7 +1,7 @@
 """The nano Qwen3-VL: the architecture of Qwen3-VL, small enough to train on two cores.
 
-This folder is the model in hub layout: configuration, processor settings, a tokenizer (a prefix of Qwen3's, see
-`prefix`), the weights and the model card README.md. `experiments.pretrain` made the weights.
+This folder is the model in hub layout: configuration, processor settings, a tokenizer (part of Qwen3's), the weights
+and the model card README.md. `experiments.pretrain` made weights and tokenizer.
 """
 
 from pathlib import Path

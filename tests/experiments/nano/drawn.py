@@ -1,13 +1,16 @@
-"""A few drawings, made in milliseconds: the half minute that all of them take is for none of these tests."""
+"""A few drawings, made in milliseconds (the half minute that all of them take is for none of these tests), and models
+that have not learnt yet."""
 
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from data.embedded.icons import Icon, inked, read_icons
 from experiments.pretrain.subjects import square_mask
+from vlm import nano
 
 SOLID = "fontawesome6-solid-webfont"
 NAMES = ("anchor", "bug", "leaf", "moon", "rocket", "tooth", "tree", "wrench")
@@ -22,3 +25,12 @@ def icon(name: str, font: str = SOLID) -> Icon:
 def masks() -> Tensor:
     """(8, 64, 64) uint8: what NAMES stand for, as one designer drew it."""
     return torch.from_numpy(np.stack([square_mask(image) for _, image in inked(map(icon, NAMES))]))
+
+
+def fresh() -> Qwen3VLForConditionalGeneration:
+    """The stock nano Qwen3-VL with random weights, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(nano.HERE))
+    model.set_attn_implementation("eager")
+    return model.eval()

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import log_softmax
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from experiments.pretrain import students
 from experiments.pretrain.learning import FULL, Plan
 from experiments.pretrain.students import Tower
+from tests.experiments.nano.drawn import fresh
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.prompts import Prompt
@@ -20,14 +21,6 @@ NAMES = ("arrow", "letter a", "wheelbarrow")
 @pytest.fixture(scope="module")
 def prompt() -> Prompt:
     return Prompt(AutoTokenizer.from_pretrained(nano.HERE), ImageRule.from_pretrained(str(nano.HERE)), NAMES)
-
-
-def fresh() -> Qwen3VLForConditionalGeneration:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(nano.HERE))
-    model.set_attn_implementation("eager")
-    return model.eval()
 
 
 @torch.no_grad()
@@ -89,8 +82,8 @@ def test_a_few_steps_make_the_names_likelier(prompt: Prompt) -> None:
     rng = torch.Generator().manual_seed(0)
     masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     described = torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1)
-    model, said = fresh(), []
-    students.train_answers(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), said.append)
-    losses = [float(text.rsplit(" ", 1)[1]) for text in said]
+    model, reports = fresh(), []
+    students.train_answers(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), reports.append)
+    losses = [float(text.rsplit(" ", 1)[1]) for text in reports]
     assert losses[-1] < losses[0]
     assert not model.training

@@ -1,23 +1,27 @@
-"""How both students learn: the loss against numpy, the schedule, what is trained by what, and that learning happens."""
+"""How both students learn: loss, schedule, what is trained by what, the teacher that they copy; and that they learn."""
+
+import builtins
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from experiments.pretrain import learning
 from experiments.pretrain.learning import Plan
+from kshot.errors import ModelError
 
 
 def test_the_loss_is_the_cross_entropy_between_two_views_of_likeness() -> None:
     rng = np.random.default_rng(0)
-    said, queue = rng.normal(size=(3, 5)), rng.normal(size=(8, 5))
+    made, queue = rng.normal(size=(3, 5)), rng.normal(size=(8, 5))
     queue /= np.linalg.norm(queue, axis=1, keepdims=True)
     wanted = softmax(queue[:3] @ queue.T / learning.TEACHER_TEMPERATURE, axis=1)
-    unit = said / np.linalg.norm(said, axis=1, keepdims=True)
+    unit = made / np.linalg.norm(made, axis=1, keepdims=True)
     expected = -(wanted * log_softmax(unit @ queue.T / learning.TEMPERATURE, axis=1)).sum(1).mean()
-    found = learning.similarity_loss(torch.tensor(said), torch.tensor(queue))
+    found = learning.similarity_loss(torch.tensor(made), torch.tensor(queue))
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -73,10 +77,10 @@ def taught(seed: int) -> tuple[list[float], Tensor]:
     rng = torch.Generator().manual_seed(3)
     masks = (torch.rand(24, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     described = nn.functional.normalize(torch.randn(24, 6, generator=rng), dim=1)
-    student, said = Linear(), []
+    student, reports = Linear(), []
     with torch.random.fork_rng():
-        learning.distil(student, 16, masks, described, Plan(80, batch=16, seed=seed), said.append)
-    return [float(text.rsplit(" ", 1)[1]) for text in said], student.blocks[0].weight.detach()
+        learning.distil(student, 16, masks, described, Plan(80, batch=16, seed=seed), reports.append)
+    return [float(text.rsplit(" ", 1)[1]) for text in reports], student.blocks[0].weight.detach()
 
 
 def test_a_student_learns_and_learns_the_same_from_the_same_seed() -> None:
@@ -84,3 +88,36 @@ def test_a_student_learns_and_learns_the_same_from_the_same_seed() -> None:
     assert min(losses) < losses[0] - 0.1
     assert torch.equal(weights, taught(0)[1])
     assert not torch.equal(weights, taught(1)[1])
+
+
+def test_principal_is_principal_component_analysis() -> None:
+    rows = torch.randn(60, 9, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 10)
+    ours = learning.principal(rows, 4).numpy()
+    theirs = PCA(4).fit_transform(rows.numpy())
+    np.testing.assert_allclose(np.abs(ours), np.abs(theirs), atol=1e-4)
+
+
+def test_descriptions_are_unit_vectors_and_differ_from_their_mirrors_in_strokes_alone() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the teacher's packages are not installed")
+    rng = torch.Generator().manual_seed(1)
+    blocks = torch.rand(140, 1, 8, 8, generator=rng)
+    masks = (torch.nn.functional.interpolate(blocks, size=64)[:, 0] > 0.6).to(torch.uint8) * 255
+    described = learning.describe(masks)
+    assert described.shape == (280, learning.STROKES + learning.MEANINGS)
+    torch.testing.assert_close(described.norm(dim=1), torch.ones(280))
+    one, mirror = described[:140], described[140:]
+    torch.testing.assert_close(one[:, learning.STROKES :], mirror[:, learning.STROKES :])
+    assert (one[:, : learning.STROKES] - mirror[:, : learning.STROKES]).abs().max() > 0.1
+
+
+def test_a_missing_teacher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object, **more: object) -> object:
+        if name.startswith("efficientnet"):
+            raise ImportError(name=name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModelError, match=r"pip install 'kshot\[pretrain\]'"):
+        learning.describe(torch.zeros(1, 64, 64, dtype=torch.uint8))

@@ -1,6 +1,7 @@
-"""The command that makes the pair: every stage leaves its file, once, whole, and in the stock models' own layout."""
+"""The command that makes the pair: a stage leaves its file, once, whole, in the stock layout; and the model cards."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import MappingProxyType
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
+from baselines import nano as dinov2
 from experiments.pretrain import __main__ as main
-from experiments.pretrain import cards, learning
+from experiments.pretrain import learning
+from experiments.pretrain.__main__ import SHOTS, CardFacts, StageRecord, card
 from experiments.pretrain.subjects import Subjects
 from kshot.errors import InputError
+from vlm import nano as qwen
 
 STAGES = ("vit", "tower", "answers")
 
@@ -40,7 +45,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 HALF = {1: 0.5, 4: 0.5, 16: 0.5}
-METHODS = (cards.FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora")
+METHODS = (main.FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora")
 
 
 def test_one_command_makes_the_pair_and_goes_on_where_it_stopped(
@@ -81,3 +86,58 @@ def test_a_stage_that_cannot_run_says_why(
 ) -> None:
     with pytest.raises(InputError, match=message):
         pretrain(monkeypatch, "--work", tmp_path, "--stages", stage)
+
+
+FACTS = CardFacts(
+    drawings=17_000,
+    names=3_000,
+    stages={stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(STAGES, 11)},
+    accuracies={
+        "dinov2-logreg": {1: 0.111, 4: 0.222, 16: 0.333},
+        "vlm-lora": {1: 0.444, 4: 0.555, 16: 0.666},
+        "vlm-zero-shot": {0: 0.077},
+        "pixel-knn": {1: 0.061, 4: 0.062, 16: 0.063},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dinov2", ["| dinov2-logreg | 11.1% | 22.2% | 33.3% |", "11 steps of 128 pictures, 11 minutes on a slide"]),
+        (
+            "qwen3_vl",
+            ["| vlm-lora | 44.4% | 55.5% | 66.6% |", "| vlm-zero-shot | 7.7% | 7.7% | 7.7% |", "12 steps", "13 steps"],
+        ),
+    ],
+)
+def test_a_card_has_its_facts(name: str, expected: list[str]) -> None:
+    read = ModelCard(card(name, FACTS))
+    assert read.data.license == "apache-2.0"
+    for text in [*expected, "| pixel-knn | 6.1% | 6.2% | 6.3% |", "17,000 distinct", "must not be used"]:
+        assert text in read.text
+    assert f"| method | {' | '.join(f'k = {k}' for k in SHOTS)} |" in read.text
+
+
+@pytest.mark.parametrize(("module", "folder"), [(dinov2, "baselines/nano"), (qwen, "vlm/nano")])
+def test_the_code_on_a_shipped_card_runs(
+    module, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], make_image
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (module.HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert folder in code
+    (tmp_path / "icon.png").write_bytes(make_image(0))
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(code.replace(folder, str(module.HERE)), "README.md", "exec"), scope)  # noqa: S102 - the point of the test
+    assert {"vit", "model"} & scope.keys()
+    assert ("answer" in scope) == bool(capsys.readouterr().out.strip())
+
+
+@pytest.mark.parametrize(("module", "method"), [(dinov2, "dinov2-logreg"), (qwen, "vlm-lora")])
+def test_the_shipped_card_belongs_to_the_model(module, method: str) -> None:
+    shipped = ModelCard.load(module.HERE / "README.md")
+    assert f"# {module.NAME}" in shipped.text
+    row = re.search(rf"\| {method} \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|", shipped.text)
+    assert row
+    one, four, sixteen = map(float, row.groups())
+    assert 5 < one < four < sixteen

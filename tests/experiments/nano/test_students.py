@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoImageProcessor
 
 from experiments.pretrain.students import Tower, create_dinov2, plain_attention, wave_positions
+from tests.experiments.nano.drawn import fresh
 from vlm import nano
 
 
@@ -14,13 +15,6 @@ def pictures(count: int, side: int) -> tuple[torch.Tensor, list[Image.Image]]:
     """The same pictures as numbers from 0 to 1 and as Pillow's images."""
     whole = np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     return torch.from_numpy(whole).permute(0, 3, 1, 2) / 255, [Image.fromarray(each) for each in whole]
-
-
-def visual() -> torch.nn.Module:
-    """A fresh stock tower, always the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(nano.HERE)).model.visual
 
 
 def processed(images: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -32,8 +26,8 @@ def processed(images: list[Image.Image]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("side", [48, 64])
 def test_the_tower_is_the_stock_one(side: int) -> None:
     numbers, images = pictures(3, side)
-    stock, inputs = visual(), processed(images)
-    tower = Tower(visual())
+    stock, inputs = fresh().model.visual, processed(images)
+    tower = Tower(fresh().model.visual)
     torch.testing.assert_close(tower.patches(numbers), inputs["pixel_values"])
     expected = stock(inputs["pixel_values"], inputs["image_grid_thw"])
     tokens, layers = tower.tokens(numbers)
@@ -45,7 +39,7 @@ def test_the_tower_is_the_stock_one(side: int) -> None:
 
 def test_the_tower_has_the_stock_ones_gradients() -> None:
     numbers, images = pictures(2, 48)
-    stock, inputs, tower = visual(), processed(images), Tower(visual())
+    stock, inputs, tower = fresh().model.visual, processed(images), Tower(fresh().model.visual)
     stock(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output.square().sum().backward()
     tower.tokens(numbers)[0].square().sum().backward()
     theirs = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}

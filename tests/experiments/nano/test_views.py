@@ -1,8 +1,6 @@
 """Drawings to pictures: plain ones to the pixel, colours against WCAG and colorsys, shapes against scipy, and seeds."""
 
 import colorsys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -81,34 +79,20 @@ def test_half_the_variety_is_half_the_chance() -> None:
     assert not pictures(0, variety=0.0).chance(1000, 0.4).any()
 
 
-def off_the_frame(ink: Tensor, button: Tensor, side: int, seed: int) -> np.ndarray:
-    """Share of each drawing's ink that lies beyond the picture: the same drawing on a ground of twice the side."""
-    with kept_grids() as kept:
-        glyph, _ = pictures(seed, side).place(ink, button)
-    matrix, place = kept[0]
-    theta = torch.cat([2 * matrix, -matrix @ place[..., None]], 2)
-    wide = functional.affine_grid(theta, [len(ink), 1, 4 * side, 4 * side], align_corners=False)
-    whole = functional.grid_sample(ink, wide, align_corners=False).sum((1, 2, 3)) / 4
-    return (1 - glyph.sum((1, 2, 3)) / whole).numpy()
-
-
-@contextmanager
-def kept_grids() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    kept: list[tuple[Tensor, Tensor]] = []
+def test_a_drawing_stays_in_the_frame_but_for_corners_that_tilt_and_stretch_push_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The share of a drawing's ink that lies beyond the picture, by the same drawing on a ground of twice the side."""
+    grids: list[tuple[Tensor, Tensor]] = []
     stock = views.sampling_grid
-
-    def grid(matrix: Tensor, place: Tensor, side: int) -> Tensor:
-        kept.append((matrix, place))
-        return stock(matrix, place, side)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views, "sampling_grid", grid)
-        yield kept
-
-
-def test_a_drawing_stays_in_the_frame_but_for_corners_that_tilt_and_stretch_push_out() -> None:
+    monkeypatch.setattr(views, "sampling_grid", lambda *grid: grids.append(grid[:2]) or stock(*grid))
     ink = masks().float().div(255)[:, None].repeat(50, 1, 1, 1)
-    lost = off_the_frame(ink, some(len(ink)), 64, seed=0)
+    glyph, _ = pictures(0).place(ink, some(len(ink)))
+    matrix, place = grids[0]
+    theta = torch.cat([2 * matrix, -matrix @ place[..., None]], 2)
+    wide = functional.affine_grid(theta, [len(ink), 1, 256, 256], align_corners=False)
+    whole = functional.grid_sample(ink, wide, align_corners=False).sum((1, 2, 3)) / 4
+    lost = 1 - glyph.sum((1, 2, 3)) / whole
     assert lost.max() < 0.3
     assert lost.mean() < 0.015
 
@@ -167,8 +151,8 @@ def test_hues_are_uniform_and_half_the_colours_are_greys() -> None:
 def test_contrast_is_that_of_wcag(seed: int) -> None:
     rng = np.random.default_rng(seed)
     one, other = rng.random((2, 50, 3)) ** rng.integers(1, 6)  # dark ones as well
-    found = views.contrast(torch.from_numpy(one).float(), torch.from_numpy(other).float())
-    assert np.allclose(found, contrast(one, other), rtol=1e-4)
+    contrasts = views.contrast(torch.from_numpy(one).float(), torch.from_numpy(other).float())
+    assert np.allclose(contrasts, contrast(one, other), rtol=1e-4)
 
 
 @given(seed=SEEDS)
@@ -213,13 +197,12 @@ def test_buttons_are_rounded_squares_and_discs(half: float, roundness: float) ->
     line = (torch.arange(side) + 0.5) * 2 / side - 1
     at = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)[None]
     values = (torch.tensor([v], dtype=torch.float32) for v in (half, half * roundness, side / 2))
-    found = views.rounded_square(at, *values).numpy()[0]
-    assert found.shape == (side, side)
-    assert (
-        abs(found - coverage(half, half * roundness, side / 2, side)).max() < 0.3
-    )  # a sharp corner covers a quarter of its pixel
+    square = views.rounded_square(at, *values).numpy()[0]
+    assert square.shape == (side, side)
+    apart = abs(square - coverage(half, half * roundness, side / 2, side))
+    assert apart.max() < 0.3  # a sharp corner covers a quarter of its pixel
     area = 4 * half**2 - (4 - np.pi) * (half * roundness) ** 2
-    assert found.sum() / (side / 2) ** 2 == pytest.approx(area, rel=0.02)
+    assert square.sum() / (side / 2) ** 2 == pytest.approx(area, rel=0.02)
 
 
 def test_what_spoils_a_picture_leaves_most_of_it() -> None:
