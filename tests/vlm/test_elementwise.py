@@ -16,7 +16,7 @@ from torch.nn import functional
 from vlm.local.model import ops
 
 EPS = 1e-6
-SIZES = [(1, 3, 1, 4), (5, 9, 6, 12), (3, 48, 40, 128)]  # positions, heads, normed ones, width of one
+SIZES = [(1, 3, 1, 4), (5, 9, 6, 12), (2, 17, 12, 128)]  # positions, heads, normed ones, width of one
 TOLERANCE = {torch.float32: {"atol": 2e-6, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 
 

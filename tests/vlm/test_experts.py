@@ -1,7 +1,7 @@
 """The experts' block against the stock one and PEFT's layers on it: output, gradients, what it allocates."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -53,8 +53,11 @@ def _pairs(block: Any, rank: int = RANK) -> tuple[Pair, Pair]:
     return (a, b), (c, d)
 
 
-def _stock(block: Any, x: Tensor) -> Tensor:
-    return block(x[None])[0]
+def _outputs(block: Any, x: Tensor, pairs: Sequence[Pair | None]) -> list[Tensor]:
+    """The block's output, and the gradients of x and of the pairs."""
+    gate_up, down = pairs
+    output = sparse_mlp(x, block, gate_up, down, SCALE)
+    return [output, *_grads(output, x, *(gate_up or ()), *(down or ()))]
 
 
 def _grads(output: Tensor, *wrt: Tensor) -> list[Tensor]:
@@ -90,8 +93,8 @@ def peft_block() -> Any:
 
 def test_without_lora_it_is_the_stock_block() -> None:
     block, x = _block(), _random(50, HIDDEN).requires_grad_()
-    here, there = sparse_mlp(x, block, None, None, SCALE), _stock(block, x)
-    _assert_close([here, *_grads(here, x)], [there, *_grads(there, x)])
+    there = block(x[None])[0]
+    _assert_close(_outputs(block, x, (None, None)), [there, *_grads(there, x)])
 
 
 def test_output_and_gradients_are_those_of_peft(peft_block: Any) -> None:
@@ -102,24 +105,22 @@ def test_output_and_gradients_are_those_of_peft(peft_block: Any) -> None:
         tuple(named[f"{NAMES}{place}lora_{side}.default.weight"] for side in "AB") for place in ("base_layer.", "")
     )
     x = _random(40, HIDDEN).requires_grad_()
-    there = _stock(block, x)
+    there = block(x[None])[0]
     there_grads = _grads(there, x, *gate_up, *down)
 
     bare = nn.Module()
     bare.gate, bare.experts = block.gate, block.experts.get_base_layer()
-    here = sparse_mlp(x, bare, gate_up, down, SCALE)
-    _assert_close([here, *_grads(here, x, *gate_up, *down)], [there, *there_grads])
+    _assert_close(_outputs(bare, x, (gate_up, down)), [there, *there_grads])
 
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_one_projection_alone_may_have_lora(only: int) -> None:
-    block, x = _block(), _random(20, HIDDEN)
+    block, x = _block(), _random(20, HIDDEN).requires_grad_()
     pairs = _pairs(block)
-    gate_up, down = (pair if place == only else None for place, pair in enumerate(pairs))
-    here = sparse_mlp(x, block, gate_up, down, SCALE)
+    here = _outputs(block, x, [pair if place == only else None for place, pair in enumerate(pairs)])
     gate_up, down = (pair if place == only else (pair[0], 0 * pair[1]) for place, pair in enumerate(pairs))
     there = sparse_mlp(x, block, gate_up, down, SCALE)
-    _assert_close([here, *_grads(here, *pairs[only])], [there, *_grads(there, *pairs[only])])
+    _assert_close(here, [there, *_grads(there, x, *pairs[only])])
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -173,13 +174,8 @@ def test_a_batch_is_its_parts() -> None:
 
 def test_the_same_input_gives_the_same_bits() -> None:
     block, x = _block(), _random(300, HIDDEN).requires_grad_()
-    pairs = _pairs(block)
-
-    def once() -> list[Tensor]:
-        output = sparse_mlp(x, block, *pairs, SCALE)
-        return [output, *_grads(output, x, *pairs[0], *pairs[1])]
-
-    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+    once, again = (_outputs(block, x, _pairs(block)) for _ in range(2))
+    _assert_close(once, again, tolerance=0)
 
 
 def test_pairs_by_expert_give_the_same() -> None:
@@ -195,15 +191,9 @@ def test_pairs_by_expert_give_the_same() -> None:
 @pytest.mark.skipif(not hasattr(functional, "grouped_mm"), reason="this torch has no grouped product")
 def test_torchs_grouped_product_gives_what_the_loop_does(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = _block(), _random(3, HIDDEN).requires_grad_()
-    pairs = _pairs(block)
-
-    def once() -> list[Tensor]:
-        output = sparse_mlp(x, block, *pairs, SCALE)
-        return [output, *_grads(output, x, *pairs[0], *pairs[1])]
-
-    loop = once()
+    loop = _outputs(block, x, _pairs(block))
     monkeypatch.setattr(experts, "_groupable", lambda left, right: True)
-    _assert_close(once(), loop)
+    _assert_close(_outputs(block, x, _pairs(block)), loop)
 
 
 class _Fixed(nn.Module):
@@ -224,10 +214,8 @@ def _at(dtype: torch.dtype, device: str) -> list[Tensor]:
     fixed = nn.Module()
     fixed.gate = _Fixed(torch.full((40, TOP), 0.25).to(device, dtype), block.gate(x.float())[2].to(device))
     fixed.experts = block.bfloat16().to(device, dtype).experts
-    flat = [t.detach().bfloat16().to(device, dtype).requires_grad_() for pair in _pairs(block, 8) for t in pair]
-    inputs = x.to(device, dtype).requires_grad_()
-    output = sparse_mlp(inputs, fixed, (flat[0], flat[1]), (flat[2], flat[3]), SCALE)
-    return [t.float().cpu() for t in (output, *_grads(output, inputs, *flat))]
+    a, b, c, d = (t.detach().bfloat16().to(device, dtype).requires_grad_() for pair in _pairs(block, 8) for t in pair)
+    return [t.float().cpu() for t in _outputs(fixed, x.to(device, dtype).requires_grad_(), ((a, b), (c, d)))]
 
 
 def test_bfloat16_is_near_float32() -> None:

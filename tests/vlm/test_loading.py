@@ -259,17 +259,19 @@ def layers_of(places: dict[str, Any]) -> list[int]:
     return [device for name, device in places.items() if name.startswith(placement.LAYERS)]
 
 
-def test_layers_go_over_the_gpus_in_order_and_evenly() -> None:
-    places = placement.device_map("m", BF16, Sizes(3, (1,) * 10, 2), False, GPUS, [100, 100, 100])
-    assert layers_of(places) == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+@pytest.mark.parametrize(
+    ("size", "tied", "free", "layers"),
+    [
+        (Sizes(3, (1,) * 10, 2), False, [100, 100, 100], [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]),  # evenly
+        (Sizes(2, (1,) * 10, 0), True, [40, 10, 70], [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]),  # less on a GPU in use
+    ],
+)
+def test_layers_go_over_the_gpus_in_order(size: Sizes, tied: bool, free: list[int], layers: list[int]) -> None:
+    """A tied head stays with the embeddings."""
+    places = placement.device_map("m", BF16, size, tied, GPUS, free)
+    assert layers_of(places) == layers
     assert {places[name] for name in placement.FIRST} == {0}
-    assert places[placement.NORM] == places[placement.HEAD] == 2
-
-
-def test_a_gpu_in_use_takes_fewer_layers_and_a_tied_head_stays_with_the_embeddings() -> None:
-    places = placement.device_map("m", BF16, Sizes(2, (1,) * 10, 0), True, GPUS, [40, 10, 70])
-    assert layers_of(places) == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
-    assert (places[placement.NORM], places[placement.HEAD]) == (2, 0)
+    assert (places[placement.NORM], places[placement.HEAD]) == (2, 0 if tied else 2)
 
 
 def test_every_free_byte_may_be_used_but_no_more() -> None:
