@@ -53,6 +53,14 @@ def stock_inputs(datum_input: tinker.ModelInput, rule: ImageRule, image: int = I
     return inputs
 
 
+def greedy(model: Any, prompt: tinker.ModelInput, rule: ImageRule, length: int) -> list[int]:
+    """What the model's own generate writes."""
+    inputs = stock_inputs(prompt, rule)
+    written = model.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    tokens: list[int] = written[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
 def adapter_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
     """PEFT's name → a view of the run's tensor."""
     return {name: tensor.detach() for name, tensor in client._run.adapter.named().items()}

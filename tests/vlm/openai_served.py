@@ -1,14 +1,13 @@
 """The OpenAI-compatible endpoints of a local service over loopback, in a thread, for the official client."""
 
-import socket
-import threading
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import openai
-import uvicorn
+import pytest
 from fastapi import FastAPI
 
 from kshot.errors import UnknownNameError
@@ -16,31 +15,30 @@ from vlm import nano
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.local.sampling import SamplingRequest
+from vlm.prompts import PREFILL, QUESTION
 from vlm.server.openai.routes import router
 
 PREFIXES = ("/v1", "/oai/api/v1")
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 
 
 @dataclass
 class Models:
-    """In place of `vlm.server.openai.routes.Models`. requests, samplings: all of its samplers."""
+    """In place of the server's state. requests, samplings: all of its samplers."""
 
     service: LocalServiceClient
     requests: list[SamplingRequest] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
 
-    def names(self) -> list[str]:
-        return [nano.NAME]
+    def __post_init__(self) -> None:
+        self.models, self.started = [nano.NAME], 1_700_000_000.5
+        self.samplers, self.registry = self, self.service._registry
 
-    def created(self) -> float:
-        return 1_700_000_000.5
-
-    async def sampler(self, model: str) -> Any:
-        if model.startswith("tinker://"):
-            return Watched(await self.service.create_sampling_client(model_path=model), self)
-        if model != nano.NAME:
-            raise UnknownNameError("model", model, self.names())
-        return Watched(await self.service.create_sampling_client(base_model=model), self)
+    async def client(self, model_path: str | None, base_model: str | None) -> Any:
+        if base_model not in (None, nano.NAME):
+            raise UnknownNameError("model", str(base_model), self.models)
+        sampler = self.service.create_sampling_client(model_path=model_path, base_model=base_model)
+        return Watched(await sampler, self)
 
 
 @dataclass
@@ -67,27 +65,35 @@ def application(models: Models, *, allow_urls: bool = False) -> FastAPI:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of an application while it is served."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@contextmanager
 def connected(address: str, prefix: str = "/v1") -> Iterator[openai.OpenAI]:
     """The official client. It validates nothing by itself: see `checked`."""
     with openai.OpenAI(base_url=address + prefix, api_key="none", max_retries=0) as made:
         yield made
 
 
+def refusal(api: openai.OpenAI, path: str, **wrong: Any) -> openai.BadRequestError:
+    """What the client raises for a good request with wrong fields, once it has the form of all errors."""
+    good = {"prompt": "a"} if path == "completions" else {"messages": HELLO}
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.post(f"/{path}", cast_to=object, body={"model": nano.NAME, **good, **wrong})
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.response.json()["category"] == "user"
+    assert "\n" not in caught.value.body["message"]  # type: ignore[index]
+    return caught.value
+
+
 def checked(answer: Any) -> Any:
     """The answer, once its own type has accepted what it holds: the client itself only constructs."""
     kind = type(answer)
     return kind.model_validate(answer.model_dump(exclude_none=True), strict=True) and answer
+
+
+def image_part(image: bytes, kind: str = "jpeg", **options: Any) -> dict[str, Any]:
+    url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    return {"type": "image_url", "image_url": {"url": url, **options}}
+
+
+def recipe(image: bytes) -> list[dict[str, Any]]:
+    """The recipe's conversation, its answer begun."""
+    question = [image_part(image), {"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": PREFILL}]

@@ -4,9 +4,10 @@ Bodies of training are written by the SDK's converters, and its answers read by 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,8 +19,15 @@ from tinker.types.forward_backward_request import ForwardBackwardRequest
 
 from tests.vlm.serving import HEADERS
 from vlm import nano
+from vlm.inputs import datum, model_input
 
-PROTOBUF = {"content-type": "application/x-protobuf"}
+KEY = "tml-a-key-of-a-test"
+JSON = {"Content-Type": "application/json"}
+PROTOBUF = {"Content-Type": "application/x-protobuf"}
+SESSION, FORWARD = "/api/v1/create_session", "/api/v1/forward_backward"
+SESSION_BODY = {"tags": [], "sdk_version": "0", "user_metadata": None, "type": "create_session"}
+PROMPT = model_input([300, 301, 302])
+DATA = [datum(PROMPT, [400, 401])]
 
 
 @dataclass(frozen=True)
@@ -28,25 +36,29 @@ class Raw:
 
     http: httpx.Client
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(f"/api/v1/{path}", json=body)
+    def post(self, name: str, /, **body: Any) -> httpx.Response:
+        return self.http.post(f"/api/v1/{name}", json=body)
 
-    def get(self, path: str) -> httpx.Response:
-        return self.http.get(f"/api/v1/{path}")
+    def get(self, name: str) -> httpx.Response:
+        return self.http.get(f"/api/v1/{name}")
 
-    def asked(self, path: str, **body: Any) -> str:
+    def submit(self, name: str, /, **body: Any) -> str:
         """The id of a request that was accepted."""
-        return accepted(self.post(path, **body))
+        return accepted(self.post(name, **body))
+
+    def result(self, name: str, /, **body: Any) -> Any:
+        """What an accepted request came to."""
+        return self.answer(self.submit(name, **body))
 
     def session(self) -> str:
-        made: str = self.post("create_session", tags=[], user_metadata={}, sdk_version="0").json()["session_id"]
-        return made
+        session: str = self.post("create_session", **SESSION_BODY).json()["session_id"]
+        return session
 
     def create(self, session: str, number: int = 0, base_model: str = nano.NAME, seed: int = 7) -> str:
         """The id of the request for a new run, which is called `run_of(session, number)`."""
         lora = {"rank": 4, "seed": seed}
-        given = {"session_id": session, "model_seq_id": number, "base_model": base_model, "lora_config": lora}
-        return self.asked("create_model", **given)
+        body = {"session_id": session, "model_seq_id": number, "base_model": base_model, "lora_config": lora}
+        return self.submit("create_model", **body)
 
     def run(self, session: str, number: int = 0) -> str:
         """A new run, once it is there."""
@@ -54,9 +66,14 @@ class Raw:
         assert model == run_of(session, number)
         return model
 
-    def pass_of(self, run: str, seq: int, data: list[tinker.Datum], **given: Any) -> httpx.Response:
+    def pass_of(
+        self, run: str, seq: int, data: list[tinker.Datum] = DATA, *, forward_only: bool = False
+    ) -> httpx.Response:
         """A forward_backward, or with forward_only a forward."""
-        return self.http.post("/api/v1/forward_backward", content=body_of(run, seq, data, **given), headers=PROTOBUF)
+        return self.forward(body_of(run, seq, data, forward_only=forward_only))
+
+    def forward(self, body: bytes, **headers: str) -> httpx.Response:
+        return self.http.post(FORWARD, content=body, headers=PROTOBUF | headers)
 
     def step(self, run: str, seq: int, learning_rate: float = 1e-2) -> httpx.Response:
         return self.post("optim_step", model_id=run, seq_id=seq, optim_params={"learning_rate": learning_rate})
@@ -103,21 +120,34 @@ def accepted(response: httpx.Response) -> str:
     return request_id
 
 
-def refused(response: httpx.Response, status: int) -> str:
-    """What a refusal says, once it has this status."""
-    assert response.status_code == status, response.text
-    said: str = response.json()["error"]
-    return said
+def refused(response: httpx.Response, status: int | None = None, words: str = "") -> str:
+    """What a refusal says, once it has this status and the form of all errors: of the Tinker protocol, or of OpenAI."""
+    assert 400 <= response.status_code < 500 if status is None else response.status_code == status, response.text
+    error = response.json()
+    assert set(error) == {"error", "category"}
+    assert error["category"] == ("server" if response.status_code == 429 else "user")
+    message: str = error["error"]["message"] if isinstance(error["error"], dict) else error["error"]
+    assert words in message, message
+    assert "\n" not in message
+    assert "Traceback" not in response.text
+    return message
 
 
 def run_of(session: str, number: int = 0) -> str:
     return f"{session}:train:{number}"
 
 
-def body_of(run: str, seq: int, data: list[tinker.Datum], *, forward_only: bool = False) -> bytes:
+def body_of(
+    run: str,
+    seq: int,
+    data: list[tinker.Datum] = DATA,
+    config: dict[str, float | str] | None = None,
+    *,
+    forward_only: bool = False,
+) -> bytes:
     """The body of a pass as the SDK writes it."""
-    request = ForwardBackwardRequest(ForwardBackwardInput(data=data, loss_fn="cross_entropy"), run, seq)
-    message = forward_backward_request_to_proto(request)
+    loss = ForwardBackwardInput(data=data, loss_fn="cross_entropy", loss_fn_config=config)
+    message = forward_backward_request_to_proto(ForwardBackwardRequest(loss, run, seq))
     message.forward_only = forward_only
     body: bytes = message.SerializeToString()
     return body
@@ -127,3 +157,18 @@ def sample_of(prompt: tinker.ModelInput, **params: Any) -> dict[str, Any]:
     """The body of a sampling request on the base model."""
     chunks = [{"type": "encoded_text", "tokens": chunk.tokens} for chunk in prompt.chunks]  # type: ignore[union-attr]
     return {"base_model": nano.NAME, "prompt": {"chunks": chunks}, "sampling_params": params, "num_samples": 1}
+
+
+def files(folder: Path, but: Path) -> dict[Path, bytes | None]:
+    """All that is below a folder, save below `but`."""
+    paths = [path for path in folder.rglob("*") if path != but and but not in path.parents]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")

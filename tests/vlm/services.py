@@ -89,15 +89,15 @@ def peft(stock: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(copy.deepcopy(stock), folder, is_trainable=True).eval()
 
 
-def stock_log_probs(model: Any, asked: tinker.ModelInput, rule: ImageRule) -> torch.Tensor:
+def stock_log_probs(model: Any, question: tinker.ModelInput, rule: ImageRule) -> torch.Tensor:
     """(positions, vocabulary) log-probabilities of what follows each position, by a model of transformers alone."""
-    inputs = stock_inputs(asked, rule)
+    inputs = stock_inputs(question, rule)
     for part in model.modules():
         if hasattr(part, "rope_deltas"):
             part.rope_deltas = None  # of the call before
     with torch.no_grad():
-        found: torch.Tensor = model(**inputs).logits[0].float().log_softmax(-1)
-    return found
+        log_probs: torch.Tensor = model(**inputs).logits[0].float().log_softmax(-1)
+    return log_probs
 
 
 def target_log_probs(model: Any, datum: tinker.Datum, rule: ImageRule) -> np.ndarray:

@@ -42,16 +42,23 @@ def served(folder: Path, registry: EngineRegistry | None = None, **options: Any)
     registry = registry or EngineRegistry(folder, model_paths=MODEL_PATHS)
     state = ServerState(registry, Store(registry.state))
     app = application(state, Options(**options))
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    with listening(app, lifespan="on") as address:
+        yield Server(address, state, app)
+
+
+@contextmanager
+def listening(app: Any, **config: Any) -> Iterator[str]:
+    """The address of an application while it is served on a thread."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, **{"port": 0, "log_level": "warning", "timeout_graceful_shutdown": 2, **config})
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server ended at once"
         thread.join(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Server(f"http://127.0.0.1:{port}", state, app)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
@@ -75,16 +82,15 @@ class Command:
 def command(state: Path, *arguments: str, in_background: bool = False) -> Iterator[Command]:
     """The command with these arguments, once it has said where it listens. in_background: as a shell starts a
     background job, with SIGINT ignored."""
-    given = ["serve", "--port", "0", "--state", str(state), *arguments]
-    start = [sys.executable, "-c", "from experiments.cli.main import main; main()", *given]
+    options = ["serve", "--port", "0", "--state", str(state), *arguments]
+    start = [sys.executable, "-c", "from experiments.cli.main import main; main()", *options]
     if in_background:
         start = ["/bin/bash", "-c", 'trap "" INT; exec "$@"', "bash", *start]
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.search(r"at (http://\S+)", line)
-            assert found, line + process.stdout.read()
-            yield Command(found[1], process)
+            address = re.search(r"at (http://\S+)", line)
+            assert address, line + process.stdout.read()
+            yield Command(address[1], process)
         finally:
             process.kill()

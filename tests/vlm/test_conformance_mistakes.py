@@ -3,7 +3,7 @@
 A request that cannot be made is one that was made: those numbered behind it go on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,12 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.vlm.services import PATIENCE, Service, opened, step
+from tests.vlm.services import PATIENCE, Service, step
 from vlm import nano
 
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-2)
 ONE = types.SamplingParams(max_tokens=1)
 MISSING = "tinker://00000000-0000-4000-8000-000000000000:train:0/weights/never"
-
-
-@pytest.fixture(scope="module", params=["local", "http"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with opened(request.param, tmp_path_factory.mktemp(request.param)) as service:
-        yield service
 
 
 def text(tokens: list[int]) -> tinker.ModelInput:
@@ -33,9 +27,9 @@ def picture(data: bytes, expected: int | None) -> tinker.ModelInput:
     return tinker.ModelInput(chunks=[types.ImageChunk(data=data, format="png", expected_tokens=expected)])
 
 
-def targets(asked: tinker.ModelInput, tokens: Any, **more: Any) -> tinker.Datum:
+def targets(question: tinker.ModelInput, tokens: Any, **more: Any) -> tinker.Datum:
     fields = {"target_tokens": np.asarray(tokens), **more}
-    return tinker.Datum(asked, {name: tinker.TensorData.from_numpy(values) for name, values in fields.items()})
+    return tinker.Datum(question, {name: tinker.TensorData.from_numpy(values) for name, values in fields.items()})
 
 
 Change = Callable[[Any, list[tinker.Datum], bytes], Any]
@@ -128,24 +122,24 @@ def test_what_cannot_be_made_is_named(both: Service) -> None:
 def test_samples_that_cannot_be_are_named(
     both: Service, mixed: list[tinker.Datum], make_image: Callable[..., bytes]
 ) -> None:
-    sampler, asked, image = both.base(), mixed[0].model_input, make_image(1, 64, 64)
-    before = sampler.compute_logprobs(asked).result(PATIENCE)
+    sampler, question, image = both.base(), mixed[0].model_input, make_image(1, 64, 64)
+    before = sampler.compute_logprobs(question).result(PATIENCE)
     for wrong in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}, {"seed": -1}, {"top_k": -2}):
         name, value = next(iter(wrong.items()))
         with both.refuses(f"{name} = {value} is out of range"):
-            sampler.sample(asked, 1, types.SamplingParams(**{"max_tokens": 2, **wrong})).result(PATIENCE)  # type: ignore[arg-type]
-    off = types.TensorData.from_numpy(np.full((asked.length - 1, 1), 4096))
+            sampler.sample(question, 1, types.SamplingParams(**{"max_tokens": 2, **wrong})).result(PATIENCE)  # type: ignore[arg-type]
+    off = types.TensorData.from_numpy(np.full((question.length - 1, 1), 4096))
     short = types.TensorData(data=[1], dtype="int64", shape=[1, 1])
-    for given, named in (
+    for arguments, named in (
         ((text([4096]), 1, ONE), "4096"),
         ((text([5] * 4097), 1, ONE), "4097 positions|4,097"),
         ((picture(b"no image", 16), 1, ONE), "image"),
         ((picture(image, 17), 1, ONE), "Expected 17 tokens, got 16"),
-        ((asked, 0, ONE), "num_samples = 0 is out of range"),
-        ((asked, 1, ONE, False, 5000), "topk_prompt_logprobs = 5000 is out of range"),
-        ((asked, 1, ONE, False, 0, 0, off), "id 4096 is outside"),
-        ((asked, 1, ONE, False, 0, 0, short), "must have .* rows"),
+        ((question, 0, ONE), "num_samples = 0 is out of range"),
+        ((question, 1, ONE, False, 5000), "topk_prompt_logprobs = 5000 is out of range"),
+        ((question, 1, ONE, False, 0, 0, off), "id 4096 is outside"),
+        ((question, 1, ONE, False, 0, 0, short), "must have .* rows"),
     ):
         with both.refuses(named):
-            sampler.sample(*given).result(PATIENCE)
-    assert sampler.compute_logprobs(asked).result(PATIENCE) == before
+            sampler.sample(*arguments).result(PATIENCE)
+    assert sampler.compute_logprobs(question).result(PATIENCE) == before

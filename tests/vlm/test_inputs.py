@@ -32,15 +32,11 @@ def turned() -> bytes:
     return encoded(picture(), "JPEG", exif=exif)
 
 
-def clear_palette() -> bytes:
-    return encoded(picture("P"), "PNG", transparency=3)
-
-
 UNUSUAL = {
     "alpha": encoded(picture("RGBA").rotate(30)),
     "grey with alpha": encoded(picture("LA").rotate(30)),
     "palette": encoded(picture("P")),
-    "palette with a clear colour": clear_palette(),
+    "palette with a clear colour": encoded(picture("P"), "PNG", transparency=3),
     "black and white": encoded(picture("1")),
     "16 bit": encoded(Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))),
     "CMYK": encoded(picture("CMYK"), "JPEG"),

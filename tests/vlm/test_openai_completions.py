@@ -1,6 +1,5 @@
 """POST completions through the official client: the text, numbers and ends that the stock model gives."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -8,54 +7,35 @@ import pytest
 import torch
 from openai.types import Completion
 
-from tests.vlm.helpers import disturb, plain_peft
-from tests.vlm.openai_served import PREFIXES, Models, application, checked, connected, listening
+from tests.vlm.helpers import disturb, greedy, plain_peft
+from tests.vlm.openai_served import PREFIXES, Models, application, checked, connected, refusal
+from tests.vlm.serving import listening
 from vlm import nano
+from vlm.inputs import model_input
 from vlm.local.clients import LocalTrainingClient
-from vlm.local.registry import LocalServiceClient
-from vlm.prompts import Prompt
 
 FRANCE = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def models(service: LocalServiceClient) -> Models:
-    return Models(service)
-
-
-@pytest.fixture(scope="module")
-def api(models: Models) -> Iterator[openai.OpenAI]:
-    with listening(application(models)) as address, connected(address) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tokenizer(prompt: Prompt) -> Any:
-    return prompt.tokenizer
-
-
-def greedy(model: Any, tokens: list[int], length: int) -> list[int]:
-    made = model.generate(
-        input_ids=torch.tensor([tokens]), max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    return list(made[0, len(tokens) :].tolist())
+def written_by(model: Any, tokens: list[int], length: int) -> list[int]:
+    return greedy(model, model_input(tokens), None, length)  # without images it needs no rule
 
 
 def log_probs_of(stock: Any, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = stock(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-        return found
+        log_probs: torch.Tensor = stock(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return log_probs
 
 
 def ask(api: openai.OpenAI, prompt: Any = FRANCE, **options: Any) -> Completion:
-    given: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, **options}
-    made: Completion = checked(api.completions.create(model=nano.NAME, prompt=prompt, **given))
+    fields: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, **options}
+    made: Completion = checked(api.completions.create(model=nano.NAME, prompt=prompt, **fields))
     return made
 
 
 def streamed(api: openai.OpenAI, prompt: Any = FRANCE, **options: Any) -> list[Completion]:
-    given = {"max_tokens": 12, "temperature": 0.0, **options}
-    pieces = list(api.completions.create(model=nano.NAME, prompt=prompt, stream=True, **given))
+    fields = {"max_tokens": 12, "temperature": 0.0, **options}
+    pieces = list(api.completions.create(model=nano.NAME, prompt=prompt, stream=True, **fields))
     for piece in pieces:
         if all(choice.finish_reason for choice in piece.choices):  # null before the last, though the type has no room
             checked(piece)
@@ -64,13 +44,12 @@ def streamed(api: openai.OpenAI, prompt: Any = FRANCE, **options: Any) -> list[C
 
 def test_a_completion_is_what_stock_generate_writes(api: openai.OpenAI, stock: Any, tokenizer: Any) -> None:
     tokens = tokenizer.encode(FRANCE)
-    expected = greedy(stock, tokens, 12)
+    expected = written_by(stock, tokens, 12)
     answer = ask(api)
     assert answer.choices[0].text == tokenizer.decode(expected)
     assert (answer.choices[0].finish_reason, answer.choices[0].logprobs) == ("length", None)
     assert answer.id.startswith("cmpl-")
     assert (answer.object, answer.model) == ("text_completion", nano.NAME)
-    assert answer.usage is not None
     assert answer.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": len(tokens),
         "completion_tokens": 12,
@@ -80,7 +59,6 @@ def test_a_completion_is_what_stock_generate_writes(api: openai.OpenAI, stock: A
 
 def test_sixteen_tokens_unless_told_otherwise(api: openai.OpenAI) -> None:
     answer = api.completions.create(model=nano.NAME, prompt=FRANCE, temperature=0, stop=[])
-    assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
 
 
@@ -90,9 +68,9 @@ def test_saved_weights_answer_under_their_path(
     """The request of the issue, on weights that differ from the base, against stock PEFT; under both prefixes."""
     disturb(client)
     path = client.save_weights_for_sampler("000080").result().path
-    written = tokenizer.decode(greedy(plain_peft(client, stock), tokenizer.encode(FRANCE), 20))
+    written = tokenizer.decode(written_by(plain_peft(client, stock), tokenizer.encode(FRANCE), 20))
     stop = next(sign for sign in written if sign not in written[:3])
-    assert written != tokenizer.decode(greedy(stock, tokenizer.encode(FRANCE), 20))
+    assert written != tokenizer.decode(written_by(stock, tokenizer.encode(FRANCE), 20))
     with listening(application(models)) as address:
         for prefix in PREFIXES:
             with connected(address, prefix) as made:
@@ -107,13 +85,12 @@ def test_saved_weights_answer_under_their_path(
 def test_all_forms_of_a_prompt(api: openai.OpenAI, stock: Any, tokenizer: Any) -> None:
     other = "Once upon a"
     tokens = [tokenizer.encode(text) for text in (FRANCE, other)]
-    written = [tokenizer.decode(greedy(stock, each, 12)) for each in tokens]
+    written = [tokenizer.decode(written_by(stock, each, 12)) for each in tokens]
     assert [ask(api, prompt).choices[0].text for prompt in (FRANCE, tokens[0])] == written[:1] * 2
     for both in ([FRANCE, other], tokens):
         answer = ask(api, both, n=2)
         assert [choice.text for choice in answer.choices] == [written[0], written[0], written[1], written[1]]
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-        assert answer.usage is not None
         assert answer.usage.prompt_tokens == sum(map(len, tokens))
         assert answer.usage.completion_tokens == 4 * 12
 
@@ -123,13 +100,13 @@ def test_chat_tokens_may_stand_in_a_raw_prompt(api: openai.OpenAI, stock: Any, t
     tokens = tokenizer.encode(raw)
     assert tokens[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
-    written = greedy(stock, tokens, 12)
+    written = written_by(stock, tokens, 12)
     assert not ends & set(written)  # so that the answer below is all of it
     assert ask(api, raw).choices[0].text == tokenizer.decode(written)
 
 
 def test_stops_cut_the_text(api: openai.OpenAI, stock: Any, tokenizer: Any) -> None:
-    tokens = greedy(stock, tokenizer.encode(FRANCE), 12)
+    tokens = written_by(stock, tokenizer.encode(FRANCE), 12)
     text = tokenizer.decode(tokens)
     middle = text[2:5]
     for stop in (middle, [middle], ["never there", middle]):
@@ -140,13 +117,12 @@ def test_stops_cut_the_text(api: openai.OpenAI, stock: Any, tokenizer: Any) -> N
     by_token = ask(api, extra_body={"stop_token_ids": [tokens[2]]})
     assert by_token.choices[0].text == tokenizer.decode(tokens[: tokens.index(tokens[2])])
     assert by_token.choices[0].finish_reason == "stop"
-    assert by_token.usage is not None
     assert by_token.usage.completion_tokens == tokens.index(tokens[2]) + 1  # the end was written too
 
 
 def test_log_probs_are_the_stock_models(api: openai.OpenAI, stock: Any, tokenizer: Any) -> None:
     prompt = tokenizer.encode(FRANCE)
-    written = greedy(stock, prompt, 6)
+    written = written_by(stock, prompt, 6)
     everything = [*prompt, *written]
     expected = log_probs_of(stock, everything)
     for echo in (False, True):
@@ -155,11 +131,6 @@ def test_log_probs_are_the_stock_models(api: openai.OpenAI, stock: Any, tokenize
         )  # not checked: nothing is said about the first token of a prompt, though the type has no room for null
         choice = made.choices[0]
         got, begin = choice.logprobs, 0 if echo else len(prompt)
-        assert got is not None
-        assert got.tokens is not None
-        assert got.token_logprobs is not None
-        assert got.top_logprobs is not None
-        assert got.text_offset is not None
         assert choice.text == (FRANCE if echo else "") + tokenizer.decode(written)
         assert got.tokens == [tokenizer.decode([token]) for token in everything[begin:]]
         ends = [*got.text_offset[1:], len(choice.text)]
@@ -179,11 +150,8 @@ def test_a_prompt_alone_is_scored(api: openai.OpenAI, stock: Any, tokenizer: Any
     answer = api.completions.create(model=nano.NAME, prompt=[prompt], max_tokens=0, echo=True, logprobs=1)
     choice, rows = answer.choices[0], log_probs_of(stock, prompt)
     assert (choice.text, choice.finish_reason) == (FRANCE, "length")
-    assert choice.logprobs is not None
-    assert choice.logprobs.token_logprobs is not None
     expected = [rows[n, token].item() for n, token in enumerate(prompt[1:])]
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
-    assert answer.usage is not None
     assert answer.usage.completion_tokens == 0
 
 
@@ -193,14 +161,6 @@ def test_what_is_asked_reaches_the_sampler(api: openai.OpenAI, models: Models, t
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (3, 0.5, 0.9, 7)
     assert (params.seed, models.requests[-1].num_samples) == (11, 2)
     assert params.stop == ["x", *sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")})]
-
-
-def test_seeds_reproduce_and_answers_differ(api: openai.OpenAI) -> None:
-    def texts(seed: int) -> list[str]:
-        return [choice.text for choice in ask(api, temperature=1.5, seed=seed, n=3).choices]
-
-    assert texts(1) == texts(1)
-    assert len({*texts(1), *texts(2)}) == 6
 
 
 @pytest.mark.parametrize(
@@ -239,7 +199,6 @@ def test_the_last_event_of_a_stream_says_how_many_tokens(api: openai.OpenAI, tok
     pieces = streamed(api, n=2, stream_options={"include_usage": True})
     assert [piece.usage for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].choices == []
-    assert pieces[-1].usage is not None
     assert pieces[-1].usage.completion_tokens == 24
     assert pieces[-1].usage.prompt_tokens == len(tokenizer.encode(FRANCE))
 
@@ -249,11 +208,8 @@ def test_the_last_event_of_a_stream_says_how_many_tokens(api: openai.OpenAI, tok
     [
         ({"best_of": 3}, "best_of", "best_of = 3 is not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"frequency_penalty": -1}, "frequency_penalty", "not supported"),
         ({"store": True}, "store", "not supported"),
-        ({"min_p": 0.1}, "min_p", "not known"),
         ({"prompt": ""}, None, "0 positions"),
         ({"prompt": []}, "prompt", "prompt must be"),
         ({"prompt": [""]}, "prompt", "prompt must be"),
@@ -268,7 +224,6 @@ def test_the_last_event_of_a_stream_says_how_many_tokens(api: openai.OpenAI, tok
         ({"max_tokens": 5000}, None, "too long"),
         ({"max_tokens": 0}, "max_tokens", "needs echo"),
         ({"max_tokens": "7"}, "max_tokens", "valid integer"),
-        ({"n": 17}, "n", "less than or equal to 16"),
         ({"n": True}, "n", "valid integer"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
@@ -282,13 +237,9 @@ def test_the_last_event_of_a_stream_says_how_many_tokens(api: openai.OpenAI, tok
     ],
 )
 def test_what_is_wrong_is_named(api: openai.OpenAI, wrong: dict[str, Any], param: str | None, words: str) -> None:
-    body = {"model": nano.NAME, "prompt": "a", **wrong}
-    with pytest.raises(openai.BadRequestError) as caught:
-        api.post("/completions", cast_to=object, body=body)
-    assert words in caught.value.message
-    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
-    assert caught.value.response.json()["category"] == "user"
-    assert "\n" not in caught.value.body["message"]  # type: ignore[index]
+    error = refusal(api, "completions", **wrong)
+    assert words in error.message
+    assert error.param == param
 
 
 def test_what_asks_for_nothing_is_taken(api: openai.OpenAI) -> None:

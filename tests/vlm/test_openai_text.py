@@ -41,9 +41,9 @@ def test_the_first_stop_cuts_and_nothing_of_it_is_ever_shown(tokens: list[int], 
     expected = NANO.decode(tokens)
     for count in range(len(tokens) + 1):  # the first token with which there is one
         so_far = NANO.decode(tokens[:count]).rstrip("\ufffd")
-        found = [so_far.find(stop) for stop in stops if stop in so_far]
-        if found:
-            expected = so_far[: min(found)]
+        cuts = [so_far.find(stop) for stop in stops if stop in so_far]
+        if cuts:
+            expected = so_far[: min(cuts)]
             break
     shown = pieces(tokens, stops)
     assert "".join(shown) == expected
@@ -76,8 +76,8 @@ def test_tokens_of_a_stopped_text_are_those_that_begin_in_it() -> None:
     for token in letters:
         text.add(token)
     text.finish("length")
-    said, tokens = text.take()
-    assert (said, text.reason) == ("a", "stop")
+    shown, tokens = text.take()
+    assert (shown, text.reason) == ("a", "stop")
     assert [token.id for token in tokens] == letters[:1]
 
 
@@ -93,9 +93,9 @@ def test_names_of_tokens() -> None:
 @genuine.needed
 def test_the_genuine_tokenizer_agrees() -> None:
     tokenizer = genuine.tokenizer()
-    for said in ("naïve café ☕ 日本 🎉", "<think>\nx</think> <|im_end|> <|box_start|>(1,2)"):
-        tokens = tokenizer.encode(said)
-        assert "".join(pieces(tokens, [], tokenizer)) == tokenizer.decode(tokens) == said
+    for written in ("naïve café ☕ 日本 🎉", "<think>\nx</think> <|im_end|> <|box_start|>(1,2)"):
+        tokens = tokenizer.encode(written)
+        assert "".join(pieces(tokens, [], tokenizer)) == tokenizer.decode(tokens) == written
     assert pytest.approx(len(tokenizer), abs=500) == 151_669
     padded = [9707, 151_900, 0]
     assert "".join(pieces(padded, [], tokenizer)) == tokenizer.decode(padded)

@@ -9,20 +9,12 @@ import torch
 from tinker import types
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import IMAGE, OtherService, Pictured, stock_inputs
+from tests.vlm.helpers import IMAGE, OtherService, Pictured, greedy, stock_inputs
 from vlm.classifier import generate
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.decoding import _candidates, sample_token
 from vlm.prompts import Prompt
-
-
-def greedy(stock: Any, asked: tinker.ModelInput, rule: ImageRule, length: int) -> list[int]:
-    """What the stock model's own generate writes."""
-    inputs = stock_inputs(asked, rule)
-    made = stock.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    tokens: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
-    return tokens
 
 
 def test_top_k_top_p_and_temperature_choose_from_what_they_say() -> None:

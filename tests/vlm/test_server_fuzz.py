@@ -9,13 +9,12 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import requests
@@ -28,12 +27,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
-from tinker.proto.request_conv import forward_backward_request_to_proto
-from tinker.types.forward_backward_input import ForwardBackwardInput
-from tinker.types.forward_backward_request import ForwardBackwardRequest
 
-from tests.vlm.hostile import FORWARD, KEY, PROTOBUF, a_run, a_session, asked, files, refused, until
-from tests.vlm.serving import Server, served
+from tests.vlm.raw import FORWARD, Raw, body_of, files, refused, talking, until
+from tests.vlm.serving import HEADERS, Server, served
 from vlm import nano
 from vlm.server.openai.requests import ChatRequest, CompletionRequest
 from vlm.server.tinker import routes
@@ -49,7 +45,6 @@ CHECKS = [
     checks.response_schema_conformance,
     checks.negative_data_rejection,
 ]
-HEADERS = {"X-API-Key": KEY}
 
 
 def repeatable(examples: int) -> Any:
@@ -69,7 +64,7 @@ class Fuzzed:
     """A server, what is there, and what was asked of it. run: for protobuf."""
 
     server: Server
-    client: httpx.Client
+    raw: Raw
     known: dict[str, list[Any]]
     run: str
     statuses: Counter[int] = field(default_factory=Counter)
@@ -87,29 +82,24 @@ def fuzzed(home: Path, examples: int) -> Iterator[Fuzzed]:
     (home / "others").mkdir(parents=True)
     (home / "others" / "kshot.json").write_text("{}")
     outside, threads = files(home, but=home / "state"), set(threading.enumerate())
-    with (
-        served(home / "state") as server,
-        httpx.Client(base_url=server.address, headers=HEADERS, timeout=60) as client,
-    ):
-        made = Fuzzed(server, client, *_known(client, examples))
+    with served(home / "state") as server, talking(server.address) as raw:
+        made = Fuzzed(server, raw, *_known(raw, examples))
         yield made
         for request_id in made.accepted:
-            assert client.post("/api/v1/cancel_future", json={"request_id": request_id}).status_code == 204
+            assert raw.post("cancel_future", request_id=request_id).status_code == 204
     assert files(home, but=home / "state") == outside
     assert set(threading.enumerate()) == threads
 
 
-def _known(client: httpx.Client, examples: int) -> tuple[dict[str, list[Any]], str]:
-    session, finished = a_session(client), a_session(client)
-    run, other = a_run(client, session, nano.NAME), a_run(client, session, nano.NAME, 1)
-    saved = asked(client, "save_weights", {"model_id": run, "path": "a", "seq_id": 1})["path"]
-    body = {"model_id": run, "path": "b", "seq_id": 2}
-    sampled = asked(client, "save_weights_for_sampler", body)["path"]
+def _known(raw: Raw, examples: int) -> tuple[dict[str, list[Any]], str]:
+    session, finished = raw.session(), raw.session()
+    run, other = raw.run(session), raw.run(session, 1)
+    saved = raw.result("save_weights", model_id=run, path="a", seq_id=1)["path"]
+    sampled = raw.result("save_weights_for_sampler", model_id=run, path="b", seq_id=2)["path"]
     body = {"session_id": session, "sampling_session_seq_id": 1, "base_model": nano.NAME}
-    sampler = client.post("/api/v1/create_sampling_session", json=body).json()["sampling_session_id"]
-    body = {"session_id": finished, "model_seq_id": 1, "base_model": nano.NAME, "lora_config": {"rank": 1}}
-    done = client.post("/api/v1/create_model", json=body).json()["request_id"]
-    client.post(f"/api/v1/sessions/{finished}/finish", json={"reason": {}})
+    sampler = raw.post("create_sampling_session", **body).json()["sampling_session_id"]
+    done = raw.create(finished, 1)
+    raw.post(f"sessions/{finished}/finish", reason={})
     places = [saved, sampled, "tinker://../weights/a", f"tinker://{run}/weights/.."]
     known = {
         "session_id": [session],
@@ -197,7 +187,7 @@ def with_known(description: dict[str, Any], known: dict[str, list[Any]]) -> dict
 def ask_by_description(fuzzed: Fuzzed, examples: int) -> Counter[str]:
     """So many requests to each endpoint that fit its description and so many that do not; how many each had."""
     counts = Counter[str]()
-    described = fuzzed.client.get("/openapi.json").json()
+    described = fuzzed.raw.http.get("/openapi.json").json()
     with requests.Session() as session:
         session.headers.update(HEADERS)
 
@@ -207,17 +197,17 @@ def ask_by_description(fuzzed: Fuzzed, examples: int) -> Counter[str]:
             checked = [each for each in CHECKS if not (lost and each is checks.negative_data_rejection)]
             case.validate_response(response, checks=checked)
             is_json = response.content and response.headers["content-type"] == ["application/json"]
-            told = response.json() if is_json else {}
-            assert response.status_code < 400 or told.keys() == {"error", "category"}
-            fuzzed.note(response.status_code, told)
+            answer = response.json() if is_json else {}
+            assert response.status_code < 400 or answer.keys() == {"error", "category"}
+            fuzzed.note(response.status_code, answer)
             counts[case.operation.label] += 1
 
         for description, mode in (
             (described, GenerationMode.NEGATIVE),
             (with_known(described, fuzzed.known), GenerationMode.POSITIVE),
         ):
-            found = [each.ok() for each in schemathesis.openapi.from_dict(description).get_all_operations()]
-            for operation in sorted(found, key=ends_something):
+            operations = [each.ok() for each in schemathesis.openapi.from_dict(description).get_all_operations()]
+            for operation in sorted(operations, key=ends_something):
                 takes = operation.body or operation.path_parameters or operation.query
                 if operation.path != FORWARD and (takes or mode is GenerationMode.POSITIVE):
                     case = operation.as_strategy(generation_mode=mode)
@@ -229,7 +219,7 @@ def ends_something(operation: Any) -> bool:
     return operation.method.upper() == "DELETE" or operation.path.endswith("/finish")
 
 
-# ---- Protobuf
+# Protobuf
 
 
 def valid(run: str, picture: bytes) -> pb.ForwardBackwardRequest:
@@ -242,8 +232,7 @@ def valid(run: str, picture: bytes) -> pb.ForwardBackwardRequest:
         fields["target_tokens"][:2], fields["weights"][:2] = (6, 7), 1
         inputs = {name: tinker.TensorData.from_numpy(values) for name, values in fields.items()}
         data.append(tinker.Datum(tinker.ModelInput(chunks=chunks), inputs))
-    given = ForwardBackwardInput(data=data, loss_fn="cross_entropy", loss_fn_config=None)
-    return forward_backward_request_to_proto(ForwardBackwardRequest(given, run, 1))
+    return pb.ForwardBackwardRequest.FromString(body_of(run, 1, data))
 
 
 huge = st.sampled_from([0, 1, 2, 3, 2**31 - 1, 2**53, 2**62, 2**63 - 1, -1, -(2**63)])
@@ -258,15 +247,15 @@ losses = st.sampled_from(["cross_entropy", "importance_sampling", "ppo", "cispo"
 
 
 @st.composite
-def wild(draw: st.DrawFn, start: pb.ForwardBackwardRequest, run: str) -> pb.ForwardBackwardRequest:
+def wild(draw: st.DrawFn, fresh: Callable[[], pb.ForwardBackwardRequest], run: str) -> bytes:
     """A message with values that no client would send, in up to three places."""
     message = pb.ForwardBackwardRequest()
-    message.CopyFrom(start)
+    message.CopyFrom(fresh())
     for change in draw(st.lists(st.sampled_from(CHANGES), max_size=2)):
         change(draw, message)
     strangers = ["", "\0", "../x", "x" * 999, run + "9", run.upper()]
     message.model_id = draw(st.sampled_from([run] * 3 * len(strangers) + strangers))
-    return message
+    return message.SerializeToString()
 
 
 def _tensor(draw: st.DrawFn, message: pb.ForwardBackwardRequest) -> None:
@@ -314,9 +303,9 @@ CHANGES = (_tensor, _values, _text, _image, _loss, _seq)
 
 
 @st.composite
-def broken(draw: st.DrawFn, start: bytes) -> bytes:
+def broken(draw: st.DrawFn, fresh: Callable[[], pb.ForwardBackwardRequest]) -> bytes:
     """Bytes with pieces taken out, put in, doubled or changed."""
-    body = bytearray(start)
+    body = bytearray(fresh().SerializeToString())
     for _ in range(draw(st.integers(1, 6))):
         at, size = draw(st.integers(0, len(body))), draw(st.integers(0, 12))
         body[at : at + size] = draw(st.binary(max_size=12) | st.just(bytes(body[at : at + size] * 2)))
@@ -329,30 +318,17 @@ def ask_in_protobuf(fuzzed: Fuzzed, examples: int, picture: bytes) -> int:
     start = valid(fuzzed.run, picture)
 
     def send(body: bytes) -> None:
-        response = fuzzed.client.post(FORWARD, content=body, headers=PROTOBUF)
+        response = fuzzed.raw.forward(body)
         fuzzed.note(response.status_code, response.json())
         if response.status_code != 200:
-            refused(response, category="server" if response.status_code == 429 else "user")
+            refused(response)
 
-    @repeatable(examples)
-    @given(st.binary(max_size=300))
-    def noise(body: bytes) -> None:
-        send(body)
-
-    @repeatable(examples)
-    @given(st.data())
-    def damaged(data: st.DataObject) -> None:
+    def fresh() -> pb.ForwardBackwardRequest:
         start.seq_id = next_number(fuzzed)
-        send(data.draw(broken(start.SerializeToString())))
+        return start
 
-    @repeatable(examples)
-    @given(st.data())
-    def strange(data: st.DataObject) -> None:
-        start.seq_id = next_number(fuzzed)
-        send(data.draw(wild(start, fuzzed.run)).SerializeToString())
-
-    for kind in (noise, damaged, strange):
-        kind()
+    for bodies in (st.binary(max_size=300), broken(fresh), wild(fresh, fuzzed.run)):
+        repeatable(examples)(given(bodies)(send))()
     for count in (MAX_DATUMS + 1, 0):
         del start.data[1:]
         start.data.extend([start.data[0]] * (count - 1))
@@ -366,8 +342,7 @@ def ask_in_protobuf(fuzzed: Fuzzed, examples: int, picture: bytes) -> int:
 
 
 def step(fuzzed: Fuzzed, run: str, number: int) -> None:
-    body = {"model_id": run, "seq_id": number, "adam_params": {"learning_rate": 1e-3}}
-    response = fuzzed.client.post("/api/v1/optim_step", json=body)
+    response = fuzzed.raw.step(run, number)
     fuzzed.note(response.status_code, response.json())
 
 
@@ -376,7 +351,7 @@ def next_number(fuzzed: Fuzzed) -> int:
     return next(n for n in range(live.next_seq, 10**9) if n not in live.held)
 
 
-# ---- Both
+# Both
 
 
 def come_to_an_end(fuzzed: Fuzzed) -> int:
@@ -389,7 +364,7 @@ def come_to_an_end(fuzzed: Fuzzed) -> int:
             step(fuzzed, run.id, number)
             sent += 1
     until(lambda: fuzzed.server.state.futures.pending == sum(n >= SOON for run in runs.values() for n in run.held))
-    response = fuzzed.client.post(f"/api/v1/sessions/{fuzzed.known['session_id'][0]}/finish", json={"reason": {}})
+    response = fuzzed.raw.post(f"sessions/{fuzzed.known['session_id'][0]}/finish", reason={})
     fuzzed.note(response.status_code, {})
     until(lambda: fuzzed.server.state.futures.pending == 0)
     return sent
@@ -399,11 +374,11 @@ def check_answers(fuzzed: Fuzzed) -> Counter[str]:
     """That no accepted request came to a failure of the server's; what they came to."""
     ends = Counter[str]()
     for request_id in fuzzed.accepted:
-        told = fuzzed.client.post("/api/v1/retrieve_future", json={"request_id": request_id})
-        if told.headers["content-type"] != "application/json":
+        response = fuzzed.raw.retrieve(request_id)
+        if response.headers["content-type"] != "application/json":
             ends["protobuf"] += 1
             continue
-        body = told.json()
+        body = response.json()
         assert body.get("category") != "server", body
         ends["wrong" if "error" in body else body["type"]] += 1
     return ends

@@ -15,11 +15,8 @@ import httpx
 import pytest
 import tinker
 from tinker import types
-from tinker.proto.request_conv import forward_backward_request_to_proto
-from tinker.types.forward_backward_input import ForwardBackwardInput
-from tinker.types.forward_backward_request import ForwardBackwardRequest
 
-from tests.vlm.hostile import FORWARD, JSON, KEY, PROTOBUF, SESSION, a_run, a_session, answer, asked, files, refused
+from tests.vlm.raw import JSON, KEY, SESSION, SESSION_BODY, Raw, accepted, files, refused
 from tests.vlm.serving import Server, served
 from vlm import nano
 
@@ -48,13 +45,18 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def session(client: httpx.Client) -> str:
-    return a_session(client)
+def raw(client: httpx.Client) -> Raw:
+    return Raw(client)
 
 
 @pytest.fixture(scope="module")
-def run(client: httpx.Client, session: str) -> str:
-    return a_run(client, session, nano.NAME)
+def session(raw: Raw) -> str:
+    return raw.session()
+
+
+@pytest.fixture(scope="module")
+def run(raw: Raw, session: str) -> str:
+    return raw.run(session)
 
 
 def number(server: Server, run: str) -> int:
@@ -62,7 +64,7 @@ def number(server: Server, run: str) -> int:
     return server.state.runs[run].next_seq
 
 
-# ---- Bodies
+# Bodies
 
 NO_JSON = {
     "nothing": b"",
@@ -110,22 +112,22 @@ def test_values_at_every_depth_are_kept_or_refused(client: httpx.Client) -> None
         body = b'{"tags": [], "sdk_version": "0", "user_metadata": {"a": %b}}' % value
         response = client.post(SESSION, content=body, headers=JSON)
         if response.status_code == 200:
-            told = client.get(f"{API}/sessions/{response.json()['session_id']}").json()
-            assert told["user_metadata"] == {"a": value.decode()}
+            kept = client.get(f"{API}/sessions/{response.json()['session_id']}").json()
+            assert kept["user_metadata"] == {"a": value.decode()}
         else:
             refused(response, 422, "recursion limit")
 
 
 def test_odd_texts_come_back_as_they_were(client: httpx.Client) -> None:
     metadata = {"nul": "\0", "pair": "\U0001f600", "mark": "\ufeff", "line": "a\r\nb", "": "'\"\\;--"}
-    body = {"tags": [], "sdk_version": "0", "user_metadata": metadata}
+    body = SESSION_BODY | {"user_metadata": metadata}
     session = client.post(SESSION, json=body).json()["session_id"]
     assert client.get(f"{API}/sessions/{session}").json()["user_metadata"] == metadata
     body["user_metadata"] = {"a": "x" * (1 << 16)}
     refused(client.post(SESSION, json=body), 400, "user_metadata")
 
 
-# ---- Names
+# Names
 
 RUN = "00000000-0000-4000-8000-000000000000:train:0"
 NAMES = {
@@ -165,11 +167,10 @@ def untouched(home: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_names_that_lead_elsewhere(
-    client: httpx.Client, server: Server, session: str, run: str, home: Path, name: str
-) -> None:
+def test_names_that_lead_elsewhere(raw: Raw, server: Server, session: str, run: str, name: str) -> None:
+    client = raw.http
     for endpoint in ("save_weights", "save_weights_for_sampler"):
-        turned_down(asked(client, endpoint, {"model_id": run, "seq_id": number(server, run), "path": name}), "name")
+        turned_down(raw.result(endpoint, model_id=run, seq_id=number(server, run), path=name), "name")
     paths = [name, f"tinker://{name}", f"tinker://{run}/weights/{name}", f"tinker://{name}/weights/a"]
     for path in [*paths, f"tinker://{run}/{name}/a", f"tinker://{run}/weights/a/{name}"]:
         bodies = {
@@ -179,28 +180,29 @@ def test_names_that_lead_elsewhere(
             "asample": {"model_path": path, **SAMPLE},
         }
         for endpoint, body in bodies.items():
-            refused(client.post(f"{API}/{endpoint}", json=body))
-        body = {"model_id": run, "seq_id": number(server, run), "path": path, "optimizer": False}
-        turned_down(asked(client, "load_weights", body))
-        for prefix in ("/v1", "/oai/api/v1"):
-            refused(client.post(f"{prefix}/completions", json={"model": path, "prompt": "a"}))
-            refused(client.post(f"{prefix}/chat/completions", json={"model": path, "messages": HELLO}))
-    body = {"session_id": name, "model_seq_id": 0, "base_model": nano.NAME, "lora_config": {"rank": 1}}
-    refused(client.post(f"{API}/create_model", json=body), 404)
-    body = {"session_id": session, "model_seq_id": 77, "base_model": name, "lora_config": {"rank": 1}}
-    refused(client.post(f"{API}/create_model", json=body), 400, "unknown model")
-    for given in (name, quote(name, safe="")):
-        in_path(client, run, given)
+            refused(raw.post(endpoint, **body))
+        turned_down(raw.result("load_weights", model_id=run, seq_id=number(server, run), path=path, optimizer=False))
+        refused(client.post("/v1/completions", json={"model": path, "prompt": "a"}))
+        refused(client.post("/oai/api/v1/chat/completions", json={"model": path, "messages": HELLO}))
+    refused(create(raw, name, 0), 404)
+    refused(create(raw, session, 77, base_model=name), 400, "unknown model")
+    for written in (name, quote(name, safe="")):
+        in_path(client, run, written)
 
 
 SAMPLE = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [5]}]}, "sampling_params": {"max_tokens": 1}}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def turned_down(told: Any, words: str = "") -> None:
+def turned_down(answer: Any, words: str = "") -> None:
     """A request that has a number is answered in its turn, also where nothing is done."""
-    assert told["category"] == "user", told
-    assert words in told["error"]
+    assert answer["category"] == "user", answer
+    assert words in answer["error"]
+
+
+def create(raw: Raw, session: str, number: int, base_model: str = nano.NAME, rank: int = 1) -> httpx.Response:
+    body = {"session_id": session, "model_seq_id": number, "base_model": base_model, "lora_config": {"rank": rank}}
+    return raw.post("create_model", **body)
 
 
 def in_path(client: httpx.Client, run: str, name: str) -> None:
@@ -227,22 +229,17 @@ def sent(client: httpx.Client, method: str, path: str, body: Any = None) -> http
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("number", [-1, 10**9, 10**30, 2**63])
-def test_numbers_that_make_no_run(client: httpx.Client, session: str, number: int) -> None:
-    body = {"session_id": session, "model_seq_id": number, "base_model": nano.NAME, "lora_config": {"rank": 1}}
-    refused(client.post(f"{API}/create_model", json=body), 400)
+def test_numbers_that_make_no_run(raw: Raw, session: str, number: int) -> None:
+    refused(create(raw, session, number), 400)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1025, 10**9, 10**30])
-def test_ranks_that_nobody_has_memory_for(client: httpx.Client, session: str, rank: int) -> None:
-    number = 100 + abs(rank) % 97
-    body = {"session_id": session, "model_seq_id": number, "base_model": nano.NAME, "lora_config": {"rank": rank}}
-    response = client.post(f"{API}/create_model", json=body)
-    told = answer(client, response) if response.status_code == 200 else response.json()
-    assert told["category"] == "user"
-    assert "rank" in told["error"]
+def test_ranks_that_nobody_has_memory_for(raw: Raw, session: str, rank: int) -> None:
+    response = create(raw, session, 100 + abs(rank) % 97, rank=rank)
+    turned_down(raw.answer(accepted(response)) if response.status_code == 200 else response.json(), "rank")
 
 
-# ---- Images
+# Images
 
 
 def picture(width: int, height: int) -> bytes:
@@ -273,9 +270,7 @@ def picture(width: int, height: int) -> bytes:
     ],
     ids=range(11),
 )
-def test_images_that_would_fill_the_memory(
-    client: httpx.Client, server: Server, run: str, data: bytes, words: str
-) -> None:
+def test_images_that_would_fill_the_memory(raw: Raw, server: Server, run: str, data: bytes, words: str) -> None:
     sample = {**SAMPLE, "base_model": nano.NAME}
     sample["prompt"] = {"chunks": [{"type": "image", "data": base64.b64encode(data).decode(), "format": "png"}]}
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
@@ -283,35 +278,27 @@ def test_images_that_would_fill_the_memory(
     chat = {"model": nano.NAME, "max_tokens": 1, "messages": [{"role": "user", "content": parts}]}
     tracemalloc.start()
     try:
-        response = client.post("/v1/chat/completions", json=chat)
-        refused(response, 400)
-        said = [response.json()["error"]["message"]]
-        sent = client.post(FORWARD, content=passing(run, number(server, run), data), headers=PROTOBUF)
-        for told in (answer(client, sent), asked(client, "asample", sample)):
-            assert told["category"] == "user", told
-            said.append(told["error"])
-        assert all(words in each and "\n" not in each for each in said), said
+        refused(raw.http.post("/v1/chat/completions", json=chat), 400, words)
+        passed = raw.pass_of(run, number(server, run), [picture_datum(data)])
+        for answer in (raw.answer(accepted(passed)), raw.result("asample", **sample)):
+            turned_down(answer, words)
+            assert "\n" not in answer["error"]
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
 
 
-def passing(run: str, seq_id: int, data: bytes) -> bytes:
+def picture_datum(data: bytes) -> tinker.Datum:
     image = types.ImageChunk(data=data, format="png", expected_tokens=None)
     prompt = tinker.ModelInput(chunks=[types.EncodedTextChunk(tokens=[5]), image])
-    given = ForwardBackwardInput(
-        data=[tinker.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": [0, 0], "weights": [0.0, 0.0]})],
-        loss_fn="cross_entropy",
-        loss_fn_config=None,
-    )
-    return forward_backward_request_to_proto(ForwardBackwardRequest(given, run, seq_id)).SerializeToString()
+    return tinker.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": [0, 0], "weights": [0.0, 0.0]})
 
 
-# ---- What the server does not tell
+# What the server does not tell
 
 
 def test_a_failure_of_the_servers_own_is_told_without_details(
-    client: httpx.Client, server: Server, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    raw: Raw, server: Server, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, later, and to OpenAI's clients: the log has them."""
 
@@ -322,14 +309,13 @@ def test_a_failure_of_the_servers_own_is_told_without_details(
     monkeypatch.setattr(type(server.state.samplers), "client", fail)
     monkeypatch.setattr(type(server.state.runs[run].client), "optim_step", fail)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    client.headers["connection"] = "close"  # after such a failure the server closes it
-    told = client.get(f"{API}/training_runs")
-    body = {"model_id": run, "seq_id": number(server, run), "adam_params": {}}
-    later = asked(client, "optim_step", body)
-    chat = client.post("/v1/chat/completions", json={"model": nano.NAME, "messages": HELLO})
-    assert told.status_code == chat.status_code == 500
-    errors = [told.json()["error"], later["error"], chat.json()["error"]["message"]]
-    assert {told.json()["category"], later["category"], chat.json()["category"]} == {"server"}
+    raw.http.headers["connection"] = "close"  # after such a failure the server closes it
+    now = raw.get("training_runs")
+    later = raw.answer(accepted(raw.step(run, number(server, run))))
+    chat = raw.http.post("/v1/chat/completions", json={"model": nano.NAME, "messages": HELLO})
+    assert now.status_code == chat.status_code == 500
+    errors = [now.json()["error"], later["error"], chat.json()["error"]["message"]]
+    assert {now.json()["category"], later["category"], chat.json()["category"]} == {"server"}
     assert len(set(errors)) == 1
-    assert "secret" not in json.dumps(errors) + told.text + chat.text
+    assert "secret" not in json.dumps(errors) + now.text + chat.text
     assert sum("secret" in str(record.exc_info) for record in caplog.records) >= 2

@@ -11,16 +11,14 @@ import tinker
 from tinker import types
 
 from kshot.checks import folder_of
-from tests.vlm.raw import Raw, refused, talking
+from tests.vlm.raw import DATA, PROMPT, Raw, refused
 from tests.vlm.services import PATIENCE, connected, step
 from tests.vlm.serving import HEADERS, MODEL_PATHS, Server, served
 from vlm import nano
-from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
 from vlm.server.store import Checkpoint, Run, Session
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
-DATA = [datum(model_input([300, 301, 302]), [400, 401])]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +37,6 @@ def client(server: Server) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def rest(server: Server) -> Any:
     return tinker.RestClient(base_url=server.address, api_key=HEADERS["X-API-Key"])
-
-
-@pytest.fixture(scope="module")
-def raw(server: Server) -> Iterator[Raw]:
-    with talking(server.address) as raw:
-        yield raw
 
 
 @pytest.fixture
@@ -86,21 +78,21 @@ def test_a_run_and_what_was_saved_of_it(rest: Any, run: Any) -> None:
     assert after.last_checkpoint.tinker_path == saved[1]
     assert after.last_sampler_checkpoint.tinker_path == sampled
 
-    found = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
-    assert [each.tinker_path for each in found] == [sampled, saved[1], saved[0]]
-    assert [each.checkpoint_type for each in found] == ["sampler", "training", "training"]
-    assert [each.checkpoint_id for each in found] == ["sampler_weights/1", "weights/2", "weights/1"]
-    assert [each.user_metadata for each in found] == [{"a": "b"}, {"step": "2"}, {"step": "1"}]
-    assert all(each.size_bytes > 1000 and near(each.time) and not each.public for each in found)
-    assert found[1].size_bytes > found[0].size_bytes  # has the optimizer's record as well
+    rows = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+    assert [each.tinker_path for each in rows] == [sampled, saved[1], saved[0]]
+    assert [each.checkpoint_type for each in rows] == ["sampler", "training", "training"]
+    assert [each.checkpoint_id for each in rows] == ["sampler_weights/1", "weights/2", "weights/1"]
+    assert [each.user_metadata for each in rows] == [{"a": "b"}, {"step": "2"}, {"step": "1"}]
+    assert all(each.size_bytes > 1000 and near(each.time) and not each.public for each in rows)
+    assert rows[1].size_bytes > rows[0].size_bytes  # has the optimizer's record as well
 
 
 def test_a_size_is_that_of_the_files(server: Server, rest: Any, run: Any) -> None:
     step(run, DATA, types.AdamParams(learning_rate=1e-3))
     path = run.save_state("sized").result(PATIENCE).path
     files = folder_of(server.state.registry.state, path).iterdir()
-    (found,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
-    assert found.size_bytes == sum(file.stat().st_size for file in files)
+    (rows,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+    assert rows.size_bytes == sum(file.stat().st_size for file in files)
 
 
 def test_weights_say_what_they_belong_to(rest: Any, run: Any) -> None:
@@ -146,11 +138,11 @@ def test_what_is_deleted_is_gone(server: Server, rest: Any, client: Any, run: An
 def test_a_sampler_ends_with_its_checkpoint(rest: Any, client: Any, run: Any) -> None:
     path = run.save_weights_for_sampler("used").result(PATIENCE).path
     sampler = client.create_sampling_client(model_path=path).result(PATIENCE)
-    prompt, params = DATA[0].model_input, types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
-    sampler.sample(prompt, 1, params).result(PATIENCE)
+    params = types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
+    sampler.sample(PROMPT, 1, params).result(PATIENCE)
     rest.delete_checkpoint_from_tinker_path(path).result(PATIENCE)
     with pytest.raises((tinker.APIStatusError, tinker.RequestFailedError), match="does not exist"):
-        sampler.sample(prompt, 1, params).result(PATIENCE)
+        sampler.sample(PROMPT, 1, params).result(PATIENCE)
 
 
 def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
@@ -161,8 +153,8 @@ def test_time_to_live(server: Server, rest: Any, client: Any, run: Any) -> None:
     rest.set_checkpoint_ttl_from_tinker_path(later, 7200).result(PATIENCE)
 
     def ends() -> dict[str, Any]:
-        found = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
-        return {each.tinker_path: each.expires_at for each in found}
+        rows = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+        return {each.tinker_path: each.expires_at for each in rows}
 
     assert near(ends()[hour], 3600)
     assert near(ends()[later], 7200)
@@ -189,8 +181,8 @@ def test_publishing_is_noted(rest: Any, run: Any) -> None:
     path = run.save_weights_for_sampler("shown").result(PATIENCE).path
 
     def public() -> bool:
-        (found,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
-        return bool(found.public)
+        (rows,) = rest.list_checkpoints(run.model_id).result(PATIENCE).checkpoints
+        return bool(rows.public)
 
     rest.publish_checkpoint_from_tinker_path(path).result(PATIENCE)
     assert public()
@@ -204,13 +196,13 @@ def test_sessions_and_samplers(server: Server, rest: Any, client: Any, run: Any)
     samplers = [client.create_sampling_client(base_model=nano.NAME), client.create_sampling_client(model_path=path)]
     ids = [each.result(PATIENCE)._sampling_session_id for each in samplers]
     unsaved = run.save_weights_and_get_sampling_client().result(PATIENCE)._sampling_session_id
-    found = [rest.get_sampler(each).result(PATIENCE) for each in (*ids, unsaved)]
-    assert [each.sampler_id for each in found] == [*ids, unsaved]
-    assert [each.base_model for each in found] == [nano.NAME] * 3
-    assert [each.model_path for each in found] == [None, path, None]
-    told = rest.get_session(session).result(PATIENCE)
-    assert run.model_id in told.training_run_ids
-    assert {*ids, unsaved} <= set(told.sampler_ids)
+    rows = [rest.get_sampler(each).result(PATIENCE) for each in (*ids, unsaved)]
+    assert [each.sampler_id for each in rows] == [*ids, unsaved]
+    assert [each.base_model for each in rows] == [nano.NAME] * 3
+    assert [each.model_path for each in rows] == [None, path, None]
+    answer = rest.get_session(session).result(PATIENCE)
+    assert run.model_id in answer.training_run_ids
+    assert {*ids, unsaved} <= set(answer.sampler_ids)
     with connected(server.address) as newer:
         newest = newer.holder.get_session_id()
         assert rest.list_sessions(limit=2).result(PATIENCE).sessions[0] == newest
@@ -218,22 +210,17 @@ def test_sessions_and_samplers(server: Server, rest: Any, client: Any, run: Any)
     assert rest.list_sessions(limit=1, offset=1).result(PATIENCE).sessions != [newest]
 
 
+RUN, PATH = f"{NOBODY}:train:0", f"tinker://{NOBODY}:train:0/weights/x"
 MISSING: dict[str, Callable[[Any], Any]] = {
-    "a run": lambda rest: rest.get_training_run(f"{NOBODY}:train:0"),
+    "a run": lambda rest: rest.get_training_run(RUN),
     "a run that is none": lambda rest: rest.get_training_run("nobody's"),
-    "a run by path": lambda rest: rest.get_training_run_by_tinker_path(f"tinker://{NOBODY}:train:0/weights/x"),
-    "a run's checkpoints": lambda rest: rest.list_checkpoints(f"{NOBODY}:train:0"),
-    "a checkpoint to delete": lambda rest: rest.delete_checkpoint(f"{NOBODY}:train:0", "weights/x"),
-    "a checkpoint to publish": lambda rest: rest.publish_checkpoint_from_tinker_path(
-        f"tinker://{NOBODY}:train:0/weights/x"
-    ),
-    "a checkpoint to unpublish": lambda rest: rest.unpublish_checkpoint_from_tinker_path(
-        f"tinker://{NOBODY}:train:0/weights/x"
-    ),
-    "a checkpoint to keep": lambda rest: rest.set_checkpoint_ttl_from_tinker_path(
-        f"tinker://{NOBODY}:train:0/weights/x", 60
-    ),
-    "a checkpoint's weights": lambda rest: rest.get_weights_info_by_tinker_path(f"tinker://{NOBODY}:train:0/weights/x"),
+    "a run by path": lambda rest: rest.get_training_run_by_tinker_path(PATH),
+    "a run's checkpoints": lambda rest: rest.list_checkpoints(RUN),
+    "a checkpoint to delete": lambda rest: rest.delete_checkpoint(RUN, "weights/x"),
+    "a checkpoint to publish": lambda rest: rest.publish_checkpoint_from_tinker_path(PATH),
+    "a checkpoint to unpublish": lambda rest: rest.unpublish_checkpoint_from_tinker_path(PATH),
+    "a checkpoint to keep": lambda rest: rest.set_checkpoint_ttl_from_tinker_path(PATH, 60),
+    "a checkpoint's weights": lambda rest: rest.get_weights_info_by_tinker_path(PATH),
     "a session": lambda rest: rest.get_session(NOBODY),
     "a sampler": lambda rest: rest.get_sampler(f"{NOBODY}:sample:0"),
 }
@@ -246,16 +233,15 @@ def test_what_is_not_there_is_not_found(what: str, rest: Any) -> None:
 
 
 def test_what_cannot_be_asked_is_named(rest: Any, raw: Raw) -> None:
-    assert "project_id 'p': this server has no projects" in refused(raw.get("training_runs?project_id=p"), 400)
-    assert "project_id 'p'" in refused(raw.get("sessions?project_id=p"), 400)
+    for name in ("training_runs", "sessions"):
+        refused(raw.get(f"{name}?project_id=p"), 400, "project_id 'p': this server has no projects")
     for wrong in ("limit=0", "limit=1001", "offset=-1", "limit=x"):
-        assert wrong.partition("=")[0] in refused(raw.get(f"training_runs?{wrong}"), 422)
-        assert wrong.partition("=")[0] in refused(raw.get(f"checkpoints?{wrong}"), 422)
-    run = f"{NOBODY}:train:0"
-    for path in (f"training_runs/{run}/checkpoints/other/x", f"training_runs/{run}/checkpoints/weights/.x"):
-        assert "is no checkpoint path" in refused(raw.http.delete(f"/api/v1/{path}"), 400)
-    assert raw.get("billing/usage").status_code == 404
-    assert "Not Found" in refused(raw.get("nothing"), 404)
+        for name in ("training_runs", "checkpoints"):
+            refused(raw.get(f"{name}?{wrong}"), 422, wrong.partition("=")[0])
+    for path in ("other/x", "weights/.x"):
+        gone = raw.http.delete(f"/api/v1/training_runs/{RUN}/checkpoints/{path}")
+        refused(gone, 400, "is no checkpoint path")
+    refused(raw.get("billing/usage"), 404, "Not Found")
 
 
 def test_the_state_of_another_process_is_found(tmp_path: Path) -> None:
@@ -269,8 +255,8 @@ def test_the_state_of_another_process_is_found(tmp_path: Path) -> None:
         source.rename(target)
     with served(tmp_path / "other") as other:
         rest = tinker.RestClient(base_url=other.address, api_key=HEADERS["X-API-Key"])
-        (found,) = rest.list_user_checkpoints().result(PATIENCE).checkpoints
-        assert (found.tinker_path, found.user_metadata) == (path, {"from": "afar"})
+        (rows,) = rest.list_user_checkpoints().result(PATIENCE).checkpoints
+        assert (rows.tinker_path, rows.user_metadata) == (path, {"from": "afar"})
         assert rest.get_weights_info_by_tinker_path(path).result(PATIENCE).lora_rank == 2
         with connected(other.address) as client:
             client.create_training_client_from_state_with_optimizer(path).result(PATIENCE)

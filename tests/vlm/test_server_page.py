@@ -5,19 +5,22 @@ How Chromium is driven, and what a tab must end without, is in tests/vlm/browser
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import fastapi
 import httpx
 import pytest
-import uvicorn
+from tinker import types
 
+import vlm
 from kshot.errors import KshotError
 from tests.vlm.browser import Tab, needs_chromium, wait
+from tests.vlm.serving import listening, served
+from vlm import nano
 from vlm.server import page
 
+ADAM = types.AdamParams(learning_rate=1e-3)
 NOW = 1764096100.0
 HOSTILE = "<script>hacked=1</script><img src=x onerror=hacked=1>'\"&amp;"
 POLICY = (
@@ -71,14 +74,8 @@ class Server:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     fake = Server()
-    served = uvicorn.Server(uvicorn.Config(fake.app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=served.run)
-    thread.start()
-    wait(lambda: served.started, "the test's server")
-    fake.url = f"http://127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}"
-    yield fake
-    served.should_exit = True
-    thread.join()
+    with listening(fake.app, ws="none") as fake.url:
+        yield fake
 
 
 @pytest.fixture
@@ -87,7 +84,7 @@ def server(running: Server) -> Server:
     return running
 
 
-# ---- Files and headers
+# Files and headers
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ def test_the_policy_holds_in_the_browser_and_the_console_tells(server, tab):
     assert tab.js("typeof hacked") == "undefined"
 
 
-# ---- What it shows
+# What it shows
 
 
 @needs_chromium
@@ -184,7 +181,7 @@ def test_names_stay_text(server, tab):
     assert tab.js("typeof hacked") == "undefined"
 
 
-# ---- Curves
+# Curves
 
 
 def pairs(tab: Tab, axis: str) -> list[list[float]]:
@@ -327,7 +324,7 @@ def test_odd_curves(server, tab, losses, moves, last):
     )
 
 
-# ---- How it lives
+# How it lives
 
 
 @needs_chromium
@@ -351,7 +348,6 @@ def test_a_silent_server_is_told_and_asked_again(server, tab, status, overview, 
     tab.ask()
     tab.until("document.querySelector('#trouble').textContent !== ''")
     said = re.fullmatch(r"No answer since \d\d:\d\d:\d\d: (.*)\. Still asking\.", tab.text("#trouble"))
-    assert said is not None
     assert said[1] == why
     assert tab.texts("#models strong") == ["m"]  # what was known stays
     server.status, server.overview = 200, known
@@ -436,3 +432,27 @@ def test_a_phone_shows_it_without_scrolling_sideways(server, tab, scheme, paper)
     outside = "(node) => !node.closest('pre') && node.getBoundingClientRect().right > 360"
     assert tab.js(f"[...document.querySelectorAll('body *')].filter({outside}).map((node) => node.outerHTML)") == []
     assert tab.js("getComputedStyle(document.body).backgroundColor") == paper
+
+
+@needs_chromium
+def test_the_page_of_a_real_server_follows_a_training(tmp_path, mixed, tab):
+    with served(tmp_path) as server:
+        tab.open(server.address)
+        assert nano.NAME in tab.text("body")
+        client = vlm.connect(server.address).create_lora_training_client(
+            nano.NAME, rank=4, seed=0, user_metadata={"name": "<b>pets</b>"}
+        )
+        training = client.result()
+        losses = []
+        for steps in (2, 3):
+            for _ in range(steps):
+                passed, stepped = training.forward_backward(mixed, "cross_entropy"), training.optim_step(ADAM)
+                losses.append(passed.result().metrics["loss:sum"] / len(mixed))
+                stepped.result()
+            tab.ask()
+            tab.until(f"document.querySelector('.readout')?.textContent.includes('step {len(losses)} · loss')")
+            assert f"{losses[-1]:.3g}" in tab.text(".readout")
+        path = training.save_state("here").result().path
+        tab.ask()
+        tab.until(f"document.body.innerText.includes({path!r})")
+        assert "<b>pets</b>" in tab.text("#runs")

@@ -2,8 +2,7 @@
 
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from tinker import types
 
 from tests.vlm.checkpoints import copied, with_weights
-from tests.vlm.raw import PROTOBUF, Raw, accepted, body_of, refused, run_of, sample_of, talking
+from tests.vlm.raw import PROMPT, Raw, accepted, body_of, refused, run_of, sample_of, talking, until
 from tests.vlm.services import PATIENCE, close, connected, log_probs, step
 from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
@@ -65,17 +64,17 @@ def test_requests_are_made_in_the_order_of_their_numbers(
     monkeypatch.setattr(routes, "PATIENCE", 0.1)
     session = raw.session()
     creating, run = raw.create(session), run_of(session)
-    asked: dict[int, str] = {}
+    ids: dict[int, str] = {}
     for seq in (6, 4, 2):
-        asked[seq] = accepted(raw.step(run, seq))
+        ids[seq] = accepted(raw.step(run, seq))
     for seq in (7, 5, 3):
-        asked[seq] = accepted(raw.pass_of(run, seq, data, forward_only=seq == 7))
+        ids[seq] = accepted(raw.pass_of(run, seq, data, forward_only=seq == 7))
     raw.answer(creating)
-    assert [raw.retrieve(each).json()["type"] for each in asked.values()] == ["try_again"] * 6
-    asked[1] = accepted(raw.pass_of(run, 1, data))
+    assert [raw.retrieve(each).json()["type"] for each in ids.values()] == ["try_again"] * 6
+    ids[1] = accepted(raw.pass_of(run, 1, data))
     losses, after = in_order(server, data)
-    assert [raw.loss(asked[seq]) for seq in (1, 3, 5)] == losses
-    assert close([each["logprobs"].to_numpy() for each in raw.output(asked[7]).loss_fn_outputs], after, 0)
+    assert [raw.loss(ids[seq]) for seq in (1, 3, 5)] == losses
+    assert close([each["logprobs"].to_numpy() for each in raw.output(ids[7]).loss_fn_outputs], after, 0)
 
 
 def test_a_request_that_is_sent_again_is_made_once(server: Server, raw: Raw, data: list[tinker.Datum]) -> None:
@@ -102,7 +101,7 @@ def test_a_request_that_is_sent_again_is_made_once(server: Server, raw: Raw, dat
 def test_numbers_begin_at_one(raw: Raw, data: list[tinker.Datum]) -> None:
     run = raw.run(raw.session())
     assert re.search("at least 1, got 0|numbered from 1", refused(raw.pass_of(run, 0, data), 400))
-    assert "numbered from 1" in refused(raw.step(run, 0), 400)
+    refused(raw.step(run, 0), 400, "numbered from 1")
     raw.answer(accepted(raw.pass_of(run, 1, data)))
 
 
@@ -130,9 +129,7 @@ def test_bodies_may_be_compressed(
     assert in_order(server, data)[0] == losses
     run = raw.run(raw.session())
     packed = zstandard.compress(body_of(run, 1, data))
-    headers = {**PROTOBUF, "content-encoding": "zstd"}
-    response = raw.http.post("/api/v1/forward_backward", content=packed, headers=headers)
-    assert raw.loss(accepted(response)) == losses[0]
+    assert raw.loss(accepted(raw.forward(packed, **{"content-encoding": "zstd"}))) == losses[0]
 
 
 def test_runs_on_two_models_side_by_side_are_each_as_alone(server: Server, data: list[tinker.Datum]) -> None:
@@ -163,17 +160,17 @@ def test_an_answer_may_be_fetched_again_and_by_another_connection(
     with talking(server.address) as gone:
         run = gone.run(gone.session())
         blocked = server.state.registry.submit(free.wait, 30)
-        asked = accepted(gone.pass_of(run, 1, data))
+        request_id = accepted(gone.pass_of(run, 1, data))
         with pytest.raises(httpx.ReadTimeout):  # it hangs up while the server holds its question
-            gone.http.post("/api/v1/retrieve_future", json={"request_id": asked}, timeout=0.2)
+            gone.http.post("/api/v1/retrieve_future", json={"request_id": request_id}, timeout=0.2)
     free.set()
     assert blocked.result(PATIENCE)
-    first = raw.answer(asked)
-    assert raw.answer(asked) == first
-    assert raw.loss(asked) == in_order(server, data)[0][0]
-    assert "is unknown" in refused(raw.retrieve("0" * 32), 410)
-    told = raw.retrieve("0" * 32, **{"X-Tinker-Request-Type": "ForwardBackward"})
-    assert "is unknown" in refused(told, 200)  # the SDK shows its user no other status's text
+    first = raw.answer(request_id)
+    assert raw.answer(request_id) == first
+    assert raw.loss(request_id) == in_order(server, data)[0][0]
+    refused(raw.retrieve("0" * 32), 410, "is unknown")
+    answer = raw.retrieve("0" * 32, **{"X-Tinker-Request-Type": "ForwardBackward"})
+    refused(answer, 200, "is unknown")  # the SDK shows its user no other status's text
 
 
 def test_too_many_requests_wait_outside_but_the_next_does_not(
@@ -181,36 +178,27 @@ def test_too_many_requests_wait_outside_but_the_next_does_not(
 ) -> None:
     monkeypatch.setattr(runs, "WAITING", 2)
     run = raw.run(raw.session())
-    asked = {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (3, 4)}
+    ids = {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (3, 4)}
     response = raw.pass_of(run, 5, data[:1])
-    assert "2 requests of run" in refused(response, 429)
+    refused(response, 429, "2 requests of run")
     assert int(response.headers["retry-after"]) >= 1
-    assert accepted(raw.pass_of(run, 4, data[:1])) == asked[4]  # it waits already
-    asked |= {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (1, 2)}
-    losses = [raw.loss(asked[seq]) for seq in (1, 2, 3, 4)]
+    assert accepted(raw.pass_of(run, 4, data[:1])) == ids[4]  # it waits already
+    ids |= {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (1, 2)}
+    losses = [raw.loss(ids[seq]) for seq in (1, 2, 3, 4)]
     assert losses == [losses[0]] * 4
     assert raw.loss(accepted(raw.pass_of(run, 5, data[:1]))) == losses[0]
 
 
 def test_the_sdk_waits_where_too_many_samples_do(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = tinker.ModelInput.from_ints([5, 6, 7])
     with connected(server.address) as client, monkeypatch.context() as patch:
         sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
         patch.setattr(sampling, "WAITING", 0)
-        assert "0 sampling requests are waiting" in refused(raw.post("asample", **sample_of(prompt, max_tokens=2)), 429)
-        future = sampler.sample(prompt, 1, types.SamplingParams(max_tokens=2))
+        refused(raw.post("asample", **sample_of(PROMPT, max_tokens=2)), 429, "0 sampling requests are waiting")
+        future = sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=2))
         with pytest.raises(TimeoutError):
             future.result(0.3)
         patch.undo()
         assert len(future.result(PATIENCE).sequences[0].tokens) == 2
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it is so within a few seconds."""
-    end = time.monotonic() + 10
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 def fetches(raw: Raw) -> int:
@@ -220,21 +208,21 @@ def fetches(raw: Raw) -> int:
 
 
 def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, prompt = server.state.registry.scheduler, tinker.ModelInput.from_ints([5, 6, 7])
+    worker = server.state.registry.scheduler
     long: dict[str, Any] = {"max_tokens": 4000, "temperature": 1.0, "seed": 1, "stop": []}
-    asked = raw.asked("asample", **sample_of(prompt, **long))
-    assert soon(lambda: worker.active_sequences == 1)
-    assert raw.post("cancel_future", request_id=asked).status_code == 204
-    assert raw.answer(asked) == {"error": "the request was cancelled", "category": "user"}
-    assert soon(lambda: worker.active_sequences == 0)
-    assert raw.post("cancel_future", request_id=asked).status_code == 204  # too late, and no harm
+    request_id = raw.submit("asample", **sample_of(PROMPT, **long))
+    until(lambda: worker.active_sequences == 1)
+    assert raw.post("cancel_future", request_id=request_id).status_code == 204
+    assert raw.answer(request_id) == {"error": "the request was cancelled", "category": "user"}
+    until(lambda: worker.active_sequences == 0)
+    assert raw.post("cancel_future", request_id=request_id).status_code == 204  # too late, and no harm
     assert raw.post("cancel_future", request_id="nobody's").status_code == 204
     with connected(server.address) as client:
         sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
         monkeypatch.setattr(routes, "PATIENCE", 0.1)
-        before, future = fetches(raw), sampler.sample(prompt, 1, types.SamplingParams(**long))
-        assert soon(lambda: fetches(raw) > before)  # told to try again, so the SDK knows what it waits for
+        before, future = fetches(raw), sampler.sample(PROMPT, 1, types.SamplingParams(**long))
+        until(lambda: fetches(raw) > before)  # told to try again, so the SDK knows what it waits for
         assert worker.active_sequences == 1
         future.future().cancel()
-        assert soon(lambda: worker.active_sequences == 0)
+        until(lambda: worker.active_sequences == 0)
     assert not server.state.samplings

@@ -74,7 +74,7 @@ def application(state: ServerState, options: Options) -> Any:
         page.data_routes(state, requests, options.address),
     ):
         api.include_router(router, responses=_failures(Failure))
-    openai = openai_routes.router(openai_routes.Models(state), options.allow_urls)
+    openai = openai_routes.router(state, options.allow_urls)
     for prefix in OPENAI:
         api.include_router(openai, prefix=prefix, responses=_failures(OpenAIFailure))
     api.include_router(page.routes())
@@ -107,9 +107,9 @@ def error_response(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
 
 def _handle_errors(api: FastAPI, training: TrainingService) -> None:
     @api.exception_handler(KshotError)
-    async def kshot_error(request: Request, error: KshotError) -> JSONResponse:
-        status, body = error_response(request.url.path, error)
-        return JSONResponse(body, status, {"retry-after": "1"} if status == 429 else None)
+    async def kshot_error(_: Request, error: KshotError) -> JSONResponse:
+        status = status_of(error)
+        return JSONResponse(error_body(error), status, {"retry-after": "1"} if status == 429 else None)
 
     @api.exception_handler(RequestValidationError)
     async def invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:

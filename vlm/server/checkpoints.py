@@ -19,7 +19,6 @@ from vlm.local.registry import OPTIMIZER, RECORD
 from vlm.server.store import Checkpoint, Store
 
 log = logging.getLogger("kshot.server")
-LISTED = 1000  # of a run's checkpoints, newest first, that are searched for one that has not expired
 LONGEST = 10 * 366 * 86400  # seconds: ten years
 
 
@@ -46,7 +45,7 @@ class Checkpoints:
 
     def last(self, run: str) -> str | None:
         """The path of the last checkpoint with which a run can go on."""
-        rows = self.store.checkpoints(run, limit=LISTED, kind=KINDS[0])
+        rows = self.store.checkpoints(run, kind=KINDS[0])
         return next((row.path for row in rows if not _expired(row)), None)
 
     def register(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
@@ -67,7 +66,7 @@ class Checkpoints:
     def remove(self, path: str) -> None:
         """Delete a checkpoint, from the list and from the disk. Raises as `folder_of`."""
         folder = folder_of(self.root, path)
-        self.store.remove_checkpoint(path)
+        self.store.remove(Checkpoint, path)
         if folder.is_dir():  # it is renamed at once; deleting the files may take long
             Thread(target=shutil.rmtree, args=(set_aside(folder), True), daemon=True).start()
 
@@ -81,7 +80,7 @@ class Checkpoints:
         folders = dict(self._folders())
         for row in self.store.checkpoints():
             if row.path not in folders:
-                self.store.remove_checkpoint(row.path)
+                self.store.remove(Checkpoint, row.path)
         for path, folder in folders.items():
             if self.store.get(Checkpoint, path) is None:
                 try:

@@ -10,7 +10,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,6 @@ def error_answer(error: BaseException) -> Answer:
     return json_answer(error_body(error), failed=True)
 
 
-def outcome(future: "Future[Any]") -> Any:
-    """What a finished future holds: its result, or the exception that it raised."""
-    if future.cancelled():
-        return CancelledError()
-    return future.exception() or future.result()
-
-
 class Futures:
     """The answers: those that are pending or not written yet are in memory, all others in the store."""
 
@@ -112,11 +105,8 @@ class Futures:
         return request_id
 
     def finish(self, request_id: str, answer: Answer) -> None:
-        """Publish the answer to a request, once, and write it to the store.
-
-        A server that stops publishes no failure: what it has dropped may be sent again when it is back.
-        """
-        if self._stopping.is_set() and answer.failed:
+        """Publish the answer to a request, once, and write it to the store."""
+        if self._stopping.is_set() and answer.failed:  # what is dropped may be sent again to the next server
             return
         self._answers[request_id].set_result(answer)
         self.pending -= 1

@@ -50,13 +50,10 @@ HASHED = "sha256:"
 
 @dataclass(frozen=True)
 class Body:
-    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed.
-
-    What is built from it takes more memory: up to 30 times as much from protobuf, 20 times from JSON.
-    """
+    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed."""
 
     kind: str = JSON
-    limit: int = 4 << 20
+    limit: int = 4 << 20  # what is built from it takes up to 30 times as much from protobuf, 20 times from JSON
 
 
 PLAIN = Body()
@@ -181,8 +178,7 @@ def unpacked_size(body: bytes) -> int:
 
 
 def unpack(body: bytes) -> bytes:
-    """A zstd body's content, of just `unpacked_size` bytes. Raises RequestError for less, for more, and for what
-    follows."""
+    """A zstd body's content, of just `unpacked_size` bytes. Raises RequestError for less, more, and what follows."""
     try:
         return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
     except zstandard.ZstdError as error:
@@ -214,8 +210,7 @@ def _replay(body: bytes, receive: Any) -> Any:
 
 
 def _refusal(status: int, body: dict[str, Any], request_headers: Headers) -> JSONResponse:
-    """The response to a refused request. A client is let finish its body, so that it reads this, unless that may take
-    for ever."""
+    """The response to a refused request. A client may finish its body, and so reads this, unless that is very long."""
     headers = {"retry-after": "1"} if status == 429 else {}
     if "transfer-encoding" in request_headers or _number(request_headers.get("content-length", "0")) > DISCARDED:
         headers["connection"] = "close"
@@ -240,12 +235,9 @@ def _number(text: str) -> float:
 
 
 def hosts_of(bound: str, allowed: Iterable[str], *, keyed: bool) -> frozenset[str] | None:
-    """The names that requests may be addressed to: those of loopback, the bound one and those allowed.
-
-    With keys, on an address that others reach, and none named: any; a foreign page does not know the key.
-    """
+    """The names that requests may be addressed to: those of loopback, the bound one and those allowed; None: any."""
     named = frozenset(_named(name) for name in allowed)
-    if not is_loopback(bound) and keyed and not named:
+    if not is_loopback(bound) and keyed and not named:  # others reach it, and a foreign page does not know the key
         return None
     return LOOPBACK | named | {bound.lower()}
 
@@ -353,11 +345,10 @@ class Strict(Request):
     """
 
     async def json(self) -> Any:
-        """The value. Raises json.JSONDecodeError, which the framework answers."""
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
+            raise json.JSONDecodeError(str(error), "", 0) from error  # which the framework answers
 
 
 class Route(APIRoute):

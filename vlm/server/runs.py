@@ -15,7 +15,7 @@ from typing import Any
 
 from kshot.errors import BusyError, RequestError
 from vlm.local.clients import LocalTrainingClient
-from vlm.server.futures import Answer, error_answer, outcome
+from vlm.server.futures import Answer, error_answer
 
 WAITING = 512  # requests of a run that may wait, beside the next one
 GAP = 300.0  # seconds after which requests fail that wait for a number that does not come
@@ -37,11 +37,9 @@ class Operation(ABC):
 
 @dataclass
 class LiveRun:
-    """A run in memory. settle: called with the answer to each request.
-
-    steps: optimizer steps. loss, examples: summed since the last step. held: request id and operation by number, of
-    those not started; calls: the futures of those that are started and not done.
-    """
+    """A run in memory. settle: called with the answer to each request. steps: optimizer steps. loss, examples: summed
+    since the last step. held: request id and operation by number, of those not started; calls: the futures of those
+    that are started and not done."""
 
     id: str
     session: str
@@ -137,8 +135,9 @@ def when_done(future: Any, call: Callable[[Any], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def hand_over(done: "Future[Any]") -> None:
+        result = CancelledError() if done.cancelled() else done.exception() or done.result()
         try:
-            loop.call_soon_threadsafe(lambda: call(outcome(done)))
+            loop.call_soon_threadsafe(call, result)
         except RuntimeError:  # the server has ended; what is kept is in the store
             return
 

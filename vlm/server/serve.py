@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -41,9 +42,7 @@ def engine_registry(
 
     model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
     arithmetic on a CPU, by default all cores but one, which answers requests meanwhile. The rest: see `vlm.connect`.
-
-    Raises InputError for an argument that is neither, ModelError for a device that is not here, UnknownNameError for a
-    dtype, and as `vlm.models.check`.
+    Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
     devices(device)  # now, not when the first request comes
     folder, torch_dtype, paths = (state or state_folder()).resolve(), dtype_of(dtype), _model_paths(model_arguments)
@@ -74,7 +73,7 @@ def serve(registry: EngineRegistry, options: Options, on_start: Callable[[str], 
         )
         sys.setswitchinterval(SWITCH)
         gc.freeze()  # what was loaded stays: looking at it in each collection costs milliseconds
-        server = _Server(config, state, options.address, on_start)
+        server = _Server(config, state, partial(on_start, options.address))
         try:
             server.run([listening])
         finally:
@@ -103,11 +102,9 @@ def _model_paths(arguments: list[str]) -> dict[str, str]:
 class _Server(uvicorn.Server):
     """uvicorn, with a call when it listens."""
 
-    def __init__(
-        self, config: uvicorn.Config, state: ServerState, address: str, on_start: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self._state, self._address, self._on_start = state, address, on_start
+        self._state, self._on_start = state, on_start
         self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -116,7 +113,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_start(self._address)
+        self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.futures.stop()  # or it would wait for requests that wait for answers

@@ -13,7 +13,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
@@ -199,13 +199,12 @@ FUTURES_BEYOND = """
 """
 
 
-class Store:
-    """The store in `folder`, made where it is not there. From any thread; one statement at a time.
+class Store(AbstractContextManager["Store"]):
+    """The store in `folder`, made where it is not there.
 
     Raises InputError where another process holds the folder or it cannot be written to; KshotError where the file is of
-    another schema version or no database, and where a statement fails: a full disk, a key that is there already, one
-    that is missing; RequestError for a text or a number that SQLite cannot hold. Methods that look for a row give None
-    where there is none. `now` is the current time unless it is given.
+    another schema version or no database, and where a statement fails (a full disk, a key that is there already or is
+    missing); RequestError for what SQLite cannot hold. Where there is no row, methods give None.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -224,9 +223,6 @@ class Store:
                 text = f"{self.path} cannot be used: {error}; move it away, or choose another --state"
                 raise KshotError(text) from error
             self._opened = opened.pop_all()
-
-    def __enter__(self) -> "Store":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -285,9 +281,9 @@ class Store:
         """The newest of a run of one kind."""
         return next(iter(self.checkpoints(run, 1, kind=kind)), None)
 
-    def remove_checkpoint(self, path: str) -> None:
-        """Take a checkpoint off the list."""
-        self._run("DELETE FROM checkpoints WHERE path = ?", (path,))
+    def remove(self, kind: type, key: str) -> None:
+        """Delete the row with this primary key, if it is there."""
+        self._run(f"DELETE FROM {TABLES[kind]} WHERE {KEYS[kind]} = ?", (key,))
 
     def expired(self, now: float) -> list[str]:
         """The paths of the checkpoints whose end has come."""
@@ -310,10 +306,7 @@ class Store:
 
     def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
         """Delete answers that were sent or finished so many seconds ago, and then, until the rest has at most
-        `max_bytes`, first those that were sent, oldest first.
-
-        Much of it takes a second: call it from a thread of its own, whose deletions let other calls in between.
-        """
+        `max_bytes`, first those that were sent, oldest first. Much of it takes a second: call it from a thread."""
         self._delete_futures(OLD_FUTURES, {"retrieved": now - after_retrieved_s, "finished": now - after_s})
         if self._number("SELECT ifnull(sum(length(payload)), 0) FROM futures") > max_bytes:
             self._delete_futures(FUTURES_BEYOND, {"most": max_bytes})
@@ -331,11 +324,13 @@ class Store:
         return self._all(Loss, wanted, run, json.dumps(numbers))
 
     def _delete_futures(self, query: str, values: Mapping[str, Any]) -> None:
-        for row in self._run(query, values):
-            self._run("DELETE FROM futures WHERE request_id = ?", tuple(row))
+        for (request_id,) in self._run(query, values):
+            self.remove(Future, request_id)
 
     def _all(self, kind: type[Row], query: str, *values: Any) -> list[Row]:
-        return [_row_of(kind, stored) for stored in self._run(query, values)]
+        readers = READERS[kind]
+        rows = self._run(query, values)
+        return [kind(*(read(row[name]) if read else row[name] for name, read in readers)) for row in rows]
 
     def _one(self, kind: type[Row], query: str, *values: Any) -> Row | None:
         return next(iter(self._all(kind, query, *values)), None)
@@ -370,10 +365,6 @@ def _columns(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What SQLite stores of the values of some fields."""
     written = [(each.name, each.metadata.get("write")) for each in fields(kind) if each.name in values]
     return {name: write(values[name]) if write else values[name] for name, write in written}
-
-
-def _row_of(kind: type[Row], stored: sqlite3.Row) -> Row:
-    return kind(*(read(stored[name]) if read else stored[name] for name, read in READERS[kind]))
 
 
 def _locked(folder: Path) -> FileLock:

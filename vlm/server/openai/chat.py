@@ -91,11 +91,6 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def special_token_in(text: str, special: Sequence[str]) -> str | None:
-    """The first of these tokens in a text, or None."""
-    return next((token for token in special if token in text), None)
-
-
 def end_tokens(tokenizer: Any) -> list[int]:
     """The tokens that end an answer."""
     ids = tokenizer.added_tokens_encoder
@@ -106,7 +101,7 @@ def _check(name: str, message: Message, special: Sequence[str]) -> None:
     if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
         raise PromptError(f"{name}: only messages of the user may hold images")
     text = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
-    if token := special_token_in(text, special):
+    if token := next((token for token in special if token in text), None):
         raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
 
 

@@ -360,7 +360,7 @@ class ChoiceList:
         is_chat = isinstance(request, ChatRequest)
         special = chat.special_tokens(tokenizer) if is_chat else (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN)
         for choice in choices:
-            if token := chat.special_token_in(choice, special):
+            if token := next((token for token in special if token in choice), None):
                 raise PromptError(f"choice {choice!r:.60} writes {token}, which steers the model; leave it out")
         tail = chat.encode(tokenizer, END_OF_TURN) if is_chat else []
         return cls(choices, [[*chat.encode(tokenizer, choice), *tail] for choice in choices])
@@ -380,35 +380,31 @@ class ChosenCompletion(Completion):
     choices: ChoiceList
 
     async def response(self) -> Fields:
-        scores, chosen = await self._choose()
+        chosen = await self._choose()
         choices = [
-            {**self.format.choice(index, self.choices.texts[n], "stop", None), **self._extra(scores, index)}
-            for index, n in enumerate(chosen)
+            {**self.format.choice(index, self.choices.texts[n], "stop", None), **scores}
+            for index, (n, scores) in enumerate(chosen)
         ]
         return self.body(choices, self._usage(chosen))
 
     async def chunks(self) -> AsyncGenerator[Fields]:
-        scores, chosen = await self._choose()
-        for index, n in enumerate(chosen):
+        chosen = await self._choose()
+        for index, (n, scores) in enumerate(chosen):
             if self.format.opening is not None:
                 yield self.chunk(self.format.opening(index))
-            delta = self.format.delta(index, self.choices.texts[n], "stop", None)
-            yield self.chunk({**delta, **self._extra(scores, index)})
+            yield self.chunk({**self.format.delta(index, self.choices.texts[n], "stop", None), **scores})
         if self.request.with_usage:
             yield self.chunk(usage=self._usage(chosen))
 
-    async def _choose(self) -> tuple[np.ndarray, list[int]]:
-        """(prompts, choices) log-probabilities, and the choice of each completion."""
+    async def _choose(self) -> list[tuple[int, Fields]]:
+        """The choice of each completion, and the field with the log-probabilities of all."""
         call = partial(score_choices, self.sampler, [prompt.input for prompt in self.prompts], self.choices.tokens)
-        scores = await asyncio.get_running_loop().run_in_executor(WAITERS, call)
-        return scores, [n for row in scores for n in draw(row, self.request)]
+        rows = await asyncio.get_running_loop().run_in_executor(WAITERS, call)
+        named = [{"choice_log_probs": dict(zip(self.choices.texts, row.tolist(), strict=True))} for row in rows]
+        return [(n, scores) for row, scores in zip(rows, named, strict=True) for n in draw(row, self.request)]
 
-    def _extra(self, scores: np.ndarray, index: int) -> Fields:
-        row = scores[index // self.request.n].tolist()
-        return {"choice_log_probs": dict(zip(self.choices.texts, row, strict=True))}
-
-    def _usage(self, chosen: Sequence[int]) -> Fields:
-        return self.usage(sum(len(self.choices.tokens[n]) for n in chosen))
+    def _usage(self, chosen: Sequence[tuple[int, Fields]]) -> Fields:
+        return self.usage(sum(len(self.choices.tokens[n]) for n, _ in chosen))
 
 
 def draw(scores: np.ndarray, request: GenerationRequest) -> Iterator[int]:

@@ -27,14 +27,10 @@ class Model(BaseModel):
         if not isinstance(data, dict):
             return data
         fields = {name: value for name, value in data.items() if value is not None}
-        for name in [name for name in fields if name not in cls.model_fields]:
-            allowed = cls.NEUTRAL.get(name, ())
-            if name in cls.NEUTRAL and (allowed is None or any(_same(fields[name], each) for each in allowed)):
-                del fields[name]
-            elif name in cls.NEUTRAL:
-                raise wrong(
-                    name, f"{name} = {reprlib.repr(fields[name])} is not supported by this server; leave it out"
-                )
+        for name in fields.keys() & cls.NEUTRAL.keys():
+            value, allowed = fields.pop(name), cls.NEUTRAL[name]
+            if allowed is not None and not any(_same(value, each) for each in allowed):
+                raise wrong(name, f"{name} = {reprlib.repr(value)} is not supported by this server; leave it out")
         return fields
 
 
@@ -59,18 +55,12 @@ Text = Annotated[str, AfterValidator(_encodable)]
 NonEmptyText = Annotated[Text, Field(min_length=1)]
 
 
-def text_list(kind: str) -> BeforeValidator:
+def stops(value: Any) -> list[str]:
     """A text or a list of them, as a list."""
-
-    def read(value: Any) -> list[str]:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
-            raise wrong(
-                kind, f"{kind} must be a text or a list of texts, none of them empty; got {reprlib.repr(value)}"
-            )
-        return values
-
-    return BeforeValidator(read)
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
+        raise wrong("stop", f"stop must be a text or a list of texts, none of them empty; got {reprlib.repr(value)}")
+    return values
 
 
 def prompts(value: Any) -> list[str | list[int]]:
@@ -141,7 +131,7 @@ class GenerationRequest(Model, ABC):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[list[Text], text_list("stop"), Field(max_length=MAX_STOPS)] = Field([])
+    stop: Annotated[list[Text], BeforeValidator(stops), Field(max_length=MAX_STOPS)] = Field([])
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -250,10 +240,7 @@ def _parts(value: Any) -> Any:
 class Message(Model):
     """A turn of a conversation. content: as a list of parts, whatever form it came in."""
 
-    NEUTRAL: ClassVar[Neutral] = {
-        "tool_calls": ([],),
-        "annotations": ([],),
-    }  # as answers of this kind of server hold them
+    NEUTRAL: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],)}  # as this kind of server's answers hold
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)]

@@ -9,7 +9,6 @@ import json
 import logging
 import reprlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -47,60 +46,46 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 REASONS = {"extra_forbidden": "is not known to this server; leave it out", "missing": "is missing"}
 
 
-@dataclass(frozen=True)
-class Models:
-    """The weights that are served."""
-
-    state: ServerState
-
-    def names(self) -> Sequence[str]:
-        """Of the base models."""
-        return list(self.state.models)
-
-    def created(self) -> float:
-        """Since when they are served, in seconds since 1970."""
-        return self.state.started
-
-    async def sampler(self, model: str) -> LocalSamplingClient:
-        """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
-        where too many requests wait."""
-        if max(len(self.state.samplings), self.state.registry.scheduler.waiting_samples) >= WAITING:
-            raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
-        saved = model.startswith(PATH)
-        return await self.state.samplers.client(model if saved else None, None if saved else model)
-
-
-def router(models: Models, allow_urls: bool) -> APIRouter:
+def router(state: ServerState, allow_urls: bool) -> APIRouter:
     """All endpoints. allow_urls: whether the server fetches images from http(s) addresses that clients name."""
     router = APIRouter(route_class=Route)
 
     def model_fields(name: str) -> Fields:
-        return {"id": name, "object": "model", "created": int(models.created()), "owned_by": OWNER}
+        return {"id": name, "object": "model", "created": int(state.started), "owned_by": OWNER}
 
     @router.get("/models")
     async def list_models() -> Fields:
-        return {"object": "list", "data": [model_fields(name) for name in models.names()]}
+        return {"object": "list", "data": [model_fields(name) for name in state.models]}
 
     @router.get("/models/{model:path}")
     async def one_model(model: str) -> Fields:
-        if model not in models.names():
-            await models.sampler(model)
+        if model not in state.models:
+            await _sampler(state, model)
         return model_fields(model)
 
     @router.post("/completions", response_model=None, responses=STREAMED)
     async def completions(request: CompletionRequest, http_request: Request) -> Response:
-        sampler = await models.sampler(request.model)
+        sampler = await _sampler(state, request.model)
         prompts = await asyncio.to_thread(_encode, request, sampler)
         return await _answer(request, http_request, sampler, prompts)
 
     @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
-        sampler = await models.sampler(request.model)
+        sampler = await _sampler(state, request.model)
         prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
         encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
         return await _answer(request, http_request, sampler, [encoded])
 
     return router
+
+
+async def _sampler(state: ServerState, model: str) -> LocalSamplingClient:
+    """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
+    where too many requests wait."""
+    if max(len(state.samplings), state.registry.scheduler.waiting_samples) >= WAITING:
+        raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
+    saved = model.startswith(PATH)
+    return await state.samplers.client(model if saved else None, None if saved else model)
 
 
 def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[EncodedPrompt]:

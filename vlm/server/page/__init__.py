@@ -59,7 +59,7 @@ async def _same(response: Response) -> Response:
 
 def data_routes(state: ServerState, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
     """The router of what one server says of itself. address: where clients connect to."""
-    router = APIRouter()
+    router, scheduler = APIRouter(), state.registry.scheduler
     curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
 
     @router.get("/api/v1/overview")
@@ -75,7 +75,13 @@ def data_routes(state: ServerState, requests: "Counter[tuple[str, int]]", addres
                 {name: getattr(row, name) for name in ("path", "kind", "created", "size_bytes", "expires")}
                 for row in state.store.checkpoints(limit=NEWEST)
             ],
-            "queue": _queue(state),
+            "queue": {
+                "jobs": scheduler.waiting_jobs,
+                "samples": scheduler.waiting_samples,
+                "sequences": scheduler.active_sequences,
+                "tokens_sampled": scheduler.tokens_sampled,
+                "busy_share": scheduler.busy_seconds / max(1e-9, time.time() - state.started),
+            },
         }
 
     @router.get("/metrics", response_class=PlainTextResponse)
@@ -109,17 +115,6 @@ def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> di
         "last_request": live.last_request if live else row.last_request,
         "user_metadata": row.user_metadata,
         "losses": losses,
-    }
-
-
-def _queue(state: ServerState) -> dict[str, Any]:
-    scheduler = state.registry.scheduler
-    return {
-        "jobs": scheduler.waiting_jobs,
-        "samples": scheduler.waiting_samples,
-        "sequences": scheduler.active_sequences,
-        "tokens_sampled": scheduler.tokens_sampled,
-        "busy_share": scheduler.busy_seconds / max(1e-9, time.time() - state.started),
     }
 
 

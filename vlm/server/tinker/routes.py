@@ -4,8 +4,9 @@ How a training request goes on from here: `vlm.server.tinker.training`.
 """
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -17,11 +18,12 @@ from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route
 from vlm.server.state import ServerState
-from vlm.server.store import Checkpoint, Run, Sampler, Session
+from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
 
+T = TypeVar("T")
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
@@ -40,7 +42,7 @@ SAMPLE_BODY = {"requestBody": {"required": True, "content": {JSON: {"schema": SA
 class StrictBody(BaseModel):
     """A body of which no field is ignored."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
 
 class Finish(StrictBody):
@@ -50,16 +52,6 @@ class Finish(StrictBody):
 
 class Cancel(StrictBody):
     request_id: str
-
-
-class Join(StrictBody):
-    sampling_session_id: str
-    type: str = "join_sampling_session"
-
-
-class Heartbeat(StrictBody):
-    session_id: str
-    type: str = "session_heartbeat"
 
 
 class Ttl(StrictBody):
@@ -111,7 +103,7 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
         return {"type": "create_session", "session_id": state.create_session(request)}
 
     @router.post("/session_heartbeat")
-    async def heartbeat(request: Heartbeat) -> dict[str, str]:
+    async def heartbeat(request: types.SessionHeartbeatRequest) -> dict[str, str]:
         state.heartbeat(request.session_id)
         return {"type": "session_heartbeat"}
 
@@ -128,9 +120,7 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/sessions/{session}")
     async def session(session: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        row = state.store.get(Session, session)
-        if row is None:
-            raise MissingError(f"there is no session {session!r}")
+        row = _existing(state, Session, session)
         return {
             "training_run_ids": [run.id for run in state.store.of_session(Run, session)],
             "sampler_ids": [sampler.id for sampler in state.store.of_session(Sampler, session)],
@@ -155,8 +145,7 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
     async def forward_backward(request: Request) -> dict[str, Any]:
         body = await request.body()
         try:
-            parse = wire.parse_forward_backward
-            parsed = parse(body) if len(body) < LARGE else await asyncio.to_thread(parse, body)
+            parsed = await _parsed(wire.parse_forward_backward, body)
         except RequestError as error:
             return submit(training.Refused(state, wire.number_of(body), error))
         return submit(training.ForwardBackward(state, parsed), len(body))
@@ -186,6 +175,10 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
         return submit(training.LoadWeights(state, request))
 
 
+async def _parsed(parse: Callable[[bytes], T], body: bytes) -> T:
+    return parse(body) if len(body) < LARGE else await asyncio.to_thread(parse, body)
+
+
 def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:
     """What a request is answered with whose result is fetched later."""
     return {"request_id": request_id, "model_id": model_id}
@@ -197,24 +190,21 @@ def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -
         return {"type": "create_sampling_session", "sampling_session_id": service.create_sampling_session(request)}
 
     @router.post("/join_sampling_session")
-    async def join_sampling_session(request: Join) -> dict[str, Any]:
-        state.samplers.check_sampler(request.sampling_session_id)
+    async def join_sampling_session(request: types.JoinSamplingSessionRequest) -> dict[str, Any]:
+        state.samplers.row(request.sampling_session_id)
         number = state.store.next_clone(request.sampling_session_id)
         return {"type": "join_sampling_session", "client_counter": number}
 
     @router.get("/samplers/{sampler}")
     async def sampler(sampler: str) -> dict[str, Any]:
-        row = state.store.get(Sampler, sampler)
-        if row is None:
-            raise MissingError(f"there is no sampler {sampler!r}")
+        row = _existing(state, Sampler, sampler)
         return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
 
     @router.post("/asample", openapi_extra=SAMPLE_BODY)
     async def asample(request: Request) -> dict[str, Any]:
         body = await request.body()
         # not by FastAPI: images are large, and JSON is read once
-        parsed = _sample_request(body) if len(body) < LARGE else await asyncio.to_thread(_sample_request, body)
-        request_id, sequence_ids = service.sample(parsed)
+        request_id, sequence_ids = service.sample(await _parsed(_sample_request, body))
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
 
     @router.post("/cancel_future", status_code=204)
@@ -276,11 +266,11 @@ def _runs(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/training_runs/{run}")
     async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        return _run(state, _existing(state, run))
+        return _run(state, _existing(state, Run, run))
 
     @router.get("/training_runs/{run}/checkpoints")
     async def checkpoints_of(run: str) -> dict[str, Any]:
-        _existing(state, run)
+        _existing(state, Run, run)
         return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run)]}
 
     @router.post("/weights_info")
@@ -318,10 +308,10 @@ def _checkpoints(router: APIRouter, state: ServerState) -> None:
         state.store.update(Checkpoint, existing(run, kind, name), public=False)
 
 
-def _existing(state: ServerState, run: str) -> Run:
-    row = state.store.get(Run, run)
+def _existing(state: ServerState, kind: type[Row], key: str) -> Row:
+    row = state.store.get(kind, key)
     if row is None:
-        raise MissingError(f"there is no run {run!r}")
+        raise MissingError(f"there is no {kind.__name__.lower()} {key!r}")
     return row
 
 

@@ -5,6 +5,7 @@ The answer to a sample is fetched later, by request id. Everything here runs on 
 
 import math
 import uuid
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from tinker import types
 
 from kshot.errors import BusyError, RequestError
-from vlm.local.clients import LocalSamplingClient, SamplingRequest, refuse
+from vlm.local.clients import SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer
 from vlm.server.runs import answer_of, when_done
 from vlm.server.state import ServerState, check_number, sampler_id
@@ -27,46 +28,9 @@ TOP = 1 << 20  # positions x likeliest tokens of one request
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sampling request. targets: its target_prompt_logprobs. image_log_probs: see `SamplingService`."""
-
-    request: types.SampleRequest
-    targets: types.TensorData | None
-    image_log_probs: float
-
-    def run(self, client: LocalSamplingClient) -> Future[types.SampleResponse]:
-        """Start to sample."""
-        request = self.request
-        return client.start(
-            SamplingRequest(
-                request.prompt,
-                request.sampling_params,
-                request.num_samples,
-                bool(request.prompt_logprobs),
-                request.topk_prompt_logprobs,
-                self.targets,
-                topk_sample_logprobs=request.topk_sample_logprobs,
-                prompt_alt_tokens_k=request.prompt_alt_tokens_k,
-                prompt_logprobs_last_n=request.prompt_logprobs_last_n,
-            )
-        )
-
-    def reply(self, response: types.SampleResponse) -> Answer:
-        """The answer: of a whole prompt, image positions but the first have `image_log_probs`."""
-        values = response.prompt_logprobs_np
-        if not (values is None or self.request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs)):
-            values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
-            response = replace(response, prompt_logprobs_np=values)
-        return Answer(wire.sample_response(response, self.targets), PROTOBUF)
-
-
-@dataclass(frozen=True)
 class SamplingService:
-    """Takes sampling requests.
-
-    image_log_probs: what stands at image positions among a prompt's log-probabilities: NaN, as nothing is scored there,
-    or a number for clients that multiply all of them with weights.
-    """
+    """Takes sampling requests. image_log_probs: what stands at image positions among a prompt's log-probabilities: NaN,
+    as nothing is scored there, or a number for clients that multiply all of them with weights."""
 
     state: ServerState
     image_log_probs: float = math.nan
@@ -101,7 +65,7 @@ class SamplingService:
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
             request_id = self.state.futures.open(key)
             self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
-            self.state.background(self._start(request_id, Sample(request, tensor, self.image_log_probs)))
+            self.state.background(self._start(request_id, request, tensor))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
@@ -114,37 +78,60 @@ class SamplingService:
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
-            self.state.samplers.check_sampler(name)
+            self.state.samplers.row(name)
             return f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:
             raise RequestError("asample names no weights; give sampling_session_id, model_path or base_model")
         self.state.samplers.check(request.model_path, request.base_model)
         return uuid.uuid4().hex
 
-    async def _start(self, request_id: str, sample: Sample) -> None:
-        request, samplers = sample.request, self.state.samplers
+    async def _start(self, request_id: str, request: types.SampleRequest, targets: types.TensorData | None) -> None:
+        samplers = self.state.samplers
+        done = partial(self._done, request_id, partial(self._reply, request, targets))
         try:
             if request.sampling_session_id is not None:
                 client = await samplers.client_of(request.sampling_session_id)
             else:
                 client = await samplers.client(request.model_path, request.base_model)
             if self.state.samplings[request_id].cancelled():
-                return self._done(request_id, sample, CancelledError())
-            future = sample.run(client)
+                return done(CancelledError())
+            future = client.start(_sampling_request(request, targets))
         except Exception as error:
-            return self._done(request_id, sample, error)
+            return done(error)
         self.state.samplings[request_id] = future
-        return when_done(future, partial(self._done, request_id, sample))
+        return when_done(future, done)
 
-    def _done(self, request_id: str, sample: Sample, result: Any) -> None:
+    def _done(self, request_id: str, reply: Callable[[Any], Answer], result: Any) -> None:
         self.state.samplings.pop(request_id, None)
-        self.state.futures.finish(request_id, answer_of(sample.reply, result))
+        self.state.futures.finish(request_id, answer_of(reply, result))
+
+    def _reply(
+        self, request: types.SampleRequest, targets: types.TensorData | None, response: types.SampleResponse
+    ) -> Answer:
+        values = response.prompt_logprobs_np
+        if not (values is None or request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs)):
+            values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
+            response = replace(response, prompt_logprobs_np=values)
+        return Answer(wire.sample_response(response, targets), PROTOBUF)
+
+
+def _sampling_request(request: types.SampleRequest, targets: types.TensorData | None) -> SamplingRequest:
+    return SamplingRequest(
+        request.prompt,
+        request.sampling_params,
+        request.num_samples,
+        bool(request.prompt_logprobs),
+        request.topk_prompt_logprobs,
+        targets,
+        topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+    )
 
 
 def _check_size(request: types.SampleRequest) -> None:
     """Raise RequestError for what would take much memory before it is checked elsewhere."""
-    if not 1 <= request.num_samples <= SAMPLES:
-        raise RequestError(f"num_samples = {request.num_samples} is out of range: it must be from 1 to {SAMPLES}")
+    check_number("num_samples", request.num_samples, 1, SAMPLES)
     shape = request.target_prompt_logprobs.shape if request.target_prompt_logprobs else None
     widest = max(request.topk_prompt_logprobs, request.prompt_alt_tokens_k, request.topk_sample_logprobs)
     length = sum(_length(chunk) for chunk in request.prompt.chunks)

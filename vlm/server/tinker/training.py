@@ -7,7 +7,6 @@ gives. Everything here runs on the event loop.
 
 import logging
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from tinker import types
@@ -210,9 +209,9 @@ class CreateModel:
         self.state.samplers.check(None, self.request.base_model)
         _ = self._spec
 
-    def run(self, model_id: str) -> Any:
+    def run(self, model_id: str, metadata: dict[str, str] | None) -> Any:
         """Start to make the run; gives the future of its client."""
-        registry, metadata = self.state.registry, metadata_text(self.request.user_metadata)
+        registry = self.state.registry
         arguments = model_id, self.request.base_model, self._spec, self._lora.seed, metadata
         return registry.submit(registry.start, *arguments)
 
@@ -235,25 +234,22 @@ class CreateModel:
 
 @dataclass(frozen=True)
 class ResumeModel:
-    """A new run with the weights of a checkpoint: load_weights without a model_id."""
+    """A new run with the weights of a checkpoint: load_weights without a model_id. Methods: as of `CreateModel`."""
 
     state: ServerState
     request: types.LoadWeightsRequest
 
     def check(self) -> None:
-        """Raise a KshotError for what is wrong with the request."""
         LoadWeights(self.state, self.request).check()
         if self.request.session_id is None or self.request.model_seq_id is None:
             raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
 
-    def run(self, model_id: str) -> Any:
-        """Start to make the run; gives the future of its client."""
+    def run(self, model_id: str, metadata: dict[str, str] | None) -> Any:
         request, registry = self.request, self.state.registry
-        arguments = model_id, request.path, request.base_model, metadata_text(request.user_metadata)
+        arguments = model_id, request.path, request.base_model, metadata
         return registry.submit(registry.resume, *arguments, optimizer=request.optimizer)
 
     def reply(self, model_id: str) -> Answer:
-        """The answer once it is made."""
         return json_answer({"path": self.request.path, "model_id": model_id, "type": "load_weights"})
 
 
@@ -307,32 +303,25 @@ class TrainingService:
         metadata = metadata_text(creation.request.user_metadata)
         request_id = self.state.futures.open(key)
         run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.settle)
-        when_done(creation.run(model_id), partial(self._created, creation, run, request_id, metadata))
-        return request_id
 
-    def _created(
-        self,
-        creation: CreateModel | ResumeModel,
-        run: LiveRun,
-        request_id: str,
-        metadata: dict[str, str] | None,
-        result: Any,
-    ) -> None:
-        """Take the client of a new run, or the exception."""
-        if not isinstance(result, BaseException):
-            base_model, lora = result.get_info().model_name, asdict(result.spec)
-            try:
-                self.state.store.add(Run(run.id, run.session, base_model, lora, metadata))
-            except KshotError as error:
-                result = error
-        if isinstance(result, BaseException):
-            self.state.runs.pop(run.id, None)
-            run.end(result)
-            self.state.futures.finish(request_id, error_answer(result))
-            return
-        if run.id in self.state.runs:  # else its session was finished meanwhile
-            run.begin(result)
-        self.state.futures.finish(request_id, creation.reply(run.id))
+        def created(result: Any) -> None:
+            if not isinstance(result, BaseException):
+                base_model, lora = result.get_info().model_name, asdict(result.spec)
+                try:
+                    self.state.store.add(Run(model_id, session, base_model, lora, metadata))
+                except KshotError as error:
+                    result = error
+            if isinstance(result, BaseException):
+                self.state.runs.pop(model_id, None)
+                run.end(result)
+                self.state.futures.finish(request_id, error_answer(result))
+                return
+            if model_id in self.state.runs:  # else its session was finished meanwhile
+                run.begin(result)
+            self.state.futures.finish(request_id, creation.reply(model_id))
+
+        when_done(creation.run(model_id, metadata), created)
+        return request_id
 
     def refuse_body(self, body: Any, error: RequestError) -> tuple[str, str] | None:
         """Request id and run of a body that is no request but names a run in memory and a number there: it is answered

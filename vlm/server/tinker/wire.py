@@ -18,7 +18,7 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.request_conv import _tensor_data_to_proto as tensor_message
 from tinker.types._pydantic_types.tensor_data import TensorData as TensorModel
-from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
+from tinker.types.topk_logprobs import TopkLogprobs
 
 from kshot.errors import KshotError, RequestError
 from kshot.images import EncodedImage
@@ -50,8 +50,7 @@ class RequestNumber(NamedTuple):
     seq_id: int
 
 
-@dataclass(frozen=True)
-class _Number:
+class _Number(NamedTuple):
     """How a tensor's numbers lie on the wire, and what they are in the SDK's types."""
 
     name: str
@@ -114,19 +113,16 @@ def forward_backward_output(output: types.ForwardBackwardOutput) -> bytes:
 
 
 def sample_response(response: types.SampleResponse, layout: tinker.TensorData | None = None) -> bytes:
-    """The body that answers asample. Sequence ids are not in it: the client has them from its submission.
-
-    layout: the request's target_prompt_logprobs, as whose layout their log-probabilities are sent.
-    """
+    """The body that answers asample, of a response in arrays, as the sampler makes it. Sequence ids are not in it: the
+    client has them from its submission. layout: the request's target_prompt_logprobs, as whose layout their
+    log-probabilities are sent."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
     for each in response.sequences:
         _write_sequence(message.sequences.add(), each)
-    log_probs = response.prompt_logprobs_np if response.prompt_logprobs_np is not None else response.prompt_logprobs
-    if log_probs is not None:
-        message.prompt_logprobs = _bytes(log_probs, "<f4")  # None as NaN
-    top = response.topk_prompt_logprobs_np or response.topk_prompt_logprobs
-    if top is not None:
-        _write_top(message.topk_prompt_logprobs, top)
+    if response.prompt_logprobs_np is not None:
+        message.prompt_logprobs = _bytes(response.prompt_logprobs_np, "<f4")
+    if response.topk_prompt_logprobs_np is not None:
+        _write_top(message.topk_prompt_logprobs, response.topk_prompt_logprobs_np)
     if (scores := response.target_prompt_logprobs) is not None:
         scores = scores if layout is None else in_layout_of(layout, scores)
         message.target_prompt_logprobs.CopyFrom(tensor_message(scores))
@@ -158,18 +154,17 @@ def _chunk(message: pb.Chunk, where: str) -> types.EncodedTextChunk | types.Imag
 
 
 def _image(image: pb.ImageChunk, where: str) -> types.ImageChunk:
-    form = next((each for each in ("png", "jpeg") if each == image.format), None)
-    if form is None:
+    if image.format not in ("png", "jpeg"):
         raise RequestError(f"{where} has the image format {_short(image.format)}; send png or jpeg")
     data = image.data  # a copy each time it is read
     if not data:
         raise RequestError(f"{where} is an image without data")
     if image.HasField("override_dimensions"):
         raise RequestError(f"{where} has override_dimensions, which are not supported; resize the image")
-    if image.HasField("expected_tokens") and image.expected_tokens < 1:
-        raise RequestError(f"{where} has expected_tokens {image.expected_tokens}; an image has at least 1")
     expected = image.expected_tokens if image.HasField("expected_tokens") else None
-    return types.ImageChunk.model_construct(data=EncodedImage(data), format=form, expected_tokens=expected)
+    if expected is not None and expected < 1:
+        raise RequestError(f"{where} has expected_tokens {expected}; an image has at least 1")
+    return types.ImageChunk.model_construct(data=EncodedImage(data), format=image.format, expected_tokens=expected)
 
 
 def _tensor(message: pb.Tensor, where: str) -> tinker.TensorData:
@@ -226,29 +221,17 @@ def _write_record(record: pb.ArrayRecord, alike: Sequence[Mapping[str, np.ndarra
 
 def _write_sequence(message: pb.SampledSequence, sequence: types.SampledSequence) -> None:
     message.stop_reason = _STOP_REASONS[sequence.stop_reason]
-    message.tokens = _bytes(sequence.tokens_np if sequence.tokens_np is not None else sequence.tokens, "<i4")
-    log_probs = sequence.logprobs_np if sequence.logprobs_np is not None else sequence.logprobs
-    if log_probs is not None:
-        message.logprobs = _bytes(log_probs, "<f4")
-    top = sequence.topk_logprobs_np or sequence.topk_logprobs
-    if top is not None:
-        _write_top(message.topk_sampled_logprobs, top)
+    message.tokens, message.logprobs = _bytes(sequence.tokens_np, "<i4"), _bytes(sequence.logprobs_np, "<f4")
+    if sequence.topk_logprobs_np is not None:
+        _write_top(message.topk_sampled_logprobs, sequence.topk_logprobs_np)
 
 
-def _write_top(message: pb.TopkLogprobs, top: TopkLogprobs | Sequence[Sequence[tuple[int, float]] | None]) -> None:
-    """Lists of (token, log-probability), None where there is none, or the matrices that they are on the wire."""
-    if not isinstance(top, TopkLogprobs):
-        width = max((len(row) for row in top if row), default=1)
-        ids, log_probs = np.zeros((len(top), width), "<i4"), np.full((len(top), width), MASK_LOGPROB, "<f4")
-        for n, row in enumerate(top):
-            for rank, (token, log_prob) in enumerate(row or ()):
-                ids[n, rank], log_probs[n, rank] = token, log_prob
-        top = TopkLogprobs(ids, log_probs)
+def _write_top(message: pb.TopkLogprobs, top: TopkLogprobs) -> None:
     message.length, message.k = top.token_ids.shape
     message.token_ids, message.logprobs = _bytes(top.token_ids, "<i4"), _bytes(top.logprobs, "<f4")
 
 
-def _bytes(values: np.ndarray | Sequence[float | None], dtype: str) -> bytes:
+def _bytes(values: np.ndarray | None, dtype: str) -> bytes:
     return np.asarray(values, dtype).tobytes()
 
 
@@ -299,10 +282,7 @@ def tensor_from_json(tensor: TensorModel, where: str) -> tinker.TensorData:
 
 
 def in_layout_of(layout: tinker.TensorData, dense: tinker.TensorData) -> tinker.TensorData:
-    """`dense` as `layout` is laid out, of the same shape: where that is sparse, only the cells it lists.
-
-    So does the protocol answer `target_prompt_logprobs`.
-    """
+    """`dense` as `layout` is laid out, of the same shape: where that is sparse, only the cells it lists."""
     if layout.sparse_crow_indices is None or layout.sparse_col_indices is None:
         return dense
     counts = np.diff(layout.sparse_crow_indices)
