@@ -2,9 +2,9 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
@@ -69,15 +69,6 @@ def kshot(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> "list[Job]":
     """Cells run in this process, without workers, each of which would import everything anew; the list of them."""
-    from experiments.sweep import workers
-    from experiments.sweep.cells import Job
+    from tests.experiments.trained import in_this_process
 
-    jobs: list[Job] = []
-
-    def local(run: Any, mine: Sequence[Any], _: int | None = None, *, first: Sequence[Any] = (), **__: Any) -> Any:
-        for job in (*first, *mine):
-            jobs.extend([job] if isinstance(job, Job) else [])
-            yield job, workers.call(run, job)
-
-    monkeypatch.setattr(workers, "local", local)
-    return jobs
+    return in_this_process(monkeypatch)

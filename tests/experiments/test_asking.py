@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trained import TINY, in_this_process, status_of
 
 from data import catalog
 from experiments.sweep.cells import Job
@@ -14,40 +15,54 @@ from experiments.sweep.store import Results
 from kshot.errors import TooFewImagesError
 
 OWN = "{image}What is drawn here? => It is a {label}."
-TINY = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4")
+
+
+@pytest.fixture(scope="module")
+def command(photos: Path) -> list[str]:
+    """A sweep of vlm-lora and vlm-zero-shot at one shot and seed."""
+    methods = ("--method", "vlm-zero-shot", "--method", "vlm-lora", "--method", "pixel-knn")
+    return ["sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1", "--seeds", "0", *TINY]
+
+
+@pytest.fixture(scope="module")
+def plain(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of the sweep without further options."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_process(patch)
+        assert status_of(*command, "--out", out) == 0
+    return Results(out)
 
 
 @pytest.fixture
-def sweep(photos: Path, tmp_path: Path, kshot: Any, ran: list[Job]) -> Any:
-    """A sweep of vlm-lora and vlm-zero-shot at one shot and seed; gives what it said and its records."""
+def sweep(command: list[str], tmp_path: Path, kshot: Any, ran: list[Job]) -> Any:
+    """Runs the sweep with options; gives how it ended and its records."""
 
     def run(*options: str) -> tuple[Any, list[dict[str, Any]]]:
-        methods = ("--method", "vlm-zero-shot", "--method", "vlm-lora", "--method", "pixel-knn")
-        base = ("sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1", "--seeds", "0", *TINY)
-        said = kshot(*base, *options, "--out", tmp_path / "out")
+        ended = kshot(*command, *options, "--out", tmp_path / "out")
         there = (tmp_path / "out" / "sweep.json").exists()
-        return said, Results(tmp_path / "out").cells() if there else []
+        return ended, Results(tmp_path / "out").cells() if there else []
 
     return run
 
 
 def test_several_phrasings_are_cells_of_their_own(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
-    said, cells = sweep("--prompt", "recipe", "--prompt", OWN)
-    assert said.status == 0, said.err
-    asked = [(cell["method"], cell["settings"].get("prompt")) for cell in cells]
+    ended, cells = sweep("--prompt", "recipe", "--prompt", OWN)
+    assert ended.status == 0, ended.err
+    prompts = [(cell["method"], cell["settings"].get("prompt")) for cell in cells]
     both = [(method, prompt) for method in ("vlm-lora", "vlm-zero-shot") for prompt in ("recipe", OWN)]
-    assert sorted(asked, key=str) == sorted([("pixel-knn", None), *both], key=str)
+    assert sorted(prompts, key=str) == sorted([("pixel-knn", None), *both], key=str)
     content = Results(tmp_path / "out").sweep()
     assert content["prompts"] == content["settings"]["prompt"] == ["recipe", OWN]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "VLM + LoRA (prompt 2)" in report
     assert f"--prompt recipe --prompt '{OWN}'" in report
     ran.clear()
-    said, _ = sweep("--prompt", "recipe", "--prompt", OWN)
-    assert (said.status, ran) == (0, [])
-    said, _ = sweep("--prompt", OWN)
-    assert said.status == 2
-    assert "another configuration (prompt" in said.err
+    ended, _ = sweep("--prompt", "recipe", "--prompt", OWN)
+    assert (ended.status, ran) == (0, [])
+    ended, _ = sweep("--prompt", OWN)
+    assert ended.status == 2
+    assert "another configuration (prompt" in ended.err
 
 
 def test_a_prompt_changes_the_numbers_and_the_key(sweep: Any, tmp_path: Path) -> None:
@@ -58,31 +73,27 @@ def test_a_prompt_changes_the_numbers_and_the_key(sweep: Any, tmp_path: Path) ->
     assert content["settings"]["prompt"] == OWN
 
 
-def test_the_closed_set_is_a_loss_of_its_own(sweep: Any, photos: Path, tmp_path: Path, kshot: Any) -> None:
-    said, cells = sweep("--loss", "closed-set")
-    assert said.status == 0, said.err
+def test_the_closed_set_is_a_loss_of_its_own(sweep: Any, plain: Results, tmp_path: Path) -> None:
+    ended, cells = sweep("--loss", "closed-set")
+    assert ended.status == 0, ended.err
     assert [c["settings"].get("loss") for c in cells] == [None, "closed-set", None]
-    one = ("--method", "vlm-lora", "--shots", "1", "--seeds", "0", *TINY)
     assert "free answers were not trained" in (tmp_path / "out" / "report.md").read_text()
-    again = kshot("sweep", "--dataset", f"folder:{photos}", *one, "--out", tmp_path / "text")
-    assert again.status == 0
-    text = Results(tmp_path / "text").cells()[0]
-    closed = next(c for c in cells if c["method"] == "vlm-lora")
+    text, closed = (next(c for c in each if c["method"] == "vlm-lora") for each in (plain.cells(), cells))
     assert text["key"] != closed["key"]
     assert text["metrics"]["nll"] != closed["metrics"]["nll"]
 
 
 @pytest.mark.parametrize("calibration", ["contextual", "pmi"])
-def test_calibration_corrects_the_scores_and_not_the_answers(calibration: str, sweep: Any, tmp_path: Path) -> None:
-    _, plain = sweep()
-    before = {c["method"]: Results(tmp_path / "out").predictions(c["key"]) for c in plain}
-    (tmp_path / "out").rename(tmp_path / "plain")
-    said, cells = sweep("--calibration", calibration)
-    assert said.status == 0, said.err
+def test_calibration_corrects_the_scores_and_not_the_answers(
+    calibration: str, sweep: Any, plain: Results, tmp_path: Path
+) -> None:
+    before = {c["method"]: plain.predictions(c["key"]) for c in plain.cells()}
+    ended, cells = sweep("--calibration", calibration)
+    assert ended.status == 0, ended.err
     for cell in cells:
         after = Results(tmp_path / "out").predictions(cell["key"])
-        asked = "calibration" in cell["settings"]
-        assert (after["label_log_prob"] != before[cell["method"]]["label_log_prob"]) == asked
+        corrected = "calibration" in cell["settings"]
+        assert (after["label_log_prob"] != before[cell["method"]]["label_log_prob"]) == corrected
         assert after["answer"] == before[cell["method"]]["answer"]
         assert "chosen" not in cell
 
@@ -98,8 +109,8 @@ def test_a_calibration_is_chosen_on_validation_images_alone(sweep: Any, tmp_path
         return choose(scores, labels, priors)
 
     monkeypatch.setattr(vlm.calibration, "choose", watched)
-    said, cells = sweep("--calibration", "validated")
-    assert said.status == 0, said.err
+    ended, cells = sweep("--calibration", "validated")
+    assert ended.status == 0, ended.err
     chosen = {c["method"]: c.get("chosen") for c in cells}
     assert chosen.pop("vlm-lora")["calibration"] in ("none", "contextual", "pmi")
     assert chosen == {"vlm-zero-shot": None, "pixel-knn": None}  # without a labelled image nothing is chosen
@@ -121,7 +132,7 @@ def test_validation_images_are_neither_shots_nor_test(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "part"),
     [
         (("--prompt", "What? => {label}"), "must hold {image} once"),
         (("--prompt", "recipes"), "neither a preset (recipe)"),
@@ -130,18 +141,12 @@ def test_validation_images_are_neither_shots_nor_test(photos: Path) -> None:
         (("--loss", "closed"), "loss = 'closed'"),
         (("--calibration", "auto"), "calibration = 'auto'"),
         (("--loss", "closed-set", "--set", "loss=text"), "loss is given twice"),
+        (("--calibration", "validated", "--method", "vlm-zero-shot"), "zero-shot has none; give contextual, pmi"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_the_start(
-    options: tuple[str, ...], says: str, sweep: Any, ran: list[Job]
+    options: tuple[str, ...], part: str, photos: Path, tmp_path: Path, refused: Any, ran: list[Job]
 ) -> None:
-    said, cells = sweep(*options)
-    assert (said.status, said.err.count("\n"), ran, cells) == (2, 1, [], [])
-    assert says in said.err
-
-
-def test_a_choice_without_labelled_images_is_refused(photos: Path, tmp_path: Path, kshot: Any) -> None:
-    where = ("--dataset", f"folder:{photos}", "--out", tmp_path / "out")
-    said = kshot("zero-shot", *where, "--calibration", "validated")
-    assert (said.status, said.err.count("\n")) == (2, 1)
-    assert "zero-shot has none; give contextual, pmi or none" in said.err
+    method = () if "--method" in options else ("--method", "vlm-lora")  # without a labelled image nothing is chosen
+    refused("sweep", "--dataset", f"folder:{photos}", *method, *options, "--out", tmp_path / "out", parts=[part])
+    assert (ran, list(tmp_path.iterdir())) == ([], [])
