@@ -135,8 +135,6 @@ def test_an_image_that_the_model_cannot_take_is_named(adapter: Path, images: Pat
     (images / "line.png").write_bytes(make_image(1, 3000, 4))
     options = ("--adapter", adapter, "--max-side", "3000", "--json")
     ended = kshot("predict", images / "line.png", images / "a.png", *options)
-        "predict", images / "line.png", images / "a.png", "--adapter", adapter, "--max-side", "3000", "--json"
-    )
     assert (ended.status, len(parsed(ended.out)), ended.err.count("\n")) == (1, 1, 1)
     assert ended.err.startswith(f"kshot: {images}/line.png: image of 3000x4 pixels: ")
 
