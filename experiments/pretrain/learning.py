@@ -164,7 +164,7 @@ def _teacher() -> torch.nn.Module:
 def _batches(masks: Tensor) -> Iterator[Tensor]:
     """(B, 3, 128, 128): what the teacher sees, scaled as its authors did."""
     edge = (SIDE - DRAWN) // 2
-    for part in masks.split(BATCH):
-        drawn = functional.interpolate(part[:, None].float(), size=(DRAWN, DRAWN), mode="bilinear")
+    for batch in masks.split(BATCH):
+        drawn = functional.interpolate(batch[:, None].float(), size=(DRAWN, DRAWN), mode="bilinear")
         picture = 255 - functional.pad(drawn, (edge,) * 4)
         yield ((picture - 127) / 128).expand(-1, 3, -1, -1)

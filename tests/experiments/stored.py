@@ -20,8 +20,8 @@ def numbers(folder: Path) -> dict[str, tuple[dict[str, Any], pa.Table]]:
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file with its time of change and its content; the lock is no content."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
 
 
 def rewrite(path: Path, **changes: object) -> None:

@@ -75,9 +75,9 @@ def test_what_reads_compared_settings_becomes_series() -> None:
 
 def test_prompts_and_settings_are_compared_side_by_side() -> None:
     both = sweep({"vlm_features": ["tower", "hidden"]}, prompts=["recipe", "other"], methods=["vlm-vision-linear"])
-    asked = replace(METHODS["vlm-vision-linear"], settings=("prompt", "vlm_features"))
+    asking = replace(METHODS["vlm-vision-linear"], settings=("prompt", "vlm_features"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "vlm-vision-linear", asked)
+        patch.setitem(METHODS, "vlm-vision-linear", asking)
         series = by_series(both, [])[0]["methods"]
     titles = ["prompt 1, tower", "prompt 1, hidden", "prompt 2, tower", "prompt 2, hidden"]
     assert [style(each).title for each in series] == [f"VLM features + linear ({words})" for words in titles]
@@ -194,15 +194,15 @@ def test_the_summary_fits_into_80_columns(capsys: pytest.CaptureFixture[str]) ->
     shots = (1, 2, 4, 8, 16)
     wide = [{**c, "shots": k, "key": f"{c['key']}-{k}"} for c in grid(COMPARE) if c["shots"] == 1 for k in shots]
     print_summary(sweep(COMPARE, notes=[], shots=list(shots)), wide)
-    said = capsys.readouterr().out.splitlines()
-    assert max(map(len, said[:-8])) <= 80
-    assert [line.split()[:2] for line in said[4:12]] == [[METHOD, f"#{n}"] for n in range(1, 9)]
-    assert said[-8] == "#1: vit_small_patch14_dinov2.lvd142m, own size, cls"
-    assert said[-1] == "#8: vit_base_patch14_dinov2.lvd142m, 518 px, last4"
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-8])) <= 80
+    assert [line.split()[:2] for line in lines[4:12]] == [[METHOD, f"#{n}"] for n in range(1, 9)]
+    assert lines[-8] == "#1: vit_small_patch14_dinov2.lvd142m, own size, cls"
+    assert lines[-1] == "#8: vit_base_patch14_dinov2.lvd142m, 518 px, last4"
     both = sweep(TWO, prompts=["recipe", "{image}? => {label}"], methods=[METHOD, "vlm-lora"], notes=[])
     print_summary(both, [])
-    said = capsys.readouterr().out.splitlines()
-    assert said[-6:-3] == ["#1: prompt recipe", "#2: prompt {image}? => {label}", "#3: own size, cls"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6:-3] == ["#1: prompt recipe", "#2: prompt {image}? => {label}", "#3: own size, cls"]
 
 
 def test_series_are_in_the_order_of_their_values() -> None:

@@ -52,17 +52,17 @@ def test_other_sets_have_none() -> None:
 
 def test_they_lie_where_they_were_published() -> None:
     ours = scores(curve("vlm-lora", {1: 0.6, 16: 0.86}) + curve("vlm-zero-shot", {0: 0.5}), "cars")
-    found = lines(draw_dataset(ours, "title", 196, references_to_draw("cars", [VIT_B])))
+    drawn = lines(draw_dataset(ours, "title", 196, references_to_draw("cars", [VIT_B])))
     values = {row.method: row.values for row in published("cars")}
     tip = values["Tip-Adapter-F"]
-    assert [*found] == [
+    assert [*drawn] == [
         "zero-shot CLIP (published)",
         "Tip-Adapter-F (published)",
         "DINOv2 ViT-B/14, full data (published)",
     ]
-    assert found["Tip-Adapter-F (published)"] == pytest.approx(np.array([(np.log2(k), v) for k, v in tip.items()]))
-    assert set(found["zero-shot CLIP (published)"][:, 1]) == {values["zero-shot CLIP"][0]}
-    assert set(found["DINOv2 ViT-B/14, full data (published)"][:, 1]) == {values["DINOv2 ViT-B/14"][ALL]}
+    assert drawn["Tip-Adapter-F (published)"] == pytest.approx(np.array([(np.log2(k), v) for k, v in tip.items()]))
+    assert set(drawn["zero-shot CLIP (published)"][:, 1]) == {values["zero-shot CLIP"][0]}
+    assert set(drawn["DINOv2 ViT-B/14, full data (published)"][:, 1]) == {values["DINOv2 ViT-B/14"][ALL]}
 
 
 def test_the_axis_has_room_for_them_but_ours_keep_half() -> None:
@@ -87,8 +87,8 @@ def test_what_is_beyond_the_axis_is_named_with_its_numbers() -> None:
     figure = draw_dataset(ours, "title", 101, references_to_draw("caltech101", []))
     assert lines(figure) == {}
     (legend,) = figure.legends
-    said = legend.get_title().get_text().replace("\n", " ")
-    assert said == (
+    note = legend.get_title().get_text().replace("\n", " ")
+    assert note == (
         "Published by others under other protocols, beyond the axis: zero-shot CLIP 85.9; Tip-Adapter-F 89.3 to 92.9."
     )
     assert not any("published" in text.get_text() for text in legend.get_texts())
@@ -129,8 +129,8 @@ def test_all_sets_on_one_page_with_one_legend(count: int) -> None:
     assert len(figure.axes) == count
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     assert len({tuple(axes.get_xticks()) for axes in figure.axes}) == 1
-    said = ["".join(axes.get_title(loc="left").split()) for axes in figure.axes]
-    assert said == ["".join(name.split()) for name in names]
+    panels = ["".join(axes.get_title(loc="left").split()) for axes in figure.axes]
+    assert panels == ["".join(name.split()) for name in names]
     (legend,) = figure.legends
     titles = [style(m).title for m in ("vlm-zero-shot", "vlm-lora", "pixel-knn")]
     assert [text.get_text() for text in legend.get_texts()] == [*titles, "chance"]

@@ -32,10 +32,10 @@ def test_costs_add_up() -> None:
     for each in cells:
         each["timings"] = {f"{phase}_seconds": float(rng.uniform(100, 5000)) for phase in ("fit", "predict", "answer")}
         each["work"] = {"vision_forwards": int(rng.integers(9999)), "train_tokens": int(rng.integers(9999))}
-    found = rows(cost_table(cells))
-    assert [*found] == ["VLM zero-shot", "VLM + LoRA", "pixel kNN", "the whole sweep"]
+    costs = rows(cost_table(cells))
+    assert [*costs] == ["VLM zero-shot", "VLM + LoRA", "pixel kNN", "the whole sweep"]
     groups = {"VLM zero-shot": "vlm-zero-shot", "VLM + LoRA": "vlm-lora", "pixel kNN": "pixel-knn"}
-    for title, fields in found.items():
+    for title, fields in costs.items():
         group = [c for c in cells if title not in groups or c["method"] == groups[title]]
         seconds = np.array([[c["timings"][f"{p}_seconds"] for p in ("fit", "predict", "answer")] for c in group])
         numbers = [float(field.replace(",", "")) for field in fields]

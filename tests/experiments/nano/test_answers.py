@@ -69,8 +69,8 @@ def test_the_loss_weighs_the_first_token_most() -> None:
     log_probs = log_softmax(logits, axis=2)
     first = -log_probs[0, 0, 1] - log_probs[1, 0, 2]
     later = -log_probs[0, 1, 4] - log_probs[0, 2, 6] - log_probs[1, 1, 5]
-    found = students.answer_loss(torch.tensor(logits), torch.tensor(targets))
-    assert float(found) == pytest.approx((first + 0.3 * later) / 2)
+    loss = students.answer_loss(torch.tensor(logits), torch.tensor(targets))
+    assert float(loss) == pytest.approx((first + 0.3 * later) / 2)
 
 
 def test_names_that_many_drawings_bear_are_shown_less_often_than_they_stand_there() -> None:

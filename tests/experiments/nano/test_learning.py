@@ -21,8 +21,8 @@ def test_the_loss_is_the_cross_entropy_between_two_views_of_likeness() -> None:
     wanted = softmax(queue[:3] @ queue.T / learning.TEACHER_TEMPERATURE, axis=1)
     unit = made / np.linalg.norm(made, axis=1, keepdims=True)
     expected = -(wanted * log_softmax(unit @ queue.T / learning.TEMPERATURE, axis=1)).sum(1).mean()
-    found = learning.similarity_loss(torch.tensor(made), torch.tensor(queue))
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+    loss = learning.similarity_loss(torch.tensor(made), torch.tensor(queue))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
 def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adam() -> None:

@@ -58,11 +58,11 @@ def test_the_start_of_the_vit_depends_on_the_seed_alone() -> None:
 
 
 def test_positions_start_as_waves() -> None:
-    found = wave_positions(3, 8).numpy()
+    positions = wave_positions(3, 8).numpy()
     frequency = np.array([1, 100**-0.5])
     for n, (row, column) in enumerate(np.ndindex(3, 3)):
         expected = [f(place * frequency) for place in (column, row) for f in (np.sin, np.cos)]
-        np.testing.assert_allclose(found[n], 0.5 * np.concatenate(expected), atol=1e-6)
+        np.testing.assert_allclose(positions[n], 0.5 * np.concatenate(expected), atol=1e-6)
 
 
 def test_plain_attention_says_what_the_fused_one_says() -> None:

@@ -122,13 +122,13 @@ def test_the_drawings_come_once_each_and_none_that_looks_held_out(monkeypatch: p
     chosen = [icon(name) for name in (*NAMES, "star", "unlock", "house", "cart-plus")]
     monkeypatch.setattr(module, "read_icons", lambda: [*chosen, comet, again])
     monkeypatch.setattr(module, "TEXT_FONTS", ("cmr10",))
-    found = subjects()
-    icons, glyphs = found.names[: len(NAMES)], found.names[len(NAMES) :]
+    drawn = subjects()
+    icons, glyphs = drawn.names[: len(NAMES)], drawn.names[len(NAMES) :]
     assert icons == NAMES
     assert {f"letter {chr(code)}" for code in range(ord("a"), ord("z") + 1)} <= set(glyphs)
     assert set(glyphs) <= {glyph_name(char) for char in characters(("cmr10",))}
-    assert found.masks.shape == (len(found), 64, 64)
-    assert found.masks.dtype == np.uint8
+    assert drawn.masks.shape == (len(drawn), 64, 64)
+    assert drawn.masks.dtype == np.uint8
 
 
 def test_drawings_of_the_held_out_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,14 +208,14 @@ def test_text_is_cropped_to_its_ink() -> None:
 
 @pytest.mark.slow
 def test_all_subjects() -> None:
-    found = subjects()
-    assert len(found) == len(found.masks) > 15_000
-    ink = found.masks > 0
+    drawn = subjects()
+    assert len(drawn) == len(drawn.masks) > 15_000
+    ink = drawn.masks > 0
     assert ((ink[:, :, 0].any(1) & ink[:, :, -1].any(1)) | (ink[:, 0].any(1) & ink[:, -1].any(1))).all()
-    assert [name for name in set(found.names) if KEPT_OUT.search(name)] == []
-    assert len(np.unique(found.masks.reshape(len(found), -1), axis=0)) == len(found)
+    assert [name for name in set(drawn.names) if KEPT_OUT.search(name)] == []
+    assert len(np.unique(drawn.masks.reshape(len(drawn), -1), axis=0)) == len(drawn)
     held_out = [i for i in read_icons() if first_word(i) in DEMO]
-    thumbs = np.stack([np.asarray(Image.fromarray(m).resize((24, 24), Image.Resampling.BOX)) for m in found.masks])
+    thumbs = np.stack([np.asarray(Image.fromarray(m).resize((24, 24), Image.Resampling.BOX)) for m in drawn.masks])
     small = thumbnails(image for _, image in inked(held_out))
-    nearest = cdist(thumbs.reshape(len(found), -1)[::20], small, "cityblock").min(1) / (255 * PIXELS)
+    nearest = cdist(thumbs.reshape(len(drawn), -1)[::20], small, "cityblock").min(1) / (255 * PIXELS)
     assert nearest.min() > 0.8 * SIMILAR  # the mask has been shrunk twice here, which moves it a little
