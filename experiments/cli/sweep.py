@@ -179,10 +179,8 @@ def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], sett
     overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}
     if "datasets" in overrides and preset == "demo":
         overrides["name"] = opt.sweep_name(overrides["datasets"])
-    values = {
-        name: (value[0] if len(value) == 1 else tuple(value)) if isinstance(value, list) else value
-        for name, value in options.items()
-    }
+    several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
+    values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
     return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
 
 
