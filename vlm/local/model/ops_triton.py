@@ -1,5 +1,4 @@
-"""Norms, rotation and gated activation as one Triton kernel each, and their gradients. What each means:
-`vlm.local.model.ops`.
+"""The functions of `vlm.local.model.ops`, and their gradients, as one Triton kernel each.
 
 One pass over memory, in float32 inside, rounded where torch's operations round; `gated_back` needs gate_up alone. Needs
 Triton; tensors may be of any GPU.

@@ -124,12 +124,9 @@ def _make_tables(visual: Any, grid: Grid) -> Tables:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image. grid: patches (time, height, width).
+    """One image. values: (1 + deepstack layers, tokens, hidden), the embeds first."""
 
-    values: (1 + deepstack layers, tokens, hidden), the embeds first.
-    """
-
-    grid: tuple[int, int, int]
+    grid: Grid
     values: Tensor
 
     @property
