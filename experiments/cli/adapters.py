@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 INTERVAL = 10  # seconds between two lines of progress, where there is no terminal
 BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
-TOP = 5
 
 
 def train(
@@ -123,7 +122,7 @@ def predict(
     prompt: opt.Prompt = None,
     top: Annotated[
         int, typer.Option("--top", min=1, metavar="N", help="Classes to show; with --json under the key topN.")
-    ] = TOP,
+    ] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",
     max_side: Annotated[

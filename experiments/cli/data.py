@@ -43,7 +43,7 @@ def get(
     split_seed: opt.SplitSeed = 0,
 ) -> None:
     """Fetch or read a data set once, verify it, and keep it in the cache."""
-    _print_facts(_load(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed))
+    _loaded(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed)
 
 
 def check(
@@ -58,8 +58,7 @@ def check(
     """Decode and hash every image of a data set, and look for images that train and test share."""
     from data import check as checks
 
-    dataset = _load(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed)
-    _print_facts(dataset)
+    dataset = _loaded(name, opt.access_of(source, root, protocol, split_file, allow_modified), split_seed)
     with err.status("decoding every image"):
         report = checks.check(dataset)
     for line in _lines(dataset, report):
@@ -69,16 +68,15 @@ def check(
         raise DatasetError(f"{dataset.name}: {report.broken[0]}{more}")
 
 
-def _load(name: str, access: "Access", split_seed: int) -> "Dataset":
+def _loaded(name: str, access: "Access", split_seed: int) -> "Dataset":
+    """The data set, when its facts are printed."""
     from data import catalog
 
     with err.status(f"reading {name}"):
-        return catalog.load(name, access=access, split_seed=split_seed)
-
-
-def _print_facts(dataset: "Dataset") -> None:
-    for name, value in _facts(dataset):
-        out.print(f"{name}: {value}")
+        dataset = catalog.load(name, access=access, split_seed=split_seed)
+    for fact, value in _facts(dataset):
+        out.print(f"{fact}: {value}")
+    return dataset
 
 
 def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:
@@ -96,10 +94,8 @@ def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:
     for name, md5 in facts.get("md5", {}).items():
         yield f"md5 of {name}", md5 + (" (not the published file's)" if name in facts["modified"] else "")
     if ignored := facts.get("ignored"):
-        yield (
-            "no images of the set",
-            f"{len(ignored):,}: {', '.join(ignored[:SHOWN])}{', ...' if ignored[SHOWN:] else ''}",
-        )
+        more = ", ..." if ignored[SHOWN:] else ""
+        yield "no images of the set", f"{len(ignored):,}: {', '.join(ignored[:SHOWN])}{more}"
 
 
 def _lines(dataset: "Dataset", report: "CheckReport") -> Iterator[str]:
@@ -108,6 +104,5 @@ def _lines(dataset: "Dataset", report: "CheckReport") -> Iterator[str]:
     for what, pairs in (("same image", report.exact), ("near duplicates (perceptual hash)", report.near)):
         yield f"{what} in train and test: {len(pairs):,}"
         for i, j in pairs[:SHOWN]:
-            one, other = dataset.train[i], dataset.test[j]
-            names = " and ".join(f"{dataset.classes[e.label]} {e.key[:12]}" for e in (one, other))
-            yield f"  {names}"
+            pair = dataset.train[i], dataset.test[j]
+            yield "  " + " and ".join(f"{dataset.classes[e.label]} {e.key[:12]}" for e in pair)

@@ -1,7 +1,8 @@
 """Options that several commands share: their declarations, and the meaning of their texts."""
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,11 +98,8 @@ def caps(texts: list[str] | None) -> dict[str, str]:
     return {dataset: most for dataset, _, most in parts}
 
 
-def sweep_name(datasets: Iterable[str]) -> str:
+def sweep_name(datasets: Sequence[str]) -> str:
     """The name of a sweep of these data sets: of a folder the last part of its path, in letters that need no quotes."""
-    return "-".join(_file_name(name) for name in dict.fromkeys(datasets))
-
-
-def _file_name(dataset: str) -> str:
-    name = os.path.basename(os.path.abspath(dataset.partition(":")[2])) if ":" in dataset else dataset
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip("-.") or "folder"
+    folders = {name: os.path.basename(os.path.abspath(name.partition(":")[2])) for name in datasets if ":" in name}
+    names = (folders.get(name, name) for name in dict.fromkeys(datasets))
+    return "-".join(re.sub(r"[^\w.-]", "-", name).lstrip("-.") or "folder" for name in names)
