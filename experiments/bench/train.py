@@ -65,8 +65,9 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
         tasks = {name: partial(started[name].run, train, each, case) for name, each in implementations.items()}
         short = replace(case, batches=case.batches[:WARM_STEPS])
         # On a CPU all at once, as most of it is importing; a GPU has room for one.
-        with ThreadPoolExecutor(len(tasks) if device == "cpu" else 1) as pool:
-            list(pool.map(lambda name: started[name].run(train, implementations[name], short), tasks))
+        pool = ThreadPoolExecutor(len(tasks) if device == "cpu" else 1)  # without `with`: an error waits for no other
+        list(pool.map(lambda name: started[name].run(train, implementations[name], short), tasks))
+        pool.shutdown()
         seconds, trained = in_turn(tasks, plan.rounds, warm_up=False)
         pairs = started[OURS].run(programs.step_pairs, case, PAIRS * plan.rounds)
         return summary(case, plan, seconds, trained, pairs)
