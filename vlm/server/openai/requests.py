@@ -126,6 +126,7 @@ class GenerationRequest(Model, ABC):
     """What both endpoints take. The ranges of numbers are those of the OpenAI API, but for temperature's upper end."""
 
     model: Text
+    max_tokens: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -146,9 +147,9 @@ class GenerationRequest(Model, ABC):
     default_limit: ClassVar[int]  # tokens of an answer where the client says nothing
 
     @property
-    @abstractmethod
     def limit(self) -> int | None:
         """The most tokens of an answer, where the client says so."""
+        return self.max_tokens
 
     @property
     @abstractmethod
@@ -188,13 +189,8 @@ class CompletionRequest(GenerationRequest):
     default_limit = 16
 
     prompt: Annotated[list[Text | list[int]], BeforeValidator(prompts)]
-    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: bool = False
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def top(self) -> int | None:

@@ -70,8 +70,7 @@ def routes(state: ServerState, training_service: TrainingService, sampling_servi
     _training(router, state, training_service)
     _sampling(router, state, sampling_service)
     _answers(router, state)
-    _runs(router, state)
-    _checkpoints(router, state)
+    _lists(router, state)
     return router
 
 
@@ -255,7 +254,7 @@ def _response(answer: Answer) -> Response:
     return Response(answer.content, media_type=answer.content_type)
 
 
-def _runs(router: APIRouter, state: ServerState) -> None:
+def _lists(router: APIRouter, state: ServerState) -> None:
     @router.get("/training_runs")
     async def training_runs(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
@@ -279,8 +278,6 @@ def _runs(router: APIRouter, state: ServerState) -> None:
         flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
 
-
-def _checkpoints(router: APIRouter, state: ServerState) -> None:
     def existing(run: str, kind: str, name: str) -> str:
         return state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
 
