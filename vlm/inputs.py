@@ -75,19 +75,15 @@ def image_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
         header = open_header(image)
         plain = CHUNK_FORMATS.get(header.format or "")
         if plain is None or not is_plain(header):
-            return _png_chunk(image, rule)
+            pixels, buffer = open_image(image), io.BytesIO()
+            tokens = rule.tokens(pixels.height, pixels.width)
+            pixels.save(buffer, "PNG")
+            return types.ImageChunk(data=EncodedImage(buffer.getvalue()), format="png", expected_tokens=tokens)
         known = plain, rule.tokens(header.height, header.width)
         if len(rule.headers) < CACHED_HEADERS:
             rule.headers[image.key] = known
     format, tokens = known
     return types.ImageChunk(data=image, format=format, expected_tokens=tokens)
-
-
-def _png_chunk(data: bytes, rule: ImageRule) -> types.ImageChunk:
-    image, buffer = open_image(data), io.BytesIO()
-    tokens = rule.tokens(image.height, image.width)
-    image.save(buffer, "PNG")
-    return types.ImageChunk(data=EncodedImage(buffer.getvalue()), format="png", expected_tokens=tokens)
 
 
 def model_input(*parts: types.ModelInputChunk | Sequence[int]) -> tinker.ModelInput:

@@ -7,10 +7,11 @@ official client itself; "local" runs the engine in this process. The engine is i
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import tinker
+from tinker import APIFuture as Future
 from tinker import types
 
 from kshot.errors import RequestError, UnknownNameError
@@ -18,16 +19,8 @@ from kshot.errors import RequestError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-T_co = TypeVar("T_co", covariant=True)
 SCHEMES = {"http": 80, "https": 443}
 LOOPBACK_KEY = "tml-local"  # the SDK insists on a key of this shape; a local server without keys takes any
-
-
-class Future(Protocol[T_co]):
-    """What every request returns at once: `.result()` blocks, `await` does not."""
-
-    def result(self, timeout: float | None = None) -> T_co: ...
-    def __await__(self) -> Any: ...
 
 
 class SamplingClient(Protocol):

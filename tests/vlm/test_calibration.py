@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -24,6 +24,7 @@ def test_it_is_off_by_default() -> None:
     assert Settings().calibration == calibration.NONE
 
 
+@settings(deadline=None)
 @given(logits, arrays(np.float32, 4, elements=st.floats(-9, 0, width=32)))
 def test_the_prior_is_divided_out(scores: np.ndarray, log_prior: np.ndarray) -> None:
     """W = diag(prior)^-1 and no bias (Zhao et al. 2021, section 5), normalised."""

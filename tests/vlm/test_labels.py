@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types
 
@@ -69,6 +69,7 @@ class ToyModel:
 choices_of = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=5), min_size=2, max_size=12, unique_by=tuple)
 
 
+@settings(deadline=None)
 @given(choices_of, st.integers(0, 5))
 def test_both_scores_equal_brute_force(names: list[list[int]], seed: int) -> None:
     model, prompt = ToyModel(seed), [1, 2, 3]
@@ -81,6 +82,7 @@ def test_both_scores_equal_brute_force(names: list[list[int]], seed: int) -> Non
     assert likelihood[0] == pytest.approx([model.likelihood(prompt, c) for c in choices], abs=1e-4)
 
 
+@settings(deadline=None)
 @given(choices_of, st.integers(0, 5))
 def test_greedy_writes_the_likeliest_token_that_begins_a_choice(names: list[list[int]], seed: int) -> None:
     model, prompt = ToyModel(seed), [1, 2, 3]
@@ -103,6 +105,7 @@ def test_greedy_may_miss_the_likeliest_choice() -> None:
     assert greedy(trie, np.zeros((0, len(trie.edges)))).tolist() == []
 
 
+@settings(deadline=None)
 @given(choices_of)
 def test_the_trie_holds_each_node_once_and_parents_first(names: list[list[int]]) -> None:
     choices = [(*name, END) for name in names]

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kshot.errors import RequestError
 from vlm.local import losses
-from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of, fields_of, joined, loss
+from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of, fields_of, loss
 from vlm.local.model.attention import Causal, Rows
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Factors, LoraSpec, linear
@@ -350,7 +350,11 @@ class _Pack:
     def candidates(self) -> Candidates | None:
         """Of a closed loss: the candidates at the scored positions."""
         parts = [item.candidates for item in self.items if item.candidates is not None]
-        return joined(parts, [len(item.scored) for item in self.items]) if parts else None
+        if not parts:
+            return None
+        starts = [0, *accumulate(len(item.scored) for item in self.items[:-1])]
+        rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
+        return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
     def fields(self, device: torch.device) -> dict[str, Tensor]:
         """All fields at these positions."""

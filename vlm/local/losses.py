@@ -13,7 +13,7 @@ that may stand at each position, sparse (CSR) or dense with -1 where there is no
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -233,13 +233,6 @@ def candidates_of(data: tinker.TensorData, targets: np.ndarray, scored: np.ndarr
             "set its weight to 0"
         )
     return Candidates(rows, tokens)
-
-
-def joined(parts: Sequence[Candidates], counts: Sequence[int]) -> Candidates:
-    """Those of several data, whose numbers of scored positions are `counts`, as of one."""
-    starts = np.cumsum([0, *counts[:-1]])
-    rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
-    return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
 
 def log_probs(text: Text, hidden: Tensor, targets: Tensor, candidates: Candidates, factors: Factors | None) -> Tensor:

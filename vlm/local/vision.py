@@ -224,8 +224,8 @@ class DiskCache:
         return self.path(key).exists()
 
     def touch(self, key: str) -> None:
-        """Have it count as used now: it is about to be."""
-        with suppress(OSError):
+        """Have it count as used now."""
+        with suppress(OSError):  # another process has just removed it, or owns it
             os.utime(self.path(key))
 
     def path(self, key: str) -> Path:
@@ -234,13 +234,11 @@ class DiskCache:
 
     def get(self, key: str) -> ImageFeatures | None:
         """None where there is no file, or a damaged one."""
-        path = self.path(key)
         try:
-            features = _decode(path.read_bytes())
+            features = _decode(self.path(key).read_bytes())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             return None
-        with suppress(OSError):  # another process has just removed it, or owns it
-            os.utime(path)
+        self.touch(key)
         return features
 
     def put(self, key: str, features: ImageFeatures) -> None:
