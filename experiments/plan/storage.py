@@ -142,9 +142,12 @@ def disks(workload: Workload, out: Path, fetched: Sequence[Download], workers: i
     """The file systems that a sweep writes to. out: the results folder. fetched: what is downloaded first."""
     from huggingface_hub import constants
 
-    hub, cache = Path(constants.HF_HUB_CACHE), cache_folder()
-    features = _growth(_vlm_features(workload), cache / "vision")
-    features += _growth(_backbone_features(workload), cache / "features")
+    from vlm import service
+
+    hub, cache, vlm_features = Path(constants.HF_HUB_CACHE), cache_folder(), sum(feature_bytes(workload).values())
+    if vlm_features:  # of all data sets: cells keep those too that are not encoded ahead, as far as the cache goes
+        vlm_features = min(vlm_features, service.feature_disk_bytes())
+    features = _growth(vlm_features, cache / "vision") + _growth(_backbone_features(workload), cache / "features")
     predictions = sum(workload.datasets[cell.source].test_count(cell.settings) for cell in workload.cells)
     needs = [
         (hub, "downloads", sum(each.bytes or 0 for each in fetched)),
@@ -170,14 +173,6 @@ def _growth(needed: int, folder: Path) -> int:
             with suppress(OSError):
                 kept += os.lstat(Path(parent, name)).st_size
     return max(0, needed - kept)
-
-
-def _vlm_features(workload: Workload) -> int:
-    """Of all data sets, as cells keep those too that are not encoded ahead, as far as the cache goes."""
-    from vlm import service
-
-    total = sum(feature_bytes(workload).values())
-    return min(total, service.feature_disk_bytes()) if total else 0
 
 
 def _backbone_features(workload: Workload) -> int:

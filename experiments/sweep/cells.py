@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured. settings: only those that the method's numbers depend on, JSON values.
-
-    Where the data set lies, who computes and where results go are not part of a cell.
-    """
+    """What is measured; where the data set lies, who computes and where results go are no part of it. settings: only
+    those that the method's numbers depend on, JSON values."""
 
     dataset: str
     protocol: str

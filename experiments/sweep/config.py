@@ -110,18 +110,14 @@ class Sweep(BaseModel):
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Setting → the values that it takes in this sweep, one or more, in the order in which they are reported."""
-        return {"prompt": self.phrasings, **{name: values for name, values in self.compare if values}}
+        prompts = self.prompts or (self.settings.prompt,)
+        return {"prompt": prompts, **{name: values for name, values in self.compare if values}}
 
     @property
     def variants(self) -> list[Settings]:
         """The settings of every combination of these values; those of the later axes change first."""
         grid = product(*self.axes.values())
         return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
-
-    @property
-    def phrasings(self) -> tuple[str, ...]:
-        """Every prompt of the sweep, one at least."""
-        return self.prompts or (self.settings.prompt,)
 
     def shots_of(self, dataset: str) -> tuple[int, ...]:
         """The shots that a data set is drawn at, in their order."""

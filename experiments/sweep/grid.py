@@ -196,7 +196,8 @@ def execute(
             if isinstance(job, EncodingJob):
                 yield job, answer
             elif isinstance(answer, Failure):
-                results.fail(job.cell.key, job.cell.identity, answer.message, answer.exit_status, answer.trace)
+                failure = {"error": answer.message, "exit_status": answer.exit_status, "trace": answer.trace}
+                results.fail({"key": job.cell.key, **job.cell.identity, **failure})
                 yield job, answer
             else:
                 results.add(*answer)
@@ -324,7 +325,7 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
     if "prompt" in used:
         from vlm.prompts import template
 
-        for text in sweep.phrasings:
+        for text in sweep.axes["prompt"]:
             template(text)
     if "loss" in used and sweep.settings.loss == "closed-set" and service == "tinker":
         raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")

@@ -142,11 +142,9 @@ class Results:
         self._write_json(f"cells/{record['key']}.json", record)
         (self.folder / "failed" / f"{record['key']}.json").unlink(missing_ok=True)
 
-    def fail(self, key: str, identity: Mapping[str, Any], error: str, exit_status: int, trace: str) -> None:
+    def fail(self, record: Mapping[str, Any]) -> None:
         """Note why a cell has no result; a later `add` of it takes that back."""
-        self._write_json(
-            f"failed/{key}.json", {"key": key, **identity, "error": error, "exit_status": exit_status, "trace": trace}
-        )
+        self._write_json(f"failed/{record['key']}.json", record)
 
     def recompute(self) -> int:
         """Compute the metrics of every finished cell again from its predictions, without a model; how many records were

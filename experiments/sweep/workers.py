@@ -59,11 +59,10 @@ def local(
     gpus: Sequence[str] = (),
 ) -> Answers[J, R]:
     """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
-    with `threads` each, or one a GPU; at most one a job).
+    with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left.
 
     run and jobs must be picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what
-    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each. However it ends, also when the iterator is closed,
-    no worker is left.
+    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each.
     """
     room = len(gpus) or max(1, cores() // threads)
     count = min(workers or room, max(len(jobs), len(first)))
@@ -191,8 +190,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
-    """The results of jobs of which none may fail. The first Failure ends the run and is raised, as InputError or
-    KshotError."""
+    """The results of jobs; the first Failure ends the run and is raised, as InputError or KshotError."""
     with closing(answers):
         for job, result in answers:
             if isinstance(result, Failure):

@@ -56,19 +56,19 @@ def test_counts_are_those_by_hand(sweep: Callable[..., Sweep]) -> None:
     dataset = workload.datasets[workload.cells[0].source].dataset
     assert dataset is not None
     train = {dataset.train[n].key for seed in (0, 1) for n in k_shot(dataset.train, dataset.classes, 2, seed)}
-    found = count(workload, None)
-    assert found.cells == dict.fromkeys(FIVE, 4) | {"vlm-zero-shot": 1}
-    assert found.steps == {"vlm-lora": 4 * 3, "dinov2-lora": 4 * 3}  # 12 views in batches of 5
-    assert (found.train, found.test) == (len(train), 6)
-    assert found.tower == 6 + 2 * len(train)  # mirrored ones too
-    assert found.backbone == 6 + len(train)
-    assert found.prompts == 5 * 2 * 6  # five cells, twice an image
-    assert found.training_tokens is found.prompt_tokens is None
+    result = count(workload, None)
+    assert result.cells == dict.fromkeys(FIVE, 4) | {"vlm-zero-shot": 1}
+    assert result.steps == {"vlm-lora": 4 * 3, "dinov2-lora": 4 * 3}  # 12 views in batches of 5
+    assert (result.train, result.test) == (len(train), 6)
+    assert result.tower == 6 + 2 * len(train)  # mirrored ones too
+    assert result.backbone == 6 + len(train)
+    assert result.prompts == 5 * 2 * 6  # five cells, twice an image
+    assert result.training_tokens is result.prompt_tokens is None
 
 
 def test_only_what_is_asked_for_is_counted(sweep: Callable[..., Sweep]) -> None:
-    found = count(of_sweep(sweep(("dinov2-logreg",), limit_test=4)), None)
-    assert (found.test, found.tower, found.prompts, found.steps) == (4, 0, 0, {})
+    result = count(of_sweep(sweep(("dinov2-logreg",), limit_test=4)), None)
+    assert (result.test, result.tower, result.prompts, result.steps) == (4, 0, 0, {})
     assert count(of_sweep(sweep(), service="http://somewhere"), None).tower == 0
     both = count(of_sweep(sweep(("dinov2-logreg",), image_size=(16, 32))), None)
     assert both.backbone == 2 * count(of_sweep(sweep(("dinov2-logreg",))), None).backbone
@@ -82,9 +82,9 @@ def test_labelled_images_for_a_choice_are_asked_too(sweep: Callable[..., Sweep])
 
 def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> None:
     """The sample is the whole set: so the averages are exact."""
-    asked = sweep()
-    workload = of_sweep(asked)
-    source, s = asked.datasets[0], asked.settings
+    chosen = sweep()
+    workload = of_sweep(chosen)
+    source, s = chosen.datasets[0], chosen.settings
     dataset = workload.datasets[source].dataset
     assert dataset is not None
     prompt = prompt_of(None, Task(dataset.classes, [], [], 0, s, service="elsewhere"))
@@ -93,18 +93,18 @@ def test_tokens_are_those_of_the_real_prompts(sweep: Callable[..., Sweep]) -> No
     examples = [prompt.datum(image, label).model_input.length for image in images for label in range(3)]
     table, _ = prompt_lengths(workload)
     assert table is not None
-    found = table[source, "recipe"]
-    assert found.prompt == pytest.approx(np.mean(questions))
-    assert found.training == pytest.approx(np.mean(examples))
+    result = table[source, "recipe"]
+    assert result.prompt == pytest.approx(np.mean(questions))
+    assert result.training == pytest.approx(np.mean(examples))
     total = count(workload, table)
     assert total.training_tokens == round(4 * 15 * np.mean(examples))  # 3 steps of 5 views
     assert total.prompt_tokens == round(60 * np.mean(questions))
 
 
 def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> None:
-    asked = sweep(image_size=(None, 32))
-    planned = plan(asked)
-    by_jobs, by_sweep = of_jobs(planned.jobs, planned.datasets), of_sweep(asked)
+    chosen = sweep(image_size=(None, 32))
+    planned = plan(chosen)
+    by_jobs, by_sweep = of_jobs(planned.jobs, planned.datasets), of_sweep(chosen)
     assert Counter(by_jobs.cells) == Counter(by_sweep.cells)
     costs = ([METHODS[cell.method].cost for cell in workload.cells] for workload in (by_jobs, by_sweep))
     assert next(costs) == next(costs)
@@ -113,13 +113,13 @@ def test_a_plan_and_its_jobs_are_the_same_to_do(sweep: Callable[..., Sweep]) -> 
 
 def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -> None:
     assert blog.missing == ["caltech101", "cars", "flowers", "pets"]
-    found = count(blog, None)
-    assert found.cells == {"vlm-zero-shot": 4, "vlm-lora": 60, "dinov2-logreg": 60, "dinov2-lora": 60}
+    result = count(blog, None)
+    assert result.cells == {"vlm-zero-shot": 4, "vlm-lora": 60, "dinov2-logreg": 60, "dinov2-lora": 60}
     steps = sum(-(-160 * classes // 32) for classes in (102, 196, 102, 37))
-    assert found.steps == {"vlm-lora": 15 * steps, "dinov2-lora": 15 * steps}
-    assert found.test == 6084 + 8041 + 6149 + 3669
-    assert found.train <= 3060 + 8144 + 1020 + 3680
-    assert found.train > 0.6 * (3060 + 8144 + 1020 + 3680)
+    assert result.steps == {"vlm-lora": 15 * steps, "dinov2-lora": 15 * steps}
+    assert result.test == 6084 + 8041 + 6149 + 3669
+    assert result.train <= 3060 + 8144 + 1020 + 3680
+    assert result.train > 0.6 * (3060 + 8144 + 1020 + 3680)
     assert prompt_lengths(blog)[0] is None  # no tokenizer of that model is here
 
 
@@ -148,10 +148,10 @@ def test_what_comes_with_kshot_is_no_download(sweep: Callable[..., Sweep]) -> No
 
 
 def test_downloads_where_the_hub_is_out_of_reach(blog: Workload) -> None:
-    found = {each.name: each for each in downloads(blog)}
-    assert found[models.SIZES["8B"]] == Download(models.SIZES["8B"], 2 * 8767123696, "about")
-    assert {each.source for each in found.values()} == {"about"}
-    assert [each.dataset for each in found.values()] == [False, False, True, True, True, True]
+    result = {each.name: each for each in downloads(blog)}
+    assert result[models.SIZES["8B"]] == Download(models.SIZES["8B"], 2 * 8767123696, "about")
+    assert {each.source for each in result.values()} == {"about"}
+    assert [each.dataset for each in result.values()] == [False, False, True, True, True, True]
     other = of_sweep(load("blog", {}, {"model": "somebody/a-model"}))
     assert downloads(other)[0] == Download("somebody/a-model", None, "unknown")
 
@@ -160,17 +160,17 @@ def test_downloads_as_the_hub_says(blog: Workload, monkeypatch: pytest.MonkeyPat
     files = [("model-1.safetensors", 7), ("config.json", 2), ("pytorch_model.bin", 100), ("other/a.safetensors", 100)]
     data = [("data/train-0.parquet", 5), ("data/test-0.parquet", 4), ("data/validation-0.parquet", 100)]
 
-    def info(found: list[tuple[str, int]]) -> Callable[..., Any]:
-        named = [SimpleNamespace(rfilename=name, size=size) for name, size in found]
+    def info(result: list[tuple[str, int]]) -> Callable[..., Any]:
+        named = [SimpleNamespace(rfilename=name, size=size) for name, size in result]
         return lambda self, hub_id, **_: SimpleNamespace(siblings=named)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(storage, "_is_cached", lambda *_: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info(data))
-    found = downloads(blog)
-    assert [each.bytes for each in found] == [9, 2, 9, 9, 9, 9]  # timm's has another name for its weights
-    assert {each.source for each in found} == {"the hub says"}
+    result = downloads(blog)
+    assert [each.bytes for each in result] == [9, 2, 9, 9, 9, 9]  # timm's has another name for its weights
+    assert {each.source for each in result} == {"the hub says"}
     refused = SimpleNamespace(request=None, headers={}, status_code=401)
 
     def denied(*_: Any, **__: Any) -> Any:
@@ -220,11 +220,11 @@ def test_only_images_of_one_size_share_a_pass(sweep: Callable[..., Sweep]) -> No
 
 
 def test_where_nothing_is_left_nothing_is_needed(tmp_path: Path) -> None:
-    found = estimate(of_jobs([], {}), tmp_path / "out", RunOptions(workers=2))
-    assert found.no_time == "nothing is left to compute"
-    assert sum(found.counts.cells.values()) == found.counts.test == 0
-    assert {row[0]: row[1] for row in rows(found)}["cells"] == "0"
-    check(found.requirements)
+    result = estimate(of_jobs([], {}), tmp_path / "out", RunOptions(workers=2))
+    assert result.no_time == "nothing is left to compute"
+    assert sum(result.counts.cells.values()) == result.counts.test == 0
+    assert {row[0]: row[1] for row in rows(result)}["cells"] == "0"
+    check(result.requirements)
 
 
 def test_a_larger_model_needs_more(blog: Workload) -> None:
@@ -244,12 +244,12 @@ def test_a_stored_prediction_takes_no_more_than_is_said(method: str, tmp_path: P
 def test_disk_by_file_system(blog: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "not/there"))
     fetched = [Download("a", 100, "about"), Download("b", 50, "about", dataset=True), Download("c", None, "unknown")]
-    found = disks(blog, tmp_path / "out", fetched, workers=2)
-    assert sum(disk.needs.get("downloads", 0) for disk in found) == 150
-    assert sum(disk.needs.get("packed data sets", 0) for disk in found) == 50
-    assert sum(disk.needs.get("image features", 0) for disk in found) > 32 << 30
+    result = disks(blog, tmp_path / "out", fetched, workers=2)
+    assert sum(disk.needs.get("downloads", 0) for disk in result) == 150
+    assert sum(disk.needs.get("packed data sets", 0) for disk in result) == 50
+    assert sum(disk.needs.get("image features", 0) for disk in result) > 32 << 30
     rows = sum(each.test_count(blog.cells[0].settings) for each in blog.datasets.values()) * 46
-    assert sum(disk.needs.get("results", 0) for disk in found) == 200 * rows + (20 << 20)
+    assert sum(disk.needs.get("results", 0) for disk in result) == 200 * rows + (20 << 20)
     assert not (tmp_path / "out").exists()
 
 
@@ -303,23 +303,23 @@ def test_the_workers_are_those_that_a_sweep_would_have(sweep: Callable[..., Swee
 
 
 def test_a_table_of_what_is_not_known(blog: Workload, tmp_path: Path) -> None:
-    found = estimate(blog, tmp_path / "out", RunOptions(workers=1))
-    assert (found.time, found.measurement) == (None, None)
-    table = {row[0]: row[1:] for row in rows(found)}
+    result = estimate(blog, tmp_path / "out", RunOptions(workers=1))
+    assert (result.time, result.measurement) == (None, None)
+    table = {row[0]: row[1:] for row in rows(result)}
     assert table["cells"] == ("184", "60 vlm-lora, 60 dinov2-lora, 4 vlm-zero-shot, 60 dinov2-logreg")
     assert table["tokens"][0] == "unknown"
     assert models.SIZES["8B"] in table["tokens"][1]
     assert table["time"][0] == "unknown"
     assert table["time"][1].endswith("must be downloaded before the time can be measured")
-    lines = [row for row in rows(found) if row[0] == "download"]
+    lines = [row for row in rows(result) if row[0] == "download"]
     assert lines[0] == ("download", "17.5 GB", f"{models.SIZES['8B']} (about)")
     assert len(lines) == 6
 
 
 def test_a_service_elsewhere_is_not_measured(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
-    found = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", RunOptions(workers=1))
-    assert found.no_time.startswith("the time of the service tinker is not measured")
-    assert found.counts.prompt_tokens
+    result = estimate(of_sweep(sweep(), service="tinker"), tmp_path / "out", RunOptions(workers=1))
+    assert result.no_time.startswith("the time of the service tinker is not measured")
+    assert result.counts.prompt_tokens
 
 
 @pytest.mark.parametrize(

@@ -264,9 +264,9 @@ def test_a_sweep_is_held_to_its_own_gpu(
 
 def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
     grid = ("--dataset", f"folder:{photos}", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
-    said = kshot("sweep", "demo", "--plan", *grid, "--workers", "1", "--out", tmp_path / "out")
-    assert (said.status, said.out.split()[:4]) == (0, ["cells", "1", "1", "pixel-knn"])
-    assert "measured here" in said.out
+    ended = kshot("sweep", "demo", "--plan", *grid, "--workers", "1", "--out", tmp_path / "out")
+    assert (ended.status, ended.out.split()[:4]) == (0, ["cells", "1", "1", "pixel-knn"])
+    assert "measured here" in ended.out
     assert not (tmp_path / "out").exists()
 
 

@@ -152,13 +152,13 @@ def test_a_sweep_takes_what_was_said(
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
     workload = of_sweep(load("demo", {"shots": (1, 4)}, {}))
 
-    def said() -> float:
+    def planned_seconds() -> float:
         found = estimate(workload, tmp_path / "none", RunOptions(workers=2)).time
         assert found is not None
         return found.total
 
-    before, out = said(), tmp_path / "out"
+    before, out = planned_seconds(), tmp_path / "out"
     assert kshot("sweep", "demo", "--shots", "1,4", "--workers", "2", "--out", out).status == 0
-    after = said()
+    after = planned_seconds()
     took = max(path.stat().st_mtime for path in out.glob("cells/*.json")) - (out / "sweep.json").stat().st_mtime
     assert mean((before, after)) == pytest.approx(took, rel=0.3), (before, took, after)

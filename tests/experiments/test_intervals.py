@@ -75,12 +75,12 @@ def test_bootstrap_of_identical_tables_is_zero():
 
 
 def test_bootstrap_of_a_clear_difference_excludes_zero():
-    found = bootstrap_difference([paired(400, 0.9, 0)], [paired(400, 0.6, 1)], seed=1)
-    assert 0.2 < found.low < found.difference < found.high < 0.4
-    assert found.p < 0.001
+    result = bootstrap_difference([paired(400, 0.9, 0)], [paired(400, 0.6, 1)], seed=1)
+    assert 0.2 < result.low < result.difference < result.high < 0.4
+    assert result.p < 0.001
     swapped = bootstrap_difference([paired(400, 0.6, 1)], [paired(400, 0.9, 0)], seed=1)
     assert swapped.high < 0
-    assert swapped.difference == -found.difference
+    assert swapped.difference == -result.difference
 
 
 def test_bootstrap_is_reproducible_and_ignores_row_order():
@@ -96,11 +96,11 @@ def test_bootstrap_over_seeds_is_that_of_resampled_images():
     right = [sum((t["prediction"].to_numpy() == t["label"].to_numpy()) * 1 for t in runs) for runs in (runs_a, runs_b)]
     gain, rng = right[0] - right[1], np.random.default_rng(5)  # of three seeds: whole numbers tie where thirds may not
     draws = np.array([gain[rng.integers(0, 150, 150)].sum() for _ in range(20_000)])
-    found = bootstrap_difference(runs_a, runs_b, seed=1)
-    assert found.difference == pytest.approx(gain.mean() / 3)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws / 450, [0.025, 0.975])), abs=0.005)
-    assert 0.01 < found.p < 0.2
-    assert found.p == pytest.approx(2 * min(np.mean(draws <= 0), np.mean(draws >= 0)), abs=0.02)
+    result = bootstrap_difference(runs_a, runs_b, seed=1)
+    assert result.difference == pytest.approx(gain.mean() / 3)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(draws / 450, [0.025, 0.975])), abs=0.005)
+    assert 0.01 < result.p < 0.2
+    assert result.p == pytest.approx(2 * min(np.mean(draws <= 0), np.mean(draws >= 0)), abs=0.02)
 
 
 @given(st.integers(1, 4), st.integers(0, 100))
@@ -119,8 +119,8 @@ def test_seeds_that_differ_by_chance_make_the_interval_smaller():
 
 
 def test_bootstrap_p_is_never_zero():
-    found = bootstrap_difference([paired(50, 1.0, 0)], [paired(50, 0.0, 0)], seed=1)
-    assert found == Difference(1, 1, 1, 2 / (1 + RESAMPLES))
+    result = bootstrap_difference([paired(50, 1.0, 0)], [paired(50, 0.0, 0)], seed=1)
+    assert result == Difference(1, 1, 1, 2 / (1 + RESAMPLES))
 
 
 def test_twins_are_paired_whatever_their_order():

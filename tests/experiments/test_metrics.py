@@ -54,13 +54,13 @@ def probabilities(truth: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def test_agrees_with_scikit_learn(truth, probabilities):
-    found = metrics(predictions(truth, probabilities), 8)
+    result = metrics(predictions(truth, probabilities), 8)
     guess = probabilities.argmax(axis=1)
-    assert set(found) == NAMES
-    assert found["accuracy"] == pytest.approx(reference.accuracy_score(truth, guess))
-    assert found["mean_per_class"] == pytest.approx(reference.balanced_accuracy_score(truth, guess))
-    assert found["top5"] == pytest.approx(reference.top_k_accuracy_score(truth, probabilities, k=5))
-    assert found["nll"] == pytest.approx(reference.log_loss(truth, probabilities), rel=1e-6)
+    assert set(result) == NAMES
+    assert result["accuracy"] == pytest.approx(reference.accuracy_score(truth, guess))
+    assert result["mean_per_class"] == pytest.approx(reference.balanced_accuracy_score(truth, guess))
+    assert result["top5"] == pytest.approx(reference.top_k_accuracy_score(truth, probabilities, k=5))
+    assert result["nll"] == pytest.approx(reference.log_loss(truth, probabilities), rel=1e-6)
 
 
 def test_ece_agrees_with_a_loop_over_bins(truth, probabilities):
@@ -80,29 +80,29 @@ def test_ece_of_certainty():
 
 
 def test_text_answers():
-    found = metrics(predictions([0, 1, 2, 3], prediction=[0, 1, 2, 0], answer_label=[0, -1, 2, 1]), 8)
-    assert (found["accuracy"], found["accuracy_constrained"], found["accuracy_strict"]) == (0.75, 0.75, 0.5)
-    assert found["unparseable"] == 0.25
+    result = metrics(predictions([0, 1, 2, 3], prediction=[0, 1, 2, 0], answer_label=[0, -1, 2, 1]), 8)
+    assert (result["accuracy"], result["accuracy_constrained"], result["accuracy_strict"]) == (0.75, 0.75, 0.5)
+    assert result["unparseable"] == 0.25
 
 
 def test_what_has_no_meaning_is_none():
-    found = metrics(predictions([0, 1, 2], prediction=[0, 1, 1]), 3)
-    assert {name for name, value in found.items() if value is None} == NAMES - {"accuracy", "mean_per_class"}
+    result = metrics(predictions([0, 1, 2], prediction=[0, 1, 1]), 3)
+    assert {name for name, value in result.items() if value is None} == NAMES - {"accuracy", "mean_per_class"}
 
 
 def test_infinite_nll_is_none_and_json_stays_valid():
-    found = metrics(predictions([7, 1], np.eye(8)[[0, 1]]), 8)
-    assert found["nll"] is None
-    assert found["ece"] == 0.5
-    json.dumps(found, allow_nan=False)
+    result = metrics(predictions([7, 1], np.eye(8)[[0, 1]]), 8)
+    assert result["nll"] is None
+    assert result["ece"] == 0.5
+    json.dumps(result, allow_nan=False)
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_mean_per_class_is_accuracy_when_classes_are_balanced(n_classes, each, random):
     label = [c for c in range(n_classes) for _ in range(each)]
     guess = [random.randrange(n_classes) for _ in label]
-    found = metrics(predictions(label, prediction=guess), n_classes)
-    assert found["mean_per_class"] == pytest.approx(found["accuracy"])
+    result = metrics(predictions(label, prediction=guess), n_classes)
+    assert result["mean_per_class"] == pytest.approx(result["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_confusions_are_the_largest_entries_off_the_diagonal(rows, limit):
         for b in range(5)
         if a != b and matrix[a, b]
     )
-    found = confusions(predictions(label, prediction=guess), limit)
-    assert found == [(a, b, -n, pytest.approx(share)) for n, a, b, share in expected[:limit]]
+    result = confusions(predictions(label, prediction=guess), limit)
+    assert result == [(a, b, -n, pytest.approx(share)) for n, a, b, share in expected[:limit]]
 
 
 def test_confusions_of_what_is_right_are_none():
@@ -158,10 +158,10 @@ def test_scores_group_by_method_and_shots():
             ("y", "a", 1, 0, 0.9, 1.0),
         ]
     ]
-    found = scores(cells, "x")
-    assert found["a"][1].mean == pytest.approx(0.3)
-    assert found["a"][1].n == 2
-    assert found["z"][0] == Score(0.3, None, 1)  # no ± 0: zero-shot draws nothing
+    result = scores(cells, "x")
+    assert result["a"][1].mean == pytest.approx(0.3)
+    assert result["a"][1].n == 2
+    assert result["z"][0] == Score(0.3, None, 1)  # no ± 0: zero-shot draws nothing
     assert "a" not in scores(cells, "x", "nll")  # one of its seeds is infinite
 
 

@@ -9,7 +9,7 @@ import reported
 
 from experiments.cli.sweep import print_summary
 from experiments.report.figures import write_dataset_figure
-from experiments.report.report import headline, write_report
+from experiments.report.report import headline
 from experiments.report.tables import full_grid
 from experiments.sweep.methods import METHODS
 from experiments.sweep.series import (
@@ -72,13 +72,8 @@ def test_with_one_prompt_nothing_changes(more):
 
 def test_with_several_prompts_what_asks_becomes_series():
     sweep, cells = by_series(SWEEP, grid())
-    assert [(method_of(m), prompt_of(m)) for m in sweep["methods"]] == [
-        ("vlm-zero-shot", 1),
-        ("vlm-zero-shot", 2),
-        ("vlm-lora", 1),
-        ("vlm-lora", 2),
-        ("pixel-knn", None),
-    ]
+    series = [(method, number) for method in ("vlm-zero-shot", "vlm-lora") for number in (1, 2)]
+    assert [(method_of(m), prompt_of(m)) for m in sweep["methods"]] == [*series, ("pixel-knn", None)]
     assert len(set(sweep["methods"])) == 5
     for before, after in zip(grid(), cells, strict=True):
         assert method_of(after["method"]) == before["method"]
@@ -107,10 +102,8 @@ def test_curves_begin_at_zero_where_that_is_known():
     expected = {**table, asked("vlm-lora", 1): {0: "a", 1: "b"}}
     assert from_zero(table) == expected
     assert from_zero(expected) == expected
-    assert from_zero({"vlm-zero-shot": {0: 1}, "dinov2-logreg": {1: 2}}) == {
-        "vlm-zero-shot": {0: 1},
-        "dinov2-logreg": {1: 2},
-    }
+    unrelated = {"vlm-zero-shot": {0: 1}, "dinov2-logreg": {1: 2}}
+    assert from_zero(unrelated) == unrelated
 
 
 def test_looks_are_of_the_method_and_differ_by_prompt():
@@ -134,8 +127,7 @@ def test_every_prompt_is_planned():
 
 def test_the_report_tells_prompts_apart(tmp_path: Path):
     cells = [c for c in grid() if c["key"] != f"vlm-lora-4-1-{PROMPTS[1]}"]
-    write_report(tmp_path, SWEEP, cells, {"icons": 100})
-    text = (tmp_path / "report.md").read_text()
+    text, _ = reported.written(tmp_path, SWEEP, cells)
     assert "| 1 | recipe |\n| 2 | {image}What is it? =&gt; It is a {label} |" in text
     assert re.search(r"\| VLM \+ LoRA \(prompt 1\) \| 10\.0 [^|]* \| 11\.0 ± ", text)
     assert re.search(r"\| VLM \+ LoRA \(prompt 2\) \| \*\*20\.0 [^|]* \| \*\*21\.0 ± ", text)
@@ -147,13 +139,10 @@ def test_the_report_tells_prompts_apart(tmp_path: Path):
 
 def test_the_report_of_one_prompt_has_no_numbers(tmp_path: Path):
     cells = [c for c in grid() if c["settings"].get("prompt") != PROMPTS[1]]
-    texts = []
-    for number, prompts in enumerate(({}, {"prompts": PROMPTS[:1]})):
-        sweep = {**{key: value for key, value in SWEEP.items() if key != "prompts"}, **prompts}
-        write_report(tmp_path / str(number), sweep, cells, {"icons": 100})
-        texts.append((tmp_path / str(number) / "report.md").read_bytes())
+    without = {key: value for key, value in SWEEP.items() if key != "prompts"}
+    texts = [reported.written(tmp_path, without | prompts, cells) for prompts in ({}, {"prompts": PROMPTS[:1]})]
     assert texts[0] == texts[1]
-    assert b"prompt" not in texts[0]
+    assert "prompt" not in texts[0][0]
     assert "(2 seeds)" in headline(cells, "icons")
 
 

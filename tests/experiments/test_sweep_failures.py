@@ -44,15 +44,15 @@ def test_a_failed_cell_is_noted_and_tried_again_and_the_others_run(
     sweep: Any, broken: Any, ran: list[Job], tmp_path: Path
 ) -> None:
     broken(ZeroDivisionError("by 0"))
-    said = sweep()
-    assert said.status == 1
+    ended = sweep()
+    assert ended.status == 1
     assert len(ran) == 4
     (path,) = (tmp_path / "out/failed").glob("*.json")
     noted = json.loads(path.read_text())
     assert (noted["method"], noted["shots"], noted["error"]) == ("pixel-knn", 2, "ZeroDivisionError: by 0")
     assert "test_sweep_failures" in noted["trace"]
     assert len([*(tmp_path / "out/cells").glob("*.json")]) == 3
-    last = said.err.splitlines()[-1]
+    last = ended.err.splitlines()[-1]
     assert noted["exit_status"] == 1
     assert last.startswith("kshot: 1 of 4 cells failed, first pixel-knn on folder:")
     assert "2 shots, seed 0: ZeroDivisionError: by 0 (the same command tries them again, and --only-failed" in last
@@ -86,15 +86,15 @@ def test_another_device_or_service_is_refused(sweep: Any, tmp_path: Path, ran: l
     content = json.loads(path.read_text())
     assert (content["service"], content["device"]) == ("local", "cpu")
     path.write_text(json.dumps({**content, "device": "cuda"}))
-    said = sweep("--shots", "1")
-    assert said.status == 2
-    assert "another configuration (device 'cuda' → 'cpu')" in said.err
+    ended = sweep("--shots", "1")
+    assert ended.status == 2
+    assert "another configuration (device 'cuda' → 'cpu')" in ended.err
 
 
 def test_an_unknown_executor_is_named(sweep: Any) -> None:
-    said = sweep("--executor", "slurm")
-    assert said.status == 2
-    assert "unknown executor 'slurm'; choose from: local, ray" in said.err
+    ended = sweep("--executor", "slurm")
+    assert ended.status == 2
+    assert "unknown executor 'slurm'; choose from: local, ray" in ended.err
 
 
 def test_a_second_seed_on_the_same_images_needs_no_vision_forward(

@@ -23,8 +23,8 @@ COMMAND = [sys.executable, "-c", "from experiments.cli.main import main; main()"
 
 def demo(out: Path, cache: Path) -> subprocess.Popen[bytes]:
     """In a session of its own, so that nothing but its parent's death ends a worker."""
-    told = {**os.environ, "KSHOT_CACHE": str(cache)}
-    return subprocess.Popen([*COMMAND, str(out)], env=told, start_new_session=True, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "KSHOT_CACHE": str(cache)}
+    return subprocess.Popen([*COMMAND, str(out)], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
 def wait_for(process: subprocess.Popen[bytes], out: Path, rng: np.random.Generator) -> None:
