@@ -1,12 +1,6 @@
 from collections.abc import Callable
 
 import pytest
-from clusters import Problem, clusters
-
-
-@pytest.fixture
-def problem() -> Problem:
-    return clusters(3, 4, 5)
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """Small DINOv2 models with random weights: transformers' own, and the published equations in plain torch."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm, silu
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
 
+from baselines import nano
 from baselines.weights import vision_transformer
 from kshot.errors import ModelError
 
@@ -31,6 +37,26 @@ def hub_model(*, registers: int = 0, gated: bool = False, **more: object) -> Pre
             Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=registers, **settings))
         )
     return randomised(Dinov2Model(Dinov2Config(**settings)))
+
+
+def timm_folder(folder: Path, architecture: str, **arguments: Any) -> tuple[str, torch.nn.Module]:
+    """A model of timm with random weights, saved in its hub layout, and the model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = timm.create_model(architecture, num_classes=0, **arguments).eval()
+    config = {"architecture": architecture, "num_classes": 0, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"num_classes": 0}}))
+    save_file(module.state_dict(), folder / "model.safetensors")
+    return str(folder), module
+
+
+def nano_folder(folder: Path, **arguments: Any) -> Path:
+    """A copy of the nano model; its config.json states these arguments instead of its own."""
+    shutil.copytree(nano.HERE, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] |= arguments
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def pictures(count: int = 2, height: int = SIDE, width: int = SIDE) -> Tensor:

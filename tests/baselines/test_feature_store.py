@@ -1,8 +1,6 @@
 """Features that outlive their process: what is found again, what is kept apart, and what is made anew."""
 
 import hashlib
-import json
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from small_dinov2 import nano_folder
 
 from baselines import nano
 from baselines.features import Encoder, FeatureStore
@@ -55,12 +54,9 @@ def test_what_rounds_otherwise_is_kept_apart(
 @pytest.mark.parametrize("change", ["heads", "weights"])
 def test_another_model_is_another_feature(change: str, images: list[bytes], tmp_path: Path) -> None:
     """Of the same name; and the same weights may be of another number of heads, which only config.json states."""
-    paths = [shutil.copytree(nano.HERE, tmp_path / name / "model") for name in ("one", "other")]
-    if change == "heads":
-        config = json.loads((paths[1] / "config.json").read_text())
-        config["model_args"]["num_heads"] = 2
-        (paths[1] / "config.json").write_text(json.dumps(config))
-    else:
+    heads = {"num_heads": 2} if change == "heads" else {}
+    paths = [nano_folder(tmp_path / "one" / "model"), nano_folder(tmp_path / "other" / "model", **heads)]
+    if change == "weights":
         tensors = load_file(paths[1] / "model.safetensors")
         save_file({**tensors, "norm.bias": tensors["norm.bias"] + 1}, paths[1] / "model.safetensors")
     first = Encoder(str(paths[0]), folder=tmp_path / "cache").features(images)
@@ -92,15 +88,15 @@ def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp
     encoder = Encoder(nano.NAME, folder=tmp_path)
     key = hashlib.sha256(images[2]).digest()
     store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder.dim)
-    told = np.full(encoder.dim, 7, np.float32)
+    theirs = np.full(encoder.dim, 7, np.float32)
     with ThreadPoolExecutor(1) as pool:
         with store.lock(key[0], wait=True):
-            found = pool.submit(encoder.features, images)
-            while encoder.forwards < 3 and not found.done():
+            running = pool.submit(encoder.features, images)
+            while encoder.forwards < 3 and not running.done():
                 time.sleep(0.01)
-            store.write(key[0], {key: told})
-        features = found.result()
-    np.testing.assert_array_equal(features[2], told)
+            store.write(key[0], {key: theirs})
+        features = running.result()
+    np.testing.assert_array_equal(features[2], theirs)
     assert encoder.forwards == 3
 
 

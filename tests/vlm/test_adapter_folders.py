@@ -1,12 +1,12 @@
 """An adapter folder that lies anywhere: read as it was saved, or refused by name."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tinker
 import torch
 from safetensors.torch import load_file, save_file
 from tinker import types
@@ -21,24 +21,32 @@ from vlm.local.clients import LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
+WEIGHTS = "adapter_model.safetensors"
 
-@pytest.fixture
-def trained(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> LocalTrainingClient:
-    client.forward_backward(mixed, "cross_entropy")
+
+@pytest.fixture(scope="module")
+def trained(service: LocalServiceClient, prompt: Prompt, examples: list[Pictured]) -> LocalTrainingClient:
+    client = service.create_lora_training_client(nano.NAME, rank=4, seed=7).result()
+    client.forward_backward([prompt.datum(e.image, e.label) for e in examples[:4]], "cross_entropy")
     client.optim_step(types.AdamParams(learning_rate=1e-2, eps=1e-8)).result()
     return client
 
 
-@pytest.fixture
-def folder(trained: LocalTrainingClient, service: LocalServiceClient, tmp_path: Path) -> Path:
-    """A copy, somewhere else, of what a sampler's save writes."""
-    path = trained.save_weights_for_sampler("x").result().path
-    return Path(shutil.copytree(folder_of(service._registry.state, path), tmp_path / "an adapter"))
+@pytest.fixture(scope="module")
+def saved(trained: LocalTrainingClient, service: LocalServiceClient) -> Path:
+    """What a sampler's save writes."""
+    return folder_of(service._registry.state, trained.save_weights_for_sampler("x").result().path)
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Iterator[LocalServiceClient]:
-    client = LocalServiceClient(tmp_path / "no state", cache_bytes=1 << 20)
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, somewhere else."""
+    return Path(shutil.copytree(saved, tmp_path / "an adapter"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServiceClient]:
+    client = LocalServiceClient(tmp_path_factory.mktemp("no state"), cache_bytes=1 << 20)
     yield client
     client.close()
 
@@ -73,61 +81,65 @@ def test_a_model_that_has_moved(
         other.create_sampling_client_from_folder(folder, "nowhere").result()
 
 
-def test_what_is_no_adapter_is_named(folder: Path, other: LocalServiceClient) -> None:
-    (folder / "kshot.json").rename(folder / "kept")
-    with pytest.raises(ModelError, match=r"has no kshot\.json; only adapters that kshot wrote can be read"):
-        other.create_sampling_client_from_folder(folder).result()
-    for missing in (folder / "nowhere", folder / "kept"):
+def test_what_is_no_folder_is_named(folder: Path, other: LocalServiceClient) -> None:
+    for missing in (folder / "nowhere", folder / "kshot.json"):
         with pytest.raises(ModelError, match="is no folder; give one that kshot train wrote"):
             other.create_sampling_client_from_folder(missing).result()
 
 
+Change = Callable[[Path], object]
+DAMAGED = r"adapter .*an adapter is damaged \("
+
+
+def record(text: str) -> Change:
+    return lambda folder: (folder / "kshot.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def of_lora(lora: object) -> Change:
+    return record(json.dumps({"base_model": nano.NAME, "experts": False, "user_metadata": {}, "lora": lora}))
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
+
+
+def spoil_a_number(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / WEIGHTS)
+
+
+def pickle(folder: Path) -> None:
+    """Which is never read."""
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def of_another_model(folder: Path) -> None:
+    written = json.loads((folder / "kshot.json").read_text())
+    (folder / "kshot.json").write_text(json.dumps(written | {"lora": written["lora"] | {"rank": 1000}}))
+
+
+LORA = (1, [], {"rank": "4"}, {"rank": True}, {"rank": 4.0}, {"rank": 0}, {"rnk": 4}, {"train_mlp": 1})
+
+
 @pytest.mark.parametrize(
-    "record",
+    ("change", "message"),
     [
-        "",
-        "[]",
-        "[" * 100_000,
-        "{}",
-        '{"base_model": 1}',
-        *(
-            json.dumps({"base_model": nano.NAME, "experts": False, "user_metadata": {}, "lora": lora})
-            for lora in (1, [], {"rank": "4"}, {"rank": True}, {"rank": 4.0}, {"rank": 0}, {"rnk": 4}, {"train_mlp": 1})
+        *((record(text), DAMAGED) for text in ("", "[]", "[" * 100_000, "{}", '{"base_model": 1}', "\udcff")),
+        *((of_lora(lora), DAMAGED) for lora in LORA),
+        (cut, "is damaged"),
+        (pickle, "is damaged"),
+        (spoil_a_number, "not all of its numbers are finite"),
+        (of_another_model, rf"does not belong to the model {nano.NAME}: .*does not fit"),
+        (
+            lambda folder: (folder / "kshot.json").unlink(),
+            r"has no kshot\.json; only adapters that kshot wrote can be read",
         ),
-        "\udcff",
     ],
 )
-def test_a_damaged_record_is_named(folder: Path, other: LocalServiceClient, record: str) -> None:
-    (folder / "kshot.json").write_bytes(record.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ModelError, match=r"adapter .*an adapter is damaged \(") as raised:
+def test_what_cannot_be_used_is_named(folder: Path, other: LocalServiceClient, change: Change, message: str) -> None:
+    change(folder)
+    with pytest.raises(ModelError, match=message) as raised:
         other.create_sampling_client_from_folder(folder).result()
     assert "\n" not in str(raised.value)
-
-
-def test_damaged_weights_are_named(folder: Path, other: LocalServiceClient) -> None:
-    file = folder / "adapter_model.safetensors"
-    whole, tensors = file.read_bytes(), load_file(file)
-    file.write_bytes(whole[:-1])
-    with pytest.raises(ModelError, match="is damaged"):
-        other.create_sampling_client_from_folder(folder).result()
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, file)
-    with pytest.raises(ModelError, match="not all of its numbers are finite"):
-        other.create_sampling_client_from_folder(folder).result()
-    file.unlink()
-    with pytest.raises(ModelError, match="is damaged"):
-        other.create_sampling_client_from_folder(folder).result()
-
-
-def test_an_adapter_of_another_model_is_named(folder: Path, other: LocalServiceClient) -> None:
-    record = json.loads((folder / "kshot.json").read_text())
-    (folder / "kshot.json").write_text(json.dumps(record | {"lora": record["lora"] | {"rank": 1000}}))
-    with pytest.raises(ModelError, match=rf"does not belong to the model {nano.NAME}: .*does not fit"):
-        other.create_sampling_client_from_folder(folder).result()
-
-
-def test_pickles_are_never_read(folder: Path, other: LocalServiceClient) -> None:
-    torch.save({}, folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="is damaged"):
-        other.create_sampling_client_from_folder(folder).result()

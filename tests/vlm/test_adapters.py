@@ -82,10 +82,7 @@ def start(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def plain(folders: dict[str, Path]) -> Callable[[str], Any]:
-    def load(kind: str) -> Any:
-        return AutoModelForImageTextToText.from_pretrained(folders[kind]).eval()
-
-    return load
+    return lambda kind: AutoModelForImageTextToText.from_pretrained(folders[kind]).eval()
 
 
 KINDS = pytest.mark.parametrize(("kind", "vision"), [(k, v) for k in ("dense", "sparse") for v in (False, True)])

@@ -84,12 +84,6 @@ def test_the_tower_equals_the_stock_one_on_trained_weights(
     assert furthest(tower_layers(visual, patches, GRID, count), stock_layers(visual, patches, GRID, count)) <= 1e-5
 
 
-def test_patches_as_a_product_equal_the_convolution(stock: Any) -> None:
-    convolution = stock.model.visual.patch_embed
-    patches = torch.randn(10, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(tower._patches(convolution.proj, patches), convolution(patches), atol=1e-5)
-
-
 def test_gradients_of_lora_on_the_tower_equal_transformers_and_peft(small: Any) -> None:
     patches, count = noise(small, GRID, 2), 2
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["qkv", "proj", "linear_fc1", "linear_fc2"])
