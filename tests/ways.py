@@ -61,7 +61,7 @@ class Way:
         path = Path(code.co_filename)
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES:
             self.files.add(path.relative_to(ROOT).as_posix())
-        self.over = code is self._stop
+        self.over |= code is self._stop  # not `=`: another thread may be here at the same time
 
 
 def png() -> bytes:
