@@ -61,7 +61,8 @@ class Way:
         path = Path(code.co_filename)
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES:
             self.files.add(path.relative_to(ROOT).as_posix())
-        self.over |= code is self._stop  # not `=`: another thread may be here at the same time
+        if code is self._stop:  # and never back: other threads are here at the same time
+            self.over = True
 
 
 def png() -> bytes:
