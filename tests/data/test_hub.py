@@ -149,14 +149,29 @@ def repos(images: Sequence[bytes], elsewhere: Path) -> dict[str, HubRepo]:
     }
 
 
-REFUSED: dict[str, tuple[str, str | None, list[str] | None]] = {
-    "o/cars split": ("o/cars", None, ["train", "tset"]),
-    "o/cars revision": ("o/cars", "v9", None),
-    "o/cars commit": ("o/cars", COMMIT_OF_NOTHING, None),
+# What is refused: the request, and words of the answer.
+REFUSED: dict[str, tuple[tuple[str, str | None, list[str] | None], list[str]]] = {
+    "split": (("o/cars", None, ["train", "tset"]), ["'tset'", "did you mean 'test'", "train, test, contrast"]),
+    "revision": (("o/cars", "v9", None), ["no revision 'v9'", "https://huggingface.co/datasets/o/cars/commits"]),
+    "commit": (("o/cars", COMMIT_OF_NOTHING, None), ["no revision", COMMIT_OF_NOTHING]),
+} | {
+    name: ((name, None, None), words)
+    for name, words in {
+        "o/none": ["no set o/none", "private", "hf auth login"],
+        "a/b/c": ["'a/b/c'", "OWNER/NAME"],
+        "o/gated": ["gated", "https://huggingface.co/datasets/o/gated", "HF_TOKEN", "hf auth login"],
+        "o/plain": ["image (Image), label (int64), note (string)", "one ClassLabel", "folder:PATH"],
+        "o/no-image": ["no image in row 3 of split 'train'"],
+        "o/no-label": ["no label of its classes in row 2 of split 'train'"],
+        "o/null-label": ["no label of its classes in row 0 of split 'train'"],
+        "o/no-class": ["no label of its classes in row 0 of split 'train'"],
+        "o/path": ["'/etc/hostname'", "none of its files"],
+        "o/broken": ["o/broken cannot be read", "another revision"],
+        "o/table": ["stored as csv", "parquet, arrow, imagefolder"],
+        "o/zips": ["parquet, arrow, imagefolder", "refs/convert/parquet"],
+        "o/outside": ["card of o/outside", "none of its files"],
+    }.items()
 }
-REFUSED |= {name: (name, None, None) for name in ("o/none", "a/b/c", "o/gated", "o/plain", "o/no-image", "o/no-label")}
-REFUSED |= {name: (name, None, None) for name in ("o/null-label", "o/no-class", "o/path", "o/broken", "o/table")}
-REFUSED |= {name: (name, None, None) for name in ("o/zips", "o/outside")}
 CARS, CONTRAST, FOLDER = ("o/cars", None, ["train", "test"]), ("o/cars", None, ["contrast"]), ("o/folder", None, None)
 
 
@@ -167,7 +182,7 @@ def story(make_image: Callable[..., bytes], tmp_path_factory: pytest.TempPathFac
     elsewhere.write_bytes(parquet(rows(images)))
     with serve(repos(images, elsewhere)) as hub:
         cars = hub.repos["o/cars"]
-        first = read_all(hub.url, home, [CARS, FOLDER, *REFUSED.values()])
+        first = read_all(hub.url, home, [CARS, FOLDER, *(request for request, _ in REFUSED.values())])
         downloads, ranges = hub.downloads(), [r[2] for r in hub.requests if r[2]]
         hub.requests.clear()
         second = read_all(hub.url, home, [CARS, FOLDER])
@@ -243,34 +258,14 @@ def test_what_the_cache_lacks_says_how_to_go_on(story: Story, answers: str, n: i
     assert all(word in answer["text"] for word in (why, "--source archive", "HF_ENDPOINT")), answer
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("o/cars split", ["'tset'", "did you mean 'test'", "train, test, contrast"]),
-        ("o/cars revision", ["no revision 'v9'", "https://huggingface.co/datasets/o/cars/commits"]),
-        ("o/cars commit", ["no revision", COMMIT_OF_NOTHING]),
-        ("o/none", ["no set o/none", "private", "hf auth login"]),
-        ("a/b/c", ["'a/b/c'", "OWNER/NAME"]),
-        ("o/gated", ["gated", "https://huggingface.co/datasets/o/gated", "HF_TOKEN", "hf auth login"]),
-        ("o/plain", ["image (Image), label (int64), note (string)", "one ClassLabel", "folder:PATH"]),
-        ("o/no-image", ["no image in row 3 of split 'train'"]),
-        ("o/no-label", ["no label of its classes in row 2 of split 'train'"]),
-        ("o/null-label", ["no label of its classes in row 0 of split 'train'"]),
-        ("o/no-class", ["no label of its classes in row 0 of split 'train'"]),
-        ("o/path", ["'/etc/hostname'", "none of its files"]),
-        ("o/broken", ["o/broken cannot be read", "another revision"]),
-        ("o/table", ["stored as csv", "parquet, arrow, imagefolder"]),
-        ("o/zips", ["parquet, arrow, imagefolder", "refs/convert/parquet"]),
-        ("o/outside", ["card of o/outside", "none of its files"]),
-    ],
-)
-def test_a_refusal_is_one_line_that_names_the_set_and_the_way_out(story: Story, name: str, words: list[str]) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_one_line_that_names_the_set_and_the_way_out(story: Story, name: str) -> None:
+    request, words = REFUSED[name]
     answer = story.first[2 + list(REFUSED).index(name)]
     assert answer["error"] in ("DatasetError", "UnknownNameError"), answer
     assert answer["status"] == 2
     assert "\n" not in answer["text"]
-    assert REFUSED[name][0] in answer["text"]
-    assert all(word in answer["text"] for word in words), answer
+    assert all(word in answer["text"] for word in (request[0], *words)), answer
 
 
 def test_of_several_columns_the_ones_of_the_usual_names() -> None:

@@ -118,34 +118,23 @@ def jpeg_bomb(width: int, height: int) -> bytes:
     return small.replace(struct.pack(">HH", 24, 40), struct.pack(">HH", height, width), 1)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "file is empty"),
-        (b"a letter, not a picture", "not an image"),
-        (encode(scene(400, 300), "JPEG")[:3000], "broken image"),
-        (encode(scene(4000, 3000), "JPEG")[:30_000], "broken image"),
-        (encode(scene(400, 300), "PNG")[:900], "broken image"),
-        (encode(scene(), "JPEG")[:20], "not an image|broken image"),
-        (bomb(10_000, 10_000), r"more than 89,478,485 pixels"),
-        (bomb(100_000, 100_000), r"more than 89,478,485 pixels"),
-        (jpeg_bomb(30_000, 20_000), r"more than 89,478,485 pixels"),
-        (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
-    ],
-    ids=[
-        "empty",
-        "text",
-        "short jpeg",
-        "short large jpeg",
-        "short png",
-        "header",
-        "large",
-        "bomb",
-        "jpeg bomb",
-        "float",
-    ],
-)
-def test_what_is_no_image(data: bytes, reason: str) -> None:
+NO_IMAGES = {
+    "empty": (b"", "file is empty"),
+    "text": (b"a letter, not a picture", "not an image"),
+    "short jpeg": (encode(scene(400, 300), "JPEG")[:3000], "broken image"),
+    "short large jpeg": (encode(scene(4000, 3000), "JPEG")[:30_000], "broken image"),
+    "short png": (encode(scene(400, 300), "PNG")[:900], "broken image"),
+    "header": (encode(scene(), "JPEG")[:20], "not an image|broken image"),
+    "large": (bomb(10_000, 10_000), "more than 89,478,485 pixels"),
+    "bomb": (bomb(100_000, 100_000), "more than 89,478,485 pixels"),
+    "jpeg bomb": (jpeg_bomb(30_000, 20_000), "more than 89,478,485 pixels"),
+    "float": (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+}
+
+
+@pytest.mark.parametrize("what", NO_IMAGES)
+def test_what_is_no_image(what: str) -> None:
+    data, reason = NO_IMAGES[what]
     with pytest.raises(ImageError, match=f"^cat/7.jpg: .*({reason})") as caught:
         prepare(data, name="cat/7.jpg")
     assert "\n" not in str(caught.value)
