@@ -164,7 +164,7 @@ def test_a_folder_has_one_server(restarted: Restarted) -> None:
     host = EngineRegistry(restarted.state, model_paths={nano.NAME: nano.NAME})
     with pytest.raises(InputError, match=f"another server uses the folder {restarted.state}"):
         serve(host, Options(port=0), pytest.fail)
-    host.close()
+    host.scheduler.close()
 
 
 def test_saves_that_are_cut_off_are_there_or_not_at_all(tmp_path: Path) -> None:
