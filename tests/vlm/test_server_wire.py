@@ -299,7 +299,7 @@ def is_csr(rows: int, width: int, count: int, crow: list[int], columns: list[int
     return fits and starts and all(part == sorted(set(part)) and set(part) <= set(range(width)) for part in parts)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(hnp.arrays(bool, (3, 4)), st.booleans(), st.integers(0, 11), st.none() | st.integers(-1, 5))
 def test_sparse_indices_are_taken_where_they_are_csr(
     cells: np.ndarray, in_rows: bool, place: int, changed: int | None
