@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from baselines.heads.inputs import FittedHead
+from baselines.heads.knn import fit_knn
 from baselines.heads.linear import fit_logistic_regression
-from baselines.heads.nearest import fit_knn, fit_nearest_mean
+from baselines.heads.mean import fit_nearest_mean
 from baselines.heads.ridge import fit_ridge
 
 Fit = Callable[[np.ndarray, np.ndarray, int], FittedHead]  # train (N, D), labels (N,), n_classes

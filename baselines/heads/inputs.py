@@ -1,20 +1,15 @@
-"""What all heads share: checks of features and labels, the fitted head, standardisation, principal directions, and how
-a head chooses among its options.
+"""What all heads share: checks of features and labels, the fitted head, standardisation and principal directions.
 
-No head has an argument for test images or their labels when it is fitted: nothing can be chosen on them. It chooses on
-its k shots alone, by leaving out one shot of every class at a time: fold j holds the j-th image of each class and is
-predicted from all other folds. At one shot nothing can be left out: the first option, fixed a priori, is taken.
+No head has an argument for test images or their labels when it is fitted: nothing can be chosen on them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from kshot.errors import InputError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,29 +113,3 @@ def principal(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kept = squared > squared[-1] * len(squared) * np.finfo(float).eps
     squared, vectors = squared[kept], vectors[:, kept]
     return (scaled.T @ (vectors / np.sqrt(squared)) if wide else vectors), squared
-
-
-def folds(labels: np.ndarray) -> np.ndarray:
-    """(N,) the fold of each image: how many images of its class come before it."""
-    order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
-    fold = np.empty(len(labels), np.int64)
-    fold[order] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    return fold
-
-
-def choose(options: Sequence[T], labels: np.ndarray, held_out: Callable[[T], np.ndarray]) -> T:
-    """The option with the most right answers; the first of equals, and at one shot the first of all.
-
-    held_out: an option → (N,) the label it predicts for each image, learnt from the other folds.
-    Raises InputError where one class has a single image and another has more: left out, that class would be gone.
-    """
-    present, counts = np.unique(labels, return_counts=True)
-    if counts.max() == 1:
-        return options[0]
-    if counts.min() == 1:
-        raise InputError(
-            f"class {present[counts.argmin()]} has one image and others have up to {counts.max()}: settings are chosen "
-            "by leaving one out, and then it has none; give it a second image, or every class one alone"
-        )
-    right = [int((held_out(option) == labels).sum()) for option in options]
-    return options[int(np.argmax(right))]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baselines.heads.inputs import FittedHead, Scaler, check_training, choose, fitted_head, principal
+from baselines.heads.inputs import FittedHead, Scaler, check_training, fitted_head, principal
+from baselines.heads.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
 # strong. The first is the one fixed a priori.

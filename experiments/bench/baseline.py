@@ -33,8 +33,8 @@ from sklearn.preprocessing import StandardScaler, normalize
 from baselines.backbone import Backbone, load
 from baselines.features import Encoder, resized, size_batches
 from baselines.heads import HEADS
+from baselines.heads.knn import TEMPERATURE
 from baselines.heads.linear import C
-from baselines.heads.nearest import TEMPERATURE
 from baselines.heads.ridge import PENALTIES
 from experiments.bench import harness
 from experiments.bench.case import Plan, photographs

@@ -125,7 +125,7 @@ def dinov2_frozen(head: str, task: Task) -> Outcome:
 
 def pixel_knn(task: Task) -> Outcome:
     """Nearest neighbour on raw pixels: the floor."""
-    from baselines.heads.nearest import fit_nearest_neighbour, pixels
+    from baselines.heads.knn import fit_nearest_neighbour, pixels
 
     return _fitted(task, pixels, fit_nearest_neighbour, probabilities=False)
 

@@ -16,11 +16,12 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from baselines.heads import HEADS, Fit, linear, nearest, ridge
-from baselines.heads.inputs import choose, folds
+from baselines.heads import HEADS, Fit, knn, linear, ridge
+from baselines.heads.knn import NEIGHBOURS, TEMPERATURE, fit_knn, fit_nearest_neighbour
 from baselines.heads.linear import C, fit_logistic_regression
-from baselines.heads.nearest import NEIGHBOURS, SPACES, TEMPERATURE, fit_knn, fit_nearest_mean, fit_nearest_neighbour
+from baselines.heads.mean import SPACES, fit_nearest_mean
 from baselines.heads.ridge import PENALTIES, fit_ridge
+from baselines.heads.selection import choose, folds
 from kshot.errors import ImageError, InputError, KshotError
 
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, labels, test
@@ -235,7 +236,7 @@ def test_the_first_of_equals_is_chosen_and_at_one_shot_nothing_is_asked() -> Non
 
 @pytest.mark.parametrize("n", NEIGHBOURS)
 def test_votes_are_scikit_learns_weighted_neighbours(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "NEIGHBOURS", (n,))
+    monkeypatch.setattr(knn, "NEIGHBOURS", (n,))
     train, labels, test = clusters(5, 8, 6, tests=60)
     found = fit_knn(train, labels, 5).scores(test)
     reference = KNeighborsClassifier(n, metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE))
@@ -245,14 +246,14 @@ def test_votes_are_scikit_learns_weighted_neighbours(n: int, monkeypatch: pytest
 
 def test_votes_are_sums_over_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     train, labels, test = clusters(4, 6, 5, noise=2.0, tests=20)
-    monkeypatch.setattr(nearest, "NEIGHBOURS", (5,))
+    monkeypatch.setattr(knn, "NEIGHBOURS", (5,))
     expected = np.zeros((20, 4))
     for row, similar in zip(expected, cosines(test, train), strict=True):
         for near in sorted(range(24), key=lambda n: -similar[n])[:5]:
             row[labels[near]] += np.exp(similar[near] / TEMPERATURE)
     whole = fit_knn(train, labels, 4).scores(test)
     np.testing.assert_allclose(whole, expected, rtol=1e-4)
-    monkeypatch.setattr(nearest, "BLOCK", 50)
+    monkeypatch.setattr(knn, "BLOCK", 50)
     np.testing.assert_allclose(fit_knn(train, labels, 4).scores(test), whole, rtol=1e-5)
 
 
@@ -315,7 +316,7 @@ def test_nearest_neighbour_is_brute_force(problem: Problem, monkeypatch: pytest.
             expected[i, label] = max(expected[i, label], -np.sqrt(sum((a - b) ** 2 for a, b in zip(x, y, strict=True))))
     whole = fit_nearest_neighbour(train, labels, 4).scores(test)
     np.testing.assert_allclose(whole, expected, rtol=1e-14)
-    monkeypatch.setattr(nearest, "BLOCK", 30)
+    monkeypatch.setattr(knn, "BLOCK", 30)
     np.testing.assert_array_equal(fit_nearest_neighbour(train, labels, 4).scores(test), whole)
 
 
@@ -329,9 +330,9 @@ def test_nearest_neighbour_ties_go_to_the_lower_class() -> None:
 def test_pixels_are_rgb_bytes(make_image: Callable[..., bytes]) -> None:
     flat = io.BytesIO()
     Image.new("RGB", (50, 20), (255, 0, 7)).save(flat, "PNG")
-    result = nearest.pixels([flat.getvalue(), make_image(0)], side=8)
+    result = knn.pixels([flat.getvalue(), make_image(0)], side=8)
     assert (result.shape, result.dtype) == ((2, 192), np.float32)
     np.testing.assert_array_equal(result[0].reshape(64, 3), [[255, 0, 7]] * 64)
-    assert nearest.pixels([]).shape == (0, 32 * 32 * 3)
+    assert knn.pixels([]).shape == (0, 32 * 32 * 3)
     with pytest.raises(ImageError):
-        nearest.pixels([b""])
+        knn.pixels([b""])

@@ -1,17 +1,18 @@
-"""Nearest neighbours and nearest class means on features; and on raw pixels, the floor for every other method.
+"""Nearest neighbours on features; and on raw pixels, the floor for every other method.
 
-Scores are votes, cosines or negative distances: they rank the classes and are no probabilities.
+Scores are votes or negative distances: they rank the classes and are no probabilities.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from baselines.heads.inputs import FittedHead, check_training, choose, fitted_head, folds
+from baselines.heads.inputs import FittedHead, check_training, fitted_head
+from baselines.heads.mean import unit
+from baselines.heads.selection import choose, folds
 from kshot.images import open_image
 
 # Distances held at a time: 32 MiB of float64.
@@ -28,11 +29,11 @@ def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead
     Raises InputError as `check_training` and `choose` do.
     """
     present = check_training(train, labels, n_classes)
-    units, indices = _unit(train.astype(np.float32)), np.searchsorted(present, labels)
+    units, indices = unit(train.astype(np.float32)), np.searchsorted(present, labels)
     n = choose(_possible(indices), indices, _HeldOut(units, indices, len(present)).predicted)
 
     def scores(test: np.ndarray) -> np.ndarray:
-        queries = _unit(test.astype(np.float32))
+        queries = unit(test.astype(np.float32))
         cosines = (block @ units.T for _, block in _blocks(queries, len(units)))
         return np.concatenate([_votes(*_nearest(each, n), indices, len(present)) for each in cosines])
 
@@ -113,75 +114,3 @@ def _blocks(rows: np.ndarray, others: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of its first row, block) of `rows`: those whose distances to so many others are in memory together."""
     step = max(1, BLOCK // others)
     return ((start, rows[start : start + step]) for start in range(0, len(rows), step))
-
-
-# Class means
-
-Model = Callable[[np.ndarray], np.ndarray]
-
-
-def _centred_cosine(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
-    """SimpleShot's CL2N (Wang et al. 2019, arXiv:1911.04623), centred by the training images."""
-    centre = train.mean(axis=0)
-    model = _cosine(train - centre, indices, count)
-    return lambda test: model(test - centre)
-
-
-def _cosine(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
-    means = _unit(_means(_unit(train), indices, count))
-    return lambda test: _unit(test) @ means.T
-
-
-def _euclidean(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
-    """Minus the squared distances; centred, so that float32 has digits left for differences."""
-    centre = train.mean(axis=0)
-    means = _means(train - centre, indices, count)
-    squares = np.sum(means**2, axis=1)
-
-    def scores(test: np.ndarray) -> np.ndarray:
-        moved = test - centre
-        return 2 * moved @ means.T - squares - np.sum(moved**2, axis=1, keepdims=True)
-
-    return scores
-
-
-# The first is the one fixed a priori.
-SPACES = {"centred cosine": _centred_cosine, "cosine": _cosine, "euclidean": _euclidean}
-
-
-def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
-    """Similarity to the mean of each class, in the one of SPACES that leave-one-shot-out chooses.
-
-    In float32, as features come: scores that differ by less than 1e-6 may swap.
-    Raises InputError as `check_training` and `choose` do.
-    """
-    present = check_training(train, labels, n_classes)
-    indices, count = np.searchsorted(present, labels), len(present)
-    space = choose(list(SPACES), indices, partial(_held_out, train.astype(np.float32), indices, count))
-    model = SPACES[space](train.astype(np.float32), indices, count)
-    return fitted_head(
-        train.shape[1], n_classes, present, lambda test: model(test.astype(np.float32)), {"space": space}
-    )
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """(N, D) rows of length 1; a zero row stays zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
-
-
-def _held_out(train: np.ndarray, indices: np.ndarray, count: int, space: str) -> np.ndarray:
-    """(N,) the class predicted for each image by the means of the other folds."""
-    fold, predicted = folds(indices), np.empty(len(indices), np.int64)
-    for each in range(fold.max() + 1):
-        out = fold == each
-        predicted[out] = SPACES[space](train[~out], indices[~out], count)(train[out]).argmax(axis=1)
-    return predicted
-
-
-def _means(vectors: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """(count, D) the mean of each class; each has a vector at least."""
-    order, counts = np.argsort(indices, kind="stable"), np.bincount(indices, minlength=count)
-    sums = np.add.reduceat(vectors[order], counts.cumsum() - counts, axis=0)
-    means: np.ndarray = sums / counts[:, None].astype(vectors.dtype)
-    return means
