@@ -156,7 +156,7 @@ def feature_memory(device: "torch.device") -> int:
 def feature_disk_bytes(*, kept: bool = False) -> int:
     """Bytes of image features that a folder of them (`features` of `connect`) has at most. kept: those that stay: at
     its limit the folder makes room for what comes next."""
-    from vlm.local.vision import DISK_BYTES, SHARE
+    from vlm.local.features import DISK_BYTES, SHARE
 
     return DISK_BYTES - DISK_BYTES // SHARE if kept else DISK_BYTES
 

@@ -14,7 +14,7 @@ from kshot.errors import UnknownNameError
 from vlm import nano
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import LocalServiceClient
-from vlm.local.sampling import SamplingRequest
+from vlm.local.sampling.sampler import SamplingRequest
 from vlm.prompts import PREFILL, QUESTION
 from vlm.server.openai.routes import router
 

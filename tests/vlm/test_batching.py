@@ -21,14 +21,15 @@ from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.inputs import ImageRule, model_input
-from vlm.local import decoding, sampling
 from vlm.local import scheduler as scheduling
 from vlm.local.clients import LocalTrainingClient
-from vlm.local.decoding import Decoder, TokenSequence
 from vlm.local.engine import BASE, Engine, Snapshot
 from vlm.local.model.attention import DecodeStep
 from vlm.local.model.load import Model
-from vlm.local.sampling import SamplingRequest
+from vlm.local.sampling import decoder as decoding
+from vlm.local.sampling import sampler as sampling
+from vlm.local.sampling.decoder import Decoder, TokenSequence
+from vlm.local.sampling.sampler import SamplingRequest
 from vlm.local.scheduler import Scheduler
 from vlm.prompts import Prompt
 

@@ -11,7 +11,7 @@ from vlm import label_trie, nano
 from vlm.local.engine import BASE, Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
-from vlm.local.sampling import SamplingRequest, sample
+from vlm.local.sampling.sampler import SamplingRequest, sample
 from vlm.local.scoring import score_tree
 from vlm.prompts import Prompt
 

@@ -15,8 +15,9 @@ from kshot.errors import ModelError
 from tests.vlm.helpers import Pictured
 from vlm.inputs import ImageRule, image_chunk
 from vlm.local import vision
+from vlm.local.features import DiskCache, fingerprint
 from vlm.local.model.tower import ImageFeatures
-from vlm.local.vision import DiskCache, Vision, fingerprint, memory_limit
+from vlm.local.vision import Vision, memory_limit
 
 KEYS = [f"{n:02x}" * 32 for n in range(8)]
 

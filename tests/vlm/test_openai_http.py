@@ -18,9 +18,9 @@ from tests.vlm.openai_served import HELLO, PREFIXES, Models, application, checke
 from tests.vlm.raw import JSON, refused, until
 from tests.vlm.serving import listening
 from vlm import nano
-from vlm.local.decoding import TokenSequence
 from vlm.local.registry import LocalServiceClient
-from vlm.local.sampling import SamplingRequest
+from vlm.local.sampling.decoder import TokenSequence
+from vlm.local.sampling.sampler import SamplingRequest
 from vlm.server.futures import INTERNAL
 from vlm.server.openai.routes import stream
 

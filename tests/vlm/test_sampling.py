@@ -13,7 +13,7 @@ from tests.vlm.helpers import IMAGE, OtherService, Pictured, greedy, stock_input
 from vlm.classifier import generate
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient
-from vlm.local.decoding import _candidates, sample_token
+from vlm.local.sampling.decoder import _candidates, sample_token
 from vlm.prompts import Prompt
 
 
@@ -135,7 +135,7 @@ def test_the_nucleus_of_many_tokens_is_exact(monkeypatch: pytest.MonkeyPatch) ->
         probs = logits[order[: top_k if top_k > 0 else None]].double().softmax(-1)
         size = int((probs.cumsum(-1) - probs < top_p).sum())
         for likely in (16, 1024):
-            monkeypatch.setattr("vlm.local.decoding.LIKELY", likely)
+            monkeypatch.setattr("vlm.local.sampling.decoder.LIKELY", likely)
             kept, tokens = _candidates(logits.double(), top_k, top_p)
             assert tokens.tolist() == order[:size].tolist()
             assert torch.allclose(kept / kept.sum(), probs[:size] / probs[:size].sum())
@@ -177,7 +177,7 @@ def test_prompt_values_in_parts_equal_those_at_once(
 
     own, tops, chosen = values()
     assert not chosen[1::2].any()  # where nothing is to be scored
-    monkeypatch.setattr("vlm.local.sampling.LOGITS", 7 * 4096)
+    monkeypatch.setattr("vlm.local.sampling.sampler.LOGITS", 7 * 4096)
     again, tops_again, chosen_again = values()
     assert tops_again == tops
     assert chosen_again == pytest.approx(chosen, abs=1e-4)

@@ -16,12 +16,13 @@ from kshot.checks import path_of
 from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
-from vlm.local import checkpoint, sampling, scoring
+from vlm.local import checkpoint, scoring
 from vlm.local.checkpoint import Checkpoint
-from vlm.local.decoding import TokenSequence as TokenSequence
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.model.lora import Adapter, LoraSpec
-from vlm.local.sampling import SamplingRequest as SamplingRequest
+from vlm.local.sampling.decoder import TokenSequence as TokenSequence
+from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
+from vlm.local.sampling.sampler import sample
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
@@ -146,7 +147,7 @@ class LocalSamplingClient(_Client):
         return self._engine.model.context
 
     def _sample(self, requests: Sequence[SamplingRequest]) -> list[types.SampleResponse]:
-        return sampling.sample(self._engine, self._snapshot, requests)
+        return sample(self._engine, self._snapshot, requests)
 
 
 class LocalTrainingClient(_Client):

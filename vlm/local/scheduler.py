@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from tinker import types
 
 from kshot.errors import RequestError
-from vlm.local import sampling
-from vlm.local.decoding import Decoder, TokenSequence
 from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
-from vlm.local.sampling import SamplingRequest, SamplingResult
+from vlm.local.sampler.sampler import SamplingRequest, SamplingResult
+from vlm.local.sampling import sampler
+from vlm.local.sampling.decoder import Decoder, TokenSequence
 
 OnToken = Callable[[TokenSequence], None]
 
@@ -97,7 +97,7 @@ class SnapshotBatch:
     def add(self, request: QueuedRequest) -> None:
         """Queue a request; one of which it shows before its prompt is read that it cannot be sampled fails at once."""
         try:
-            sampling.check(request.engine, request.request)
+            sampler.check(request.engine, request.request)
         except Exception as error:
             request.fail(error)
         if not request.finish_if_done():
@@ -134,7 +134,7 @@ class SnapshotBatch:
     def _prefill(self, requests: Sequence[QueuedRequest]) -> None:
         """Read their prompts, together if none of them fails."""
         try:
-            results = sampling.prefill(self.decoder, [each.request for each in requests])
+            results = sampler.prefill(self.decoder, [each.request for each in requests])
         except BaseException as error:
             if len(requests) == 1:
                 requests[0].fail(error)
@@ -203,7 +203,7 @@ class Scheduler:
     def sample(
         self, engine: Engine, snapshot: Snapshot, request: SamplingRequest, on_token: OnToken | None = None
     ) -> Future[types.SampleResponse]:
-        """What `sampling.sample` gives for this request, decoded in a batch with all else that is sampled meanwhile.
+        """What `sampler.sample` gives for this request, decoded in a batch with all else that is sampled meanwhile.
 
         on_token: called on the scheduler's thread with the sequence that has got a token, after each; what it raises
         fails this request alone. The future may be cancelled until there is a result, from any thread: then its

@@ -15,9 +15,9 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
 from kshot.errors import RequestError
-from vlm.local.decoding import Decoder, TokenSequence, generator_of, sample_tokens
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Causal
+from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
 
 
 @dataclass(frozen=True)
