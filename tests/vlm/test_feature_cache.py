@@ -14,7 +14,7 @@ from tinker import types
 from kshot.errors import ModelError
 from tests.vlm.helpers import Pictured
 from vlm.inputs import ImageRule, image_chunk
-from vlm.local import vision
+from vlm.local import features, vision
 from vlm.local.features import DiskCache, fingerprint
 from vlm.local.model.tower import ImageFeatures
 from vlm.local.vision import Vision, memory_limit
@@ -92,7 +92,7 @@ def test_the_fingerprint_is_of_everything_that_features_depend_on(
         other = copy.deepcopy(processor)
         setattr(other, field, value)
         seen.append(fingerprint(visual, other))
-    monkeypatch.setattr(vision, "FORMAT", 2)
+    monkeypatch.setattr(features, "FORMAT", 2)
     seen.append(fingerprint(visual, processor))
     assert len(set(seen)) == len(seen)
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vision, "write_file", full)
+    monkeypatch.setattr(features, "write_file", full)
     with pytest.warns(UserWarning, match=r"image features are not kept in .*: No space left on device"):
         cache(tmp_path).put(KEYS[0], layers())
 

@@ -19,9 +19,9 @@ from tinker import types
 
 from kshot.errors import RequestError
 from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
-from vlm.local.sampler.sampler import SamplingRequest, SamplingResult
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
+from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
 
 OnToken = Callable[[TokenSequence], None]
 
