@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from tinker import types
 
 from kshot.errors import KshotError, RequestError
-from vlm.server import page
+from vlm.server import page, watch
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Budget, Guard, Keys, Requests, hosts_of
 from vlm.server.openai import routes as openai_routes
@@ -71,7 +71,7 @@ def application(state: ServerState, options: Options) -> Any:
     training, sampling = TrainingService(state), SamplingService(state, options.image_log_probs)
     for router in (
         tinker_routes.routes(state, training, sampling),
-        page.data_routes(state, requests, options.address),
+        watch.routes(state, requests, options.address),
     ):
         api.include_router(router, responses=_failures(Failure))
     openai = openai_routes.router(state, options.allow_urls)

@@ -28,11 +28,11 @@ from vlm.server.openai.completions import (
     ChosenCompletion,
     Completion,
     EncodedPrompt,
-    Fields,
     SampledCompletion,
     limit,
 )
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from vlm.server.openai.responses import Fields
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import WAITING
 

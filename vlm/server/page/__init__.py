@@ -1,24 +1,14 @@
-"""The server's page at `/`, the overview that it shows, and metrics in Prometheus' text format
-(https://prometheus.io/docs/instrumenting/exposition_formats/).
+"""The server's page at `/`: three files as they are, without any library, build or foreign address.
 
-The page is three files as they are, without any library, build or foreign address. It needs no API key and holds no
-data of the server: that it fetches, with a key, from GET api/v1/overview.
+It needs no API key and holds no data of the server: that it fetches, with a key, from GET api/v1/overview.
 """
 
-import math
-import time
-from collections import Counter
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import PlainTextResponse
 
 from kshot.errors import KshotError
-from vlm.server.state import ServerState
-from vlm.server.store import Run, Session
 
 HERE = Path(__file__).parent
 FILES = (  # path, file, content type
@@ -36,9 +26,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-NEWEST = 50  # runs and checkpoints on the page
-POINTS = 300  # of a curve
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def routes() -> APIRouter:
@@ -55,89 +42,3 @@ def routes() -> APIRouter:
 
 async def _same(response: Response) -> Response:
     return response
-
-
-def data_routes(state: ServerState, requests: "Counter[tuple[str, int]]", address: str) -> APIRouter:
-    """The router of what one server says of itself. address: where clients connect to."""
-    router, scheduler = APIRouter(), state.registry.scheduler
-    curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
-
-    @router.get("/api/v1/overview")
-    async def overview() -> dict[str, Any]:
-        return {
-            "version": version("kshot"),
-            "started": state.started,
-            "now": time.time(),
-            "address": address,
-            "models": [_model(state, name) for name in state.models],
-            "runs": [_run(state, row, curves) for row in state.store.newest(Run, NEWEST)],
-            "checkpoints": [
-                {name: getattr(row, name) for name in ("path", "kind", "created", "size_bytes", "expires")}
-                for row in state.store.checkpoints(limit=NEWEST)
-            ],
-            "queue": {
-                "jobs": scheduler.waiting_jobs,
-                "samples": scheduler.waiting_samples,
-                "sequences": scheduler.active_sequences,
-                "tokens_sampled": scheduler.tokens_sampled,
-                "busy_share": scheduler.busy_seconds / max(1e-9, time.time() - state.started),
-            },
-        }
-
-    @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(_metrics(state, requests), media_type=TEXT)
-
-    return router
-
-
-def _model(state: ServerState, name: str) -> dict[str, Any]:
-    engine = state.registry.engines.get(name)
-    return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
-
-
-def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
-    live, session = state.runs.get(row.id), state.store.get(Session, row.session)
-    over = session is not None and session.finished is not None
-    losses = curves.get(row.id)
-    if losses is None:
-        points = state.store.losses(row.id, POINTS)
-        losses = [[each.step, each.time, each.loss if math.isfinite(each.loss) else None] for each in points]
-        if live is None:
-            curves[row.id] = losses
-    return {
-        "id": row.id,
-        "base_model": row.base_model,
-        "rank": row.lora["rank"],
-        "state": "live" if live else "finished" if over else "lost",
-        "steps": losses[-1][0] if losses else 0,
-        "created": row.created,
-        "last_request": live.last_request if live else row.last_request,
-        "user_metadata": row.user_metadata,
-        "losses": losses,
-    }
-
-
-def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
-    scheduler = state.registry.scheduler
-    plain = {
-        "kshot_waiting_jobs": ("Training and other calls that wait for the engine.", scheduler.waiting_jobs),
-        "kshot_waiting_samples": ("Sampling requests that wait for the engine.", scheduler.waiting_samples),
-        "kshot_active_sequences": ("Sequences in progress.", scheduler.active_sequences),
-        "kshot_pending_requests": ("Requests without an answer yet.", state.futures.pending),
-        "kshot_live_runs": ("Training runs in memory.", len(state.runs)),
-        "kshot_loaded_models": ("Base models in memory.", len(state.registry.engines)),
-        "kshot_engine_busy_seconds_total": ("Time the engine has worked.", scheduler.busy_seconds),
-        "kshot_sampled_tokens_total": ("Tokens that were sampled.", scheduler.tokens_sampled),
-        "kshot_examples_total": ("Examples that were trained on.", state.examples),
-        "kshot_optimizer_steps_total": ("Optimizer steps.", state.steps),
-    }
-    lines = [line for name, (text, value) in plain.items() for line in (*_head(name, text), f"{name} {value}")]
-    lines += _head("kshot_requests_total", "HTTP requests.")
-    for (path, status), count in sorted(requests.items()):
-        lines.append(f'kshot_requests_total{{path="{path}",status="{status}"}} {count}')
-    return "\n".join(lines) + "\n"
-
-
-def _head(name: str, text: str) -> list[str]:
-    return [f"# HELP {name} {text}", f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"]
