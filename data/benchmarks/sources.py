@@ -13,7 +13,7 @@ from typing import Any
 from data import hub, pack
 from data.benchmarks import layouts
 from data.benchmarks.archives import SourceFiles, modified
-from data.benchmarks.specs import stamp as stamp_of
+from data.benchmarks.protocols import stamp as stamp_of
 from data.dataset import (
     Access,
     Dataset,

@@ -12,7 +12,7 @@ from scipy.io import savemat
 
 from data import catalog
 from data.benchmarks import sources
-from data.benchmarks.specs import given, per_class
+from data.benchmarks.protocols import given, per_class
 from data.dataset import Access, Dataset, DatasetSpec, SplitProtocol
 
 SETS = ("caltech101", "cars", "flowers", "pets")

@@ -15,7 +15,8 @@ from scipy.io import savemat
 from data import catalog, hub
 from data.benchmarks import layouts, sources
 from data.benchmarks.archives import SourceFiles
-from data.benchmarks.specs import BENCHMARKS, from_file
+from data.benchmarks.protocols import from_file
+from data.benchmarks.specs import BENCHMARKS
 from data.dataset import Access, Item, SplitProtocol, clean_name, content_key
 from data.fewshot import k_shot
 from kshot.errors import DatasetError, InputError, TooFewImagesError, UnknownNameError

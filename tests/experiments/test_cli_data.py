@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import catalog
-from data.benchmarks.specs import per_class
+from data.benchmarks.protocols import per_class
 from data.dataset import SplitProtocol
 from tests.data import published
 
