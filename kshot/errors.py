@@ -18,13 +18,22 @@
         │   └── TooLargeError       more of it than a server takes at once
         └── ResultsError            a results folder that cannot be written or holds another experiment
 
-A message is one line: it names the thing, the value, and the way out.
+A message is one line: it names the thing, the value, and the way out; many problems of one kind are listed below it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
+LISTED = 20  # problems that one message names
+
+
+def listed(what: str, problems: Sequence[str]) -> str:
+    """A message about problems: what they are of and the one; of several how many, and the first LISTED in lines."""
+    if len(problems) == 1:
+        return f"{what}: {problems[0]}"
+    more = [f"... and {len(problems) - LISTED:,} more"] if len(problems) > LISTED else []
+    return "\n  ".join([f"{what}: {len(problems):,} problems", *problems[:LISTED], *more])
 
 
 class KshotError(Exception):
