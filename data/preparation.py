@@ -20,16 +20,18 @@ from PIL import Image, ImageOps
 from data.dataset import Example, Slice, content_key
 from kshot.errors import DatasetError, InputError
 from kshot.files import cache_folder
-from kshot.images import EncodedImage, Size, image_key, open_image
+from kshot.images import MAX_RATIO, EncodedImage, Size, image_key, open_image
 
+MAX_COMMENT = 65_533  # bytes that a JPEG can hold
 SEGMENT = 256 << 20  # bytes after which a new file is begun, so that space comes back while some references live
 
 
 def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> EncodedImage:
     """The image as models get it: JPEG bytes (Pillow's default quality), RGB, longest side at most max_side pixels.
 
-    Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe. The same bytes as
-    that recipe gives, except for a JPEG four times as large or more, which `kshot.images.open_image` decodes smaller.
+    Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe, unless the image
+    would be too narrow then for a model. The same bytes as that recipe gives, except for a JPEG four times as large or
+    more, which `kshot.images.open_image` decodes smaller.
     mirrored: flipped left to right, after resizing.
     Raises ImageError; InputError if max_side < 1.
     """
@@ -73,12 +75,15 @@ def _fit(size: Size, max_side: int) -> Size:
     longest = max(size)
     if longest <= max_side:
         return size
-    width, height = (max(1, side * max_side // longest) for side in size)
+    least = -(-max_side // MAX_RATIO)
+    width, height = (max(least, side * max_side // longest) for side in size)
     return width, height
 
 
 def _encode(image: Image.Image, mirrored: bool) -> EncodedImage:
-    buffer = io.BytesIO()
+    buffer, comment = io.BytesIO(), image.info.get("comment", b"")  # Pillow writes it, as it does for the recipe
+    if len(comment.encode() if isinstance(comment, str) else comment) > MAX_COMMENT:
+        del image.info["comment"]
     (ImageOps.mirror(image) if mirrored else image).save(buffer, "JPEG")
     return EncodedImage(buffer.getvalue())
 

@@ -1,8 +1,9 @@
 """Files that are complete or not there: written to a temporary name in the same folder, then renamed.
 
-Also the cache folder, fingerprints of files, and the model of the processor, for records.
+Also text as other programs write it, the cache folder, fingerprints of files and the processor, for records.
 """
 
+import codecs
 import ctypes
 import hashlib
 import json
@@ -27,6 +28,16 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("KSHOT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kshot"
+
+
+def decoded_text(content: bytes) -> str | None:
+    """Text in UTF-8 or, where it begins with its mark, in UTF-16, as PowerShell writes it; None for what is no text."""
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def write_file(path: Path, content: bytes) -> Path:

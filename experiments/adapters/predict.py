@@ -29,6 +29,8 @@ from data.preparation import prepare
 from experiments.adapters.folder import CARD, read_card
 from experiments.sweep.config import Settings
 from kshot.errors import ImageError, InputError
+from kshot.files import decoded_text
+from kshot.images import begins_like_image
 
 if TYPE_CHECKING:
     from vlm.prompts import Prompt
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 NO_MATCH = "no file has such a name; in a pattern, ** is for any folders"
 MAX_BYTES = 1 << 30  # of a file; more than any image within the limit of pixels takes
+MAX_HEADER = 1 << 10  # bytes in which an image shows that it is one; a PPM may begin with comments
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,7 @@ def _matching(pattern: str) -> Iterator[Picture]:
 def _from_stdin(stdin: BinaryIO) -> Iterator[Picture]:
     """One image, or where the bytes are text the image of each line."""
     data = stdin.read(MAX_BYTES + 1)
-    try:  # no format of images that is in use is UTF-8 without a zero byte
-        text = None if b"\0" in data else data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = None
+    text = None if begins_like_image(data[:MAX_HEADER]) else decoded_text(data)  # a PPM in ASCII is text too
     if len(data) > MAX_BYTES:
         yield _failing(STDIN, f"standard input is longer than {MAX_BYTES:,} bytes")
     elif text is None:

@@ -102,10 +102,12 @@ def test_every_orientation_comes_out_upright(orientation: int) -> None:
     assert 0x0112 not in Image.open(io.BytesIO(prepare(jpeg))).getexif()
 
 
-def bomb(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
@@ -129,6 +131,8 @@ NO_IMAGES = {
     "bomb": (bomb(100_000, 100_000), "more than 89,478,485 pixels"),
     "jpeg bomb": (jpeg_bomb(30_000, 20_000), "more than 89,478,485 pixels"),
     "float": (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+    "strip": (encode(Image.new("RGB", (2001, 10)), "PNG"), "2001x10 pixels is too narrow"),
+    "high strip": (encode(Image.new("RGB", (1, 201)), "JPEG"), "1x201 pixels is too narrow"),
 }
 
 
@@ -163,6 +167,24 @@ def test_the_longest_side(width: int, height: int, max_side: int) -> None:
         assert prepared.size == (width, height)
     else:
         assert prepared.size == tuple(max(1, side * max_side // longest) for side in (width, height))
+
+
+@pytest.mark.parametrize(
+    ("size", "prepared"),
+    [
+        ((1000, 6), (480, 3)),  # by the reference recipe 480x2, which Qwen does not take
+        ((6, 1000), (3, 480)),
+        ((2000, 10), (480, 3)),
+        ((1000, 7), (480, 3)),  # by the reference recipe too
+        ((1000, 9), (480, 4)),
+        ((480, 3), (480, 3)),
+        ((200, 1), (200, 1)),
+        ((1, 1), (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_strip_is_not_made_too_narrow(size: tuple[int, int], prepared: tuple[int, int], kind: str) -> None:
+    assert open_image(prepare(encode(Image.new("RGB", size), kind))).size == prepared
 
 
 def test_prepare_is_the_reference_rule() -> None:
@@ -247,7 +269,7 @@ def test_what_is_not_decoded_small_is_exact(kind: str, mode: str, max_side: int)
 
 
 def test_a_thin_jpeg() -> None:
-    for height in range(1, 12):
+    for height in range(10, 20):
         assert decode(encode(scene(2000, height), "JPEG"), max_side=100).size == (100, 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from stored import CLASSES
 from trained import TRAINING, train
 
@@ -124,6 +125,20 @@ def test_of_many_classes_a_few_are_shown() -> None:
     text = cards.readme(card(classes=tuple(f"c{n}" for n in range(100))))
     assert "| classes | 100: `c0`, `c1`, `c2`, `c3`, `c4`, and 95 more (all" in text
     assert "`c5`" not in text
+
+
+def test_the_code_lays_transparency_over_white_and_turns_the_image(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", cards.readme(card(max_side=480)), re.DOTALL)
+    image, exif = Image.new("RGBA", (40, 20)), Image.Exif()
+    image.paste("black", (0, 0, 10, 10))
+    exif[0x0112] = 6  # stored turned left
+    image.save(tmp_path / "image.png", exif=exif)
+    lines = [line for line in code.splitlines() if line.startswith(("from PIL", "image"))]
+    scope = dict[str, Any]()
+    exec("\n".join(lines).replace('"IMAGE"', repr(str(tmp_path / "image.png"))), scope)  # noqa: S102 - the point of it
+    shown = scope["image"]
+    assert (shown.mode, shown.size) == ("RGB", (20, 40))
+    assert (shown.getpixel((19, 0)), shown.getpixel((0, 0))) == ((0, 0, 0), (255, 255, 255))
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers

@@ -94,7 +94,8 @@ def test_a_model_as_it_is(
     images: Path, kshot, expected, service: LocalServiceClient, tmp_path: Path, method: str
 ) -> None:
     """With probabilities, and what token-by-token decoding writes."""
-    (tmp_path / "names.txt").write_text("\n".join(["\ufeff" + FOUR[0], "", *FOUR[1:]]), encoding="utf-8")
+    encoding = "utf-8-sig" if method == "constrained" else "utf-16"  # of Windows' editor, of PowerShell
+    (tmp_path / "names.txt").write_text("\r\n".join([FOUR[0], "", *FOUR[1:]]), encoding=encoding)
     options = ("--model", nano.NAME, "--method", method, "--json", "--top", "3")
     ended = kshot("predict", images / "a.png", *options, *classes(*FOUR))
     assert ended == kshot("predict", images / "a.png", *options, "--classes", tmp_path / "names.txt")
@@ -136,7 +137,7 @@ def test_an_image_that_the_model_cannot_take_is_named(adapter: Path, images: Pat
     options = ("--adapter", adapter, "--max-side", "3000", "--json")
     ended = kshot("predict", images / "line.png", images / "a.png", *options)
     assert (ended.status, len(parsed(ended.out)), ended.err.count("\n")) == (1, 1, 1)
-    assert ended.err.startswith(f"kshot: {images}/line.png: image of 3000x4 pixels: ")
+    assert ended.err.startswith(f"kshot: {images}/line.png: 3000x4 pixels is too narrow: ")
 
 
 def test_standard_input_and_a_pattern(adapter: Path, images: Path, kshot, stdin) -> None:

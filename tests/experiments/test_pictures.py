@@ -10,6 +10,15 @@ from experiments.adapters import predict as module
 from experiments.adapters.predict import pictures, shown
 from kshot.errors import ImageError, InputError
 
+NETPBM = [  # images of which bytes and text are the same
+    b"P1\n2 2\n0 1 1 0\n",
+    b"P2 2 2 255\n9 9 9 9\n",
+    b"P3\r\n# a comment\r\n2 2\r\n255\r\n" + b"9 9 9\n" * 4,
+    b"P4\n8 1\nA",
+    b"P5\n2 2\n255\nABCD",
+    b"P6\n#" + b"long " * 40 + b"\n2 2\n255\n" + b"A" * 12,
+]
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -113,8 +122,29 @@ def test_standard_input_is_an_image_or_a_list(here: Path, make_image) -> None:
     ]
     for nothing in (b"", b"\n \n"):
         assert names("-", stdin=nothing) == ["-: standard input holds neither an image nor a path"]
-    (zeros,) = pictures(["-"], lambda: io.BytesIO(b"BM" + bytes(20)))  # ASCII throughout, and no text
-    assert zeros.read() == b"BM" + bytes(20)
+    for image in (b"BM" + bytes(20), *NETPBM):
+        (picture,) = pictures(["-"], lambda image=image: io.BytesIO(image))
+        assert (picture.name, picture.read()) == ("-", image)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig", "utf-8"])
+def test_lists_as_other_programs_write_them(here: Path, encoding: str) -> None:
+    (here / "é b.png").touch()
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    for end in ("\n", "\r\n"):
+        assert names("-", stdin=f"{mark}b.png{end}é b.png{end}".encode(encoding)) == ["b.png", "é b.png"]
+
+
+@pytest.mark.parametrize("listed", [b"\xff\xfea\0\0", b"\xff\xfea\0\0\0", b"\xff\xfe\0\xd8", b"a\0b", b"\xe9.png"])
+def test_what_is_no_text_is_no_list(here: Path, listed: bytes) -> None:
+    (picture,) = pictures(["-"], lambda: io.BytesIO(listed))
+    assert (picture.name, picture.read()) == ("-", listed)
+
+
+def test_a_list_may_begin_with_the_letters_of_an_image(here: Path) -> None:
+    for name in ("P3", "P6 12", "BM.png"):
+        (here / name).touch()
+    assert names("-", stdin=b"P3\nP6 12\nBM.png\n") == ["P3", "P6 12", "BM.png"]
 
 
 def test_standard_input_is_read_once_and_not_without_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

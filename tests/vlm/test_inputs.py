@@ -10,7 +10,7 @@ from PIL import Image
 from tinker import types
 
 from kshot.errors import ImageError, ModelError, RequestError, UnknownNameError
-from kshot.images import open_image
+from kshot.images import MAX_RATIO, open_header, open_image
 from vlm import nano
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
 
@@ -65,17 +65,35 @@ def test_plain_images_travel_as_they_are(format: str, name: str, mode: str, rule
     assert (chunk.data, chunk.format) == (data, name)
 
 
-@pytest.mark.parametrize(("width", "height"), [(224, 224), (400, 300), (480, 321), (64, 64), (30, 200), (1, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(224, 224), (400, 300), (480, 321), (64, 64), (30, 200), (1, 1), (1, 200), (2000, 10)]
+)
 def test_expected_tokens_equal_what_the_stock_processor_makes(width: int, height: int, rule: ImageRule) -> None:
     made = rule.processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")
     assert rule.tokens(height, width) == int(made["image_grid_thw"].prod()) // 4
 
 
-def test_expected_tokens_of_the_real_processor_settings() -> None:
+@pytest.fixture(scope="module")
+def real() -> ImageRule:
+    """The rule of the published Qwen3-VL models."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
     size = {"shortest_edge": 65536, "longest_edge": 16777216}
-    real = ImageRule(Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size))
+    return ImageRule(Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size))
+
+
+@pytest.mark.parametrize("short", [1, 3, 10])
+def test_what_is_opened_is_what_the_real_processor_takes(short: int, real: ImageRule) -> None:
+    for size in ((MAX_RATIO * short, short), (short, MAX_RATIO * short), (short, short)):
+        made = real.processor(images=[open_image(encoded(Image.new("RGB", size)))], return_tensors="pt")
+        assert real.tokens(size[1], size[0]) == int(made["image_grid_thw"].prod()) // 4 > 0
+    with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
+        real.processor(images=[Image.new("RGB", (MAX_RATIO * short + 1, short))], return_tensors="pt")
+    with pytest.raises(ImageError, match=f"{MAX_RATIO * short + 1}x{short} pixels is too narrow"):
+        open_header(encoded(Image.new("RGB", (MAX_RATIO * short + 1, short))))
+
+
+def test_expected_tokens_of_the_real_processor_settings(real: ImageRule) -> None:
     assert (real.tokens(224, 224), real.tokens(300, 400)) == (64, 108)  # as the hosted service counts them
 
 
