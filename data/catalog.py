@@ -3,6 +3,7 @@
 It imports a loader only when its data set is loaded, so that listing the catalog takes milliseconds.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -51,47 +52,7 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def find(name: str) -> DatasetSpec:
-    """The spec of a data set.
-
-    name: a key of DATASETS, "folder:PATH", whose spec has PATH as its location, or "hub:ID" or "hub:ID@REVISION".
-    Raises UnknownNameError.
-    """
-    if name in DATASETS:
-        return DATASETS[name]
-    if name.startswith(FOLDER) and name != FOLDER:
-        return _user_spec(name, "A folder of images, one sub-folder per class", "data.folder:load_folder", FOLDER)
-    if name.startswith(HUB) and name != HUB:
-        return _user_spec(name, "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", HUB)
-    raise UnknownNameError("data set", name, [*DATASETS, f"{FOLDER}PATH", f"{HUB}ID"])
-
-
-def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Access | None = None) -> Dataset:
-    """The data set of that name, its class names cleaned.
-
-    root: folder for the files that a set builds or downloads (default: the user's cache).
-    split_seed: draws the split of a set that comes without one; a given split does not depend on it.
-    access: for the benchmarks: where to get them and which protocol to follow.
-    Raises UnknownNameError, DatasetError, ImageError; InputError for access options that the set does not have.
-    """
-    spec, access = find(name), access or Access()
-    module, function = spec.loader.split(":")
-    options = {"access": access} if spec.sources else _refuse_access(spec, access)
-    dataset: Dataset = getattr(import_module(module), function)(spec, root=root, split_seed=split_seed, **options)
-    return replace(dataset, classes=clean_classes(spec, dataset.classes))
-
-
-def _refuse_access(spec: DatasetSpec, access: Access) -> dict[str, Access]:
-    """For a set with a single source. Raises InputError where another one is requested."""
-    others = ", ".join(other.name for other in BENCHMARKS)
-    for field in fields(Access):
-        if value := getattr(access, field.name):
-            option = f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            raise InputError(f"{option} is for {others}; {spec.name} has no choice of it")
-    return {}
-
-
-def _user_spec(name: str, title: str, loader: str, kind: str) -> DatasetSpec:
+def _user_spec(name: str, title: str, loader: str, *choices: str) -> DatasetSpec:
     return DatasetSpec(
         name=name,
         title=title,
@@ -101,5 +62,82 @@ def _user_spec(name: str, title: str, loader: str, kind: str) -> DatasetSpec:
         protocol="seeded-split",
         hflip=0.5,
         loader=loader,
-        location=name.removeprefix(kind),
+        choices=choices,
     )
+
+
+USERS = {  # the users' own: a name begins with the key, and the rest of it is the location
+    FOLDER: _user_spec(
+        "folder:PATH", "A folder of images, one sub-folder per class", "data.folder:load_folder", "allow_shared"
+    ),
+    HUB: _user_spec("hub:ID", "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", "label_column"),
+}
+
+
+def find(name: str) -> DatasetSpec:
+    """The spec of a data set.
+
+    name: a key of DATASETS, "folder:PATH", whose spec has PATH as its location, or "hub:ID" (see `data.hub.HubName`).
+    Raises UnknownNameError.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    for kind, spec in USERS.items():
+        if name.startswith(kind) and name != kind:
+            return replace(spec, name=name, location=name.removeprefix(kind))
+    raise UnknownNameError("data set", name, [*DATASETS, *(spec.name for spec in USERS.values())])
+
+
+def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Access | None = None) -> Dataset:
+    """The data set of that name, its class names cleaned.
+
+    root: folder for the files that a set builds or downloads (default: the user's cache).
+    split_seed: draws the split of a set that comes without one; a given split does not depend on it.
+    access: how to get it, as far as that can be chosen.
+    Raises UnknownNameError, DatasetError, ImageError; InputError for access options that the set does not have.
+    """
+    spec, access = find(name), access or Access()
+    check_access(access, spec)
+    module, function = spec.loader.split(":")
+    options = {"access": access} if spec.choices else {}
+    dataset: Dataset = getattr(import_module(module), function)(spec, root=root, split_seed=split_seed, **options)
+    return replace(dataset, classes=clean_classes(spec, dataset.classes))
+
+
+def check_access(access: Access, *specs: DatasetSpec) -> None:
+    """Raises InputError for an option that none of these sets has."""
+    for field in fields(Access):
+        value = getattr(access, field.name)
+        if value and not any(field.name in spec.choices for spec in specs):
+            option = f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            others = ", ".join(s.name for s in (*DATASETS.values(), *USERS.values()) if field.name in s.choices)
+            names = ", ".join(spec.name for spec in specs)
+            raise InputError(f"{option} is for {others}; {names} has no choice of it")
+
+
+def access_for(spec: DatasetSpec, access: Access) -> Access:
+    """Of these options those that the set has."""
+    return Access(**{name: getattr(access, name) for name in spec.choices})
+
+
+def accesses(names: Sequence[str], access: Access, usual: str = "") -> dict[str, Access]:
+    """How each of several data sets is had: with the options that it has.
+
+    usual: the protocol where `access` names none. Where other sets have the protocol, or it is the usual one, a set
+    without it follows its own: see `unused`. Raises as `check_access` does, and UnknownNameError for a usual protocol
+    that no benchmark has.
+    """
+    if usual and not any(row.has_protocol(usual, "") for row in BENCHMARKS):
+        raise UnknownNameError("protocol", usual, dict.fromkeys(p.name for row in BENCHMARKS for p in row.protocols))
+    specs = {name: find(name) for name in names}
+    check_access(access, *specs.values())
+    protocol = access.protocol or usual
+    have = {name for name, spec in specs.items() if spec.has_protocol(protocol, access.kind)}
+    if access.protocol and not have:  # the first with a choice says what is wrong
+        have = {name for name, spec in specs.items() if spec.protocols}
+    return {n: replace(access_for(s, access), protocol=protocol if n in have else "") for n, s in specs.items()}
+
+
+def unused(asked: Access, taken: Access) -> list[str]:
+    """The names of the fields that are given in one access and left open in another."""
+    return [field.name for field in fields(Access) if getattr(asked, field.name) and not getattr(taken, field.name)]

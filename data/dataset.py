@@ -7,12 +7,13 @@ data set of any size costs only its index.
 import hashlib
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from kshot.errors import DatasetError
+from kshot.errors import DatasetError, listed
 
 
 def content_key(image: bytes) -> str:
@@ -27,6 +28,14 @@ class Readable(Protocol):
 
 
 Stored = bytes | Readable
+
+# What sources call the sides of a split, in any case; where there is no test side, the validation side is.
+SIDES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "val", "valid", "dev"),
+}
+NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d+)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # as a class name
 
 
 def stored_bytes(stored: Stored) -> bytes:
@@ -133,16 +142,34 @@ def examples_of(items: Iterable[Item], classes: Sequence[str]) -> list[Example]:
     return [Example(item.key, item.stored, labels[item.label]) for item in items]
 
 
+def shared_images(train: Sequence[Item], test: Sequence[Item]) -> dict[str, int]:
+    """For the record: how many images are in both train and test, and how many in two classes, if any."""
+    shared = len({item.key for item in train} & {item.key for item in test})
+    in_two = len(in_two_classes((*train, *test)))
+    return {"shared": shared, **({"in_two_classes": in_two} if in_two else {})}
+
+
+def in_two_classes(items: Iterable[Item | Example]) -> dict[str, set[Any]]:
+    """Key → the labels of each image that has several."""
+    labels = defaultdict[str, set[Any]](set)
+    for item in items:
+        labels[item.key].add(item.label)
+    return {key: names for key, names in labels.items() if len(names) > 1}
+
+
 def digest(lines: Iterable[Sequence[str]]) -> str:
     """64 hex digits for a set of lines of words; their order does not count."""
     return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
 
 
 def clean_name(name: str) -> str:
-    """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC).
+    """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC). A name that
+    is a number keeps its sign and its point.
 
     Some file systems write é as two characters, tokenizers as one: an answer could then never equal its class.
     """
+    if NUMBER.fullmatch(name.strip()):
+        return name.strip()
     return unicodedata.normalize("NFC", " ".join(re.sub(r"[_.\-]", " ", name).lower().split()))
 
 
@@ -152,6 +179,8 @@ class Access:
 
     root: folder of the original files, for the source archive. protocol: "" is the first one that the source allows.
     split_file: for a protocol that reads one. allow_modified: accept files that are not the published ones.
+    label_column: of a set of the hub; "" is its usual one. allow_shared: accept a folder with the same image in two
+    classes, or in train and test.
     """
 
     source: str = ""
@@ -159,6 +188,13 @@ class Access:
     protocol: str = ""
     split_file: Path | None = None
     allow_modified: bool = False
+    label_column: str = ""
+    allow_shared: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The source that is asked for, with a root the archive; "" where none is."""
+        return self.source or ("archive" if self.root else "")
 
 
 Split = tuple[list[Item], list[Item]]  # train, test
@@ -202,7 +238,8 @@ class DatasetSpec:
     location: what the loader reads: a folder, a hub identifier or an address; "" where it needs none.
     train, test: number of images, about; 0 where only the data tell.
     clean: class name as its source writes it → as a model reads it.
-    sources: where it can be had, the usual one first; () where it comes with kshot or is the user's folder.
+    choices: names of the fields of Access that a user may give for it.
+    sources: where it can be had, the usual one first; () where there is one alone.
     hub, revision: hub identifier and commit; "" is the newest, and the commit it resolved to is recorded.
     files: its original files. protocols: the named ways to use it, the usual one first.
     content: `digest` of (class, key) of its images as they were published, "" where it is not known.
@@ -222,6 +259,7 @@ class DatasetSpec:
     train: int = 0
     test: int = 0
     clean: Callable[[str], str] = clean_name
+    choices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     hub: str = ""
     revision: str = ""
@@ -230,16 +268,26 @@ class DatasetSpec:
     content: str = ""
     spellings: Mapping[str, str] = field(default_factory=dict)
 
+    def has_protocol(self, name: str, source: str) -> bool:
+        """Whether it has the protocol of that name, from this source where one is asked for."""
+        return any(protocol.name == name and source in ("", *protocol.sources) for protocol in self.protocols)
+
 
 def clean_classes(spec: DatasetSpec, names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a model reads them. Raises DatasetError where one is empty, or two are the same."""
+    """The names as a model reads them. Raises DatasetError where names are empty, or the same."""
+    if problems := name_problems(spec, names):
+        raise DatasetError(listed(spec.name, problems))
+    return tuple(map(spec.clean, names))
+
+
+def name_problems(spec: DatasetSpec, names: Sequence[str]) -> list[str]:
+    """A line for each class name that no model can tell from another one, or that is empty."""
     origin: dict[str, str] = {}
+    problems = []
     for name in names:
-        cleaned = spec.clean(name)
-        if not cleaned:
-            raise DatasetError(f"{spec.name}: class {name!r} has no letters left once cleaned; rename it")
-        if cleaned in origin:
-            both = f"{origin[cleaned]!r} and {name!r}"
-            raise DatasetError(f"{spec.name}: classes {both} both read {cleaned!r}; rename or merge them")
-        origin[cleaned] = name
-    return tuple(origin)
+        if not (cleaned := spec.clean(name)):
+            problems.append(f"class {name!r} has no letters left once cleaned; rename it")
+        elif cleaned in origin:
+            problems.append(f"classes {origin[cleaned]!r} and {name!r} both read {cleaned!r}; rename or merge them")
+        origin.setdefault(cleaned, name)
+    return problems

@@ -5,11 +5,11 @@ depend on the order of the rows, on the other classes or on the number of shots.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
-from data.dataset import Example, Item, Split
+from data.dataset import SIDES, Example, Item, Split
 from kshot.errors import InputError, TooFewImagesError
 
 TEST_SHARE = 5  # one image of five goes to test, at least one per class, where nothing else is stated
@@ -29,12 +29,19 @@ def k_shot(
     rows: dict[int, dict[str, int]] = defaultdict(dict)
     for index, example in enumerate(examples):
         rows[example.label].setdefault(example.key, index)
+    counts = images_per_class(examples, classes)
+    _check_counts({name: n for name, n in counts.items() if n < (1 if allow_fewer else shots)}, shots)
     chosen: list[int] = []
     for label, name in enumerate(classes):
-        _check_count(name, len(rows[label]), shots, allow_fewer)
         order = sorted(rows[label], key=partial(_rank, seed, name))
         chosen += (rows[label][key] for key in order[:shots])
     return chosen
+
+
+def images_per_class(examples: Sequence[Example], classes: Sequence[str]) -> dict[str, int]:
+    """Distinct images of each class, by its name."""
+    counts = Counter(label for label, _ in {(example.label, example.key) for example in examples})
+    return {name: counts[label] for label, name in enumerate(classes)}
 
 
 def stratified_split(
@@ -60,6 +67,14 @@ def stratified_split(
     }
     test = [(label, key) in held_out for key, label in zip(keys, labels, strict=True)]
     return [i for i, out in enumerate(test) if not out], [i for i, out in enumerate(test) if out]
+
+
+def given_sides(splits: Collection[str]) -> tuple[str, str] | None:
+    """The splits for train and test as the source calls them; the one for validation is test where there is no other.
+    None where one side is missing."""
+    named = {side: [s for name in SIDES[side] for s in splits if s.lower() == name] for side in SIDES}
+    train, test = named["train"], named["test"] or named["validation"]
+    return (train[0], test[0]) if train and test else None
 
 
 def one_in_five(count: int) -> int:
@@ -88,9 +103,15 @@ def _rank(seed: int, name: str, key: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{name}\0{key}".encode()).digest()
 
 
-def _check_count(name: str, count: int, shots: int, allow_fewer: bool) -> None:
-    if count >= shots or (allow_fewer and count > 0):
+def _check_counts(few: Mapping[str, int], shots: int) -> None:
+    """Raise TooFewImagesError, which names the smallest, where classes have too few images. few: their counts."""
+    if not few:
         return
-    way_out = "take fewer shots or pass --allow-fewer" if count else "add images or drop the class"
-    images = "image" if count == 1 else "images"
-    raise TooFewImagesError(f"class {name!r} has {count} distinct train {images}, {shots} shots asked for; {way_out}")
+    name = min(few, key=lambda name: few[name])
+    count, more = few[name], len(few) - 1
+    others = f" ({more} more {'class has' if more == 1 else 'classes have'} too few)" if more else ""
+    way_out = f"use --shots {count}, --allow-fewer, or in a sweep --most-shots DATASET={count}"
+    raise TooFewImagesError(
+        f"class {name!r} has {count} distinct train {'image' if count == 1 else 'images'}, "
+        f"{shots} shots asked for{others}; {way_out if count else 'add images or drop the class'}"
+    )

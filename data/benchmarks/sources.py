@@ -15,6 +15,7 @@ from data.benchmarks import layouts
 from data.benchmarks.archives import SourceFiles, modified
 from data.benchmarks.protocols import stamp as stamp_of
 from data.dataset import (
+    SIDES,
     Access,
     Dataset,
     DatasetSpec,
@@ -23,8 +24,9 @@ from data.dataset import (
     clean_classes,
     digest,
     examples_of,
+    shared_images,
 )
-from data.fewshot import one_in_five, split_items
+from data.fewshot import given_sides, one_in_five, split_items
 from kshot.errors import DatasetError, UnknownNameError
 
 
@@ -49,19 +51,29 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int, access: Acces
     return _dataset(spec, stamp, classes, train, test, {"source": source, "protocol": protocol.name, **facts})
 
 
-def load_hub(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
-    """hub:ID or hub:ID@REVISION: its train and test as they are, or drawn by seed where one of them is missing."""
-    identity, _, revision = spec.location.partition("@")
-    items, facts = _hub_items(identity, revision, (), root)
+def load_hub(spec: DatasetSpec, *, root: Path | None, split_seed: int, access: Access) -> Dataset:
+    """A set of the hub: its own train and test; validation is test where there is no other; drawn by seed where it
+    lacks one side. A label column that is not the usual one is part of the protocol's name."""
+    items, facts = _hub_items(hub.HubName.parse(spec.location), (), root, access.label_column)
     items = with_clean_labels(spec, items)
-    splits = {item.split for item in items}
-    if {"train", "test"} <= splits:
-        train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
+    splits, notes = [*dict.fromkeys(item.split for item in items)], [*facts.get("notes", ())]
+    if sides := given_sides(splits):
+        train, test = ([item for item in items if item.split == side] for side in sides)
         name = "given-split"
+        if sides[1].lower() not in SIDES["test"]:
+            name += f"-{sides[1]}"
+            notes.append(f"split {sides[1]!r} is the test side")
+        if unused := [repr(split) for split in splits if split not in sides]:
+            notes.append(f"splits that are not used: {', '.join(unused)}")
     else:
         train, test = split_items(items, test_size=one_in_five, seed=split_seed)
         name = f"{spec.protocol}-{split_seed}"
-    return _dataset(spec, f"{name}-{fingerprint(train, test)}", _classes(items), train, test, facts)
+        notes.append(f"test is drawn by seed, one image in five of each class, from all images ({', '.join(splits)})")
+    name += f"-by-{facts['label_column']}" if "label_column" in facts else ""
+    if len(classes := _classes([*train, *test])) < 2:
+        raise DatasetError(f"{spec.name} has one class ({classes[0]!r}); classification needs two or more")
+    facts = {**facts, "notes": notes} if notes else facts
+    return _dataset(spec, f"{name}-{fingerprint(train, test)}", classes, train, test, facts)
 
 
 def _dataset(
@@ -72,7 +84,7 @@ def _dataset(
     test: Sequence[Item],
     facts: dict[str, Any],
 ) -> Dataset:
-    facts["shared"] = len({item.key for item in train} & {item.key for item in test})  # images in both
+    facts |= shared_images(train, test)
     return Dataset(spec.name, protocol, classes, examples_of(train, classes), examples_of(test, classes), facts)
 
 
@@ -87,7 +99,7 @@ def choose_source(spec: DatasetSpec, access: Access) -> tuple[str, SplitProtocol
 
     Raises UnknownNameError; DatasetError where they do not go together, or not with the other options.
     """
-    source = access.source or ("archive" if access.root else "")
+    source = access.kind
     if source and source not in spec.sources:
         raise UnknownNameError("source", source, spec.sources)
     by_name = {protocol.name: protocol for protocol in spec.protocols}
@@ -118,7 +130,7 @@ def items_of(
 ) -> tuple[list[Item], dict[str, Any]]:
     """All items of the source, and what is on record about it; read once into a pack in the cache."""
     if source == "hub":
-        return _hub_items(spec.hub, spec.revision, protocol.splits, cache)
+        return _hub_items(hub.HubName(spec.hub, spec.revision), protocol.splits, cache)
     if access.root is None or not access.root.is_dir():
         problem = "no --root was given" if access.root is None else f"--root {access.root} is no folder"
         raise DatasetError(f"{problem}; it must be the folder with the original files of {spec.name} ({spec.url})")
@@ -134,18 +146,27 @@ def _archive(spec: DatasetSpec, files: SourceFiles, facts: dict[str, Any]) -> It
     facts.update(md5=files.checksums(), ignored=sorted(ignored))
 
 
+def hub_pack(name: hub.HubName, splits: Sequence[str], label_column: str = "") -> str:
+    """The name of the pack that a set of the hub is kept in."""
+    words = [name.hub_id, name.revision, *splits]
+    words += [f"#{name.config}"] if name.config else []
+    words += [f"label {label_column}"] if label_column else []
+    return "hub-" + hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+
+
 def _hub_items(
-    identity: str, revision: str, splits: Sequence[str], cache: Path | None
+    name: hub.HubName, splits: Sequence[str], cache: Path | None, label_column: str = ""
 ) -> tuple[list[Item], dict[str, Any]]:
     """A set once packed stays at its commit until another revision is asked for or the pack is removed."""
-    name = hashlib.sha256("\0".join((identity, revision, *splits)).encode()).hexdigest()[:16]
 
     def fill(facts: dict[str, Any]) -> Iterator[Item]:
-        hub_set = hub.read(identity, revision or None, splits or None)
+        hub_set = hub.read(name, splits, label_column)
         yield from hub_set.items
-        facts.update(hub=identity, revision=hub_set.revision)
+        facts.update(hub=name.hub_id, revision=hub_set.revision)
+        more = {"config": name.config, "label_column": hub_set.label_column, "notes": [*hub_set.notes]}
+        facts.update({key: value for key, value in more.items() if value})
 
-    return pack.open_or_make(f"hub-{name}", fill, cache)
+    return pack.open_or_make(hub_pack(name, splits, label_column), fill, cache)
 
 
 def _unverified(spec: DatasetSpec, protocol: SplitProtocol, facts: dict[str, Any], access: Access) -> str:

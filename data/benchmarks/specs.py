@@ -25,6 +25,7 @@ def _benchmark(name: str, coop_classes: int, recipe: SplitProtocol, official: Sp
         loader="data.benchmarks.sources:load",
         train=official.train,
         test=official.test,
+        choices=("source", "root", "protocol", "split_file", "allow_modified"),
         sources=("hub", "archive"),
         protocols=(recipe, official, coop),
         **row,

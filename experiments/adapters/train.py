@@ -47,7 +47,6 @@ def plan_training(
     seed: int,
     settings: Mapping[str, Any],
     *,
-    protocol: str = "",
     device: str = "cpu",
     access: Access | None = None,
 ) -> tuple[Job, Dataset]:
@@ -58,7 +57,7 @@ def plan_training(
     if unused := [name for name in TEST_SETTINGS if name in settings]:
         raise InputError(f"{unused[0]} is for sweeps, which test; training does not depend on it: leave it out")
     grid = {"name": "train", "datasets": (dataset,), "methods": (METHOD,), "shots": (shots,), "seeds": (seed,)}
-    sweep = _with_full_path(load("demo", {**grid, **({"protocol": protocol} if protocol else {})}, dict(settings)))
+    sweep = _with_full_path(load("demo", grid, dict(settings)))
     planned = plan(sweep, device=device, access=access)
     return replace(planned.jobs[0], device=device), planned.datasets[dataset]
 

@@ -16,6 +16,7 @@ import typer
 from experiments.cli import options as opt
 from experiments.terminal import err, fail, out, print_paths, progress_bar
 from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
+from kshot.files import decoded_text
 
 if TYPE_CHECKING:
     from experiments.adapters.predict import Prediction, Source
@@ -40,6 +41,8 @@ def train(
     protocol: opt.Protocol = "",
     split_file: opt.SplitFile = None,
     allow_modified: opt.Modified = False,
+    allow_shared: opt.Shared = False,
+    label_column: opt.LabelColumn = "",
     settings: opt.Set = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
     push_to_hub: opt.PushToHub = None,
@@ -50,15 +53,18 @@ def train(
     from experiments.adapters.folder import check_target
     from experiments.adapters.train import plan_training
     from experiments.adapters.train import train as run
+    from experiments.sweep.grid import dataset_notes
     from experiments.sweep.provenance import notes
 
     check_target(output, force=force)
     check_push(push_to_hub, yes, public)
     options = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
     values = opt.settings_of(options, settings)
-    access = opt.access_of(source, root, "", split_file, allow_modified)
+    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
     with err.status("reading the data"):
-        job, data = plan_training(dataset, shots, seed, values, protocol=protocol, device=device, access=access)
+        job, data = plan_training(dataset, shots, seed, values, device=device, access=access)
+    for line in dataset_notes(data):
+        err.print(line)
     err.print(f"training {job.cell}")
     try:
         _show_steps(run(job, data, output, force=force))
@@ -197,12 +203,12 @@ def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] 
     if names:
         raise InputError("class names are given twice, with --class and with --classes; leave one out")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        text = decoded_text(file.read_bytes())
     except OSError as error:
         raise InputError(f"--classes {file} cannot be read ({error.strerror}); give a file of names") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--classes {file} is no text in UTF-8; write one class name a line") from error
-    listed = tuple(line.strip() for line in lines if line.strip())
+    if text is None:
+        raise InputError(f"--classes {file} is no text in UTF-8; write one class name a line")
+    listed = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not listed:
         raise InputError(f"--classes {file} holds no class name; write one a line")
     return listed

@@ -70,6 +70,8 @@ def sweep(
     protocol: opt.Protocol = "",
     split_file: opt.SplitFile = None,
     allow_modified: opt.Modified = False,
+    allow_shared: opt.Shared = False,
+    label_column: opt.LabelColumn = "",
     settings: opt.Set = None,
     output: opt.Out = None,
     workers: opt.Workers = None,
@@ -89,11 +91,11 @@ def sweep(
         "seeds": opt.numbers("seeds", seeds),
         "most_shots": opt.caps(most_shots),
     }
-    fields = {"datasets": dataset, "methods": method, "prompts": prompt, "protocol": protocol, **grid}
+    fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    access = opt.access_of(source, root, "", split_file, allow_modified)
+    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
     options = RunOptions(service, device, access, executor, workers, threads, only_failed, track)
     run(content, output, options, images=not no_images, only_plan=only_plan)
 
@@ -111,6 +113,8 @@ def zero_shot(
     protocol: opt.Protocol = "",
     split_file: opt.SplitFile = None,
     allow_modified: opt.Modified = False,
+    allow_shared: opt.Shared = False,
+    label_column: opt.LabelColumn = "",
     settings: opt.Set = None,
     output: Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/zero-shot-NAME).")] = None,
 ) -> None:
@@ -118,10 +122,10 @@ def zero_shot(
     from experiments.sweep.config import RunOptions
 
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
-    fields = {"datasets": dataset, "prompts": prompt, "protocol": protocol, **grid}
+    fields = {"datasets": dataset, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
     content = _sweep_of("demo", fields, values, settings)
-    access = opt.access_of(source, root, "", split_file, allow_modified)
+    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, RunOptions(service, device, access))
 
@@ -147,6 +151,7 @@ def report(
             out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
         if pack:
             results.pack()
+        content = _with_training_notes(results, content)
         paths = report_of(results, content)
     print_summary(content, results.cells())
     print_paths(paths)
@@ -205,6 +210,8 @@ class _Terminal:
             yield
             return
         check_room(planned, results, jobs, self._options)
+        for line in planned.about_data():
+            err.print(line)
         total = len(planned.jobs)
         with self._progress:
             cost = sum(METHODS[job.cell.method].cost for job in jobs)
@@ -226,6 +233,7 @@ class _Terminal:
             err.print(f"{count} {job}")
 
     def complete(self, planned: "Plan", results: "Results", content: dict[str, Any]) -> None:
+        content = _with_training_notes(results, content)
         paths = report_of(results, content, planned if self._images else None)
         print_summary(content, results.cells())
         print_paths([results.folder, *paths])
@@ -233,21 +241,28 @@ class _Terminal:
 
 def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
     """What the cells that are missing will take; where data must be fetched first, what all cells will."""
+    from data import catalog
     from data.dataset import Access
     from experiments.plan.estimate import estimate, print_estimate
-    from experiments.sweep.grid import dataset_accesses, plan
+    from experiments.sweep.grid import plan
     from experiments.sweep.store import Results
-    from experiments.sweep.workload import is_here, of_jobs, of_sweep
+    from experiments.sweep.workload import adapt, is_here, of_jobs, of_sweep
 
-    where: dict[str, Any] = {"service": options.service, "device": options.device, "access": options.access}
+    access = options.access or Access()
+    where: dict[str, Any] = {"service": options.service, "device": options.device, "access": access}
     with err.status("counting and measuring"):
-        if all(is_here(*each) for each in dataset_accesses(sweep, options.access or Access()).items()):
-            planned = plan(sweep, **where)
+        accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
+        if all(is_here(*each) for each in accesses.items()):
+            planned = plan(sweep, **where, here=False)
             jobs = planned.missing(Results(folder), only_failed=options.only_failed)
-            workload = of_jobs(jobs, planned.datasets)
+            workload, said = of_jobs(jobs, planned.datasets), [*planned.about_data()]
         else:
             workload = of_sweep(sweep, **where)
+            datasets = {source: info.dataset for source, info in workload.datasets.items()}
+            _, said = adapt(sweep, access, datasets)
         estimated = estimate(workload, folder, options)
+    for line in said:
+        err.print(line)
     print_estimate(estimated)
 
 
@@ -258,6 +273,13 @@ def check_room(planned: "Plan", results: "Results", jobs: "Sequence[Job]", optio
 
     if options.executor == "local":  # the nodes of a cluster are other machines
         check(requirements(of_jobs(jobs, planned.datasets), results.folder, options))
+
+
+def _with_training_notes(results: "Results", content: dict[str, Any]) -> dict[str, Any]:
+    """The content of sweep.json, with notes on training that fell behind: they change as cells come."""
+    from experiments.report.comparisons import training_notes
+
+    return {**content, "notes": [*content["notes"], *training_notes(results.folder, content, results.cells())]}
 
 
 def report_of(results: "Results", content: dict[str, Any], planned: "Plan | None" = None) -> list[Path]:

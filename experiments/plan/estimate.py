@@ -13,7 +13,7 @@ from experiments.sweep.config import RunOptions
 from experiments.sweep.grid import gpus_of
 from experiments.sweep.workload import EncodingSchedule, Workload, encoding_jobs, encoding_schedule
 from experiments.terminal import out, plain_table
-from kshot.errors import InputError
+from kshot.errors import InputError, RequestError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Estimate:
-    """time, lengths: None where the time, or the numbers of tokens, are not known: `no_time`, `no_tokens` say why."""
+    """time, lengths: None where the time, or the numbers of tokens, are not known: `no_time`, `no_tokens` say why.
+    no_service: why the service does not answer; "" where it does."""
 
     requirements: Requirements
     encoding_schedule: EncodingSchedule
@@ -38,11 +39,12 @@ class Estimate:
     time: SweepTime | None
     no_time: str = ""
     no_tokens: str = ""
+    no_service: str = ""
 
 
 def requirements(workload: Workload, out: Path, options: RunOptions) -> Requirements:
     """Without a measurement. out: the results folder."""
-    gpus, on_cpu = gpus_of(options.device), workload.device == "cpu"
+    gpus, on_cpu = gpus_of(options.device, here=False), workload.device == "cpu"
     most = len(gpus) or (max(1, executors.cores() // options.threads) if on_cpu else 1)
     workers = max(1, min(options.workers or most, max(len(workload.cells), encoding_jobs(workload))))
     fetched = downloads(workload)
@@ -51,17 +53,28 @@ def requirements(workload: Workload, out: Path, options: RunOptions) -> Requirem
 
 
 def estimate(workload: Workload, out: Path, options: RunOptions) -> Estimate:
-    """The whole estimate; the time is measured on this machine, where all that it needs is here and fits. Raises what
-    loading the models raises."""
+    """The whole estimate, for a device and a service that need not be here; the time is measured where all that it
+    needs is here and fits. Raises what loading the models raises, UnknownNameError for what can be no service."""
+    no_service = _unanswered(options.service)
     needed, schedule = requirements(workload, out, options), encoding_schedule(workload)
     lengths, no_tokens = prompt_lengths(workload)
     counts = count(workload, lengths)
     if no_time := _unmeasured(workload, needed) or no_tokens:
-        return Estimate(needed, schedule, counts, lengths, None, None, no_time, no_tokens)
+        return Estimate(needed, schedule, counts, lengths, None, None, no_time, no_tokens, no_service)
     workers, gpus = needed.workers, gpus_of(options.device)
     measured = measure(workload, workers, lengths, threads=options.threads, gpus=gpus)
     needed = replace(needed, memory=replace(needed.memory, measured=measured.peak if workload.device == "cpu" else 0))
     return Estimate(needed, schedule, counts, lengths, measured, sweep_time(workload, measured, workers))
+
+
+def _unanswered(service: str) -> str:
+    from vlm.service import check
+
+    try:
+        check(service)
+    except RequestError as error:
+        return str(error)
+    return ""
 
 
 def _unmeasured(workload: Workload, needed: Requirements) -> str:
@@ -70,6 +83,9 @@ def _unmeasured(workload: Workload, needed: Requirements) -> str:
         return "nothing is left to compute"
     if workload.service != "local":
         return f"the time of the service {workload.service} is not measured: its use may cost"
+    if needed.memory.free is None:
+        where = needed.memory.location.removeprefix("the memory of ")
+        return f"not known for {where} here: --plan measures it on a machine that has it"
     if needed.downloads:
         names = ", ".join(each.name for each in needed.downloads)
         return f"{names} must be downloaded before the time can be measured"
@@ -90,7 +106,7 @@ def check(needed: Requirements) -> None:
                 f"({OTHER_DISK.get(largest, 'KSHOT_CACHE')})"
             )
     m = needed.memory
-    if m.fits:
+    if m.free is None or m.fits:
         return
     largest = max(m.parts, key=lambda what: m.parts[what])
     subject = f"{m.workers} workers need" if m.workers > 1 else "a worker needs"
@@ -113,8 +129,8 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def rows(estimate: Estimate) -> list[Row]:
-    needed = estimate.requirements
-    return [*_counts(estimate), *_downloads(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
+    needed, counts = estimate.requirements, _counts(estimate)
+    return [*counts, *_downloads(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
 
 
 def _counts(estimate: Estimate) -> Iterator[Row]:
@@ -138,7 +154,7 @@ def _counts(estimate: Estimate) -> Iterator[Row]:
 
 def _schedule(schedule: EncodingSchedule) -> str:
     """How often the vision tower encodes an image."""
-    ahead = "each once for all cells, mirrored twins too"
+    ahead = f"each once for all cells{', mirrored twins too' if schedule.mirrored else ''}"
     if not (schedule.per_worker or schedule.per_cell):
         return ahead
     lines = (
@@ -161,6 +177,9 @@ def _memory(memory: Memory) -> Iterator[Row]:
     yield "memory of a worker", _size(memory.per_worker), _sizes(memory.parts)
     for name in memory.unknown:
         yield "", "unknown", f"what {name} takes"
+    if memory.free is None:
+        yield "memory", _size(memory.needed), f"{_workers(memory.workers)}; {memory.location} is not known here"
+        return
     fits = "fits" if memory.fits else f"does not fit: there is room for {memory.possible_workers}"
     yield "memory", _size(memory.needed), f"{_workers(memory.workers)}, of {_size(memory.free)} that are free: {fits}"
 
@@ -174,6 +193,8 @@ def _disks(needed: Requirements) -> Iterator[Row]:
 
 def _time(estimate: Estimate) -> Iterator[Row]:
     time, measurement = estimate.time, estimate.measurement
+    if estimate.no_service:
+        yield "service", "no answer", estimate.no_service
     if time is None or measurement is None:
         yield "time", "unknown", estimate.no_time
         return

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baselines import nano as nano_dinov2
+from experiments.sweep.grid import gpus_of
 from experiments.sweep.workload import (
     CellSpec,
     ImageFeatures,
@@ -42,11 +43,12 @@ ACTIVATIONS = 17  # vectors that a block of a vision transformer keeps of each t
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. parts: what a worker holds, by name. free: in `location`, where the workers will be. measured: what a
-    worker took in a measurement. workers: how many share it; a GPU has one. unknown: models of unknown size."""
+    """Bytes. parts: what a worker holds, by name. free: in `location`, where the workers will be; None if not here.
+    measured: what a worker took in a measurement. workers: how many share it; a GPU has one. unknown: models of unknown
+    size."""
 
     parts: Mapping[str, int]
-    free: int
+    free: int | None
     location: str
     workers: int
     unknown: tuple[str, ...] = ()
@@ -62,7 +64,8 @@ class Memory:
 
     @property
     def possible_workers(self) -> int:
-        return int(self.free // self.per_worker) if self.per_worker else self.workers
+        known = self.free is not None and self.per_worker > 0
+        return int((self.free or 0) // self.per_worker) if known else self.workers
 
     @property
     def fits(self) -> bool:
@@ -72,7 +75,8 @@ class Memory:
 def memory(workload: Workload, workers: int, device: str = "cpu") -> Memory:
     """The memory of `workers` processes on the CPU, or of one on each GPU: then of the GPU with the least free memory.
 
-    device: as the user names it, cuda being every visible GPU. Raises ModelError for one that is not here.
+    device: as the user names it, cuda being every visible GPU. It need not be here: the image features that a GPU keeps
+    are then left out, since they take a share of what it has.
     """
     from vlm import service
 
@@ -84,21 +88,24 @@ def memory(workload: Workload, workers: int, device: str = "cpu") -> Memory:
             passes.append(size)
         else:
             parts[name] = parts.get(name, 0) + size
-    location = "the CPU's memory" if on_cpu else f"the memory of {tightest}"
+    location = "the CPU's memory" if on_cpu else f"the memory of {tightest or device}"
     parts[PASS] = max(passes)
-    return Memory(parts, service.free_bytes(tightest), location, workers if on_cpu else 1, (*unknown,))
+    free = service.free_bytes(tightest) if tightest else None
+    return Memory(parts, free, location, workers if on_cpu else 1, (*unknown,))
 
 
-def _tightest(device: str, workers: int) -> "torch.device":
-    """The device with the least free memory among those that these workers get."""
+def _tightest(device: str, workers: int) -> "torch.device | None":
+    """The device with the least free memory among those that these workers get; None where they are not here."""
     from vlm import service
 
+    if device != "cpu" and not gpus_of(device, here=False):
+        return None
     named = service.devices(device)
     every = service.devices("auto") if device == "cuda" else named  # one a worker, in this order
     return min(every[:workers], key=service.free_bytes)
 
 
-def _vlm(workload: Workload, unknown: list[str], device: "torch.device") -> Iterator[tuple[str, int]]:
+def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") -> Iterator[tuple[str, int]]:
     from vlm import service
 
     for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
@@ -115,6 +122,8 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device") -> Iter
             positions = min(trained[0].batch_size * longest, max(limits.training, longest))
             yield PASS, model.training_bytes(positions, ANSWER * positions // longest)
         yield PASS, model.scoring_bytes(min(limits.scoring, limits.prompts * longest))
+        if device is None:
+            continue
         images = {source: each.train_views + each.test for source, each in image_counts(cells, workload).items()}
         features = max(images[source] * tokens[source] for source in tokens) * model.features.token_bytes
         yield "image features", min(int(features), service.feature_memory(device))

@@ -55,6 +55,7 @@ class Settings(BaseModel):
     allow_fewer: bool = False
     shuffle_test: bool = False  # a control: each test image takes the place of another
     views_per_class: PositiveInt = 160
+    hflip: Annotated[float | None, Field(ge=0, le=1)] = None  # share of mirrored views; None: the data set's own
     batch_size: PositiveInt = 32
     rank: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-4
@@ -102,6 +103,7 @@ class Sweep(BaseModel):
     shots: Several[Shots]
     seeds: Several[Seed]
     most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
+    cap_shots: bool = False  # whether a data set that has fewer images a class is drawn at what it has
     prompts: Distinct[str] = ()  # prompts to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
     settings: Settings = Settings()
@@ -118,6 +120,11 @@ class Sweep(BaseModel):
         """The settings of every combination of these values; those of the later axes change first."""
         grid = product(*self.axes.values())
         return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
+
+    def with_hflip(self, own: float) -> Self:
+        """The sweep with a data set's own hflip, where it gives none."""
+        hflip = own if self.settings.hflip is None else self.settings.hflip
+        return self.model_copy(update={"settings": self.settings.model_copy(update={"hflip": hflip})})
 
     def shots_of(self, dataset: str) -> tuple[int, ...]:
         """The shots that a data set is drawn at, in their order."""
@@ -180,11 +187,11 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
 
     settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
     A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
-    The file's caps on shots hold for those of its data sets that are in the sweep.
+    The file's caps on shots hold for those of its data sets that are in the sweep; no others where shots are given.
     Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
     file = read(preset)
-    content = {**file, **overrides}
+    content = {**file, **overrides, **({"cap_shots": False} if "shots" in overrides else {})}
     _drop_idle_caps(file, content)
     base, compare = content.get("settings") or {}, content.get("compare") or {}
     if isinstance(base, dict) and isinstance(compare, dict):
@@ -285,6 +292,8 @@ def command(content: Mapping[str, Any]) -> str:
     options += _access_options(content.get("data", {}).values())
     modified = any("-modified-" in protocol for protocol in content["protocols"].values())
     flags = " --allow-modified" if modified else ""
+    if any(facts.get("allow_shared") for facts in content.get("data", {}).values()):
+        flags += " --allow-shared"
     return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
 
 
@@ -298,4 +307,6 @@ def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
             options |= {"--root": "PATH/TO/THE/ORIGINAL/FILES"}
         if fact.get("protocol") == "coop":
             options |= {"--split-file": "PATH/TO/THE/SPLIT.json"}
+        if "label_column" in fact:
+            options |= {"--label-column": fact["label_column"]}
     return list(options.items())

@@ -2,16 +2,18 @@
 they finish."""
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from baselines import nano as nano_dinov2
 from data import catalog
+from data.check import refuse_broken
 from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
@@ -22,8 +24,8 @@ from experiments.sweep.run import few_shot, to_encode, validation, work
 from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker, tracker
 from experiments.sweep.workers import EXECUTORS, Failure
-from experiments.sweep.workload import BATCH, encoding_schedule, of_jobs
-from kshot.errors import DatasetError, InputError, KshotError, UnknownNameError
+from experiments.sweep.workload import BATCH, adapt, encoding_schedule, of_jobs
+from kshot.errors import DatasetError, InputError, KshotError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
 # on which depends what images are shown
@@ -87,19 +89,30 @@ def run_sweep(
 class Plan:
     """The cells of a sweep with the data sets they need, all checked. jobs: one data set after the other, so that
     workers keep its images, and of each the long ones first, so that no worker waits at the end. gpus: see `gpus_of`; a
-    worker sees one of them, as cuda."""
+    worker sees one of them, as cuda. adapted: lines on what was asked for and a data set does not have."""
 
     sweep: Sweep
     datasets: dict[str, Dataset]
     jobs: list[Job]
     gpus: tuple[str, ...] = ()
+    adapted: Sequence[str] = ()
+
+    def about_data(self) -> Iterator[str]:
+        """What is used, a line a data set, and what must be said of it."""
+        for dataset in self.datasets.values():
+            train, test, most = len(dataset.train), len(dataset.test), self.sweep.settings.limit_test
+            tested = f"{test:,}" if most is None or most >= test else f"{most:,} of {test:,}"
+            counts = f"{len(dataset.classes):,} classes, {train:,} train and {tested} test images"
+            yield f"{dataset.name}: {counts}, protocol {dataset.protocol}"
+            yield from dataset_notes(dataset)
+        yield from self.adapted
 
     def describe(self) -> dict[str, Any]:
         """The content of sweep.json."""
         settings, compared = self._settings(), _compared(self.sweep)
         caps = {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
-        of_datasets = [line for dataset in self.datasets.values() for line in _dataset_notes(dataset)]
+        of_datasets = [line for dataset in self.datasets.values() for line in dataset_notes(dataset)]
         return {
             "name": self.sweep.name,
             "datasets": [dataset.name for dataset in self.datasets.values()],
@@ -113,7 +126,7 @@ class Plan:
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
             "classes": {dataset.name: list(dataset.classes) for dataset in self.datasets.values()},
             "data": {dataset.name: dict(dataset.facts) for dataset in self.datasets.values() if dataset.facts},
-            "notes": [*of_settings, *of_datasets],
+            "notes": [*of_settings, *self.adapted, *of_datasets],
             **({"service": service_kind(self.jobs[0].service), "device": self.jobs[0].device} if self.jobs else {}),
         }
 
@@ -150,24 +163,36 @@ class Plan:
         return (EncodingJob(same[0], seeds, shots, part, parts) for part in range(parts))
 
 
-def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Plan:
+def plan(
+    sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None, here: bool = True
+) -> Plan:
     """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
     UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError,
     InputError (an image size that does not fit a backbone, two that results could not tell apart).
 
     access: for the data sets that can be had in several ways; InputError where none of them can.
+    here: whether it is to run on this machine, where device and service must then be.
     """
     for method in sweep.methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
     if service != "local" and (alone := [name for name in sweep.methods if METHODS[name].local]):
         raise InputError(f"{alone[0]} needs features, which the Tinker API does not give; use --service local")
-    _check_machine(service, device)
+    if here and service != "local":
+        from vlm.service import check
+
+        check(service)
+    gpus = gpus_of(device, here=here)
     _check_models(sweep, service)
     _check_prompts(sweep, service)
-    accesses, split_seed = dataset_accesses(sweep, access or Access()), sweep.settings.split_seed
+    access, split_seed = access or Access(), sweep.settings.split_seed
+    accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
     datasets = {source: catalog.load(source, access=each, split_seed=split_seed) for source, each in accesses.items()}
+    for source, dataset in datasets.items():
+        if not source.startswith(catalog.FOLDER):  # whose images are decoded whenever it is loaded
+            refuse_broken(dataset)
     _check_apart(datasets, [dataset.name for dataset in datasets.values()], kind=DatasetError)
+    sweep, adapted = adapt(sweep, access, datasets)
     _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
@@ -175,7 +200,7 @@ def plan(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: A
         make = partial(Job, source=source, service=service, device=kind, access=accesses[source])
         cells = (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
         jobs += sorted(cells, key=lambda job: -METHODS[job.cell.method].cost)
-    return Plan(sweep, datasets, jobs, gpus_of(device))
+    return Plan(sweep, datasets, jobs, gpus, adapted)
 
 
 def execute(
@@ -234,54 +259,54 @@ def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
 
 def _check_shots(sweep: Sweep, datasets: Mapping[str, Dataset]) -> None:
     """Draw the most shots that each data set is drawn at, where a method learns."""
-    methods = [METHODS[name] for name in sweep.methods if METHODS[name].learns]
+    methods, problems = [METHODS[name] for name in sweep.methods if METHODS[name].learns], list[str]()
     for source, dataset in datasets.items() if methods else ():
         most = max(sweep.shots_of(source))
-        for seed in sweep.seeds:
-            chosen = few_shot(dataset, most, seed, sweep.settings)
-            if any(method.leaves_out for method in methods):
-                check_left_out(dataset.classes, chosen)
-            validation(dataset, most, seed, sweep.settings)
+        try:
+            for seed in sweep.seeds:
+                chosen = few_shot(dataset, most, seed, sweep.settings)
+                if any(method.leaves_out for method in methods):
+                    check_left_out(dataset.classes, chosen)
+                validation(dataset, most, seed, sweep.settings)
+        except TooFewImagesError as error:
+            problems.append(f"{dataset.name}: {error}")
+    if problems:
+        raise TooFewImagesError(problems[0] if len(problems) == 1 else listed("too few images", problems))
 
 
-def _dataset_notes(dataset: Dataset) -> Iterator[str]:
+def dataset_notes(dataset: Dataset) -> Iterator[str]:
     """What a report must say of a data set's files."""
     if "-modified-" in dataset.protocol:
         changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
         yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
+    allowed = " (--allow-shared)" if dataset.facts.get("allow_shared") else ""
     if shared := dataset.facts.get("shared"):
-        yield f"{dataset.name}: images that are in both train and test: {shared}."
+        yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
+    if in_two := dataset.facts.get("in_two_classes"):
+        yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
+    yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 
-def gpus_of(device: str) -> tuple[str, ...]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second."""
-    kind, _, number = device.partition(":")
-    if kind != "cuda":
+def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second.
+
+    Raises InputError for GPUs that this machine does not have, unless they need not be here: then there are none.
+    """
+    if device == "cpu":
         return ()
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InputError(f"device {device!r} is not available here; use --device cpu, cuda or cuda:N")
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    number, visible, count = device.partition(":")[2], os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = visible.split(",") if count and visible else [str(n) for n in range(count)]
+    if names and (not number or int(number) < len(names)):
+        return (names[int(number)],) if number else tuple(names)
+    if not here:
+        return ()
     if not names:
         raise InputError(f"device {device!r} is not available here: torch sees no GPU; use --device cpu")
-    if not number:
-        return tuple(names)
-    if not number.isdecimal() or int(number) >= len(names):
-        raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
-    return (names[int(number)],)
-
-
-def _check_machine(service: str, device: str) -> None:
-    if service != "local":
-        from vlm.service import check
-
-        check(service)
-    if device == "cpu":
-        return
-    import torch
-
-    if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
-        raise InputError(f"device {device!r} is not available here; use --device cpu")
+    raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
 
 
 def _check_models(sweep: Sweep, service: str) -> None:
@@ -311,15 +336,6 @@ def _check_apart(
             raise kind(f"{prefix}{twin} and {value} would both be called {name}; rename one or leave it out")
 
 
-def dataset_accesses(sweep: Sweep, access: Access) -> dict[str, Access]:
-    """Data set → how it is had: `access` where there is a choice."""
-    access = replace(access, protocol=sweep.protocol) if sweep.protocol else access
-    specs = {source: catalog.find(source) for source in sweep.datasets}
-    if access != Access() and not any(spec.sources for spec in specs.values()):
-        catalog.load(sweep.datasets[0], access=access)  # says what is wrong with that
-    return {source: access if spec.sources else Access() for source, spec in specs.items()}
-
-
 def _check_prompts(sweep: Sweep, service: str) -> None:
     used = _used(sweep)
     if "prompt" in used:
@@ -336,13 +352,16 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
 
 
 def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
-    """Each cell with the settings it is run under."""
+    """Each cell with the settings it is run under. A data set's own hflip is recorded and left out of the key."""
+    own = catalog.find(source).hflip
+    sweep = sweep.with_hflip(own)
+    unkeyed = ("hflip",) if sweep.settings.hflip == own else ()
     values = {settings: recorded(settings) for settings in sweep.variants}
     for name in sweep.methods:
         method = METHODS[name]
         for settings, shots, seed in sweep.points(source, method.settings, learns=method.learns):
             named = relevant(values[settings], method.settings)
-            yield Cell(dataset.name, dataset.protocol, name, shots, seed, named), settings
+            yield Cell(dataset.name, dataset.protocol, name, shots, seed, named, unkeyed), settings
 
 
 def _compared(sweep: Sweep) -> list[str]:

@@ -21,12 +21,12 @@ import numpy as np
 
 from data import catalog, pack
 from data.dataset import Access, Dataset
+from data.fewshot import images_per_class
 from experiments.sweep.cells import Job
 from experiments.sweep.config import Settings, Sweep
 from experiments.sweep.methods import METHODS, Method
 from experiments.sweep.run import to_encode
 from kshot.errors import InputError, KshotError
-from kshot.files import cache_folder
 from kshot.images import open_header
 from vlm import models
 
@@ -60,8 +60,7 @@ class CellSpec(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Whether a model takes optimizer steps in it."""
-        return "views_per_class" in self.spec.settings
+        return self.spec.trains
 
     @property
     def generates(self) -> bool:
@@ -71,19 +70,18 @@ class CellSpec(NamedTuple):
     @property
     def variant(self) -> tuple[Any, ...]:
         """What the time of its steps depends on: the method, and the settings it reads but those of the data."""
-        return self.method, *(getattr(self.settings, name) for name in self.spec.settings)
+        return self.method, *(getattr(self.settings, name) for name in self.spec.settings if name != "hflip")
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The size of a data set. train, test: numbers of images. class_names: () where they are not known. hflip:
-    probability of a mirrored training image. dataset: the set itself, where it is here. access: how workers get it."""
+    """The size of a data set. train, test: numbers of images. class_names: () where they are not known.
+    dataset: the set itself, where it is here. access: how workers get it."""
 
     classes: int
     class_names: tuple[str, ...]
     train: int
     test: int
-    hflip: float
     dataset: Dataset | None = None
     access: Access = field(default_factory=Access)
 
@@ -129,70 +127,80 @@ def of_jobs(jobs: Sequence[Job], datasets: Mapping[str, Dataset]) -> Workload:
     """The workload of some jobs of a plan. datasets: by source, as the plan has them."""
     cells = [CellSpec(job.source, job.cell.method, job.cell.shots, job.cell.seed, job.settings) for job in jobs]
     accesses = {job.source: job.access for job in jobs}
-    infos = {source: _loaded(source, datasets[source], access) for source, access in accesses.items()}
+    infos = {source: _loaded(datasets[source], access) for source, access in accesses.items()}
     return Workload(cells, infos, *((jobs[0].service, jobs[0].device) if jobs else ()))
 
 
 def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Workload:
     """The workload of a sweep before its data is fetched: sets that are here are loaded. Raises what `catalog.load`
     raises; InputError for a set that is not here and whose size is not known."""
-    access = access or Access()
-    access = replace(access, protocol=sweep.protocol or access.protocol)
-    infos = {source: _info(source, access, sweep.settings.split_seed) for source in sweep.datasets}
+    accesses = catalog.accesses(sweep.datasets, access or Access(), sweep.protocol)
+    infos = {source: _info(source, each, sweep.settings.split_seed) for source, each in accesses.items()}
+    sweep, _ = adapt(sweep, access or Access(), {source: info.dataset for source, info in infos.items()})
     cells = [
         CellSpec(source, method, shots, seed, settings)
         for source in sweep.datasets
+        for here in [sweep.with_hflip(catalog.find(source).hflip)]
         for method in sorted(sweep.methods, key=lambda name: -METHODS[name].cost)
-        for settings, shots, seed in sweep.points(source, METHODS[method].settings, learns=METHODS[method].learns)
+        for settings, shots, seed in here.points(source, METHODS[method].settings, learns=METHODS[method].learns)
     ]
     return Workload(cells, infos, service, device.partition(":")[0])
 
 
+def adapt(sweep: Sweep, access: Access, datasets: Mapping[str, Dataset | None]) -> tuple[Sweep, list[str]]:
+    """The sweep with shots that its data sets have, where it caps them; and a line on each that is capped and on each
+    option, of the command line or of the preset, that a set does not have. datasets: None for one that is not here."""
+    asked = replace(access, protocol=access.protocol or sweep.protocol)
+    caps, lines = dict(sweep.most_shots), list[str]()
+    taken = catalog.accesses(sweep.datasets, access, sweep.protocol)
+    may = sweep.cap_shots and not sweep.settings.allow_fewer and any(METHODS[name].learns for name in sweep.methods)
+    for source, dataset in datasets.items():
+        name, own = (dataset.name, dataset.protocol) if dataset else (source, catalog.find(source).protocol)
+        for option in catalog.unused(asked, taken[source]):
+            if option == "protocol":
+                lines.append(f"protocol {asked.protocol} is not one of {name}; its own, {own}, is used")
+            else:
+                lines.append(f"--{option.replace('_', '-')} is not for {name} and is not used there")
+        counts = images_per_class(dataset.train, dataset.classes) if dataset and may else {"": 0}
+        smallest = min(counts, key=lambda name: counts[name])
+        if 0 < (most := counts[smallest]) < max(sweep.shots_of(source)):
+            caps[source] = most
+            lines.append(f"{name}: more than {most} shots are drawn at {most}, all that class {smallest!r} has")
+    return sweep.model_copy(update={"most_shots": caps}), lines
+
+
 def is_here(source: str, access: Access) -> bool:
     """Whether a data set can be loaded without fetching anything."""
+    from data.benchmarks.sources import choose_source, hub_pack
+    from data.hub import HubName
+
     spec = catalog.find(source)
     if source.startswith(catalog.HUB):
-        hub_id, _, revision = spec.location.partition("@")
-        return _has_pack(hub_id, revision, ())
+        return pack.is_here(hub_pack(HubName.parse(spec.location), (), access.label_column))
     if not spec.sources:
         return True
-    from data.benchmarks.sources import choose_source
-
     kind, protocol = choose_source(spec, access)
-    return kind != "hub" or _has_pack(spec.hub, spec.revision, protocol.splits)
-
-
-def _has_pack(hub_id: str, revision: str, splits: Iterable[str]) -> bool:
-    """Whether a set of the hub, with these splits at least, has been packed on this machine."""
-    for path in cache_folder().glob(f"hub-*-{pack.VERSION}/{pack.FACTS}"):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        same = facts.get("hub") == hub_id and str(facts.get("revision", "")).startswith(revision)
-        if same and set(splits) <= set(facts.get("splits", ())):
-            return True
-    return False
+    return kind != "hub" or pack.is_here(hub_pack(HubName(spec.hub, spec.revision), protocol.splits))
 
 
 def _info(source: str, access: Access, split_seed: int) -> DatasetInfo:
     spec = catalog.find(source)
-    access = access if spec.sources else Access()
     if is_here(source, access):
-        return _loaded(source, catalog.load(source, access=access, split_seed=split_seed), access)
+        return _loaded(catalog.load(source, access=access, split_seed=split_seed), access)
     if not spec.sources:
-        raise InputError(f"{source} is not on this machine and nothing is known of its size; `kshot data get {source}`")
+        get = f"kshot data get {source}" + (f" --label-column {access.label_column}" if access.label_column else "")
+        raise InputError(f"{source} is not on this machine and nothing is known of its size; `{get}`")
     from data.benchmarks.sources import choose_source
 
     protocol = choose_source(spec, access)[1]
     names = tuple(map(spec.clean, spec.classes)) if spec.classes and len(spec.classes) == protocol.classes else ()
     train, test = protocol.train or spec.train, protocol.test or spec.test
-    return DatasetInfo(protocol.classes, names, train, test, spec.hflip, access=access)
+    return DatasetInfo(protocol.classes, names, train, test, access=access)
 
 
-def _loaded(source: str, dataset: Dataset, access: Access) -> DatasetInfo:
-    names, hflip = dataset.classes, catalog.find(source).hflip
-    return DatasetInfo(len(names), names, len(dataset.train), len(dataset.test), hflip, dataset, access)
+def _loaded(dataset: Dataset, access: Access) -> DatasetInfo:
+    names = dataset.classes
+    return DatasetInfo(len(names), names, len(dataset.train), len(dataset.test), dataset, access)
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ def _image_counts(cells: list[CellSpec], info: DatasetInfo) -> ImageCounts:
     settings, learning = cells[0].settings, [cell for cell in cells if cell.spec.learns]
     shots = max((cell.shots for cell in learning), default=0)
     train = info.train_count({cell.seed for cell in learning}, shots, settings)
-    return ImageCounts(train, train * (2 if info.hflip > 0 and learning else 1), info.test_count(settings))
+    return ImageCounts(train, train * (2 if settings.hflip and learning else 1), info.test_count(settings))
 
 
 def sample(info: DatasetInfo) -> list[bytes]:
@@ -251,12 +259,13 @@ def mean_size(info: DatasetInfo, max_side: int) -> tuple[float, float]:
 class EncodingSchedule:
     """When the vision tower encodes the images of each source: ahead, once; in the cells, once in each worker, where
     features fit into the cache but not beside those before them; again in every cell, where they do not fit. capacity:
-    bytes that the cache keeps."""
+    bytes that the cache keeps. mirrored: whether mirrored twins are encoded too."""
 
     ahead: tuple[str, ...]
     per_worker: tuple[str, ...]
     per_cell: tuple[str, ...]
     capacity: int
+    mirrored: bool
 
 
 def encoding_schedule(workload: Workload) -> EncodingSchedule:
@@ -274,7 +283,8 @@ def encoding_schedule(workload: Workload) -> EncodingSchedule:
     later = [source for source in needed if source not in ahead]
     per_worker = tuple(source for source in later if needed[source] <= capacity)
     per_cell = tuple(source for source in later if needed[source] > capacity)
-    return EncodingSchedule(tuple(ahead), per_worker, per_cell, capacity)
+    mirrored = any(cell.settings.hflip and cell.spec.learns for cell in workload.local_vlm_cells)
+    return EncodingSchedule(tuple(ahead), per_worker, per_cell, capacity, mirrored)
 
 
 def encoding_jobs(workload: Workload) -> int:

@@ -29,11 +29,11 @@ def test_the_defaults_are_the_reference_protocol() -> None:
 
 
 def test_a_file_loads_and_what_is_given_goes_over_it(write) -> None:
-    path = write(GOOD + "settings: {rank: 8, batch_size: 2}\n")
+    path = write(GOOD + "settings: {rank: 8, batch_size: 2, hflip: 0}\n")
     assert load(path, {}, {}).shots == (1, 2)
     sweep = load(path, {"shots": (4, 4, 8), "seeds": (1,)}, {"rank": "16", "limit_test": "5", "eps": "1e-6"})
     assert (sweep.shots, sweep.seeds, sweep.datasets) == ((4, 8), (1,), ("digits",))
-    assert sweep.settings == Settings(rank=16, batch_size=2, limit_test=5, eps=1e-6)
+    assert sweep.settings == Settings(rank=16, batch_size=2, hflip=0, limit_test=5, eps=1e-6)
 
 
 def test_a_sweep_does_not_change() -> None:
@@ -71,6 +71,7 @@ def test_a_file_that_is_wrong(write, content: str | bytes, message: str) -> None
     [
         *[("limit_test", "0"), ("rank", "-1"), ("rank", "1.5"), ("learning_rate", "0"), ("learning_rate", "inf")],
         *[("learning_rate", "nan"), ("beta2", "1"), ("allow_fewer", "maybe"), ("max_side", ""), ("split_seed", "-1")],
+        *[("hflip", "1.1"), ("hflip", "-0.1"), ("hflip", "no")],
     ],
 )
 def test_a_setting_out_of_range(key: str, value: str) -> None:
@@ -90,7 +91,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
 def test_the_settings_of_methods_are_settings() -> None:
     for method in METHODS.values():
         assert set(method.settings) <= Settings.model_fields.keys()
-    grid = {"datasets", "methods", "shots", "seeds", "most_shots", "prompts"}
+    grid = {"datasets", "methods", "shots", "seeds", "most_shots", "cap_shots", "prompts"}
     assert {"name", *grid, "protocol", "settings", "compare"} == Sweep.model_fields.keys()
 
 

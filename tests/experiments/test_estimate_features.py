@@ -12,8 +12,8 @@ import pytest
 
 from baselines import nano as nano_dinov2
 from experiments.cli.sweep import check_room
-from experiments.plan.counts import encoded_in_cell
-from experiments.plan.estimate import estimate, requirements, rows
+from experiments.plan.counts import count, encoded_in_cell, prompt_lengths
+from experiments.plan.estimate import check, estimate, requirements, rows
 from experiments.plan.memory import memory, vit_size
 from experiments.plan.storage import disks
 from experiments.plan.time import Measurement, ProbeResult, Rates, measure, probe_folder, sweep_time
@@ -33,7 +33,7 @@ from experiments.sweep.workload import (
 from kshot.errors import InputError
 from kshot.files import STALE
 from vlm import nano
-from vlm.local import vision
+from vlm.local import features
 
 TINY = {"views_per_class": 4, "batch_size": 5, "rank": 4}
 COUNTS = {"a": 10, "b": 20, "c": 10}  # images a class
@@ -43,10 +43,10 @@ COUNTS = {"a": 10, "b": 20, "c": 10}  # images a class
 def sets(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., bytes]) -> tuple[str, ...]:
     """Three sets of two classes of images of 32 x 32 pixels: of the second there are twice as many."""
     home = tmp_path_factory.mktemp("sets")
-    for s, (name, count) in enumerate(COUNTS.items()):
+    for s, (name, images) in enumerate(COUNTS.items()):
         for label in ("cat", "dog"):
             (home / name / label).mkdir(parents=True)
-            for n in range(count):
+            for n in range(images):
                 image = make_image(1000 * s + 100 * (label == "dog") + n, 32, 32)
                 (home / name / label / f"{n}.png").write_bytes(image)
     return tuple(f"folder:{home / name}" for name in COUNTS)
@@ -76,7 +76,7 @@ SMALL, LARGE = (4, 16), (8, 16)  # a fifth of a folder is tested on; 2 x 8 shots
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the cache keep so many bytes: 15/16 of its limit."""
-    return lambda kept: monkeypatch.setattr(vision, "DISK_BYTES", -(-kept * 16 // 15))
+    return lambda kept: monkeypatch.setattr(features, "DISK_BYTES", -(-kept * 16 // 15))
 
 
 def times(workload: Workload) -> tuple[tuple[str, ...], ...]:
@@ -260,6 +260,39 @@ def test_a_sweep_is_held_to_its_own_gpu(
     for device in ("cuda:1", "cuda"):
         with pytest.raises(InputError, match=r"of the memory of cuda:1, .* and 1 MB are free"):
             check_room(planned, results, jobs, RunOptions(device=device))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_plan_for_a_device_that_is_not_here(
+    device: str, photos: Path, tmp_path: Path, kshot: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted as here, with the memory that it needs but for the features, whose share is of what it has."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    chosen = load("demo", {"datasets": (f"folder:{photos}",), "shots": (1,), "seeds": (0,)}, {})
+    there, here = of_sweep(chosen, device=device), of_sweep(chosen)
+    result, needed = estimate(there, tmp_path, RunOptions(device=device)), memory(here, 1).parts
+    assert result.counts == count(here, prompt_lengths(here)[0])
+    assert result.requirements.memory.parts == {n: size for n, size in needed.items() if n != "image features"}
+    table = {row[0]: row[1:] for row in rows(result)}
+    assert table["memory"][1] == f"1 worker; the memory of {device} is not known here"
+    assert table["time"] == ("unknown", f"not known for {device} here: --plan measures it on a machine that has it")
+    check(result.requirements)
+    command = ("sweep", "--dataset", f"folder:{photos}", "--shots", "1", "--seeds", "0", "--device", device)
+    planned = kshot(*command, "--plan", "--out", tmp_path / "out")
+    assert (planned.status, f"not known for {device} here" in " ".join(planned.out.split())) == (0, True)
+    refused = kshot(*command, "--out", tmp_path / "out")
+    assert refused.status == 2
+    assert f"device '{device}' is not available here: torch sees no GPU; use --device cpu" in refused.err
+
+
+def test_a_plan_for_a_service_that_does_not_answer(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
+    nobody = "http://127.0.0.1:9"
+    grid = ("--dataset", f"folder:{photos}", "--method", "vlm-lora", "--shots", "1", "--seeds", "0")
+    ended = kshot("sweep", "--plan", *grid, "--service", nobody, "--out", tmp_path / "out")
+    said = " ".join(ended.out.split())
+    assert (ended.status, said.split()[:4]) == (0, ["cells", "1", "1", "vlm-lora"])
+    assert f"service no answer no server answers at {nobody} (Connection refused); start it first" in said
+    assert kshot("sweep", "--plan", *grid, "--service", "there").status == 2
 
 
 def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
