@@ -1,29 +1,35 @@
-"""Checks a data set: decodes and hashes every image anew, and looks for images that train and test share.
+"""Checks a data set: decodes and hashes every image anew, and looks for images that train and test share. A sweep
+asks the same of every image, once.
 
 Counts, checksums and class names are verified where a data set is loaded.
 """
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, __version__
 
-from data.dataset import Dataset, Example, content_key
-from kshot.errors import ImageError
+from data.dataset import Dataset, Example, content_key, digest, in_two_classes
+from kshot.errors import DatasetError, ImageError, listed
+from kshot.files import cache_folder
 from kshot.images import open_image
 
 SIDE, LOW = 32, 8  # pixels of the thumbnail; frequencies kept in each direction
 NEAR = 6  # of the 64 bits of two perceptual hashes may differ: resized, recompressed or slightly cropped copies
 BLOCK = 1 << 22  # pairs compared at a time
+RULES = f"1-{__version__}"  # of what is an image: raise the number when `kshot.images` refuses more
 
 
 @dataclass(frozen=True)
 class CheckReport:
     """The result. broken: an error message each. exact, near: (row in train, row in test) of equal and similar images.
 
-    duplicates: images that occur more than once within train or within test.
+    duplicates: images that occur more than once within train or within test. two_classes: key → labels of an image that
+    has several.
     """
 
     images: int
@@ -31,6 +37,7 @@ class CheckReport:
     exact: list[tuple[int, int]]
     near: list[tuple[int, int]]
     duplicates: int
+    two_classes: Mapping[str, set[int]]
 
 
 def check(dataset: Dataset) -> CheckReport:
@@ -49,7 +56,23 @@ def check(dataset: Dataset) -> CheckReport:
         if pair not in {*exact} and pair[0] not in bad and split + pair[1] not in bad
     ]
     duplicates = sum(len(part) - len({example.key for example in part}) for part in (dataset.train, dataset.test))
-    return CheckReport(len(rows), [*bad.values()], exact, near, duplicates)
+    return CheckReport(len(rows), [*bad.values()], exact, near, duplicates, in_two_classes(rows))
+
+
+def refuse_broken(dataset: Dataset) -> None:
+    """Raise DatasetError with all images that are broken or that no model takes. A set without one is remembered in the
+    cache, since decoding thousands takes minutes."""
+    rows = [*dataset.train, *dataset.test]
+    mark = cache_folder() / "checked" / f"{RULES}-{digest((example.key,) for example in rows)}"
+    if mark.exists():
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        broken = [line for line in pool.map(_problem, rows) if line]
+    if broken:
+        raise DatasetError(listed(dataset.name, broken))
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -72,10 +95,22 @@ def near_pairs(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
 
 def _hash_or_error(example: Example) -> int | str:
     """The perceptual hash of an image, or what is wrong with it."""
+    opened = _opened(example)
+    return opened if isinstance(opened, str) else perceptual_hash(opened)
+
+
+def _problem(example: Example) -> str:
+    """What is wrong with an image, if anything is."""
+    opened = _opened(example)
+    return opened if isinstance(opened, str) else ""
+
+
+def _opened(example: Example) -> Image.Image | str:
+    """The image, or what is wrong with it: all that is asked of an image stands in `open_image`."""
     name, content = f"image {example.key[:12]}", example.image
     if content_key(content) != example.key:
         return f"{name}: its bytes have changed; get the data again"
     try:
-        return perceptual_hash(open_image(content, name))
+        return open_image(content, name)
     except ImageError as error:
         return str(error)

@@ -18,7 +18,8 @@ err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=
 
 def fail(message: str, status: int) -> NoReturn:
     """End the program with one line on stderr, and one for each problem that the message lists."""
-    err.print("kshot: " + "\n  ".join(" ".join(line.split()) for line in message.splitlines()), style="red")
+    lines = (line[: -len(line.lstrip())] + " ".join(line.split()) for line in message.splitlines() if line.strip())
+    err.print("kshot: " + "\n".join(lines), style="red")
     sys.exit(status)
 
 

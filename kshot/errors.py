@@ -21,7 +21,7 @@
 A message is one line: it names the thing, the value, and the way out; many problems of one kind are listed below it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
@@ -34,6 +34,14 @@ def listed(what: str, problems: Sequence[str]) -> str:
         return f"{what}: {problems[0]}"
     more = [f"... and {len(problems) - LISTED:,} more"] if len(problems) > LISTED else []
     return "\n  ".join([f"{what}: {len(problems):,} problems", *problems[:LISTED], *more])
+
+
+def listed_by_kind(what: str, kinds: Mapping[str, Sequence[str]]) -> str:
+    """A message about problems of several kinds, each listed below its kind."""
+    count, parts = sum(map(len, kinds.values())), [listed(kind, problems) for kind, problems in kinds.items()]
+    if len(parts) == 1:
+        return f"{what}: {parts[0]}"
+    return "\n".join([f"{what}: {count:,} problems", *parts]).replace("\n", "\n  ")
 
 
 class KshotError(Exception):

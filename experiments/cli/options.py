@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 PROMPT = "recipe, or '{image}QUESTION => ANSWER {label}'"
 
 # The data
-DatasetName = Annotated[str, typer.Argument(help="A name of `kshot data list`, folder:PATH or hub:ID.")]
+DatasetName = Annotated[
+    str, typer.Argument(help="A name of `kshot data list`, folder:PATH or hub:ID[@REVISION][#CONFIG].")
+]
 Dataset = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, folder:PATH or hub:ID.")]
 Datasets = Annotated[list[str], typer.Option("--dataset", help="See kshot data list; repeat.")]
 Source = Annotated[str, typer.Option("--source", help="hub, or archive: the original files in --root.")]
@@ -24,6 +26,10 @@ Root = Annotated[Path | None, typer.Option("--root", help="Folder of the origina
 Protocol = Annotated[str, typer.Option("--protocol", help="recipe, official or coop.")]
 SplitFile = Annotated[Path | None, typer.Option("--split-file", help="For coop: its JSON file.")]
 Modified = Annotated[bool, typer.Option("--allow-modified", help="Take files whose checksums are not the originals'.")]
+Shared = Annotated[
+    bool, typer.Option("--allow-shared", help="Take a folder with an image in two classes, or in train and test.")
+]
+LabelColumn = Annotated[str, typer.Option("--label-column", help="For hub:ID: where its classes are.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", min=0, help="Draws the split of a set without one.")]
 LimitTest = Annotated[str | None, typer.Option(metavar="N", help="Test on this many images.")]
 Fewer = Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a class has no k.")]
@@ -38,7 +44,10 @@ Loss = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat. hflip=0: mirror no image."),
+]
 Service = Annotated[str, typer.Option("--service", help="local, tinker or an http address.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 
@@ -54,11 +63,19 @@ Yes = Annotated[bool, typer.Option("--yes", help="Really send it.")]
 Public = Annotated[bool, typer.Option("--public", help="Make the repository public; otherwise it is private.")]
 
 
-def access_of(source: str, root: Path | None, protocol: str, split_file: Path | None, modified: bool) -> "Access":
+def access_of(
+    source: str,
+    root: Path | None,
+    protocol: str,
+    split_file: Path | None,
+    modified: bool,
+    shared: bool,
+    label_column: str,
+) -> "Access":
     """How a data set is had, by the options of a command."""
     from data.dataset import Access
 
-    return Access(source, root, protocol, split_file, modified)
+    return Access(source, root, protocol, split_file, modified, label_column, shared)
 
 
 def numbers(name: str, text: str | None) -> list[int] | None:

@@ -57,6 +57,11 @@ def test_a_folder_has_a_row() -> None:
         ("AM General Hummer SUV 2000", "am general hummer suv 2000"),
         ("  wild.cat__x ", "wild cat x"),
         ("Cafe\u0301", "caf\u00e9"),  # decomposed, as folder names on some file systems are
+        *(
+            (number, number)
+            for number in ("-1", "1", "1.5", "+3", "-0.5", "-.5", "1,000", "-1,000.25", "1e-5", "-2E+3")
+        ),
+        *(("1-2", "1 2"), ("1.2.3", "1 2 3"), ("2020-01-02", "2020 01 02"), ("1.", "1"), ("-x", "x"), ("v1.5", "v1 5")),
     ],
 )
 def test_clean_name(raw: str, cleaned: str) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from data.check import NEAR, check, near_pairs, perceptual_hash
+from data import check as checks
+from data.check import NEAR, check, near_pairs, perceptual_hash, refuse_broken
 from data.dataset import Dataset, Example, content_key
+from kshot.errors import DatasetError
 
 
 def example(image: bytes, label: int = 0) -> Example:
@@ -56,6 +59,29 @@ def test_every_bad_image_is_listed(make_image: Callable[..., bytes]) -> None:
         "its bytes have changed; get the data again",
     ]
     assert found.near == []  # what cannot be seen is like nothing
+    with pytest.raises(DatasetError) as raised:
+        refuse_broken(changed)
+    assert str(raised.value).splitlines() == ["own: 5 problems", *(f"  {line}" for line in found.broken)]
+
+
+def test_a_set_without_broken_images_is_remembered(
+    make_image: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
+    opened: list[str] = []
+    monkeypatch.setattr(checks, "open_image", lambda data, name: opened.append(name))
+    sound = dataset([make_image(0), make_image(1)], [make_image(2)])
+    for _ in range(2):
+        refuse_broken(sound)
+    assert len(opened) == 3
+    refuse_broken(dataset([make_image(0), make_image(1)], [make_image(3)]))
+    assert len(opened) == 6
+
+
+def test_images_in_two_classes(make_image: Callable[..., bytes]) -> None:
+    cat, dog = make_image(0), make_image(1)
+    found = check(Dataset("own", "given", ("cat", "dog"), [example(cat), example(dog, 1)], [example(cat, 1)]))
+    assert found.two_classes == {content_key(cat): {0, 1}}
 
 
 @pytest.mark.parametrize("seed", range(4))

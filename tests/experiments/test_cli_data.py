@@ -1,14 +1,15 @@
 """kshot data: what it says of a set, its exit status, and a sweep on a benchmark from its original files."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data import catalog
+from data import catalog, hub
 from data.benchmarks.protocols import per_class
-from data.dataset import SplitProtocol
+from data.dataset import Item, SplitProtocol, content_key
 from tests.data import published
 
 SMALL = SplitProtocol("official", "", per_class(3), 3, 9, 3, seeded=True)
@@ -50,6 +51,8 @@ def test_a_set_with_a_bad_image_fails(root: Path, kshot) -> None:
     assert (checked.status, checked.err.count("\n")) == (2, 1)
     assert "not an image in a known format; replace or remove it" in checked.err
     assert "decoded: 11 of 12" in checked.out
+    swept = kshot("sweep", "--dataset", *options, "--method", "pixel-knn", "--shots", "1", "--out", root / "out")
+    assert (swept.status, swept.err.splitlines()[-1]) == (2, checked.err.strip())
 
 
 @pytest.mark.parametrize("name", ["icons", "digits"])
@@ -108,3 +111,71 @@ def test_long_and_foreign_class_names(tmp_path: Path, kshot, ran, make_image) ->
     page = (tmp_path / "out/report.html").read_text()
     assert "<script>alert" not in page
     assert "<b>" not in page
+
+
+@pytest.fixture
+def twins(tmp_path: Path, make_image) -> Path:
+    """Forty-five classes of four images; of two pairs of classes one image is the same."""
+    folder = tmp_path / "set"
+    for c in range(45):
+        (folder / f"c{c:02}").mkdir(parents=True)
+        for n in range(4):
+            (folder / f"c{c:02}/{n}.png").write_bytes(make_image(4 * c + n, 16, 16))
+    for c in (3, 7):
+        (folder / f"c{c + 1:02}/0.png").write_bytes((folder / f"c{c:02}/0.png").read_bytes())
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def test_an_image_in_two_classes_is_refused_unless_it_is_allowed(twins: Path, kshot, ran) -> None:
+    sweep = ("sweep", "--dataset", f"folder:{twins}", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
+    out = twins.parent / "out"
+    for command in (("data", "check", f"folder:{twins}"), (*sweep, "--out", out)):
+        ended = kshot(*command)
+        assert (ended.status, ended.out) == (2, "")
+        assert ended.err.splitlines() == [
+            f"kshot: folder:{twins}: the same image in two classes; remove one, or keep both with --allow-shared: "
+            "2 problems",
+            "  c03/0.png and c04/0.png",
+            "  c07/0.png and c08/0.png",
+        ]
+    checked = kshot("data", "check", f"folder:{twins}", "--allow-shared")
+    assert (checked.status, checked.err) == (0, "")
+    assert f"classes: 45: {', '.join(f'c{c:02}' for c in range(40))}, ...\n" in checked.out
+    assert "note: skipped, since they are no images: 1 (1 .txt)\n" in checked.out
+    assert "same image in two classes: 2\n" in checked.out
+    assert ": c07 and c08\n" in checked.out
+    ended = kshot(*sweep, "--allow-shared", "--out", out)
+    assert ended.status == 0, ended.err
+    note = "folder:set: images that are in two classes (--allow-shared): 2; no answer is right for both."
+    content = json.loads((out / "sweep.json").read_text())
+    assert (note in content["notes"], content["data"]["folder:set"]["allow_shared"]) == (True, True)
+    assert note in ended.out.splitlines()
+    report = (out / "report.md").read_text()
+    assert note in report
+    assert " --allow-shared" in report
+
+
+def test_a_sweep_says_config_and_label_column_of_a_hub_set(root: Path, kshot, ran, monkeypatch) -> None:
+    images = [published.picture(n) for n in range(12)]
+    splits = ["train"] * 6 + ["val"] * 3 + ["extra"] * 3
+    items = [Item(str(n), splits[n], "ab"[n % 2], image, content_key(image)) for n, image in enumerate(images)]
+    found = hub.HubSet("f" * 40, iter(items), ["split 'test' has no labels and is not used"], "breed")
+    monkeypatch.setattr(hub, "read", lambda name, splits, column: found)
+    options = ("--method", "pixel-knn", "--shots", "1", "--seeds", "0", "--out", root / "out")
+    ended = kshot("sweep", "--dataset", "hub:me/pets#fine", "--label-column", "breed", *options)
+    assert ended.status == 0, ended.err
+    content = json.loads((root / "out/sweep.json").read_text())
+    assert content["protocols"]["hub:me/pets#fine"].startswith("given-split-val-by-breed-")
+    facts = content["data"]["hub:me/pets#fine"]
+    assert (facts["config"], facts["label_column"]) == ("fine", "breed")
+    for note in (
+        "split 'test' has no labels and is",
+        "split 'val' is the test side",
+        "splits that are not used: 'extra'",
+    ):
+        assert sum(line.startswith(f"hub:me/pets#fine: {note}") for line in content["notes"]) == 1
+        assert f"hub:me/pets#fine: {note}" in ended.out
+    line = next(x for x in (root / "out/report.md").read_text().splitlines() if x.startswith("kshot sweep"))
+    again = kshot(*shlex.split(line)[1:], "--out", root / "out")
+    assert (again.status, again.err.splitlines()[-1]) == (0, "all 1 cells are there: nothing to compute"), again.err
