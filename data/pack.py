@@ -48,6 +48,11 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
     return pack
 
 
+def is_here(name: str, cache: Path | None = None) -> bool:
+    """Whether there is a pack of that name."""
+    return ((cache or cache_folder()) / f"{name}-{VERSION}" / FACTS).is_file()
+
+
 def _write(folder: Path, fill: Fill) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

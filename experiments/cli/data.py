@@ -105,8 +105,6 @@ def _facts(dataset: "Dataset") -> Iterator[tuple[str, Any]]:
     if ignored := facts.get("ignored"):
         more = ", ..." if ignored[SHOWN:] else ""
         yield "no images of the set", f"{len(ignored):,}: {', '.join(ignored[:SHOWN])}{more}"
-    for note in facts.get("notes", ()):
-        yield "note", note
 
 
 def _lines(dataset: "Dataset", report: "CheckReport") -> Iterator[str]:

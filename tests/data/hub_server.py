@@ -4,28 +4,40 @@ and for making a repository and committing to it (small files in the commit, wei
 with serve({"owner/name": HubRepo({"README.md": b"..."})}) as hub:
     ... HF_ENDPOINT=hub.url, and to write HF_TOKEN=TOKEN ...
     hub.requests        # [("GET", "/datasets/owner/name/resolve/<commit>/README.md", "bytes=100-")]
+
+`parquet` makes a set's file as the hub has it; `ask` has a process of its own read from the stand-in.
 """
 
 import base64
 import hashlib
+import io
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 TOKEN = "hf_of_nobody"  # noqa: S105 - the stand-in's own
 NAME = r"(?P<id>[\w.-]+/[\w.-]+)"
 API = re.compile(rf"/api/(?:dataset|model)s/{NAME}(?:/(?P<what>revision|tree|preupload|commit)/(?P<revision>[^/]+))?")
 FILE = re.compile(rf"/(?:datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 BATCH = re.compile(rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch")
+ROOT = Path(__file__).parents[2]
+BARE_CARD = b"---\nlicense: mit\n---\n"
 CUT, RESET = "cut", "reset"  # the connection ends early, or is reset
 
 
@@ -215,3 +227,44 @@ def _tree(repo: HubRepo) -> list[dict[str, object]]:
 def _mode(path: str) -> dict[str, object]:
     mode = "lfs" if path.endswith(".safetensors") else "regular"
     return {"path": path, "uploadMode": mode, "shouldIgnore": False}
+
+
+def class_label(*names: str) -> dict[str, Any]:
+    return {"names": list(names), "_type": "ClassLabel"}
+
+
+def value(dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, "_type": "Value"}
+
+
+def parquet(images: Sequence[Any], **columns: tuple[dict[str, Any], Sequence[Any]]) -> bytes:
+    """Columns image, those given (a feature and its values) and note, with the features in the schema as the hub writes
+    them; two rows a group. An image that is bytes has the name of a file that is not there beside it, as on the hub."""
+    columns |= {"note": (value("string"), ["a note"] * len(images))}
+    features = {"image": {"_type": "Image"}, **{name: feature for name, (feature, _) in columns.items()}}
+    types = {name: feature.get("dtype", "int64") for name, (feature, _) in columns.items()}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema({"image": image, **{n: pa.type_for_alias(t) for n, t in types.items()}}, metadata)
+    stored = [{"bytes": x, "path": f"{n}.png"} if isinstance(x, bytes) else x for n, x in enumerate(images)]
+    table = pa.table({"image": stored, **{name: values for name, (_, values) in columns.items()}}, schema)
+    stream = io.BytesIO()
+    pq.write_table(table, stream, row_group_size=2)
+    return stream.getvalue()
+
+
+def one_file(content: bytes) -> HubRepo:
+    return HubRepo({"README.md": BARE_CARD, "data/train-00000-of-00001.parquet": content})
+
+
+def ask(url: str, home: Path, driver: str, requests: object, offline: str = "0") -> list[dict[str, Any]]:
+    """What a program prints as JSON and nothing else, run with the requests as JSON and the stand-in as its hub. home:
+    of its caches. The hub's libraries read their settings when they are imported: so it is a process of its own."""
+    ours = {key: text for key, text in os.environ.items() if not key.startswith("HF_")}
+    hub = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", driver, json.dumps(requests)]
+    env = {**ours, **hub, "NO_PROXY": "127.0.0.1", "KSHOT_CACHE": str(home / "kshot")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers

@@ -116,14 +116,14 @@ def on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
     def put(name: str) -> list[tuple[object, ...]]:
         asked: list[tuple[object, ...]] = []
 
-        def read(hub_id: str, revision: str | None, splits: tuple[str, ...] | None) -> hub.HubSet:
-            asked.append((hub_id, revision, splits))
+        def read(name_on_hub: hub.HubName, splits: tuple[str, ...], label_column: str) -> hub.HubSet:
+            asked.append((*name_on_hub, splits, label_column))
             originals = layouts.LAYOUTS[name](SourceFiles(root / name, row(name).files, ""), [])
             items = [
                 replace(i, path=f"{i.split or 'train'}/{n}", split=i.split or "train", label=i.label.lower())
                 for n, i in enumerate(originals)
             ]
-            return hub.HubSet("f" * 40, iter(items), tuple({i.label for i in items}))
+            return hub.HubSet("f" * 40, iter(items))
 
         monkeypatch.setattr(hub, "read", read)
         return asked
@@ -159,7 +159,7 @@ def test_any_set_of_the_hub(on_the_hub: Callable[[str], list[object]]) -> None:
     drawn = catalog.load("hub:me/objects", split_seed=3)  # has no test split
     assert drawn.protocol.startswith("seeded-split-3-")
     assert len(drawn.test) == 3
-    assert asked == [("me/pets", "v1", None)]
+    assert asked == [("me/pets", "v1", "", (), "")]
 
 
 def test_copies_of_a_set_may_spell_a_flower_otherwise() -> None:

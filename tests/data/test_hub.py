@@ -1,26 +1,20 @@
-"""Sets of the Hugging Face hub, against a stand-in on the loopback. The hub's libraries read their settings when they
-are imported: so the reads run in processes of their own, several in each."""
+"""Reading sets of the Hugging Face hub: downloads, the cache, and what is refused; against a stand-in on the loopback,
+several reads in a process."""
 
 import hashlib
 import io
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import CUT, RESET, HubRepo, serve
+from hub_server import BARE_CARD, CUT, RESET, HubRepo, ask, class_label, one_file, parquet, serve, value
 
 from data import hub
 from kshot.errors import DatasetError
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ("cat", "dog", "eel")
 COMMIT_OF_NOTHING = "0" * 40
 DRIVER = """
@@ -33,10 +27,10 @@ from kshot.errors import KshotError
 
 def answer(request):
     try:
-        found = hub.read(*request)
+        found = hub.read(hub.HubName.parse(request[0]), *request[1:])
         assert iter(found.items) is found.items
         items = [(i.path, i.split, i.label, i.key, len(stored_bytes(i.stored))) for i in found.items]
-        return {"revision": found.revision, "classes": found.classes, "items": items}
+        return {"revision": found.revision, "items": items}
     except KshotError as error:
         return {"error": type(error).__name__, "text": str(error), "status": error.exit_status}
 
@@ -51,27 +45,8 @@ configs:
   - {split: contrast, path: data/contrast-*}
 ---
 """
-BARE_CARD = b"---\nlicense: mit\n---\n"
 
-Row = tuple[dict[str, Any] | None, int | None]
 Answers = list[dict[str, Any]]
-
-
-def parquet(rows: Sequence[Row], label: dict[str, Any] | None = None) -> bytes:
-    """Columns image, label and note, with the features in the schema as the hub writes them; two rows a group."""
-    features = {
-        "image": {"_type": "Image"},
-        "label": label or {"names": list(CLASSES), "_type": "ClassLabel"},
-        "note": {"dtype": "string", "_type": "Value"},
-    }
-    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema({"image": image, "label": pa.int64(), "note": pa.string()}, metadata)
-    images, labels = zip(*rows, strict=True)
-    table = pa.table({"image": images, "label": labels, "note": ["a note"] * len(rows)}, schema)
-    stream = io.BytesIO()
-    pq.write_table(table, stream, row_group_size=2)
-    return stream.getvalue()
 
 
 def damaged(content: bytes, column: str) -> bytes:
@@ -84,13 +59,9 @@ def damaged(content: bytes, column: str) -> bytes:
     return bytes(broken)
 
 
-def rows(images: Sequence[bytes]) -> list[Row]:
-    """Labelled 0, 1, 2, 0, ...; with the names of files that are not there, as the hub keeps them beside the bytes."""
-    return [({"bytes": image, "path": f"{n}.png"}, n % 3) for n, image in enumerate(images)]
-
-
-def one_file(content: bytes) -> HubRepo:
-    return HubRepo({"README.md": BARE_CARD, "data/train-00000-of-00001.parquet": content})
+def labelled(images: Sequence[Any], labels: Sequence[int | None] | None = None) -> bytes:
+    """A file of these images, labelled 0, 1, 2, 0, ... unless it is said."""
+    return parquet(images, label=(class_label(*CLASSES), labels or [n % 3 for n in range(len(images))]))
 
 
 @dataclass
@@ -108,16 +79,6 @@ class Story:
     unreachable: Answers
 
 
-def read_all(url: str, home: Path, requests: Sequence[Sequence[Any]], offline: str = "0") -> Answers:
-    ours = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    hub = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-c", DRIVER, json.dumps(requests)]
-    env = {**ours, **hub, "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)  # nothing else is printed
-
-
 def repos(images: Sequence[bytes], elsewhere: Path) -> dict[str, HubRepo]:
     """elsewhere: a file of this machine that one of the cards names as its data."""
     names_it = f"---\nconfigs:\n- {{config_name: default, data_files: {elsewhere}}}\n---\n"
@@ -126,22 +87,21 @@ def repos(images: Sequence[bytes], elsewhere: Path) -> dict[str, HubRepo]:
         "README.md": CARD,
         "cars.py": b"raise SystemExit('a script was run')",
         "set.py": b"raise SystemExit('a script was run')",
-        big: parquet(rows(images[:5])),
-        "data/train-00001-of-00002.parquet": parquet(rows(images[5:7])),
-        "data/test-00000-of-00001.parquet": damaged(parquet(rows(images[7:10])), "note"),
-        "data/contrast-00000-of-00001.parquet": parquet(rows(images[10:12])),
+        big: labelled(images[:5]),
+        "data/train-00001-of-00002.parquet": labelled(images[5:7]),
+        "data/test-00000-of-00001.parquet": damaged(labelled(images[7:10]), "note"),
+        "data/contrast-00000-of-00001.parquet": labelled(images[10:12]),
     }
     folder = {f"{split}/{'ab'[n % 2]}/{n} [x]*.png": images[n] for split in ("train", "test") for n in range(10)}
     return {
         "o/cars": HubRepo(cars, drops={big: [CUT, RESET]}),
         "o/gated": HubRepo(cars, gated=True),
         "o/folder": HubRepo({"README.md": BARE_CARD, **folder}),
-        "o/plain": one_file(parquet(rows(images[:2]), {"dtype": "int64", "_type": "Value"})),
-        "o/no-image": one_file(parquet([*rows(images[:3]), (None, 1)])),
-        "o/no-label": one_file(parquet([*rows(images[:2]), (rows(images)[2][0], -1)])),
-        "o/null-label": one_file(parquet([(rows(images)[0][0], None)])),
-        "o/no-class": one_file(parquet([(rows(images)[0][0], 3)])),
-        "o/path": one_file(parquet([(path, 1)])),
+        "o/plain": one_file(parquet(images[:2], label=(value("int64"), [0, 1]))),
+        "o/no-image": one_file(labelled([*images[:3], None])),
+        "o/null-label": one_file(labelled(images[:2], [None, -1])),
+        "o/no-class": one_file(labelled(images[:1], [3])),
+        "o/path": one_file(labelled([path])),
         "o/broken": one_file(b"not parquet"),
         "o/table": HubRepo({"README.md": BARE_CARD, "train.csv": b"image,label\n1,2\n"}),
         "o/zips": HubRepo({"README.md": BARE_CARD, "train.zip": b"PK"}),
@@ -150,21 +110,25 @@ def repos(images: Sequence[bytes], elsewhere: Path) -> dict[str, HubRepo]:
 
 
 # What is refused: the request, and words of the answer.
-REFUSED: dict[str, tuple[tuple[str, str | None, list[str] | None], list[str]]] = {
-    "split": (("o/cars", None, ["train", "tset"]), ["'tset'", "did you mean 'test'", "train, test, contrast"]),
-    "revision": (("o/cars", "v9", None), ["no revision 'v9'", "https://huggingface.co/datasets/o/cars/commits"]),
-    "commit": (("o/cars", COMMIT_OF_NOTHING, None), ["no revision", COMMIT_OF_NOTHING]),
+REFUSED: dict[str, tuple[tuple[str, list[str]], list[str]]] = {
+    "split": (("o/cars", ["train", "tset"]), ["'tset'", "did you mean 'test'", "train, test, contrast"]),
+    "revision": (("o/cars@v9", []), ["no revision 'v9'", "https://huggingface.co/datasets/o/cars/commits"]),
+    "commit": ((f"o/cars@{COMMIT_OF_NOTHING}", []), ["no revision", COMMIT_OF_NOTHING]),
+    "config": (("o/cars#fine", []), ["unknown config", "'fine'", "choose from: default"]),
 } | {
-    name: ((name, None, None), words)
+    name: ((name, []), words)
     for name, words in {
         "o/none": ["no set o/none", "private", "hf auth login"],
         "a/b/c": ["'a/b/c'", "OWNER/NAME"],
         "o/gated": ["gated", "https://huggingface.co/datasets/o/gated", "HF_TOKEN", "hf auth login"],
-        "o/plain": ["image (Image), label (int64), note (string)", "one ClassLabel", "folder:PATH"],
+        "o/plain": [
+            "no column of class labels",
+            "image (Image), label (int64), note (string)",
+            "--label-column: label",
+        ],
         "o/no-image": ["no image in row 3 of split 'train'"],
-        "o/no-label": ["no label of its classes in row 2 of split 'train'"],
-        "o/null-label": ["no label of its classes in row 0 of split 'train'"],
-        "o/no-class": ["no label of its classes in row 0 of split 'train'"],
+        "o/null-label": ["no row with a label"],
+        "o/no-class": ["label 3 in row 0 of split 'train' is of none of its 3 classes"],
         "o/path": ["'/etc/hostname'", "none of its files"],
         "o/broken": ["o/broken cannot be read", "another revision"],
         "o/table": ["stored as csv", "parquet, arrow, imagefolder"],
@@ -172,23 +136,23 @@ REFUSED: dict[str, tuple[tuple[str, str | None, list[str] | None], list[str]]] =
         "o/outside": ["card of o/outside", "none of its files"],
     }.items()
 }
-CARS, CONTRAST, FOLDER = ("o/cars", None, ["train", "test"]), ("o/cars", None, ["contrast"]), ("o/folder", None, None)
+CARS, CONTRAST, FOLDER = ("o/cars", ["train", "test"]), ("o/cars", ["contrast"]), ("o/folder",)
 
 
 @pytest.fixture(scope="module")
 def story(make_image: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Story:
     images, home = [make_image(seed) for seed in range(12)], tmp_path_factory.mktemp("hub")
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "train.parquet"
-    elsewhere.write_bytes(parquet(rows(images)))
+    elsewhere.write_bytes(labelled(images))
     with serve(repos(images, elsewhere)) as hub:
         cars = hub.repos["o/cars"]
-        first = read_all(hub.url, home, [CARS, FOLDER, *(request for request, _ in REFUSED.values())])
+        first = ask(hub.url, home, DRIVER, [CARS, FOLDER, *(request for request, _ in REFUSED.values())])
         downloads, ranges = hub.downloads(), [r[2] for r in hub.requests if r[2]]
         hub.requests.clear()
-        second = read_all(hub.url, home, [CARS, FOLDER])
+        second = ask(hub.url, home, DRIVER, [CARS, FOLDER])
         second_downloads = hub.downloads()
-        offline = read_all(hub.url, home, [CARS, ("o/cars", cars.commit, ["test"]), CONTRAST, ("o/none",)], "1")
-    unreachable = read_all(hub.url, home, [CARS, FOLDER, ("o/none",)])
+        offline = ask(hub.url, home, DRIVER, [CARS, (f"o/cars@{cars.commit}", ["test"]), CONTRAST, ("o/none",)], "1")
+    unreachable = ask(hub.url, home, DRIVER, [CARS, FOLDER, ("o/none",)])
     return Story(images, cars, first, downloads, ranges, second, second_downloads, offline, unreachable)
 
 
@@ -205,16 +169,13 @@ def cars_items(story: Story) -> list[list[Any]]:
 def test_the_items_are_the_rows_with_their_bytes_as_stored(story: Story) -> None:
     found = story.first[0]
     assert found["revision"] == story.cars.commit
-    assert found["classes"] == list(CLASSES)
     assert found["items"] == cars_items(story)
 
 
 def test_a_folder_of_images_is_a_set_too(story: Story) -> None:
     order = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]  # by class, then by name
     images, labels = [story.images[n] for n in order], ["a"] * 5 + ["b"] * 5
-    found = story.first[1]
-    assert found["classes"] == ["a", "b"]
-    assert found["items"] == expected("train", images, labels) + expected("test", images, labels)
+    assert story.first[1]["items"] == expected("train", images, labels) + expected("test", images, labels)
 
 
 def test_only_the_files_of_the_splits_asked_for_are_downloaded_and_no_code(story: Story) -> None:
@@ -265,20 +226,43 @@ def test_a_refusal_is_one_line_that_names_the_set_and_the_way_out(story: Story, 
     assert answer["error"] in ("DatasetError", "UnknownNameError"), answer
     assert answer["status"] == 2
     assert "\n" not in answer["text"]
-    assert all(word in answer["text"] for word in (request[0], *words)), answer
+    assert all(word in answer["text"] for word in (request[0].split("@")[0].split("#")[0], *words)), answer
 
 
 def test_of_several_columns_the_ones_of_the_usual_names() -> None:
     from datasets import ClassLabel, Image, Value
 
-    features = {
-        "mask": Image(),
-        "image": Image(),
-        "species": ClassLabel(names=["cat"]),
-        "label": ClassLabel(names=["pug"]),
-    }
+    pug = ClassLabel(names=["pug"])
+    features = {"mask": Image(), "image": Image(), "species": ClassLabel(names=["cat"]), "label": pug}
     assert hub._columns("me/pets", features) == hub.Columns("image", "label", ("pug",))
-    one = {"photo": Image(), "breed": ClassLabel(names=["pug"]), "note": Value("string")}
-    assert hub._columns("me/pets", one) == hub.Columns("photo", "breed", ("pug",))
-    with pytest.raises(DatasetError, match=r"me/pets has the columns .*not one Image and one ClassLabel"):
-        hub._columns("me/pets", {**one, "kind": ClassLabel(names=["cat"])})
+    assert hub._columns("me/pets", features, "species") == hub.Columns("image", "species", ("cat",), usual=False)
+    one = {"photo": Image(), "breed": pug, "note": Value("string"), "weight": Value("float32")}
+    assert hub._columns("me/pets", one) == hub._columns("me/pets", one, "breed")
+    assert hub._columns("me/pets", one, "note") == hub.Columns("photo", "note", (), usual=False)
+    for column, wrong in (
+        ("weight", "no column 'weight' of labels, texts or whole numbers"),
+        ("", "none called label"),
+    ):
+        with pytest.raises(DatasetError, match=rf"me/pets has .*{wrong}.*--label-column: breed, kind"):
+            hub._columns("me/pets", {**one, "kind": pug}, column)
+    with pytest.raises(DatasetError, match=r"no column of images and no column of class labels; .*folder:PATH"):
+        hub._columns("me/pets", {"note": Value("string")})
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("me/pets", ("me/pets", "", "")),
+        ("me/pets@v1", ("me/pets", "v1", "")),
+        ("me/pets#fine", ("me/pets", "", "fine")),
+        ("me/pets@refs/convert/parquet#fine", ("me/pets", "refs/convert/parquet", "fine")),
+    ],
+)
+def test_a_name_with_its_revision_and_config(text: str, parts: tuple[str, str, str]) -> None:
+    assert hub.HubName.parse(text) == parts
+
+
+@pytest.mark.parametrize("text", ["me/pets#fine@v1", "me/pets@", "me/pets#", "@v1", "#fine", "me/pets@a@b", ""])
+def test_another_order_is_refused(text: str) -> None:
+    with pytest.raises(DatasetError, match="hub:ID, hub:ID@REVISION, hub:ID#CONFIG or hub:ID@REVISION#CONFIG"):
+        hub.HubName.parse(text)
