@@ -199,42 +199,17 @@ TOKEN_IDS = {  # names in the configuration → tokens
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model. text: hidden, layers, heads, key-value heads, head width, mlp. vision: hidden, depth, heads,
-    mlp. mrope: how half a head's width is shared among time, height and width. tied: input and output embeddings are
-    one. The vocabulary has the real size, so the output head costs what it costs; 4,096 of its tokens are used."""
-
-    text: tuple[int, int, int, int, int, int]
-    vision: tuple[int, int, int, int]
-    deepstack: tuple[int, ...]
-    tied: bool = True
-    mrope: tuple[int, int, int] = (24, 20, 20)
-    vocabulary: int = 151_936
-
-
-SHAPES = {
-    "2B": Shape((2048, 28, 16, 8, 128, 6144), (1024, 24, 16, 4096), (5, 11, 17)),
-    "4B": Shape((2560, 36, 32, 8, 128, 9728), (1024, 24, 16, 4096), (5, 11, 17)),
-    "8B": Shape((4096, 36, 32, 8, 128, 12288), (1152, 27, 16, 4304), (8, 16, 24), tied=False),
-}
-
-
-def write_shape(folder: Path, shape: Shape, device: str) -> Path:
-    """A checkpoint of these sizes with the nano model's tokenizer, made on the device, in bfloat16 unless on a CPU."""
+def write_shape(folder: Path, published: Mapping[str, Any], device: str) -> Path:
+    """A checkpoint of the sizes of a published configuration with the nano model's tokenizer, made on the device, in
+    bfloat16 unless on a CPU. The vocabulary has the real size, so the output head costs what it costs; 4,096 of its
+    tokens are used."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    config, processor = _nano(CONFIG), _nano(PROCESSOR)
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    text = config["text_config"]
-    text |= dict(zip((*names, "intermediate_size"), shape.text, strict=True)) | {"initializer_range": 0.02}
-    text |= {"vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied}
-    text["rope_parameters"] |= {"rope_theta": 5e6, "mrope_section": shape.mrope}
-    vision = config["vision_config"]
-    vision |= dict(zip(("hidden_size", "depth", "num_heads", "intermediate_size"), shape.vision, strict=True))
-    vision |= {"patch_size": 16, "num_position_embeddings": 2304, "initializer_range": 0.02}
-    vision |= {"deepstack_visual_indexes": shape.deepstack, "out_hidden_size": shape.text[0]}
-    config |= {"tie_word_embeddings": shape.tied, "dtype": str(dtype).removeprefix("torch.")}
-    processor |= {"patch_size": 16, "size": PIXELS}
+    config, tied = _nano(CONFIG), published["tie_word_embeddings"]
+    for part in ("text_config", "vision_config"):
+        config[part] |= {**published[part], "initializer_range": 0.02}
+    config["text_config"] |= {"tie_word_embeddings": tied}
+    config |= {"tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")}
+    processor = _nano(PROCESSOR) | {"patch_size": config["vision_config"]["patch_size"], "size": PIXELS}
     return _write(folder, nano.folder(), config, processor, dtype, device)
 
 

@@ -22,14 +22,16 @@ from tinker import types
 
 from experiments.bench import harness
 from experiments.bench import train_implementations as programs
-from experiments.bench.case import RANK, SHAPES, Case, Plan, new_case, write_shape
+from experiments.bench.case import RANK, Case, Plan, new_case, write_shape
 from experiments.bench.harness import Rows, Timed, in_turn, median_ratio, row, timed
 from experiments.bench.train_implementations import OURS, PLAIN, Implementation, Outcome
+from experiments.sweep.workload import published_configs
 from kshot.errors import InputError, KshotError, UnknownNameError
 from vlm import nano
-from vlm.models import source
+from vlm.models import SIZES, source
 
 NANO = "nano"
+SHAPES = (NANO, "2B", "4B", "8B")  # the others do not fit one GPU with the optimizers of all implementations
 FULL = Plan(classes=16, shots=4, batch=8, epochs=10, rounds=3)
 FULL_GPU = Plan(classes=16, shots=4, batch=32, epochs=20, rounds=2)  # the reference protocol's batch
 QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
@@ -48,8 +50,8 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
     Raises InputError for a shape or device that cannot be; DatasetError; KshotError for an implementation that fails,
     and as `summary`.
     """
-    if shape not in (NANO, *SHAPES):
-        raise UnknownNameError("shape", shape, [NANO, *SHAPES])
+    if shape not in SHAPES:
+        raise UnknownNameError("shape", shape, SHAPES)
     harness.check_device(device)
     if device == "cpu" and shape != NANO:
         raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
@@ -59,7 +61,9 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
     implementations = {OURS: programs.ours, **programs.peers(loaders)}
     with tempfile.TemporaryDirectory() as folder, harness.processes(implementations) as started:
         state = Path(folder)
-        model = nano.NAME if shape == NANO else str(write_shape(state / "model", SHAPES[shape], device))
+        model = nano.NAME
+        if shape != NANO:
+            model = str(write_shape(state / "model", published_configs()[SIZES[shape]], device))
         case = programs.with_adapter(new_case(model, device, plan, root, state))  # meanwhile they import
         _free_memory(device)
         tasks = {name: partial(started[name].run, train, each, case) for name, each in implementations.items()}

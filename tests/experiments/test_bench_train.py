@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments.bench import train as bench_train
-from experiments.bench.case import Case, Plan, Shape, check_inputs, new_case, photographs, write_shape
+from experiments.bench.case import Case, Plan, check_inputs, new_case, photographs, write_shape
 from experiments.bench.harness import check_device, finish, processes
 from experiments.bench.train import operations, text_operations
 from experiments.bench.train_implementations import (
@@ -34,7 +34,12 @@ from kshot.errors import DatasetError, InputError, KshotError
 from vlm import nano
 
 TINY = Plan(classes=2, shots=1, batch=2, epochs=3, rounds=1)
-TOY = Shape((64, 2, 4, 2, 16, 96), (32, 2, 2, 48), (0,), tied=False, mrope=(4, 2, 2), vocabulary=4096)
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TEXT |= {"intermediate_size": 96, "vocab_size": 4096}
+ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
+TOWER |= {"patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": [0]}
+TOY = {"tie_word_embeddings": False, "text_config": TEXT | {"rope_parameters": ROPE}, "vision_config": TOWER}
 
 
 @pytest.fixture(scope="module")
