@@ -99,7 +99,7 @@ def encoded_in_cell(cell: CellSpec, info: DatasetInfo) -> int:
     """Images that the vision tower encodes in a cell whose features are not kept: each that trains once, also mirrored
     where a model is trained, and each test image once to score it and once to generate its answer."""
     work = cell_work(cell, info)
-    with_mirrored = work.fitted * (2 if info.hflip > 0 else 1)
+    with_mirrored = work.fitted * (2 if cell.settings.hflip else 1)
     return (min(with_mirrored, work.views) if cell.trains else work.fitted) + work.scored + work.generated
 
 

@@ -60,7 +60,8 @@ class Rates:
 @dataclass(frozen=True)
 class ProbeResult:
     """What a worker measured of one data set. began: seconds of the clock. data: seconds to load the set. prepared,
-    mirrored: seconds an image, without and with its mirrored twin. rates: by variant. peak: bytes of the process."""
+    mirrored: seconds an image, without and with its mirrored twin where one is shown. rates: by variant. peak: bytes of
+    the process."""
 
     began: float
     data: float
@@ -229,7 +230,7 @@ def _probe(workload: Workload, answer: int, dataset: Dataset, began: float, data
     images = [*dataset.test, *dataset.train][: FEW + SOME + MANY]  # a small set has too few to test on
     test = prepare_all(images, max_side=max_side, hflip=False)
     prepared = time.perf_counter()
-    pool = prepare_all(dataset.train[:MANY], max_side=max_side, hflip=True)
+    pool = prepare_all(dataset.train[:MANY], max_side=max_side, hflip=bool(workload.cells[0].settings.hflip))
     mirrored = time.perf_counter()
     variants = {cell.variant: cell for cell in workload.cells}
     rates = {variant: _rates(cell, workload, dataset, test, answer) for variant, cell in variants.items()}
@@ -325,7 +326,7 @@ def _run(
     cell: CellSpec, where: Workload, dataset: Dataset, train: list[Example], test: Sequence[Example], count: int = 1
 ) -> RunTime:
     shown = dataset.classes, train, Images(test)
-    task = ShortTask(*shown, 0, cell.settings, 0.0, where.service, where.device, count=count)
+    task = ShortTask(*shown, 0, cell.settings, where.service, where.device, count=count)
     start = time.perf_counter()
     outcome: Outcome = METHODS[cell.method].run(task)
     done = time.perf_counter()

@@ -211,7 +211,8 @@ def accuracies(model: str, backbone: str) -> dict[str, dict[int, float]]:
 
     The drawings, split and methods are those of the demo, the classes are those of VALIDATION.
     """
-    settings = Settings.model_validate(read("demo")["settings"] | {"model": model, "backbone": backbone})
+    models = {"model": model, "backbone": backbone}
+    settings = Settings.model_validate(read("demo")["settings"] | models | {"hflip": find("icons").hflip})
     measured: dict[str, dict[int, float]] = {}
     for method in (FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora"):
         shots = SHOTS if METHODS[method].learns else (0,)
@@ -232,7 +233,7 @@ def _accuracy(method: str, settings: Settings, shots: int) -> float:
     for seed in SEEDS:
         chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=True) if shots else []
         train = prepare_all([dataset.train[n] for n in chosen], max_side=settings.max_side, hflip=True)
-        task = Task(dataset.classes, train, Images(test), seed, settings, spec.hflip)
+        task = Task(dataset.classes, train, Images(test), seed, settings)
         scores = METHODS[method].run(task).scores
         shares.append(float((scores.argmax(1) == [example.label for example in test]).mean()))
     return mean(shares)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from data.preparation import decode
 from experiments.report.document import Block, Gallery, Photo, Table
 from experiments.report.tables import NONE, Record, largest_shots
-from experiments.sweep.intervals import bootstrap_difference
+from experiments.sweep.intervals import Difference, bootstrap_difference
 from experiments.sweep.metrics import Confusion, confusions, scores
-from experiments.sweep.series import from_zero, main_pairs, ordered, style
+from experiments.sweep.provenance import name
+from experiments.sweep.series import by_series, from_zero, frozen_heads, main_pairs, ordered, style
 from kshot.errors import ResultsError
 
 if TYPE_CHECKING:
@@ -171,13 +172,51 @@ def _best_series(cells: Sequence[Record], dataset: str, shots: int, among: Mappi
 
 def _difference(shots: int, a: Runs, b: Runs) -> tuple[str, ...]:
     """Shots, number of common seeds, a minus b, its interval, p."""
-    common = sorted(a.keys() & b.keys())
-    if not common:
+    test = _paired(a, b)
+    if test is None:
         return str(shots), "0", NONE, NONE, NONE
-    test = bootstrap_difference([a[s] for s in common], [b[s] for s in common], seed=0)
     interval = f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
-    p = f"{test.p:.3f}" if test.p >= 0.001 else "<0.001"
-    return str(shots), str(len(common)), f"{100 * test.difference:+.1f}", interval, p
+    return str(shots), str(len(a.keys() & b.keys())), f"{100 * test.difference:+.1f}", interval, _p(test)
+
+
+def _paired(a: Runs, b: Runs) -> Difference | None:
+    """a minus b over their common seeds; None where they have none."""
+    common = sorted(a.keys() & b.keys())
+    return bootstrap_difference([a[s] for s in common], [b[s] for s in common], seed=0) if common else None
+
+
+def _p(test: Difference) -> str:
+    return f"{test.p:.3f}" if test.p >= 0.001 else "<0.001"
+
+
+# Training that fell behind
+
+BEHIND, SURE = 0.2, 0.01  # from this difference in accuracy on, and below this p, a report speaks of it
+MIRRORED = (
+    "training showed mirrored images (hflip {:g}), which may be of another class here, as arrows and letters are; if "
+    "so, run it again with --set hflip=0 and another --out"
+)
+UNMIRRORED = "its training may need another learning_rate or more views_per_class (--set)"
+
+
+def training_notes(folder: Path, sweep: Record, cells: Sequence[Record]) -> Iterator[str]:
+    """A sentence for each data set and trained series that is behind a head on the same model frozen: by BEHIND, with
+    p < SURE in the paired bootstrap. It names the head and the shots where the difference is largest, and a way out.
+    Of series that have predictions in the folder. Raises ResultsError when their images differ."""
+    sweep, cells = by_series(sweep, cells)
+    for dataset in sweep["datasets"]:
+        here = [cell for cell in cells if cell["dataset"] == dataset]
+        runs = {k: _stored_runs(folder, here, dataset, k) for k in sorted({cell["shots"] for cell in here}) if k}
+        for trained in ordered(cell["method"] for cell in here):
+            pairs = [(k, head) for k in runs if trained in runs[k] for head in frozen_heads(trained, ordered(runs[k]))]
+            tests = [(_paired(runs[k][head], runs[k][trained]), k, head) for k, head in pairs]
+            behind = [(t.difference, _p(t), k, head) for t, k, head in tests if t and t.p < SURE]
+            difference, p, k, head = max(behind, key=lambda each: each[0], default=(0.0, "", 0, ""))
+            if difference > BEHIND - TOLERANCE:
+                hflip = max(cell["settings"].get("hflip") or 0 for cell in here if cell["method"] == trained)
+                who = f"{name(dataset)}, k = {k}: {style(trained).title} is {100 * difference:.1f} points of accuracy"
+                than = f"behind {style(head).title}, which leaves the same model frozen (p {p})"
+                yield f"{who} {than}: {MIRRORED.format(hflip) if hflip else UNMIRRORED}."
 
 
 # Confusions

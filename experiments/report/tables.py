@@ -240,18 +240,19 @@ def _cost_row(title: str, cells: Sequence[Record], counted: Sequence[str]) -> tu
 def facts_table(
     sweep: Record, cells: Sequence[Record], n_images: Mapping[str, int], n_classes: Mapping[str, int]
 ) -> Table:
-    """Per data set: classes, test images, seeds, cells."""
-    rows = [
-        (
-            name(dataset),
-            str(n_classes.get(dataset, NONE)),
-            str(n_images.get(dataset, NONE)),
-            str(len(seeds_of(cells, dataset))),
-            str(sum(cell["dataset"] == dataset for cell in cells)),
-        )
-        for dataset in sweep["datasets"]
-    ]
-    return Table("What was run.", ("data set", "classes", "test images", "seeds", "cells"), tuple(rows))
+    """Per data set: classes, test images, seeds, cells; where models were trained, how often images were mirrored."""
+    rows: list[tuple[str, ...]] = []
+    hflips: list[str] = []
+    for dataset in sweep["datasets"]:
+        here = [cell for cell in cells if cell["dataset"] == dataset]
+        counts = n_classes.get(dataset, NONE), n_images.get(dataset, NONE), len(seeds_of(here, dataset)), len(here)
+        rows.append((name(dataset), *map(str, counts)))
+        hflips.append(", ".join(f"{hflip:g}" for hflip in sorted({*_known(here, "settings", "hflip")})))
+    header: tuple[str, ...] = ("data set", "classes", "test images", "seeds", "cells")
+    if not any(hflips):
+        return Table("What was run.", header, tuple(rows))
+    caption = "What was run. hflip: the share of training views that were mirrored, as it was set."
+    return Table(caption, (*header, "hflip"), tuple((*r, h or NONE) for r, h in zip(rows, hflips, strict=True)))
 
 
 def prompts_table(sweep: Record) -> Table | None:

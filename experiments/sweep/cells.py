@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Cell:
     """What is measured; where the data set lies, who computes and where results go are no part of it. settings: only
-    those that the method's numbers depend on, JSON values."""
+    those that the method's numbers depend on, JSON values. unkeyed: those of them that are no part of the key."""
 
     dataset: str
     protocol: str
@@ -29,6 +29,7 @@ class Cell:
     shots: int
     seed: int
     settings: Mapping[str, Any]
+    unkeyed: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -39,7 +40,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Hash of the identity: the same cell has the same key on every machine."""
-        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        keyed = {name: value for name, value in self.settings.items() if name not in self.unkeyed}
+        canonical = json.dumps({**self.identity, "settings": keyed}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:

@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """The input of a method. train: k labelled examples a class. hflip: probability of showing one mirrored. service,
-    device: what computes. validation: labelled images to choose settings on, where any are chosen; none of them is in
-    train or test."""
+    """The input of a method. train: k labelled examples a class. service, device: what computes. validation:
+    labelled images to choose settings on, where any are chosen; none of them is in train or test."""
 
     classes: tuple[str, ...]
     train: Sequence[Example]
     test: Sequence[bytes]
     seed: int
     settings: Settings
-    hflip: float = 0.5
     service: str = "local"
     device: str = "cpu"
     validation: Sequence[Example] = ()
@@ -81,6 +79,11 @@ class Method:
     def uses_vlm(self) -> bool:
         """Whether images are shown to the VLM."""
         return "model" in self.settings
+
+    @property
+    def trains(self) -> bool:
+        """Whether a model takes optimizer steps."""
+        return "views_per_class" in self.settings
 
 
 def vlm_zero_shot(task: Task) -> Outcome:
@@ -153,7 +156,7 @@ def dinov2_lora(task: Task) -> Outcome:
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
-_TRAINED = ("views_per_class", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+_TRAINED = ("views_per_class", "hflip", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
 _FROZEN = (*DATA_SETTINGS, "backbone", "readout", "image_size")
 _PROMPTED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
 _EMBEDDED = (*DATA_SETTINGS, "model", "prompt", "vlm_features")
@@ -218,8 +221,8 @@ def _batches(task: Task) -> Iterator[list[tuple[bytes, int]]]:
     """The batches of (image, label) that every method that trains sees: fixed by the seed."""
     from vlm.classifier import batches
 
-    rng = np.random.default_rng(task.seed)
-    return batches(task.train, task.settings.batch_size, task.steps, rng, hflip=task.hflip)
+    rng, s = np.random.default_rng(task.seed), task.settings
+    return batches(task.train, s.batch_size, task.steps, rng, hflip=s.hflip or 0.0)
 
 
 def prompt_of(client: Any, task: Task) -> "Prompt":

@@ -130,7 +130,6 @@ def task_of(job: Job, dataset: Dataset, test: list[Example]) -> Task:
         test=shown(test, job),
         seed=job.cell.seed,
         settings=job.settings,
-        hflip=catalog.find(job.source).hflip,
         service=job.service,
         device=job.device,
         validation=_prepared(job, labelled),
@@ -157,14 +156,15 @@ def _forwards(job: Job) -> int | None:
 
 
 def train_examples(job: Job, dataset: Dataset) -> list[Example]:
-    """The cell's examples as every model sees them, also mirrored; each is prepared once a process."""
+    """The cell's examples as every model sees them, mirrored too where hflip > 0; each is prepared once a process."""
     return _prepared(job, few_shot(dataset, job.cell.shots, job.cell.seed, job.settings))
 
 
 def _prepared(job: Job, chosen: list[Example]) -> list[Example]:
-    prepared = _prepared_train(job.source, job.access, job.settings.split_seed, job.settings.max_side)
+    s, mirrored = job.settings, bool(job.settings.hflip)
+    prepared = _prepared_train(job.source, job.access, s.split_seed, s.max_side, mirrored)
     new = [example for example in chosen if example.key not in prepared]
-    new = prepare_all(new, max_side=job.settings.max_side, hflip=catalog.find(job.source).hflip > 0)
+    new = prepare_all(new, max_side=s.max_side, hflip=mirrored)
     prepared.update((example.key, example) for example in new)
     # An image that is in two classes is prepared once; each example keeps its own label.
     return [replace(prepared[example.key], label=example.label) for example in chosen]
@@ -185,7 +185,7 @@ def _dataset(source: str, access: Access, split_seed: int) -> Dataset:
 
 
 @lru_cache(maxsize=1)
-def _prepared_train(source: str, access: Access, split_seed: int, max_side: int) -> dict[str, Example]:
+def _prepared_train(source: str, access: Access, split_seed: int, max_side: int, mirrored: bool) -> dict[str, Example]:
     """Prepared training examples of one data set by key; filled as cells ask for them."""
     return {}
 

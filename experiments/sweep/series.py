@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
+from experiments.sweep.config import MODELS
 from experiments.sweep.methods import METHODS
 from kshot.errors import ResultsError
 
@@ -82,6 +83,24 @@ def zero_shot_of(series: str) -> str | None:
         return None
     read = METHODS[method.zero_shot].settings
     return _named(method.zero_shot, [choice for choice in choices_of(series) if choice.setting in read])
+
+
+def frozen_heads(series: str, among: Iterable[str]) -> list[str]:
+    """Of other series the heads on the frozen model that this one trains, under the same choices as far as both read
+    them; none of a series that trains nothing."""
+    trained = METHODS.get(method_of(series))
+    if trained is None or not trained.trains:
+        return []
+
+    def is_one(other: str) -> bool:
+        head = METHODS.get(method_of(other))
+        if head is None or head.trains or not head.learns:
+            return False
+        shared = {*trained.settings} & {*head.settings}
+        mine, its = ({choice for choice in choices_of(each) if choice.setting in shared} for each in (series, other))
+        return bool(shared & {*MODELS}) and mine == its
+
+    return [*filter(is_one, among)]
 
 
 def main_pairs(series: Iterable[str]) -> list[tuple[str, str]]:

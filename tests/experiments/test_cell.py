@@ -20,7 +20,7 @@ CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "li
 OTHER: dict[str, Any] = {
     **{"model": "Qwen/other", "backbone": "vit_small_patch14_dinov2.lvd142m"},
     **{"max_side": 99, "limit_test": 7, "split_seed": 7},
-    **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7},
+    **{"allow_fewer": True, "views_per_class": 7, "batch_size": 7, "rank": 7, "learning_rate": 0.7, "hflip": 0.7},
     **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7, "shuffle_test": True},
     **{"prompt": "{image}What? => {label}", "loss": "closed-set", "calibration": "pmi", "answer_tokens": 7},
     **{"readout": "last4", "image_size": 56, "vlm_features": "hidden"},
@@ -64,6 +64,17 @@ def test_a_key_depends_on_the_settings_of_its_method(photos: Path, usual: dict[s
     # another split seed is another protocol, which is part of every cell
     assert differ == {method for method, row in METHODS.items() if setting in row.settings}
     assert differ
+
+
+def test_a_data_sets_own_hflip_is_in_no_key_but_recorded(photos: Path, usual: dict[str, str]) -> None:
+    """So cells that were stored before there was this setting keep their keys."""
+    assert keys(photos, {"hflip": 0.5}) == usual
+    grid = {"datasets": ("digits",), "methods": ("dinov2-lora",), "shots": (1,), "seeds": (0,)}
+    own, zero, half = (plan(load("demo", grid, s)).jobs[0].cell for s in ({}, {"hflip": 0}, {"hflip": 0.5}))
+    assert (own.key, own.settings["hflip"], half.settings["hflip"]) == (zero.key, 0.0, 0.5)
+    assert half.key != own.key
+    lines = (Path(__file__).parents[2] / "results/demo/cells.jsonl").read_text().splitlines()
+    assert {job.cell.key for job in plan(load("demo", {}, {})).jobs} == {json.loads(line)["key"] for line in lines}
 
 
 def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, str]) -> None:

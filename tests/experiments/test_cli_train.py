@@ -47,6 +47,7 @@ def test_the_folder_says_what_it_answers_and_where_it_came_from(adapter: Path, p
     trained = card["trained"]
     assert (trained["dataset"], trained["shots"], trained["seed"]) == (f"folder:{photos.name}", 2, 0)
     assert trained["settings"]["learning_rate"] == 0.003  # the demo's
+    assert trained["settings"]["hflip"] == 0.5  # a folder's
     assert (trained["settings"]["rank"], trained["settings"]["model_revision"]) == (4, nano.REVISION)
     assert trained["versions"]["kshot"]
     assert str(photos.parent) not in (adapter / "classifier.json").read_text(encoding="utf-8")
