@@ -56,8 +56,9 @@ NESTED = f"a folder where images are expected; {LAYOUT}"
 EMPTY = "a class folder without images; add images or remove it"
 ONE_SIDE = "a class in one of train and test only; add its images or remove it"
 ONE_IMAGE = "a class with one distinct image, and a split into train and test needs two; add images or remove it"
-TWO_CLASSES = "the same image in two classes; remove one, or keep both with --allow-shared"
-TWO_SIDES = "the same image in train and test; remove one, or keep both with --allow-shared"
+KEEP = "remove one, or keep both with --allow-shared"
+TWO_CLASSES = f"the same image in two classes (no answer is right for both); {KEEP}"
+TWO_SIDES = f"the same image in train and test (it may be seen before the test); {KEEP}"
 CLASSES = "classes"
 
 

@@ -68,6 +68,11 @@ def test_a_seeded_split(tmp_path: Path) -> None:
     assert {e.key for e in load(tmp_path, split_seed=1).test} != {e.key for e in dataset.test}
 
 
+def test_classes_that_are_numbers(tmp_path: Path) -> None:
+    fill(tmp_path, "-1", "1", "1.5")
+    assert load(tmp_path).classes == ("-1", "1", "1.5")
+
+
 def test_a_folder_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "café <b>|", "cat", "dog")
     (tmp_path / "x").mkdir()
@@ -162,7 +167,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to a
     "nested": (lambda root: fill(root / "cat", "kitten", start=500), "a folder where images are .*: cat/kitten"),
     "one image twice": (
         lambda root: shutil.copy(root / "cat/0.png", root / "dog/copy.png"),
-        r"the same image in two classes; .* --allow-shared: cat/0.png and dog/copy.png",
+        r"the same image in two classes .* --allow-shared: cat/0.png and dog/copy.png",
     ),
     "one distinct image": (
         lambda root: (fill(root, "eel", images=1, start=500), shutil.copy(root / "eel/0.png", root / "eel/copy.png")),
@@ -189,7 +194,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to a
 SPOILT_SPLIT: dict[str, tuple[Callable[[Path], object], str]] = {  # the same of one with train and test
     "one image in both": (
         lambda root: shutil.copy(root / "train/cat/4.png", root / "test/cat/x.png"),
-        "the same image in train and test; .* --allow-shared: train/cat/4.png and test/cat/x.png",
+        "the same image in train and test .* --allow-shared: train/cat/4.png and test/cat/x.png",
     ),
     "a class in train only": (
         lambda root: fill(root / "train", "eel", start=500),
@@ -244,7 +249,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     lines = problems(tmp_path)
     assert lines[0] == "33 problems"
     texts = [line for line in lines[1:] if not line.startswith("    ")]
-    assert [re.split("[:;,]", text.strip())[0] for text in texts] == [
+    assert [re.split(" ?[:;,(]", text.strip())[0] for text in texts] == [
         "a link that leads out of the folder or nowhere",
         "a folder where images are expected",
         "a class folder without images",
@@ -274,12 +279,13 @@ def test_an_image_in_two_places_may_be_kept(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "train/cat/4.png", tmp_path / "test/cat/x.png")
     shutil.copy(tmp_path / "train/cat/5.png", tmp_path / "train/dog/y.png")
     shutil.copy(tmp_path / "train/cat/6.png", tmp_path / "test/dog/z.png")
+    keep = "remove one, or keep both with --allow-shared: 2 problems"
     assert problems(tmp_path) == [
         "4 problems",
-        "  the same image in two classes; remove one, or keep both with --allow-shared: 2 problems",
+        f"  the same image in two classes (no answer is right for both); {keep}",
         "    train/cat/5.png and train/dog/y.png",
         "    train/cat/6.png and test/dog/z.png",
-        "  the same image in train and test; remove one, or keep both with --allow-shared: 2 problems",
+        f"  the same image in train and test (it may be seen before the test); {keep}",
         "    train/cat/4.png and test/cat/x.png",
         "    train/cat/6.png and test/dog/z.png",
     ]

@@ -134,8 +134,8 @@ def test_an_image_in_two_classes_is_refused_unless_it_is_allowed(twins: Path, ks
         ended = kshot(*command)
         assert (ended.status, ended.out) == (2, "")
         assert ended.err.splitlines() == [
-            f"kshot: folder:{twins}: the same image in two classes; remove one, or keep both with --allow-shared: "
-            "2 problems",
+            f"kshot: folder:{twins}: the same image in two classes (no answer is right for both); "
+            "remove one, or keep both with --allow-shared: 2 problems",
             "  c03/0.png and c04/0.png",
             "  c07/0.png and c08/0.png",
         ]
