@@ -19,6 +19,7 @@ from kshot.errors import RequestError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
+NAMES = ("local", "tinker", "http://HOST:PORT")
 SCHEMES = {"http": 80, "https": 443}
 LOOPBACK_KEY = "tml-local"  # the SDK insists on a key of this shape; a local server without keys takes any
 
@@ -107,21 +108,21 @@ def connect(
         raise RequestError(f"{', '.join(local_only)}: for the local service, not for {service!r}")
     if service == "tinker":
         return _official(None, api_key)
-    if service.startswith(("http://", "https://")):
-        return _official(service, api_key or (LOOPBACK_KEY if _on_loopback(service) else None))
-    raise UnknownNameError("service", service, ["local", "tinker", "http://HOST:PORT"])
+    host, _ = _host_and_port(service)
+    on_loopback = host in ("localhost", "::1") or host.startswith("127.")
+    return _official(service, api_key or (LOOPBACK_KEY if on_loopback else None))
 
 
 def check(service: str, timeout: float = 3.0) -> None:
     """Raise what `connect` would, and RequestError for an address where nobody listens: the SDK would go on asking."""
     connect(service)
-    parts = urlsplit(service)
-    if parts.hostname is None:
+    if service in NAMES:
         return
     try:
-        socket.create_connection((parts.hostname, parts.port or SCHEMES[parts.scheme]), timeout).close()
-    except OSError as error:
-        raise RequestError(f"no server answers at {service} ({error.strerror or error}); start it first") from error
+        socket.create_connection(_host_and_port(service), timeout).close()
+    except (OSError, UnicodeError) as error:  # the second for a host that can be none
+        problem = getattr(error, "strerror", None) or error
+        raise RequestError(f"no server answers at {service} ({problem}); start it first") from error
 
 
 def tokenizer(model: str) -> Any:
@@ -190,6 +191,13 @@ def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
     return client
 
 
-def _on_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Raises UnknownNameError for what is no http address."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or SCHEMES[parts.scheme]
+    except (ValueError, KeyError) as error:
+        raise UnknownNameError("service", address, NAMES) from error
+    if not host:
+        raise UnknownNameError("service", address, NAMES)
+    return host, port

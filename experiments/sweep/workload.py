@@ -140,7 +140,7 @@ def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", acces
     cells = [
         CellSpec(source, method, shots, seed, settings)
         for source in sweep.datasets
-        for here in [sweep.with_hflip(catalog.find(source).hflip)]
+        for here in [sweep.on(infos[source].classes, catalog.find(source).hflip)]
         for method in sorted(sweep.methods, key=lambda name: -METHODS[name].cost)
         for settings, shots, seed in here.points(source, METHODS[method].settings, learns=METHODS[method].learns)
     ]
@@ -148,12 +148,13 @@ def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", acces
 
 
 def adapt(sweep: Sweep, access: Access, datasets: Mapping[str, Dataset | None]) -> tuple[Sweep, list[str]]:
-    """The sweep with shots that its data sets have, where it caps them; and a line on each that is capped and on each
-    option, of the command line or of the preset, that a set does not have. datasets: None for one that is not here."""
+    """The sweep with shots that its data sets have, where it caps them; and a line on each that is capped, has more
+    views for its few classes, or lacks an option of the command line or preset. datasets: None for one not here."""
     asked = replace(access, protocol=access.protocol or sweep.protocol)
     caps, lines = dict(sweep.most_shots), list[str]()
     taken = catalog.accesses(sweep.datasets, access, sweep.protocol)
     may = sweep.cap_shots and not sweep.settings.allow_fewer and any(METHODS[name].learns for name in sweep.methods)
+    trains = any(METHODS[name].trains for name in sweep.methods)
     for source, dataset in datasets.items():
         name, own = (dataset.name, dataset.protocol) if dataset else (source, catalog.find(source).protocol)
         for option in catalog.unused(asked, taken[source]):
@@ -165,7 +166,12 @@ def adapt(sweep: Sweep, access: Access, datasets: Mapping[str, Dataset | None]) 
         smallest = min(counts, key=lambda name: counts[name])
         if 0 < (most := counts[smallest]) < max(sweep.shots_of(source)):
             caps[source] = most
-            lines.append(f"{name}: more than {most} shots are drawn at {most}, all that class {smallest!r} has")
+            lines.append(f"{name}: shots stop at {most}: class {smallest!r} has no more train images")
+        classes, usual = len(dataset.classes) if dataset else 0, sweep.settings
+        if classes and trains and (views := sweep.on(classes, 0).settings.views_per_class) > usual.views_per_class:
+            why = f"{classes} classes would have {usual.steps(classes)} steps of training"
+            keep = f"--set views_per_class={usual.views_per_class} keeps that"
+            lines.append(f"{name}: {views} views of each class, not {usual.views_per_class}: {why} ({keep})")
     return sweep.model_copy(update={"most_shots": caps}), lines
 
 

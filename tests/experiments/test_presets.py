@@ -68,6 +68,9 @@ def twenty(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+MORE = (
+    ": 256 views of each class, not 64: 2 classes would have 16 steps of training (--set views_per_class=64 keeps that)"
+)
 KINDS = ("icons", "digits", "folder:photos", "folder:split", "hub:some/set", "caltech101", "flowers")
 
 
@@ -92,7 +95,9 @@ def test_any_preset_is_planned_on_any_set(
     if sweep.protocol and source not in BLOG:
         lines += [f"protocol recipe is not one of {source}; its own, {protocol}, is used"]
     if most not in sweep.shots_of(source):
-        lines += ["flowers: more than 10 shots are drawn at 10, all that class 'kind 0' has"]
+        lines += ["flowers: shots stop at 10: class 'kind 0' has no more train images"]
+    if preset == "demo" and len(next(iter(planned.datasets.values())).classes) == 2:
+        lines += [f"{next(iter(planned.datasets.values())).name}{MORE}"]
     assert planned.adapted == lines
     assert {*lines} <= {*planned.describe()["notes"]} & {*planned.about_data()}
     assert protocol == "recipe" or source not in BLOG
@@ -108,6 +113,7 @@ def test_what_some_sets_do_not_have_is_said(twenty: Path) -> None:
     assert planned.adapted == [
         "--source is not for folder:photos and is not used there",
         f"protocol official is not one of folder:photos; its own, {own}, is used",
+        f"folder:photos{MORE}",
     ]
 
 
@@ -144,8 +150,8 @@ def test_a_preset_is_drawn_at_what_a_set_has(shots: tuple[int, ...], drawn: tupl
     planned = plan(load("demo", {"datasets": (source,)}, {}).model_copy(update={"shots": shots}))
     assert {job.cell.shots for job in planned.jobs} == {0, *drawn}
     capped = max(shots) > 16
-    line = "folder:photos: more than 16 shots are drawn at 16, all that class 'cat' has"
-    assert planned.adapted == ([line] if capped else [])
+    line = "folder:photos: shots stop at 16: class 'cat' has no more train images"
+    assert planned.adapted == [*([line] if capped else []), f"folder:photos{MORE}"]
     assert planned.describe().get("most_shots") == ({"folder:photos": 16} if capped else None)
     if capped:
         with pytest.raises(TooFewImagesError, match=f"class 'cat' has 16 .*, {max(shots)} shots asked for"):

@@ -19,6 +19,7 @@ from vlm import models, nano
 from vlm.classifier import batches
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
+from vlm.service import check
 
 GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer/tokenizer.json"
 
@@ -27,6 +28,17 @@ def test_connect_says_who_can_be_asked(tmp_path: Path) -> None:
     assert isinstance(vlm.connect("local", state_dir=tmp_path), LocalServiceClient)
     with pytest.raises(UnknownNameError, match="local, tinker, http"):
         vlm.connect("cloud")
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999", "http://", "ftp://127.0.0.1"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown service .* local, tinker, http"):
+        check(address)
+
+
+def test_a_host_that_can_be_none() -> None:
+    with pytest.raises(RequestError, match=r"no server answers at http://a\.\.b:9 \("):
+        check("http://a..b:9")
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://localhost:9", "http://[::1]:9"])
