@@ -5,6 +5,7 @@ placeholders for a set's files beside its real card: so only the files of the re
 cache alone is enough. No code of a set is run.
 """
 
+import logging
 import re
 import shutil
 from collections import Counter
@@ -113,7 +114,13 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
     """The set's folder in the hub's cache, called after the commit; brings its cards and the list of its files."""
     from huggingface_hub import snapshot_download
 
+    logging.getLogger(snapshot_download.__module__).addFilter(_is_to_be_said)
     return Path(snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=list(CARDS)))
+
+
+def _is_to_be_said(record: logging.LogRecord) -> bool:
+    """Not that no card was found: a set needs none."""
+    return not record.getMessage().startswith("No files matched")
 
 
 def _layout(name: HubName, snapshot: Path) -> tuple[Any, dict[str, list[str]]]:

@@ -257,14 +257,18 @@ def one_file(content: bytes) -> HubRepo:
     return HubRepo({"README.md": BARE_CARD, "data/train-00000-of-00001.parquet": content})
 
 
-def ask(url: str, home: Path, driver: str, requests: object, offline: str = "0") -> list[dict[str, Any]]:
+def ask(
+    url: str, home: Path, driver: str, requests: object, offline: str = "0", *, silent: bool = False
+) -> list[dict[str, Any]]:
     """What a program prints as JSON and nothing else, run with the requests as JSON and the stand-in as its hub. home:
-    of its caches. The hub's libraries read their settings when they are imported: so it is a process of its own."""
+    of its caches. silent: it must print nothing on stderr. The hub's libraries read their settings when they are
+    imported: so it is a process of its own."""
     ours = {key: text for key, text in os.environ.items() if not key.startswith("HF_")}
     hub = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-c", driver, json.dumps(requests)]
     env = {**ours, **hub, "NO_PROXY": "127.0.0.1", "KSHOT_CACHE": str(home / "kshot")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not silent or done.stderr == ""
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers

@@ -181,7 +181,7 @@ def answers(images: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> di
     requests = {name: shape.request for name, shape in SHAPES.items()} | {"rows without labels": ("hub:o/some",)}
     requests |= {f"no {name}": request for name, (request, _) in REFUSED.items()}
     with serve(repos(images)) as hub:
-        found = ask(hub.url, tmp_path_factory.mktemp("hub"), DRIVER, [*requests.values()])
+        found = ask(hub.url, tmp_path_factory.mktemp("hub"), DRIVER, [*requests.values()], silent=True)
     return dict(zip(requests, found, strict=True))
 
 

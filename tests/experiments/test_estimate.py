@@ -16,8 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from baselines import nano as nano_dinov2
 from data import pack
+from data.benchmarks.sources import hub_pack
 from data.dataset import Access, Example, Item, content_key
 from data.fewshot import k_shot
+from data.hub import HubName
 from data.preparation import prepare
 from experiments.plan import storage
 from experiments.plan.counts import cell_work, count, prompt_lengths
@@ -124,20 +126,25 @@ def test_benchmarks_that_are_not_here_are_counted_as_published(blog: Workload) -
 
 
 def test_a_packed_set_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub_id = "dpdl-benchmark/oxford_flowers102"
+
     def fill(facts: dict[str, Any]) -> Any:
-        facts.update(hub="dpdl-benchmark/oxford_flowers102", revision="0" * 40)
+        facts.update(hub=hub_id, revision="0" * 40)
         for split in ("train", "test"):
             yield Item(f"{split}/0", split, "rose", split.encode(), content_key(split.encode()))
 
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
     assert not is_here("flowers", Access())
-    pack.open_or_make("hub-0123", fill)
+    pack.open_or_make(hub_pack(HubName(hub_id), ("train", "test")), fill)
     assert is_here("flowers", Access())
     assert not is_here("pets", Access())
     with pytest.raises(InputError, match=r"hub:some/set is not on this machine .*kshot data get hub:some/set"):
         of_sweep(load("demo", {"datasets": ("hub:some/set",)}, {}))
-    assert is_here("hub:dpdl-benchmark/oxford_flowers102", Access())
-    assert not is_here("hub:dpdl-benchmark/oxford_flowers102@abc", Access())
+    assert not is_here(f"hub:{hub_id}", Access())  # that has all splits
+    pack.open_or_make(hub_pack(HubName(hub_id), ()), fill)
+    assert is_here(f"hub:{hub_id}", Access())
+    others = (f"hub:{hub_id}@abc", ""), (f"hub:{hub_id}#small", ""), (f"hub:{hub_id}", "genus")
+    assert not any(is_here(name, Access(label_column=column)) for name, column in others)
     assert is_here("icons", Access())
     assert is_here("caltech101", Access(root=tmp_path))  # its files are the user's
 
