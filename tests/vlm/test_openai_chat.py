@@ -10,7 +10,7 @@ import pytest
 import tinker
 import torch
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tinker import types
 
 from tests.vlm import genuine
@@ -155,13 +155,15 @@ def as_bytes(image: Image.Image, format: str, **options: Any) -> bytes:
 def test_images_of_any_format_stand_in_their_places(
     api: openai.OpenAI, models: Models, rule: ImageRule, make_image: Callable[..., bytes], tokenizer: Any
 ) -> None:
-    picture = Image.open(io.BytesIO(make_image(3, 96, 64)))
+    picture, text = Image.open(io.BytesIO(make_image(3, 96, 64))), PngImagePlugin.PngInfo()
+    text.add_text("workflow", "{}" * (1 << 20), zip=True)
     images = [
         make_image(1, 64, 64),
         make_image(2, 64, 128, format="JPEG"),
         as_bytes(picture.convert("P"), "GIF"),
         as_bytes(picture.convert("RGBA"), "WEBP", lossless=True),
         as_bytes(picture, "BMP"),
+        as_bytes(picture, "PNG", pnginfo=text),
     ]
     content = [
         each for n, image in enumerate(images) for each in (image_part(image), {"type": "text", "text": f" {n}"})
@@ -170,8 +172,8 @@ def test_images_of_any_format_stand_in_their_places(
     prompt = models.requests[-1].prompt
     chunks = [image_chunk(image, rule) for image in images]
     assert [c for c in prompt.chunks if isinstance(c, types.ImageChunk)] == chunks
-    pieces = ["<|im_start|>user\n<|vision_start|>", *(f"<|vision_end|> {n}<|vision_start|>" for n in range(4))]
-    pieces.append("<|vision_end|> 4<|im_end|>\n<|im_start|>assistant\n")
+    pieces = ["<|im_start|>user\n<|vision_start|>", *(f"<|vision_end|> {n}<|vision_start|>" for n in range(5))]
+    pieces.append("<|vision_end|> 5<|im_end|>\n<|im_start|>assistant\n")
     texts = [c.tokens for c in prompt.chunks if isinstance(c, types.EncodedTextChunk)]
     assert texts == [tokenizer.encode(piece) for piece in pieces]
     assert answer.usage.prompt_tokens == prompt.length > sum(chunk.length for chunk in chunks)
