@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/kshot demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not network and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not network and not slow"
 
 # The official recipe, unmodified, against kshot serve: it installs an environment of its own; ten minutes or more.
 test-recipe: $(STAMP)

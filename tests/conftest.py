@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
 
 
+# Files that take longest, most of them by starting processes: first, so that no core waits for one of them at the end.
+LONG = (
+    "test_ray test_sweep test_server_fuzz test_server_restart test_cli test_executors test_cli_serve test_server_load "
+    "test_bench_overheads test_bench_train test_bench_score test_answers test_hub test_loading_hub test_server_end "
+    "test_cli_predict_refusals test_estimate_features test_compare"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """xdist hands files out in this order (--no-loadscope-reorder)."""
+    order = LONG.split()
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The user's cache folder of this session: icons are drawn and nano models written once."""
