@@ -103,6 +103,7 @@ class Sweep(BaseModel):
     shots: Several[Shots]
     seeds: Several[Seed]
     most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
+    min_steps: Annotated[int, Field(ge=0)] = 0  # of training: a set of few classes has more views of each for it
     cap_shots: bool = False  # whether a data set that has fewer images a class is drawn at what it has
     prompts: Distinct[str] = ()  # prompts to compare; none: that of the settings
     protocol: str = ""  # of the data sets that have several: recipe, official or coop; "" is each one's usual
@@ -121,10 +122,13 @@ class Sweep(BaseModel):
         grid = product(*self.axes.values())
         return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
 
-    def with_hflip(self, own: float) -> Self:
-        """The sweep with a data set's own hflip, where it gives none."""
-        hflip = own if self.settings.hflip is None else self.settings.hflip
-        return self.model_copy(update={"settings": self.settings.model_copy(update={"hflip": hflip})})
+    def on(self, classes: int, hflip: float) -> Self:
+        """The sweep on a data set of so many classes: with views for min_steps, and the set's own hflip where it gives
+        none."""
+        s = self.settings
+        views = max(s.views_per_class, -(-self.min_steps * s.batch_size // classes))
+        mirrored = {"hflip": hflip if s.hflip is None else s.hflip}
+        return self.model_copy(update={"settings": s.model_copy(update={"views_per_class": views, **mirrored})})
 
     def shots_of(self, dataset: str) -> tuple[int, ...]:
         """The shots that a data set is drawn at, in their order."""
@@ -188,10 +192,13 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
     settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
     A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
     The file's caps on shots hold for those of its data sets that are in the sweep; no others where shots are given.
+    Where views of each class are given, they are as many, however few steps that makes.
     Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
     """
     file = read(preset)
     content = {**file, **overrides, **({"cap_shots": False} if "shots" in overrides else {})}
+    if "views_per_class" in settings:
+        content["min_steps"] = 0
     _drop_idle_caps(file, content)
     base, compare = content.get("settings") or {}, content.get("compare") or {}
     if isinstance(base, dict) and isinstance(compare, dict):
@@ -199,6 +206,7 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
             raise InputError(f"{preset} gives {twice[0]} twice: in settings and in compare; leave one out")
         if preset in presets() and any(_is_new(kind, settings, base, compare) for kind in MODELS):
             base = {name: value for name, value in base.items() if name in (*MODELS, *DATA_SETTINGS)}
+            content["min_steps"] = 0
         several = {name: values for name, values in settings.items() if isinstance(values, tuple)}
         single = {name: value for name, value in settings.items() if name not in several}
         content["settings"] = {name: value for name, value in {**base, **single}.items() if name not in several}
@@ -272,7 +280,8 @@ def command(content: Mapping[str, Any]) -> str:
     """
     recorded = {kind: content["settings"][kind] for kind in MODELS}
     models = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded.items()}
-    base = load("demo", {}, models).settings.model_dump()
+    demo = load("demo", {}, models)
+    base = demo.settings.model_dump()
     base.update({kind: value for kind, value in load("demo", {}, {}).settings if kind in MODELS})
     sources = {name: name.replace("folder:", "folder:PATH/TO/", 1) for name in content["datasets"]}
     options = [("--dataset", name) for name in sources.values()] + [("--method", m) for m in content["methods"]]
@@ -283,6 +292,9 @@ def command(content: Mapping[str, Any]) -> str:
     if (device := content.get("device", "cpu")) != "cpu":
         options.append(("--device", device))
     changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
+    few = any(demo.settings.steps(len(names)) < demo.min_steps for names in content["classes"].values())
+    if few and "views_per_class" not in content:
+        changed["views_per_class"] = content["settings"]["views_per_class"]
     prompts = changed.pop("prompt", [])
     options += [("--prompt", text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
     compared = {name: changed.pop(name) for name in COMPARED if isinstance(changed.get(name), list)}

@@ -111,6 +111,8 @@ class Plan:
         """The content of sweep.json."""
         settings, compared = self._settings(), _compared(self.sweep)
         caps = {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
+        usual = self.sweep.settings.views_per_class
+        views = {j.cell.dataset: j.settings.views_per_class for j in self.jobs if j.settings.views_per_class != usual}
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
         of_datasets = [line for dataset in self.datasets.values() for line in dataset_notes(dataset)]
         return {
@@ -121,6 +123,7 @@ class Plan:
             "seeds": sorted(self.sweep.seeds),
             "settings": settings,
             **({"most_shots": caps} if caps else {}),
+            **({"views_per_class": views} if views else {}),
             **({"prompts": list(self.sweep.prompts)} if len(self.sweep.prompts) > 1 else {}),
             **({"compare": {name: settings[name] for name in compared}} if compared else {}),
             "protocols": {dataset.name: dataset.protocol for dataset in self.datasets.values()},
@@ -354,7 +357,7 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
 def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
     """Each cell with the settings it is run under. A data set's own hflip is recorded and left out of the key."""
     own = catalog.find(source).hflip
-    sweep = sweep.with_hflip(own)
+    sweep = sweep.on(len(dataset.classes), own)
     unkeyed = ("hflip",) if sweep.settings.hflip == own else ()
     values = {settings: recorded(settings) for settings in sweep.variants}
     for name in sweep.methods:

@@ -122,7 +122,7 @@ class Results:
             old = self.sweep()
             self._check_same(old, sweep)
             joined.update({field: _union(old[field], sweep[field]) for field in GROWING})
-            for field in ("protocols", "classes", "data", "most_shots"):
+            for field in ("protocols", "classes", "data", "most_shots", "views_per_class"):
                 if both := {**old.get(field, {}), **sweep.get(field, {})}:
                     joined[field] = both
         else:
@@ -207,6 +207,8 @@ class Results:
         changed += _changes(*({name: each[name] for name in caps[0].keys() & caps[1].keys()} for each in caps))
         common = old["protocols"].keys() & new["protocols"].keys()
         changed += _changes(*({f"images of {d}": each["protocols"][d] for d in common} for each in (old, new)))
+        views = (each.get("views_per_class", {}) for each in (old, new))
+        changed += _changes(*({f"views_per_class of {d}": each.get(d) for d in common} for each in views))
         if changed:
             differences = f"holds results of another configuration ({'; '.join(changed)})"
             raise ResultsError(f"{self.folder} {differences}; choose another folder with --out")

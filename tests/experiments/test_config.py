@@ -91,7 +91,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
 def test_the_settings_of_methods_are_settings() -> None:
     for method in METHODS.values():
         assert set(method.settings) <= Settings.model_fields.keys()
-    grid = {"datasets", "methods", "shots", "seeds", "most_shots", "cap_shots", "prompts"}
+    grid = {"datasets", "methods", "shots", "seeds", "most_shots", "min_steps", "cap_shots", "prompts"}
     assert {"name", *grid, "protocol", "settings", "compare"} == Sweep.model_fields.keys()
 
 

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image, ImageDraw
 from reported import SWEEP, cell, store_predictions
 
+from baselines import nano
 from experiments.adapters.train import plan_training
 from experiments.plan.counts import count
 from experiments.plan.estimate import estimate, rows
 from experiments.report.comparisons import training_notes
 from experiments.sweep.cells import Job
-from experiments.sweep.config import RunOptions, load
+from experiments.sweep.config import RunOptions, command, load
 from experiments.sweep.grid import plan
 from experiments.sweep.run import dataset_of, train_examples
 from experiments.sweep.store import Results
@@ -71,6 +72,21 @@ def test_what_trains_learns_without_mirroring_and_is_warned_of_with_it(sweep: Ca
     assert [row and row[1] for row in shown] == ["0.5", "0"]
     assert "points of accuracy behind" not in better_text
     assert "--set hflip=0.0" in better_text  # the command that runs it again
+
+
+def test_few_classes_have_enough_steps(arrows: str) -> None:
+    """256 x 2 views in batches of 8 are 64 steps; views that are given stay, and so do the recipe's."""
+    grid = {"datasets": [arrows], "methods": [TRAINED], "shots": [2], "seeds": [0]}
+    cases: list[tuple[dict[str, Any], int]] = [({}, 256), ({"views_per_class": 64}, 64), ({"backbone": nano.NAME}, 256)]
+    for settings, views in cases:
+        chosen = load("demo", grid, settings)
+        planned = plan(chosen)
+        assert planned.jobs[0].cell.settings["views_per_class"] == views
+        assert of_sweep(chosen).cells[0].settings == planned.jobs[0].settings
+        content = planned.describe()
+        assert content.get("views_per_class") == ({"folder:arrows": 256} if views == 256 else None)
+        assert ("--set views_per_class=64" in command(content)) == (views == 64)
+    assert load("demo", grid, {"backbone": "vit_base_patch14_dinov2.lvd142m"}).on(2, 0).settings.views_per_class == 160
 
 
 def test_images_are_mirrored_where_they_may_be_shown(arrows: str) -> None:
