@@ -217,7 +217,7 @@ class Classifier:
         image = prepare(picture.read(), max_side=self.max_side, name=name)
         try:
             self.prompt.question(image)
-        except ImageError as error:  # such as an extreme aspect ratio
+        except ImageError as error:  # what the processor of this model alone refuses
             raise ImageError(f"{name}: {error}") from error
         return image
 
