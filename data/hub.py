@@ -49,6 +49,10 @@ class HubName(NamedTuple):
             raise DatasetError(f"hub:{text} cannot be the name of a set on the hub; write {forms}")
         return cls(*(part or "" for part in parts.groups()))
 
+    def with_config(self, config: str) -> str:
+        """How a user names another config of the same revision."""
+        return f"hub:{self.hub_id}{self.revision and '@'}{self.revision}#{config}"
+
 
 @dataclass(frozen=True)
 class HubSet:
@@ -149,7 +153,7 @@ def _builder(name: HubName, home: str, temporary: str) -> Any:
         if name.config and name.config not in configs:
             raise UnknownNameError(f"config of {name.hub_id}", name.config, configs) from None
         if not name.config and len(configs) > 1:
-            way_out = f"name one as hub:{name.hub_id}#CONFIG: {', '.join(configs)}"
+            way_out = f"name one as {name.with_config('CONFIG')}: {', '.join(configs)}"
             raise DatasetError(f"{name.hub_id} has several configs and no default; {way_out}") from None
         raise
 
@@ -157,7 +161,7 @@ def _builder(name: HubName, home: str, temporary: str) -> Any:
 def _config_note(name: HubName, builder: Any) -> Iterator[str]:
     used = builder.config.name
     if not name.config and (others := [config for config in builder.builder_configs if config != used]):
-        yield f"config {used!r} is used, the default; hub:{name.hub_id}#CONFIG takes {_some(others)}"
+        yield f"config {used!r} is used, the default; {name.with_config('CONFIG')} takes {_some(others)}"
 
 
 def _some(names: Sequence[str]) -> str:

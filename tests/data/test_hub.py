@@ -259,7 +259,9 @@ def test_of_several_columns_the_ones_of_the_usual_names() -> None:
     ],
 )
 def test_a_name_with_its_revision_and_config(text: str, parts: tuple[str, str, str]) -> None:
-    assert hub.HubName.parse(text) == parts
+    name = hub.HubName.parse(text)
+    assert name == parts
+    assert hub.HubName.parse(name.with_config("new").removeprefix("hub:")) == (*parts[:2], "new")
 
 
 @pytest.mark.parametrize("text", ["me/pets#fine@v1", "me/pets@", "me/pets#", "@v1", "#fine", "me/pets@a@b", ""])
