@@ -338,9 +338,7 @@ def test_a_small_sweep_is_measured(
     assert estimated.time is not None
     assert len(estimated.measurement.results) == 2
     for result in estimated.measurement.results.values():
-        by_method = {variant[0]: rates for variant, rates in result.rates.items()}
-        assert by_method.keys() == set(methods)
-        assert by_method["dinov2-lora"].step > 0
+        assert {variant[0] for variant in result.rates} == set(methods)
     first = next(iter(estimated.measurement.results.values()))
     assert next(rates for variant, rates in first.rates.items() if variant[0] == "dinov2-logreg").encoded > 0
     assert estimated.requirements.memory.measured == estimated.measurement.peak > 100 << 20
