@@ -25,21 +25,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., b
     return home
 
 
-def arguments(photos: Path, methods: Sequence[str]) -> list[str]:
-    named = [argument for method in methods for argument in ("--method", method)]
-    return ["sweep", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0,1", *TINY]
-
-
 @pytest.fixture(scope="session")
 def grid(photos: Path) -> list[str]:
     """The arguments of a sweep of 17 cells with every method."""
-    return arguments(photos, METHODS)
-
-
-@pytest.fixture(scope="session")
-def light(photos: Path) -> list[str]:
-    """The 12 of these cells that no VLM is imported for, which takes each process many seconds."""
-    return arguments(photos, METHODS[2:])
+    methods = [argument for method in METHODS for argument in ("--method", method)]
+    return ["sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1,2", "--seeds", "0,1", *TINY]
 
 
 @pytest.fixture

@@ -103,10 +103,10 @@ def run_without_half(arguments: list[str], cells: int, cluster: Any, out: Path, 
     assert said.err.count(f"/{cells} ") == cells + said.err.count("encoding the images")  # each was handed on once
 
 
-def test_a_sweep_loses_a_node(light: list[str], fresh: Any, tmp_path: Path, kshot: Any, ran: list[Job]) -> None:
-    run_without_half(light, 12, fresh, tmp_path / "out", kshot)
+def test_a_sweep_loses_a_node(grid: list[str], fresh: Any, tmp_path: Path, kshot: Any, ran: list[Job]) -> None:
+    run_without_half(grid, 17, fresh, tmp_path / "out", kshot)
     assert not ran
-    assert kshot(*light, "--out", tmp_path / "local").status == 0
+    assert kshot(*grid, "--out", tmp_path / "local").status == 0
     assert numbers(tmp_path / "out") == numbers(tmp_path / "local")
 
 

@@ -19,7 +19,7 @@ from trained import TINY
 from experiments.sweep.cells import Job
 from experiments.sweep.store import Results
 
-CELLS, LIGHT = 17, 12  # of the grid: one zero-shot, four methods x two shots x two seeds; and without a VLM
+CELLS = 17  # of the grid: one zero-shot, four methods x two shots x two seeds
 QUICK = ("--method", "pixel-knn", "--shots", "1")
 
 
@@ -165,15 +165,15 @@ def test_what_is_limited_is_in_the_record(photos: Path, tmp_path: Path, kshot, r
     assert "| limit_test | 4 |" in (out / "report.md").read_text()
 
 
-# Killing: the console script in a session of its own, as a terminal would run it. No cell of it needs a VLM.
+# Killing: the console script in a session of its own, as a terminal would run it.
 
 
 class Sweep:
     """A running `kshot sweep` and what can be done to it."""
 
-    def __init__(self, light: list[str], out: Path) -> None:
+    def __init__(self, grid: list[str], out: Path) -> None:
         self.out = out
-        command = [sys.executable, "-c", "from experiments.cli.main import main; main()", *light, "--workers", "2"]
+        command = [sys.executable, "-c", "from experiments.cli.main import main; main()", *grid, "--workers", "2"]
         self.process = subprocess.Popen(
             [*command, "--out", str(out)],
             stderr=subprocess.PIPE,
@@ -197,15 +197,15 @@ class Sweep:
         """The exit status and the lines on stderr, less those that say a cell is done."""
         _, text = self.process.communicate(timeout=120)
         lines = [line for line in text.splitlines() if not line.startswith("folder:")]  # what is used
-        return self.process.returncode, [line for line in lines if f"/{LIGHT} " not in line]
+        return self.process.returncode, [line for line in lines if f"/{CELLS} " not in line]
 
 
 @pytest.fixture
-def start(light: list[str], tmp_path: Path) -> Iterator[Callable[[], Sweep]]:
+def start(grid: list[str], tmp_path: Path) -> Iterator[Callable[[], Sweep]]:
     begun: list[Sweep] = []
 
     def begin() -> Sweep:
-        begun.append(Sweep(light, tmp_path / "out"))
+        begun.append(Sweep(grid, tmp_path / "out"))
         return begun[-1]
 
     yield begin
@@ -215,28 +215,21 @@ def start(light: list[str], tmp_path: Path) -> Iterator[Callable[[], Sweep]]:
         sweep.process.communicate()
 
 
-def assert_light(out: Path, whole: Path) -> None:
-    """The results are those of the whole grid, as far as they go."""
-    got, expected = numbers(out), numbers(whole)
-    assert len(got) == LIGHT
-    assert got == {key: expected[key] for key in got}
-    assert not list(out.rglob("*.tmp"))
-
-
-def assert_the_rest_follows(light: list[str], out: Path, expected: Path, kshot, ran: list[Job]) -> None:
+def assert_the_rest_follows(grid: list[str], out: Path, expected: Path, kshot, ran: list[Job]) -> None:
     """The finished cells are complete and stay; the same command runs the others, to the same results."""
     kept = {name: at for name, at in files(out).items() if name.startswith("cells")}
-    assert 0 < len(kept) < LIGHT
+    assert 0 < len(kept) < CELLS
     assert all(Results(out).predictions(record["key"]).num_rows for record in Results(out).cells())
-    assert kshot(*light, "--out", out).status == 0
-    assert len(ran) == LIGHT - len(kept)
+    assert kshot(*grid, "--out", out).status == 0
+    assert len(ran) == CELLS - len(kept)
     assert files(out).items() >= kept.items()
-    assert_light(out, expected)
+    assert numbers(out) == numbers(expected)
+    assert not list(out.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("end", ["killed", "interrupted"])
 def test_a_stopped_parent(
-    end: str, light: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]
+    end: str, grid: list[str], two_workers: Path, start: Callable[[], Sweep], kshot, ran: list[Job]
 ) -> None:
     sweep = start()
     sweep.until_a_cell_is_stored()
@@ -249,7 +242,7 @@ def test_a_stopped_parent(
         stopped = "kshot: stopped; what was finished is kept, the same command goes on from there"
         assert sweep.ended() == (130, [stopped])
     assert not psutil.wait_procs(workers, timeout=5)[1]
-    assert_the_rest_follows(light, sweep.out, two_workers, kshot, ran)
+    assert_the_rest_follows(grid, sweep.out, two_workers, kshot, ran)
 
 
 def test_a_killed_worker(two_workers: Path, start: Callable[[], Sweep]) -> None:
@@ -261,4 +254,5 @@ def test_a_killed_worker(two_workers: Path, start: Callable[[], Sweep]) -> None:
     workers[0].kill()
     assert sweep.ended() == (0, [])
     assert not any(worker.is_running() for worker in workers)
-    assert_light(sweep.out, two_workers)
+    assert numbers(sweep.out) == numbers(two_workers)
+    assert not list(sweep.out.rglob("*.tmp"))
