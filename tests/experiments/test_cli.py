@@ -34,7 +34,7 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
     [
         ("sweep --dataset digitz", ["unknown data set 'digitz' (did you mean 'digits'?)", "icons", "folder:PATH"]),
         ("sweep --dataset folder:{here}/none", ["none is not a folder; give folder:PATH"]),
-        ("sweep --dataset folder:{broken}", ["broken: files that cannot be read", "a|b/3.png: ", "replace or remove it"]),
+        ("sweep --dataset folder:{broken}", ["broken: files that", "a|b/3.png: ", "replace or remove it"]),
         ("sweep --method vlm-loar", ["unknown method 'vlm-loar' (did you mean 'vlm-lora'?)", "pixel-knn"]),
         ("sweep --model nope", ["unknown model 'nope'", "kshot/nano-qwen3-vl", "a hub id such as"]),
         ("sweep --model {here}", ["unknown model '{here}'", "a folder with config.json"]),
