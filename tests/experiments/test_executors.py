@@ -128,7 +128,7 @@ def test_closing_stops_what_runs() -> None:
 def test_no_worker_outlives_its_parent() -> None:
     script = "from tests.experiments.test_executors import *; list(local(work, [('sleep', 100)] * 2, workers=2))"
     parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     children: list[psutil.Process] = []
     while len([c for c in children if "spawn_main" in " ".join(c.cmdline())]) < 2:
         assert time.monotonic() < deadline
@@ -136,5 +136,5 @@ def test_no_worker_outlives_its_parent() -> None:
         time.sleep(0.05)
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not alive

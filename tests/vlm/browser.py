@@ -18,7 +18,7 @@ import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason="/usr/bin/chromium is not installed")
-PATIENCE = 20  # seconds for anything to come true
+PATIENCE = 120  # seconds for anything to come true
 
 
 def high_pipe() -> list[int]:

@@ -29,7 +29,7 @@ from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
 
 MISTAKES: dict[str, Any] = {"local": InputError, "http": (tinker.RequestFailedError, tinker.APIStatusError)}
-PATIENCE = 15.0  # seconds after which a request that never ends has failed
+PATIENCE = 120.0  # seconds after which a request that never ends has failed
 
 
 @dataclass(frozen=True)

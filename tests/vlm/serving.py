@@ -75,7 +75,7 @@ class Command:
     def kill(self) -> None:
         """As a crash or the system would: no time to finish anything."""
         os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 @contextmanager
