@@ -118,11 +118,11 @@ def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> 
 
 def test_closing_stops_what_runs() -> None:
     start = time.monotonic()
-    with closing(local(work, [("do", 1), ("sleep", 100)], workers=1)) as finished:
+    with closing(local(work, [("do", 1), ("sleep", 1000)], workers=1)) as finished:
         assert next(finished)[0] == ("do", 1)
         assert len(active_children()) == 1
     assert not active_children()
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 500
 
 
 def test_no_worker_outlives_its_parent() -> None:
