@@ -1,9 +1,8 @@
 """Loads a backbone of timm by name, folder or file, once per process, and turns pixels into its feature.
 
-The loaded module is shared, frozen and in eval mode; to add adapters take `copy`, which shares the weights.
+The loaded module is shared, frozen and in eval mode.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -73,10 +72,6 @@ class Backbone:
             return int(getattr(module, "head_hidden_size", module.num_features))
         blocks, mean = READOUTS[self.readout]
         return int(module.num_features) * (blocks + mean)
-
-    def copy(self) -> nn.Module:
-        """The module again, to add adapters to; its parameters are the same tensors, not copies."""
-        return copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
 
     def check_size(self, size: int | None) -> None:
         """Raises InputError unless images of `size` pixels, square, can go in; None is each image's own size."""

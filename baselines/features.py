@@ -73,11 +73,6 @@ class Encoder:
             facts = {"readout": readout, "size": size, "mean": backbone.mean.tolist(), "std": backbone.std.tolist()}
             self._store = FeatureStore(folder, fingerprint(backbone.module, facts, device), backbone.dim)
 
-    @property
-    def dim(self) -> int:
-        """Length D of a feature."""
-        return self._backbone.dim
-
     def features(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, D) float32, of N JPEG or PNG files; kept by the SHA-256 of their bytes.
 
@@ -90,7 +85,7 @@ class Encoder:
             self._encode(images, new)
         else:
             self._fill(self._store, images, new)
-        return np.array([self._memory[key] for key in keys], np.float32).reshape(len(keys), self.dim)
+        return np.array([self._memory[key] for key in keys], np.float32).reshape(len(keys), self._backbone.dim)
 
     def _fill(self, store: "FeatureStore", images: Sequence[bytes], new: dict[bytes, int]) -> None:
         """Take from the store what is there and encode the rest into it, bucket by bucket; those that other processes

@@ -1,24 +1,19 @@
-"""LoRA and a linear head on a frozen backbone: trained by the requests that train the language model, saved, loaded.
+"""LoRA and a linear head on a frozen backbone: trained by the requests that train the language model.
 
 For the training API a classifier is a language model whose sequences have one position, an image, and whose vocabulary
 is the classes. The semantics are those of the Tinker API: a loss is a sum over the data, gradients accumulate until the
 optimizer's step, the step is AdamW. Every random number comes from `seed`, and the global generators stay as they were.
 """
 
-import json
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tinker
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tinker import types
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -26,91 +21,168 @@ from torch.nn.functional import cross_entropy
 from baselines.backbone import Backbone, load
 from baselines.features import PixelCache, resized, size_batches
 from kshot.checks import check_adam
-from kshot.errors import ImageError, InputError, KshotError, ModelError, RequestError
-from kshot.files import write_folder
+from kshot.errors import ImageError, InputError, ModelError, RequestError
+from kshot.images import JPEG, PNG
 
 ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
 LOSS = "cross_entropy"
-FORMATS: dict[bytes, Literal["png", "jpeg"]] = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}  # by first bytes
-WEIGHTS, RECORD = "head.safetensors", "kshot.json"
+FORMATS: dict[bytes, Literal["png", "jpeg"]] = {PNG: "png", JPEG: "jpeg"}  # by first bytes
 
 
-@dataclass(frozen=True)
-class LoraHeadConfig:
-    """What a head is made for; weights fit heads of one configuration alone.
-
-    model, readout: see `baselines.backbone.load`. n_classes: at least 2. rank: of LoRA, at least 1. size: side in
-    pixels to which every image is resized, square; None keeps each image's own size, rounded to whole patches.
+def datum(image: bytes, label: int) -> tinker.Datum:
+    """Train the class index `label` for a JPEG or PNG file: one image, one target.
 
     Raises:
-        InputError: n_classes or rank out of range.
+        ImageError: bytes of another kind.
     """
-
-    model: str
-    n_classes: int
-    rank: int = 32
-    readout: str = "cls"
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.n_classes < 2 or self.rank < 1:
-            raise InputError(f"{self.n_classes} classes at LoRA rank {self.rank}; give at least 2 classes and rank 1")
+    format = next((name for start, name in FORMATS.items() if image.startswith(start)), None)
+    if format is None:
+        raise ImageError("an image is neither JPEG nor PNG; save it as one of them")
+    chunk = types.ImageChunk(data=image, format=format, expected_tokens=1)
+    targets = tinker.TensorData.from_numpy(np.array([label], np.int64))
+    return tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={"target_tokens": targets})
 
 
-class LoraHead:
-    """A backbone with LoRA adapters and a linear head on its feature; untrained, it predicts uniformly.
+class LoraHeadClient:
+    """A backbone with LoRA adapters and a linear head on its feature, trained by `forward_backward` and `optim_step` of
+    the SDK's `TrainingClient`; untrained, it predicts uniformly.
 
     The head starts at zero, so the first step moves the head alone. LoRA's A is drawn from `seed` (PEFT's Kaiming
-    uniform), B starts at zero; alpha is 32 at any rank, dropout 0.
+    uniform), B starts at zero; alpha is 32 at any rank, dropout 0. A request is done when its method returns. The same
+    requests after the same seed give the same bits.
 
     Args:
-        device: see `baselines.backbone.load`, which also lists what is raised. seed: 0 to 2^63 - 1.
+        model, readout, device: see `baselines.backbone.load`, which also lists what is raised. n_classes: at least 2.
+        seed: 0 to 2^63 - 1. rank: of LoRA, at least 1. size: side in pixels to which every image is resized, square;
+            None keeps each image's own size, rounded to whole patches.
 
     Raises:
-        InputError: the size does not fit the model, or seed out of range. ModelError: the model has no blocks with
-            linear layers, or computes past some of them.
+        InputError: n_classes, rank or seed out of range, or the size does not fit the model. ModelError: the model has
+            no blocks with linear layers, or computes past some of them.
     """
 
-    def __init__(self, config: LoraHeadConfig, *, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str,
+        n_classes: int,
+        *,
+        seed: int,
+        rank: int = 32,
+        readout: str = "cls",
+        size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if n_classes < 2 or rank < 1:
+            raise InputError(f"{n_classes} classes at LoRA rank {rank}; give at least 2 classes and rank 1")
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
-        self.config, self.backbone = config, load(config.model, device, config.readout)
-        self.backbone.check_size(config.size)
-        self._adapted = _adapted(self.backbone, config.rank, seed)
-        self._linear = nn.utils.skip_init(nn.Linear, self.backbone.dim, config.n_classes, device=device)
+        self._backbone, self._size, self._n_classes = load(model, device, readout), size, n_classes
+        self._backbone.check_size(size)
+        self._adapted = _adapted(self._backbone, rank, seed)
+        self._linear = nn.utils.skip_init(nn.Linear, self._backbone.dim, n_classes, device=device)
         for parameter in self._linear.parameters():
             nn.init.zeros_(parameter)
-
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes: of the adapters by their names in timm's module, and of the head as
-        head.weight and head.bias."""
         named = (*self._adapted.named_parameters(), *self._linear.named_parameters(prefix="head"))
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-    def logits(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, (B, n_classes) logits) of arrays (H, W, 3) uint8: those of one size together, CHUNK at a time."""
-        for members in size_batches(pixels, CHUNK):
-            batch = self.backbone.normalised([pixels[n] for n in members])
-            yield members, self._linear(self.backbone.features(self._adapted, batch))
+        # Those that training changes: of the adapters by their names in timm's module.
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), fused=True)
+        self._pixels = PixelCache(self._backbone.patch, size)
+        self._has_gradients = False
 
     @torch.no_grad()
     def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, n_classes) float64 log-probabilities of N encoded images, in nats; the same bit for bit for the same
         images in the same order. Raises ImageError for bytes that are no image."""
-        result = np.empty((len(images), self.config.n_classes))
+        result = np.empty((len(images), self._n_classes))
         for start in range(0, len(images), CHUNK):  # pixels of a large set are never in memory together
             rows, chunk = result[start : start + CHUNK], images[start : start + CHUNK]
-            pixels = [resized(image, self.backbone.patch, self.config.size) for image in chunk]
-            for members, logits in self.logits(pixels):
+            pixels = [resized(image, self._backbone.patch, self._size) for image in chunk]
+            for members, logits in self._logits(pixels):
                 rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
         return result
+
+    def forward_backward(
+        self, data: Sequence[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
+    ) -> Future[types.ForwardBackwardOutput]:
+        """Σ −log p(target) over the data, in nats; its gradient is added to what was accumulated since the last step.
+
+        data: as `datum` makes them. A request that does not fit changes nothing; where a pass fails (out of memory),
+        all accumulated gradients are dropped, so that no step is made with a part.
+
+        Raises:
+            RequestError: another loss, or data that do not fit. ImageError: an image that is none.
+        """
+        if loss_fn != LOSS or loss_fn_config:
+            raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
+        if not data:
+            raise RequestError("no data given; a forward pass needs at least one datum")
+        items = [_image_and_label(number, each, self._n_classes) for number, each in enumerate(data)]
+        pixels = [self._decoded(number, image) for number, (image, _) in enumerate(items)]
+        total, log_probs = 0.0, np.empty((len(items), 1), np.float32)
+        try:
+            for members, logits in self._logits(pixels):
+                targets = torch.tensor([items[n][1] for n in members], device=logits.device)
+                losses = cross_entropy(logits, targets, reduction="none")
+                loss = losses.sum()
+                loss.backward()
+                total += loss.item()
+                log_probs[members, 0] = -losses.detach().cpu().numpy()
+        except BaseException:
+            self._clear_gradients()
+            raise
+        self._has_gradients = True
+        outputs = [{"logprobs": tinker.TensorData.from_numpy(row)} for row in log_probs]
+        return _done(types.ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": total}))
+
+    def optim_step(self, optim_params: types.AdamParams) -> Future[types.OptimStepResponse]:
+        """AdamW (Loshchilov & Hutter 2019) on the accumulated gradients, which are then cleared. Answers their norm.
+
+        Raises:
+            RequestError: no gradients, parameters out of range, or gradients that are not finite, which are cleared.
+        """
+        if not self._has_gradients:
+            raise RequestError("optim_step without gradients; call forward_backward first")
+        check_adam(optim_params)
+        limit = optim_params.grad_clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if not norm.isfinite():
+            self._clear_gradients()
+            raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
+        self._optimizer.param_groups[0].update(
+            lr=optim_params.learning_rate,
+            betas=(optim_params.beta1, optim_params.beta2),
+            eps=optim_params.eps,
+            weight_decay=optim_params.weight_decay,
+        )
+        self._optimizer.step()
+        self._clear_gradients()
+        return _done(types.OptimStepResponse(metrics={"grad_norm:mean": float(norm)}))
+
+    def _logits(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, (B, n_classes) logits) of arrays (H, W, 3) uint8: those of one size together, CHUNK at a time."""
+        for members in size_batches(pixels, CHUNK):
+            batch = self._backbone.normalised([pixels[n] for n in members])
+            yield members, self._linear(self._backbone.features(self._adapted, batch))
+
+    def _clear_gradients(self) -> None:
+        self._has_gradients = False
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def _decoded(self, number: int, image: bytes) -> np.ndarray:
+        try:
+            return self._pixels(image)
+        except ImageError as error:
+            raise ImageError(f"datum {number}: {error}") from error
 
 
 def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:
     """The backbone with LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer of its blocks."""
-    module = backbone.copy()
+    frozen = backbone.module
+    module = copy.deepcopy(frozen, {id(p): p for p in frozen.parameters()})  # the same tensors as weights
     layers = ((name, layer) for name, layer in module.named_modules() if name.startswith("blocks."))
     targets = [name for name, layer in layers if isinstance(layer, nn.Linear)]
     if not targets:
@@ -138,120 +210,6 @@ def _check_reached(backbone: Backbone, module: nn.Module, layers: Sequence[str])
         raise ModelError(f"model {backbone.name!r} {problem}; use a DINOv2 model")
 
 
-# Training
-
-
-def datum(image: bytes, label: int) -> tinker.Datum:
-    """Train the class index `label` for a JPEG or PNG file: one image, one target.
-
-    Raises:
-        ImageError: bytes of another kind.
-    """
-    format = next((name for start, name in FORMATS.items() if image.startswith(start)), None)
-    if format is None:
-        raise ImageError("an image is neither JPEG nor PNG; save it as one of them")
-    chunk = types.ImageChunk(data=image, format=format, expected_tokens=1)
-    targets = tinker.TensorData.from_numpy(np.array([label], np.int64))
-    return tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={"target_tokens": targets})
-
-
-class LoraHeadClient:
-    """Trains a new head by `forward_backward` and `optim_step` of the SDK's `TrainingClient`; `head` has the result.
-
-    A request is done when its method returns. The same requests after the same seed give the same bits.
-
-    Arguments and errors: see LoraHeadConfig and LoraHead.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        n_classes: int,
-        *,
-        seed: int,
-        rank: int = 32,
-        readout: str = "cls",
-        size: int | None = None,
-        device: str = "cpu",
-    ) -> None:
-        self.head = LoraHead(LoraHeadConfig(model, n_classes, rank, readout, size), seed=seed, device=device)
-        self._parameters = self.head.trainable_parameters()
-        for parameter in self._parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), fused=True)
-        self._pixels = PixelCache(self.head.backbone.patch, size)
-        self._has_gradients = False
-
-    def forward_backward(
-        self, data: Sequence[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
-    ) -> Future[types.ForwardBackwardOutput]:
-        """Σ −log p(target) over the data, in nats; its gradient is added to what was accumulated since the last step.
-
-        data: as `datum` makes them. A request that does not fit changes nothing; where a pass fails (out of memory),
-        all accumulated gradients are dropped, so that no step is made with a part.
-
-        Raises:
-            RequestError: another loss, or data that do not fit. ImageError: an image that is none.
-        """
-        if loss_fn != LOSS or loss_fn_config:
-            raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
-        if not data:
-            raise RequestError("no data given; a forward pass needs at least one datum")
-        items = [_image_and_label(number, each, self.head.config.n_classes) for number, each in enumerate(data)]
-        pixels = [self._decoded(number, image) for number, (image, _) in enumerate(items)]
-        total, log_probs = 0.0, np.empty((len(items), 1), np.float32)
-        try:
-            for members, logits in self.head.logits(pixels):
-                targets = torch.tensor([items[n][1] for n in members], device=logits.device)
-                losses = cross_entropy(logits, targets, reduction="none")
-                loss = losses.sum()
-                loss.backward()
-                total += loss.item()
-                log_probs[members, 0] = -losses.detach().cpu().numpy()
-        except BaseException:
-            self._clear_gradients()
-            raise
-        self._has_gradients = True
-        outputs = [{"logprobs": tinker.TensorData.from_numpy(row)} for row in log_probs]
-        return _done(types.ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": total}))
-
-    def optim_step(self, optim_params: types.AdamParams) -> Future[types.OptimStepResponse]:
-        """AdamW (Loshchilov & Hutter 2019) on the accumulated gradients, which are then cleared. Answers their norm.
-
-        Raises:
-            RequestError: no gradients, parameters out of range, or gradients that are not finite, which are cleared.
-        """
-        if not self._has_gradients:
-            raise RequestError("optim_step without gradients; call forward_backward first")
-        check_adam(optim_params)
-        limit = optim_params.grad_clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
-        if not norm.isfinite():
-            self._clear_gradients()
-            raise RequestError("the gradients are not finite; they are cleared and the weights stay as they were")
-        self._optimizer.param_groups[0].update(
-            lr=optim_params.learning_rate,
-            betas=(optim_params.beta1, optim_params.beta2),
-            eps=optim_params.eps,
-            weight_decay=optim_params.weight_decay,
-        )
-        self._optimizer.step()
-        self._clear_gradients()
-        return _done(types.OptimStepResponse(metrics={"grad_norm:mean": float(norm)}))
-
-    def _clear_gradients(self) -> None:
-        self._has_gradients = False
-        for parameter in self._parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def _decoded(self, number: int, image: bytes) -> np.ndarray:
-        try:
-            return self._pixels(image)
-        except ImageError as error:
-            raise ImageError(f"datum {number}: {error}") from error
-
-
 def _done(value: Any) -> Future[Any]:
     future = Future[Any]()
     future.set_result(value)
@@ -270,44 +228,3 @@ def _image_and_label(number: int, datum: tinker.Datum, n_classes: int) -> tuple[
     if not 0 <= (label := int(targets[0])) < n_classes:
         raise RequestError(f"datum {number}: target {label} is not one of {n_classes} classes, 0 to {n_classes - 1}")
     return chunks[0].data, label
-
-
-# Files
-
-
-def save_head(folder: Path, head: LoraHead) -> None:
-    """Write a trained head as a new folder, complete or not there: its trained tensors and its configuration. Frozen
-    weights are not stored: the configuration names the backbone.
-
-    Raises:
-        InputError: the folder exists. KshotError: it cannot be written.
-    """
-
-    def fill(new: Path) -> None:
-        save_file({name: p.detach().contiguous() for name, p in head.trainable_parameters().items()}, new / WEIGHTS)
-        (new / RECORD).write_text(json.dumps(asdict(head.config), indent=2), encoding="utf-8")
-
-    if folder.exists():
-        raise InputError(f"{folder} exists; give another name")
-    try:
-        write_folder(folder, fill)
-    except OSError as error:
-        raise KshotError(f"{folder} cannot be written ({error.strerror or error}); make room there") from error
-
-
-def load_head(folder: Path, device: str = "cpu") -> LoraHead:
-    """The head that `save_head` wrote. Raises ModelError where there is none or it is damaged; what LoraHead raises."""
-    try:
-        config = TypeAdapter(LoraHeadConfig).validate_json((folder / RECORD).read_bytes(), strict=True)
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError, InputError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
-    head = LoraHead(config, seed=0, device=device)  # the seed is of weights that are replaced
-    own = head.trainable_parameters()
-    expected, stored = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (own, weights))
-    if different := sorted(name for name in {*expected, *stored} if expected.get(name) != stored.get(name)):
-        raise ModelError(f"weights do not fit the head in {len(different)} tensors: first {different[0]!r}")
-    for name, parameter in own.items():
-        parameter.detach().copy_(weights[name])
-    return head

@@ -173,14 +173,7 @@ def module_of(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, fil
             dynamic_img_size=True,
             weight_init="skip",
         )
-    vit.pretrained_cfg = {  # type: ignore[assignment]
-        "input_size": (3, grid * patch, grid * patch),
-        "num_classes": 0,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-    }
+    vit.pretrained_cfg = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # type: ignore[assignment]
     return vit
 
 

@@ -1,17 +1,12 @@
 """The table of heads on frozen features. A head is fitted on training features and labels alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from baselines.heads.inputs import FittedHead
+from baselines.heads.inputs import Fit
 from baselines.heads.knn import fit_knn
 from baselines.heads.linear import fit_logistic_regression
 from baselines.heads.mean import fit_nearest_mean
 from baselines.heads.ridge import fit_ridge
-
-Fit = Callable[[np.ndarray, np.ndarray, int], FittedHead]  # train (N, D), labels (N,), n_classes
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""What all heads share: checks of features and labels, the fitted head, standardisation and principal directions.
+"""What all heads share: checks of features and labels, standardisation and principal directions.
 
 No head has an argument for test images or their labels when it is fitted: nothing can be chosen on them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,41 @@ class FittedHead:
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_labels(labels: np.ndarray, n_classes: int, count: int) -> None:
-    """Raises InputError unless `labels` are `count` ≥ 1 whole numbers in 0..n_classes - 1."""
-    if labels.shape != (count,) or count == 0:
+Fit = Callable[[np.ndarray, np.ndarray, int], FittedHead]  # train (N, D), labels (N,), n_classes
+
+
+def head(fit: Fit) -> Fit:
+    """A head of `fit`, which then sees features and labels that are sound, and only classes that occur: they are
+    counted from 0, in order.
+
+    Raises InputError for shapes, labels or numbers that cannot be used, and for training images of a single class.
+    """
+
+    @wraps(fit)
+    def checked(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
+        present = _check_training(train, labels, n_classes)
+        fitted = fit(train, np.searchsorted(present, labels), len(present))
+
+        def scores(test: np.ndarray) -> np.ndarray:
+            if test.ndim != 2 or test.shape[1] != train.shape[1]:
+                wanted = f"give (M, {train.shape[1]}) like the training ones"
+                raise InputError(f"test features of shape {test.shape} do not fit; {wanted}")
+            _check_finite("test", test)
+            spread = np.full((len(test), n_classes), -np.inf)
+            if len(test):
+                spread[:, present] = fitted.scores(test)
+            return spread
+
+        return FittedHead(scores, fitted.chosen)
+
+    return checked
+
+
+def _check_training(train: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """The labels that occur, in order."""
+    if train.ndim != 2:
+        raise InputError(f"train features of shape {train.shape}; give (N, D)")
+    if labels.shape != (count := len(train),) or count == 0:
         raise InputError(f"labels of shape {labels.shape} for {count} training images; give one label per image")
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"labels are {labels.dtype}; give class indices, whole numbers from 0")
@@ -35,42 +68,11 @@ def check_labels(labels: np.ndarray, n_classes: int, count: int) -> None:
     if wrong.size:
         raise InputError(f"label {wrong[0]} is not one of {n_classes} classes; labels go from 0 to {n_classes - 1}")
 
-
-def check_training(train: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """The labels that occur, in order.
-
-    train: (N, D) features. labels: (N,) class indices. Raises InputError for shapes, labels or numbers that cannot be
-    used, and for training images of a single class.
-    """
-    if train.ndim != 2:
-        raise InputError(f"train features of shape {train.shape}; give (N, D)")
-    check_labels(labels, n_classes, len(train))
     _check_finite("train", train)
     present = np.unique(labels)
     if len(present) < 2:
         raise InputError(f"all {len(labels)} training images are of class {present[0]}; give at least two classes")
     return present
-
-
-def fitted_head(
-    dim: int,
-    n_classes: int,
-    present: np.ndarray,
-    scores: Callable[[np.ndarray], np.ndarray],
-    chosen: Mapping[str, Any] | None = None,
-) -> FittedHead:
-    """A FittedHead of `scores`, (M, dim) → (M, present) float64, that checks its features and spreads its columns."""
-
-    def checked(test: np.ndarray) -> np.ndarray:
-        if test.ndim != 2 or test.shape[1] != dim:
-            raise InputError(f"test features of shape {test.shape} do not fit; give (M, {dim}) like the training ones")
-        _check_finite("test", test)
-        spread = np.full((len(test), n_classes), -np.inf)
-        if len(test):
-            spread[:, present] = scores(test)
-        return spread
-
-    return FittedHead(checked, chosen or {})
 
 
 def _check_finite(name: str, features: np.ndarray) -> None:
@@ -79,28 +81,20 @@ def _check_finite(name: str, features: np.ndarray) -> None:
         raise InputError(f"{name} features of image {broken[0]} are not finite; check the encoder and that image")
 
 
-@dataclass(frozen=True)
 class Scaler:
-    """Features to zero mean and unit variance; a feature that is constant in training becomes its distance from that.
+    """Features to zero mean and unit variance, those of (N, D) training features; a feature that is constant there
+    becomes its distance from that."""
 
-    mean, deviation: (D,) float64, of the training images.
-    """
-
-    mean: np.ndarray
-    deviation: np.ndarray
-
-    @classmethod
-    def of(cls, train: np.ndarray) -> "Scaler":
-        """The scaler of (N, D) training features."""
+    def __init__(self, train: np.ndarray) -> None:
         exact = train.astype(np.float64)
-        mean, deviation = exact.mean(axis=0), exact.std(axis=0)
+        self._mean, deviation = exact.mean(axis=0), exact.std(axis=0)
         # A constant column's deviation is rounding noise of its mean, which must not become a feature.
-        noise = 10 * np.finfo(np.float64).eps * np.abs(mean)
-        return cls(mean, np.where(deviation > noise, deviation, 1.0))
+        noise = 10 * np.finfo(np.float64).eps * np.abs(self._mean)
+        self._deviation = np.where(deviation > noise, deviation, 1.0)
 
     def __call__(self, features: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
         """(M, D) of this dtype; float32 is half the work and loses no more than float32 features have lost already."""
-        mean, deviation = self.mean.astype(dtype), self.deviation.astype(dtype)
+        mean, deviation = self._mean.astype(dtype), self._deviation.astype(dtype)
         scaled: np.ndarray = (features.astype(dtype, copy=False) - mean) / deviation
         return scaled
 

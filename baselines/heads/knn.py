@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from baselines.heads.inputs import FittedHead, check_training, fitted_head
+from baselines.heads.inputs import FittedHead, head
 from baselines.heads.mean import unit
 from baselines.heads.selection import choose, folds
 from kshot.images import open_image
@@ -21,46 +21,37 @@ NEIGHBOURS = (1, 3, 5, 10, 20)  # the first is the one fixed a priori
 TEMPERATURE = 0.07
 
 
+@head
 def fit_knn(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Votes of the n nearest training images by cosine, each weighted by exp(cosine / 0.07).
 
     The protocol of DINO (Caron et al. 2021, arXiv:2104.14294, after Wu et al. 2018); n is the one of NEIGHBOURS that
     leave-one-shot-out chooses. Products are float32: neighbours whose cosines differ by less than 1e-6 may swap.
-    Raises InputError as `check_training` and `choose` do.
+    Raises InputError as `choose` does.
     """
-    present = check_training(train, labels, n_classes)
-    units, indices = unit(train.astype(np.float32)), np.searchsorted(present, labels)
-    n = choose(_possible(indices), indices, _HeldOut(units, indices, len(present)).predicted)
+    units = unit(train.astype(np.float32))
+    left = len(labels) - np.bincount(folds(labels)).max()  # as many neighbours as there are without a fold
+    possible = [n for n in NEIGHBOURS if n <= max(left, NEIGHBOURS[0])]
+    cosines, neighbours = _held_out(units, labels, max(possible))
+    n = choose(possible, labels, lambda n: _votes(cosines[:, :n], neighbours[:, :n], labels, n_classes).argmax(axis=1))
 
     def scores(test: np.ndarray) -> np.ndarray:
         queries = unit(test.astype(np.float32))
         cosines = (block @ units.T for _, block in _blocks(queries, len(units)))
-        return np.concatenate([_votes(*_nearest(each, n), indices, len(present)) for each in cosines])
+        return np.concatenate([_votes(*_nearest(each, n), labels, n_classes) for each in cosines])
 
-    return fitted_head(train.shape[1], n_classes, present, scores, {"neighbours": n})
-
-
-def _possible(indices: np.ndarray) -> Sequence[int]:
-    """As many neighbours as there are when a fold is left out."""
-    left = len(indices) - np.bincount(folds(indices)).max()
-    return [n for n in NEIGHBOURS if n <= max(left, NEIGHBOURS[0])]
+    return FittedHead(scores, {"neighbours": n})
 
 
-class _HeldOut:
-    """The nearest neighbours of every training image in the other folds, found once for all numbers of them."""
-
-    def __init__(self, units: np.ndarray, indices: np.ndarray, count: int) -> None:
-        self._indices, self._count, fold = indices, count, folds(indices)
-        parts = []
-        for start, block in _blocks(units, len(units)):
-            cosines = block @ units.T
-            cosines[fold[start : start + len(block), None] == fold] = -np.inf
-            parts.append(_nearest(cosines, max(_possible(indices))))
-        self._cosines, self._neighbours = (np.concatenate(part) for part in zip(*parts, strict=True))
-
-    def predicted(self, n: int) -> np.ndarray:
-        """(N,) the class that n neighbours vote for."""
-        return _votes(self._cosines[:, :n], self._neighbours[:, :n], self._indices, self._count).argmax(axis=1)
+def _held_out(units: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, n) cosines of every training image's nearest neighbours in the other folds, and which these are."""
+    fold, parts = folds(labels), []
+    for start, block in _blocks(units, len(units)):
+        cosines = block @ units.T
+        cosines[fold[start : start + len(block), None] == fold] = -np.inf
+        parts.append(_nearest(cosines, n))
+    nearest, neighbours = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return nearest, neighbours
 
 
 def _nearest(cosines: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,22 +71,20 @@ def _votes(cosines: np.ndarray, neighbours: np.ndarray, indices: np.ndarray, cou
     return votes.reshape(len(cosines), count)
 
 
+@head
 def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Minus the Euclidean distance to the nearest training image of each class; nothing is chosen.
 
     Exact: distances are sums of squared differences in float64, so equal distances come out equal, and argmax then
     takes the lower class. The usual |a|² - 2ab + |b|² is faster and is not.
-    Raises InputError as `check_training` does.
     """
-    present = check_training(train, labels, n_classes)
 
     def scores(test: np.ndarray) -> np.ndarray:
         distances = (cdist(block, train) for _, block in _blocks(test, len(train)))
-        return np.concatenate(
-            [np.stack([-block[:, labels == label].min(axis=1) for label in present], axis=1) for block in distances]
-        )
+        nearest = ([each[:, labels == label].min(axis=1) for label in range(n_classes)] for each in distances)
+        return -np.concatenate([np.stack(columns, axis=1) for columns in nearest])
 
-    return fitted_head(train.shape[1], n_classes, present, scores)
+    return FittedHead(scores)
 
 
 def pixels(images: Sequence[bytes], side: int = 32) -> np.ndarray:

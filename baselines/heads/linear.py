@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
-from baselines.heads.inputs import FittedHead, Scaler, check_training, fitted_head, principal
+from baselines.heads.inputs import FittedHead, Scaler, head, principal
 from kshot.errors import KshotError
 
 # Inverse strength of the L2 penalty, fixed a priori: on features of unit variance it is a standard normal prior on
@@ -26,6 +26,7 @@ GRADIENT = 1e-3
 STEPS = 2_000
 
 
+@head
 def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Log-probabilities, in nats.
 
@@ -34,21 +35,15 @@ def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: in
     so the search is in coordinates of that span: along its principal directions, each divided by the root of the
     curvature to expect there, 1 + C · CURVATURE · squared singular value. L-BFGS from zero, its products in float32:
     deterministic.
-    Raises InputError as `check_training` does, KshotError where it does not converge.
+    Raises KshotError where it does not converge.
     """
-    present = check_training(train, labels, n_classes)
-    scaler = Scaler.of(train)
+    scaler = Scaler(train)
     scaled = scaler(train)
     directions, squared = principal(scaled)
     basis = directions / np.sqrt(1 + C * CURVATURE * squared)
-    point = _solved(scaled @ basis, basis, np.searchsorted(present, labels), len(present))
+    point = _solved(scaled @ basis, basis, labels, n_classes)
     matrix, bias = (basis @ point[:-1]).astype(np.float32), point[-1]
-    return fitted_head(
-        train.shape[1],
-        n_classes,
-        present,
-        lambda test: log_softmax((scaler(test, np.float32) @ matrix).astype(np.float64) + bias, axis=1),
-    )
+    return FittedHead(lambda test: log_softmax((scaler(test, np.float32) @ matrix).astype(np.float64) + bias, axis=1))
 
 
 def _solved(features: np.ndarray, basis: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from baselines.heads.inputs import FittedHead, check_training, fitted_head
+from baselines.heads.inputs import FittedHead, head
 from baselines.heads.selection import choose, folds
 
 Model = Callable[[np.ndarray], np.ndarray]
@@ -40,19 +40,17 @@ def _euclidean(train: np.ndarray, indices: np.ndarray, count: int) -> Model:
 SPACES = {"centred cosine": _centred_cosine, "cosine": _cosine, "euclidean": _euclidean}
 
 
+@head
 def fit_nearest_mean(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Similarity to the mean of each class, in the one of SPACES that leave-one-shot-out chooses.
 
     In float32, as features come: scores that differ by less than 1e-6 may swap.
-    Raises InputError as `check_training` and `choose` do.
+    Raises InputError as `choose` does.
     """
-    present = check_training(train, labels, n_classes)
-    indices, count = np.searchsorted(present, labels), len(present)
-    space = choose(list(SPACES), indices, partial(_held_out, train.astype(np.float32), indices, count))
-    model = SPACES[space](train.astype(np.float32), indices, count)
-    return fitted_head(
-        train.shape[1], n_classes, present, lambda test: model(test.astype(np.float32)), {"space": space}
-    )
+    train = train.astype(np.float32)
+    space = choose(list(SPACES), labels, partial(_held_out, train, labels, n_classes))
+    model = SPACES[space](train, labels, n_classes)
+    return FittedHead(lambda test: model(test.astype(np.float32)), {"space": space})
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -3,11 +3,9 @@
 Scores are regression outputs: they rank classes and are no probabilities.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from baselines.heads.inputs import FittedHead, Scaler, check_training, fitted_head, principal
+from baselines.heads.inputs import FittedHead, Scaler, head, principal
 from baselines.heads.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
@@ -15,6 +13,7 @@ from baselines.heads.selection import choose
 PENALTIES = (1.0, 1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 
 
+@head
 def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHead:
     """Outputs of the regression on 1 for an image's class and 0 for the others.
 
@@ -24,24 +23,15 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHe
     few shots it is less for outputs near zero, whoever wins. (Features are standardised once, over all training
     images, as in scikit-learn's RidgeClassifierCV on scaled features.) With one image a class, leaving it out leaves
     none: λ is then the first.
-    Raises InputError as `check_training` and `choose` do.
+    Raises InputError as `choose` does.
     """
-    present = check_training(train, labels, n_classes)
-    scaler, indices = Scaler.of(train), np.searchsorted(present, labels)
-    scaled, targets = scaler(train), np.eye(len(present))[indices]
-    spectrum = _Spectrum.of(scaled, targets)
-    penalty = choose([float(each * train.shape[1]) for each in PENALTIES], indices, spectrum.held_out)
+    scaler = Scaler(train)
+    spectrum = _Spectrum(scaler(train), np.eye(n_classes)[labels])
+    penalty = choose([float(each * train.shape[1]) for each in PENALTIES], labels, spectrum.held_out)
     weights = spectrum.weights(penalty).astype(np.float32)
-    return fitted_head(
-        train.shape[1],
-        n_classes,
-        present,
-        lambda test: scaler(test, np.float32) @ weights + spectrum.mean,
-        {"penalty": penalty},
-    )
+    return FittedHead(lambda test: scaler(test, np.float32) @ weights + spectrum.mean, {"penalty": penalty})
 
 
-@dataclass(frozen=True)
 class _Spectrum:
     """The training images along their principal directions, where every λ's solution is a rescaling.
 
@@ -49,18 +39,11 @@ class _Spectrum:
     targets: (N, classes), mean: (classes,) theirs. projected: (rank, classes) the centred targets in these coordinates.
     """
 
-    directions: np.ndarray
-    squared: np.ndarray
-    left: np.ndarray
-    targets: np.ndarray
-    mean: np.ndarray
-    projected: np.ndarray
-
-    @classmethod
-    def of(cls, scaled: np.ndarray, targets: np.ndarray) -> "_Spectrum":
-        directions, squared = principal(scaled)
-        left, mean = scaled @ (directions / np.sqrt(squared)), targets.mean(axis=0)
-        return cls(directions, squared, left, targets, mean, left.T @ (targets - mean))
+    def __init__(self, scaled: np.ndarray, targets: np.ndarray) -> None:
+        self.directions, self.squared = principal(scaled)
+        self.left = scaled @ (self.directions / np.sqrt(self.squared))
+        self.targets, self.mean = targets, targets.mean(axis=0)
+        self.projected = self.left.T @ (targets - self.mean)
 
     def held_out(self, penalty: float) -> np.ndarray:
         """(N,) the class that a regression on all other images predicts for each one."""

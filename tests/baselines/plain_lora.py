@@ -20,12 +20,12 @@ def data_of(images: list[bytes], labels: list[int]) -> list[tinker.Datum]:
 
 def trained(client: LoraHeadClient) -> State:
     """A copy of what the client trains."""
-    return {name: p.detach().clone() for name, p in client.head.trainable_parameters().items()}
+    return {name: p.detach().clone() for name, p in client.parameters.items()}
 
 
 def gradients(client: LoraHeadClient) -> State:
     """A copy of the accumulated gradients."""
-    return {name: p.grad.clone() for name, p in client.head.trainable_parameters().items() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in client.parameters.items() if p.grad is not None}
 
 
 def same(one: State, other: State) -> bool:
@@ -56,11 +56,6 @@ def log_probs(state: State, images: list[bytes]) -> torch.Tensor:
         cls = functional_call(backbone.module, parameters, (pixels,))
         rows.append((cls @ state["head.weight"].T + state["head.bias"]).log_softmax(1))
     return torch.cat(rows)
-
-
-def loss_of(state: State, images: list[bytes], labels: list[int]) -> torch.Tensor:
-    """Σ −log p."""
-    return -log_probs(state, images)[torch.arange(len(labels)), torch.tensor(labels)].sum()
 
 
 def adamw(state: State, moments: dict[str, list[torch.Tensor]], step: int, p: types.AdamParams) -> tuple[State, float]:

@@ -16,9 +16,9 @@ from tinker import types
 from baselines import nano
 from baselines.backbone import load
 from baselines.features import resized
-from baselines.lora import LoraHead, LoraHeadClient, LoraHeadConfig
+from baselines.lora import LoraHeadClient
 from kshot.errors import ImageError, InputError, ModelError
-from tests.baselines.plain_lora import LINEARS, adamw, data_of, gradients, log_probs, loss_of, merged, step, trained
+from tests.baselines.plain_lora import LINEARS, adamw, data_of, gradients, log_probs, merged, step, trained
 
 
 @pytest.fixture
@@ -31,46 +31,35 @@ def adam(learning_rate: float, eps: float = 1e-8, **others: float) -> types.Adam
 
 
 def predicted(client: LoraHeadClient, images: list[bytes]) -> np.ndarray:
-    return client.head.class_log_probs(images)
+    return client.class_log_probs(images)
 
 
 @pytest.mark.parametrize("others", [{}, {"weight_decay": 0.1, "grad_clip_norm": 2.0, "beta1": 0.8, "beta2": 0.99}])
-def test_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: dict[str, float]) -> None:
+def test_passes_and_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: dict[str, float]) -> None:
     """eps is large here: with 1e-8 Adam makes whole steps of gradients that are rounding noise."""
     labels, params = [0, 1, 2, 0, 1, 2, 0, 1], adam(1e-2, eps=1e-3, **others)
     client = LoraHeadClient(nano.NAME, 3, rank=4, seed=0)
-    state, moments = trained(client), {}
-    for number in (1, 2, 3):
-        state = {name: p.requires_grad_() for name, p in state.items()}
-        loss = loss_of(state, images, labels)
-        loss.backward()
-        state, norm = adamw(state, moments, number, params)
+    moments: dict[str, list[torch.Tensor]] = {}
+    for number in (1, 2, 3):  # the first leaves B at zero
+        state = {name: p.requires_grad_() for name, p in trained(client).items()}
+        expected = log_probs(state, images)
+        losses = -expected[torch.arange(8), torch.tensor(labels)]
+        losses.sum().backward()
+        np.testing.assert_allclose(predicted(client, images), expected.detach().numpy(), atol=1e-5)
         answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
-        assert answer.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
+        assert answer.metrics["loss:sum"] == pytest.approx(losses.sum().item(), rel=1e-5)
+        assert answer.loss_fn_output_type == "ArrayRecord"
+        for output, loss in zip(answer.loss_fn_outputs, losses.tolist(), strict=True):
+            assert output["logprobs"].shape == [1]
+            assert output["logprobs"].data[0] == pytest.approx(-loss, abs=1e-5)
+        for name, gradient in gradients(client).items():
+            torch.testing.assert_close(gradient, state[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+        state, norm = adamw(state, moments, number, params)
         stepped = client.optim_step(params).result()
         assert norm > 2  # so that the clipping is of some effect
         assert stepped.metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-4)
         for name, value in trained(client).items():
             torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_log_probs_and_gradients_are_plain_torch(images: list[bytes]) -> None:
-    client, labels = LoraHeadClient(nano.NAME, 3, rank=4, seed=0), [0, 1, 2, 0, 1, 2, 0, 1]
-    step(client, data_of(images, labels), adam(1e-2))
-    step(client, data_of(images, labels), adam(1e-2))  # the first one leaves B at zero
-    state = {name: p.requires_grad_() for name, p in trained(client).items()}
-    loss = loss_of(state, images, labels)
-    loss.backward()
-    answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
-    expected = log_probs(state, images).detach().numpy()
-    assert answer.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
-    assert answer.loss_fn_output_type == "ArrayRecord"
-    for row, (label, output) in enumerate(zip(labels, answer.loss_fn_outputs, strict=True)):
-        assert output["logprobs"].shape == [1]
-        assert output["logprobs"].data[0] == pytest.approx(expected[row, label], abs=1e-5)
-    for name, gradient in gradients(client).items():
-        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-3, atol=1e-4, msg=name)
-    np.testing.assert_allclose(predicted(client, images), expected, atol=1e-5)
 
 
 def test_adapters_sit_on_every_linear_of_every_block() -> None:
@@ -167,20 +156,20 @@ def test_what_cannot_be_made() -> None:
         with pytest.raises(InputError, match=message):
             LoraHeadClient(**{**good, name: value})
     with pytest.raises(ImageError):
-        LoraHeadClient(nano.NAME, 2, seed=0).head.class_log_probs([b"x"])
+        LoraHeadClient(nano.NAME, 2, seed=0).class_log_probs([b"x"])
 
 
-def test_a_model_whose_layers_are_not_called_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("eva02_tiny_patch14_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, r"computes past blocks\.0\.attn"),
+        ("resnet10t", {"block_args": {}}, "no blocks with linear layers"),
+    ],
+)
+def test_a_model_that_takes_no_adapters_is_named(name: str, arguments: dict, message: str, tmp_path: Path) -> None:
     """EVA computes its keys, queries and values with the layer's weight, not with the layer."""
-    model, _ = timm_folder(tmp_path, "eva02_tiny_patch14_224", embed_dim=32, depth=2, num_heads=2)
-    with pytest.raises(ModelError, match=r"computes past blocks\.0\.attn"):
-        LoraHead(LoraHeadConfig(model, 2, readout="pooled"), seed=0)
-
-
-def test_a_model_without_blocks_is_named(tmp_path: Path) -> None:
-    model, _ = timm_folder(tmp_path, "resnet10t", block_args={})
-    with pytest.raises(ModelError, match="no blocks with linear layers"):
-        LoraHead(LoraHeadConfig(model, 2, readout="pooled"), seed=0)
+    with pytest.raises(ModelError, match=message):
+        LoraHeadClient(timm_folder(tmp_path, name, **arguments)[0], 2, readout="pooled", seed=0)
 
 
 @pytest.mark.gpu

@@ -87,8 +87,8 @@ def test_a_damaged_file_is_made_again(images: list[bytes], tmp_path: Path, conte
 def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp_path: Path) -> None:
     encoder = Encoder(nano.NAME, folder=tmp_path)
     key = hashlib.sha256(images[2]).digest()
-    store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder.dim)
-    theirs = np.full(encoder.dim, 7, np.float32)
+    store = FeatureStore(tmp_path, next(tmp_path.iterdir()).name, encoder._backbone.dim)
+    theirs = np.full(encoder._backbone.dim, 7, np.float32)
     with ThreadPoolExecutor(1) as pool:
         with store.lock(key[0], wait=True):
             running = pool.submit(encoder.features, images)

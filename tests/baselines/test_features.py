@@ -40,8 +40,8 @@ def test_shapes_and_memory(images: list[bytes], monkeypatch: pytest.MonkeyPatch)
     encoder = Encoder(nano.NAME)
     first = encoder.features([images[0], images[1], images[0]])
     assert first.dtype == np.float32
-    assert first.shape == (3, encoder.dim)
-    assert encoder.features([]).shape == (0, encoder.dim)
+    assert first.shape == (3, encoder._backbone.dim)
+    assert encoder.features([]).shape == (0, encoder._backbone.dim)
     monkeypatch.setattr("baselines.features.resized", None)
     np.testing.assert_array_equal(encoder.features(images[:2]), first[:2])
 
@@ -83,7 +83,7 @@ def test_readouts_are_the_tokens_that_they_name(readout: str, images: list[bytes
             "last4": cls[-4:],
             "last4+mean": [*cls[-4:], mean],
         }[readout]
-        assert feature.shape == (encoder.dim,)
+        assert feature.shape == (encoder._backbone.dim,)
         np.testing.assert_allclose(feature, torch.cat(expected).numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_a_convolutional_network_has_timms_pooled_feature(images: list[bytes], t
     model, module = timm_folder(tmp_path, "resnet18", channels=(8, 8, 16, 16))
     encoder = Encoder(model, readout="pooled")
     features = encoder.features(images)
-    assert features.shape == (4, encoder.dim)
+    assert features.shape == (4, encoder._backbone.dim)
     for image, feature in zip(images, features, strict=True):
         pixels = load(model, readout="pooled").normalised([resized(image, 32)])  # whole strides
         with torch.inference_mode():
