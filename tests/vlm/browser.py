@@ -123,6 +123,16 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=CODES[key], **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=CODES[key])
 
+    def value_text(self, node: dict[str, Any]) -> str:
+        """What a screen reader says instead of a slider's number (WAI-ARIA, aria-valuetext): as the accessibility tree
+        has it or, since Chromium 156 leaves it empty there, as the element behind the node has it."""
+        (in_tree,) = [each["value"]["value"] for each in node["properties"] if each["name"] == "valuetext"]
+        if in_tree:
+            return in_tree
+        element = self.call("DOM.resolveNode", backendNodeId=node["backendDOMNodeId"])["object"]["objectId"]
+        function = "function () { return this.ariaValueText }"
+        return self.call("Runtime.callFunctionOn", objectId=element, functionDeclaration=function)["result"]["value"]
+
     def errors(self) -> list[str]:
         self.js("0")  # events that came before it are in the list
         mine = [event for event in self.browser.events if event.get("sessionId") == self.session]

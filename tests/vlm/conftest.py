@@ -10,6 +10,7 @@ import openai
 import pytest
 import tinker
 import torch
+from tinker import types
 
 from tests.vlm import openai_served
 from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
@@ -66,6 +67,11 @@ def examples(make_image: Callable[..., bytes]) -> list[Pictured]:
 
 
 @pytest.fixture(scope="session")
+def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
+    return [image_chunk(each.image, rule) for each in examples]
+
+
+@pytest.fixture(scope="session")
 def prompts(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
     """Questions about images of three sizes, one about two images, one about none."""
     encode = prompt.tokenizer.encode
@@ -97,7 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def raw(server: Server) -> Iterator[Raw]:
     with talking(server.address) as raw:
         yield raw

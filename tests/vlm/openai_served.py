@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
+from unittest.mock import ANY
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.local.sampling.sampler import SamplingRequest
 from vlm.prompts import PREFILL, QUESTION
+from vlm.server.app import handle_errors
 from vlm.server.openai.routes import router
 
 PREFIXES = ("/v1", "/oai/api/v1")
@@ -61,6 +63,7 @@ def application(models: Models, *, allow_urls: bool = False) -> FastAPI:
     app = FastAPI()
     for prefix in PREFIXES:
         app.include_router(router(cast(Any, models), allow_urls), prefix=prefix)
+    handle_errors(app, lambda *_: None)
     return app
 
 
@@ -71,15 +74,23 @@ def connected(address: str, prefix: str = "/v1") -> Iterator[openai.OpenAI]:
         yield made
 
 
-def refusal(api: openai.OpenAI, path: str, **wrong: Any) -> openai.BadRequestError:
-    """What the client raises for a good request with wrong fields, once it has the form of all errors."""
+def ask(api: openai.OpenAI, **fields: Any) -> Any:
+    """What the client gives for a prompt or for messages at temperature 0: an answer that is `checked`, or a stream."""
+    endpoint: Any = api.completions if "prompt" in fields else api.chat.completions
+    answer = endpoint.create(**{"model": nano.NAME, "temperature": 0.0, **fields})
+    return answer if fields.get("stream") else checked(answer)
+
+
+def refusal(api: openai.OpenAI, path: str, words: str, param: Any = ANY, /, **wrong: Any) -> None:
+    """A good request with wrong fields is refused with these words, and by an error about this field."""
     good = {"prompt": "a"} if path == "completions" else {"messages": HELLO}
     with pytest.raises(openai.BadRequestError) as caught:
         api.post(f"/{path}", cast_to=object, body={"model": nano.NAME, **good, **wrong})
     assert caught.value.type == "invalid_request_error"
     assert caught.value.response.json()["category"] == "user"
     assert "\n" not in caught.value.body["message"]  # type: ignore[index]
-    return caught.value
+    assert words in caught.value.message
+    assert caught.value.param == param
 
 
 def checked(answer: Any) -> Any:

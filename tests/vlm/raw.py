@@ -4,6 +4,7 @@ Bodies of training are written by the SDK's converters, and its answers read by 
 """
 
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from tests.vlm.serving import HEADERS
 from vlm import nano
 from vlm.inputs import datum, model_input
 
-KEY = "tml-a-key-of-a-test"
 JSON = {"Content-Type": "application/json"}
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
 SESSION, FORWARD = "/api/v1/create_session", "/api/v1/forward_backward"
@@ -54,11 +54,14 @@ class Raw:
         session: str = self.post("create_session", **SESSION_BODY).json()["session_id"]
         return session
 
-    def create(self, session: str, number: int = 0, base_model: str = nano.NAME, seed: int = 7) -> str:
-        """The id of the request for a new run, which is called `run_of(session, number)`."""
-        lora = {"rank": 4, "seed": seed}
-        body = {"session_id": session, "model_seq_id": number, "base_model": base_model, "lora_config": lora}
-        return self.submit("create_model", **body)
+    def creating(self, session: str, number: int = 0, base_model: str = nano.NAME, **lora: int) -> httpx.Response:
+        """A request for a new run, which is called `run_of(session, number)`."""
+        body = {"session_id": session, "model_seq_id": number, "base_model": base_model}
+        return self.post("create_model", **body, lora_config={"rank": 4, "seed": 7} | lora)
+
+    def create(self, *args: Any, **lora: int) -> str:
+        """The id of such a request that was accepted."""
+        return accepted(self.creating(*args, **lora))
 
     def run(self, session: str, number: int = 0) -> str:
         """A new run, once it is there."""
@@ -109,7 +112,7 @@ class Raw:
 @contextmanager
 def talking(address: str) -> Iterator[Raw]:
     """A connection of its own."""
-    with httpx.Client(base_url=address, headers=HEADERS, timeout=30) as http:
+    with httpx.Client(base_url=address, headers=HEADERS, timeout=60) as http:
         yield Raw(http)
 
 
@@ -163,6 +166,17 @@ def files(folder: Path, but: Path) -> dict[Path, bytes | None]:
     """All that is below a folder, save below `but`."""
     paths = [path for path in folder.rglob("*") if path != but and but not in path.parents]
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@contextmanager
+def traced(most: int) -> Iterator[None]:
+    """Within: at most so many bytes of memory are taken, by this process, and so by a server on one of its threads."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 def until(condition: Callable[[], bool]) -> None:

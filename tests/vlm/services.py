@@ -23,7 +23,7 @@ import vlm
 from kshot.checks import folder_of
 from kshot.errors import InputError
 from tests.vlm.helpers import stock_inputs
-from tests.vlm.serving import served
+from tests.vlm.serving import KEY, served
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
@@ -68,6 +68,17 @@ def connected(address: str, *, bereaved: bool = False) -> Iterator[Any]:
             client.holder.close()
         else:
             client.close("success").result(PATIENCE)
+
+
+def rest_of(address: str) -> tinker.RestClient:
+    """The SDK's client of a server's lists."""
+    return tinker.RestClient(base_url=address, api_key=KEY)
+
+
+def saved_on(address: str) -> list[str]:
+    """The paths of all checkpoints of a server, sorted."""
+    rows = rest_of(address).list_user_checkpoints(1000).result(PATIENCE).checkpoints
+    return sorted(row.tinker_path for row in rows)
 
 
 @contextmanager

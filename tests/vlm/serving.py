@@ -24,7 +24,8 @@ from vlm.server.state import ServerState
 from vlm.server.store import Store
 
 MODEL_PATHS = {nano.NAME: nano.NAME}
-HEADERS = {"X-API-Key": "tml-local"}
+KEY = "tml-a-key-of-a-test"
+HEADERS = {"X-API-Key": KEY}
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Server:
 
 
 @contextmanager
-def served(folder: Path, registry: EngineRegistry | None = None, **options: Any) -> Iterator[Server]:
-    """A server on a free port of loopback, on a thread."""
+def served(folder: Path, registry: EngineRegistry | None = None, port: int = 0, **options: Any) -> Iterator[Server]:
+    """A server on loopback, on a thread; port 0: any that is free."""
     registry = registry or EngineRegistry(folder, model_paths=MODEL_PATHS)
     state = ServerState(registry, Store(registry.state))
     app = application(state, Options(**options))
-    with listening(app, lifespan="on") as address:
+    with listening(app, lifespan="on", port=port) as address:
         yield Server(address, state, app)
 
 

@@ -6,10 +6,12 @@ import logging
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect, Request
 from tinker import types
 
@@ -92,12 +94,8 @@ def events(response: httpx.Response) -> list[str]:
 
 
 def post(models: Models, body: dict[str, Any]) -> httpx.Response:
-    async def written() -> httpx.Response:
-        transport = httpx.ASGITransport(application(models), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/chat/completions", json=body)
-
-    return asyncio.run(written())
+    client = TestClient(application(models), raise_server_exceptions=False)
+    return client.post("/v1/chat/completions", json=body)
 
 
 @pytest.mark.parametrize(
@@ -142,39 +140,27 @@ def test_a_stream_ends_with_done(models: Models) -> None:
     assert all(json.loads(each)["object"] == "chat.completion.chunk" for each in pieces[:-1])
 
 
-def test_models_that_cannot_be_loaded_are_not_found(service: LocalServiceClient) -> None:
+def test_models_that_cannot_be_loaded_are_not_found(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ModelError("damaged"), MissingError("gone")):
-
-        class Broken(Models):
-            async def client(self, *_: Any, error: Exception = error) -> Any:
-                raise error
-
-        assert post(Broken(service), BODY).status_code == 404
+        monkeypatch.setattr(models, "client", AsyncMock(side_effect=error))
+        assert post(models, BODY).status_code == 404
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_cancels_its_sampling(address: str, models: Models, stream: bool) -> None:
     """So that nobody writes 4,000 tokens that nobody reads."""
     before = len(models.samplings)
-    body = {**BODY, "max_tokens": 4000, "n": 2, "stream": stream, "logit_bias": {}}
-    with httpx.Client(base_url=address) as client:
-        if stream:
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                next(response.iter_raw())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/chat/completions", json=body, timeout=0.3)
-    until(lambda: len(models.samplings) == before + 1 and models.samplings[-1].done())
-    assert models.samplings[-1].cancelled()
-
-
-def test_the_official_client_may_close_a_stream(address: str, models: Models) -> None:
+    body: dict[str, Any] = {"model": nano.NAME, "prompt": ["a", "b"], "max_tokens": 4000, "n": 2, "stream": stream}
     with connected(address) as api:
-        stream = api.completions.create(model=nano.NAME, prompt=["a", "b"], max_tokens=4000, stream=True)
-        next(iter(stream))
-        stream.close()
-    until(lambda: all(each.done() for each in models.samplings))
-    assert all(each.cancelled() for each in models.samplings[-2:])
+        if stream:
+            answer = api.completions.create(**body)
+            next(iter(answer))
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                api.completions.create(**body, timeout=0.3)
+    until(lambda: len(models.samplings) == before + 2 and all(each.done() for each in models.samplings))
+    assert all(each.cancelled() for each in models.samplings[before:])
 
 
 def test_what_is_streamed_is_closed_when_sending_fails() -> None:
@@ -221,19 +207,13 @@ def test_others_are_answered_while_one_streams(address: str) -> None:
     ],
 )
 def test_what_is_wrong_is_named_by_both(api: openai.OpenAI, path: str, field: str, value: Any, words: str) -> None:
-    error = refusal(api, path, **{field: value})
-    assert words in error.message
-    assert error.param == field
+    refusal(api, path, words, field, **{field: value})
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"messages": [{"role": "user", "content": "\ud800"}]},
-        {"stop": ["\ud800"]},
-        {"model": "\ud800"},
-        {"guided_choice": ["a", "\ud800"]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:\n\ud800"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x\ny"}}]}]},
         {"top_p": float("nan")},
         {"temperature": float("inf")},
@@ -241,7 +221,6 @@ def test_what_is_wrong_is_named_by_both(api: openai.OpenAI, path: str, field: st
         {"stop_token_ids": [-1]},
         {"unknown\n": 1},
         {"prompt": "\ud800"},
-        {"prompt": ["a", "\ud800"]},
         {"prompt": "a", "\ud800": 1},
     ],
 )

@@ -16,11 +16,11 @@ from tinker import types
 import vlm
 from kshot.errors import KshotError
 from tests.vlm.browser import Tab, needs_chromium, wait
+from tests.vlm.services import step
 from tests.vlm.serving import listening, served
 from vlm import nano
 from vlm.server import page
 
-ADAM = types.AdamParams(learning_rate=1e-3)
 NOW = 1764096100.0
 HOSTILE = "<script>hacked=1</script><img src=x onerror=hacked=1>'\"&amp;"
 POLICY = (
@@ -275,17 +275,6 @@ def test_arrow_keys_and_pointer_read_the_points(server, tab):
     tab.until("document.querySelector('.readout').textContent.startsWith('last: step 4')")
 
 
-def value_text(tab: Tab, node: dict[str, Any]) -> str:
-    """What a screen reader says instead of a slider's number (WAI-ARIA, aria-valuetext): as the tree has it, or, since
-    Chromium 156 leaves it empty there, as the element behind the node has it."""
-    (in_tree,) = [each["value"]["value"] for each in node["properties"] if each["name"] == "valuetext"]
-    if in_tree:
-        return in_tree
-    element = tab.call("DOM.resolveNode", backendNodeId=node["backendDOMNodeId"])["object"]["objectId"]
-    function = "function () { return this.ariaValueText }"
-    return tab.call("Runtime.callFunctionOn", objectId=element, functionDeclaration=function)["result"]["value"]
-
-
 @needs_chromium
 def test_a_screen_reader_hears_what_the_curve_is(server, tab):
     server.overview = an_overview(runs=[a_run()])
@@ -297,7 +286,7 @@ def test_a_screen_reader_hears_what_the_curve_is(server, tab):
         "3 values: 2.5 at step 1, 0.7071 at step 3, lowest 0.7071 at step 3"
     )
     assert slider["value"]["value"] == 3
-    assert value_text(tab, slider).startswith("step 3, loss 0.7071, ")
+    assert tab.value_text(slider).startswith("step 3, loss 0.7071, ")
 
 
 @needs_chromium
@@ -443,12 +432,9 @@ def test_the_page_of_a_real_server_follows_a_training(tmp_path, mixed, tab):
             nano.NAME, rank=4, seed=0, user_metadata={"name": "<b>pets</b>"}
         )
         training = client.result()
-        losses = []
+        losses, adam = list[float](), types.AdamParams(learning_rate=1e-3)
         for steps in (2, 3):
-            for _ in range(steps):
-                passed, stepped = training.forward_backward(mixed, "cross_entropy"), training.optim_step(ADAM)
-                losses.append(passed.result().metrics["loss:sum"] / len(mixed))
-                stepped.result()
+            losses += [step(training, mixed, adam) / len(mixed) for _ in range(steps)]
             tab.ask()
             tab.until(f"document.querySelector('.readout')?.textContent.includes('step {len(losses)} · loss')")
             assert f"{losses[-1]:.3g}" in tab.text(".readout")

@@ -1,4 +1,4 @@
-"""Runs on a server: their requests in whatever order, twice, in parts, packed, too many, given up; several runs."""
+"""Runs on a server: their requests in whatever order, twice, in parts, packed, too many, given up, refused."""
 
 import re
 import threading
@@ -13,9 +13,10 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 from tinker import types
+from tinker.proto import tinker_public_pb2 as pb
 
 from tests.vlm.checkpoints import copied, with_weights
-from tests.vlm.raw import PROMPT, Raw, accepted, body_of, refused, run_of, sample_of, talking, until
+from tests.vlm.raw import PROMPT, SESSION_BODY, Raw, accepted, body_of, refused, run_of, sample_of, talking, until
 from tests.vlm.services import PATIENCE, close, connected, log_probs, step
 from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
@@ -26,6 +27,7 @@ from vlm.server.tinker import routes, sampling
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"
+Alone = dict[str, tuple[list[float], Any]]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data() -> list[tinker.Datum]:
     """Texts of several lengths."""
     rng = np.random.default_rng(0)
@@ -58,8 +60,14 @@ def in_order(server: Server, data: list[tinker.Datum], base_model: str = nano.NA
         return losses, log_probs(run, data)
 
 
+@pytest.fixture(scope="module")
+def alone(server: Server, data: list[tinker.Datum]) -> Alone:
+    """`in_order` of each model."""
+    return {name: in_order(server, data, name) for name in (nano.NAME, OTHER)}
+
+
 def test_requests_are_made_in_the_order_of_their_numbers(
-    server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+    alone: Alone, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "PATIENCE", 0.1)
     session = raw.session()
@@ -72,7 +80,7 @@ def test_requests_are_made_in_the_order_of_their_numbers(
     raw.answer(creating)
     assert [raw.retrieve(each).json()["type"] for each in ids.values()] == ["try_again"] * 6
     ids[1] = accepted(raw.pass_of(run, 1, data))
-    losses, after = in_order(server, data)
+    losses, after = alone[nano.NAME]
     assert [raw.loss(ids[seq]) for seq in (1, 3, 5)] == losses
     assert close([each["logprobs"].to_numpy() for each in raw.output(ids[7]).loss_fn_outputs], after, 0)
 
@@ -106,10 +114,10 @@ def test_numbers_begin_at_one(raw: Raw, data: list[tinker.Datum]) -> None:
 
 
 def test_a_batch_that_the_sdk_splits_is_one(
-    server: Server, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+    server: Server, alone: Alone, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It sends the first part last."""
-    losses, after = in_order(server, data)
+    losses, after = alone[nano.NAME]
     monkeypatch.setitem(routes.FEATURES, "fwdbwd_max_chunk_len", 2)
     with connected(server.address) as client:
         run = client.create_lora_training_client(nano.NAME, rank=4, seed=7).result(PATIENCE)
@@ -122,9 +130,9 @@ def test_a_batch_that_the_sdk_splits_is_one(
 
 
 def test_bodies_may_be_compressed(
-    server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+    server: Server, alone: Alone, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses, _ = in_order(server, data)
+    losses, _ = alone[nano.NAME]
     monkeypatch.setitem(routes.FEATURES, "proto_compress_fwdbwd", True)
     assert in_order(server, data)[0] == losses
     run = raw.run(raw.session())
@@ -132,8 +140,9 @@ def test_bodies_may_be_compressed(
     assert raw.loss(accepted(raw.forward(packed, **{"content-encoding": "zstd"}))) == losses[0]
 
 
-def test_runs_on_two_models_side_by_side_are_each_as_alone(server: Server, data: list[tinker.Datum]) -> None:
-    alone = {name: in_order(server, data, name) for name in (nano.NAME, OTHER)}
+def test_runs_on_two_models_side_by_side_are_each_as_alone(
+    server: Server, alone: Alone, data: list[tinker.Datum]
+) -> None:
     assert alone[nano.NAME][0] != pytest.approx(alone[OTHER][0], rel=0.05)
     with connected(server.address) as one, connected(server.address) as other:
         made = [
@@ -154,7 +163,7 @@ def test_runs_on_two_models_side_by_side_are_each_as_alone(server: Server, data:
 
 
 def test_an_answer_may_be_fetched_again_and_by_another_connection(
-    server: Server, raw: Raw, data: list[tinker.Datum]
+    server: Server, alone: Alone, raw: Raw, data: list[tinker.Datum]
 ) -> None:
     free = threading.Event()
     with talking(server.address) as gone:
@@ -167,7 +176,7 @@ def test_an_answer_may_be_fetched_again_and_by_another_connection(
     assert blocked.result(PATIENCE)
     first = raw.answer(request_id)
     assert raw.answer(request_id) == first
-    assert raw.loss(request_id) == in_order(server, data)[0][0]
+    assert raw.loss(request_id) == alone[nano.NAME][0][0]
     refused(raw.retrieve("0" * 32), 410, "is unknown")
     answer = raw.retrieve("0" * 32, **{"X-Tinker-Request-Type": "ForwardBackward"})
     refused(answer, 200, "is unknown")  # the SDK shows its user no other status's text
@@ -226,3 +235,74 @@ def test_sampling_that_nobody_waits_for_is_given_up(server: Server, raw: Raw, mo
         future.future().cancel()
         until(lambda: worker.active_sequences == 0)
     assert not server.state.samplings
+
+
+# Refusals
+
+
+def test_a_request_that_is_refused_keeps_its_number(raw: Raw) -> None:
+    run = raw.run(raw.session())
+    message = pb.ForwardBackwardRequest.FromString(body_of(run, 6))
+    message.data[0].loss_fn_inputs["weights"].shape[:] = [99]
+    refusals = [
+        raw.post("save_weights", model_id=run, seq_id=1, path="../x"),  # what the server refuses
+        raw.post("save_weights", model_id=run, seq_id=2, path="x", ttl_seconds=-1),
+        raw.post("load_weights", model_id=run, seq_id=3, path="tinker://x", optimizer=False),
+        raw.post("optim_step", model_id=run, seq_id=4, optim_params={"learning_rate": None}),  # no request at all
+        raw.post("save_weights", model_id=run, seq_id=5, path="x", no_such_field=1),
+        raw.forward(message.SerializeToString()),  # no tensor
+        raw.post("save_weights_external", model_id=run, seq_id=7, path="x"),  # what is not offered
+    ]
+    ids = [accepted(response) for response in refusals]
+    assert raw.loss(accepted(raw.pass_of(run, 8))) > 0
+    named = "name", "ttl_seconds", "path", "learning_rate", "no_such_field", "datum", "save_weights_external"
+    for request_id, words in zip(ids, named, strict=True):
+        answer = raw.answer(request_id)
+        assert answer["category"] == "user"
+        assert words in answer["error"]
+
+
+def test_bodies_without_a_run_in_memory_are_refused_at_once(raw: Raw) -> None:
+    refused(raw.post("optim_step", model_id="x", seq_id=1, no_such_field=1), 422, "optim_params")
+
+
+def test_a_run_is_made_once(server: Server, raw: Raw) -> None:
+    session = raw.session()
+    raw.run(session)
+    futures = server.state.futures
+    until(lambda: futures.id_of(f"{session}:train:0/0") not in futures._kept)  # until it is written
+    server.state.store.prune(0, -1e12, -1e12, 0)  # as after a day: the answer is not known any more
+    refused(raw.creating(session), 400, "was made before")
+
+
+def test_a_sampling_session_has_one_number_and_one_set_of_weights(raw: Raw) -> None:
+    session = raw.session()
+    run = raw.run(session)
+    snapshot: dict[str, Any] = {"model_id": run, "sampling_session_seq_id": 3}
+    first = raw.result("save_weights_for_sampler", seq_id=1, **snapshot)
+    again = raw.result("save_weights_for_sampler", seq_id=2, **snapshot)
+    assert first["sampling_session_id"] in again["error"]
+    base = {"session_id": session, "base_model": nano.NAME}
+    assert "other weights" in refused(raw.post("create_sampling_session", sampling_session_seq_id=3, **base), 400)
+    assert "-1" in refused(raw.post("create_sampling_session", sampling_session_seq_id=-1, **base), 400)
+    ids = [raw.post("create_sampling_session", sampling_session_seq_id=4, **base).json() for _ in range(2)]
+    assert ids[0] == ids[1]
+
+
+def test_projects_and_samples_of_nothing_are_named(raw: Raw) -> None:
+    refused(raw.post("create_session", **SESSION_BODY, project_id="p"), 400, "TINKER_PROJECT_ID")
+    weightless = sample_of(PROMPT, max_tokens=1) | {"base_model": None}
+    refused(raw.post("asample", **weightless), 400, "names no weights")
+
+
+def test_a_sample_is_cancelled_before_its_weights_are_there(server: Server, raw: Raw) -> None:
+    run = raw.run(raw.session())
+    path = raw.result("save_weights_for_sampler", model_id=run, seq_id=1, path="x")["path"]
+    hold = threading.Event()
+    server.state.registry.scheduler.submit(hold.wait, 20)  # whatever loads weights waits behind it
+    request_id = raw.submit("asample", **sample_of(PROMPT, max_tokens=2000) | {"base_model": None, "model_path": path})
+    written = server.state.registry.scheduler.tokens_sampled
+    assert raw.post("cancel_future", request_id=request_id).status_code == 204
+    hold.set()
+    assert "cancelled" in raw.answer(request_id)["error"]
+    assert server.state.registry.scheduler.tokens_sampled == written

@@ -36,8 +36,7 @@ def test_a_session_that_is_finished_gives_its_memory_back(server: Server, raw: R
     refused(raw.pass_of(unsaved.model_id, 1), 404, "nothing of it was saved")
     assert "was finished" in raw.answer(waiting)["error"]
     refused(raw.post("session_heartbeat", session_id=session), 410, "was finished")
-    lora = {"session_id": session, "model_seq_id": 7, "base_model": nano.NAME, "lora_config": {"rank": 2}}
-    refused(raw.post("create_model", **lora), 404, "was finished")
+    refused(raw.creating(session, 7), 404, "was finished")
     gone = sample_of(PROMPT, max_tokens=1) | {"sampling_session_id": sampler._sampling_session_id}
     answer = raw.result("asample", **gone | {"base_model": None, "seq_id": 0})
     assert "in memory alone and are gone" in answer["error"]

@@ -7,8 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +36,7 @@ HARD = [
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path) as opened:
+    with closing(Store(tmp_path)) as opened:
         yield opened
 
 
@@ -142,20 +144,21 @@ def test_a_request_sent_twice_has_one_answer(store: Store) -> None:
     assert store.get(Future, "r1") == store.future_of("run/1") == row
     assert store.get(Future, "r2") is None
     assert store.future_of("run/2") is None
-    for now in (5.0, 6.0):
-        store.mark_retrieved("r1", now)
-    store.mark_retrieved("r2")
+    store.update(Future, "r1", retrieved=5.0)
+    for name in ("r1", "r2"):
+        store.mark_retrieved(name)
     assert store.get(Future, "r1") == replace(row, retrieved=5.0)
     store.finish_future("r3", "run/3", "application/json", b"{}", "failed")
+    store.mark_retrieved("r3")
     third = store.get(Future, "r3")
-    assert third.status == "failed"
+    assert (third.status, third.retrieved >= third.finished) == ("failed", True)
 
 
 def test_old_answers_go(store: Store) -> None:
     for n in range(10):
         store.add(Future(f"r{n}", f"k{n}", float(n), float(n), "finished", "text", bytes(100), None))
     for n in (3, 5, 8):
-        store.mark_retrieved(f"r{n}", now=20.0 + n)
+        store.update(Future, f"r{n}", retrieved=20.0 + n)
 
     def kept() -> str:
         return "".join(str(n) for n in range(10) if store.get(Future, f"r{n}") is not None)
@@ -173,12 +176,16 @@ def test_old_answers_go(store: Store) -> None:
 def test_curves(filled: Store) -> None:
     filled.add(Run("s:train:1", "s", "m", LORA))
     assert filled.losses("s:train:0") == []
+    start = time.time()
     for step in range(1, 2001):
-        filled.add_loss("s:train:0", step, 1 / step, 32, now=100.0 + step)
-    filled.add_loss("s:train:1", 1, math.nan, 1, now=5.0)
-    filled.add_loss("s:train:1", 1, math.inf, 1, now=6.0)
+        filled.add_loss("s:train:0", step, 1 / step, 32)
+    filled.add_loss("s:train:1", 1, math.nan, 1)
+    filled.add_loss("s:train:1", 1, math.inf, 1)
     whole = filled.losses("s:train:0", at_most=5000)
-    assert whole == [Loss(step, 100.0 + step, 1 / step, 32) for step in range(1, 2001)]
+    assert whole == [Loss(step, point.time, 1 / step, 32) for step, point in enumerate(whole, 1)]
+    assert len(whole) == 2000
+    times = [start, *(point.time for point in whole), time.time()]
+    assert times == sorted(times)
     thin = filled.losses("s:train:0")
     assert (len(thin), thin[0], thin[-1]) == (500, whole[0], whole[-1])
     gaps = {b.step - a.step for a, b in pairwise(thin)}
@@ -270,7 +277,7 @@ def test_a_killed_server_loses_no_row_whose_call_had_returned(tmp_path: Path) ->
         os.kill(process.pid, signal.SIGKILL)
         count = 150 + len([line for line in process.communicate()[0].split(b"\n") if line])
     assert process.returncode == -signal.SIGKILL
-    with Store(tmp_path) as store:
+    with closing(Store(tmp_path)) as store:
         for n in range(count - 1):  # the last line may be torn
             row = store.future_of(f"k{n}")
             assert row.payload == f"r{n}".encode() * 500
@@ -281,14 +288,14 @@ def test_a_killed_server_loses_no_row_whose_call_had_returned(tmp_path: Path) ->
 
 def test_what_was_written_is_there_for_the_next_server(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    with Store(folder) as store:
+    with closing(Store(folder)) as store:
         with pytest.raises(InputError, match=f"another server uses the folder {folder}; stop it, or choose another"):
             Store(folder)
         store.add(Session("s", 1.0, tags=["t"]))
         written = store.get(Session, "s")
         assert outside(folder, "PRAGMA journal_mode") == [("wal",)]
         assert outside(folder, "PRAGMA user_version") == [(1,)]
-    with Store(folder) as store:
+    with closing(Store(folder)) as store:
         assert store.get(Session, "s") == written
     stored = outside(folder, "SELECT id, created, tags, finished FROM sessions")
     assert [(a, b, json.loads(c), d) for a, b, c, d in stored] == [("s", 1.0, ["t"], None)]

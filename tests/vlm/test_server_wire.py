@@ -38,10 +38,8 @@ floats = st.floats(width=32)  # NaN and infinities too
 vectors = hnp.arrays(np.float32, st.integers(0, 6), elements=floats)
 matrices = hnp.arrays(np.float32, st.tuples(st.integers(0, 4), st.integers(0, 4)), elements=floats)
 targets = hnp.arrays(np.int64, st.integers(0, 6))
-sparse = hnp.arrays(np.int64, (6, 8), elements=st.just(0), fill=st.nothing()).flatmap(
-    lambda zeros: st.dictionaries(st.integers(0, 47), st.integers(1, 2**40), max_size=12).map(
-        lambda cells: tinker.TensorData.from_torch_sparse(torch.from_numpy(_filled(zeros, cells)))
-    )
+sparse = hnp.arrays(np.int64, (6, 8), elements=st.integers(1, 2**40), fill=st.just(0)).map(
+    lambda cells: tinker.TensorData.from_torch_sparse(torch.from_numpy(cells))
 )
 texts = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5).map(lambda ids: types.EncodedTextChunk(tokens=ids))
 pictures = st.builds(
@@ -58,11 +56,6 @@ datums = st.builds(
     ),
     loss_fn_inputs=st.dictionaries(st.text(max_size=5), tensors, max_size=3),
 )
-
-
-def _filled(zeros: np.ndarray, cells: dict[int, int]) -> np.ndarray:
-    zeros.flat[list(cells)] = list(cells.values())
-    return zeros
 
 
 def same(one: tinker.TensorData | None, other: tinker.TensorData | None) -> bool:
@@ -204,6 +197,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         lambda m: setattr(m.data[1].model_input[1].image.override_dimensions, "width", 9),
         "override_dimensions, which are not supported",
     ),
+    "a long name": (
+        lambda m: setattr(m.data[1].loss_fn_inputs["x" * 100_000], "dtype", pb.DTYPE_INT64),
+        "^datum 1: 'xxxxx.* has neither dense nor",
+    ),
     "no type": (_weights("dtype", 0), f"{HERE} has the unknown dtype 0; use one of float32, int64"),
     "a later type": (_weights("dtype", 77), "unknown dtype 77"),
     "no values": (lambda m: m.data[1].loss_fn_inputs["weights"].ClearField("dense"), f"{HERE} has neither dense nor"),
@@ -223,17 +220,13 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "fewer columns": (_csr(col_indices=[1, 0]), "3 values and 2 column indices"),
     "a late start": (_csr(crow_indices=[1, 1, 3]), "row pointers do not rise from 0 to its 3 values"),
-    "an early end": (_csr(crow_indices=[0, 1, 2]), "do not rise"),
     "rows that end torch": (
         lambda m: (_csr(crow_indices=[0, 2, 0], col_indices=[])(m), _csr(values=[])(m)),
         "do not rise from 0 to its 0 values",
     ),
-    "falling rows": (_csr(crow_indices=[0, 4, 3]), "do not rise"),
     "overflowing rows": (_csr(crow_indices=[0, -(2**63), 3]), "do not rise"),
     "a column outside": (_csr(col_indices=[1, 0, 3]), "column indices are from 0 to 3, of 3 columns"),
-    "a column before": (_csr(col_indices=[-1, 0, 2]), "from -1 to 2"),
     "a column twice": (_csr(col_indices=[1, 2, 2]), "do not rise within each row"),
-    "columns in disorder": (_csr(col_indices=[1, 2, 0]), "do not rise within each row"),
 }
 
 
@@ -247,14 +240,6 @@ def test_what_is_malformed_is_named(kind: str) -> None:
         parse_forward_backward(message.SerializeToString())
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
-
-
-def test_names_of_any_length_are_cut_in_an_error() -> None:
-    message = good()
-    message.data[1].loss_fn_inputs["x" * 100_000].dtype = pb.DTYPE_INT64
-    with pytest.raises(RequestError, match=r"^datum 1: 'xxxxx") as caught:
-        parse_forward_backward(message.SerializeToString())
-    assert len(str(caught.value)) < 200
 
 
 def broken_bodies(count: int) -> list[bytes]:

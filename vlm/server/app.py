@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,7 +34,6 @@ BODIES = {
     **{f"{prefix}/{name}": LARGE for prefix in OPENAI for name in ("completions", "chat/completions")},
 }
 HEALTH = "/api/v1/healthz"
-PAGE = ("/", "/page/page.css", "/page/page.js")  # they hold no data; what they show is fetched with a key
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,19 @@ class Options:
 
 def application(state: ServerState, options: Options) -> Any:
     """The ASGI application of a server; it closes `state` when it ends."""
-    requests: Counter[tuple[str, int]] = Counter()
+    requests, training = Counter[tuple[str, int]](), TrainingService(state)
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
-    training, sampling = TrainingService(state), SamplingService(state, options.image_log_probs)
-    for router in (
-        tinker_routes.routes(state, training, sampling),
-        watch.routes(state, requests, options.address),
-    ):
+    tinker = tinker_routes.routes(state, training, SamplingService(state, options.image_log_probs))
+    for router in (tinker, watch.routes(state, requests, options.address)):
         api.include_router(router, responses=_failures(Failure))
     openai = openai_routes.router(state, options.allow_urls)
     for prefix in OPENAI:
         api.include_router(openai, prefix=prefix, responses=_failures(OpenAIFailure))
     api.include_router(page.routes())
     _describe(api)
-    _handle_errors(api, training)
+    handle_errors(api, training.refuse_body)
     api.add_middleware(Requests, counts=requests)
-    free = frozenset({HEALTH, *PAGE})
+    free = frozenset({HEALTH, *page.FILES})  # they hold no data; what the page shows is fetched with a key
     return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget())
 
 
@@ -105,30 +101,23 @@ def error_response(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     return status_of(error), error_body(error)
 
 
-def _handle_errors(api: FastAPI, training: TrainingService) -> None:
-    @api.exception_handler(KshotError)
-    async def kshot_error(_: Request, error: KshotError) -> JSONResponse:
-        status = status_of(error)
-        return JSONResponse(error_body(error), status, {"retry-after": "1"} if status == 429 else None)
+def handle_errors(api: FastAPI, refuse: Callable[[Any, RequestError], tuple[str, str] | None]) -> None:
+    """Answer exceptions, in the form of their paths. refuse: see `TrainingService.refuse_body`."""
 
-    @api.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        fault = RequestError(first_fault(error.errors()))
-        if (ids := training.refuse_body(error.body, fault)) is not None:
-            return JSONResponse(accepted(*ids))
-        return JSONResponse(error_body(fault), 422)
-
-    @api.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def answered(request: Request, error: Any) -> JSONResponse:
         path = request.url.path
-        body: dict[str, Any] = {"error": f"{request.method} {path}: {error.detail}", "category": "user"}
-        if path.startswith(OPENAI):
-            _, body = openai_routes.error_response(error)
-        return JSONResponse(body, error.status_code, error.headers)
+        if isinstance(error, HTTPException) and not path.startswith(OPENAI):
+            body = {"error": f"{request.method} {path}: {error.detail}", "category": "user"}
+            return JSONResponse(body, error.status_code, error.headers)
+        if isinstance(error, RequestValidationError) and not path.startswith(OPENAI):
+            fault = RequestError(first_fault(error.errors()))
+            ids = refuse(error.body, fault)
+            return JSONResponse(accepted(*ids)) if ids else JSONResponse(error_body(fault), 422)
+        status, body = error_response(path, error)
+        return JSONResponse(body, status, {"retry-after": "1"} if status == 429 else None)
 
-    @api.exception_handler(Exception)
-    async def unexpected_error(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(error), 500)  # the framework logs it
+    for kind in (KshotError, RequestValidationError, HTTPException, Exception):
+        api.add_exception_handler(kind, answered)
 
 
 # What /openapi.json says beyond what FastAPI derives
@@ -171,7 +160,6 @@ def _failures(model: type[StrictBody]) -> dict[int | str, dict[str, Any]]:
 
 
 def _describe(api: FastAPI) -> None:
-    """Complete an application's description."""
     derived = api.openapi
 
     def openapi() -> dict[str, Any]:

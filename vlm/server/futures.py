@@ -78,16 +78,28 @@ def error_answer(error: BaseException) -> Answer:
     return json_answer(error_body(error), failed=True)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A request in memory. size: bytes of its body."""
+
+    key: str
+    size: int
+    answer: "asyncio.Future[Answer]"
+
+
 class Futures:
     """The answers: those that are pending or not written yet are in memory, all others in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._answers: dict[str, asyncio.Future[Answer]] = {}
-        self._ids, self._keys = dict[str, str](), dict[str, str]()
+        self._kept, self._ids = dict[str, _Kept](), dict[str, str]()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kshot-answers")
         self._stopping = asyncio.Event()
-        self.pending = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the bodies of all requests that have no answer yet."""
+        return [each.size for each in [*self._kept.values()] if not each.answer.done()]
 
     def id_of(self, key: str) -> str | None:
         """The id of the request that has this key, if there is one."""
@@ -96,39 +108,34 @@ class Futures:
         row = self._store.future_of(key)
         return None if row is None else row.request_id
 
-    def open(self, key: str) -> str:
-        """The id of a new request."""
-        request_id = uuid.uuid4().hex
-        self._ids[key], self._keys[request_id] = request_id, key
-        self._answers[request_id] = asyncio.get_running_loop().create_future()
-        self.pending += 1
+    def open(self, key: str, size: int = 0) -> str:
+        """The id of a new request. size: bytes of its body."""
+        request_id = self._ids[key] = uuid.uuid4().hex
+        self._kept[request_id] = _Kept(key, size, asyncio.get_running_loop().create_future())
         return request_id
 
     def finish(self, request_id: str, answer: Answer) -> None:
         """Publish the answer to a request, once, and write it to the store."""
         if self._stopping.is_set() and answer.failed:  # what is dropped may be sent again to the next server
             return
-        self._answers[request_id].set_result(answer)
-        self.pending -= 1
-        loop, key = asyncio.get_running_loop(), self._keys[request_id]
+        kept, loop = self._kept[request_id], asyncio.get_running_loop()
+        kept.answer.set_result(answer)
         status = "failed" if answer.failed else "finished"
 
         def write() -> None:
-            self._store.finish_future(request_id, key, answer.content_type, answer.content, status)
-            loop.call_soon_threadsafe(self._forget, request_id, key)
+            self._store.finish_future(request_id, kept.key, answer.content_type, answer.content, status)
+            loop.call_soon_threadsafe(self._forget, request_id)
 
         self._write(write)
 
     async def wait(self, request_id: str, seconds: float) -> Answer | None:
-        """The answer as soon as it is there; None after so many seconds, or when the server stops. Raises LostError
-        for an unknown request."""
-        pending = self._answers.get(request_id)
-        if pending is not None:
+        """The answer once it is there; None after so many seconds, or when the server stops. Raises LostError."""
+        if (kept := self._kept.get(request_id)) is not None:
             stop = asyncio.ensure_future(self._stopping.wait())
-            either: list[asyncio.Future[Any]] = [pending, stop]
+            either: list[asyncio.Future[Any]] = [kept.answer, stop]
             await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             stop.cancel()
-            return pending.result() if pending.done() else None
+            return kept.answer.result() if kept.answer.done() else None
         row = self._store.get(FutureRow, request_id)
         if row is None:
             raise LostError(
@@ -160,5 +167,5 @@ class Futures:
         except RuntimeError:  # the server has ended
             return
 
-    def _forget(self, request_id: str, key: str) -> None:
-        del self._answers[request_id], self._ids[key], self._keys[request_id]
+    def _forget(self, request_id: str) -> None:
+        del self._ids[self._kept.pop(request_id).key]

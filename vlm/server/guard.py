@@ -11,8 +11,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 
 from kshot.errors import (
     BusyError,
@@ -78,20 +81,19 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a web socket, of which there is none here
             return await send({"type": "websocket.close", "code": 1008})
-        headers, reserved = Headers(scope=scope), _Reservation(self.budget)
-        try:
-            self._check(scope["path"], headers)
-            if scope["method"] not in SAFE:
-                wanted = self.bodies.get(scope["path"], PLAIN)
-                receive = _replay(await _read(headers, receive, reserved, wanted), receive)
-            return await self.app(scope, receive, send)
-        except (RequestError, BusyError) as error:
-            response = _refusal(*self.error_response(scope["path"], error), headers)
-            return await response(scope, receive, send)
-        except _DisconnectedError:
-            return None
-        finally:
-            reserved.release()
+        headers = Headers(scope=scope)
+        with self.budget.shared() as take:
+            try:
+                self._check(scope["path"], headers)
+                if scope["method"] not in SAFE:
+                    wanted = self.bodies.get(scope["path"], PLAIN)
+                    receive = _replay(await _read(headers, receive, take, wanted), receive)
+                return await self.app(scope, receive, send)
+            except (RequestError, BusyError) as error:
+                response = _refusal(*self.error_response(scope["path"], error), headers)
+                return await response(scope, receive, send)
+            except ClientDisconnect:
+                return None
 
     def _check(self, path: str, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -112,31 +114,25 @@ class Budget:
     limit: int = MAX_AT_ONCE
     taken: int = 0
 
+    @contextmanager
+    def shared(self) -> Iterator[Callable[[int], None]]:
+        """What takes so many bytes more for one request; raises BusyError where that is too much beside others."""
+        own = 0
 
-@dataclass
-class _Reservation:
-    """The part of the budget that one request has."""
+        def take(size: int) -> None:
+            nonlocal own
+            full = self.taken + size > self.limit and self.taken > own
+            if full and own + size > SMALL:
+                raise BusyError("too many large requests at once; send it again later")
+            self.taken, own = self.taken + size, own + size
 
-    budget: Budget
-    bytes: int = 0
-
-    def take(self, size: int) -> None:
-        """Raises BusyError where that is too much beside others."""
-        full = self.budget.taken + size > self.budget.limit and self.budget.taken > self.bytes
-        if full and self.bytes + size > SMALL:
-            raise BusyError("too many large requests at once; send it again later")
-        self.budget.taken, self.bytes = self.budget.taken + size, self.bytes + size
-
-    def release(self) -> None:
-        self.budget.taken, self.bytes = self.budget.taken - self.bytes, 0
-
-
-class _DisconnectedError(Exception):
-    """The client went away."""
+        try:
+            yield take
+        finally:
+            self.taken -= own
 
 
-async def _read(headers: Headers, receive: Any, reserved: _Reservation, wanted: Body) -> bytes:
-    """The body, unpacked."""
+async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wanted: Body) -> bytes:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     bare = not kind and headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
     if kind != wanted.kind and not bare:
@@ -146,15 +142,15 @@ async def _read(headers: Headers, receive: Any, reserved: _Reservation, wanted: 
         raise UnsupportedError(f"content encoding {encoding!r:.80} is not read here; send zstd or none")
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
-    async for part in _parts(receive):
-        reserved.take(len(part))
+    async for part in Request({"type": "http"}, partial(_patient, receive)).stream():
+        take(len(part))
         body += part
         _check_size(len(body), wanted.limit)
     content = bytes(body)
     if encoding == "zstd":
         size = unpacked_size(content)
         _check_size(size, wanted.limit)
-        reserved.take(size)
+        take(size)
         content = await asyncio.to_thread(unpack, content) if size > STEP else unpack(content)
     if kind == JSON and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise TooLargeError(f"the body has more than {MAX_VALUES:,} values; send it in smaller parts")
@@ -185,18 +181,12 @@ def unpack(body: bytes) -> bytes:
         raise RequestError(f"the body is not one whole frame of zstd ({error})") from error
 
 
-async def _parts(receive: Any) -> Any:
-    more = True
-    while more:
-        try:
-            async with asyncio.timeout(PATIENCE):
-                message = await receive()
-        except TimeoutError as error:
-            raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
-        if message["type"] == "http.disconnect":
-            raise _DisconnectedError
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
+async def _patient(receive: Any) -> Any:
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await receive()
+    except TimeoutError as error:
+        raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
 
 
 def _replay(body: bytes, receive: Any) -> Any:

@@ -28,7 +28,7 @@ class Operation(ABC):
 
     @abstractmethod
     def run(self, client: LocalTrainingClient) -> Any:
-        """Start the work; gives its future. What it raises is the answer to the request."""
+        """Start the work; gives the SDK's future of it. What it raises is the answer to the request."""
 
     @abstractmethod
     def reply(self, result: Any) -> Answer:
@@ -38,8 +38,7 @@ class Operation(ABC):
 @dataclass
 class LiveRun:
     """A run in memory. settle: called with the answer to each request. steps: optimizer steps. loss, examples: summed
-    since the last step. held: request id and operation by number, of those not started; calls: the futures of those
-    that are started and not done."""
+    since the last step. held: request id and operation by number, of those not started; calls: of those not done."""
 
     id: str
     session: str
@@ -101,49 +100,24 @@ class LiveRun:
             request_id, operation = self.held.pop(self.next_seq)
             self.next_seq += 1
             try:
-                future = operation.run(self.client)
+                call = operation.run(self.client).future()
             except Exception as error:  # of this request alone
                 self.settle(request_id, error_answer(error))
                 continue
-            self.calls.add(inner(future))
-            when_done(future, partial(self._done, request_id, operation, inner(future)))
+            self.calls.add(call)
+            asyncio.wrap_future(call).add_done_callback(partial(self._done, request_id, operation, call))
 
-    def _done(self, request_id: str, operation: Operation, call: "Future[Any]", result: Any) -> None:
+    def _done(self, request_id: str, operation: Operation, call: "Future[Any]", outcome: "asyncio.Future[Any]") -> None:
         self.calls.discard(call)
-        if isinstance(result, CancelledError) and self.failure is not None:
-            result = self.failure
-        self.settle(request_id, answer_of(operation.reply, result))
+        try:
+            answer = operation.reply(outcome.result())
+        except asyncio.CancelledError:
+            answer = error_answer(self.failure or CancelledError())
+        except Exception as error:
+            answer = error_answer(error)
+        self.settle(request_id, answer)
 
     def _fail_held(self, failure: BaseException) -> None:
         held, self.held = list(self.held.values()), {}
         for request_id, _ in held:
             self.settle(request_id, error_answer(failure))
-
-
-def answer_of(reply: Callable[[Any], Answer], result: Any) -> Answer:
-    """The answer to a result; to an exception, also one that `reply` raises, an error."""
-    if isinstance(result, BaseException):
-        return error_answer(result)
-    try:
-        return reply(result)
-    except Exception as error:
-        return error_answer(error)
-
-
-def when_done(future: Any, call: Callable[[Any], None]) -> None:
-    """Call with the outcome of an engine's future, on this event loop, unless the loop has ended."""
-    loop = asyncio.get_running_loop()
-
-    def hand_over(done: "Future[Any]") -> None:
-        result = CancelledError() if done.cancelled() else done.exception() or done.result()
-        try:
-            loop.call_soon_threadsafe(call, result)
-        except RuntimeError:  # the server has ended; what is kept is in the store
-            return
-
-    inner(future).add_done_callback(hand_over)
-
-
-def inner(future: Any) -> "Future[Any]":
-    """The future that the SDK's awaitable wraps."""
-    return future.future() if hasattr(future, "future") else future

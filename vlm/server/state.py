@@ -20,7 +20,7 @@ from kshot.errors import BusyError, KshotError, LostError, MissingError, Request
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints
-from vlm.server.futures import Answer, Futures
+from vlm.server.futures import Futures
 from vlm.server.runs import LiveRun
 from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
 
@@ -37,16 +37,14 @@ UNSAVED = 16  # snapshots of a run that are in memory alone: the last that were 
 
 @dataclass
 class ServerState:
-    """One server's state. samplings: the futures of those in progress, by request id. sizes: bytes of the bodies of
-    training requests that are not finished. steps, examples: trained since the start. ended: whether the engine had
-    finished when the server was closed."""
+    """One server's state. samplings: the futures of those in progress, by request id. steps, examples: trained since
+    the start. ended: whether the engine had finished when the server was closed."""
 
     registry: EngineRegistry
     store: Store
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
     samplings: dict[str, Future[types.SampleResponse]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
     ended: bool = False
     steps: int = 0
     examples: int = 0
@@ -64,10 +62,8 @@ class ServerState:
         return self.registry.model_paths or {}
 
     def create_session(self, request: types.CreateSessionRequest) -> str:
-        """The id of a new session. Raises RequestError for a project, of which this server has none."""
-        if request.project_id is not None:
-            text = f"project_id {request.project_id!r}: this server has no projects; unset TINKER_PROJECT_ID"
-            raise RequestError(text)
+        """The id of a new session. Raises as `check_project` and `metadata_text`."""
+        check_project(request.project_id)
         session = Session(
             str(uuid.uuid4()),
             user_metadata=metadata_text(request.user_metadata),
@@ -119,11 +115,6 @@ class ServerState:
             f"run {run} is not in memory any more ({why}); {way if last else 'nothing of it was saved'}"
         )
 
-    def settle(self, request_id: str, answer: Answer) -> None:
-        """Publish the answer to a request of a run."""
-        self.sizes.pop(request_id, None)
-        self.futures.finish(request_id, answer)
-
     def tidy(self, now: float) -> None:
         """Take stale sessions out of the memory, and expired checkpoints off the disk."""
         for run in [*self.runs.values()]:
@@ -167,7 +158,7 @@ class ServerState:
         while ending.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.ended = not ending.is_alive()
-        await asyncio.sleep(0)  # take the results that were handed over
+        await asyncio.sleep(0.02)  # take the results that were handed over
         await asyncio.to_thread(self.futures.close)
         self.store.close()
 
@@ -175,12 +166,7 @@ class ServerState:
         """Run a coroutine while requests are answered."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a request was not finished", exc_info=task.exception())
+        task.add_done_callback(self._tasks.discard)
 
 
 @dataclass
@@ -195,8 +181,7 @@ class Samplers:
     _loaded: "OrderedDict[str, asyncio.Task[LocalSamplingClient]]" = field(default_factory=OrderedDict)
 
     def check(self, model_path: str | None, base_model: str | None) -> Checkpoint | None:
-        """The row of saved weights, None of a base model. Raises UnknownNameError or MissingError for weights that are
-        not here."""
+        """The row of saved weights, None of a base model. Raises UnknownNameError, MissingError."""
         if model_path is not None:
             return self.checkpoints.existing(model_path)
         models = self.registry.model_paths or {}
@@ -223,8 +208,7 @@ class Samplers:
             raise
 
     async def client_of(self, sampler_id: str) -> LocalSamplingClient:
-        """The client of a sampling session. Raises MissingError for an unknown one, and for weights that were in
-        memory alone and are gone."""
+        """The client of a sampling session. Raises MissingError, also for weights that were in memory alone."""
         if sampler_id in self.ephemeral:
             self.ephemeral.move_to_end(sampler_id)
             return self.ephemeral[sampler_id][1]
@@ -260,6 +244,12 @@ def check_number(name: str, number: int, least: int = 0, most: int = LAST) -> No
     """Raise RequestError for a number out of range: by default that of a run or sampler in its session."""
     if not least <= number <= most:
         raise RequestError(f"{name} = {number} is out of range: it must be from {least} to {most}")
+
+
+def check_project(project: str | None) -> None:
+    """Raise RequestError for a project, of which a server has none."""
+    if project is not None:
+        raise RequestError(f"project_id {project!r}: this server has no projects; leave it out (TINKER_PROJECT_ID)")
 
 
 def metadata_text(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:

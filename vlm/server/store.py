@@ -13,7 +13,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
@@ -199,7 +199,7 @@ FUTURES_BEYOND = """
 """
 
 
-class Store(AbstractContextManager["Store"]):
+class Store:
     """The store in `folder`, made where it is not there.
 
     Raises InputError where another process holds the folder or it cannot be written to; KshotError where the file is of
@@ -223,9 +223,6 @@ class Store(AbstractContextManager["Store"]):
                 text = f"{self.path} cannot be used: {error}; move it away, or choose another --state"
                 raise KshotError(text) from error
             self._opened = opened.pop_all()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file and the folder."""
@@ -299,10 +296,10 @@ class Store(AbstractContextManager["Store"]):
         """One answer by its key."""
         return self._one(Future, "SELECT * FROM futures WHERE key = ?", key)
 
-    def mark_retrieved(self, request_id: str, now: float | None = None) -> None:
+    def mark_retrieved(self, request_id: str) -> None:
         """Note that an answer has been sent; the first time counts."""
         change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ?"
-        self._run(change, (time.time() if now is None else now, request_id))
+        self._run(change, (time.time(), request_id))
 
     def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
         """Delete answers that were sent or finished so many seconds ago, and then, until the rest has at most
@@ -311,10 +308,9 @@ class Store(AbstractContextManager["Store"]):
         if self._number("SELECT ifnull(sum(length(payload)), 0) FROM futures") > max_bytes:
             self._delete_futures(FUTURES_BEYOND, {"most": max_bytes})
 
-    def add_loss(self, run: str, step: int, loss: float, examples: int, now: float | None = None) -> None:
+    def add_loss(self, run: str, step: int, loss: float, examples: int) -> None:
         """One more point of the curve of a run that there is."""
-        now = time.time() if now is None else now
-        self._run(ADD_LOSS, {"run": run, "step": step, "time": now, "loss": float(loss), "n": examples})
+        self._run(ADD_LOSS, {"run": run, "step": step, "time": time.time(), "loss": float(loss), "n": examples})
 
     def losses(self, run: str, at_most: int = 500) -> list[Loss]:
         """A run's curve in order; of more points than that, some at even distances, with the first and the last."""

@@ -86,7 +86,7 @@ def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
         "kshot_waiting_jobs": ("Training and other calls that wait for the engine.", scheduler.waiting_jobs),
         "kshot_waiting_samples": ("Sampling requests that wait for the engine.", scheduler.waiting_samples),
         "kshot_active_sequences": ("Sequences in progress.", scheduler.active_sequences),
-        "kshot_pending_requests": ("Requests without an answer yet.", state.futures.pending),
+        "kshot_pending_requests": ("Requests without an answer yet.", len(state.futures.sizes)),
         "kshot_live_runs": ("Training runs in memory.", len(state.runs)),
         "kshot_loaded_models": ("Base models in memory.", len(state.registry.engines)),
         "kshot_engine_busy_seconds_total": ("Time the engine has worked.", scheduler.busy_seconds),

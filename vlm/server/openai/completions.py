@@ -14,7 +14,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -115,17 +115,14 @@ class _NewToken(NamedTuple):
 Events = asyncio.Queue[tuple[int, _NewToken | None]]  # prompt's number, and a token, or None when it is done
 
 
-@dataclass
 class SampledCompletion(Completion):
-    """Completions that are sampled. ends: the tokens that end one and are no part of it."""
-
-    ends: Sequence[int]
-    vocabulary: Vocabulary = field(init=False)
+    """Completions that are sampled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.vocabulary = Vocabulary(self.sampler.get_tokenizer())
-        self.ends = [*self.ends, *self.request.stop_token_ids]
+        tokenizer = self.sampler.get_tokenizer()
+        self.vocabulary = Vocabulary(tokenizer)
+        self.ends = [*chat.end_tokens(tokenizer), *self.request.stop_token_ids]  # no part of a completion
 
     async def response(self) -> Fields:
         with self._started() as samplings:
@@ -264,7 +261,6 @@ class _Stream:
                 yield self._format.delta(index, self._prompt.echo, None, None)
 
     def _deltas(self, n: int) -> Iterator[Fields]:
-        """The text of a sample that is certain now, and its end."""
         sample, index = self._samples[n], self._first + n
         text, tokens = sample.take()
         log_probs = self._completion.log_probs(tokens) if tokens else None
@@ -274,67 +270,54 @@ class _Stream:
             yield self._format.delta(index, "", sample.reason, None)
 
 
-@dataclass(frozen=True)
-class ChoiceList:
-    """The choices of a request: their texts, and the tokens of each, with those that end it."""
-
-    texts: Sequence[str]
-    tokens: Sequence[Sequence[int]]
-
-    @classmethod
-    def of(cls, request: GenerationRequest, choices: Sequence[str], tokenizer: Any) -> "ChoiceList":
-        """In a chat each ends with the turn, so that one may be the beginning of another. Raises PromptError for
-        choices that contain a special token, RequestError for too many."""
-        if len(choices) > MAX_CHOICES:
-            raise RequestError(f"{len(choices)} choices are too many; at most {MAX_CHOICES:,} may be given")
-        is_chat = isinstance(request, ChatRequest)
-        special = chat.special_tokens(tokenizer) if is_chat else (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN)
-        for choice in choices:
-            if token := next((token for token in special if token in choice), None):
-                raise PromptError(f"choice {choice!r:.60} writes {token}, which steers the model; leave it out")
-        tail = chat.encode(tokenizer, END_OF_TURN) if is_chat else []
-        return cls(choices, [[*chat.encode(tokenizer, choice), *tail] for choice in choices])
-
-    def check(self, request: GenerationRequest, prompts: Sequence[EncodedPrompt], context: int) -> None:
-        """Raise RequestError for choices that do not fit behind a prompt or into the request's limit."""
-        longest, text = max(zip(map(len, self.tokens), self.texts, strict=True), default=(0, ""))
-        room = context - max(prompt.input.length for prompt in prompts)
-        if longest > (room if request.limit is None else min(room, request.limit)):
-            raise RequestError(f"choice {text!r:.60} has {longest} tokens, more than the answer may have; shorten it")
-
-
-@dataclass
 class ChosenCompletion(Completion):
-    """Completions from a closed list. Raises PromptError for choices that cannot be told apart."""
-
-    choices: ChoiceList
+    """Completions from a closed list. Raises PromptError for choices that cannot be told apart or hold a special token,
+    RequestError for too many, and for one that does not fit behind a prompt or into the request's limit."""
 
     async def response(self) -> Fields:
-        chosen = await self._choose()
+        chosen, usage = await self._choose()
         choices = [
-            {**self.format.choice(index, self.choices.texts[n], "stop", None), **scores}
-            for index, (n, scores) in enumerate(chosen)
+            {**self.format.choice(index, text, "stop", None), **scores} for index, (text, scores) in enumerate(chosen)
         ]
-        return self.body(choices, self._usage(chosen))
+        return self.body(choices, usage)
 
     async def chunks(self) -> AsyncGenerator[Fields]:
-        chosen = await self._choose()
-        for index, (n, scores) in enumerate(chosen):
+        chosen, usage = await self._choose()
+        for index, (text, scores) in enumerate(chosen):
             if self.format.opening is not None:
                 yield self.chunk(self.format.opening(index))
-            yield self.chunk({**self.format.delta(index, self.choices.texts[n], "stop", None), **scores})
+            yield self.chunk({**self.format.delta(index, text, "stop", None), **scores})
         if self.request.with_usage:
-            yield self.chunk(usage=self._usage(chosen))
+            yield self.chunk(usage=usage)
 
-    async def _choose(self) -> list[tuple[int, Fields]]:
-        """The choice of each completion, and the field with the log-probabilities of all."""
-        call = partial(score_choices, self.sampler, [prompt.input for prompt in self.prompts], self.choices.tokens)
-        rows = await asyncio.get_running_loop().run_in_executor(WAITERS, call)
-        named = [{"choice_log_probs": dict(zip(self.choices.texts, row.tolist(), strict=True))} for row in rows]
-        return [(n, scores) for row, scores in zip(rows, named, strict=True) for n in draw(row, self.request)]
+    async def _choose(self) -> tuple[list[tuple[str, Fields]], Fields]:
+        """The choice of each completion with the field of all log-probabilities, and how many tokens they have."""
+        return await asyncio.get_running_loop().run_in_executor(WAITERS, self._chosen)
 
-    def _usage(self, chosen: Sequence[tuple[int, Fields]]) -> Fields:
-        return self.usage(sum(len(self.choices.tokens[n]) for n, _ in chosen))
+    def _chosen(self) -> tuple[list[tuple[str, Fields]], Fields]:
+        texts, tokens = self.request.choice or [], self._tokens()
+        rows = score_choices(self.sampler, [prompt.input for prompt in self.prompts], tokens)
+        drawn = [(row, n) for row in rows for n in draw(row, self.request)]
+        chosen = [(texts[n], {"choice_log_probs": dict(zip(texts, row.tolist(), strict=True))}) for row, n in drawn]
+        return chosen, self.usage(sum(len(tokens[n]) for _, n in drawn))
+
+    def _tokens(self) -> list[list[int]]:
+        """Of each choice; in a chat with the end of the turn, so that one may be the beginning of another."""
+        texts, tokenizer = self.request.choice or [], self.sampler.get_tokenizer()
+        if len(texts) > MAX_CHOICES:
+            raise RequestError(f"{len(texts)} choices are too many; at most {MAX_CHOICES:,} may be given")
+        is_chat = isinstance(self.request, ChatRequest)
+        special = chat.special_tokens(tokenizer) if is_chat else (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN)
+        for text in texts:
+            if token := next((token for token in special if token in text), None):
+                raise PromptError(f"choice {text!r:.60} writes {token}, which steers the model; leave it out")
+        tail = chat.encode(tokenizer, END_OF_TURN) if is_chat else []
+        tokens = [[*chat.encode(tokenizer, text), *tail] for text in texts]
+        longest, text = max(zip(map(len, tokens), texts, strict=True), default=(0, ""))
+        room = self.sampler.context - max(prompt.input.length for prompt in self.prompts)
+        if longest > min(room, room if self.request.limit is None else self.request.limit):
+            raise RequestError(f"choice {text!r:.60} has {longest} tokens, more than the answer may have; shorten it")
+        return tokens
 
 
 def draw(scores: np.ndarray, request: GenerationRequest) -> Iterator[int]:

@@ -8,7 +8,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 128
@@ -43,16 +43,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half a character
-        raise ValueError(f"no text: {error.reason}") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-NonEmptyText = Annotated[Text, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 def stops(value: Any) -> list[str]:
@@ -125,14 +116,14 @@ class Choices(Model):
 class GenerationRequest(Model, ABC):
     """What both endpoints take. The ranges of numbers are those of the OpenAI API, but for temperature's upper end."""
 
-    model: Text
+    model: str
     max_tokens: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[list[Text], BeforeValidator(stops), Field(max_length=MAX_STOPS)] = Field([])
+    stop: Annotated[list[str], BeforeValidator(stops), Field(max_length=MAX_STOPS)] = Field([])
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -188,7 +179,7 @@ class CompletionRequest(GenerationRequest):
     NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, "best_of": (1,), "suffix": ("",)}
     default_limit = 16
 
-    prompt: Annotated[list[Text | list[int]], BeforeValidator(prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompts)]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: bool = False
 
@@ -209,13 +200,13 @@ class TextPart(Model):
     """Text in a message."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class ImageURL(Model):
     """Where an image is: a data: URL that holds it, or an http(s) address."""
 
-    url: Text
+    url: str
     detail: Literal["auto"] = "auto"
 
 

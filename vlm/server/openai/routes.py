@@ -8,33 +8,26 @@ import asyncio
 import json
 import logging
 import reprlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException  # of which FastAPI's own is a kind
 
-from kshot.errors import BusyError, ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
+from kshot.errors import ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
 from vlm.inputs import model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
+from vlm.server.guard import Route
 from vlm.server.openai import chat
-from vlm.server.openai.completions import (
-    ChoiceList,
-    ChosenCompletion,
-    Completion,
-    EncodedPrompt,
-    SampledCompletion,
-    limit,
-)
+from vlm.server.openai.completions import ChosenCompletion, EncodedPrompt, SampledCompletion, limit
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from vlm.server.openai.responses import Fields
 from vlm.server.state import ServerState
-from vlm.server.tinker.sampling import WAITING
+from vlm.server.tinker.sampling import check_room
 
 log = logging.getLogger("kshot.server")
 T = TypeVar("T")
@@ -80,10 +73,8 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
 
 
 async def _sampler(state: ServerState, model: str) -> LocalSamplingClient:
-    """A client on a base model or on the checkpoint of a tinker:// path; raises as `Samplers.client`, and BusyError
-    where too many requests wait."""
-    if max(len(state.samplings), state.registry.scheduler.waiting_samples) >= WAITING:
-        raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
+    """On a base model, or on the checkpoint of a tinker:// path; raises as `check_room` and `Samplers.client`."""
+    check_room(state)
     saved = model.startswith(PATH)
     return await state.samplers.client(model if saved else None, None if saved else model)
 
@@ -93,7 +84,11 @@ def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[En
     tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
     for prompt in request.prompt:
         tokens = chat.encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
-        _check_no_image_token(tokenizer, tokens)
+        for name in (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN):
+            if tokenizer.added_tokens_encoder.get(name) in tokens:
+                raise PromptError(
+                    f"the prompt writes {name}, which stands for an image; ask chat/completions, with the image"
+                )
         inputs = model_input(tokens)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
         echo = (text, tokens) if request.echo else ("", ())
@@ -101,25 +96,10 @@ def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[En
     return prompts
 
 
-def _check_no_image_token(tokenizer: Any, tokens: Sequence[int]) -> None:
-    for name in (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN):
-        if tokenizer.added_tokens_encoder.get(name) in tokens:
-            raise PromptError(
-                f"the prompt writes {name}, which stands for an image; ask chat/completions, with the image"
-            )
-
-
 async def _answer(
     request: GenerationRequest, http_request: Request, sampler: LocalSamplingClient, prompts: Sequence[EncodedPrompt]
 ) -> Response:
-    tokenizer = sampler.get_tokenizer()
-    completion: Completion
-    if request.choice is None:
-        completion = SampledCompletion(request, sampler, prompts, chat.end_tokens(tokenizer))
-    else:
-        choices = await asyncio.to_thread(ChoiceList.of, request, request.choice, tokenizer)
-        choices.check(request, prompts, sampler.context)
-        completion = ChosenCompletion(request, sampler, prompts, choices)
+    completion = (SampledCompletion if request.choice is None else ChosenCompletion)(request, sampler, prompts)
     if request.stream:
         return await stream(http_request, completion.chunks())
     return JSONResponse(await _unless_gone(http_request, completion.response()))
@@ -141,6 +121,8 @@ async def _events(first: Fields, chunks: AsyncGenerator[Fields]) -> AsyncGenerat
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     except Exception as error:
+        if not isinstance(error, KshotError):
+            log.error("a stream broke off", exc_info=error)
         yield _event(error_response(error)[1])
     finally:
         await chunks.aclose()
@@ -184,24 +166,8 @@ async def _gone(request: Request) -> None:
 # Errors
 
 
-class Route(APIRoute):
-    """A route whose exceptions become error responses."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        inner = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            try:
-                return await inner(request)
-            except Exception as error:
-                status, body = error_response(error)
-                return JSONResponse(body, status)
-
-        return handler
-
-
 def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body of an error. Of what nobody meant to raise, only the log has details."""
+    """HTTP status and body of an error. What nobody meant to raise gets no details."""
     status, message, param, code = 500, str(error), None, None
     match error:
         case UnknownNameError() | ModelError() | MissingError():  # nothing but models is looked up here
@@ -215,7 +181,6 @@ def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
         case KshotError():
             status = status_of(error)
         case _:
-            log.error("a request failed", exc_info=error)
             message = INTERNAL
     kind, category = ("invalid_request_error", "user") if status < 500 else ("server_error", "server")
     fields = {"message": message, "type": TYPES.get(status, kind), "param": param, "code": code}

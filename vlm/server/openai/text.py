@@ -95,8 +95,7 @@ class DecodedText:
             self.add(*each)
 
     def finish(self, reason: types.StopReason) -> None:
-        """End it, for this reason unless it has ended before: what was held back belongs to it, if it has no stop
-        string."""
+        """End it, unless it has ended: what was held back belongs to it, if it has no stop string."""
         if self.reason is None:
             if not self._cut:
                 self._append(self._decoder.decode(b"", final=True))

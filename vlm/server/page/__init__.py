@@ -11,11 +11,11 @@ from fastapi import APIRouter, Response
 from kshot.errors import KshotError
 
 HERE = Path(__file__).parent
-FILES = (  # path, file, content type
-    ("/", "page.html", "text/html; charset=utf-8"),
-    ("/page/page.css", "page.css", "text/css; charset=utf-8"),
-    ("/page/page.js", "page.js", "text/javascript; charset=utf-8"),
-)
+FILES = {  # path: file, content type
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,7 +31,7 @@ HEADERS = {
 def routes() -> APIRouter:
     """GET and HEAD of the page and its two files. Raises KshotError where one is not installed."""
     router = APIRouter(include_in_schema=False)
-    for path, name, kind in FILES:
+    for path, (name, kind) in FILES.items():
         try:
             response = Response((HERE / name).read_bytes(), media_type=kind, headers=HEADERS)
         except OSError as error:

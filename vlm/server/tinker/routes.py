@@ -17,7 +17,7 @@ from kshot.errors import LostError, MissingError, RequestError
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route
-from vlm.server.state import ServerState
+from vlm.server.state import ServerState, check_project
 from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import training, wire
 from vlm.server.tinker.sampling import SamplingService
@@ -81,7 +81,11 @@ def _server(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/get_server_capabilities")
     async def get_server_capabilities() -> dict[str, Any]:
-        return {"supported_models": [_model(state, name) for name in state.models]}
+        engines = state.registry.engines  # of models that are loaded, whose context is known
+        loaded = {name: engines[name].model.context if name in engines else None for name in state.models}
+        flags = {"trainable": True, "sampleable": True}
+        models = [types.SupportedModel(model_name=n, max_context_length=c, **flags) for n, c in loaded.items()]
+        return {"supported_models": [each.model_dump() for each in models]}
 
     @router.post("/client/config")
     async def client_config(request: types.ClientConfigRequest) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
     async def sessions(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
-        _no_projects(project_id)
+        check_project(project_id)
         return {"sessions": [row.id for row in state.store.newest(Session, limit, offset)]}
 
     @router.get("/sessions/{session}")
@@ -134,7 +138,7 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
 
     @router.post("/create_model")
     async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
-        return accepted(service.create(training.CreateModel(state, request)))
+        return accepted(service.create(request))
 
     @router.post("/get_info")
     async def get_info(request: types.GetInfoRequest) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
     @router.post("/load_weights")
     async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
         if request.model_id is None:
-            return accepted(service.create(training.ResumeModel(state, request)))
+            return accepted(service.resume(request))
         return submit(training.LoadWeights(state, request))
 
 
@@ -259,7 +263,7 @@ def _lists(router: APIRouter, state: ServerState) -> None:
     async def training_runs(
         limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
     ) -> dict[str, Any]:
-        _no_projects(project_id)
+        check_project(project_id)
         cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Run)}
         return {"training_runs": [_run(state, row) for row in state.store.newest(Run, limit, offset)], "cursor": cursor}
 
@@ -312,14 +316,6 @@ def _existing(state: ServerState, kind: type[Row], key: str) -> Row:
     return row
 
 
-def _model(state: ServerState, name: str) -> dict[str, Any]:
-    engine = state.registry.engines.get(name)
-    context = None if engine is None else engine.model.context  # known once it is loaded
-    return types.SupportedModel(
-        model_name=name, max_context_length=context, trainable=True, sampleable=True
-    ).model_dump()
-
-
 def _run(state: ServerState, row: Run) -> dict[str, Any]:
     live = state.runs.get(row.id)
     last, last_sampler = (state.store.last_checkpoint(row.id, kind) for kind in KINDS)
@@ -352,8 +348,3 @@ def _checkpoint(row: Checkpoint) -> dict[str, Any]:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-def _no_projects(project: str | None) -> None:
-    if project is not None:
-        raise RequestError(f"project_id {project!r}: this server has no projects; leave it out")

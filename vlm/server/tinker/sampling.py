@@ -3,21 +3,18 @@
 The answer to a sample is fetched later, by request id. Everything here runs on the event loop.
 """
 
+import asyncio
 import math
 import uuid
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 from tinker import types
 
 from kshot.errors import BusyError, RequestError
 from vlm.local.clients import SamplingRequest, refuse
-from vlm.server.futures import PROTOBUF, Answer
-from vlm.server.runs import answer_of, when_done
+from vlm.server.futures import PROTOBUF, Answer, error_answer
 from vlm.server.state import ServerState, check_number, sampler_id
 from vlm.server.store import Sampler
 from vlm.server.tinker import wire
@@ -52,20 +49,18 @@ class SamplingService:
         return name
 
     def sample(self, request: types.SampleRequest) -> tuple[str, list[str]]:
-        """Begin to sample after a prompt; the id of the request, and of each sample. Raises RequestError and
-        MissingError for a request that cannot be, BusyError where too many wait."""
+        """The id of a request, and of each of its samples. Raises RequestError, MissingError, BusyError."""
         refuse(record_stability_info=request.record_stability_info)
         _check_size(request)
         key = self._key(request)
         request_id = self.state.futures.id_of(key)
         if request_id is None:
-            if len(self.state.samplings) >= WAITING:
-                raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
+            check_room(self.state)
             targets = request.target_prompt_logprobs
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
             request_id = self.state.futures.open(key)
             self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
-            self.state.background(self._start(request_id, request, tensor))
+            self.state.background(self._work(request_id, request, tensor))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
@@ -85,34 +80,33 @@ class SamplingService:
         self.state.samplers.check(request.model_path, request.base_model)
         return uuid.uuid4().hex
 
-    async def _start(self, request_id: str, request: types.SampleRequest, targets: types.TensorData | None) -> None:
-        samplers = self.state.samplers
-        done = partial(self._done, request_id, partial(self._reply, request, targets))
+    async def _work(self, request_id: str, request: types.SampleRequest, targets: types.TensorData | None) -> None:
+        samplers, samplings = self.state.samplers, self.state.samplings
         try:
             if request.sampling_session_id is not None:
                 client = await samplers.client_of(request.sampling_session_id)
             else:
                 client = await samplers.client(request.model_path, request.base_model)
-            if self.state.samplings[request_id].cancelled():
-                return done(CancelledError())
-            future = client.start(_sampling_request(request, targets))
+            if not samplings[request_id].cancelled():
+                samplings[request_id] = client.start(_sampling_request(request, targets))
+            response = await asyncio.wrap_future(samplings[request_id])
+            values = response.prompt_logprobs_np
+            if not (values is None or request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs)):
+                values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
+                response = replace(response, prompt_logprobs_np=values)
+            answer = Answer(wire.sample_response(response, targets), PROTOBUF)
+        except asyncio.CancelledError:
+            answer = error_answer(CancelledError())
         except Exception as error:
-            return done(error)
-        self.state.samplings[request_id] = future
-        return when_done(future, done)
+            answer = error_answer(error)
+        del samplings[request_id]
+        self.state.futures.finish(request_id, answer)
 
-    def _done(self, request_id: str, reply: Callable[[Any], Answer], result: Any) -> None:
-        self.state.samplings.pop(request_id, None)
-        self.state.futures.finish(request_id, answer_of(reply, result))
 
-    def _reply(
-        self, request: types.SampleRequest, targets: types.TensorData | None, response: types.SampleResponse
-    ) -> Answer:
-        values = response.prompt_logprobs_np
-        if not (values is None or request.prompt_logprobs_last_n is not None or math.isnan(self.image_log_probs)):
-            values = np.concatenate([values[:1], np.nan_to_num(values[1:], nan=self.image_log_probs)])
-            response = replace(response, prompt_logprobs_np=values)
-        return Answer(wire.sample_response(response, targets), PROTOBUF)
+def check_room(state: ServerState) -> None:
+    """Raise BusyError where too many sampling requests wait."""
+    if max(len(state.samplings), state.registry.scheduler.waiting_samples) >= WAITING:
+        raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
 
 
 def _sampling_request(request: types.SampleRequest, targets: types.TensorData | None) -> SamplingRequest:

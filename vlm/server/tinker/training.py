@@ -6,7 +6,9 @@ gives. Everything here runs on the event loop.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from tinker import types
@@ -17,7 +19,7 @@ from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
 from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
-from vlm.server.runs import LiveRun, Operation, when_done
+from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
 from vlm.server.store import Run, Sampler
 from vlm.server.tinker import wire
@@ -127,37 +129,22 @@ class SnapshotForSampler(RunOperation):
 
     request: types.SaveWeightsForSamplerRequest
 
-    @property
-    def session(self) -> str:
-        return self.request.model_id.partition(":")[0]
-
-    @property
-    def sampler(self) -> str:
-        return sampler_id(self.session, self.request.sampling_session_seq_id or 0)
-
     def check(self) -> None:
         refuse(kind=None if self.request.kind == "snapshot" else self.request.kind)
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
-        if self.request.model_id not in self.state.runs:
-            raise self.state.missing_run(self.request.model_id)
-        if self.state.futures.id_of(f"{self.request.model_id}/{self.request.seq_id}") is None:
-            self._check_unused()
 
     def run(self, client: LocalTrainingClient) -> Any:
         return client.save_weights_and_get_sampling_client()
 
     def reply(self, client: LocalSamplingClient) -> Answer:
-        self._check_unused()
-        self.state.store.add(Sampler(self.sampler, self.session, client.get_base_model(), ephemeral=True))
-        self.state.samplers.keep(self.sampler, self.request.model_id, client)
-        return json_answer({"sampling_session_id": self.sampler, "type": "save_weights_for_sampler"})
-
-    def _check_unused(self) -> None:
-        if self.state.store.get(Sampler, self.sampler) is not None:
-            raise RequestError(
-                f"sampling session {self.sampler} was made before; take the next sampling_session_seq_id"
-            )
+        session = self.request.model_id.partition(":")[0]
+        name = sampler_id(session, self.request.sampling_session_seq_id or 0)
+        if self.state.store.get(Sampler, name) is not None:
+            raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
+        self.state.store.add(Sampler(name, session, client.get_base_model(), ephemeral=True))
+        self.state.samplers.keep(name, self.request.model_id, client)
+        return json_answer({"sampling_session_id": name, "type": "save_weights_for_sampler"})
 
 
 class LoadWeights(RunOperation):
@@ -195,65 +182,6 @@ class Refused(RunOperation):
 
 
 @dataclass(frozen=True)
-class CreateModel:
-    """A new run with fresh LoRA weights."""
-
-    state: ServerState
-    request: types.CreateModelRequest
-
-    def check(self) -> None:
-        """Raise a KshotError for what is wrong with the request."""
-        lora = self._lora
-        check_optimizer(self.request.optimizer_config)
-        check_seed(lora.seed)
-        self.state.samplers.check(None, self.request.base_model)
-        _ = self._spec
-
-    def run(self, model_id: str, metadata: dict[str, str] | None) -> Any:
-        """Start to make the run; gives the future of its client."""
-        registry = self.state.registry
-        arguments = model_id, self.request.base_model, self._spec, self._lora.seed, metadata
-        return registry.submit(registry.start, *arguments)
-
-    def reply(self, model_id: str) -> Answer:
-        """The answer once it is made."""
-        return json_answer({"model_id": model_id, "type": "create_model"})
-
-    @property
-    def _lora(self) -> types.LoraConfig:
-        if self.request.lora_config is None:
-            raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
-        return self.request.lora_config
-
-    @property
-    def _spec(self) -> Any:
-        lora = self._lora
-        flags = {"train_mlp": lora.train_mlp, "train_attn": lora.train_attn, "train_unembed": lora.train_unembed}
-        return self.state.registry.spec(lora.rank, **flags)
-
-
-@dataclass(frozen=True)
-class ResumeModel:
-    """A new run with the weights of a checkpoint: load_weights without a model_id. Methods: as of `CreateModel`."""
-
-    state: ServerState
-    request: types.LoadWeightsRequest
-
-    def check(self) -> None:
-        LoadWeights(self.state, self.request).check()
-        if self.request.session_id is None or self.request.model_seq_id is None:
-            raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
-
-    def run(self, model_id: str, metadata: dict[str, str] | None) -> Any:
-        request, registry = self.request, self.state.registry
-        arguments = model_id, request.path, request.base_model, metadata
-        return registry.submit(registry.resume, *arguments, optimizer=request.optimizer)
-
-    def reply(self, model_id: str) -> Answer:
-        return json_answer({"path": self.request.path, "model_id": model_id, "type": "load_weights"})
-
-
-@dataclass(frozen=True)
 class TrainingService:
     """Takes training requests: gives the id of each, the same one when it is sent again."""
 
@@ -279,17 +207,37 @@ class TrainingService:
             return known
         run = self._live_run(model_id)
         run.check(seq)
-        if size and seq != run.next_seq and sum(self.state.sizes.values()) + size > WAITING_BYTES:
+        if size and seq != run.next_seq and sum(self.state.futures.sizes) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
-        request_id = self.state.futures.open(key)
-        self.state.sizes[request_id] = size
+        request_id = self.state.futures.open(key, size)
         run.add(seq, request_id, operation)
         return request_id
 
-    def create(self, creation: CreateModel | ResumeModel) -> str:
-        """Begin a new run, called as the SDK expects it to be. Raises a KshotError for a mistake in the request."""
-        creation.check()
-        session, seq = creation.request.session_id or "", creation.request.model_seq_id or 0
+    def create(self, request: types.CreateModelRequest) -> str:
+        """Begin a run with fresh LoRA weights. Raises a KshotError for a mistake in the request."""
+        lora, registry = request.lora_config, self.state.registry
+        if lora is None:
+            raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
+        check_optimizer(request.optimizer_config)
+        check_seed(lora.seed)
+        self.state.samplers.check(None, request.base_model)
+        flags = {"train_mlp": lora.train_mlp, "train_attn": lora.train_attn, "train_unembed": lora.train_unembed}
+        spec = registry.spec(lora.rank, **flags)
+        start = partial(registry.start, base_model=request.base_model, spec=spec, seed=lora.seed)
+        return self._begin(request, start, type="create_model")
+
+    def resume(self, request: types.LoadWeightsRequest) -> str:
+        """Begin a run with the weights of a checkpoint: load_weights without a model_id. Raises as `create`."""
+        LoadWeights(self.state, request).check()
+        if request.session_id is None or request.model_seq_id is None:
+            raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
+        saved = {"path": request.path, "base_model": request.base_model, "optimizer": request.optimizer}
+        start = partial(self.state.registry.resume, **saved)
+        return self._begin(request, start, path=request.path, type="load_weights")
+
+    def _begin(self, request: Any, start: Callable[..., LocalTrainingClient], **answer: str) -> str:
+        """start: makes the run's client on the engine's thread. The run is called as the SDK expects it to be."""
+        session, seq = request.session_id or "", request.model_seq_id or 0
         check_number("model_seq_id", seq)
         self.state.check_session(session)
         model_id = f"{session}:train:{seq}"
@@ -300,27 +248,25 @@ class TrainingService:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
         if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
-        metadata = metadata_text(creation.request.user_metadata)
+        metadata = metadata_text(request.user_metadata)
         request_id = self.state.futures.open(key)
-        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.settle)
+        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.futures.finish)
 
-        def created(result: Any) -> None:
-            if not isinstance(result, BaseException):
-                base_model, lora = result.get_info().model_name, asdict(result.spec)
-                try:
-                    self.state.store.add(Run(model_id, session, base_model, lora, metadata))
-                except KshotError as error:
-                    result = error
-            if isinstance(result, BaseException):
+        async def begin() -> None:
+            try:
+                client = await self.state.registry.submit(start, model_id, user_metadata=metadata)
+                row = Run(model_id, session, client.get_info().model_name, asdict(client.spec), metadata)
+                self.state.store.add(row)
+            except Exception as error:
                 self.state.runs.pop(model_id, None)
-                run.end(result)
-                self.state.futures.finish(request_id, error_answer(result))
+                run.end(error)
+                self.state.futures.finish(request_id, error_answer(error))
                 return
             if model_id in self.state.runs:  # else its session was finished meanwhile
-                run.begin(result)
-            self.state.futures.finish(request_id, creation.reply(model_id))
+                run.begin(client)
+            self.state.futures.finish(request_id, json_answer({"model_id": model_id, **answer}))
 
-        when_done(creation.run(model_id, metadata), created)
+        self.state.background(begin())
         return request_id
 
     def refuse_body(self, body: Any, error: RequestError) -> tuple[str, str] | None:

@@ -91,8 +91,7 @@ def parse_forward_backward(body: bytes) -> ForwardBackward:
 
 
 def number_of(body: bytes) -> RequestNumber:
-    """The run that a body names and its number there, also of one that `parse_forward_backward` refuses; "" and 0 where
-    it is no message at all."""
+    """What a body names, also one that `parse_forward_backward` refuses; "" and 0 where it is no message at all."""
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
@@ -139,7 +138,7 @@ def _datum(message: pb.Datum, where: str) -> tinker.Datum:
     if not 1 <= len(message.model_input) <= MAX_CHUNKS:
         raise RequestError(f"{where}: model_input takes 1 to {MAX_CHUNKS} chunks, got {len(message.model_input)}")
     chunks = [_chunk(each, f"{where}: model_input chunk {n}") for n, each in enumerate(message.model_input)]
-    fields = {name: _tensor(each, f"{where}: {_short(name)}") for name, each in message.loss_fn_inputs.items()}
+    fields = {name: _tensor(each, f"{where}: {name!r:.80}") for name, each in message.loss_fn_inputs.items()}
     return tinker.Datum(tinker.ModelInput.model_construct(chunks=chunks), fields)
 
 
@@ -155,7 +154,7 @@ def _chunk(message: pb.Chunk, where: str) -> types.EncodedTextChunk | types.Imag
 
 def _image(image: pb.ImageChunk, where: str) -> types.ImageChunk:
     if image.format not in ("png", "jpeg"):
-        raise RequestError(f"{where} has the image format {_short(image.format)}; send png or jpeg")
+        raise RequestError(f"{where} has the image format {image.format!r:.80}; send png or jpeg")
     data = image.data  # a copy each time it is read
     if not data:
         raise RequestError(f"{where} is an image without data")
@@ -198,7 +197,7 @@ def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str] | None
     if message.loss_fn_config_v2:
         kinds = {key: each.WhichOneof("value") for key, each in message.loss_fn_config_v2.items()}
         for key in (key for key, kind in kinds.items() if kind is None):
-            raise RequestError(f"loss_fn_config has no value for {_short(key)}")
+            raise RequestError(f"loss_fn_config has no value for {key!r:.80}")
         values = {key: getattr(message.loss_fn_config_v2[key], kind) for key, kind in kinds.items() if kind}
     return dict(values) or None
 
@@ -233,11 +232,6 @@ def _write_top(message: pb.TopkLogprobs, top: TopkLogprobs) -> None:
 
 def _bytes(values: np.ndarray | None, dtype: str) -> bytes:
     return np.asarray(values, dtype).tobytes()
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # Tensors
