@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import tinker
 
 from kshot.errors import UnknownNameError
 from vlm.prompts import Prompt
@@ -18,20 +19,10 @@ from vlm.service import SamplingClient
 NONE = "none"
 BLANKS = (0, 128, 255)  # black, grey and white images have no content
 SIDE = 224  # pixels
-
-
-def contextual(sampler: SamplingClient, prompt: Prompt, method: str = "constrained") -> np.ndarray:
-    """(classes,) log of the mean probability of each class over images without content (Zhao et al. 2021)."""
-    questions = [prompt.question(_blank(value)) for value in BLANKS]
-    return _mean(score_choices(sampler, questions, prompt.choices, method))
-
-
-def pmi(sampler: SamplingClient, prompt: Prompt, method: str = "constrained") -> np.ndarray:
-    """(classes,) log-probability of each class for the question without an image (Holtzman et al. 2021)."""
-    return _mean(score_choices(sampler, [prompt.without_image()], prompt.choices, method))
-
-
-PRIORS: Mapping[str, Callable[[SamplingClient, Prompt, str], np.ndarray]] = {"contextual": contextual, "pmi": pmi}
+PRIORS: Mapping[str, Callable[[Prompt], list[tinker.ModelInput]]] = {  # the questions whose mean answer a prior is
+    "contextual": lambda prompt: [prompt.question(_blank(value)) for value in BLANKS],
+    "pmi": lambda prompt: [prompt.without_image()],
+}
 
 
 def prior(name: str, sampler: SamplingClient, prompt: Prompt, method: str = "constrained") -> np.ndarray:
@@ -40,7 +31,9 @@ def prior(name: str, sampler: SamplingClient, prompt: Prompt, method: str = "con
         return np.zeros(len(prompt.classes), np.float32)
     if name not in PRIORS:
         raise UnknownNameError("calibration", name, [NONE, *PRIORS])
-    return PRIORS[name](sampler, prompt, method)
+    rows = _normalised(score_choices(sampler, PRIORS[name](prompt), prompt.choices, method))
+    mean: np.ndarray = np.logaddexp.reduce(rows, 0) - np.log(len(rows))
+    return mean.astype(np.float32)
 
 
 def calibrated(scores: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
@@ -58,13 +51,6 @@ def choose(scores: np.ndarray, labels: np.ndarray, priors: Mapping[str, np.ndarr
         return float(-_normalised(scores - priors[name])[np.arange(len(labels)), labels].mean())
 
     return min(priors, key=nll)
-
-
-def _mean(log_probs: np.ndarray) -> np.ndarray:
-    """(classes,) log of the mean over rows of normalised probabilities."""
-    rows = _normalised(log_probs)
-    mean: np.ndarray = np.logaddexp.reduce(rows, 0) - np.log(len(rows))
-    return mean.astype(np.float32)
 
 
 def _normalised(scores: np.ndarray) -> np.ndarray:

@@ -57,13 +57,8 @@ def batches(
         while len(order) < batch_size:
             order += rng.permutation(len(examples)).tolist()
         numbers, order = order[:batch_size], order[batch_size:]
-        flips = rng.random(batch_size) < hflip
-        yield [_view(examples[n], bool(flip)) for n, flip in zip(numbers, flips, strict=True)]
-
-
-def _view(example: Labelled, flip: bool) -> View:
-    mirrored = example.mirrored if flip else None
-    return (example.image if mirrored is None else mirrored), example.label
+        chosen = zip([examples[n] for n in numbers], rng.random(batch_size) < hflip, strict=True)
+        yield [((each.mirrored if flip else None) or each.image, each.label) for each, flip in chosen]
 
 
 def fit(
@@ -118,16 +113,13 @@ def predict_and_decode(
 def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
-    responses = [each for window in questions(images, prompt) for each in _sample(sampler, window, params)]
+    responses: list[types.SampleResponse] = []
+    for window in questions(images, prompt):
+        if isinstance(sampler, BatchSampler):
+            responses += sampler.sample_batch(window, params)
+        else:
+            responses += [future.result() for future in [sampler.sample(each, 1, params) for each in window]]
     return [prompt.text(response.sequences[0].tokens) for response in responses]
-
-
-def _sample(
-    sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
-) -> list[types.SampleResponse]:
-    if isinstance(sampler, BatchSampler):
-        return sampler.sample_batch(prompts, params)
-    return [future.result() for future in [sampler.sample(p, 1, params) for p in prompts]]
 
 
 def questions(images: Sequence[bytes], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:

@@ -8,7 +8,8 @@ each node once, not once per choice. No choice may be a prefix of another: the e
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -38,16 +39,22 @@ class Trie:
     """The nodes a model must see, in an order in which parents come first, and the edges each choice's score sums.
 
     tokens, parents, depths: one entry a node; depth 0 follows the prompt directly; a parent may be ROOT.
-    edges: those whose log-probability enters a score. children: node → the tokens its softmax is restricted to
-    (`likelihood` has no restriction and leaves it empty). pairs: (choice, edge index).
+    edges: those whose log-probability enters a score. pairs: (choice, edge index).
+    restricted: whether a softmax is over a node's edges alone, not over the whole vocabulary.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
-    children: dict[int, tuple[int, ...]] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
+    restricted: bool = True
+
+    @cached_property
+    def siblings(self) -> dict[int, list[int]]:
+        """node → the numbers of the edges that leave from it, for each node that has any, in rising order."""
+        by_node = sorted(enumerate(self.edges), key=lambda each: each[1].node)
+        return {node: [n for n, _ in each] for node, each in groupby(by_node, key=lambda each: each[1].node)}
 
     def path(self, node: int) -> list[int]:
         """The tokens from the prompt's end to and with `node`."""
@@ -64,18 +71,18 @@ def build(choices: Sequence[Sequence[int]], method: str) -> Trie:
         raise PromptError(f"unknown scoring method {method!r}; choose from: constrained, likelihood")
     children = _children(choices)
     restricted = method == "constrained"
-    counts = {p: c for p, c in children.items() if len(c) > 1} if restricted else children
-    needed = sorted({p[:n] for p in counts for n in range(1, len(p) + 1)}, key=lambda p: (len(p), p))
+    scored = {path for path, tokens in children.items() if len(tokens) > 1 or not restricted}
+    needed = sorted({p[:n] for p in scored for n in range(1, len(p) + 1)}, key=lambda p: (len(p), p))
     index = {(): ROOT, **{p: i for i, p in enumerate(needed)}}
     trie = Trie(
         tokens=[p[-1] for p in needed],
         parents=[index[p[:-1]] for p in needed],
         depths=[len(p) - 1 for p in needed],
-        children={index[p]: c for p, c in counts.items()} if restricted else {},
+        restricted=restricted,
     )
     edges: dict[Edge, int] = {}
     for number, choice in enumerate(map(tuple, choices)):
-        steps = [Edge(index[choice[:n]], choice[n]) for n in range(len(choice)) if choice[:n] in counts]
+        steps = [Edge(index[choice[:n]], choice[n]) for n in range(len(choice)) if choice[:n] in scored]
         trie.pairs.extend((number, edges.setdefault(step, len(edges))) for step in steps)
     trie.edges.extend(edges)
     return trie
@@ -95,11 +102,9 @@ def greedy(trie: Trie, edges: np.ndarray) -> np.ndarray:
     """(rows,) choices that are written by always taking the likeliest child, from the (rows, edges) log-probabilities
     of a `constrained` trie: what token-by-token constrained decoding gives. Not always the likeliest choice: a node
     may be likelier than any other and its best leaf not. Ties go to the lower token."""
-    siblings: dict[int, list[int]] = {}
-    for number, edge in sorted(enumerate(trie.edges), key=lambda each: each[1].token):
-        siblings.setdefault(edge.node, []).append(number)
     likeliest = np.zeros(edges.shape, bool)
-    for numbers in siblings.values():
+    for siblings in trie.siblings.values():
+        numbers = sorted(siblings, key=lambda number: trie.edges[number].token)
         likeliest[np.arange(len(edges)), np.array(numbers)[edges[:, numbers].argmax(1)]] = True
     choice, edge_of = np.array(trie.pairs).T
     written = np.ones((len(edges), choice.max() + 1), bool)

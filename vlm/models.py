@@ -28,10 +28,8 @@ def full_name(name: str) -> str:
 def check(name: str) -> None:
     """Raise UnknownNameError for what can be no model: neither one of ours, nor a folder, nor like a hub id."""
     name = full_name(name)
-    folder, (hub_id, *_) = Path(name), name.split("@")
-    on_hub = hub_id.count("/") == 1 and not name.startswith((".", "/", "~")) and " " not in name
-    ours = name.startswith("kshot/")
-    if name in MODELS or (folder / "config.json").is_file() or (on_hub and not ours and not folder.exists()):
+    odd = name.startswith((".", "/", "~", "kshot/")) or " " in name or name.partition("@")[0].count("/") != 1
+    if name in MODELS or _is_folder(name) or not (odd or Path(name).exists()):
         return
     others = "a folder with config.json", "a hub id such as Qwen/Qwen3-VL-2B-Instruct"
     raise UnknownNameError("model", name, [*MODELS, *SIZES, *others])
@@ -43,17 +41,14 @@ def source(name: str) -> str:
     Raises UnknownNameError as `check` does, and ModelError where the hub or its cache does not have them.
     """
     check(name)
-    name = full_name(name)
-    if name in MODELS:
-        return str(MODELS[name]())
-    return name if _is_folder(name) else _fetch_small(name)
+    return _here(full_name(name)) or _fetch_small(full_name(name))
 
 
 def weights(name: str) -> str:
     """The same folder, of the same commit, once the weights are in it too. Raises as `source` does."""
     name = full_name(name)
     folder = source(name)
-    if name not in MODELS and not _is_folder(name):
+    if not _here(name):
         with hub.translated(partial(hub_error, name)):
             _fetch_weights(name.partition("@")[0], Path(folder).name)
     return folder
@@ -61,10 +56,15 @@ def weights(name: str) -> str:
 
 def loadable(name: str) -> str:
     """What `from_pretrained` of transformers takes for this model: a folder, or the hub's id."""
-    name = full_name(name)
+    here = _here(full_name(name))
+    return str(Path(here).resolve()) if here else full_name(name).partition("@")[0]
+
+
+def _here(name: str) -> str | None:
+    """The folder of one of our models, or the folder that a name is."""
     if name in MODELS:
         return str(MODELS[name]())
-    return str(Path(name).resolve()) if _is_folder(name) else name.partition("@")[0]
+    return name if _is_folder(name) else None
 
 
 def _is_folder(name: str) -> bool:
@@ -128,8 +128,8 @@ def hub_error(name: str, error: Exception) -> ModelError:
     hub_id, _, revision = name.partition("@")
     if problem := hub.access_problem(error, "model", name, f"https://huggingface.co/{hub_id}", revision):
         return ModelError(problem)
-    if hub.is_unreachable(error):
-        reason, way_out = hub.unreachable_reason(error), "go online and try again, set HF_ENDPOINT to a mirror, or"
+    if reason := hub.unreachable_reason(error):
+        way_out = "go online and try again, set HF_ENDPOINT to a mirror, or"
         problem = f"the hub cannot be reached ({reason}) and its cache lacks files of model {name}"
         return ModelError(f"{problem}; {way_out} give a folder")
     problem = hub.one_line(error)

@@ -138,8 +138,7 @@ class Prompt:
     @cached_property
     def _answers(self) -> tuple[list[int], ...]:
         """label → the assistant's whole turn."""
-        turn = self.tokenizer.encode(END_OF_TURN)
-        return tuple([*self._prefill, *choice, *turn] for choice in self.choices)
+        return tuple([*self._prefill, *choice, *self.stops] for choice in self.choices)
 
     @cached_property
     def stops(self) -> list[int]:

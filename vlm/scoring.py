@@ -35,8 +35,7 @@ def score_choices(
     "constrained": the model restricted to the choices, each row sums to 1. "likelihood": the full sequence
     likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
     """
-    trie = label_trie.build(choices, method)
-    return _summed(trie, _edges(sampler, prompts, trie))
+    return _scored(sampler, prompts, label_trie.build(choices, method))[0]
 
 
 def score_and_decode(
@@ -45,37 +44,32 @@ def score_and_decode(
     """The constrained scores, and from the same pass (prompts,) the choice that token-by-token constrained decoding
     writes after each prompt (see `label_trie.greedy`). Raises as `score_choices` does."""
     trie = label_trie.build(choices, "constrained")
-    edges = _edges(sampler, prompts, trie)
-    return _summed(trie, edges), label_trie.greedy(trie, edges)
+    scores, edges = _scored(sampler, prompts, trie)
+    return scores, label_trie.greedy(trie, edges)
 
 
-def _summed(trie: label_trie.Trie, edges: np.ndarray) -> np.ndarray:
-    """(prompts, choices) float32 from (prompts, edges)."""
+def _scored(
+    sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie
+) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts, choices) float32 scores, and the (prompts, edges) log-probabilities whose sums they are."""
+    edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
     choice, edge = np.array(trie.pairs).T
     scores = np.zeros((len(edges), choice.max() + 1), np.float64)
     np.add.at(scores.T, choice, edges.T[edge])
-    return scores.astype(np.float32)
-
-
-def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
-    """(prompts, edges) log-probabilities."""
-    return sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    return scores.astype(np.float32), edges
 
 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """The edges' log-probabilities, a request for each node that edges leave from."""
-    numbers: dict[int, list[int]] = {}  # of the edges that leave from a node
-    for number, edge in enumerate(trie.edges):
-        numbers.setdefault(edge.node, []).append(number)
-    children = {node: [trie.edges[number].token for number in each] for node, each in numbers.items()}
+    children = {node: [trie.edges[number].token for number in each] for node, each in trie.siblings.items()}
     futures = [
         [_request(sampler, prompt, trie.path(node), tokens) for node, tokens in children.items()] for prompt in prompts
     ]
     scores = np.zeros((len(prompts), len(trie.edges)))
     for row, requested in zip(scores, futures, strict=True):
-        for each, future in zip(numbers.values(), requested, strict=True):
+        for each, future in zip(trie.siblings.values(), requested, strict=True):
             values = future.result().target_prompt_logprobs.to_numpy()[-1].astype(np.float64)
-            row[each] = values - np.logaddexp.reduce(values) if trie.children else values
+            row[each] = values - np.logaddexp.reduce(values) if trie.restricted else values
     return scores
 
 

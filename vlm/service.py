@@ -1,13 +1,12 @@
-"""The training API as Protocols; `connect`, which gives a client of it; and what the local engine says of this machine.
+"""What is asked of the training API; `connect`, which gives a client of it; and what the engine says of this machine.
 
 Names, arguments and futures are those of the official SDK (`tinker`, Apache-2.0). "tinker" and http addresses are the
 official client itself; "local" runs the engine in this process. The engine is imported only when it is used.
 """
 
 import socket
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import tinker
@@ -32,32 +31,16 @@ class SamplingClient(Protocol):
         prompt: tinker.ModelInput,
         num_samples: int,
         sampling_params: types.SamplingParams,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-        topk_sample_logprobs: int = 0,
+        *,
         target_prompt_logprobs: types.TensorData | None = None,
     ) -> Future[types.SampleResponse]: ...
-    def compute_logprobs(self, prompt: tinker.ModelInput) -> Future[list[float | None]]: ...
-    def get_tokenizer(self) -> Any: ...
 
 
 class TrainingClient(Protocol):
     """One training run: LoRA weights, their gradients and their optimizer. Requests run in the order they are made."""
 
-    def forward(
-        self, data: list[tinker.Datum], loss_fn: Any, loss_fn_config: Mapping[str, Any] | None = None
-    ) -> Future[types.ForwardBackwardOutput]: ...
-    def forward_backward(
-        self, data: list[tinker.Datum], loss_fn: Any, loss_fn_config: Mapping[str, Any] | None = None
-    ) -> Future[types.ForwardBackwardOutput]: ...
-    def optim_step(self, optim_params: Any = None) -> Future[types.OptimStepResponse]: ...
-    def save_state(self, name: str) -> Future[types.SaveWeightsResponse]: ...
-    def load_state(self, path: str) -> Future[Any]: ...
-    def load_state_with_optimizer(self, path: str) -> Future[Any]: ...
-    def save_weights_for_sampler(self, name: str) -> Future[types.SaveWeightsForSamplerResponse]: ...
-    def save_weights_and_get_sampling_client(self) -> Any: ...
-    def get_tokenizer(self) -> Any: ...
-    def get_info(self) -> types.GetInfoResponse: ...
+    def forward_backward(self, data: list[tinker.Datum], loss_fn: Any) -> Future[types.ForwardBackwardOutput]: ...
+    def optim_step(self, optim_params: Any) -> Future[types.OptimStepResponse]: ...
 
 
 class ServiceClient(Protocol):
@@ -170,24 +153,17 @@ def adapter_parameters(model: Any, rank: int) -> int:
     return sum(Layout(model, LoraSpec(rank)).sizes.values())
 
 
-class PassLimits(NamedTuple):
-    """What the local engine puts into one pass, at most. training, scoring: positions; prompts: of a scoring pass."""
-
-    training: int
-    scoring: int
-    prompts: int
-
-
-def pass_limits() -> PassLimits:
-    """Those of the local engine; a longer sequence has a pass of its own."""
+def pass_limits() -> tuple[int, int, int]:
+    """What the local engine puts into one pass, at most: positions of training and of scoring, prompts of scoring.
+    A longer sequence has a pass of its own."""
     from vlm.local.engine import PACK, POSITIONS, ROWS
 
-    return PassLimits(PACK, POSITIONS, ROWS)
+    return PACK, POSITIONS, ROWS
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
-    options: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
-    client: Any = tinker.ServiceClient(**{name: value for name, value in options.items() if value is not None})
+    options = {name: value for name, value in (("base_url", base_url), ("api_key", api_key)) if value is not None}
+    client: Any = tinker.ServiceClient(**options)
     return client
 
 

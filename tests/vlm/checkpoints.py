@@ -17,9 +17,6 @@ TEXT = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -54,7 +51,8 @@ def experts(folder: Path) -> Any:
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     torch.manual_seed(0)
-    text = {**TEXT, "tie_word_embeddings": False}
+    text = {**TEXT, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    text["tie_word_embeddings"] = False
     config = Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **TOKENS)
     model = Qwen3VLMoeForConditionalGeneration(config).eval()
     model.save_pretrained(folder)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vlm import checkpoints
+
 FOLDER = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer"
 needed = pytest.mark.skipif(not FOLDER.exists(), reason="the genuine Qwen3 tokenizer is not beside this checkout")
 IMAGE = 151655  # <|image_pad|>
@@ -24,15 +26,10 @@ def model(folder: Path) -> Path:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    text = {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rope_parameters": rope}
-    text |= {"initializer_range": 0.2, "tie_word_embeddings": True}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
-    vision |= {"num_position_embeddings": 64, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    text = {**checkpoints.TEXT, "vocab_size": 151936, "initializer_range": 0.2, "tie_word_embeddings": True}
     tokens = {"image_token_id": IMAGE, "video_token_id": 151656}
     tokens |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    config = Qwen3VLConfig(text_config=text, vision_config=checkpoints.VISION, tie_word_embeddings=True, **tokens)
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     for file in FOLDER.iterdir():
         shutil.copyfile(file, folder / file.name)

@@ -73,6 +73,22 @@ def gradients_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
     return {name: piece.of(flats) for name, piece in run.adapter.layout.pieces.items()}
 
 
+def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
+    """The gathered gradients, and forget them."""
+    gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
+    client._run.clear_gradients()
+    return gradients
+
+
+def assert_gradients_equal(client: LocalTrainingClient, plain: Any) -> None:
+    """Those of a run and of the same adapter under PEFT, each tensor to 1e-5 of its norm."""
+    theirs = {name.replace(".default.", "."): p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    ours = gradients_of(client)
+    assert len(ours) == len(theirs)
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= 1e-5 * theirs[name].norm().clamp(min=1e-3), name
+
+
 def disturb(client: LocalTrainingClient, seed: int = 0) -> None:
     """Give B random values: at its zeros, A has no gradient and a wrong A would not be seen."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +101,7 @@ def plain_peft(client: LocalTrainingClient, stock: Any) -> Any:
     """A stock model under stock PEFT with this run's adapter, loaded from what the client would save."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = get_peft_model(copy.deepcopy(stock), client._run.adapter.layout.config())
+        plain = get_peft_model(copy.deepcopy(stock), client.spec.config(experts=client._run.adapter.layout.experts))
     found = set_peft_model_state_dict(plain, adapter_of(client))
     assert not found.unexpected_keys
     return plain

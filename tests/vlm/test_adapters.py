@@ -21,10 +21,20 @@ from transformers import (
 )
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft, stock_inputs
+from tests.vlm.helpers import (
+    CLASSES,
+    Pictured,
+    adapter_of,
+    assert_gradients_equal,
+    disturb,
+    greedy,
+    plain_loss,
+    plain_peft,
+)
+from tests.vlm.services import step
 from vlm import nano
 from vlm.classifier import predict
-from vlm.inputs import ImageRule
+from vlm.inputs import ImageRule, model_input
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.model.lora import LoraSpec
 from vlm.local.registry import LocalServiceClient
@@ -100,10 +110,7 @@ def test_loss_and_gradients_equal_stock_peft(
     expected.backward()
     got = client.forward_backward(mixed, "cross_entropy").result().metrics["loss:sum"]
     assert got == pytest.approx(expected.item(), rel=1e-5)
-    parameters = {n.replace(".default.", "."): p for n, p in theirs.named_parameters()}
-    for name, gradient in gradients_of(client).items():
-        reference = parameters[name].grad
-        assert (gradient - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
+    assert_gradients_equal(client, theirs)
     touched = [name for name in adapter_of(client) if ".visual." in name]
     assert len(touched) == (2 * 4 * 4 if vision else 0)
     assert not any(".mlp.gate." in name for name in adapter_of(client))  # the router is never trained
@@ -137,40 +144,28 @@ def test_training_goes_on_from_a_checkpoint_and_samples_what_it_learnt(
     kind: str, vision: bool, start: Start, prompt: Prompt, examples: list[Pictured], mixed: list[tinker.Datum]
 ) -> None:
     client = start(kind, vision)
-
-    def step(client: LocalTrainingClient) -> float:
-        loss = client.forward_backward(mixed, "cross_entropy")
-        client.optim_step(ADAM).result()
-        return loss.result().metrics["loss:sum"]
-
-    losses = [step(client) for _ in range(3)]
+    losses = [step(client, mixed, ADAM) for _ in range(3)]
     assert losses[-1] < losses[0]
     path = client.save_state("resume").result().path
-    again = [step(client) for _ in range(2)]
+    again = [step(client, mixed, ADAM) for _ in range(2)]
     client.load_state_with_optimizer(path).result()
-    assert [step(client) for _ in range(2)] == again
+    assert [step(client, mixed, ADAM) for _ in range(2)] == again
     sampler = client.save_weights_and_get_sampling_client().result()
     images = [e.image for e in examples[:3]]
     one_pass = predict(sampler, images, prompt, "likelihood")
     for row, image in zip(one_pass, images, strict=True):  # the SDK's own way, from compute_logprobs of each answer
         for score, choice in zip(row, prompt.choices, strict=True):
             question = prompt.question(image)
-            full = tinker.ModelInput(chunks=[*question.chunks, types.EncodedTextChunk(tokens=list(choice))])
-            log_probs = sampler.compute_logprobs(full).result()[question.length :]
+            log_probs = sampler.compute_logprobs(model_input(*question.chunks, choice)).result()[question.length :]
             assert score == pytest.approx(sum(v for v in log_probs if v is not None), abs=1e-3)
 
 
 def test_an_expert_model_samples_as_stock_generate(start: Start, plain: Any, prompt: Prompt, rule: ImageRule) -> None:
-    from tests.vlm.helpers import CLASSES
-
-    client, stock = start("sparse", False), plain("sparse")
-    sampler = client.save_weights_and_get_sampling_client().result()
-    asked = tinker.ModelInput(chunks=[types.EncodedTextChunk(tokens=prompt.tokenizer.encode(" ".join(CLASSES)))])
-    inputs = stock_inputs(asked, rule)
-    made = stock.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sampler = start("sparse", False).save_weights_and_get_sampling_client().result()
+    asked = model_input(prompt.tokenizer.encode(" ".join(CLASSES)))
     params = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
     answer = sampler.sample(asked, 1, params).result().sequences[0].tokens
-    assert answer == made[0, inputs["input_ids"].shape[1] :].tolist()
+    assert answer == greedy(plain("sparse"), asked, rule, 8)
 
 
 def test_an_adapter_that_trains_nothing_is_an_error() -> None:

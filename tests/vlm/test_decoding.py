@@ -6,15 +6,8 @@ import pytest
 import torch
 from tinker import types
 
-from tests.vlm.helpers import Pictured
-from vlm.inputs import ImageRule, image_chunk
+from vlm.inputs import ImageRule
 from vlm.local import vision
-
-
-@pytest.fixture
-def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
-    """Of one size."""
-    return [image_chunk(e.image, rule) for e in examples[::3]]
 
 
 def test_decoding_ahead_takes_no_core_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,11 +23,11 @@ def test_what_nobody_takes_does_not_pile_up(
 ) -> None:
     size = len(vision.PixelLoader(rule, 0).take(b"", chunks[0].data).pixels.flatten()) * 4
     loader = vision.PixelLoader(rule, threads=1, limit=2 * size)
-    for number, chunk in enumerate(chunks):
+    for number, chunk in enumerate(chunks[::3]):  # of one size
         loader.start(bytes([number]), chunk.data)
     assert (len(loader._started), loader._held) == (2, 2 * size)
     monkeypatch.setattr(vision, "ABANDONED", -1)
-    loader.start("later", chunks[3].data)
+    loader.start("later", chunks[9].data)
     assert list(loader._started) == ["later"]
     loader.drop("later")
     assert loader._held == 0

@@ -1,7 +1,11 @@
-"""The engine against plain transformers + PEFT, and its batches, runs and snapshots among themselves."""
+"""The engine: its steps, batches, runs and snapshots, and training requests that do not fit the model.
+
+Against transformers and PEFT: `test_adapters.py`. Mistakes on every service: `test_conformance_mistakes.py`.
+"""
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,33 +14,17 @@ import tinker
 import torch
 from tinker import types
 
-from tests.vlm.helpers import Pictured, adapter_of, disturb, gradients_of, plain_loss, plain_peft
+from kshot.errors import RequestError
+from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of
+from tests.vlm.services import step
 from vlm import nano
 from vlm.classifier import batches, fit, predict
-from vlm.inputs import ImageRule, image_chunk
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
 
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)
-
-
-def test_loss_and_gradients_equal_plain_transformers_and_peft(
-    client: LocalTrainingClient, stock: Any, mixed: list[tinker.Datum], rule: ImageRule
-) -> None:
-    disturb(client)
-    plain = plain_peft(client, stock)
-    expected = plain_loss(plain, mixed, rule)
-    expected.backward()
-    got = client.forward_backward(mixed, "cross_entropy").result().metrics["loss:sum"]
-    assert got == pytest.approx(expected.item(), rel=1e-5)
-    theirs = {n.replace(".default.", "."): p for n, p in plain.named_parameters()}
-    ours = gradients_of(client)
-    assert len(ours) == 2 * (4 * 7 + 1)
-    for name, gradient in ours.items():
-        reference = theirs[name].grad
-        assert (gradient - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
 
 
 def test_log_probs_of_a_gradient_come_back_where_the_weight_is_not_0(
@@ -68,7 +56,7 @@ def test_steps_equal_adam_written_out(
     weights = {n: p.double().clone() for n, p in adapter_of(client).items()}
     first = {n: torch.zeros_like(w) for n, w in weights.items()}
     second = {n: torch.zeros_like(w) for n, w in weights.items()}
-    for step in (1, 2):
+    for number in (1, 2):
         client.forward_backward(mixed, "cross_entropy").result()
         gradients = {n: g.double().clone() for n, g in gradients_of(client).items()}
         norm = torch.sqrt(torch.stack([g.square().sum() for g in gradients.values()]).sum())
@@ -80,7 +68,7 @@ def test_steps_equal_adam_written_out(
             g = gradients[n] * scale
             first[n] = adam.beta1 * first[n] + (1 - adam.beta1) * g
             second[n] = adam.beta2 * second[n] + (1 - adam.beta2) * g.square()
-            m, v = first[n] / (1 - adam.beta1**step), second[n] / (1 - adam.beta2**step)
+            m, v = first[n] / (1 - adam.beta1**number), second[n] / (1 - adam.beta2**number)
             weights[n] = weights[n] * (1 - adam.learning_rate * adam.weight_decay)
             weights[n] = weights[n] - adam.learning_rate * m / (v.sqrt() + adam.eps)
             assert torch.allclose(adapter_of(client)[n].double(), weights[n], atol=2e-5), n
@@ -115,26 +103,19 @@ def test_interleaved_runs_of_different_rank_equal_each_alone(
     def start(rank: int) -> LocalTrainingClient:
         return service.create_lora_training_client(nano.NAME, rank=rank, seed=rank).result()
 
-    def step(client: LocalTrainingClient, data: list[tinker.Datum]) -> float:
-        loss = client.forward_backward(data, "cross_entropy")
-        client.optim_step(ADAM)
-        return loss.result().metrics["loss:sum"]
-
-    alone = [[step(client, mixed[n : n + 2]) for n in (0, 1, 2)] for client in (start(2), start(8))]
+    alone = [[step(client, mixed[n : n + 2], ADAM) for n in (0, 1, 2)] for client in (start(2), start(8))]
     a, b = start(2), start(8)
-    mingled = [(step(a, mixed[n : n + 2]), step(b, mixed[n : n + 2])) for n in (0, 1, 2)]
+    mingled = [(step(a, mixed[n : n + 2], ADAM), step(b, mixed[n : n + 2], ADAM)) for n in (0, 1, 2)]
     assert [list(losses) for losses in zip(*mingled, strict=True)] == alone
 
 
 def test_image_features_do_not_depend_on_their_company(
-    client: LocalTrainingClient, rule: ImageRule, examples: list[Pictured]
+    client: LocalTrainingClient, chunks: list[types.ImageChunk]
 ) -> None:
-    chunks = [image_chunk(e.image, rule) for e in examples]
     model = client._engine.model
     together, alone = Vision(model).features(chunks), [Vision(model).features([chunk])[0] for chunk in chunks]
     for one, other in zip(together, alone, strict=True):
-        assert torch.equal(one.embeds, other.embeds)
-        assert all(torch.equal(a, b) for a, b in zip(one.deepstack, other.deepstack, strict=True))
+        assert torch.equal(one.values, other.values)
 
 
 def test_a_run_that_is_let_go_gives_its_memory_back(service: LocalServiceClient) -> None:
@@ -189,3 +170,45 @@ def test_a_profile_sums_the_models_own_seconds(
         sampler.compute_logprobs(mixed[0].model_input).result()
     assert seconds == kept
     assert others["forward"] > 0 == others["tower"]
+
+
+BAD: dict[str, tuple[list[Any] | None, str]] = {  # the chunks of the input, and what the error must name
+    "a placeholder": ([types.EncodedTextChunk(tokens=[5, IMAGE])], "ImageChunk"),
+    "an asset": ([types.ImageAssetPointerChunk(location="a", format="png")], "not supported"),
+    "images side by side": (None, "side by side"),
+    "empty": ([types.EncodedTextChunk(tokens=[])], "0 positions"),
+    "too long": ([types.EncodedTextChunk(tokens=[5] * 4097)], "4097 positions"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_inputs_that_do_not_fit_are_named(
+    kind: str, client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    good, (chunks, named) = prompt.datum(examples[0].image, 0), BAD[kind]
+    datum = replace(good, model_input=tinker.ModelInput(chunks=chunks or [good.model_input.chunks[1]] * 2))
+    with pytest.raises(RequestError, match=named):
+        client.forward_backward([datum], "cross_entropy").result()
+
+
+def test_a_target_is_never_ignored(client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]) -> None:
+    """torch would take -100 for "leave this one out"."""
+    datum = prompt.datum(examples[0].image, 0)
+    datum.loss_fn_inputs["target_tokens"].to_numpy()[-1] = -100
+    with pytest.raises(RequestError, match="target -100"):
+        client.forward_backward([datum], "cross_entropy").result()
+
+
+def test_parameters_of_adam_out_of_range_are_named(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> None:
+    with pytest.raises(RequestError, match="one AdamParams"):
+        client.optim_step()
+    client.forward_backward(mixed, "cross_entropy").result()
+    for wrong in ({"grad_clip_norm": float("nan")}, {"beta1": 1.0}):
+        with pytest.raises(RequestError, match=f"{next(iter(wrong))} = "):
+            client.optim_step(types.AdamParams(**wrong)).result()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5])
+def test_seeds_that_are_none_are_named(service: LocalServiceClient, seed: Any) -> None:
+    with pytest.raises(RequestError, match="seed"):
+        service.create_lora_training_client(nano.NAME, seed=seed)

@@ -12,19 +12,13 @@ import torch
 from tinker import types
 
 from kshot.errors import ModelError
-from tests.vlm.helpers import Pictured
-from vlm.inputs import ImageRule, image_chunk
+from vlm.inputs import ImageRule
 from vlm.local import features, vision
 from vlm.local.features import DiskCache, fingerprint
 from vlm.local.model.tower import ImageFeatures
 from vlm.local.vision import Vision, memory_limit
 
 KEYS = [f"{n:02x}" * 32 for n in range(8)]
-
-
-@pytest.fixture
-def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
-    return [image_chunk(e.image, rule) for e in examples[:3]]
 
 
 def layers(seed: int = 0) -> ImageFeatures:
@@ -51,10 +45,10 @@ def test_a_second_process_runs_the_tower_zero_times(
     found = later.features(chunks)
     assert later.forwards == 0
     for one, other in zip(found, expected, strict=True):
-        assert one.embeds.dtype == dtype
+        assert one.values.dtype == dtype
         assert one.grid == other.grid
-        assert all(map(torch.equal, (one.embeds, *one.deepstack), (other.embeds, *other.deepstack)))
-    assert later.features(chunks)[0].embeds.data_ptr() == found[0].embeds.data_ptr()  # from memory by now
+        assert torch.equal(one.values, other.values)
+    assert later.features(chunks)[0].values.data_ptr() == found[0].values.data_ptr()  # from memory by now
 
 
 def test_files_are_named_by_what_their_content_depends_on(
@@ -105,7 +99,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, model: Any, chunks: list[ty
     changed = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     file.write_bytes({"empty": b"", "cut": whole[:-9], "changed": changed, "foreign": b"\x80\x04pickle" * 9}[damage])
     later = Vision(model, disk=tmp_path)
-    assert torch.equal(later.features(chunks[:1])[0].embeds, expected.embeds)
+    assert torch.equal(later.features(chunks[:1])[0].values, expected.values)
     assert later.forwards == 1
     assert file.read_bytes() == whole
 

@@ -126,7 +126,8 @@ def test_only_branching_needs_tokens() -> None:
     trie = build([crocodile, crocodile_head, star], "constrained")
     assert trie.tokens == [3, 4, 5]  # up to where the crocodiles part
     assert trie.parents == [ROOT, 0, 1]
-    assert trie.children == {ROOT: (2, 3), 2: (1, END)}
+    tokens = {node: {trie.edges[number].token for number in numbers} for node, numbers in trie.siblings.items()}
+    assert tokens == {ROOT: {2, 3}, 2: {1, END}}
 
 
 def test_one_request_a_branching_node() -> None:

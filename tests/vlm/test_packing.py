@@ -7,9 +7,10 @@ import pytest
 import tinker
 import torch
 from tinker import types
+from torch.nn.utils.rnn import pad_sequence
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of, stock_inputs
+from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of, stock_inputs, taken
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
@@ -46,12 +47,8 @@ def test_packed_equals_padded_and_single(
 
 
 def _padded(stock: Any, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : row["input_ids"].shape[1]] = row["input_ids"][0]
-        mask[number, : row["input_ids"].shape[1]] = 1
+    ids = pad_sequence([row["input_ids"][0] for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones_like(row["input_ids"][0]) for row in rows], batch_first=True)
     pictures = [row for row in rows if "pixel_values" in row]
     hidden: torch.Tensor = stock.model(
         input_ids=ids,
@@ -89,7 +86,7 @@ def test_the_head_at_positions_equals_the_full_head(
     wanted = torch.tensor([3, 10, 11, batch.rows.lengths[0] + 2, int(batch.rows.row.shape[0]) - 1])
     with torch.no_grad():
         full = model.text.logits(model.text.hidden(batch.inputs, Causal(batch.rows), factors), factors)
-        some = model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, wanted)
+        some = model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors)
     assert torch.allclose(model.text.logits(some, factors), full[wanted], atol=1e-3)
 
 
@@ -99,8 +96,7 @@ def test_several_packs_and_logits_in_parts_equal_those_at_once(
 ) -> None:
     disturb(client)
     one = client.forward_backward(mixed, "cross_entropy").result()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.clear_gradients()
+    gradients = taken(client)
     monkeypatch.setattr(engine_module, limit, value)
     several = client.forward_backward(mixed, "cross_entropy").result()
     assert several.metrics["loss:sum"] == pytest.approx(one.metrics["loss:sum"], rel=1e-5)

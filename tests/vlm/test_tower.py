@@ -49,8 +49,8 @@ def stock_layers(visual: Any, patches: Tensor, grid: tuple[int, int, int], count
 
 
 def tower_layers(visual: Any, patches: Tensor, grid: tuple[int, int, int], count: int) -> list[Tensor]:
-    embeds, deepstack = tower.tower(visual, patches, grid, count)
-    return [layer.flatten(0, 1) for layer in (embeds, *deepstack)]
+    layers = tower.tower(visual, patches, tower.grid_tables(visual, grid), count)
+    return [layer.flatten(0, 1) for layer in layers.unbind(1)]
 
 
 def furthest(some: list[Tensor], others: list[Tensor]) -> float:
@@ -95,7 +95,6 @@ def test_gradients_of_lora_on_the_tower_equal_transformers_and_peft(small: Any) 
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # at zeros A has no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
-    stock_layers(adapted, patches, GRID, count)
     weigh = [torch.randn(12, 40, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     sum((w * x).sum() for w, x in zip(weigh, stock_layers(adapted, patches, GRID, count), strict=True)).backward()
     theirs = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
@@ -105,23 +104,15 @@ def test_gradients_of_lora_on_the_tower_equal_transformers_and_peft(small: Any) 
         a, b = (ours[f"base_model.model.{name}.lora_{side}.default.weight"] for side in "AB")
         return layer(x) + x @ a.T @ b.T * 4
 
-    embeds, deepstack = tower.tower(small, patches, GRID, count, linear)
-    sum((w * x.flatten(0, 1)).sum() for w, x in zip(weigh, (embeds, *deepstack), strict=True)).backward()
+    layers = tower.tower(small, patches, tower.grid_tables(small, GRID), count, linear)
+    sum((w * x.flatten(0, 1)).sum() for w, x in zip(weigh, layers.unbind(1), strict=True)).backward()
     assert len(ours) == 2 * 4 * SMALL["depth"]
     for name, parameter in theirs.items():
         reference = parameter.grad
         assert (ours[name].grad - reference).abs().max() <= 1e-5 * max(1.0, float(reference.abs().max())), name
 
 
-def test_tables_are_made_once_a_grid_and_follow_the_weights(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    patches = noise(small, GRID, 1)
+def test_tables_of_an_inference_pass_serve_passes_with_gradients_too(small: Any) -> None:
     with torch.inference_mode():
-        tower_layers(small, patches, GRID, 1)  # what is kept of it serves passes with gradients too
-    first = tower._grid_tables(small, GRID)
-    assert tower._grid_tables(small, GRID)[0] is first[0]
-    assert not any(table.is_inference() for table in first)
-    small.pos_embed.weight.add_(1)
-    assert furthest(tower_layers(small, patches, GRID, 1), stock_layers(small, patches, GRID, 1)) <= 1e-5
-    monkeypatch.setattr(tower, "GRIDS", 1)
-    tower._grid_tables(small, (1, 2, 2))
-    assert len(tower._tables[small]) == 1
+        tables = tower.grid_tables(small, GRID)
+    assert not any(table.is_inference() for table in tables)

@@ -11,18 +11,12 @@ from torch import Tensor
 
 from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import Pictured
-from vlm.inputs import ImageRule, image_chunk
 from vlm.local import vision
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.model import tower
 from vlm.local.model.tower import ImageFeatures
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
-
-
-@pytest.fixture
-def chunks(examples: list[Pictured], rule: ImageRule) -> list[types.ImageChunk]:
-    return [image_chunk(e.image, rule) for e in examples]
 
 
 def close(one: ImageFeatures, other: ImageFeatures) -> bool:
@@ -54,8 +48,9 @@ def test_images_of_one_size_may_share_a_pass(
     passes: list[int] = []
     monkeypatch.setattr(vision, "tower", lambda *a: (passes.append(a[3]), tower.tower(*a))[1])
     together = Vision(model)
-    shared = together._encode({vision._key(chunk): chunk.data for chunk in chunks}, together=True)
+    shared = together._together({vision._key(chunk): chunk.data for chunk in chunks})
     assert passes == [3, 1, 2, 2, 1, 1, 1, 1]
+    assert together._tables.cache_info().misses == 3  # made once a size
     assert all(close(shared[vision._key(chunk)], other) for chunk, other in zip(chunks, alone, strict=True))
 
 
@@ -131,12 +126,12 @@ def test_errors_are_raised_where_features_are_asked_for(
         with pytest.raises(ImageError, match=said):
             vision.features([chunk])
         with pytest.raises(ImageError, match=said):
-            vision.live([chunk], tower.plain)
+            vision.features([chunk], tower.plain)
     assert not vision._pixels._started
     wrong = types.ImageChunk(data=good, format="png", expected_tokens=3)
-    for ask in (vision.features, lambda chunks: vision.live(chunks, tower.plain)):
+    for linear in (None, tower.plain):
         with pytest.raises(RequestError, match="Expected 3 tokens, got 16 from image"):
-            ask([wrong])
+            vision.features([wrong], linear)
 
 
 def test_live_features_have_gradients_and_are_not_kept(model: Any, chunks: list[types.ImageChunk]) -> None:
@@ -149,7 +144,7 @@ def test_live_features_have_gradients_and_are_not_kept(model: Any, chunks: list[
 
     with torch.inference_mode():
         expected = vision.features(chunks)
-    live = vision.live([*chunks, chunks[0]], linear)
+    live = vision.features([*chunks, chunks[0]], linear)
     assert vision.forwards == 2 * len(chunks)
     assert live[-1] is live[0]
     assert all(close(one, other) for one, other in zip(live, [*expected, expected[0]], strict=True))

@@ -246,7 +246,8 @@ class LocalTrainingClient(_Client):
         """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
         refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
         refuse(kind=None if kind == "snapshot" else kind)
-        return self._submit((), self._sampler)
+        engine, run = self._engine, self._run
+        return self._submit((), lambda: LocalSamplingClient(engine, engine.snapshot(run.adapter), self._scheduler))
 
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
@@ -306,6 +307,3 @@ class LocalTrainingClient(_Client):
         )
         checkpoint.save(self._state, path, saved, overwrite=overwrite)
         return response(path=path)
-
-    def _sampler(self) -> LocalSamplingClient:
-        return LocalSamplingClient(self._engine, self._engine.snapshot(self._run.adapter), self._scheduler)

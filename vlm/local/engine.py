@@ -8,11 +8,11 @@ counts up on all three axes, an image's tokens spread over (time, height, width)
 largest.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import numpy as np
 import tinker
@@ -65,17 +65,25 @@ def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]
 
 
 def length_of(each: tinker.ModelInput) -> int:
-    """The positions of an input, as far as they are known before its images are decoded."""
-    return sum((c.expected_tokens or 0) if isinstance(c, types.ImageChunk) else c.length for c in each.chunks)
+    """The positions of an input, as far as they are known before its images are decoded. Raises RequestError for chunks
+    that have none."""
+    length = 0
+    for chunk in each.chunks:
+        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):
+            raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
+        length += (chunk.expected_tokens or 0) if isinstance(chunk, types.ImageChunk) else chunk.length
+    return length
 
 
 def _images(inputs: Sequence[tinker.ModelInput]) -> list[types.ImageChunk]:
     return [chunk for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
 
 
-def _check(model: Model, each: tinker.ModelInput) -> None:
-    """Raise RequestError for foreign chunks and tokens off the vocabulary."""
-    after_image = False
+def _packed_row(
+    model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]
+) -> tuple[list[int], np.ndarray, int]:
+    """Token ids, M-RoPE positions (3, length), and the position that comes after them, of one input."""
+    ids, shape, after_image = list[int](), list[int | tuple[int, int, int]](), False
     for chunk in each.chunks:
         if isinstance(chunk, types.EncodedTextChunk):
             model.check_tokens(chunk.tokens)
@@ -83,25 +91,12 @@ def _check(model: Model, each: tinker.ModelInput) -> None:
             if placeholder is not None:
                 raise RequestError(f"token {placeholder} stands for image features; give the image as an ImageChunk")
             after_image = after_image and not chunk.tokens
-        elif not isinstance(chunk, types.ImageChunk):
-            raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
+            ids += chunk.tokens
+            shape.append(len(chunk.tokens))
         elif after_image:  # the stock positions take neighbours for one image
             raise RequestError("two image chunks stand side by side; put text between them, as <|vision_end|> is")
         else:
-            after_image = True
-
-
-def _packed_row(
-    model: Model, each: tinker.ModelInput, images: Iterator[ImageFeatures]
-) -> tuple[list[int], np.ndarray, int]:
-    """Token ids, M-RoPE positions (3, length), and the position that comes after them, of one input."""
-    ids, shape = list[int](), list[int | tuple[int, int, int]]()
-    for chunk in each.chunks:
-        if isinstance(chunk, types.EncodedTextChunk):
-            ids += chunk.tokens
-            shape.append(len(chunk.tokens))
-        else:
-            image = next(images)
+            image, after_image = next(images), True
             ids += [model.image_token] * image.tokens
             shape.append(image.grid)
     return ids, *_mrope_positions(tuple(shape), model.merge)
@@ -131,14 +126,7 @@ ROWS = 64  # prompts or sequences in one pass without a gradient
 POSITIONS = 1 << 15  # of prompts, and of nodes behind them, in one pass without a gradient
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Fixed weights to sample from: an adapter's, or the bare base model where `factors` is None."""
-
-    factors: Factors | None = None
-
-
-BASE = Snapshot()
+Snapshot: TypeAlias = Factors | None  # fixed weights to sample from: an adapter's, or those of the base model alone
 
 
 class Engine:
@@ -153,7 +141,7 @@ class Engine:
 
     def snapshot(self, adapter: Adapter) -> Snapshot:
         """The adapter's numbers as they are now."""
-        return Snapshot(adapter.copy().factors(self.model.dtype))
+        return adapter.snapshot(self.model.dtype)
 
     def forward_backward(
         self,
@@ -177,10 +165,13 @@ class Engine:
         self._check(items)
         total, outputs = 0.0, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only), run.request():
-            for pack, batch in self._batches(items, run.factors):
+            batches: Iterable[tuple[_Pack, Batch]] = ((pack, self._batch(pack, run.factors)) for pack in _packs(items))
+            if not run.factors.spec.train_vision:  # a bad one stops them all; a trained tower's graphs would pile up
+                batches = list(batches)
+            for pack, batch in batches:
                 with self.model.timed("forward"):
                     log_probs = self._log_probs(run.factors, pack, batch)
-                    value = chosen(log_probs, pack.fields(log_probs.device))
+                    value = chosen(log_probs, {name: each.to(log_probs.device) for name, each in pack.fields.items()})
                 if not forward_only:
                     with self.model.timed("backward"):
                         run.add(value.backward)
@@ -198,7 +189,10 @@ class Engine:
         memory together. Raises RequestError where the loss has no finite gradient; what `loss_fn` raises goes through.
         """
         plain = loss("cross_entropy", None)
-        items = [_Item.of(number, _targets_only(d), plain, every=True) for number, d in enumerate(data)]
+        items = []
+        for number, datum in enumerate(data):  # only the loss itself reads other fields
+            targets = {name: value for name, value in datum.loss_fn_inputs.items() if name == "target_tokens"}
+            items.append(_Item.of(number, replace(datum, loss_fn_inputs=targets), plain, every=True))
         self._check(items)
         packs = _packs(items)
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
@@ -234,11 +228,9 @@ class Engine:
         """
         model, device = self.model, self.model.device
         for each in inputs:
-            _check(model, each)
-        if factors is not None and factors.spec.train_vision:
-            images = self.vision.live(_images(inputs), partial(_tower_linear, factors))
-        else:
-            images = self.vision.features(_images(inputs))
+            length_of(each)
+        adapted = partial(_tower_linear, factors) if factors is not None and factors.spec.train_vision else None
+        images = self.vision.features(_images(inputs), adapted)
         remaining = iter(images)
         rows, positions, after = zip(*(_packed_row(model, each, remaining) for each in inputs), strict=True)
         lengths = [len(ids) for ids in rows]
@@ -263,12 +255,6 @@ class Engine:
             if item.candidates is not None:
                 self.model.check_tokens(item.candidates.tokens.tolist(), "candidate")
 
-    def _batches(self, items: Sequence["_Item"], factors: Factors) -> Iterator[tuple["_Pack", Batch]]:
-        """The items in packs of at most PACK positions, each with its batch. All are made before the first is run, so
-        that a bad one stops them all, unless the tower is trained: its graphs would be in memory together."""
-        made = ((pack, self._batch(pack, factors)) for pack in _packs(items))
-        return made if factors.spec.train_vision else iter(list(made))
-
     def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
         batch = self.collate([item.model_input for item in pack.items], factors)
         for item, length in zip(pack.items, batch.rows.lengths, strict=True):
@@ -285,8 +271,8 @@ class Engine:
             return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
-        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, wanted)
-        targets = pack.scored("target_tokens").to(hidden.device)
+        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors)
+        targets = pack.fields["target_tokens"].to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)
         step = max(1, LOGITS // self.model.vocabulary)
@@ -302,27 +288,28 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Item:
-    """A datum as the loss reads it. scored: the positions whose log-probability is computed, among `candidates` if the
-    loss is a closed one."""
+    """A datum as the loss reads it. scored: (length,) bool, of which positions the log-probability is computed, among
+    `candidates` if the loss is a closed one."""
 
     number: int
     model_input: tinker.ModelInput
     fields: Fields
-    scored: np.ndarray
+    scored: Tensor
     candidates: Candidates | None = None
 
     @classmethod
     def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, every: bool) -> "_Item":
         fields = fields_of(datum, chosen)
-        counts = np.ones(len(fields["target_tokens"]), bool) if every else chosen.scored(fields).numpy()
-        targets, scored, candidates = fields["target_tokens"].numpy(), np.flatnonzero(counts), None
+        targets, candidates = fields["target_tokens"], None
+        scored = torch.ones(len(targets), dtype=torch.bool) if every else chosen.scored(fields)
         if chosen.closed:
-            candidates = candidates_of(datum.loss_fn_inputs[CANDIDATES], targets, scored)
+            positions = scored.nonzero()[:, 0].numpy()
+            candidates = candidates_of(datum.loss_fn_inputs[CANDIDATES], targets.numpy(), positions)
         return cls(number, datum.model_input, fields, scored, candidates)
 
     @property
     def length(self) -> int:
-        return len(self.fields["target_tokens"])
+        return len(self.scored)
 
 
 @dataclass(frozen=True)
@@ -332,19 +319,15 @@ class _Pack:
     items: Sequence[_Item]
 
     @cached_property
-    def lengths(self) -> list[int]:
-        return [item.length for item in self.items]
-
-    @cached_property
     def scored_positions(self) -> Tensor:
         """(scored,) the scored positions in the pack."""
-        starts = [0, *accumulate(self.lengths[:-1])]
-        parts = [item.scored + start for item, start in zip(self.items, starts, strict=True)]
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.cat([item.scored for item in self.items]).nonzero()[:, 0]
 
-    def scored(self, name: str) -> Tensor:
-        """(scored,) a field at these positions."""
-        return torch.cat([item.fields[name] for item in self.items])[self.scored_positions]
+    @cached_property
+    def fields(self) -> dict[str, Tensor]:
+        """(scored,) each field at these positions."""
+        every = {name: torch.cat([item.fields[name] for item in self.items]) for name in self.items[0].fields}
+        return {name: values[self.scored_positions] for name, values in every.items()}
 
     @property
     def candidates(self) -> Candidates | None:
@@ -352,20 +335,17 @@ class _Pack:
         parts = [item.candidates for item in self.items if item.candidates is not None]
         if not parts:
             return None
-        starts = [0, *accumulate(len(item.scored) for item in self.items[:-1])]
+        starts = [0, *accumulate(int(item.scored.sum()) for item in self.items[:-1])]
         rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
         return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
-    def fields(self, device: torch.device) -> dict[str, Tensor]:
-        """All fields at these positions."""
-        return {name: self.scored(name).to(device) for name in self.items[0].fields}
-
     def log_probs_of(self, log_probs: Tensor) -> dict[int, tinker.TensorData]:
         """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
-        full = np.zeros(sum(self.lengths), np.float32)
-        full[self.scored_positions.numpy()] = log_probs.detach().float().cpu().numpy()
-        parts = pairwise([0, *accumulate(self.lengths)])
-        return {i.number: tinker.TensorData.from_numpy(full[a:b]) for i, (a, b) in zip(self.items, parts, strict=True)}
+        lengths = [item.length for item in self.items]
+        full = torch.zeros(sum(lengths))
+        full[self.scored_positions] = log_probs.detach().float().cpu()
+        parts = zip(self.items, full.split(lengths), strict=True)
+        return {item.number: tinker.TensorData.from_numpy(part.numpy()) for item, part in parts}
 
 
 def _packs(items: Sequence[_Item]) -> list[_Pack]:
@@ -376,12 +356,6 @@ def _packs(items: Sequence[_Item]) -> list[_Pack]:
 
 def _output(log_probs: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
     return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in log_probs], metrics)
-
-
-def _targets_only(datum: tinker.Datum) -> tinker.Datum:
-    """The datum as the passes of a custom loss read it: only the loss itself reads other fields."""
-    fields = datum.loss_fn_inputs
-    return replace(datum, loss_fn_inputs={name: fields[name] for name in ("target_tokens",) if name in fields})
 
 
 def _slopes(

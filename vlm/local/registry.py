@@ -23,7 +23,7 @@ from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
-from vlm.local.engine import BASE, Engine
+from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.model.placement import devices as devices
@@ -101,7 +101,7 @@ class EngineRegistry:
     def sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         """A client on saved weights or on a base model."""
         if base_model is not None:
-            return LocalSamplingClient(self.engine(base_model), BASE, self.scheduler)
+            return LocalSamplingClient(self.engine(base_model), None, self.scheduler)
         return self._adapted(checkpoint.load(self.state, model_path or ""))
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:

@@ -10,7 +10,6 @@ no pass of the text model, and with a frozen tower they come from the cache of i
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -18,6 +17,7 @@ import tinker
 import torch
 from tinker import types
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kshot.errors import RequestError
 from vlm.label_trie import Trie
@@ -31,61 +31,38 @@ MASK = 1 << 26  # numbers in the mask of one pass
 @torch.no_grad()
 def score_tree(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
     """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
-    scores = np.empty((len(prompts), len(trie.edges)), np.float32)
-    size, edges = len(trie.tokens), _Edges(trie)
+    scores, size = np.empty((len(prompts), len(trie.edges)), np.float32), len(trie.tokens)
     lengths = [length_of(prompt) + size for prompt in prompts]
     rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
     for members in groups(lengths, max(1, rows), POSITIONS):
-        scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie, edges).cpu().numpy()
+        scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
     return scores
 
 
-class _Edges:
-    """The edges as indices. nodes: those that edges leave from, ROOT first; node, token: (edges,) columns in `nodes`
-    and `tokens`."""
-
-    def __init__(self, trie: Trie) -> None:
-        nodes, self.node = np.unique([edge.node for edge in trie.edges], return_inverse=True)
-        tokens, self.token = np.unique([edge.token for edge in trie.edges], return_inverse=True)
-        self.nodes, self.tokens = nodes.tolist(), torch.from_numpy(tokens)
-
-    @cached_property
-    def siblings(self) -> Tensor:
-        """(nodes, most) the edges that leave from each node, filled up with the number of edges."""
-        counts = np.bincount(self.node)
-        table = np.full((len(counts), counts.max()), len(self.node))
-        order = np.argsort(self.node, kind="stable")
-        table[self.node[order], np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)] = order
-        return torch.from_numpy(table)
-
-
-def _score(
-    engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie, edges: _Edges
-) -> Tensor:
-    batch = engine.collate(prompts, snapshot.factors)
-    tree = Tree(batch.rows, trie.parents, edges.nodes)
+def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> Tensor:
+    """(prompts, edges) in one pass."""
+    text, column = engine.model.text, {node: n for n, node in enumerate(trie.siblings)}
+    node = torch.tensor([column[edge.node] for edge in trie.edges])
+    tokens, token = torch.tensor([edge.token for edge in trie.edges]).unique(return_inverse=True)
+    batch = engine.collate(prompts, snapshot)
+    tree = Tree(batch.rows, trie.parents, list(column))
     with engine.model.timed("forward"):
-        states = engine.model.text.hidden(_with_nodes(batch, trie), tree, snapshot.factors, tree.wanted)
-        values = _values(engine, snapshot, states.view(len(prompts), len(edges.nodes), -1), edges)
-    node = torch.from_numpy(edges.node).to(values.device)
-    if trie.children:
+        states = text.hidden(_with_nodes(batch, trie), tree, snapshot)
+        step, parts = max(1, LOGITS // (len(column) * len(tokens))), []  # rows whose logits may be in memory together
+        for part in states.view(len(prompts), len(column), -1).split(step):
+            logits = text.logits(part.flatten(0, 1), snapshot, tokens)
+            parts.append(logits.view(len(part), len(column), -1)[:, node, token])
+        values = torch.cat(parts)
+    if trie.restricted:
+        numbers = [torch.tensor(each) for each in trie.siblings.values()]
+        siblings = pad_sequence(numbers, batch_first=True, padding_value=len(trie.edges))
         padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)
-        totals = padded[:, edges.siblings.to(values.device)].logsumexp(-1)
+        totals = padded[:, siblings.to(values.device)].logsumexp(-1)
     else:
-        step = max(1, LOGITS // engine.model.vocabulary)  # states whose logits may be in memory together
-        parts = [engine.model.text.logits(part, snapshot.factors).logsumexp(-1) for part in states.split(step)]
-        totals = torch.cat(parts).view(len(prompts), -1)
-    return values - totals[:, node]
-
-
-def _values(engine: Engine, snapshot: Snapshot, states: Tensor, edges: _Edges) -> Tensor:
-    """(rows, edges) logits of the edges' tokens from (rows, nodes, hidden) states."""
-    step = max(1, LOGITS // (len(edges.nodes) * len(edges.tokens)))
-    parts = []
-    for part in states.split(step):
-        logits = engine.model.text.logits(part.flatten(0, 1), snapshot.factors, edges.tokens)
-        parts.append(logits.view(*part.shape[:2], -1)[:, edges.node, edges.token])
-    return torch.cat(parts)
+        step = max(1, LOGITS // engine.model.vocabulary)
+        totals = torch.cat([text.logits(part, snapshot).logsumexp(-1) for part in states.split(step)])
+        totals = totals.view(len(prompts), -1)
+    return values - totals[:, node.to(values.device)]
 
 
 def _with_nodes(batch: Batch, trie: Trie) -> PackedInputs:
@@ -103,38 +80,28 @@ def embed(
 ) -> np.ndarray:
     """(prompts, D) float32: see `vlm.embedding.embed`. Raises RequestError for a prompt that is not of one image, if
     `tower`."""
-    if tower:
-        _check(prompts)
-    parts = [part for part, wanted in ((_tower, tower), (_hidden, hidden)) if wanted]
-    width = engine.model.stock.config.text_config.hidden_size
-    features = np.empty((len(prompts), len(parts), width), np.float32)
-    for members in groups([length_of(prompt) for prompt in prompts], ROWS, POSITIONS):
-        batch = engine.collate([prompts[n] for n in members], snapshot.factors)
-        for number, part in enumerate(parts):
-            features[members, number] = part(engine, snapshot, batch).float().cpu().numpy()
-    return features.reshape(len(prompts), len(parts) * width)
-
-
-def _check(prompts: Sequence[tinker.ModelInput]) -> None:
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts if tower else ()):
         images = sum(isinstance(chunk, types.ImageChunk) for chunk in prompt.chunks)
         if images != 1:
             raise RequestError(
                 f"prompt {number} holds {images} images; features of the vision tower are of exactly one, "
                 "those of other prompts are 'hidden'"
             )
+    width = engine.model.stock.config.text_config.hidden_size
+    features = np.empty((len(prompts), (tower + hidden) * width), np.float32)
+    for members in groups([length_of(prompt) for prompt in prompts], ROWS, POSITIONS):
+        batch = engine.collate([prompts[n] for n in members], snapshot)
+        parts = [_tower(batch)] if tower else []
+        if hidden:
+            with engine.model.timed("forward"):  # the state at each row's end
+                parts.append(engine.model.text.hidden(batch.inputs, Causal(batch.rows, batch.ends), snapshot))
+        features[members] = np.concatenate([part.float().cpu().numpy() for part in parts], 1)
+    return features
 
 
-def _tower(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
+def _tower(batch: Batch) -> Tensor:
     """(rows, hidden) mean of what stands at the positions of each row's one image. Row by row, so that the digits do
     not depend on the other rows; in float32, since the mean of many bfloat16 numbers has more digits than they have."""
     embeds, positions = cast(Tensor, batch.inputs.embeds), cast(Tensor, batch.inputs.image_positions)  # in every row
     tokens = torch.bincount(batch.rows.row[positions]).tolist()
     return torch.stack([image.float().mean(0) for image in embeds.split(tokens)])
-
-
-def _hidden(engine: Engine, snapshot: Snapshot, batch: Batch) -> Tensor:
-    """(rows, hidden) last hidden state at each row's end."""
-    ends = batch.ends
-    with engine.model.timed("forward"):
-        return engine.model.text.hidden(batch.inputs, Causal(batch.rows, ends), snapshot.factors, ends)

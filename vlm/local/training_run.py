@@ -22,18 +22,18 @@ class TrainingRun:
     """A training run over a model that computes in `dtype`."""
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.adapter, self._dtype, self._has_gradients, self._started = adapter, dtype, False, False
+        self.adapter, self._has_gradients, self._started = adapter, False, False
         self._masters = {device: nn.Parameter(flat) for device, flat in adapter.flats.items()}
-        for master in self._masters.values():
-            master.grad = torch.zeros_like(master)
+        gathered = {device: torch.zeros_like(flat) for device, flat in adapter.flats.items()}
+        for device, master in self._masters.items():
+            master.grad = gathered[device]
         self._optimizer = torch.optim.AdamW(self._masters.values(), fused=True)
-        if dtype == torch.float32:
-            self._copies = {device: m.detach() for device, m in self._masters.items()}
-            self._gradients = {device: _gradient(m) for device, m in self._masters.items()}
-        else:
-            self._copies = {device: m.detach().to(dtype) for device, m in self._masters.items()}
-            self._gradients = {device: torch.zeros_like(copy) for device, copy in self._copies.items()}
-        self.factors = Factors(adapter.layout, self._copies, self._gradients)
+        copies, gradients = ({d: flat.to(dtype) for d, flat in flats.items()} for flats in (adapter.flats, gathered))
+        self.factors = Factors(adapter.layout, copies, gradients)
+        self._gradients = [*gathered.values()]
+        # where the model has another dtype: weights and their copy, the copy's gradients and what gathers them
+        buffers = zip(adapter.flats.values(), copies.values(), gradients.values(), gathered.values(), strict=True)
+        self._other_dtype = [*buffers] if dtype != torch.float32 else []
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -52,17 +52,14 @@ class TrainingRun:
         self._started = True
         backward()
         self._has_gradients = True
-        if self._dtype != torch.float32:
-            for device, master in self._masters.items():
-                _gradient(master).add_(self._gradients[device])
-                self._gradients[device].zero_()
+        for _, _, part, whole in self._other_dtype:
+            whole.add_(part)
+            part.zero_()
 
     def clear_gradients(self) -> None:
         """Set the accumulated gradients to zero."""
         self._has_gradients = False
-        for gradient in map(_gradient, self._masters.values()):
-            gradient.zero_()
-        for gradient in self._gradients.values() if self._dtype != torch.float32 else ():
+        for gradient in (*self._gradients, *(part for _, _, part, _ in self._other_dtype)):
             gradient.zero_()
 
     def step(self, params: types.AdamParams) -> float:
@@ -116,15 +113,8 @@ class TrainingRun:
         self._refresh()
 
     def _refresh(self) -> None:
-        if self._dtype != torch.float32:
-            for device, master in self._masters.items():
-                self._copies[device].copy_(master)
-
-
-def _gradient(master: nn.Parameter) -> Tensor:
-    if master.grad is None:
-        raise RuntimeError("a run's gradient buffer is gone")
-    return master.grad
+        for weights, copy, _, _ in self._other_dtype:
+            copy.copy_(weights)
 
 
 def _moments(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, dict[torch.device, Tensor]]:

@@ -1,6 +1,6 @@
 """Image features: the bytes of an image chunk → the output of the vision tower, cached by content.
 
-Cached features are exact as long as no LoRA covers the tower; with LoRA on it, `live` computes them anew. On a CPU
+Cached features are exact as long as no LoRA covers the tower; with LoRA on it, they are computed anew. On a CPU
 every image is its own forward pass, so that features are a function of the image alone, bit for bit, whatever else was
 requested with it; elsewhere images of one size share a pass.
 
@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Barrier, Lock
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from vlm.inputs import ImageRule
 from vlm.local.features import DiskCache, fingerprint
 from vlm.local.model.load import Model
 from vlm.local.model.placement import group_free_bytes
-from vlm.local.model.tower import ImageFeatures, Linear, plain, tower
+from vlm.local.model.tower import GRIDS, ImageFeatures, Linear, grid_tables, plain, tower
 
 PIXEL_BYTES = 1 << 30
 MOST_THREADS = 4
@@ -205,6 +205,7 @@ class Vision:
         threads: int | None = None,
     ) -> None:
         self._model = model
+        self._tables = lru_cache(GRIDS)(partial(grid_tables, self._visual))
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
         self._device_memory = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
         self._disk = None if disk is None else DiskCache(disk, partial(fingerprint, self._visual, model.rule.processor))
@@ -212,18 +213,33 @@ class Vision:
         self.forwards = 0  # images that went through the tower
 
     def prefetch(self, chunks: Iterable[types.ImageChunk]) -> None:
-        """Begin to decode the images that a later `features` or `live` will ask for. From any thread; raises nothing
-        about images; does nothing where no thread is spare or too many wait already."""
+        """Begin to decode the images that `features` will be asked for. From any thread; raises nothing about images;
+        does nothing where no thread is spare or too many wait already."""
         images = {_key(chunk): chunk for chunk in chunks} if self._pixels.threads else {}
         for key, chunk in images.items():
             if not self._is_cached(key):
                 self._pixels.start(key, chunk.data)
 
-    def features(self, chunks: Sequence[types.ImageChunk]) -> list[ImageFeatures]:
+    def features(self, chunks: Sequence[types.ImageChunk], linear: Linear | None = None) -> list[ImageFeatures]:
         """The features of each chunk, in order, on the model's device. Raises ImageError for broken bytes, RequestError
-        where `expected_tokens` is given and is not what this model's processor makes of the image."""
-        keys = [_key(chunk) for chunk in chunks]
-        images = {key: chunk.data for key, chunk in zip(keys, chunks, strict=True)}
+        where `expected_tokens` is given and is not what this model's processor makes of the image.
+
+        linear: of `tower`, where it is not the frozen one: with the graph of the gradients, and past all caches.
+        """
+        images = {_key(chunk): chunk.data for chunk in chunks}
+        ready = self._frozen(images) if linear is None else self._together(images, linear)
+        for chunk in chunks:
+            tokens = ready[_key(chunk)].tokens
+            if chunk.expected_tokens not in (None, tokens):
+                raise RequestError(
+                    f"Expected {chunk.expected_tokens} tokens, got {tokens} from image: the client counted with "
+                    f"other processor settings than this model's {self._model.rule.settings}; vlm.image_chunk counts "
+                    "them"
+                )
+        return [ready[_key(chunk)] for chunk in chunks]
+
+    def _frozen(self, images: dict[str, bytes]) -> dict[str, ImageFeatures]:
+        """From the caches, else through the tower and into them."""
         known = ((key, self._device_memory.get(key) or self._from_cache(key)) for key in images)
         cached = {key: features for key, features in known if features}
         cached |= self._encode({key: data for key, data in images.items() if key not in cached})
@@ -231,25 +247,13 @@ class Vision:
         for key, features in ready.items():
             if self._device_memory.limit and key not in self._device_memory:
                 self._device_memory.put(key, features.compact(host=False))
-        for key, chunk in zip(keys, chunks, strict=True):
-            self._check(chunk, ready[key].tokens)
-        return [ready[key] for key in keys]
+        return ready
 
-    def uncached(self, chunks: Iterable[types.ImageChunk]) -> list[types.ImageChunk]:
+    def uncached(self, chunks: Sequence[types.ImageChunk]) -> list[types.ImageChunk]:
         """Those whose features no cache has; the others count as used now, and stay while new ones come."""
-        images = [(chunk, _key(chunk)) for chunk in chunks]
-        if self._disk:
-            for _, key in images:
-                self._disk.touch(key)
-        return [chunk for chunk, key in images if not self._is_cached(key)]
-
-    def live(self, chunks: Sequence[types.ImageChunk], linear: Linear) -> list[ImageFeatures]:
-        """The same from `tower` with `linear`, with the graph of their gradients and past all caches of features."""
-        images = {_key(chunk): chunk.data for chunk in chunks}
-        ready = {key: each.to(self._model.device) for key, each in self._together(images, linear).items()}
-        for chunk in chunks:
-            self._check(chunk, ready[_key(chunk)].tokens)
-        return [ready[_key(chunk)] for chunk in chunks]
+        for chunk in chunks if self._disk else ():
+            self._disk.touch(_key(chunk))
+        return [chunk for chunk in chunks if not self._is_cached(_key(chunk))]
 
     @property
     def _visual(self) -> Any:
@@ -268,9 +272,9 @@ class Vision:
 
     @torch.inference_mode(False)  # kept for passes with gradients too
     @torch.no_grad()
-    def _encode(self, images: dict[str, bytes], together: bool | None = None) -> dict[str, ImageFeatures]:
-        """Through the tower and into the caches. together: images of one size in one pass; unless on a CPU."""
-        if together if together is not None else self._model.device.type != "cpu":
+    def _encode(self, images: dict[str, bytes]) -> dict[str, ImageFeatures]:
+        """Through the tower and into the caches; images of one size in one pass, unless on a CPU."""
+        if self._model.device.type != "cpu":
             done = self._together(images)
         else:
             done = {key: self._run([self._pixels.take(key, data)])[0] for key, data in images.items()}
@@ -299,16 +303,9 @@ class Vision:
         grid = images[0].grid
         pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
         with self._model.timed("tower"):
-            embeds, deepstack = tower(self._visual, pixels, grid, len(images), linear)
+            features = tower(self._visual, pixels, self._tables(grid), len(images), linear)
         self.forwards += len(images)
-        return [ImageFeatures(grid, values) for values in torch.stack((embeds, *deepstack), 1)]
-
-    def _check(self, chunk: types.ImageChunk, tokens: int) -> None:
-        if chunk.expected_tokens not in (None, tokens):
-            raise RequestError(
-                f"Expected {chunk.expected_tokens} tokens, got {tokens} from image: the client counted with "
-                f"other processor settings than this model's {self._model.rule.settings}; vlm.image_chunk counts them"
-            )
+        return [ImageFeatures(grid, values) for values in features]
 
 
 def _key(chunk: types.ImageChunk) -> str:

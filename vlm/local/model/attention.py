@@ -19,13 +19,15 @@ from vlm.label_trie import ROOT
 
 
 class Attention(Protocol):
-    """Attention of one pass, layer by layer."""
+    """Attention of one pass, layer by layer. wanted: the positions whose last hidden state is (None: all)."""
+
+    wanted: Tensor | None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of every position's query."""
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output of the queries of those positions whose hidden state is wanted: the last layer needs no others."""
+        """The output of the queries of the wanted positions: the last layer needs no others."""
 
     def to(self, device: torch.device) -> "Attention":
         """The same for layers on another device."""
@@ -94,33 +96,30 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 class Causal:
-    """Every position sees its row up to itself. wanted: the packed positions that `last` computes (None: all). cache:
-    keeps keys and values, if given."""
+    """Every position sees its row up to itself. cache: keeps keys and values, if given."""
 
     def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "Cache | None" = None) -> None:
-        self.rows, self._positions, self._wanted, self._cache = rows, wanted, None, cache
+        self.rows, self.wanted, self._cache = rows, wanted, cache
         if wanted is not None:
             counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
-            self._wanted = Rows(counts, wanted.device)
-            column = torch.zeros(self._wanted.count * self._wanted.longest, dtype=torch.long, device=wanted.device)
-            column[self._wanted.padded_index] = rows.column[wanted]
+            self._queries = Rows(counts, wanted.device)
+            column = torch.zeros(rows.count * self._queries.longest, dtype=torch.long, device=wanted.device)
+            column[self._queries.padded_index] = rows.column[wanted]
             seen = torch.arange(rows.longest, device=wanted.device) <= column[:, None]
-            self._mask = seen.view(rows.count, 1, self._wanted.longest, rows.longest)
+            self._mask = seen.view(rows.count, 1, self._queries.longest, rows.longest)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.rows.pad(q), *self._keys(layer, k, v)
         return self.rows.pack(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._wanted is None:
-            return self(layer, q, k, v)
-        q, k, v = self._wanted.pad(q), *self._keys(layer, k, v)
-        return self._wanted.pack(scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True))
+        q, k, v = self._queries.pad(q), *self._keys(layer, k, v)
+        return self._queries.pack(scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True))
 
     def to(self, device: torch.device) -> "Causal":
         if device == self.rows.device:
             return self
-        wanted = None if self._positions is None else self._positions.to(device)
+        wanted = None if self.wanted is None else self.wanted.to(device)
         return Causal(Rows(self.rows.lengths, device), wanted, self._cache)
 
     def _keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +171,8 @@ class Cache:
 class DecodeStep:
     """One new position behind each row of a cache."""
 
+    wanted: Tensor | None = None
+
     def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
         self._cache = cache
         lengths = cache.lengths.to(device or cache.lengths.device)
@@ -200,7 +201,8 @@ class Tree:
         sees = ancestors(parents).to(rows.device)
         lengths = torch.tensor(rows.lengths, device=rows.device)
         ends, firsts = lengths.cumsum(0) - 1, len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
-        self.wanted = torch.stack([ends if node == ROOT else firsts + node for node in nodes], 1).flatten()
+        wanted = [ends if node == ROOT else firsts + node for node in nodes]
+        self.wanted: Tensor | None = torch.stack(wanted, 1).flatten()
         prompt = torch.arange(rows.longest, device=rows.device) < lengths[:, None]
         self._mask = self._masks(prompt, sees)
         none = sees.new_zeros(1, self._size)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# A and B of one projection of all experts. Either as PEFT stores them, (r x experts, in) and (out, r x experts), or by
-# expert, (experts, r, in) and (experts, out, r).
-Pair: TypeAlias = tuple[Tensor, Tensor]
+# A and B, or several Bs where layers share an input. Those of one projection of all experts are as PEFT stores them,
+# (r x experts, in) and (out, r x experts), or by expert, (experts, r, in) and (experts, out, r).
+Pair: TypeAlias = tuple[Tensor, ...]
 
 
 def sparse_mlp(x: Tensor, block: nn.Module, gate_up: Pair | None, down: Pair | None, scale: float) -> Tensor:

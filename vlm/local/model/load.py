@@ -128,21 +128,16 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    _show_progress(False)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        _show_progress(bars)
-
-
-def _show_progress(on: bool) -> None:
-    from transformers.utils import logging
-
     with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS has decided already
         warnings.filterwarnings("ignore", message=".*progress bars.*")
-        (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 class Model:

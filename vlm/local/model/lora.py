@@ -9,16 +9,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kshot.errors import ModelError, RequestError
-from vlm.local.model.experts import by_expert
+from vlm.local.model.experts import Pair, by_expert
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
 ALPHA = 32  # at any rank, as the Tinker API fixes it
@@ -32,7 +34,6 @@ TARGETS = {  # what each flag trains; the first three are those of create_lora_t
 EXPERTS = "mlp.experts"  # the module whose parameters hold all experts of a layer
 EXPERT_PARAMETERS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # PEFT nests one wrapper a parameter, last outside
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-Pair = tuple[Tensor, tuple[Tensor, ...]]  # A (parts x rank, in), and for each part its B (out, rank)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class LoraSpec:
         """What B A is multiplied by."""
         return ALPHA / self.rank
 
-    def config(self, *, experts: bool = False) -> LoraConfig:
+    def config(self, *, experts: bool = False) -> "LoraConfig":
         """PEFT's configuration. experts: whether the model has experts, which `train_mlp` covers."""
+        from peft import LoraConfig
+
         parameters = [f"{EXPERTS}.{name}" for name in EXPERT_PARAMETERS] if experts and self.train_mlp else None
         return LoraConfig(
             r=self.rank,
@@ -92,12 +95,7 @@ class Piece:
         return flats[self.device][self.start : self.end].view(self.shape)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Pieces of layers that read one input."""
-
-    a: tuple[Piece, ...]
-    b: tuple[Piece, ...]
+Group = tuple[tuple[Piece, ...], ...]  # of layers that read one input: their As side by side, then each B
 
 
 class Layout:
@@ -111,11 +109,7 @@ class Layout:
     @cached_property
     def pieces(self) -> dict[str, Piece]:
         """All tensors by PEFT's names."""
-        return {piece.name: piece for group in self.groups.values() for piece in (*group.a, *group.b)}
-
-    def config(self) -> LoraConfig:
-        """PEFT's configuration of such an adapter."""
-        return self.spec.config(experts=self.experts)
+        return {piece.name: piece for group in self.groups.values() for part in group for piece in part}
 
     def flats(self, tensors: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
         """Float32 buffers that hold these tensors, by PEFT's names."""
@@ -143,7 +137,7 @@ class Layout:
         rank = self.spec.rank * experts
         a = [self._piece(f"{n}.lora_A", (rank, into), device) for n, (into, _) in zip(names, shapes, strict=True)]
         b = [self._piece(f"{n}.lora_B", (out, rank), device) for n, (_, out) in zip(names, shapes, strict=True)]
-        return Group(tuple(a), tuple(b))
+        return (tuple(a), *((each,) for each in b))
 
     def _piece(self, name: str, shape: tuple[int, int], device: torch.device) -> Piece:
         start = self.sizes.get(device, 0)
@@ -200,13 +194,9 @@ class Adapter:
         """PEFT's name → the view of that tensor."""
         return {name: piece.of(self.flats) for name, piece in self.layout.pieces.items()}
 
-    def copy(self) -> "Adapter":
-        """The same numbers in memory of their own."""
-        return Adapter(self.layout, {device: flat.detach().clone() for device, flat in self.flats.items()})
-
-    def factors(self, dtype: torch.dtype) -> "Factors":
-        """What a forward pass in `dtype` multiplies by."""
-        return Factors(self.layout, {device: flat.detach().to(dtype) for device, flat in self.flats.items()})
+    def snapshot(self, dtype: torch.dtype) -> "Factors":
+        """The numbers as they are now, for forward passes in `dtype`."""
+        return Factors(self.layout, {device: flat.detach().to(dtype, copy=True) for device, flat in self.flats.items()})
 
 
 class Factors:
@@ -220,14 +210,13 @@ class Factors:
     ) -> None:
         self.spec, self.scale, self._groups = layout.spec, layout.spec.scale, dict[str, Pair]()
         for name, group in layout.groups.items():
-            a, *bs = (self._leaf(pieces, flats, gradients) for pieces in (group.a, *((b,) for b in group.b)))
-            self._groups[name] = (a, tuple(bs))
+            pair = tuple(self._leaf(pieces, flats, gradients) for pieces in group)
             if gradients is None and f"{EXPERTS}." in name:  # fixed: put in the experts' order once, not at every use
-                a, b = by_expert((a, bs[0]), a.shape[0] // self.spec.rank)
-                self._groups[name] = (a, (b,))
+                pair = by_expert(pair, len(pair[0]) // self.spec.rank)
+            self._groups[name] = pair
 
     def pair(self, name: str) -> Pair | None:
-        """A and Bs of the layers that read one input, or None where the adapter leaves them alone."""
+        """A (parts x rank, in), and B (out, rank) of each layer that reads this input; None where there is none."""
         return self._groups.get(name)
 
     @staticmethod
@@ -255,10 +244,10 @@ def linear(
     """
     if pair is None:
         return _frozen(x, weight, bias, residual)
-    (a, bs), (out, into) = pair, weight.shape
+    out, into = weight.shape
     # by operations; in float32 alone, as a sum in another type would lose the small delta
     merge = weight.dtype == torch.float32 and weight.numel() <= SMALL and len(x) * (out + into) >= 2 * out * into
-    return (_Merged if merge else _Separate).apply(x, weight, bias, residual, a, scale, *bs)
+    return (_Merged if merge else _Separate).apply(x, weight, bias, residual, scale, *pair)
 
 
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -272,21 +261,13 @@ class _Separate(torch.autograd.Function):
     """The narrow products beside the frozen one."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        a: Tensor,
-        scale: float,
-        *bs: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, scale: float, *pair: Tensor) -> Tensor:
+        a, *bs = pair
         out, inner = _frozen(x, weight, bias, residual), x @ a.t()
-        for part, narrow, b in zip(_parts(out, bs), inner.chunk(len(bs), 1), bs, strict=True):
+        for part, narrow, b in zip(out.split([len(b) for b in bs], 1), inner.chunk(len(bs), 1), bs, strict=True):
             part.addmm_(narrow, b.t(), alpha=scale)
         ctx.save_for_backward(x, weight, inner, a, *bs)
-        ctx.scale, ctx.gathered = scale, _gathered(a, *bs)
+        ctx.scale, ctx.gathered = scale, _gathered(pair)
         return out
 
     @staticmethod
@@ -294,7 +275,7 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, inner, a, *bs = ctx.saved_tensors
         back = torch.empty_like(inner)  # the gradient of x A^T
-        parts = _parts(gradient, bs)
+        parts = gradient.split([len(b) for b in bs], 1)
         for part, into, b in zip(parts, back.chunk(len(bs), 1), bs, strict=True):
             torch.mm(part, b, out=into)
         if ctx.scale != 1:
@@ -302,18 +283,18 @@ class _Separate(torch.autograd.Function):
         to_x = (gradient @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
         to_residual = gradient if ctx.needs_input_grad[3] else None
         narrow = inner.chunk(len(bs), 1)
-        if ctx.needs_input_grad[4] and ctx.gathered:
+        if ctx.gathered:
             of_a, *of_bs = ctx.gathered
             of_a.addmm_(back.t(), x)
             for of_b, part, each in zip(of_bs, parts, narrow, strict=True):
                 of_b.addmm_(part.t(), each, alpha=ctx.scale)
-        if ctx.gathered or not ctx.needs_input_grad[4]:
+        if ctx.gathered or not ctx.needs_input_grad[5]:
             return to_x, None, None, to_residual, None, None, *(None for _ in bs)
         to_bs = ((part.t() @ each).mul_(ctx.scale) for part, each in zip(parts, narrow, strict=True))
-        return to_x, None, None, to_residual, back.t() @ x, None, *to_bs
+        return to_x, None, None, to_residual, None, back.t() @ x, *to_bs
 
 
-def _gathered(*leaves: Tensor) -> tuple[Tensor, ...]:
+def _gathered(leaves: Pair) -> Pair:
     """On a GPU, where starting a kernel costs more than a small sum: what the leaves' gradients are added to."""
     gradients = tuple(leaf.grad for leaf in leaves if leaf.is_cuda and leaf.grad is not None)
     return gradients if len(gradients) == len(leaves) else ()
@@ -323,16 +304,8 @@ class _Merged(torch.autograd.Function):
     """The same with W + scale · B A as the weight: its gradient is one product, from which those of A and B follow."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        a: Tensor,
-        scale: float,
-        *bs: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, scale: float, *pair: Tensor) -> Tensor:
+        a, *bs = pair
         merged = weight.clone()
         for part, each, b in zip(merged.split([len(b) for b in bs]), a.chunk(len(bs)), bs, strict=True):
             part.addmm_(b, each, alpha=scale)
@@ -346,13 +319,9 @@ class _Merged(torch.autograd.Function):
         x, merged, a, *bs = ctx.saved_tensors
         to_x = gradient @ merged if ctx.needs_input_grad[0] else None
         to_residual = gradient if ctx.needs_input_grad[3] else None
-        if not ctx.needs_input_grad[4]:
+        if not ctx.needs_input_grad[5]:
             return to_x, None, None, to_residual, None, None, *(None for _ in bs)
         parts = (gradient.t() @ x).mul_(ctx.scale).split([len(b) for b in bs])
         to_a = torch.cat([b.t() @ part for b, part in zip(bs, parts, strict=True)])
         to_bs = (part @ each.t() for part, each in zip(parts, a.chunk(len(bs)), strict=True))
-        return to_x, None, None, to_residual, to_a, None, *to_bs
-
-
-def _parts(whole: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return whole.split([b.shape[0] for b in bs], 1)
+        return to_x, None, None, to_residual, None, to_a, *to_bs

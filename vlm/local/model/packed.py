@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm.local.model.attention import Attention, gather
-from vlm.local.model.experts import sparse_mlp
-from vlm.local.model.lora import Factors, Pair, linear
+from vlm.local.model.experts import Pair, sparse_mlp
+from vlm.local.model.lora import Factors, linear
 from vlm.local.model.ops import norm_rope, rms_norm, swiglu
 
 
@@ -37,17 +37,11 @@ class Text:
 
     def __init__(self, stock: Any) -> None:
         text = stock.model.language_model
-        name = next(name for name, module in stock.named_modules() if module is text)
-        self.layers = [_Layer(f"{name}.layers.{number}", layer) for number, layer in enumerate(text.layers)]
+        self.layers = [_Layer(number, layer) for number, layer in enumerate(text.layers)]
         self._embed, self._norm, self._rope, self._head = text.embed_tokens, text.norm, text.rotary_emb, stock.lm_head
 
-    def hidden(
-        self, inputs: PackedInputs, attention: Attention, factors: Factors | None, wanted: Tensor | None = None
-    ) -> Tensor:
-        """(positions, hidden), or (wanted, hidden): the last hidden states, after the final norm.
-
-        wanted: the positions to return, in order; `attention` must have been made with them too.
-        """
+    def hidden(self, inputs: PackedInputs, attention: Attention, factors: Factors | None) -> Tensor:
+        """(positions, hidden), or (wanted, hidden) of those that `attention` wants: the last states, after the norm."""
         x = self._embed.weight[inputs.ids]
         if inputs.image_positions is not None and inputs.embeds is not None:
             x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
@@ -55,18 +49,18 @@ class Text:
         rope = tuple(each[0][:, None] for each in self._rope(self._embed.weight, inputs.position_ids[:, None]))
         final = len(self.layers) - 1
         # the last layer's own features need all positions
-        early = wanted is not None and len(inputs.deepstack) <= final
+        early = len(inputs.deepstack) <= final
         for number, layer in enumerate(self.layers):
             if layer.device != x.device:
                 x, attention = x.to(layer.device), attention.to(layer.device)
                 rope = tuple(each.to(layer.device) for each in rope)
-            x = layer(number, x, rope, attention, factors, wanted if early and number == final else None)
+            x = layer(x, rope, attention, factors, attention.wanted if early and number == final else None)
             if number < len(inputs.deepstack) and inputs.image_positions is not None:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
                 positions = inputs.image_positions.to(x.device)
                 x = x.add_(torch.zeros_like(x).index_copy_(0, positions, inputs.deepstack[number].to(x)))
-        if wanted is not None and not early:
-            x = gather(x, wanted.to(x.device))
+        if attention.wanted is not None and not early:
+            x = gather(x, attention.wanted)
         return rms_norm(x.to(self._norm.weight.device), self._norm.weight, self._norm.variance_epsilon)
 
     def logits(self, hidden: Tensor, factors: Factors | None, tokens: Tensor | None = None) -> Tensor:
@@ -83,7 +77,7 @@ class Text:
         if head.bias is not None:
             out = out + head.bias[rows].float()
         if pair is not None:
-            a, (b,) = pair
+            a, b = pair
             out = out + scale * (hidden @ a.float().t()) @ b.index_select(0, rows).float().t()
         return out
 
@@ -91,10 +85,10 @@ class Text:
 class _Layer:
     """One decoder layer. The stock layer's weights become views of the products' weights: nothing is held twice."""
 
-    def __init__(self, name: str, stock: Any) -> None:
+    def __init__(self, number: int, stock: Any) -> None:
         attention, mlp = stock.self_attn, stock.mlp
         self.device = attention.q_proj.weight.device
-        self._name, self._eps = name, stock.input_layernorm.variance_epsilon
+        self._number, self._eps = number, stock.input_layernorm.variance_epsilon
         self._norm1, self._norm2 = stock.input_layernorm.weight, stock.post_attention_layernorm.weight
         self._qkv = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
         self._o = (attention.o_proj.weight, attention.o_proj.bias)
@@ -108,19 +102,13 @@ class _Layer:
             self._down = (mlp.down_proj.weight, mlp.down_proj.bias)
 
     def __call__(
-        self,
-        number: int,
-        x: Tensor,
-        rope: tuple[Tensor, ...],
-        attention: Attention,
-        factors: Factors | None,
-        wanted: Tensor | None,
+        self, x: Tensor, rope: tuple[Tensor, ...], attention: Attention, factors: Factors | None, wanted: Tensor | None
     ) -> Tensor:
         """(positions, hidden) → the same after this layer, or only at the `wanted` positions."""
-        scale = factors.scale if factors else 1.0
+        scale, number = factors.scale if factors else 1.0, self._number
 
         def pair(name: str) -> Pair | None:
-            return factors.pair(f"{self._name}.{name}") if factors else None
+            return factors.pair(f"model.language_model.layers.{number}.{name}") if factors else None
 
         mixed = linear(rms_norm(x, self._norm1, self._eps), *self._qkv, pair("self_attn.q_proj"), scale)
         mixed = norm_rope(mixed.view(len(x), -1, self._dim), self._qk_norm, rope, self._eps)
@@ -128,13 +116,11 @@ class _Layer:
         if wanted is None:
             seen = attention(number, q, k, v)
         else:
-            wanted = wanted.to(x.device)
             x, seen = gather(x, wanted), attention.last(number, gather(q, wanted), k, v)
         x = linear(seen, *self._o, pair("self_attn.o_proj"), scale, residual=x)
         normal = rms_norm(x, self._norm2, self._eps)
         if self._sparse is not None:
-            pairs = (pair(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
-            gate_up, down = (each and (each[0], each[1][0]) for each in pairs)
+            gate_up, down = (pair(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
             return x + sparse_mlp(normal, self._sparse, gate_up, down, scale)
         inner = swiglu(linear(normal, *self._gate_up, pair("mlp.gate_proj"), scale))
         return linear(inner, *self._down, pair("mlp.down_proj"), scale, residual=x)

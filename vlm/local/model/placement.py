@@ -92,31 +92,16 @@ _V2 = "memory.max", "memory.current", "inactive_file"
 STEPS = 100  # shares of the free memory that are tried, from the smallest
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the weights in memory, by what stays together. A head that is tied to the embeddings takes none.
-
-    first: vision tower, embeddings and what else there is. layers: each decoder layer. last: final norm and head.
-    """
-
-    first: int
-    layers: tuple[int, ...]
-    last: int
-
-    @property
-    def total(self) -> int:
-        return self.first + sum(self.layers) + self.last
-
-
-def sizes(tensors: Mapping[str, StoredTensor], layers: int, tied: bool, dtype: torch.dtype) -> Sizes:
-    """The sizes that stored tensors have once they are of `dtype`."""
+def sizes(tensors: Mapping[str, StoredTensor], layers: int, tied: bool, dtype: torch.dtype) -> list[int]:
+    """Bytes of the weights in memory as `dtype`, by what stays together: vision tower, embeddings and what else there
+    is; each decoder layer; final norm and head, unless that is tied to the embeddings."""
     of = [0] * (layers + 2)
     for name, tensor in tensors.items():
         layer = re.match(rf"{re.escape(LAYERS)}\.(\d+)\.", name)
         part = int(layer[1]) + 1 if layer else (-1 if name.startswith((HEAD, NORM)) else 0)
         if part <= layers and not (tied and name.startswith(HEAD)):
             of[part] += tensor.elements * dtype.itemsize
-    return Sizes(of[0], tuple(of[1:-1]), of[-1])
+    return of
 
 
 def devices(device: str) -> list[torch.device]:
@@ -168,18 +153,17 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> float:
 
 
 def device_map(
-    name: str, dtype: torch.dtype, size: Sizes, tied: bool, targets: Sequence[torch.device], free: Sequence[int]
+    name: str, dtype: torch.dtype, size: Sequence[int], tied: bool, targets: Sequence[torch.device], free: Sequence[int]
 ) -> dict[str, torch.device | int]:
     """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
-    free on them. Raises ModelError where the weights do not fit, before any is read."""
-    blocks = [size.first, *size.layers, size.last]
+    free on them. size: see `sizes`. Raises ModelError where the weights do not fit, before any is read."""
     shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
-    places = next((places for share in shares if (places := _fill(blocks, share))), None)
+    places = next((places for share in shares if (places := _fill(size, share))), None)
     if places is None:
         has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
         ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
         ways_out += ["`auto` to spread it over several GPUs"] if [t.type for t in targets] == ["cuda"] else []
-        what = f"model {name} needs {size.total / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
+        what = f"model {name} needs {sum(size) / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
         raise ModelError(f"{what}, but free are {has}; use {', or '.join(ways_out)}")
     if len(targets) == 1:
         return {"": targets[0]}

@@ -5,11 +5,9 @@ forward has a Conv3d for patches (its stride is its kernel: a matrix product, ma
 makes its position tables anew every time, and runs attention image by image in every layer.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,36 +20,33 @@ Tables = tuple[Tensor, Tensor, Tensor]  # of a grid: position embeddings, cosine
 
 GRIDS = 64  # grids of a tower whose tables are kept: at 1,320 patches of 1,152 channels in bfloat16 about 4 MB each
 
-_tables: WeakKeyDictionary[nn.Module, OrderedDict[tuple[object, ...], Tables]] = WeakKeyDictionary()
-
 
 def plain(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     """The layer as it is."""
     return layer(x)
 
 
-def tower(
-    visual: Any, pixels: Tensor, grid: Grid, count: int, linear: Linear = plain
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The features of `count` images of one grid: embeds (count, tokens, hidden), and the same of each deepstack layer.
+def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linear = plain) -> Tensor:
+    """The features of `count` images of one grid: (count, 1 + deepstack layers, tokens, hidden), the embeds first.
 
     visual: the stock Qwen3VLVisionModel of a dense or a mixture-of-experts model.
     pixels: (count x height x width, channels x time x patch x patch), as the stock image processor orders them.
-    grid: patches (1, height, width) of each image.
+    tables: `grid_tables` of each image's patches (1, height, width).
     linear: computes layer(x) for each linear layer of the blocks, which it gets with its name in the tower
         ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "blocks.0.mlp.linear_fc2").
     """
-    positions, *rotation = _grid_tables(visual, grid)
+    positions, *rotation = tables
     x = _patches(visual.patch_embed.proj, pixels).unflatten(0, (count, -1)) + positions
     merged: dict[int, Tensor] = {}
     for number, block in enumerate(visual.blocks):
         name = f"blocks.{number}"
         x = x + _attention(f"{name}.attn", block.attn, _norm(block.norm1, x), rotation, linear)
-        x = x + _mlp(f"{name}.mlp", block.mlp, _norm(block.norm2, x), linear)
+        inner = block.mlp.act_fn(linear(f"{name}.mlp.linear_fc1", block.mlp.linear_fc1, _norm(block.norm2, x)))
+        x = x + linear(f"{name}.mlp.linear_fc2", block.mlp.linear_fc2, inner)
         if number in visual.deepstack_visual_indexes:
             level = visual.deepstack_visual_indexes.index(number)
             merged[level] = _merge(visual.deepstack_merger_list[level], x)
-    return _merge(visual.merger, x), tuple(merged[level] for level in sorted(merged))
+    return torch.stack([_merge(visual.merger, x), *(merged[level] for level in sorted(merged))], 1)
 
 
 def _patches(convolution: Any, pixels: Tensor) -> Tensor:
@@ -73,11 +68,6 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return (x * cosines + torch.cat((second, first), -1) * sines).to(x.dtype)
 
 
-def _mlp(name: str, mlp: Any, x: Tensor, linear: Linear) -> Tensor:
-    inner = mlp.act_fn(linear(f"{name}.linear_fc1", mlp.linear_fc1, x))
-    return linear(f"{name}.linear_fc2", mlp.linear_fc2, inner)
-
-
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -90,21 +80,9 @@ def _merge(merger: Any, x: Tensor) -> Tensor:
     return merger.linear_fc2(merger.act_fn(merger.linear_fc1(joined)))
 
 
-def _grid_tables(visual: Any, grid: Grid) -> Tables:
-    """From the cache, or made: frozen weights are taken for granted."""
-    weight = visual.pos_embed.weight
-    kept = _tables.setdefault(visual, OrderedDict())
-    key = (grid, weight.device, weight.dtype, weight.data_ptr(), weight._version)
-    tables = kept.pop(key, None) or _make_tables(visual, grid)
-    kept[key] = tables  # the last one used is the last to go
-    while len(kept) > GRIDS:
-        kept.popitem(last=False)
-    return tables
-
-
 @torch.inference_mode(False)  # tables made in inference mode would be useless to a later backward pass
 @torch.no_grad()
-def _make_tables(visual: Any, grid: Grid) -> Tables:
+def grid_tables(visual: Any, grid: Grid) -> Tables:
     """By the stock functions: position embeddings (patches, hidden); cosines and sines (patches, 1, 1, channels)."""
     weight, merge = visual.pos_embed.weight, visual.spatial_merge_size
     grids = torch.tensor([grid], device=weight.device)
@@ -128,16 +106,6 @@ class ImageFeatures:
 
     grid: Grid
     values: Tensor
-
-    @property
-    def embeds(self) -> Tensor:
-        """(tokens, hidden)"""
-        return self.values[0]
-
-    @property
-    def deepstack(self) -> tuple[Tensor, ...]:
-        """(tokens, hidden), one a layer."""
-        return tuple(self.values[1:])
 
     @property
     def tokens(self) -> int:

@@ -37,7 +37,9 @@ class TokenSequence:
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
         self._tokenizer, self.generator = tokenizer, generator_of(params.seed, number)
-        self._strings, self._ids = _stops(params.stop, tokenizer.eos_token_id)
+        stop = tokenizer.eos_token_id if params.stop is None else params.stop  # an empty list stops nowhere (SDK)
+        stops = [stop] if isinstance(stop, int | str) else stop
+        self._strings, self._ids = ([each for each in stops if isinstance(each, kind)] for kind in (str, int))
         self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
 
     def append(self, token: int, log_prob: float) -> None:
@@ -130,7 +132,7 @@ class Decoder:
         self._assign_rows()
         if self._cache is None:
             return []
-        running, text, factors = self._running, self.engine.model.text, self.snapshot.factors
+        running, text, factors = self._running, self.engine.model.text, self.snapshot
         tokens = [(each.sequence.tokens[-1], each.position) for each in running]
         ids, position_ids = torch.tensor(tokens, device=self.engine.model.device).unbind(1)
         with self.engine.model.timed("forward"):
@@ -248,13 +250,8 @@ def _candidates(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tenso
 
 def _ordered(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values and their tokens; among equal values the lower token first."""
-    if count < len(scaled):
-        values, _ = scaled.topk(count)
-        at = (scaled >= values[-1]).nonzero()[:, 0]
-        scaled, at = scaled[at], at
-    else:
-        at = torch.arange(len(scaled))
-    values, order = scaled.sort(descending=True, stable=True)
+    at = (scaled >= scaled.topk(count).values[-1]).nonzero()[:, 0]
+    values, order = scaled[at].sort(descending=True, stable=True)
     return values[:count], at[order[:count]]
 
 
@@ -274,9 +271,3 @@ def generator_of(seed: int | None, number: int, prompt: bool = False) -> torch.G
         mixed = np.random.SeedSequence([seed, number], spawn_key=(0,) if prompt else ())
         generator.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
     return generator
-
-
-def _stops(stop: str | Sequence[str] | Sequence[int] | None, end: int) -> tuple[list[str], set[int]]:
-    """Stop strings and stop tokens. None stops at the tokenizer's end token, an empty list nowhere (SDK)."""
-    stops: list[str | int] = [end] if stop is None else [stop] if isinstance(stop, str) else list(stop)
-    return [s for s in stops if isinstance(s, str)], {s for s in stops if isinstance(s, int)}

@@ -94,9 +94,7 @@ def check(engine: Engine, request: SamplingRequest) -> None:
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
-    for chunk in request.prompt.chunks:
-        if not isinstance(chunk, types.EncodedTextChunk | types.ImageChunk):  # others have no length
-            raise RequestError(f"chunk of type {chunk.type!r} is not supported; use encoded text and images")
+    length_of(request.prompt)
     if request.prompt_logprobs_last_n is not None and not request.prompt_logprobs:
         raise RequestError(f"prompt_logprobs_last_n = {last} is of prompt_logprobs; ask for these too")
     if request.targets is not None:
@@ -110,13 +108,13 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
 
     Raises RequestError or ImageError for a prompt that the model does not take; then none is added.
     """
-    engine, factors = decoder.engine, decoder.snapshot.factors
+    engine, factors = decoder.engine, decoder.snapshot
     batch = engine.collate([request.prompt for request in requests], factors)
     cache = Cache(batch.rows.lengths, engine.model.device)
     any_fields = any(request.prompt_fields for request in requests)
     wanted = None if any_fields else batch.ends
     with engine.model.timed("forward"):
-        hidden = engine.model.text.hidden(batch.inputs, Causal(batch.rows, wanted, cache), factors, wanted)
+        hidden = engine.model.text.hidden(batch.inputs, Causal(batch.rows, wanted, cache), factors)
         logits = engine.model.text.logits(hidden[batch.ends] if any_fields else hidden, factors)
     results, tokenizer = list[SamplingResult](), engine.model.tokenizer
     for request, end, length in zip(requests, batch.ends.tolist(), batch.rows.lengths, strict=True):
@@ -136,7 +134,13 @@ def _prompt_values(
     rows, values = len(ids) - 1, dict[str, Any]()
     targets, generator = _target_ids(request.targets, rows), generator_of(request.params.seed, 0, prompt=True)
     uniform = torch.rand(rows, request.prompt_alt_tokens_k, generator=generator, dtype=torch.float64)
-    first_own = 1 + _skipped(request, rows)  # the position of the first token of the prompt that is scored
+    last = rows if request.prompt_logprobs_last_n is None else request.prompt_logprobs_last_n
+    if last > rows:
+        raise RequestError(
+            f"prompt_logprobs_last_n = {last} is out of range: it must be from 1 to {rows}, "
+            "as many positions as the prompt has behind its first"
+        )
+    first_own = 1 + rows - last  # the position of the first token of the prompt that is scored
     any_position = request.targets is not None or request.prompt_alt_tokens_k
     start = 1 if any_position else first_own  # the first position at which anything is scored
     inputs = states[start - 1 : -1], ids[start:], request, targets[start - 1 :], uniform[start - 1 :]
@@ -164,7 +168,7 @@ def _scored(
     """For each position its own token's log-probability (n,), its likeliest tokens and their log-probabilities
     (n, top), those of its targets, and what is drawn by `uniform`, with log-probabilities; in parts that keep the
     logits within LOGITS numbers."""
-    model, factors = decoder.engine.model, decoder.snapshot.factors
+    model, factors = decoder.engine.model, decoder.snapshot
     step = max(1, LOGITS // model.vocabulary)
     for start in range(0, max(1, len(hidden)), step):
         part = slice(start, start + step)
@@ -178,17 +182,6 @@ def _scored(
         drawn = sample_tokens(logits, request.params.temperature, uniform[part])
         values = own, best.indices, best.values, chosen, drawn, log_probs.gather(1, drawn)
         yield tuple(each.cpu() for each in values)
-
-
-def _skipped(request: SamplingRequest, rows: int) -> int:
-    """How many of the `rows` positions behind the first are not requested. Raises RequestError for more than all."""
-    last = rows if request.prompt_logprobs_last_n is None else request.prompt_logprobs_last_n
-    if last > rows:
-        raise RequestError(
-            f"prompt_logprobs_last_n = {last} is out of range: it must be from 1 to {rows}, "
-            "as many positions as the prompt has behind its first"
-        )
-    return rows - last
 
 
 def _target_ids(targets: types.TensorData | None, rows: int) -> Tensor:
