@@ -82,7 +82,11 @@ def kshot(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> "list[Job]":
-    """Cells run in this process, without workers, each of which would import everything anew; the list of them."""
+    """Cells run in this process, without workers, each of which would import everything anew; the list of them. Figures
+    are not drawn, which takes longer than small cells."""
+    from matplotlib.figure import Figure
+
     from tests.experiments.trained import in_this_process
 
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     return in_this_process(monkeypatch)

@@ -1,9 +1,6 @@
 """An adapter folder: LoRA weights as a checkpoint has them, classifier.json, which records what the adapter answers,
-and the model card, README.md.
-
-The model card states what the adapter is, how to use it and where it came from; the same record gives the same bytes.
-It states no accuracy, since training measures none, and no path of this machine.
-"""
+and the model card, README.md: what it is, how to use it, where it came from. The card states no accuracy, which
+training does not measure, and no path of this machine; the same record gives the same bytes."""
 
 import re
 import shutil
@@ -13,19 +10,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from experiments.sweep.provenance import SHIPPED
 from kshot.errors import InputError, ModelError
 from kshot.files import replace_folder, write_file
+from vlm import nano
 
 CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
 FILES = {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD, README}
 
 
 class Card(BaseModel):
-    """classifier.json: what a classifier needs besides the weights.
-
-    prompt: the template in full. trained: where it came from (data set, protocol, shots, seed, settings, versions).
-    """
+    """classifier.json: what a classifier needs besides the weights. prompt: the template in full. trained: where it
+    came from (data set, protocol, shots, seed, settings, versions)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -100,16 +95,13 @@ IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def readme(card: Card, notes: Sequence[str] = ()) -> str:
-    """The text of the model card. notes: sentences about the models and the shots that it has to state.
-
-    Its front matter leaves out a base model that is a folder of this machine, the licence where the base's is not
-    known, and a data set that has no hub id.
-    """
+    """The text of the model card. notes: sentences about the models and the shots that it has to state. The front
+    matter leaves out a base model that is a folder of this machine, an unknown licence, a data set without a hub id."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from vlm.prompts import IMAGE, template
 
-    shipped, prompt = card.base_model in SHIPPED["model"], template(card.prompt)
+    shipped, prompt = card.base_model == nano.NAME, template(card.prompt)
     hub_id, _, revision = card.base_model.partition("@")
     data = ModelCardData(
         base_model=None if card.base_folder else hub_id,
@@ -125,7 +117,6 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         data,
         str(TEMPLATE),
         card=card,
-        trained=card.trained,
         notes=notes,
         base=card.base_folder.name if card.base_folder else card.base_model,
         facts=_facts(card),
@@ -133,7 +124,6 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         template=prompt,
         prompt=f"{USER}{prompt.question.replace(IMAGE, IMAGE_TOKENS)}{ASSISTANT}{prompt.prefill}",
         shipped=shipped,
-        folder=card.base_folder,
         hub_id=hub_id,
         revision=revision,
         code=_code,
@@ -149,7 +139,7 @@ def _facts(card: Card) -> list[tuple[str, str]]:
     more = f", and {len(card.classes) - CLASSES_SHOWN} more" if len(card.classes) > CLASSES_SHOWN else ""
     if card.base_folder:
         base = f"{_code(card.base_folder.name)}, a folder whose content has the fingerprint {revision}"
-    elif card.base_model in SHIPPED["model"]:
+    elif card.base_model == nano.NAME:
         base = f"{_code(card.base_model)}, revision {revision}; it comes with kshot and is on no hub"
     else:
         known = trained["settings"].get("model_revision")

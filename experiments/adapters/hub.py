@@ -1,8 +1,5 @@
-"""Send an adapter or a results folder to the Hugging Face hub, in one commit; or list what would be sent.
-
-Only files that belong to such a folder are sent: weights and cards of an adapter; reports, records and figures of
-results. Predictions, images of a data set and all other files stay here.
-"""
+"""Send an adapter or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights and
+cards of an adapter; reports, records and figures of results. Predictions, images and all other files stay here."""
 
 import re
 from dataclasses import dataclass, replace
@@ -21,7 +18,6 @@ PHOTOGRAPH = re.compile(rb"data:image/(?!svg\+xml)")  # figures are drawings; im
 @dataclass(frozen=True)
 class Upload:
     """What is sent, or would be. files: (name in folder and repository, bytes). skipped: what else lies in the folder.
-
     leaks: files that name the base model's folder on this machine. url: of the commit; "" where nothing was sent.
     """
 
@@ -36,9 +32,8 @@ class Upload:
 
 
 def push(folder: Path, repo: str, *, private: bool, dry_run: bool = True) -> Upload:
-    """Send the folder to the repository OWNER/NAME, which is made, private or public, unless it is there.
-
-    A dry run sends nothing and asks the hub nothing. Raises InputError (and its kinds) for a folder or a name that
+    """Send the folder to the repository OWNER/NAME, which is made, private or public, unless it is there. A dry run
+    sends nothing and asks the hub nothing. Raises InputError (and its kinds) for a folder or a name that
     cannot be sent and for a missing token, before anything is sent; KshotError where the hub refuses or is not there.
     """
     check(repo, dry_run=dry_run)
@@ -66,10 +61,13 @@ def check(repo: str, *, dry_run: bool) -> None:
 
 
 def _upload(folder: Path, repo: str, private: bool) -> Upload:
+    card: adapters.Card | None = None
     if (folder / "sweep.json").exists():
         kind, names = DATASET, _results_files(folder)
     elif (folder / adapters.CARD).exists() or (folder / adapters.RECORD).exists():
-        kind, names = MODEL, _adapter_files(folder)
+        kind, names, card = MODEL, sorted(adapters.FILES), adapters.read_card(folder)
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise InputError(f"{folder} has no {missing[0]}: it is no whole adapter; train it again with kshot train")
     else:
         raise InputError(f"{folder} is neither an adapter of kshot train nor a results folder; nothing else is sent")
     for name in names:
@@ -78,14 +76,10 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
     sizes = tuple((name, (folder / name).stat().st_size) for name in names)
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     skipped = tuple(sorted(present - {name.split("/")[0] for name in names}))
-    return Upload(folder, repo, kind, private, sizes, skipped, _leaks(folder) if kind == MODEL else ())
-
-
-def _adapter_files(folder: Path) -> list[str]:
-    adapters.read_card(folder)
-    if missing := sorted(name for name in adapters.FILES if not (folder / name).exists()):
-        raise InputError(f"{folder} has no {missing[0]}: it is no whole adapter; train it again with kshot train")
-    return sorted(adapters.FILES)
+    place = card.base_model if card and card.base_folder else ""
+    records = {name: (folder / name).read_text(encoding="utf-8") for name in names if place and name.endswith(".json")}
+    leaks = tuple(name for name, text in records.items() if place in text)
+    return Upload(folder, repo, kind, private, sizes, skipped, leaks)
 
 
 def _results_files(folder: Path) -> list[str]:
@@ -99,14 +93,6 @@ def _results_files(folder: Path) -> list[str]:
     figures = [f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
     cells = sorted(f"cells/{path.name}" for path in (folder / "cells").glob("[!.]*.json"))
     return [*reports, "sweep.json", *cells, *(name for name in (PACKED, *figures) if (folder / name).exists())]
-
-
-def _leaks(folder: Path) -> tuple[str, ...]:
-    card = adapters.read_card(folder)
-    if card is None or card.base_folder is None:
-        return ()
-    records = sorted(name for name in adapters.FILES if name.endswith(".json"))
-    return tuple(name for name in records if card.base_model in (folder / name).read_text(encoding="utf-8"))
 
 
 def _send(upload: Upload) -> Upload:

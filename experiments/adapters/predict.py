@@ -1,12 +1,10 @@
 """Classify images of the user's own: with an adapter folder, or with a model as it is and class names.
 
 The arguments of `kshot predict` become images with a name, in order. They are prepared as in training and classified in
-batches, so that any number of them takes little memory; the next batch is read and prepared while the model works on
-this one. For an image that cannot be used there is an error instead of a prediction.
-
-A folder is searched recursively, by name; hidden files and folders, and the system's own, are left out. Nothing else
-is: what is missing or cannot be read is in the list too, and raises when it is read. A pattern is expanded here unless
-a file has its very name; folders that it matches are searched as well.
+batches, so that any number of them takes little memory. For one that cannot be used there is an error instead of a
+prediction. A folder is searched recursively, by name; hidden files and folders, and the system's own, are left out.
+Nothing else is: what cannot be read is in the list too, and raises when it is read. A pattern is expanded here unless a
+file has its very name; folders that it matches are searched as well.
 """
 
 import glob
@@ -24,11 +22,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from data.folder import is_system_file
+from data.dataset import is_system_file
 from data.preparation import prepare
 from experiments.adapters.folder import CARD, read_card
 from experiments.sweep.config import Settings
-from kshot.errors import ImageError, InputError
+from kshot.errors import ImageError, InputError, UnknownNameError
 from kshot.files import decoded_text
 from kshot.images import begins_like_image
 
@@ -53,11 +51,8 @@ class Picture:
 
 
 def pictures(arguments: Iterable[str], stdin: Callable[[], BinaryIO]) -> Iterator[Picture]:
-    """The images of all arguments (file, folder, pattern or -), each found when it is asked for.
-
-    stdin: gives the standard input, where one of them is -.
-    Raises InputError, before the first, where standard input is asked for twice.
-    """
+    """The images of all arguments (file, folder, pattern or -), each found when it is asked for. stdin: gives the
+    standard input, where one of them is -. Raises InputError, before the first, where it is asked for twice."""
     arguments = list(arguments)
     if arguments.count(STDIN) > 1:
         raise InputError("standard input (-) is given twice, and can be read once; leave one out")
@@ -159,22 +154,6 @@ Prepared = tuple[Picture, "Future[bytes]"]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What classifies. adapter: a folder, or None for a model as it is, with classes.
-
-    The rest is None for what the adapter's folder records: the model, the class names, the prompt (a preset or a
-    template), the longest side of an image in pixels.
-    """
-
-    adapter: Path | None = None
-    model: str | None = None
-    classes: tuple[str, ...] | None = None
-    prompt: str | None = None
-    max_side: int | None = None
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
 class Prediction:
     """Of one image. probabilities: (classes,) float64 that sum to 1. greedy: the label that constrained decoding
     generates, token by token, where that was requested; not always the likeliest."""
@@ -189,6 +168,9 @@ class Prediction:
         return [(int(label), float(self.probabilities[label])) for label in order]
 
 
+Window = Sequence[Prediction | ImageError]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A loaded model with its prompt. method: "constrained", or "likelihood": that of each whole class name,
@@ -200,7 +182,7 @@ class Classifier:
     method: str = METHODS[0]
     greedy: bool = False
 
-    def predict(self, pictures: Iterator[Picture]) -> Generator[list[Prediction | ImageError], None, None]:
+    def predict(self, pictures: Iterator[Picture]) -> Generator[Window, None, None]:
         """The prediction for each image, or what is wrong with it, in order, a batch at a time."""
         for batch in prefetched(self.prepared, pictures):
             errors = [each.exception() for _, each in batch]
@@ -237,40 +219,53 @@ class Classifier:
 
 
 @contextmanager
-def classifier(source: Source, method: str = METHODS[0], *, greedy: bool = False) -> Iterator[Classifier]:
-    """A classifier, loaded once. Raises InputError, ModelError or PromptError for what does not fit
-    together or cannot be loaded, before a weight is read where that can be known."""
+def classifier(
+    adapter: Path | None = None,
+    model: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    prompt: str | None = None,
+    max_side: int | None = None,
+    device: str = "cpu",
+    method: str = METHODS[0],
+    *,
+    greedy: bool = False,
+) -> Iterator[Classifier]:
+    """A classifier, loaded once. adapter: a folder, or None for a model as it is, with classes. model, classes, prompt
+    (a preset or a template) and max_side (pixels of an image's longest side) are None for what the folder records.
+
+    Raises UnknownNameError, InputError, ModelError or PromptError for what does not fit together or cannot be loaded,
+    before a weight is read where that can be known.
+    """
     from vlm.inputs import ImageRule
     from vlm.label_trie import check
     from vlm.prompts import Prompt, template
     from vlm.service import connect
 
-    card = read_card(source.adapter) if source.adapter else None
-    classes = source.classes or (card.classes if card else ())
-    _check(source, classes)
-    wording = template(source.prompt or (card.prompt if card else Settings().prompt))
-    max_side = source.max_side or (card.max_side if card else Settings().max_side)
-    service: Any = connect("local", device=source.device, cache_bytes=CACHE_BYTES)
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+    if adapter is None and model is None:
+        raise InputError("no model is given; give --adapter DIR, or --model NAME with class names (--class, --classes)")
+    card = read_card(adapter) if adapter else None
+    names = classes or (card.classes if card else ())
+    if not names:
+        what = f"{adapter} has no {CARD}" if adapter else "a model has no class names of its own"
+        raise InputError(f"{what}; give them with --class NAME, twice or more, or --classes FILE")
+    if len(names) < 2:
+        raise InputError(f"there is one class, {names[0]!r}; a choice needs two or more")
+    wording = template(prompt or (card.prompt if card else Settings().prompt))
+    service: Any = connect("local", device=device, cache_bytes=CACHE_BYTES)
     try:
-        if source.adapter is None:
-            sampler = service.create_sampling_client(base_model=source.model).result()
+        if adapter is None:
+            sampler = service.create_sampling_client(base_model=model).result()
         else:
-            sampler = service.create_sampling_client_from_folder(source.adapter, source.model).result()
-        prompt = Prompt(sampler.get_tokenizer(), ImageRule.from_pretrained(sampler.get_base_model()), classes, wording)
-        check(prompt.choices)
-        yield Classifier(sampler, prompt, max_side, method, greedy)
+            sampler = service.create_sampling_client_from_folder(adapter, model).result()
+        rule = ImageRule.from_pretrained(sampler.get_base_model())
+        loaded = Prompt(sampler.get_tokenizer(), rule, names, wording)
+        check(loaded.choices)
+        side = max_side or (card.max_side if card else Settings().max_side)
+        yield Classifier(sampler, loaded, side, method, greedy)
     finally:
         service.close()
-
-
-def _check(source: Source, classes: Sequence[str]) -> None:
-    if source.adapter is None and source.model is None:
-        raise InputError("no model is given; give --adapter DIR, or --model NAME with class names (--class, --classes)")
-    if not classes:
-        what = f"{source.adapter} has no {CARD}" if source.adapter else "a model has no class names of its own"
-        raise InputError(f"{what}; give them with --class NAME, twice or more, or --classes FILE")
-    if len(classes) < 2:
-        raise InputError(f"there is one class, {classes[0]!r}; a choice needs two or more")
 
 
 def prefetched(prepare: Callable[[Picture], bytes], pictures: Iterator[Picture]) -> Iterator[list[Prepared]]:

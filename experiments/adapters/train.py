@@ -1,8 +1,6 @@
-"""Train one adapter exactly as a `vlm-lora` cell of a sweep does, and write its folder.
-
-The images, their order and flips, the settings and the number of threads are the cell's: on a CPU the adapter is the
-cell's own, bit for bit. Nothing is tested, so settings that only a test depends on are refused.
-"""
+"""Train one adapter exactly as a `vlm-lora` cell of a sweep does, and write its folder. Images, their order and flips,
+settings and number of threads are the cell's: on a CPU the adapter is the cell's own, bit for bit. Nothing is tested,
+so settings that only a test depends on are refused."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from data.dataset import Access, Dataset
 from experiments.adapters.folder import Card, check_target, readme, write
 from experiments.sweep import run
 from experiments.sweep.cells import Job
-from experiments.sweep.config import Sweep, load
+from experiments.sweep.config import load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, fit_lora, prompt_of
 from experiments.sweep.provenance import notes
@@ -50,15 +48,15 @@ def plan_training(
     device: str = "cpu",
     access: Access | None = None,
 ) -> tuple[Job, Dataset]:
-    """The cell of a sweep that is trained, checked as the sweep checks it, and its data set.
-
-    settings: put over the demo's, as `kshot sweep` does. Raises InputError for one that training does not depend on.
-    """
+    """The cell of a sweep that is trained, checked as the sweep checks it, and its data set. settings: put over the
+    demo's, as `kshot sweep` does. Raises InputError for one that training does not depend on."""
     if unused := [name for name in TEST_SETTINGS if name in settings]:
         raise InputError(f"{unused[0]} is for sweeps, which test; training does not depend on it: leave it out")
+    values, model = dict(settings), settings.get("model")
+    if model is not None and (Path(model) / "config.json").is_file():
+        values["model"] = str(Path(model).resolve())  # wherever the adapter is used
     grid = {"name": "train", "datasets": (dataset,), "methods": (METHOD,), "shots": (shots,), "seeds": (seed,)}
-    sweep = _with_full_path(load("demo", grid, dict(settings)))
-    planned = plan(sweep, device=device, access=access)
+    planned = plan(load("demo", grid, values), device=device, access=access)
     return replace(planned.jobs[0], device=device), planned.datasets[dataset]
 
 
@@ -67,9 +65,9 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
     last one. Raises InputError, before anything is computed, where the folder holds other things."""
     target = target.resolve()
     check_target(target, force=force)
-    with _temporary_folder(target) as state, one_thread_on_a_cpu(job.device):
-        from vlm.service import connect
+    from vlm.service import connect
 
+    with _temporary_folder(target) as state, one_thread_on_a_cpu(job.device):
         service: Any = connect("local", state_dir=state, device=job.device)
         try:
             task = run.task_of(job, dataset, [])
@@ -92,15 +90,6 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
         )
         text = readme(card, notes(s, set(METHODS[METHOD].settings)))
         write(target, folder_of(state, path), card, text)
-
-
-def _with_full_path(sweep: Sweep) -> Sweep:
-    """The sweep with a model's folder as a path that holds wherever the adapter is used."""
-    folder = Path(sweep.settings.model)
-    if not (folder / "config.json").is_file():
-        return sweep
-    settings = sweep.settings.model_copy(update={"model": str(folder.resolve())})
-    return sweep.model_copy(update={"settings": settings})
 
 
 @contextmanager

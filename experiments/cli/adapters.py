@@ -6,8 +6,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,17 +16,19 @@ import typer
 
 from experiments.cli import options as opt
 from experiments.terminal import err, fail, out, print_paths, progress_bar
-from kshot.errors import INTERRUPTED, InputError, KshotError, UnknownNameError
+from kshot.errors import INTERRUPTED, InputError, KshotError
 from kshot.files import decoded_text
 
 if TYPE_CHECKING:
-    from experiments.adapters.predict import Prediction, Source
+    from data.dataset import Access
+    from experiments.adapters.predict import Prediction, Window
     from experiments.adapters.train import Step
 
 INTERVAL = 10  # seconds between two lines of progress, where there is no terminal
 BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
 
 
+@opt.with_access
 def train(
     dataset: opt.Dataset,
     shots: Annotated[int, typer.Option("--shots", min=1, metavar="K", help="Labelled examples a class.")],
@@ -36,13 +39,7 @@ def train(
     loss: opt.Loss = None,
     device: opt.Device = "cpu",
     allow_fewer: opt.Fewer = False,
-    source: opt.Source = "",
-    root: opt.Root = None,
-    protocol: opt.Protocol = "",
-    split_file: opt.SplitFile = None,
-    allow_modified: opt.Modified = False,
-    allow_shared: opt.Shared = False,
-    label_column: opt.LabelColumn = "",
+    access: "Access | None" = None,
     settings: opt.Set = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
     push_to_hub: opt.PushToHub = None,
@@ -60,7 +57,6 @@ def train(
     check_push(push_to_hub, yes, public)
     options = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
     values = opt.settings_of(options, settings)
-    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
     with err.status("reading the data"):
         job, data = plan_training(dataset, shots, seed, values, device=device, access=access)
     for line in dataset_notes(data):
@@ -137,13 +133,15 @@ def predict(
 ) -> None:
     """The likeliest classes of images, with probabilities; what is no image is named on stderr, and the status is 1."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other programs, threads that spin make each other wait
-    from experiments.adapters.predict import METHODS, Source
+    from experiments.adapters.predict import classifier, pictures
 
-    if method not in METHODS:
-        raise UnknownNameError("method", method, METHODS)
-    source = Source(adapter, model, _class_names(classes, class_file), prompt, max_side, device)
+    names, requested = _class_names(classes, class_file), pictures(images, lambda: sys.stdin.buffer)
     try:
-        failed = _answer(images, source, method, top, as_json=as_json)
+        with (
+            classifier(adapter, model, names, prompt, max_side, device, method, greedy=as_json) as loaded,
+            closing(loaded.predict(requested)) as windows,
+        ):
+            failed = _answer(windows, loaded.prompt.classes, top, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
         raise typer.Exit(BROKEN_PIPE) from None
@@ -154,23 +152,22 @@ def predict(
         raise typer.Exit(KshotError.exit_status)
 
 
-def _answer(images: list[str], source: "Source", method: str, top: int, *, as_json: bool) -> int:
+def _answer(windows: "Iterable[Window]", names: tuple[str, ...], top: int, *, as_json: bool) -> int:
     """Print the answers, flushed by windows; how many images have none."""
-    from experiments.adapters.predict import Prediction, classifier, pictures, shown
+    from experiments.adapters.predict import Prediction, shown
 
     failed = 0
-    requested = pictures(images, lambda: sys.stdin.buffer)
-    with classifier(source, method, greedy=as_json) as loaded, closing(loaded.predict(requested)) as windows:
-        names = loaded.prompt.classes
-        for window in windows:
-            for answer in window:
-                if isinstance(answer, Prediction):
-                    _print([_json(answer, names, top)] if as_json else _lines(answer, names, top))
-                else:
-                    failed += 1
-                    sys.stdout.flush()  # in order, where both go to one place
-                    err.print(f"kshot: {shown(str(answer))}", style="red")
-            sys.stdout.flush()
+    if isinstance(sys.stdout, TextIOWrapper):  # what its encoding lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for window in windows:
+        for answer in window:
+            if isinstance(answer, Prediction):
+                sys.stdout.write(f"{(_json if as_json else _words)(answer, names, top)}\n")
+            else:
+                failed += 1
+                sys.stdout.flush()  # in order, where both go to one place
+                err.print(f"kshot: {shown(str(answer))}", style="red")
+        sys.stdout.flush()
     return failed
 
 
@@ -182,18 +179,11 @@ def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
     return json.dumps(content, allow_nan=False)
 
 
-def _lines(answer: "Prediction", names: tuple[str, ...], top: int) -> Iterator[str]:
+def _words(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
     from experiments.adapters.predict import shown
 
-    yield shown(answer.name)
-    for label, probability in answer.top(top):
-        yield f"  {probability:.4f}  {shown(names[label])}"
-
-
-def _print(lines: Iterable[str]) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))
+    likeliest = [f"  {probability:.4f}  {shown(names[label])}" for label, probability in answer.top(top)]
+    return "\n".join([shown(answer.name), *likeliest])
 
 
 def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] | None:

@@ -33,40 +33,18 @@ def list_data() -> None:
     out.print(table, soft_wrap=False)
 
 
-def get(
-    name: opt.DatasetName,
-    source: opt.Source = "",
-    root: opt.Root = None,
-    protocol: opt.Protocol = "",
-    split_file: opt.SplitFile = None,
-    allow_modified: opt.Modified = False,
-    allow_shared: opt.Shared = False,
-    label_column: opt.LabelColumn = "",
-    split_seed: opt.SplitSeed = 0,
-) -> None:
+@opt.with_access
+def get(name: opt.DatasetName, access: "Access", split_seed: opt.SplitSeed = 0) -> None:
     """Fetch or read a data set once, verify it, and keep it in the cache."""
-    _loaded(
-        name, opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column), split_seed
-    )
+    _loaded(name, access, split_seed)
 
 
-def check(
-    name: opt.DatasetName,
-    source: opt.Source = "",
-    root: opt.Root = None,
-    protocol: opt.Protocol = "",
-    split_file: opt.SplitFile = None,
-    allow_modified: opt.Modified = False,
-    allow_shared: opt.Shared = False,
-    label_column: opt.LabelColumn = "",
-    split_seed: opt.SplitSeed = 0,
-) -> None:
+@opt.with_access
+def check(name: opt.DatasetName, access: "Access", split_seed: opt.SplitSeed = 0) -> None:
     """Decode and hash every image of a data set, and look for images that train and test share."""
     from data import check as checks
 
-    dataset = _loaded(
-        name, opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column), split_seed
-    )
+    dataset = _loaded(name, access, split_seed)
     with err.status("decoding every image"):
         report = checks.check(dataset)
     for line in _lines(dataset, report):

@@ -1,8 +1,5 @@
-"""The command line: the table of commands, and one line for every error.
-
-Commands turn arguments into calls; they import what they need when they run, so that `kshot --help` and
-`kshot data list` answer at once.
-"""
+"""The command line: the table of commands, and one line for every error. Commands turn arguments into calls and import
+what they need when they run, so that `kshot --help` and `kshot data list` answer at once."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -17,29 +14,18 @@ from experiments.cli.sweep import demo, report, sweep, zero_shot
 from experiments.terminal import fail, out
 from kshot.errors import INTERRUPTED, InputError, KshotError
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "sweep": sweep,
-    "report": report,
-    "train": train,
-    "push": push,
-    "predict": predict,
-    "zero-shot": zero_shot,
-    "serve": serve,
-}
-GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+Commands = Mapping[str, Callable[..., None]]
+
+
+def _named(*functions: Callable[..., None]) -> Commands:
+    return {function.__name__.replace("_", "-"): function for function in functions}
+
+
+COMMANDS = _named(demo, sweep, report, train, push, predict, zero_shot, serve)
+MEASURES = _named(bench.data, bench.train, bench.score, bench.baseline, bench.serve, bench.sweep)
+GROUPS = {
     "data": ("The data sets.", {"list": data.list_data, "get": data.get, "check": data.check}),
-    "bench": (
-        "How fast the parts are on this machine.",
-        {
-            "data": bench.data,
-            "train": bench.train,
-            "score": bench.score,
-            "baseline": bench.baseline,
-            "serve": bench.serve,
-            "sweep": bench.sweep,
-        },
-    ),
+    "bench": ("How fast the parts are on this machine.", MEASURES),
 }
 # Typer has a copy of click of its own; the base of its usage errors has no public name.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -59,7 +45,7 @@ def help_or_version(
         raise typer.Exit
 
 
-def _with_commands(app: typer.Typer, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+def _with_commands(app: typer.Typer, commands: Commands) -> typer.Typer:
     app.callback(invoke_without_command=True)(help_or_version)
     for name, function in commands.items():
         app.command(name)(function)

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,18 +66,33 @@ Public = Annotated[bool, typer.Option("--public", help="Make the repository publ
 
 
 def access_of(
-    source: str,
-    root: Path | None,
-    protocol: str,
-    split_file: Path | None,
-    modified: bool,
-    shared: bool,
-    label_column: str,
+    source: Source = "",
+    root: Root = None,
+    protocol: Protocol = "",
+    split_file: SplitFile = None,
+    allow_modified: Modified = False,
+    allow_shared: Shared = False,
+    label_column: LabelColumn = "",
 ) -> "Access":
-    """How a data set is had, by the options of a command."""
+    """How a data set is had."""
     from data.dataset import Access
 
-    return Access(source, root, protocol, split_file, modified, label_column, shared)
+    return Access(source, root, protocol, split_file, allow_modified, label_column, allow_shared)
+
+
+def with_access(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `access_of` in the place of its parameter `access`."""
+    own, options = signature(command).parameters, signature(access_of).parameters
+    all_options = [each for name in own for each in (options.values() if name == "access" else [own[name]])]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        access = access_of(**{name: values.pop(name) for name in options})
+        command(access=access, **values)
+
+    run.__signature__ = Signature(all_options)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in all_options}
+    return run
 
 
 def numbers(name: str, text: str | None) -> list[int] | None:
@@ -89,10 +106,8 @@ def numbers(name: str, text: str | None) -> list[int] | None:
 
 
 def settings_of(options: dict[str, Any], texts: list[str] | None, *also: str) -> dict[str, Any]:
-    """The settings that options of their own give (those that are not None), and those of --set KEY=VALUE.
-
-    Raises InputError for a text without a value, and for a setting that is given twice; also: names of further ones
-    that an option gives."""
+    """The settings that options of their own give (those that are not None), and those of --set KEY=VALUE. Raises
+    InputError for a text without a value, and for a setting that is given twice. also: others that an option gives."""
     from experiments.sweep.config import Settings
 
     for text in texts or []:

@@ -12,6 +12,7 @@ from experiments.cli.adapters import check_push, offer
 from experiments.terminal import err, out, plain_table, print_paths, progress_bar
 
 if TYPE_CHECKING:
+    from data.dataset import Access
     from experiments.report.comparisons import ImageSources
     from experiments.sweep.cells import EncodingJob, Job
     from experiments.sweep.config import RunOptions, Sweep
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 
 def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoImages = False) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
-    from experiments.sweep.config import RunOptions
-
-    run(_sweep_of("demo", {}, {}, None), output, RunOptions(workers=workers), images=not no_images)
+    run(_sweep_of("demo", {}, {}, None), output, images=not no_images, workers=workers)
 
 
+@opt.with_access
 def sweep(
     preset: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "demo",
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
@@ -65,13 +65,7 @@ def sweep(
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
-    source: opt.Source = "",
-    root: opt.Root = None,
-    protocol: opt.Protocol = "",
-    split_file: opt.SplitFile = None,
-    allow_modified: opt.Modified = False,
-    allow_shared: opt.Shared = False,
-    label_column: opt.LabelColumn = "",
+    access: "Access | None" = None,
     settings: opt.Set = None,
     output: opt.Out = None,
     workers: opt.Workers = None,
@@ -84,8 +78,6 @@ def sweep(
     track: Annotated[str | None, typer.Option("--track", help="Follow it: wandb, trackio or tensorboard.")] = None,
 ) -> None:
     """Run a grid of data sets, methods, shots and seeds; the same command continues one that was stopped."""
-    from experiments.sweep.config import RunOptions
-
     grid = {
         "shots": opt.numbers("shots", shots),
         "seeds": opt.numbers("seeds", seeds),
@@ -95,11 +87,12 @@ def sweep(
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
-    options = RunOptions(service, device, access, executor, workers, threads, only_failed, track)
-    run(content, output, options, images=not no_images, only_plan=only_plan)
+    what: dict[str, Any] = {"service": service, "device": device, "access": access, "track": track}
+    how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
+    run(content, output, images=not no_images, only_plan=only_plan, **what, **how)
 
 
+@opt.with_access
 def zero_shot(
     dataset: opt.Datasets,
     model: opt.Model = None,
@@ -108,26 +101,17 @@ def zero_shot(
     service: opt.Service = "local",
     device: opt.Device = "cpu",
     limit_test: opt.LimitTest = None,
-    source: opt.Source = "",
-    root: opt.Root = None,
-    protocol: opt.Protocol = "",
-    split_file: opt.SplitFile = None,
-    allow_modified: opt.Modified = False,
-    allow_shared: opt.Shared = False,
-    label_column: opt.LabelColumn = "",
+    access: "Access | None" = None,
     settings: opt.Set = None,
     output: Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/zero-shot-NAME).")] = None,
 ) -> None:
     """Accuracy of the model as it is, without any labelled example: a sweep of vlm-zero-shot alone."""
-    from experiments.sweep.config import RunOptions
-
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
     content = _sweep_of("demo", fields, values, settings)
-    access = opt.access_of(source, root, protocol, split_file, allow_modified, allow_shared, label_column)
     folder = output or Path("runs") / f"zero-shot-{content.name}"
-    run(content, folder, RunOptions(service, device, access))
+    run(content, folder, service=service, device=device, access=access)
 
 
 def report(
@@ -151,29 +135,24 @@ def report(
             out.print(f"metrics of {wrong} cells did not fit their predictions and are corrected", style="yellow")
         if pack:
             results.pack()
-        content = _with_training_notes(results, content)
         paths = report_of(results, content)
-    print_summary(content, results.cells())
     print_paths(paths)
     if push_to_hub is not None:
         offer(folder, push_to_hub, yes, public)
 
 
-def run(
-    sweep: "Sweep", output: Path | None, options: "RunOptions", *, images: bool = True, only_plan: bool = False
-) -> None:
+def run(sweep: "Sweep", output: Path | None, *, images: bool = True, only_plan: bool = False, **options: Any) -> None:
     """Run what the folder lacks of the sweep and write its reports; only_plan: only print what that would take.
-    images: whether report.html shows some of the data sets'.
-
-    Raises as `run_sweep` does: where cells failed, the reports are there and name them.
-    """
+    images: whether report.html shows some of the data sets'. options: of RunOptions. Raises as `run_sweep` does: where
+    cells failed, the reports are there and name them."""
+    from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
-    folder = output or Path("runs") / sweep.name
+    folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if only_plan:
-        _print_plan(sweep, folder, options)
+        _print_plan(sweep, folder, chosen)
     else:
-        run_sweep(sweep, folder, options, _Terminal(options, images))
+        run_sweep(sweep, folder, chosen, _Terminal(chosen, images))
 
 
 def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], settings: list[str] | None) -> "Sweep":
@@ -233,9 +212,7 @@ class _Terminal:
             err.print(f"{count} {job}")
 
     def complete(self, planned: "Plan", results: "Results", content: dict[str, Any]) -> None:
-        content = _with_training_notes(results, content)
         paths = report_of(results, content, planned if self._images else None)
-        print_summary(content, results.cells())
         print_paths([results.folder, *paths])
 
 
@@ -275,26 +252,25 @@ def check_room(planned: "Plan", results: "Results", jobs: "Sequence[Job]", optio
         check(requirements(of_jobs(jobs, planned.datasets), results.folder, options))
 
 
-def _with_training_notes(results: "Results", content: dict[str, Any]) -> dict[str, Any]:
-    """The content of sweep.json, with notes on training that fell behind: they change as cells come."""
-    from experiments.report.comparisons import training_notes
-
-    return {**content, "notes": [*content["notes"], *training_notes(results.folder, content, results.cells())]}
-
-
 def report_of(results: "Results", content: dict[str, Any], planned: "Plan | None" = None) -> list[Path]:
-    """Write the reports of what is stored. planned: where their example images come from; None: they have none."""
+    """Write the reports of what is stored and print their summary. planned: where their example images come from; None:
+    they have none."""
+    from experiments.report.comparisons import training_notes
     from experiments.report.report import write_report
     from experiments.sweep.config import command
 
     with err.status("drawing the report"):
-        cells, classes = results.cells(), content["classes"]
+        cells = results.cells()
+        # training that fell behind is said anew each time: it changes as cells come
+        notes = [*content["notes"], *training_notes(results.folder, content, cells)]
+        content = {**content, "notes": notes, "command": command(content)}
         images = {cell["dataset"]: cell["test_images"] for cell in cells}
-        counts = {dataset: len(names) for dataset, names in classes.items()}
-        content = {**content, "command": command(content)}
+        counts = {dataset: len(names) for dataset, names in content["classes"].items()}
         shown = _image_sources(planned) if planned else None
         failures = {(f["dataset"], f["method"], f["shots"], f["seed"]): f["error"] for f in results.failures()}
-        return write_report(results.folder, content, cells, images, n_classes=counts, failures=failures, images=shown)
+        paths = write_report(results.folder, content, cells, images, n_classes=counts, failures=failures, images=shown)
+    print_summary(content, cells)
+    return paths
 
 
 def _image_sources(planned: "Plan") -> "ImageSources":
@@ -302,15 +278,12 @@ def _image_sources(planned: "Plan") -> "ImageSources":
     from experiments.report.comparisons import ImageSources
 
     sets = {dataset.name: dataset for dataset in planned.datasets.values()}
-    tests = {name: {example.key: example for example in dataset.test} for name, dataset in sets.items()}
-
-    def test(name: str, key: str) -> bytes | None:
-        return tests[name][key].image if key in tests.get(name, {}) else None
-
-    def training(name: str, label: int) -> bytes | None:
-        return next((e.image for e in sets[name].train if e.label == label), None) if name in sets else None
-
-    return ImageSources(test, training)
+    tests = {(name, e.key): e for name, dataset in sets.items() for e in dataset.test}
+    firsts = {(name, e.label): e for name, dataset in sets.items() for e in reversed(dataset.train)}
+    return ImageSources(
+        lambda name, key: tests[name, key].image if (name, key) in tests else None,
+        lambda name, label: firsts[name, label].image if (name, label) in firsts else None,
+    )
 
 
 def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:

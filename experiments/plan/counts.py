@@ -45,7 +45,7 @@ LengthTable = Mapping[tuple[str, str], Lengths]  # by (source, prompt template)
 
 def prompt_lengths(workload: Workload) -> tuple[LengthTable | None, str]:
     """Those of the cells with a vision-language model; None, and why, where its tokenizer cannot be loaded."""
-    cells = {(c.source, c.settings.prompt): c for c in workload.select(lambda cell: cell.uses_vlm)}
+    cells = {(c.source, c.settings.prompt): c for c in workload.select(lambda cell: cell.spec.uses_vlm)}
     try:
         return {key: _lengths(workload.datasets[key[0]], cell.settings) for key, cell in cells.items()}, ""
     except ModelError as error:
@@ -87,12 +87,12 @@ class CellWork:
 
 def cell_work(cell: CellSpec, info: DatasetInfo) -> CellWork:
     """Constant compute for what trains, whatever the shots."""
-    s, tested = cell.settings, info.test_count(cell.settings)
-    steps = s.steps(info.classes) if cell.trains else 0
-    fitted = min(cell.shots * info.classes, info.train) if cell.spec.learns else 0
-    validated = cell.generates and cell.spec.learns and s.calibration == "validated"  # labelled images are scored too
+    s, spec, tested = cell.settings, cell.spec, info.test_count(cell.settings)
+    steps = s.steps(info.classes) if spec.trains else 0
+    fitted = min(cell.shots * info.classes, info.train) if spec.learns else 0
+    validated = spec.generates and spec.learns and s.calibration == "validated"  # labelled images are scored too
     scored = tested + (min(cell.shots, VALIDATION) * info.classes if validated else 0)
-    return CellWork(steps, steps * s.batch_size, fitted, scored, tested if cell.generates else 0)
+    return CellWork(steps, steps * s.batch_size, fitted, scored, tested if spec.generates else 0)
 
 
 def encoded_in_cell(cell: CellSpec, info: DatasetInfo) -> int:
@@ -100,7 +100,7 @@ def encoded_in_cell(cell: CellSpec, info: DatasetInfo) -> int:
     where a model is trained, and each test image once to score it and once to generate its answer."""
     work = cell_work(cell, info)
     with_mirrored = work.fitted * (2 if cell.settings.hflip else 1)
-    return (min(with_mirrored, work.views) if cell.trains else work.fitted) + work.scored + work.generated
+    return (min(with_mirrored, work.views) if cell.spec.trains else work.fitted) + work.scored + work.generated
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def count(workload: Workload, lengths: LengthTable | None) -> Counts:
     training = prompted = prompts = 0.0
     for cell in workload.cells:
         work = cell_work(cell, workload.datasets[cell.source])
-        if cell.trains:
+        if cell.spec.trains:
             steps[cell.method] += work.steps
-        if cell.uses_vlm:
-            here = work.scored + work.generated if cell.generates else 0
+        if cell.spec.uses_vlm:
+            here = work.scored + work.generated if cell.spec.generates else 0
             prompts += here
             if lengths is not None:
                 length = lengths[cell.source, cell.settings.prompt]

@@ -116,12 +116,12 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") 
         yield "weights", model.weight_bytes
         sides = {c.source: mean_size(workload.datasets[c.source], c.settings.max_side) for c in cells}
         tokens = {source: int(model.features.tokens(*side)) for source, side in sides.items()}
-        longest, limits = TEXT + max(tokens.values()), service.pass_limits()
-        if trained := [cell.settings for cell in cells if cell.trains]:
+        longest, (training, scoring, prompts) = TEXT + max(tokens.values()), service.pass_limits()
+        if trained := [cell.settings for cell in cells if cell.spec.trains]:
             yield "adapter and optimizer", model.adapter_bytes(trained[0].rank)
-            positions = min(trained[0].batch_size * longest, max(limits.training, longest))
+            positions = min(trained[0].batch_size * longest, max(training, longest))
             yield PASS, model.training_bytes(positions, ANSWER * positions // longest)
-        yield PASS, model.scoring_bytes(min(limits.scoring, limits.prompts * longest))
+        yield PASS, model.scoring_bytes(min(scoring, prompts * longest))
         if device is None:
             continue
         images = {source: each.train_views + each.test for source, each in image_counts(cells, workload).items()}
@@ -130,14 +130,14 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") 
 
 
 def _backbones(workload: Workload, unknown: list[str]) -> Iterator[tuple[str, int]]:
-    cells = workload.select(lambda cell: cell.uses_backbone)
+    cells = workload.select(lambda cell: cell.spec.uses_backbone)
     for name in dict.fromkeys(cell.settings.backbone for cell in cells):
         model = vit_size(name)
         if model is None:
             unknown.append(name)
             continue
         yield "weights", model.weight_bytes
-        trained = {cell.source: cell for cell in cells if cell.settings.backbone == name and cell.trains}
+        trained = {cell.source: cell for cell in cells if cell.settings.backbone == name and cell.spec.trains}
         for cell in trained.values():
             images, width, height = _images_of_a_pass(cell, workload)
             tokens = int(width // model.patch * (height // model.patch)) + 1

@@ -43,7 +43,7 @@ def downloads(workload: Workload) -> list[Download]:
     """What running these cells would fetch first, each once. Of models that run elsewhere only the tokenizer is
     fetched, which is small."""
     vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
-    backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.uses_backbone))
+    backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.spec.uses_backbone))
     fetched = [_model(n, *n.partition("@")[::2], MODEL_FILES, vlm_size(n)) for n in vlms if not is_local(n)]
     fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := _hub_id(n))]
     return [each for each in (*fetched, *map(_dataset, workload.missing)) if each]

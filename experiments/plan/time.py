@@ -162,8 +162,8 @@ def _mean(results: Sequence[ProbeResult]) -> ProbeResult:
 def _cell(cell: CellSpec, workload: Workload, rates: Rates, schedule: EncodingSchedule) -> float:
     info = workload.datasets[cell.source]
     work = cell_work(cell, info)
-    training = work.steps * rates.step + work.fitted * rates.fit * (not cell.trains)
-    encodes = cell.uses_vlm and cell.source in schedule.per_cell
+    training = work.steps * rates.step + work.fitted * rates.fit * (not cell.spec.trains)
+    encodes = cell.spec.uses_vlm and cell.source in schedule.per_cell
     encoding = encoded_in_cell(cell, info) * rates.encoded if encodes else 0.0
     return rates.fixed + training + encoding + work.scored * rates.scored + work.generated * rates.generated
 
@@ -173,7 +173,7 @@ def _encoding(
 ) -> Iterator[float]:
     """Seconds of the towers and frozen backbones: each image once for all workers, or once in each of them where it is
     not encoded ahead; what every cell encodes again is counted there."""
-    cells = workload.select(lambda c: c.uses_vlm and c.source in (*schedule.ahead, *schedule.per_worker))
+    cells = workload.select(lambda c: c.spec.uses_vlm and c.source in (*schedule.ahead, *schedule.per_worker))
     for source, images in image_counts(cells, workload).items():
         rates = [measurement.rates(cell).encoded for cell in cells if cell.source == source]
         times = 1 if source in schedule.ahead else min(workers, len(rates))
@@ -262,7 +262,8 @@ class RunTime:
 
 def _rates(cell: CellSpec, workload: Workload, dataset: Dataset, test: Sequence[Example], answer: int) -> Rates:
     small, large = _training_images(cell, workload, dataset)
-    if cell.trains and cell.generates:  # a model that has learnt to answer stops after a class name
+    trains = cell.spec.trains
+    if trains and cell.spec.generates:  # a model that has learnt to answer stops after a class name
         answer = min(answer, cell.settings.answer_tokens)
         cell = cell._replace(settings=cell.settings.model_copy(update={"answer_tokens": answer}))
     run = partial(_run, cell, workload, dataset)
@@ -274,9 +275,9 @@ def _rates(cell: CellSpec, workload: Workload, dataset: Dataset, test: Sequence[
     if uncached.total < LONG:
         many = test[FEW + some :][: max(1, int(SECONDS / each))]
         uncached = run(large, many)
-    steps = min(STEPS, 1 + int(SECONDS / max(warm.fit, 1e-3))) if cell.trains else 1
+    steps = min(STEPS, 1 + int(SECONDS / max(warm.fit, 1e-3))) if trains else 1
     cached = run(large, many, steps)
-    return fit_rates(cold, warm, uncached, cached, (len(small), len(large)), len(many), steps if cell.trains else 0)
+    return fit_rates(cold, warm, uncached, cached, (len(small), len(large)), len(many), steps if trains else 0)
 
 
 def fit_rates(
@@ -315,7 +316,7 @@ def _training_images(cell: CellSpec, workload: Workload, dataset: Dataset) -> tu
         return [], []
     every = {each.shots for each in workload.cells if each.spec.learns}
     shots, most = [min(every)] * 2, s.batch_size
-    if not cell.trains:
+    if not cell.spec.trains:
         few = [k for k in every if k * len(dataset.classes) <= MANY] or shots
         shots, most = [min(few), max(few)], MANY
     small, large = (prepare_all(few_shot(dataset, k, 0, s)[:most], max_side=s.max_side, hflip=False) for k in shots)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; where the data set lies, who computes and where results go are no part of it. settings: only
-    those that the method's numbers depend on, JSON values. unkeyed: those of them that are no part of the key."""
+    """What is measured, whoever computes it. settings: only those that the method's numbers depend on, JSON values.
+    unkeyed: those of them that are no part of the key."""
 
     dataset: str
     protocol: str
@@ -34,8 +34,7 @@ class Cell:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything the cell's numbers depend on."""
-        fields = ("dataset", "protocol", "method", "shots", "seed")
-        return {**{field: getattr(self, field) for field in fields}, "settings": dict(self.settings)}
+        return {field: value for field, value in vars(self).items() if field != "unkeyed"}
 
     @property
     def key(self) -> str:
@@ -85,10 +84,8 @@ def service_kind(service: str) -> str:
 
 
 def predictions(test: Sequence[Example], outcome: "Outcome") -> "pa.Table":
-    """One row a test image: key, label, prediction, the five best classes, log-probabilities and free answers.
-
-    Ties between scores go to the lower class index.
-    """
+    """One row a test image: key, label, prediction, the five best classes, log-probabilities and free answers. Ties
+    between scores go to the lower class index."""
     import pyarrow as pa
 
     scores = outcome.scores

@@ -1,7 +1,4 @@
-"""What a sweep is: the schema of presets and YAML files, how they are read, and the command line of a recorded sweep.
-
-Defaults are the reference protocol (the official vlm_classifier recipe); a preset says where it differs.
-"""
+"""What a sweep is: the schema of presets and YAML files, how they are read, and the command line of a recorded one."""
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -40,7 +37,8 @@ ModelName = Annotated[str, AfterValidator(full_name)]
 
 
 class Settings(BaseModel):
-    """Everything besides data set, method, shots and seed that a cell's numbers may depend on."""
+    """Everything besides data set, method, shots and seed that a cell's numbers may depend on. The defaults are the
+    reference protocol (the official vlm_classifier recipe)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -123,8 +121,7 @@ class Sweep(BaseModel):
         return [self.settings.model_copy(update=dict(zip(self.axes, values, strict=True))) for values in grid]
 
     def on(self, classes: int, hflip: float) -> Self:
-        """The sweep on a data set of so many classes: with views for min_steps, and the set's own hflip where it gives
-        none."""
+        """The sweep on a set of so many classes: with views for min_steps, and the set's hflip where it gives none."""
         s = self.settings
         views = max(s.views_per_class, -(-self.min_steps * s.batch_size // classes))
         mirrored = {"hflip": hflip if s.hflip is None else s.hflip}
@@ -135,11 +132,8 @@ class Sweep(BaseModel):
         return capped(self.shots, self.most_shots.get(dataset))
 
     def points(self, dataset: str, read: Collection[str], *, learns: bool) -> Iterator[tuple[Settings, int, int]]:
-        """(settings, shots, seed) of each cell of a method on a data set.
-
-        read: the settings that the method's numbers depend on; where another one changes, the cells are the same.
-        learns: whether it sees shots; a method that does not has one cell, at 0 shots and seed 0.
-        """
+        """(settings, shots, seed) of each cell of a method on a data set. read: the settings its numbers depend on;
+        where others change, the cells are the same. A method that does not learn has one: 0 shots and seed 0."""
         for settings in self.variants:
             changed = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
             if changed <= set(read):
@@ -191,9 +185,9 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
 
     settings: {name: value}, or {name: a tuple of values to compare}, in place of what the file sets or compares.
     A preset's training settings fit its own models: where another model is given, the reference protocol's hold.
-    The file's caps on shots hold for those of its data sets that are in the sweep; no others where shots are given.
-    Where views of each class are given, they are as many, however few steps that makes.
-    Raises UnknownNameError for a preset or a setting that is none, InputError for a value that is out of range.
+    The file's caps on shots hold for its data sets that are in the sweep, and no others where shots are given; views
+    of each class that are given hold however few steps that makes. Raises UnknownNameError for a preset or a setting
+    that is none, InputError for a value that is out of range.
     """
     file = read(preset)
     content = {**file, **overrides, **({"cap_shots": False} if "shots" in overrides else {})}
@@ -250,11 +244,9 @@ def _is_new(kind: str, settings: Mapping[str, Any], base: Mapping[str, Any], com
     """Whether `settings` name a model that the file does not have."""
     old = compare.get(kind, (base.get(kind),))
     new = settings.get(kind, old)
-    return not {_full(name) for name in (new if isinstance(new, list | tuple) else (new,))} <= {_full(n) for n in old}
-
-
-def _full(name: Any) -> Any:
-    return full_name(name) if isinstance(name, str) else name
+    each = old, new if isinstance(new, list | tuple) else (new,)
+    had, named = ({full_name(name) if isinstance(name, str) else name for name in names} for names in each)
+    return not named <= had
 
 
 def _explained(preset: str, error: ValidationError) -> InputError:
@@ -274,10 +266,8 @@ def _explained(preset: str, error: ValidationError) -> InputError:
 
 
 def command(content: Mapping[str, Any]) -> str:
-    """The command line of a sweep of this content (sweep.json): every setting in which it differs from the demo.
-
-    Where a folder of images lies is not recorded: its path is to be filled in.
-    """
+    """The command line of a sweep of this content (sweep.json): every setting in which it differs from the demo. Where
+    a folder of images lies is not recorded: its path is to be filled in."""
     recorded = {kind: content["settings"][kind] for kind in MODELS}
     models = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded.items()}
     demo = load("demo", {}, models)

@@ -4,10 +4,9 @@ they finish."""
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +19,11 @@ from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
 from experiments.sweep.config import RunOptions, Settings, Sweep
 from experiments.sweep.methods import METHODS, check_left_out
 from experiments.sweep.provenance import notes, recorded, relevant
-from experiments.sweep.run import few_shot, to_encode, validation, work
+from experiments.sweep.run import few_shot, validation, work
 from experiments.sweep.store import Results
-from experiments.sweep.tracking import Tracker, tracker
+from experiments.sweep.tracking import Tracker
 from experiments.sweep.workers import EXECUTORS, Failure
-from experiments.sweep.workload import BATCH, adapt, encoding_schedule, of_jobs
+from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule, of_jobs
 from kshot.errors import DatasetError, InputError, KshotError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
@@ -53,21 +52,19 @@ class Observer(Protocol):
 
 
 class _Silent(Observer):
-    """Does nothing."""
+    """One that does nothing."""
 
 
 def run_sweep(
     sweep: Sweep, folder: Path | str, options: RunOptions | None = None, observer: Observer | None = None
 ) -> Results:
-    """Run the cells of a sweep that the folder lacks, and store each as it finishes; the folder's results.
-
-    Raises as `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where
-    every failure was one of the input.
-    """
+    """Run the cells of a sweep that the folder lacks, and store each as it finishes; the folder's results. Raises as
+    `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where every failure
+    was one of the input."""
     options, observer, results = options or RunOptions(), observer or _Silent(), Results(folder)
     if options.executor not in EXECUTORS:
         raise UnknownNameError("executor", options.executor, EXECUTORS)
-    follower = tracker(options.track) if options.track else Tracker()
+    follower = Tracker(options.track)
     with observer.planning():
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
     with results.writing():
@@ -75,9 +72,9 @@ def run_sweep(
         jobs = planned.missing(results, only_failed=options.only_failed)
         with observer.running(planned, results, jobs):
             if jobs:
-                follower.start(sweep.name, content, results.folder)
+                follower.start(content, results.folder)
                 try:
-                    _run_jobs(planned, results, jobs, options, follower, observer.finished)
+                    _run_jobs(planned, results, jobs, options, follower, observer)
                 finally:
                     follower.finish()
         observer.complete(planned, results, content)
@@ -88,13 +85,12 @@ def run_sweep(
 @dataclass(frozen=True)
 class Plan:
     """The cells of a sweep with the data sets they need, all checked. jobs: one data set after the other, so that
-    workers keep its images, and of each the long ones first, so that no worker waits at the end. gpus: see `gpus_of`; a
-    worker sees one of them, as cuda. adapted: lines on what was asked for and a data set does not have."""
+    workers keep its images, and of each the long ones first, so that no worker waits at the end. adapted: lines on what
+    was asked for and a data set does not have."""
 
     sweep: Sweep
     datasets: dict[str, Dataset]
     jobs: list[Job]
-    gpus: tuple[str, ...] = ()
     adapted: Sequence[str] = ()
 
     def about_data(self) -> Iterator[str]:
@@ -151,30 +147,29 @@ class Plan:
         """What is encoded once, for all of these jobs: the images that the VLM of this machine is shown, of the data
         sets whose features can be kept until they are used."""
         alike: dict[Any, list[Job]] = defaultdict(list)
-        ahead = encoding_schedule(of_jobs(jobs, self.datasets)).ahead
+        workload, encodings = of_jobs(jobs, self.datasets), list[EncodingJob]()
+        ahead = encoding_schedule(workload).ahead
         for job in jobs:
             if job.source in ahead and METHODS[job.cell.method].uses_vlm:
                 alike[job.source, *(getattr(job.settings, name) for name in IMAGE_SETTINGS)].append(job)
-        return [encoding for same in alike.values() for encoding in self._parts(same)]
-
-    def _parts(self, same: Sequence[Job]) -> Iterator[EncodingJob]:
-        learning = [job.cell for job in same if METHODS[job.cell.method].learns]
-        seeds, shots = tuple(sorted({c.seed for c in learning})), max((c.shots for c in learning), default=0)
-        dataset, settings = self.datasets[same[0].source], same[0].settings
-        test = len(dataset.test) if settings.limit_test is None else min(settings.limit_test, len(dataset.test))
-        parts = -(-(test + len(to_encode(dataset, seeds, shots, settings))) // BATCH)
-        return (EncodingJob(same[0], seeds, shots, part, parts) for part in range(parts))
+        for same in alike.values():
+            learning = [job.cell for job in same if METHODS[job.cell.method].learns]
+            seeds, shots = tuple(sorted({c.seed for c in learning})), max((c.shots for c in learning), default=0)
+            info, settings = workload.datasets[same[0].source], same[0].settings
+            parts = encoding_parts(info.train_count(seeds, shots, settings), info.test_count(settings))
+            encodings += [EncodingJob(same[0], seeds, shots, part, parts) for part in range(parts)]
+        return encodings
 
 
 def plan(
     sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None, here: bool = True
 ) -> Plan:
-    """Every cell of the grid. Loads the data sets and raises for whatever can be known to be wrong before a start:
-    UnknownNameError (data set, method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError,
-    InputError (an image size that does not fit a backbone, two that results could not tell apart).
+    """Every cell of the grid. access: for the data sets that can be had in several ways. here: whether it is to run on
+    this machine, where device and service must then be.
 
-    access: for the data sets that can be had in several ways; InputError where none of them can.
-    here: whether it is to run on this machine, where device and service must then be.
+    Loads the data sets and raises for whatever can be known to be wrong before a start: UnknownNameError (data set,
+    method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError, InputError (an image size that
+    does not fit a backbone, two that results could not tell apart, an access that none of the data sets has).
     """
     for method in sweep.methods:
         if method not in METHODS:
@@ -185,9 +180,8 @@ def plan(
         from vlm.service import check
 
         check(service)
-    gpus = gpus_of(device, here=here)
-    _check_models(sweep, service)
-    _check_prompts(sweep, service)
+    gpus_of(device, here=here)  # which may raise
+    _check_settings(sweep, service)
     access, split_seed = access or Access(), sweep.settings.split_seed
     accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
     datasets = {source: catalog.load(source, access=each, split_seed=split_seed) for source, each in accesses.items()}
@@ -199,55 +193,32 @@ def plan(
     _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
-        kind = device.partition(":")[0]
-        make = partial(Job, source=source, service=service, device=kind, access=accesses[source])
-        cells = (make(cell, settings) for cell, settings in _cells(sweep, source, dataset))
-        jobs += sorted(cells, key=lambda job: -METHODS[job.cell.method].cost)
-    return Plan(sweep, datasets, jobs, gpus, adapted)
-
-
-def execute(
-    planned: Plan, results: Results, jobs: Sequence[Job], options: RunOptions
-) -> Generator[tuple[Job | EncodingJob, dict[str, Any] | Failure | None], None, None]:
-    """Run and store these jobs of the plan; yields each with its record when that is stored, or with why it failed:
-    that stops no other. Images that were encoded for them are yielded too; where that fails, their cells say so.
-
-    Raises InputError where the executor cannot run here, or not with so many workers.
-    """
-    gpus, workers = planned.gpus, options.workers
-    if gpus and workers and workers > len(gpus) and options.executor == "local":
-        raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
-    start = getattr(executors, options.executor)
-    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=options.threads, gpus=gpus)
-    with closing(answers):
-        for job, answer in answers:
-            if isinstance(job, EncodingJob):
-                yield job, answer
-            elif isinstance(answer, Failure):
-                failure = {"error": answer.message, "exit_status": answer.exit_status, "trace": answer.trace}
-                results.fail({"key": job.cell.key, **job.cell.identity, **failure})
-                yield job, answer
-            else:
-                results.add(*answer)
-                yield job, answer[0]
+        where = source, service, device.partition(":")[0], accesses[source]
+        jobs += (Job(cell, settings, *where) for cell, settings in _cells(sweep, source, dataset))
+    return Plan(sweep, datasets, jobs, adapted)
 
 
 def _run_jobs(
-    planned: Plan,
-    results: Results,
-    jobs: Sequence[Job],
-    options: RunOptions,
-    follower: Tracker,
-    finished: Callable[[Job | EncodingJob, Failure | None, int, int], None],
+    planned: Plan, results: Results, jobs: Sequence[Job], options: RunOptions, follower: Tracker, observer: Observer
 ) -> None:
-    total = len(planned.jobs)
-    done = total - len(planned.missing(results))
-    with closing(execute(planned, results, jobs, options)) as answers:
+    """Run and store these jobs of the plan. One that fails stops no other; where images cannot be encoded, the cells
+    that need them say so. Raises InputError where the executor cannot run here, or not with so many workers."""
+    gpus, workers, total = gpus_of(options.device), options.workers, len(planned.jobs)
+    if gpus and workers and workers > len(gpus) and options.executor == "local":
+        raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
+    done, start = total - len(planned.missing(results)), getattr(executors, options.executor)
+    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=options.threads, gpus=gpus)
+    with closing(answers):
         for job, answer in answers:
-            if isinstance(answer, dict):
+            failure = answer if isinstance(answer, Failure) else None
+            if isinstance(job, Job) and failure:
+                noted = {"error": failure.message, "exit_status": failure.exit_status, "trace": failure.trace}
+                results.fail({"key": job.cell.key, **job.cell.identity, **noted})
+            elif isinstance(job, Job):
+                results.add(*answer)
                 done += 1
-                follower.cell(answer, done, total)
-            finished(job, answer if isinstance(answer, Failure) else None, done, total)
+                follower.cell(answer[0], done, total)
+            observer.finished(job, failure, done, total)
 
 
 def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
@@ -291,10 +262,8 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
 
 
 def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second.
-
-    Raises InputError for GPUs that this machine does not have, unless they need not be here: then there are none.
-    """
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second. Raises
+    InputError for GPUs that this machine does not have, unless they need not be here: then there are none."""
     if device == "cpu":
         return ()
     if not re.fullmatch(r"cuda(:\d+)?", device):
@@ -312,7 +281,7 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
 
 
-def _check_models(sweep: Sweep, service: str) -> None:
+def _check_settings(sweep: Sweep, service: str) -> None:
     used = _used(sweep)
     if "model" in used and service == "local":
         models.check(sweep.settings.model)
@@ -326,21 +295,6 @@ def _check_models(sweep: Sweep, service: str) -> None:
                 check(*encoder)
     for name in _compared(sweep):
         _check_apart(sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)], f"{name} ")
-
-
-def _check_apart(
-    values: Iterable[Any], names: Iterable[Any], prefix: str = "", kind: type[InputError] = InputError
-) -> None:
-    """Results are told apart by what they call a value; two folders may share their name."""
-    first: dict[Any, Any] = {}
-    for value, name in zip(values, names, strict=True):
-        twin = first.setdefault(name, value)
-        if twin != value:
-            raise kind(f"{prefix}{twin} and {value} would both be called {name}; rename one or leave it out")
-
-
-def _check_prompts(sweep: Sweep, service: str) -> None:
-    used = _used(sweep)
     if "prompt" in used:
         from vlm.prompts import template
 
@@ -354,13 +308,25 @@ def _check_prompts(sweep: Sweep, service: str) -> None:
         raise InputError(f"{choice}; give contextual, pmi or none")
 
 
+def _check_apart(
+    values: Iterable[Any], names: Iterable[Any], prefix: str = "", kind: type[InputError] = InputError
+) -> None:
+    """Results are told apart by what they call a value; two folders may share their name."""
+    first: dict[Any, Any] = {}
+    for value, name in zip(values, names, strict=True):
+        twin = first.setdefault(name, value)
+        if twin != value:
+            raise kind(f"{prefix}{twin} and {value} would both be called {name}; rename one or leave it out")
+
+
 def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
-    """Each cell with the settings it is run under. A data set's own hflip is recorded and left out of the key."""
+    """Each cell with the settings it is run under, the long ones first. A data set's own hflip is recorded and left out
+    of the key."""
     own = catalog.find(source).hflip
     sweep = sweep.on(len(dataset.classes), own)
     unkeyed = ("hflip",) if sweep.settings.hflip == own else ()
     values = {settings: recorded(settings) for settings in sweep.variants}
-    for name in sweep.methods:
+    for name in sorted(sweep.methods, key=lambda name: -METHODS[name].cost):
         method = METHODS[name]
         for settings, shots, seed in sweep.points(source, method.settings, learns=method.learns):
             named = relevant(values[settings], method.settings)

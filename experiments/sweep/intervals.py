@@ -16,9 +16,7 @@ RESAMPLES = 10_000
 
 class Score(NamedTuple):
     """A metric over the seeds of one (method, shots): mean, 95% half-width (None without one), number of seeds.
-
-    over_images: where there is one value alone, and it is a share of the test images, the interval over these.
-    """
+    over_images: the interval over the test images, where there is one value alone and it is a share of them."""
 
     mean: float
     half_width: float | None
@@ -55,11 +53,8 @@ def summary(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% score interval of a share of n independent images (Wilson, J. Am. Stat. Assoc. 22, 1927): (low, high).
-
-    Unlike share ± half-width it stays in [0, 1], and is no point where all are right or none. Raises ResultsError for
-    no images and for what is no share.
-    """
+    """The 95% score interval of a share of n independent images (Wilson, J. Am. Stat. Assoc. 22, 1927): (low, high) in
+    [0, 1], and no point where all are right or none. Raises ResultsError for no images and for what is no share."""
     if n < 1 or not 0 <= share <= 1:
         raise ResultsError(f"{share} of {n} images is no share of test images")
     from scipy.special import ndtri

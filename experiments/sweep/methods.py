@@ -1,7 +1,5 @@
-"""The methods that a sweep compares: a function each, from a Task to an Outcome, and a table of them, METHODS.
-
-None of them sees a test label.
-"""
+"""The methods that a sweep compares: a function each, from a Task to an Outcome, and a table of them, METHODS. None of
+them sees a test label."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from tinker import types
 
     from baselines.features import Encoder
-    from baselines.heads import Fit
+    from baselines.heads import Head
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
@@ -48,7 +46,6 @@ class Task:
 @dataclass(frozen=True)
 class Outcome:
     """The output of a method. scores: (images, classes), higher is better; log-probabilities where `probabilities`.
-
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
     has encoded or loaded costs nothing again. answers: the free-text answer to each image and the label it reads as
     (-1: none), for methods that write. chosen: what was chosen on labelled images that are no test images, by setting.
@@ -79,6 +76,16 @@ class Method:
     def uses_vlm(self) -> bool:
         """Whether images are shown to the VLM."""
         return "model" in self.settings
+
+    @property
+    def uses_backbone(self) -> bool:
+        """Whether images are shown to DINOv2."""
+        return "backbone" in self.settings
+
+    @property
+    def generates(self) -> bool:
+        """Whether a model is prompted twice for each test image: to score the classes, and to generate an answer."""
+        return "answer_tokens" in self.settings
 
     @property
     def trains(self) -> bool:
@@ -113,24 +120,28 @@ def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
 
 def vlm_vision_linear(task: Task) -> Outcome:
     """Logistic regression on features of the base vision-language model."""
+    from baselines.heads import HEADS
     from vlm.embedding import embed_images
 
     sampler = base_sampler(task.service, task.device, task.settings.model)
-    prompt = prompt_of(sampler, task)
-    return _frozen(task, lambda images: embed_images(sampler, images, prompt, task.settings.vlm_features), "logreg")
+    prompt, which = prompt_of(sampler, task), task.settings.vlm_features
+    return _frozen(task, lambda images: embed_images(sampler, images, prompt, which), HEADS["logreg"])
 
 
 def dinov2_frozen(head: str, task: Task) -> Outcome:
     """Frozen DINOv2 features with a head of `baselines.heads`."""
+    from baselines.heads import HEADS
+
     s = task.settings
-    return _frozen(task, _encoder(s.backbone, s.readout, s.image_size, task.device).features, head)
+    return _frozen(task, _encoder(s.backbone, s.readout, s.image_size, task.device).features, HEADS[head])
 
 
 def pixel_knn(task: Task) -> Outcome:
     """Nearest neighbour on raw pixels: the floor."""
+    from baselines.heads import Head
     from baselines.heads.knn import fit_nearest_neighbour, pixels
 
-    return _fitted(task, pixels, fit_nearest_neighbour, probabilities=False)
+    return _frozen(task, pixels, Head(fit_nearest_neighbour, probabilities=False, chooses=False))
 
 
 def dinov2_lora(task: Task) -> Outcome:
@@ -152,7 +163,7 @@ def dinov2_lora(task: Task) -> Outcome:
     for _ in steps(client, data, "cross_entropy", _adam(s)):
         pass
     fitted = time.perf_counter()
-    scores = client.head.class_log_probs(task.test)
+    scores = client.class_log_probs(task.test)
     return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
 
@@ -265,27 +276,17 @@ def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.
     return priors[name], {"calibration": name}
 
 
-def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: str) -> Outcome:
-    """A head of `baselines.heads.HEADS` on features of a frozen encoder."""
-    from baselines.heads import HEADS
-
-    spec = HEADS[head]
-    if spec.chooses:
-        check_left_out(task.classes, task.train)
-    return _fitted(task, features, spec.fit, probabilities=spec.probabilities)
-
-
-def _fitted(
-    task: Task, features: Callable[[Sequence[bytes]], np.ndarray], fit: "Fit", *, probabilities: bool
-) -> Outcome:
+def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: "Head") -> Outcome:
     """A head fitted on the training images alone, then applied; both with the encoding of their images."""
+    if head.chooses:
+        check_left_out(task.classes, task.train)
     start = time.perf_counter()
     labels = np.array([example.label for example in task.train])
-    fitted = fit(features(Images(task.train)), labels, len(task.classes))
+    fitted = head.fit(features(Images(task.train)), labels, len(task.classes))
     learnt = time.perf_counter()
     scores = fitted.scores(features(task.test))
     seconds = {"fit": learnt - start, "predict": time.perf_counter() - learnt}
-    return Outcome(scores, probabilities, seconds, chosen=fitted.chosen)
+    return Outcome(scores, head.probabilities, seconds, chosen=fitted.chosen)
 
 
 def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:

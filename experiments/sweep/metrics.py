@@ -1,8 +1,5 @@
-"""The metrics of a table of predictions, the most frequent confusions, and scores over seeds.
-
-Shares are fractions in [0, 1]; log-probabilities are natural. None means "not defined here", and stands for what JSON
-cannot hold (an infinite NLL).
-"""
+"""The metrics of a table of predictions, the most frequent confusions, and scores over seeds. Shares are fractions in
+[0, 1], log-probabilities natural; None is what is not defined, and what JSON cannot hold (an infinite NLL)."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,7 +29,7 @@ class Confusion(NamedTuple):
 
 
 def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
-    """The metrics of one cell, from its predictions (one row per test image).
+    """The metrics of one cell, from its predictions (one row a test image).
 
     `accuracy_strict` and `unparseable` need text answers; `nll` and `ece` need probabilities; `top5` needs more than
     five classes (below that, every answer is in the top five). `nll` is in nats and None when a label has probability 0
@@ -57,10 +54,8 @@ def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
 
 
 def confusions(table: pa.Table, limit: int) -> list[Confusion]:
-    """The pairs of a label and another class that was predicted for it, most frequent first, at most `limit` of them.
-
-    Pairs that are as frequent go by label, then by prediction. Empty where every prediction was right.
-    """
+    """The pairs of a label and another class that was predicted for it, at most `limit`: the most frequent first, then
+    by label and by prediction."""
     label, prediction = table["label"].to_numpy(), table["prediction"].to_numpy()
     wrong = prediction != label
     pairs, counts = np.unique(np.stack([label[wrong], prediction[wrong]], axis=1), axis=0, return_counts=True)
@@ -73,10 +68,8 @@ def confusions(table: pa.Table, limit: int) -> list[Confusion]:
 
 
 def scores(cells: Sequence[Mapping[str, Any]], dataset: str, metric: str = "accuracy") -> dict[str, dict[int, Score]]:
-    """{method: {shots: Score}} of one data set; a group in which a cell lacks the metric is left out.
-
-    Left out rather than averaged over the rest: an NLL is missing because it is infinite, so the rest would flatter.
-    """
+    """{method: {shots: Score}} of one data set. A group in which a cell lacks the metric is left out: an NLL is missing
+    because it is infinite, so the mean of the rest would flatter."""
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
         if cell["dataset"] == dataset:
@@ -150,10 +143,8 @@ def _nll(table: pa.Table) -> float | None:
 
 
 def _ece(table: pa.Table, label: NDArray[Any]) -> float | None:
-    """Expected calibration error (Guo et al., ICML 2017): 15 equal-width bins (low, high] on the top-1 probability.
-
-    Compared with the class that has this probability (the first of top5).
-    """
+    """Expected calibration error (Guo et al., ICML 2017): 15 equal-width bins (low, high] on the top-1 probability,
+    that of the first class of top5."""
     log_probs, classes = _present(table, "top5_log_probs"), _present(table, "top5")
     if log_probs is None or classes is None:
         return None

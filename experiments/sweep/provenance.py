@@ -4,41 +4,32 @@ report must show, and names and texts from outside without absolute paths."""
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from baselines import nano as nano_dinov2
 from experiments.sweep.config import Settings
 from kshot.files import fingerprint
 from vlm import nano
 
-
-class Shipped(NamedTuple):
-    """A model that comes with kshot. revision: changes with its weights. note: what a report must say of it."""
-
-    revision: str
-    note: str
-
-
 FEWER = "Classes with fewer images than the shots took part with those they have (--allow-fewer)."
 SHUFFLED = "A control: each test image was shown in another's place (shuffle_test), so accuracy should be at chance."
 CLOSED = "LoRA learnt to choose among the class names alone (closed-set): free answers were not trained."
 LOCAL = "{} is a local file or folder of weights: rows named DINOv2 are named after the method, whatever it holds."
 VALIDATED = "The VLM's calibration was chosen on more labelled training images: as many as shots, at most 4 a class."
-SHIPPED = {  # by the setting that names a model
-    "model": {nano.NAME: Shipped(nano.REVISION, nano.NOTE)},
-    "backbone": {nano_dinov2.NAME: Shipped(nano_dinov2.REVISION, nano_dinov2.NOTE)},
-}
+# the models that come with kshot, by the setting that names one: each has a NAME, a REVISION that changes with its
+# weights, and a NOTE that a report must show
+SHIPPED: dict[str, Any] = {"model": nano, "backbone": nano_dinov2}
 
 
 def recorded(settings: Settings) -> dict[str, Any]:
-    """The settings as results state them, with `model_revision` and `backbone_revision`.
-
-    A model in a folder or a file goes by its name and a fingerprint of its content, wherever it lies; the revision of
-    a hub's model is null: the hub's newest at the time.
-    """
+    """The settings as results state them, with `model_revision` and `backbone_revision`: of a model in a folder or a
+    file its name, wherever it lies, and a fingerprint of its content; of a hub's model null, the newest at the time."""
     values = settings.model_dump()
-    for kind in SHIPPED:
-        values[kind], values[f"{kind}_revision"] = _named(kind, values[kind])
+    for kind, shipped in SHIPPED.items():
+        path, revision = _local(kind, values[kind]), f"{kind}_revision"
+        values[revision] = shipped.REVISION if values[kind] == shipped.NAME else None
+        if path:
+            values[kind], values[revision] = path.resolve().name, fingerprint(path)
     return values
 
 
@@ -51,9 +42,9 @@ def relevant(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def notes(settings: Settings, used: set[str]) -> list[str]:
     """The sentences a report must show because of the models that the settings in `used` name."""
     chosen = settings.model_dump()
-    shipped = [SHIPPED[kind][chosen[kind]].note for kind in SHIPPED if kind in used and chosen[kind] in SHIPPED[kind]]
+    shipped = [each.NOTE for kind, each in SHIPPED.items() if kind in used and chosen[kind] == each.NAME]
     others = {
-        LOCAL.format(Path(settings.backbone).name): "backbone" in used and _is_local("backbone", settings.backbone),
+        LOCAL.format(Path(settings.backbone).name): "backbone" in used and _local("backbone", settings.backbone),
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
         CLOSED: "loss" in used and settings.loss == "closed-set",
@@ -62,15 +53,10 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     return [*shipped, *(note for note, due in others.items() if due)]
 
 
-def _named(kind: str, name: str) -> tuple[str, str | None]:
-    if name in SHIPPED[kind]:
-        return name, SHIPPED[kind][name].revision
+def _local(kind: str, name: str) -> Path | None:
+    """Where a model lies that is a folder or a file of this machine."""
     path = Path(name.removeprefix("local-dir:"))
-    return (path.resolve().name, fingerprint(path)) if _is_local(kind, name) else (name, None)
-
-
-def _is_local(kind: str, name: str) -> bool:
-    return name not in SHIPPED[kind] and Path(name.removeprefix("local-dir:")).exists()
+    return path if name != SHIPPED[kind].NAME and path.exists() else None
 
 
 # A slash that begins a path: not after a word (Qwen/Qwen3), a dot (./runs), a tilde, a closing bracket or a scheme's ://

@@ -1,7 +1,5 @@
 """Run one job in a worker process: a cell, from its data set to a record and predictions, or the encoding of images.
-
-Data sets and prepared images stay in the process from cell to cell.
-"""
+Data sets and prepared images stay in the process from cell to cell."""
 
 import platform
 from collections.abc import Iterable
@@ -52,9 +50,8 @@ def encode(job: EncodingJob) -> None:
 
 def to_encode(dataset: Dataset, seeds: Iterable[int], shots: int, settings: Settings) -> dict[str, Example]:
     """The training images by key that cells of these seeds and at most these shots show."""
-    chosen = (few_shot(dataset, shots, seed, settings) for seed in seeds if shots)
-    more = (validation(dataset, shots, seed, settings) for seed in seeds if shots)
-    return {example.key: example for some in (*chosen, *more) for example in some}
+    drawn = [draw(dataset, shots, seed, settings) for seed in seeds if shots for draw in (few_shot, validation)]
+    return {example.key: example for some in drawn for example in some}
 
 
 def run(job: Job) -> tuple[dict[str, Any], "pa.Table"]:

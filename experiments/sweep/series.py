@@ -1,9 +1,6 @@
 """The series of a report, which are its curves: a method, or where a sweep compares settings, a method with one value
-of each of them that it reads; and how each is named and drawn.
-
-A series stands where a method's name stands, in the content of sweep.json and in cell records. `method_of` and
-`choices_of` say what it is; its text is never parsed.
-"""
+of each of them that it reads; and how each is named and drawn. A series stands where a method's name stands, in the
+content of sweep.json and in cell records; its text is never parsed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -20,7 +17,6 @@ Axes = Mapping[str, Sequence[Any]]  # {setting: the values of it that are compar
 T = TypeVar("T")
 PROMPT = "prompt"
 MAIN = ("vlm-lora", "dinov2-lora")  # the main comparison: both are tuned on the very same batches
-_ABSENT = object()
 
 
 class Choice(NamedTuple):
@@ -45,12 +41,11 @@ class Series(str):
 
 
 def by_series(sweep: Record, cells: Sequence[Record]) -> tuple[Record, list[Record]]:
-    """The sweep and its cells with series for the methods that read a setting of which the sweep compares values.
-
-    Where it compares nothing they come back as they are, and so does what has series already. Raises ResultsError for a
-    cell that was run with none of the sweep's values.
-    """
-    axes = _axes(sweep)
+    """The sweep and its cells with series for the methods that read a setting of which the sweep compares values; where
+    it compares nothing they come back as they are, and so does what has series already. Raises ResultsError for a cell
+    that was run with none of the sweep's values."""
+    settings = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
+    axes = {setting: values for setting, values in settings.items() if len(values) > 1}
     if not axes:
         return sweep, list(cells)
     methods = [series for method in sweep["methods"] for series in _series(method, axes)]
@@ -118,12 +113,6 @@ def from_zero(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:
     return {series: {**starts[series], **row} for series, row in table.items()}
 
 
-def _axes(sweep: Record) -> dict[str, Sequence[Any]]:
-    """What is compared: settings of which the sweep has two values or more."""
-    settings = {PROMPT: sweep.get("prompts", ()), **sweep.get("compare", {})}
-    return {setting: values for setting, values in settings.items() if len(values) > 1}
-
-
 def _read(method: str, axes: Axes) -> Axes:
     settings = METHODS[method].settings if method in METHODS else ()
     return {setting: values for setting, values in axes.items() if setting in settings}
@@ -138,9 +127,10 @@ def _series(method: str, axes: Axes) -> list[str]:
 def _of_cell(cell: Record, axes: Axes) -> str:
     choices = []
     for setting, values in _read(cell["method"], axes).items():
-        value = cell["settings"].get(setting, _ABSENT)
-        if value not in values:
-            has = f"no {setting}" if value is _ABSENT else f"{setting} {value!r}"
+        settings = cell["settings"]
+        value = settings.get(setting)  # which may be None
+        if setting not in settings or value not in values:
+            has = f"{setting} {value!r}" if setting in settings else f"no {setting}"
             raise ResultsError(f"cell {cell['key']} has {has}; the sweep's are: {list(values)}")
         choices.append(Choice(setting, value, values.index(value), len(values)))
     return _named(cell["method"], choices)

@@ -1,9 +1,8 @@
 """A results folder: sweep.json, a record of each finished cell, and its predictions in predictions/<key>.parquet.
 
 A record is a file, cells/<key>.json, or in a packed folder a line of cells.jsonl; a file wins over a line of the same
-key. A cell that failed has failed/<key>.json instead. Every file is written under a temporary name and renamed, and
-predictions are written before their record: a cell that has one is complete. A folder has one writer at a time, held by
-a lock that ends with its process.
+key. A cell that failed has failed/<key>.json instead. Files are complete or not there, and predictions are written
+before their record: a cell that has one is complete. A folder has one writer, by a lock that ends with its process.
 """
 
 import json
@@ -45,7 +44,7 @@ class Results:
 
     def cells(self) -> list[dict[str, Any]]:
         """The records of all finished cells, in the order of data set, method, shots and seed."""
-        return _in_order({**self._packed(), **self._single()}.values())
+        return _in_order({**self._packed(), **_records(self._paths(), CELL_FIELDS)}.values())
 
     def frame(self) -> "pd.DataFrame":
         """A row a finished cell, in the order of `cells`. Columns: dataset, protocol, method (its name on the command
@@ -72,10 +71,9 @@ class Results:
 
     def failures(self) -> list[dict[str, Any]]:
         """What `fail` noted, in the order of data set, method, shots and seed."""
-        finished, paths = self.finished(), (self.folder / "failed").glob("*.json")
-        fields, again = (*IDENTITY, "error", "exit_status"), f"delete it and {RUN_AGAIN}"
-        left = [path for path in paths if path.stem not in finished]
-        return _in_order(_checked(_read(path, f"a record is gone; {again}"), path, fields, again) for path in left)
+        finished = self.finished()
+        left = (path for path in (self.folder / "failed").glob("*.json") if path.stem not in finished)
+        return _in_order(_records(left, (*IDENTITY, "error", "exit_status")).values())
 
     def finished(self) -> set[str]:
         """The keys of the cells whose record and predictions are both there."""
@@ -89,7 +87,9 @@ class Results:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for writing, made if it is not there. Raises ResultsError where that cannot be."""
-        if self._is_foreign():
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        visible = {path.name for path in there if not path.name.startswith(".")}
+        if "sweep.json" not in visible and not visible <= {*FOLDERS, "failed"}:
             raise ResultsError(
                 f"{self.folder} holds other things and no results; choose a new or empty folder with --out"
             )
@@ -111,12 +111,10 @@ class Results:
             lock.release()
 
     def begin(self, sweep: Mapping[str, Any]) -> dict[str, Any]:
-        """Write sweep.json, joined with the one that is there; returns the joined one.
-
-        Data sets, methods, shots and seeds may grow; raises ResultsError, with the difference, for any other change,
-        also of what is compared: a value that is new or left out is more likely a slip than a wish to go on for hours.
-        A folder without a finished cell takes any sweep, and forgets the failures of the last one.
-        """
+        """Write sweep.json, joined with the one that is there; returns the joined one. Data sets, methods, shots and
+        seeds may grow; raises ResultsError, with the difference, for any other change, also of what is compared: a
+        value that is new or left out is more likely a slip than a wish to go on for hours. A folder without a finished
+        cell takes any sweep, and forgets the failures of the last one."""
         joined = dict(sweep)
         if any(self._paths()) or (self.folder / PACKED).exists():
             old = self.sweep()
@@ -174,11 +172,6 @@ class Results:
     def _paths(self) -> Iterator[Path]:
         return (self.folder / "cells").glob("*.json")
 
-    def _single(self) -> dict[str, dict[str, Any]]:
-        """The records of the files by key."""
-        gone, way_out = f"a record is gone; {RUN_AGAIN}", f"delete it and {RUN_AGAIN}"
-        return {path.stem: _checked(_read(path, gone), path, CELL_FIELDS, way_out) for path in self._paths()}
-
     def _packed(self) -> dict[str, dict[str, Any]]:
         """The records of cells.jsonl by key; none where it is not there."""
         path = self.folder / PACKED
@@ -192,13 +185,6 @@ class Results:
     def _write_packed(self, records: Iterable[Mapping[str, Any]]) -> None:
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
         self._write(PACKED, "".join(f"{line}\n" for line in lines).encode())
-
-    def _is_foreign(self) -> bool:
-        """Whether it has visible things in it that no sweep made."""
-        if not self.folder.is_dir() or (self.folder / "sweep.json").exists():
-            return False
-        visible = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        return not visible <= {*FOLDERS, "failed"}
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = _changes(old["settings"], new["settings"])
@@ -228,6 +214,12 @@ class Results:
 
 def _in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["dataset"], r["method"], r["shots"], r["seed"], r["key"]))
+
+
+def _records(paths: Iterable[Path], fields: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records of files by key."""
+    gone, way_out = f"a record is gone; {RUN_AGAIN}", f"delete it and {RUN_AGAIN}"
+    return {path.stem: _checked(_read(path, gone), path, fields, way_out) for path in paths}
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,19 +1,20 @@
 """Optional tracking of a sweep while it runs, with a tool of the user's choice: W&B, trackio or TensorBoard.
 
 A run of the tool is a curve of a figure: a method (under what the sweep compares) with one seed. It has a value
-`DATA SET/METRIC` at each number of shots, so that the tool draws for each data set the figure of the report. A tool's
-package is imported when the tool is chosen; nothing is sent anywhere unless the tool does so.
+`DATA SET/METRIC` at each number of shots, so that the tool draws for each data set the figure of the report. Nothing is
+sent anywhere unless the tool does so.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from experiments.sweep.provenance import file_stem
 from experiments.sweep.series import by_series
@@ -32,56 +33,43 @@ UNWANTED = {
 
 
 class Tracker:
-    """Follows a sweep: `start`, then `cell` for each cell that has finished, then `finish`. This one does nothing."""
-
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        """name: of the sweep. config: the content of sweep.json. folder: of the results; a tool that writes files puts
-        them into a folder of its own there."""
-
-    def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
-        """record: of a finished cell, as it is stored. done, total: cells of the sweep, with this one."""
-
-    def finish(self) -> None:
-        """Everything is written or sent when this returns."""
-
-
-def tracker(name: str) -> Tracker:
-    """The tracker of that name; once it fails it says so in a line on stderr and does no more, and nothing is raised.
+    """Follows a sweep with a tool of TRACKERS, or with none: `start`, then `cell` for each cell that has finished, then
+    `finish`. Once the tool fails it says so in a line on stderr and does no more; nothing is raised.
 
     Raises UnknownNameError for another name, InputError with the line that installs it where its package is missing.
     """
-    if name not in TRACKERS:
-        raise UnknownNameError("tracker", name, TRACKERS)
-    try:
-        for module in TRACKERS[name].modules:
-            import_module(module)
-    except Exception as error:  # also what is broken in other ways than by being absent
-        reason = f"which cannot be imported ({one_line(error)})"
-        install = f"{EXTRA}, or: pip install {name}"
-        raise InputError(f"tracking with {name} needs the package {name}, {reason}; {install}") from error
-    return _Guarded(name, TRACKERS[name]())
 
+    def __init__(self, name: str | None = None) -> None:
+        if name is not None and name not in TRACKERS:
+            raise UnknownNameError("tracker", name, TRACKERS)
+        self._name, self._tool = name, TRACKERS[name]() if name else None
+        try:
+            for module in self._tool.modules if self._tool else ():
+                import_module(module)
+        except Exception as error:  # also what is broken in other ways than by being absent
+            reason = f"which cannot be imported ({one_line(error)})"
+            install = f"{EXTRA}, or: pip install {name}"
+            raise InputError(f"tracking with {name} needs the package {name}, {reason}; {install}") from error
 
-class _Guarded(Tracker):
-    """A tracker whose failure ends the tracking, and not a sweep that is hours old."""
-
-    def __init__(self, name: str, inner: Tracker) -> None:
-        self._name, self._inner = name, inner
-
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        self._try(self._inner.start, name, config, folder)
+    def start(self, config: Mapping[str, Any], folder: Path) -> None:
+        """config: the content of sweep.json. folder: of the results; a tool that writes files puts them into a folder
+        of its own there."""
+        self._try("start", config, folder)
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
-        self._try(self._inner.cell, record, done, total)
+        """record: of a finished cell, as it is stored. done, total: cells of the sweep, with this one."""
+        self._try("cell", record, done, total)
 
     def finish(self) -> None:
-        self._try(self._inner.finish)
+        """Everything is written or sent when this returns."""
+        self._try("finish")
 
-    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, stage: str, *arguments: Any) -> None:
         try:
-            call(*arguments)
+            if self._tool is not None:
+                getattr(self._tool, stage)(*arguments)
         except Exception as error:
-            self._inner = Tracker()
+            self._tool = None
             text = f"kshot: tracking with {self._name} failed and ends here, the sweep goes on ({one_line(error)})"
             err.print(text, style="yellow")
 
@@ -92,17 +80,17 @@ class Curve(NamedTuple):
     series: str
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.series}, seed {self.seed}"
 
-
-class _Runs(Tracker):
-    """A tracker with a run a curve. modules: what must be importable; the package is named as the tool."""
+class _Runs:
+    """A tool, with a run a curve. modules: what must be importable; the package is named as the tool."""
 
     modules: tuple[str, ...]
 
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        self._name, self._config, self._folder, self._runs = name, config, folder, dict[Curve, Any]()
+    def start(self, config: Mapping[str, Any], folder: Path) -> None:
+        self._name, self._config, self._folder, self._runs = config["name"], config, folder, dict[Curve, Any]()
+
+    def finish(self) -> None:
+        """What a tool has that keeps nothing open."""
 
     def _curve(self, record: Mapping[str, Any]) -> Curve:
         _, (named,) = by_series(self._config, [record])
@@ -126,11 +114,11 @@ class Wandb(_Runs):
 
     modules = ("wandb",)
 
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+    def start(self, config: Mapping[str, Any], folder: Path) -> None:
         """Asks for a key where one is needed, there is none, and somebody is there to be asked."""
         import wandb
 
-        super().start(name, config, folder)
+        super().start(config, folder)
         if wandb.setup().settings.mode == "online":
             wandb.login()
 
@@ -150,7 +138,7 @@ class Wandb(_Runs):
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             dir=self._folder,
-            name=f"{self._name}: {curve}"[:NAME],
+            name=f"{self._name}: {curve.series}, seed {curve.seed}"[:NAME],
             group=f"{self._name}: {curve.series}"[:NAME],
             job_type=record["method"][:TAG],
             tags=[tag[:TAG] for tag in (self._name, record["method"], *self._config["datasets"])],
@@ -171,14 +159,18 @@ class Trackio(_Runs):
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
         """Opens the run, and closes it: trackio has one open at a time."""
         import trackio
+        from huggingface_hub import constants
 
         curve = self._curve(record)
         # A sweep that is continued in its folder continues its runs; one in another folder has its own.
         folder = hashlib.sha256(str(self._folder.resolve()).encode()).hexdigest()[:6]
-        with redirect_stdout(io.StringIO()), _nothing_sent():
+        here = not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"))
+        # Where all stays here, trackio does not ask the hub whose token this is, as it does for every run.
+        offline = patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or here)
+        with redirect_stdout(io.StringIO()), offline:
             run = trackio.init(
                 project=self._name,
-                name=f"{curve} ({folder})",
+                name=f"{curve.series}, seed {curve.seed} ({folder})",
                 group=curve.series,
                 config=self._run_config(record),
                 resume="allow",
@@ -195,11 +187,11 @@ class TensorBoard(_Runs):
 
     modules = ("tensorboard", "torch.utils.tensorboard")
 
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        super().start(name, config, folder)
+    def start(self, config: Mapping[str, Any], folder: Path) -> None:
+        super().start(config, folder)
         self._progress = self._writer(".")
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        self._progress.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
+        self._progress.add_text(self._name, "\n".join(f"    {line}" for line in text.splitlines()))
 
     def cell(self, record: Mapping[str, Any], done: int, total: int) -> None:
         curve = self._curve(record)
@@ -222,17 +214,3 @@ class TensorBoard(_Runs):
 
 
 TRACKERS: dict[str, type[_Runs]] = {"wandb": Wandb, "trackio": Trackio, "tensorboard": TensorBoard}
-
-
-@contextmanager
-def _nothing_sent() -> Iterator[None]:
-    """Keep trackio from asking the hub whose token this is, as it does for every run, where all stays here."""
-    from huggingface_hub import constants
-
-    local = not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"))
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or local
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

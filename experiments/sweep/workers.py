@@ -1,11 +1,10 @@
 """Runs the jobs of a sweep: in worker processes side by side on this machine, or on a Ray cluster.
 
 On a CPU every worker computes on one thread unless more are asked for: the numbers of a cell then do not depend on how
-many run beside it. A job that fails stops no other. Where a worker dies, its job is tried once more.
-
-A worker process watches a pipe from its parent: when the parent closes it, or dies, the worker ends at once. Jobs on
-Ray go to the cluster that Ray finds (RAY_ADDRESS, or one started on this machine), or to a local one; kshot, its data
-and its models must be at the same paths on every node. Ray starts the job of a lost node elsewhere.
+many run beside it. A job that fails stops no other. A worker that dies has its job tried once more; one whose parent
+dies ends at once. Jobs on Ray go to the cluster that Ray finds (RAY_ADDRESS, or one started on this machine), or to a
+local one; kshot, its data and its models must be at the same paths on every node. Ray starts the job of a lost node
+elsewhere.
 """
 
 import os
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from logging import CRITICAL, getLogger
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -32,7 +32,6 @@ EXECUTORS = ("local", "ray")  # functions of this module
 TRIES = 2  # of a job whose worker dies
 LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 RETRIES = 3  # of a job whose worker or node is lost
-MISSING = "Ray is not installed; install it with: pip install 'kshot[ray]', or leave --executor ray out"
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,9 @@ def local(
     gpus: Sequence[str] = (),
 ) -> Answers[J, R]:
     """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
-    with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left.
-
-    run and jobs must be picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what
-    CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one each.
-    """
+    with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left. run and jobs must be
+    picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what CUDA_VISIBLE_DEVICES calls the
+    GPUs that workers get, one each."""
     room = len(gpus) or max(1, cores() // threads)
     count = min(workers or room, max(len(jobs), len(first)))
     if count == 0:
@@ -98,15 +95,13 @@ def ray(
     threads: int = 1,
     gpus: Sequence[str] = (),
 ) -> Answers[J, R]:
-    """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for).
-
-    A job takes `threads` CPUs, and a GPU where there are `gpus`. However it ends, no job of this run goes on. Raises
-    InputError without Ray, KshotError where the cluster cannot be reached or has no place for a job.
-    """
+    """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for). A job takes `threads`
+    CPUs, and a GPU where there are `gpus`. However it ends, no job of this run goes on. Raises InputError without Ray,
+    KshotError where the cluster cannot be reached or has no place for a job."""
     if not jobs and not first:
         return
-    library, gpu = _ray(), bool(gpus)
-    with _connected(library):
+    gpu = bool(gpus)
+    with _cluster() as library:
         _check_room(library, threads, gpu)
         remote = library.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")
         task, running = remote(_ray_work), dict[Any, J]()
@@ -145,26 +140,23 @@ def _line(error: Exception) -> str:
     return " ".join([type(error).__name__, *lines[-1:]])[:300]
 
 
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(MISSING) from error
-    return ray
-
-
 @contextmanager
-def _connected(ray: Any) -> Iterator[None]:
-    """Within a cluster: the one that this process is in already, or one that it leaves at the end."""
+def _cluster() -> Iterator[Any]:
+    """Ray, within a cluster: the one that this process is in already, or one that it leaves at the end."""
+    try:
+        ray: Any = import_module("ray")
+    except ImportError as error:
+        way_out = "install it with: pip install 'kshot[ray]', or leave --executor ray out"
+        raise InputError(f"Ray is not installed; {way_out}") from error
     if ray.is_initialized():
-        yield
+        yield ray
         return
     try:
         ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise KshotError(f"no Ray cluster: {' '.join(str(error).split())[:300]}; check RAY_ADDRESS") from error
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 

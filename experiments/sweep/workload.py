@@ -1,12 +1,9 @@
 """What a sweep has to do: its cells, their data sets, how many different images these cells see, and which of them the
 vision tower encodes once for all cells.
 
-A data set that is on this machine is counted exactly. Of a benchmark that is not, the catalog has the published
-numbers: enough to estimate a sweep before anything is fetched.
-
-Images whose features the disk cache can keep are encoded before the first cell. Where a sweep has more features than
-the cache keeps (see `vlm.service`), the cache drops the least recently used, which would be those of a later data set:
-so the cells of that set encode them.
+A data set that is here is counted exactly; of a benchmark that is not, the catalog has the published numbers. Images
+whose features the disk cache can keep (see `vlm.service`) are encoded before the first cell. Beyond that the cache
+drops the least recently used, which would be those of a later data set: so the cells of that set encode them.
 """
 
 import json
@@ -20,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import catalog, pack
-from data.dataset import Access, Dataset
+from data.benchmarks.sources import choose_source, hub_pack
+from data.dataset import Access, Dataset, clean_name
 from data.fewshot import images_per_class
+from data.hub import HubName
 from experiments.sweep.cells import Job
 from experiments.sweep.config import Settings, Sweep
 from experiments.sweep.methods import METHODS, Method
@@ -51,23 +50,6 @@ class CellSpec(NamedTuple):
         return METHODS[self.method]
 
     @property
-    def uses_vlm(self) -> bool:
-        return self.spec.uses_vlm
-
-    @property
-    def uses_backbone(self) -> bool:
-        return "backbone" in self.spec.settings
-
-    @property
-    def trains(self) -> bool:
-        return self.spec.trains
-
-    @property
-    def generates(self) -> bool:
-        """Whether a model is prompted twice for each test image: to score the classes, and to generate an answer."""
-        return "answer_tokens" in self.spec.settings
-
-    @property
     def variant(self) -> tuple[Any, ...]:
         """What the time of its steps depends on: the method, and the settings it reads but those of the data."""
         return self.method, *(getattr(self.settings, name) for name in self.spec.settings if name != "hflip")
@@ -90,7 +72,7 @@ class DatasetInfo:
         return self.test if settings.limit_test is None else min(settings.limit_test, self.test)
 
     def train_count(self, seeds: Iterable[int], shots: int, settings: Settings) -> float:
-        """Different training images of these seeds at these shots; of a set that is not here, as many as are expected
+        """Different training images of these seeds at these shots; of a set that is not here those to be expected,
         where each of n images of a class is drawn with probability shots/n."""
         if not shots:
             return 0
@@ -120,7 +102,7 @@ class Workload:
     @cached_property
     def local_vlm_cells(self) -> list[CellSpec]:
         """Cells in which the local service runs a vision-language model."""
-        return self.select(lambda cell: cell.uses_vlm) if self.service == "local" else []
+        return self.select(lambda cell: cell.spec.uses_vlm) if self.service == "local" else []
 
 
 def of_jobs(jobs: Sequence[Job], datasets: Mapping[str, Dataset]) -> Workload:
@@ -177,9 +159,6 @@ def adapt(sweep: Sweep, access: Access, datasets: Mapping[str, Dataset | None]) 
 
 def is_here(source: str, access: Access) -> bool:
     """Whether a data set can be loaded without fetching anything."""
-    from data.benchmarks.sources import choose_source, hub_pack
-    from data.hub import HubName
-
     spec = catalog.find(source)
     if source.startswith(catalog.HUB):
         return pack.is_here(hub_pack(HubName.parse(spec.location), (), access.label_column))
@@ -196,10 +175,8 @@ def _info(source: str, access: Access, split_seed: int) -> DatasetInfo:
     if not spec.sources:
         get = f"kshot data get {source}" + (f" --label-column {access.label_column}" if access.label_column else "")
         raise InputError(f"{source} is not on this machine and nothing is known of its size; `{get}`")
-    from data.benchmarks.sources import choose_source
-
     protocol = choose_source(spec, access)[1]
-    names = tuple(map(spec.clean, spec.classes)) if spec.classes and len(spec.classes) == protocol.classes else ()
+    names = tuple(map(clean_name, spec.classes)) if spec.classes and len(spec.classes) == protocol.classes else ()
     train, test = protocol.train or spec.train, protocol.test or spec.test
     return DatasetInfo(protocol.classes, names, train, test, access=access)
 
@@ -230,7 +207,7 @@ def backbone_image_counts(workload: Workload) -> Iterator[tuple[CellSpec, ImageC
     """For each frozen encoder (backbone, readout, image size) and data set one of its cells, and the images that it
     encodes, each once."""
     alike: dict[tuple[object, ...], list[CellSpec]] = defaultdict(list)
-    for cell in workload.select(lambda cell: cell.uses_backbone and not cell.trains):
+    for cell in workload.select(lambda cell: cell.spec.uses_backbone and not cell.spec.trains):
         s = cell.settings
         alike[cell.source, s.backbone, s.readout, s.image_size].append(cell)
     for same in alike.values():
@@ -263,9 +240,9 @@ def mean_size(info: DatasetInfo, max_side: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EncodingSchedule:
-    """When the vision tower encodes the images of each source: ahead, once; in the cells, once in each worker, where
-    features fit into the cache but not beside those before them; again in every cell, where they do not fit. capacity:
-    bytes that the cache keeps. mirrored: whether mirrored twins are encoded too."""
+    """When the vision tower encodes the images of each source: ahead; in each worker once, where features fit into the
+    cache but not beside those before them; in every cell, where they do not fit. capacity: bytes that the cache keeps.
+    mirrored: whether mirrored twins are encoded too."""
 
     ahead: tuple[str, ...]
     per_worker: tuple[str, ...]
@@ -293,11 +270,17 @@ def encoding_schedule(workload: Workload) -> EncodingSchedule:
     return EncodingSchedule(tuple(ahead), per_worker, per_cell, capacity, mirrored)
 
 
+def encoding_parts(train: float, test: int) -> int:
+    """How many jobs encode so many images of a data set, BATCH at a time."""
+    return int(-(-(train + test) // BATCH))
+
+
 def encoding_jobs(workload: Workload) -> int:
-    """How many jobs encode images ahead, BATCH at a time."""
-    counts = image_counts(workload.select(lambda cell: cell.uses_vlm), workload)
-    ahead = encoding_schedule(workload).ahead
-    return sum(int(-(-(counts[source].train + counts[source].test) // BATCH)) for source in ahead)
+    """How many jobs encode images ahead."""
+    counts = image_counts(workload.select(lambda cell: cell.spec.uses_vlm), workload)
+    return sum(
+        encoding_parts(counts[source].train, counts[source].test) for source in encoding_schedule(workload).ahead
+    )
 
 
 def feature_bytes(workload: Workload) -> dict[str, int]:

@@ -1,28 +1,44 @@
 """A small set of images in a folder with odd names, the command line in this process, and sweeps run once for all."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from stored import CLASSES
 from trained import TINY, status_of, train
 
 from vlm.local.registry import LocalServiceClient
 
+PHOTOS = "my <b>photos|é"
 METHODS = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is made once for all processes of these tests, which only read it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., bytes]) -> Path:
     """Three classes of ten images, eight of them for training."""
-    home = tmp_path_factory.mktemp("somewhere") / "my <b>photos|é"
-    for c, name in enumerate(CLASSES):
-        (home / name).mkdir(parents=True)
-        for n in range(10):
-            (home / name / f"{n}.png").write_bytes(make_image(100 * c + n, 32 + 16 * (n % 2), 32))
-    return home
+
+    def draw(home: Path) -> None:
+        for c, name in enumerate(CLASSES):
+            (home / PHOTOS / name).mkdir(parents=True)
+            for n in range(10):
+                (home / PHOTOS / name / f"{n}.png").write_bytes(make_image(100 * c + n, 32 + 16 * (n % 2), 32))
+
+    return once(tmp_path_factory, "somewhere", draw) / PHOTOS
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +66,17 @@ def refused(kshot: Callable[..., Any]) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def two_workers(grid: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of `grid`, uninterrupted."""
-    out = tmp_path_factory.mktemp("two") / "out"
-    assert status_of(*grid, "--workers", "2", "--out", out) == 0
-    return out
+
+    def run(folder: Path) -> None:
+        assert status_of(*grid, "--workers", "2", "--out", folder / "out") == 0
+
+    return once(tmp_path_factory, "two", run) / "out"
 
 
 @pytest.fixture(scope="session")
 def adapter(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the photos' classes, in a folder that was not there."""
-    return train(photos, tmp_path_factory.mktemp("trained") / "new/adapter")
+    return once(tmp_path_factory, "trained", lambda folder: train(photos, folder / "new/adapter")) / "new/adapter"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from stored import CLASSES
+from trained import status_of
 
 from data.preparation import prepare
 from experiments.adapters import predict as predicting
@@ -151,6 +152,17 @@ def test_standard_input_and_a_pattern(adapter: Path, images: Path, kshot, stdin)
     assert parsed(kshot("predict", "-", *ask).out) == pattern
     stdin(b"")
     assert kshot("predict", "-", *ask) == (1, "", "kshot: -: standard input holds neither an image nor a path\n")
+
+
+def test_what_the_encoding_of_the_output_lacks_is_escaped(
+    adapter: Path, images: Path, stdin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin((images / "a.png").read_bytes())
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    assert status_of("predict", "-", "--adapter", adapter) == 0
+    assert printed.getvalue().startswith(b"-\n  0.")
+    assert b"caf\\xe9 d\\xe9j\\xe0 vu" in printed.getvalue()
 
 
 def test_windows_keep_the_order_and_change_nothing(

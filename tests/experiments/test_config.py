@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from experiments.sweep.config import Settings, Sweep, load
 from experiments.sweep.methods import METHODS
-from kshot.errors import InputError, UnknownNameError
+from kshot.errors import InputError
 
 GOOD = "name: mine\ndatasets: [digits]\nmethods: [pixel-knn]\nshots: [1, 2, 2]\nseeds: [0]\n"
 
@@ -58,6 +58,18 @@ def test_a_sweep_does_not_change() -> None:
         (GOOD.replace("[1, 2, 2]", "[[1]]"), "shots.0"),
         (GOOD.replace("[digits]", "digits"), "datasets = 'digits'"),
         (GOOD.replace("mine", "../mine"), "name = '../mine'"),
+        (GOOD + "most_shots: {flours: 10}\n", r"most_shots: 'flours' is none of the data sets \(digits\)"),
+        (GOOD + "most_shots: {digits: 0}\n", r"most_shots\.digits = 0: .*greater than or equal to 1"),
+        (GOOD + "most_shots: [10]\n", r"most_shots = \[10\]"),
+        (GOOD + "compare: {rank: [1, 2]}\n", "unknown setting to compare 'rank'; choose from: backbone, image_"),
+        (GOOD + "compare: {readout: []}\n", r"compare.readout = \[\]: .*at least 1 item"),
+        (GOOD + "compare: {readout: cls}\n", "compare.readout = 'cls': Input should be a valid tuple"),
+        (GOOD + "compare: {readout: [cls, x]}\n", "compare.readout.1 = 'x': Input should be 'cls'"),
+        (GOOD + "compare: 3\n", "compare = 3: "),
+        (
+            GOOD + "compare: {readout: [cls, last4]}\nsettings: {readout: cls}\n",
+            "mine.yaml gives readout twice: in set",
+        ),
     ],
 )
 def test_a_file_that_is_wrong(write, content: str | bytes, message: str) -> None:
@@ -79,15 +91,6 @@ def test_a_setting_out_of_range(key: str, value: str) -> None:
         load("demo", {}, {key: value})
 
 
-def test_names_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown preset 'demos' \(did you mean 'demo'\?\); .*FILE.yaml"):
-        load("demos", {}, {})
-    with pytest.raises(InputError, match=r"gone.yaml cannot be read \(No such file.*presets are: .*demo"):
-        load(str(tmp_path / "gone.yaml"), {}, {})
-    with pytest.raises(UnknownNameError, match=r"unknown setting 'limit_tests' \(did you mean 'limit_test'\?\)"):
-        load("demo", {}, {"limit_tests": "3"})
-
-
 def test_the_settings_of_methods_are_settings() -> None:
     for method in METHODS.values():
         assert set(method.settings) <= Settings.model_fields.keys()
@@ -96,11 +99,15 @@ def test_the_settings_of_methods_are_settings() -> None:
 
 
 def test_another_model_leaves_the_presets_training_settings_behind() -> None:
-    nano, recipe = load("demo", {}, {}).settings, Settings()
+    """Also among others that are compared; what is shown, how many images it tests on, stays as the preset has it."""
+    nano, small = load("demo", {}, {}).settings, "vit_small_patch14_dinov2.lvd142m"
     assert (nano.learning_rate, nano.views_per_class) == (0.003, 64)
-    for other in ({"model": "Qwen/Qwen3-VL-2B-Instruct"}, {"backbone": "vit_base_patch14_dinov2.lvd142m"}):
+    for other in ({"model": "Qwen/Qwen3-VL-2B-Instruct"}, {"backbone": small}, {"backbone": (nano.backbone, small)}):
         settings = load("demo", {}, other).settings
         assert (settings.learning_rate, settings.views_per_class) == (1e-4, 160)
-        assert settings.answer_tokens == recipe.answer_tokens
+        assert settings.answer_tokens == Settings().answer_tokens
     assert load("demo", {}, {"model": "a/b", "rank": 8, "learning_rate": 0.5}).settings.learning_rate == 0.5
-    assert load("demo", {}, {"model": nano.model, "backbone": nano.backbone}).settings == nano
+    for own in ({"model": nano.model, "backbone": nano.backbone}, {"backbone": (nano.backbone, nano.backbone)}):
+        assert load("demo", {}, own).variants == [nano]
+    assert load("blog-small", {}, {"model": "4B"}).settings.limit_test == 512
+    assert load("blog-small", {}, {"model": "2B"}) == load("blog-small", {}, {})

@@ -93,10 +93,12 @@ def test_a_dry_run_says_all_and_asks_nothing(there: Hub, adapter: Path, results:
     assert lines[-1] == f"nothing was sent; this sends it: kshot push {results} o/r --public --yes"
 
 
-def test_an_adapter_is_sent_in_one_commit(there: Hub, adapter: Path) -> None:
+def test_what_belongs_to_an_adapter_and_to_results_is_sent_each_in_one_commit(
+    there: Hub, adapter: Path, results: Path
+) -> None:
     before = files(adapter)
-    lines, raised = ask(there.url, (adapter, "o/new", True, False))
-    assert raised == [None]
+    lines, raised = ask(there.url, (results, "o/r", True, True), (adapter, "o/new", True, False))
+    assert raised == [None, None]
     repo = there.repos["o/new"]
     assert (repo.kind, repo.private, repo.files) == ("model", True, plain(adapter, FILES))
     assert repo.commits == [("An adapter of kshot", sorted(FILES))]
@@ -105,17 +107,10 @@ def test_an_adapter_is_sent_in_one_commit(there: Hub, adapter: Path) -> None:
     assert lines[-1] == f"sent: {there.url}/o/new/commit/{'a' * 40}"
     assert len(there.objects) == 1  # the weights, by LFS
     assert files(adapter) == before
-
-
-def test_of_results_only_what_belongs_to_them_is_sent(there: Hub, results: Path) -> None:
-    _, raised = ask(there.url, (results, "o/r", True, True))
-    assert raised == [None]
     repo = there.repos["o/r"]
-    assert (repo.kind, repo.private) == ("dataset", False)
+    assert (repo.kind, repo.private, len(repo.commits)) == ("dataset", False, 1)
     names = ["report.html", "report.md", "sweep.json", "figures/icons.png", "figures/icons.svg"]
-    names += ["cells.jsonl", "cells/a.json", "cells/b.json"]
-    assert repo.files == plain(results, names)
-    assert len(repo.commits) == 1
+    assert repo.files == plain(results, [*names, "cells.jsonl", "cells/a.json", "cells/b.json"])
 
 
 def test_a_repository_that_is_there_keeps_its_doors(there: Hub, adapter: Path) -> None:
@@ -127,14 +122,14 @@ def test_a_repository_that_is_there_keeps_its_doors(there: Hub, adapter: Path) -
     assert [len(repo.commits) for repo in there.repos.values()] == [1, 1]
 
 
-def test_what_keeps_the_hub_away_is_one_line(there: Hub, adapter: Path) -> None:
+def test_what_keeps_the_hub_away_is_one_line(there: Hub, adapter: Path, tmp_path: Path) -> None:
     new = (adapter, "o/new", True, False)
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
         unreachable = ask(closed, new)
     answers = [
-        ask(there.url, new, HF_TOKEN="", HF_HOME=str(adapter.parent)),
+        ask(there.url, new, HF_TOKEN="", HF_HOME=str(tmp_path)),
         ask(there.url, new, HF_TOKEN=f"{TOKEN}_2"),
         ask(there.url, (adapter, "forbidden/x", True, False)),
         ask(there.url, new, HF_HUB_OFFLINE="1"),

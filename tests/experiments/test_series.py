@@ -1,7 +1,6 @@
 """Series of prompts: methods where a sweep has one prompt, methods with a prompt where it has several."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from experiments.cli.sweep import print_summary
 from experiments.report.figures import write_dataset_figure
 from experiments.report.report import headline
 from experiments.report.tables import full_grid
-from experiments.sweep.methods import METHODS
 from experiments.sweep.series import (
     Choice,
     Series,
@@ -27,14 +25,6 @@ from kshot.errors import ResultsError
 
 PROMPTS = ["recipe", "{image}What is it? => It is a {label}"]
 SWEEP = reported.SWEEP | {"seeds": [0, 1], "settings": {}, "notes": [], "prompts": PROMPTS}
-
-
-@pytest.fixture(autouse=True)
-def asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The methods that ask have a prompt among their settings."""
-    for method in ("vlm-zero-shot", "vlm-lora"):
-        settings = dict.fromkeys((*METHODS[method].settings, "prompt"))
-        monkeypatch.setitem(METHODS, method, replace(METHODS[method], settings=tuple(settings)))
 
 
 def cell(method: str, shots: int, seed: int, accuracy: float, prompt: str | None = None) -> dict:

@@ -15,7 +15,7 @@ from kshot.errors import KshotError, ResultsError
 
 SWEEP: dict[str, Any] = {
     **{"name": "x", "datasets": ["a"], "methods": ["m"], "shots": [2], "seeds": [1], "notes": ["about m"]},
-    **{"settings": {"rank": 1}, "protocols": {"a": "p"}, "classes": {"a": ["one", "two"]}},
+    **{"settings": {"rank": 1}, "protocols": {"a": "p"}, "classes": {"a": ["one", "two"]}, "device": "cpu"},
 }
 TABLE = pa.table(
     {
@@ -68,6 +68,7 @@ def test_a_folder_grows(results: Results) -> None:
         ({"settings": {"rank": 2}}, r"\(rank 1 → 2\)"),
         ({"settings": {"rank": 1, "eps": 0.5}}, r"\(eps None → 0.5\)"),
         ({"protocols": {"a": "q"}}, r"\(images of a 'p' → 'q'\)"),
+        ({"device": "cuda"}, r"\(device 'cpu' → 'cuda'\)"),
     ],
 )
 def test_another_configuration_is_refused(results: Results, change: dict[str, Any], difference: str) -> None:

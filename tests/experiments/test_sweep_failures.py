@@ -11,9 +11,8 @@ import pytest
 from experiments.sweep import methods
 from experiments.sweep.cells import Job
 from experiments.sweep.config import RunOptions, load
-from experiments.sweep.grid import execute, gpus_of, plan
+from experiments.sweep.grid import gpus_of, run_sweep
 from experiments.sweep.methods import METHODS, Outcome, Task
-from experiments.sweep.store import Results
 from kshot.errors import InputError
 
 QUICK = ("--method", "pixel-knn", "--method", "dinov2-logreg", "--shots", "1,2", "--seeds", "0")
@@ -80,23 +79,6 @@ def test_only_failed_runs_those_alone(sweep: Any, broken: Any, ran: list[Job], t
     assert [job.cell.method for job in ran] == ["dinov2-logreg"]
 
 
-def test_another_device_or_service_is_refused(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
-    assert sweep().status == 0
-    path = tmp_path / "out/sweep.json"
-    content = json.loads(path.read_text())
-    assert (content["service"], content["device"]) == ("local", "cpu")
-    path.write_text(json.dumps({**content, "device": "cuda"}))
-    ended = sweep("--shots", "1")
-    assert ended.status == 2
-    assert "another configuration (device 'cuda' → 'cpu')" in ended.err
-
-
-def test_an_unknown_executor_is_named(sweep: Any) -> None:
-    ended = sweep("--executor", "slurm")
-    assert ended.status == 2
-    assert "unknown executor 'slurm'; choose from: local, ray" in ended.err
-
-
 def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
     photos: Path, tmp_path: Path, kshot: Any, ran: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +111,8 @@ def test_the_gpus_that_workers_get(
         gpus_of("cuda:3")
 
 
-def test_more_workers_than_gpus_is_an_error(photos: Path, tmp_path: Path) -> None:
-    planned = replace(plan(load("demo", {"datasets": (f"folder:{photos}",), "shots": (1,)}, {})), gpus=("0",))
+def test_more_workers_than_gpus_is_an_error(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.sweep.grid.gpus_of", lambda *_, **__: ("0",))
+    sweep = load("demo", {"datasets": (f"folder:{photos}",), "shots": (1,)}, {})
     with pytest.raises(InputError, match="--workers 2, but GPUs: 1, and each worker takes one"):
-        list(execute(planned, Results(tmp_path), planned.jobs, RunOptions(workers=2)))
+        run_sweep(sweep, tmp_path, RunOptions(workers=2))

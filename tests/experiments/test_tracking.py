@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from experiments.sweep.tracking import TRACKERS, Tracker, tracker
+from experiments.sweep.tracking import TRACKERS, Tracker
 from kshot.errors import InputError, UnknownNameError
 
 SWEEP = {
@@ -52,7 +52,7 @@ EXPECTED = {
 
 
 def follow(tracking: Tracker, folder: Path, cells: list[dict[str, Any]] = CELLS) -> None:
-    tracking.start("two", SWEEP, folder)
+    tracking.start(SWEEP, folder)
     for done, record in enumerate(cells, 1):
         tracking.cell(record, done, len(CELLS))
     tracking.finish()
@@ -87,7 +87,7 @@ def calls(wandb: Mock) -> list[str]:
 def test_what_wandb_is_told(wandb: Mock, tmp_path: Path) -> None:
     runs: list[Mock] = []
     wandb.init.side_effect = lambda **_: runs.append(Mock()) or runs[-1]
-    follow(tracker("wandb"), tmp_path)
+    follow(Tracker("wandb"), tmp_path)
     assert calls(wandb) == ["setup", "init", "init", "init"]  # offline nobody is asked for a key
     options = [call.kwargs for call in wandb.init.call_args_list]
     logged = [[call.args[0] for call in run.log.call_args_list] for run in runs]
@@ -112,8 +112,8 @@ def test_wandb_asks_for_a_key_before_anything_runs_and_takes_the_users_project(
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     wandb.setup.return_value.settings.mode = "online"
-    tracking = tracker("wandb")
-    tracking.start("two", SWEEP, tmp_path)
+    tracking = Tracker("wandb")
+    tracking.start(SWEEP, tmp_path)
     assert calls(wandb) == ["setup", "login"]
     tracking.cell(CELLS[0], 1, 5)
     assert wandb.init.call_args.kwargs["project"] == "mine"
@@ -124,7 +124,7 @@ def test_a_failure_is_one_line_and_the_tracker_is_left_alone(
     wandb: Mock, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str
 ) -> None:
     getattr(wandb, fails).side_effect = RuntimeError(f"{fails}:\nno")
-    follow(tracker("wandb"), tmp_path)
+    follow(Tracker("wandb"), tmp_path)
     assert calls(wandb) == ["setup", *(["init"] if fails == "init" else [])]
     failed = "kshot: tracking with wandb failed and ends here, the sweep goes on"
     assert capsys.readouterr() == ("", f"{failed} (RuntimeError: {fails}: no)\n")
@@ -133,14 +133,14 @@ def test_a_failure_is_one_line_and_the_tracker_is_left_alone(
 def test_ctrl_c_is_no_failure(wandb: Mock, tmp_path: Path) -> None:
     wandb.setup.side_effect = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        tracker("wandb").start("two", SWEEP, tmp_path)
+        Tracker("wandb").start(SWEEP, tmp_path)
 
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, TRACKERS[name].modules[0], None)
     with pytest.raises(InputError) as raised:
-        tracker(name)
+        Tracker(name)
     text = str(raised.value)
     assert text.startswith(f"tracking with {name} needs the package {name}, which cannot be imported (")
     assert text.endswith(f"; pip install 'kshot[tracking]', or: pip install {name}")
@@ -149,7 +149,7 @@ def test_a_missing_package_says_how_to_install_it(name: str, monkeypatch: pytest
 
 def test_another_name_says_the_choices() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown tracker 'wandv' \(did you mean 'wandb'\?\).*trackio, tensorb"):
-        tracker("wandv")
+        Tracker("wandv")
 
 
 def test_nothing_is_imported_before_a_tool_is_chosen() -> None:
@@ -163,7 +163,7 @@ def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     real = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    follow(tracker("wandb"), tmp_path)
+    follow(Tracker("wandb"), tmp_path)
     real.teardown()
     assert capsys.readouterr().err == ""
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
@@ -222,11 +222,11 @@ sys.path.insert(0, "tests/experiments")
 import huggingface_hub
 from pathlib import Path
 from test_tracking import CELLS, follow
-from experiments.sweep.tracking import tracker
+from experiments.sweep.tracking import Tracker
 folder = Path(sys.argv[1])
 for some in (CELLS[:2], CELLS[2:]):  # stopped, and continued in its folder
-    follow(tracker("trackio"), folder, some)
-follow(tracker("trackio"), folder / "another", CELLS[:1])
+    follow(Tracker("trackio"), folder, some)
+follow(Tracker("trackio"), folder / "another", CELLS[:1])
 import json, trackio
 from trackio.sqlite_storage import SQLiteStorage
 print(json.dumps({run: SQLiteStorage.get_logs("two", run) for run in SQLiteStorage.get_runs("two")}))
@@ -258,8 +258,8 @@ def test_real_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-    follow(tracker("tensorboard"), tmp_path, CELLS[:2])
-    follow(tracker("tensorboard"), tmp_path, CELLS[2:])  # continued
+    follow(Tracker("tensorboard"), tmp_path, CELLS[:2])
+    follow(Tracker("tensorboard"), tmp_path, CELLS[2:])  # continued
     read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
     found: dict[str, dict[str, dict[int, float]]] = {}
     for run, tags in read.Runs().items():
