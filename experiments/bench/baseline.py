@@ -1,22 +1,20 @@
 """`kshot bench baseline`: the heads of a whole comparison from cached features, and how fast features are made.
 
-The grid is run as a sweep runs it, by worker processes with one thread each; its seconds are from the first start of a
-worker to the last score. Its features are Gaussian classes with the spectrum of natural ones, as many as the real sets
-have images and as wide as DINOv2-base's: how long heads take depends on sizes and on how hard the classes are to part,
-not on whose features these are. Accuracies on them say nothing but that something was learnt.
+The grid is run as a sweep runs it, by worker processes with one thread each, on Gaussian classes with the spectrum of
+natural features and the sizes of the real sets: how long heads take depends on sizes and on how hard the classes are to
+part. Its accuracies say nothing but that something was learnt.
 
 Each head is compared with scikit-learn's on the same features, in turn, on the threads of this process. Ours includes
 what it chooses on its shots; scikit-learn's neighbours and means are given that choice, its ridge chooses among the
 same penalties by leave-one-out.
 
 An encoder, from the bytes of photographs to features, is compared with the bare forward pass of its backbone on pixels
-that are ready, one image at a time or in batches of one size, whichever is faster. On a CPU both have one
-thread, as each of the workers of a sweep has.
+that are ready, one image at a time or in batches, whichever is faster. On a CPU both have one thread, as each of the
+workers of a sweep has.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -31,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from baselines.backbone import Backbone, load
-from baselines.features import Encoder, resized, size_batches
+from baselines.features import Encoder, resized
 from baselines.heads import HEADS
 from baselines.heads.knn import TEMPERATURE
 from baselines.heads.linear import C
@@ -47,19 +45,19 @@ PACKAGES = ("numpy", "pillow", "scikit-learn", "scipy", "timm", "torch")
 
 
 def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = "") -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made here, from a
-    seed. model: the backbone; "" is DINOv2-small's shape (quick) or DINOv2-base's with random weights.
+    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made from a seed.
+    model: the backbone; "" is DINOv2-small's shape (quick) or DINOv2-base's with random weights.
 
     Raises InputError for a device that cannot be; ModelError for the model; DatasetError; KshotError where a head's
     predictions differ from scikit-learn's.
     """
     harness.quiet()
-    encoder_rows, share = _encoder(root, quick, device, model)
     with tempfile.TemporaryDirectory() as name:
         folder, sizes = Path(name), QUICK if quick else SIZES
+        encoder_rows, share = _encoder(root, quick, device, model, folder)
         write(folder, sizes)
         head_rows, ratios = heads(folder, quick)
-        grid_rows, seconds = _grid(list(cells(folder, sizes, 1 if quick else SEEDS)))
+        grid_rows, seconds = _grid(cells(folder, sizes, 1 if quick else SEEDS))
     ratios = {"grid_seconds": seconds, "feature_rate_share": share, **ratios}
     return harness.record([*grid_rows, *head_rows, *encoder_rows], ratios, PACKAGES)
 
@@ -70,8 +68,7 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", model: str = ""
 def _grid(jobs: Sequence[Cell]) -> tuple[Rows, float]:
     """Rows of the grid and its seconds."""
     done = timed(lambda: list(workers.results(workers.local(run, jobs))))
-    sizes = [SIZES[name] for name in {job.dataset for job in jobs}]
-    most = {"train": max(size.train for size in sizes), "test": max(size.test for size in sizes)}
+    most = {split: max(getattr(SIZES[job.dataset], split) for job in jobs) for split in ("train", "test")}
     rows = [row("grid of heads", [done.seconds], "s", cells=len(jobs), dim=DIM, **most)]
     for head in HEADS:
         seconds, accuracies = zip(*(outcome for cell, outcome in done.value if cell.head == head), strict=True)
@@ -147,36 +144,34 @@ BATCHES = (1, 8, 64)
 COUNT = {("cpu", True): 8, ("cpu", False): 16, ("cuda", True): 512, ("cuda", False): 2048}  # photographs
 
 
-def _encoder(root: Path | None, quick: bool, device: str, model: str) -> tuple[Rows, float]:
+def _encoder(root: Path | None, quick: bool, device: str, model: str, folder: Path) -> tuple[Rows, float]:
     """Rows of images a second, and the encoder's over the fastest bare one's. Raises as `baselines.backbone.load`
     does, and DatasetError."""
     rounds, architecture, ours = 3 if quick else 5, ARCHITECTURES[quick], "photographs to features"
-    with _random_backbone(architecture) as random, workers.one_thread_on_a_cpu(device):
-        backbone = load(model or random, device)
+    name, model = Path(model).name or f"{architecture} (random)", model or _random_backbone(architecture, folder)
+    with workers.one_thread_on_a_cpu(device):
+        backbone = load(model, device)
         images = _images(root, COUNT[device.split(":")[0], quick])
-        pixels = [resized(image, backbone.patch, PIXELS) for image in images]
-        ready = [backbone.normalised([pixels[n]]) for group in size_batches(pixels, len(pixels)) for n in group]
-        encoders = [Encoder(model or random, size=PIXELS, device=device) for _ in range(rounds + 1)]  # nothing cached
+        ready = [backbone.normalised([resized(image, backbone.patch, PIXELS)]) for image in images]
+        encoders = [Encoder(model, size=PIXELS, device=device) for _ in range(rounds + 1)]  # nothing cached
         tasks: dict[str, Callable[[], Any]] = {ours: lambda: encoders.pop().features(images)}
         batches = {n: [torch.cat(ready[m : m + n]) for m in range(0, len(ready), n)] for n in BATCHES}
         tasks |= {f"forward, {n} at a time": partial(_forward, backbone, batches[n]) for n in BATCHES}
         seconds, _ = in_turn(tasks, rounds)
-    name, threads = Path(model).name or f"{architecture} (random)", 1 if device == "cpu" else torch.get_num_threads()
+    threads = 1 if device == "cpu" else torch.get_num_threads()
     facts = {"images": len(images), "size": PIXELS, "backbone": name, "device": device, "threads": threads}
     rows = [row(what, [len(images) / s for s in each], "images/s", **facts) for what, each in seconds.items()]
     fastest = [min(times) for times in zip(*(seconds[name] for name in seconds if name != ours), strict=True)]
     return rows, median_ratio(fastest, seconds[ours])
 
 
-@contextmanager
-def _random_backbone(architecture: str) -> Iterator[str]:
+def _random_backbone(architecture: str, folder: Path) -> str:
     """A folder in timm's hub layout with random weights, drawn from a seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            module = timm.create_model(architecture, num_classes=0)
-        timm.models.save_for_hf(module, folder, safe_serialization=True)
-        yield folder
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        module = timm.create_model(architecture, num_classes=0)
+    timm.models.save_for_hf(module, folder / "backbone", safe_serialization=True)
+    return str(folder / "backbone")
 
 
 def _images(root: Path | None, count: int) -> list[bytes]:

@@ -6,7 +6,7 @@ A case is plain data, so that it can be sent to another process.
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,17 @@ Photograph = tuple[bytes, int]  # encoded, and its label
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. All photographs are shown once an epoch, in `classes * shots / batch` steps."""
+    """How much is trained and measured. All photographs are shown once an epoch, in `classes * shots / batch` steps.
+    few: photographs for what takes many times as long as one pass of `bench score`. labels: of a list, for which a
+    stock program gets a forward pass each."""
 
     classes: int
     shots: int
     batch: int = 1
     epochs: int = 1
     rounds: int = 1
+    few: int = 1
+    labels: int = 1
 
     def order(self, rng: np.random.Generator) -> tuple[tuple[int, ...], ...]:
         """The batches of all epochs, each epoch a new permutation of the photographs."""
@@ -62,11 +66,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """One training task. batches: for each step the numbers of its photographs.
-
-    model: a name or a folder. state: a folder to write in, which holds the first adapter: `adapter` is its folder, in
-    PEFT's layout, and `start` its name as a checkpoint of the local service.
-    """
+    """One training task. batches: for each step the numbers of its photographs. model: a name or a folder. state: a
+    folder to write in. start: of an adapter in it, the name as a checkpoint of the local service."""
 
     model: str
     device: str
@@ -75,15 +76,15 @@ class Case:
     batches: tuple[tuple[int, ...], ...]
     state: Path
     start: str = ""
-    adapter: Path = Path()
 
     @property
     def images(self) -> list[bytes]:
         return [image for image, _ in self.photographs]
 
     @property
-    def views(self) -> int:
-        return sum(map(len, self.batches))
+    def adapter(self) -> Path:
+        """The folder of the adapter that a client saved, in PEFT's layout."""
+        return next(self.state.rglob("adapter_config.json")).parent
 
     @property
     def epoch(self) -> int:
@@ -94,13 +95,17 @@ class Case:
         """What the model learns to write about a photograph."""
         return f"{PREFILL} {self.classes[self.photographs[number][1]]}\n{END_OF_TURN}"
 
-    def prompt(self, tokenizer: Any = None) -> Prompt:
-        """The question as kshot puts it. tokenizer: the client's, or (None) the model's stock one."""
-        if tokenizer is None:
-            from transformers import AutoTokenizer
+    def prompt(self) -> Prompt:
+        """The question as kshot puts it."""
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(source(self.model))
+        tokenizer = AutoTokenizer.from_pretrained(source(self.model))
         return Prompt(tokenizer, ImageRule.from_pretrained(self.model), self.classes)
+
+
+def adam(learning_rate: float) -> types.AdamParams:
+    """The reference recipe's Adam."""
+    return types.AdamParams(learning_rate=learning_rate, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
 
 
 def new_case(model: str, device: str, plan: Plan, root: Path | None, state: Path) -> Case:
@@ -108,11 +113,6 @@ def new_case(model: str, device: str, plan: Plan, root: Path | None, state: Path
     rng = np.random.default_rng(SEED)
     classes, chosen = photographs(root, plan, rng)
     return Case(model, device, classes, chosen, plan.order(rng), state)
-
-
-def adapter_folder(case: Case) -> Path:
-    """The folder of the adapter that a client saved in the case's state folder, in PEFT's layout."""
-    return next(case.state.rglob("adapter_config.json")).parent
 
 
 def photographs(
@@ -137,10 +137,8 @@ def photographs(
 
 
 def encoded(rng: np.random.Generator, size: tuple[int, int], grain: float) -> bytes:
-    """A JPEG of quality 90 of smooth noise: octaves that halve in strength, as in nature, under a sensor's grain.
-
-    size: width and height in pixels. grain: standard deviation in levels of 255.
-    """
+    """A JPEG of smooth noise: octaves that halve in strength, as in nature, under a sensor's grain. size: width and
+    height in pixels. grain: standard deviation in levels of 255."""
     buffer = io.BytesIO()
     pixels = np.stack([_channel(rng, size) for _ in range(3)], axis=-1)
     pixels += grain * rng.standard_normal(pixels.shape, dtype=np.float32)
@@ -161,27 +159,23 @@ def _channel(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 # The same tokens for every implementation
 
 
-def check_inputs(case: Case, numbers: Sequence[int], inputs: Mapping[str, Any], image_token: int) -> None:
-    """Raise KshotError unless `inputs` (stock names, padded on the right) are the tokens and labels that kshot trains.
-
-    image_token: the id that stands at image positions.
-    """
+def check_inputs(case: Case, inputs: Mapping[str, Any], image_token: int) -> None:
+    """Raise KshotError unless `inputs`, padded on the right, are the tokens and labels of the first batch in kshot."""
     prompt = case.prompt()
-    for row, number in enumerate(numbers):
+    for row, number in enumerate(case.batches[0]):
         datum = prompt.datum(*case.photographs[number])
         targets, weights = (datum.loss_fn_inputs[name].to_numpy() for name in ("target_tokens", "weights"))
         ids = [*stock_ids(datum.model_input, image_token), targets[-1]]  # the stock model shifts by itself
         labels = [IGNORED, *np.where(weights > 0, targets, IGNORED).tolist()]
-        rest = inputs["input_ids"].shape[1] - len(ids)
-        mask = [1] * len(ids) + [0] * rest
-        same_ids = inputs["input_ids"][row].tolist()[: len(ids)] == ids
-        same_labels = inputs["labels"][row].tolist() == labels + [IGNORED] * rest
-        if not (same_ids and same_labels and inputs["attention_mask"][row].tolist() == mask):
+        expected = {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+        length = int(inputs["attention_mask"][row].sum())
+        given = {name: inputs[name][row, :length].tolist() for name in expected}
+        if given != expected or (inputs["labels"][row, length:] != IGNORED).any():
             raise KshotError(f"photograph {number} is not the same training example for everybody: nothing to compare")
 
 
 def stock_ids(inputs: tinker.ModelInput, image_token: int) -> list[int]:
-    """Token ids as the stock model takes them."""
+    """Token ids as the stock model takes them. image_token: stands at image positions."""
     chunks = ((c.tokens if isinstance(c, types.EncodedTextChunk) else [image_token] * c.length) for c in inputs.chunks)
     return [token for tokens in chunks for token in tokens]
 
@@ -203,23 +197,19 @@ def write_shape(folder: Path, published: Mapping[str, Any], device: str) -> Path
     """A checkpoint of the sizes of a published configuration with the nano model's tokenizer, made on the device, in
     bfloat16 unless on a CPU. The vocabulary has the real size, so the output head costs what it costs; 4,096 of its
     tokens are used."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    config, tied = _nano(CONFIG), published["tie_word_embeddings"]
+    config, tied = _nano(CONFIG), {"tie_word_embeddings": published["tie_word_embeddings"]}
     for part in ("text_config", "vision_config"):
         config[part] |= {**published[part], "initializer_range": 0.02}
-    config["text_config"] |= {"tie_word_embeddings": tied}
-    config |= {"tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")}
+    config["text_config"] |= tied
+    config |= {**tied, "dtype": "float32" if device == "cpu" else "bfloat16"}
     processor = _nano(PROCESSOR) | {"patch_size": config["vision_config"]["patch_size"], "size": PIXELS}
-    return _write(folder, nano.folder(), config, processor, dtype, device)
+    return _write(folder, nano.folder(), config, processor, device)
 
 
 def write_vocabulary(folder: Path, tokenizer: str) -> Path:
-    """A checkpoint of the nano model's sizes with another tokenizer's vocabulary: the nano tokenizer cuts names into
-    many more tokens than the real one, so how much of a pass a list of names costs shows with the real one only.
-
-    tokenizer: a folder, or a model's name or hub id. Raises ModelError where there is no Qwen3-VL tokenizer, and as
-    `vlm.models.source` does.
-    """
+    """A checkpoint of the nano model's sizes with another tokenizer's vocabulary, as the nano's cuts names into many
+    more tokens than a real one. tokenizer: a folder, or a model's name or hub id. Raises ModelError where there is no
+    Qwen3-VL tokenizer, and as `vlm.models.source` does."""
     from transformers import AutoTokenizer
 
     path = Path(tokenizer)  # a tokenizer's own folder has no config.json, which that of a model must have
@@ -238,7 +228,7 @@ def write_vocabulary(folder: Path, tokenizer: str) -> Path:
         raise ModelError(f"the tokenizer {tokenizer} lacks {', '.join(missing)}; give --tokenizer one of Qwen3-VL")
     config = _nano(CONFIG) | {name: vocabulary[token] for name, token in TOKEN_IDS.items()}
     config["text_config"]["vocab_size"] = len(loaded)
-    return _write(folder, path, config, _nano(PROCESSOR), torch.float32, "cpu")
+    return _write(folder, path, config, _nano(PROCESSOR))
 
 
 def _nano(name: str) -> dict[str, Any]:
@@ -246,9 +236,7 @@ def _nano(name: str) -> dict[str, Any]:
     return content
 
 
-def _write(
-    folder: Path, tokenizer: Path, config: Mapping[str, Any], processor: Mapping[str, Any], dtype: Any, device: str
-) -> Path:
+def _write(folder: Path, tokenizer: Path, config: object, processor: object, device: str = "cpu") -> Path:
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
     folder.mkdir(parents=True)
@@ -258,6 +246,7 @@ def _write(
     (folder / PROCESSOR).write_text(json.dumps(processor))
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(SEED)
-        model = Qwen3VLForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        settings = AutoConfig.from_pretrained(folder)
+        model = Qwen3VLForConditionalGeneration._from_config(settings, dtype=settings.dtype)
     model.save_pretrained(folder)
     return folder

@@ -1,7 +1,6 @@
 """`kshot bench data`: how fast photographs become the images that models get, and large JPEGs against plain Pillow.
 
-Plain is what the reference recipe does: open, decode all pixels, resize with LANCZOS. Both run in turn on the same
-bytes with the same number of threads.
+Plain is what the reference recipe does: open, decode all pixels, resize with LANCZOS. Both run on the same bytes.
 """
 
 import io
@@ -29,11 +28,8 @@ GRAINS = {"": GRAIN, " grainy": 10.0}  # at 12 megapixels about 2 and 4 MB: a ph
 
 
 def measure(root: Path | None, quick: bool) -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of photographs; None: photographs made here, from a
-    seed. quick: fewer photographs and rounds.
-
-    Raises DatasetError where the folder has none; ImageError.
-    """
+    """The record of `experiments.bench.harness`. root: a folder of photographs; None: photographs made from a seed.
+    Raises DatasetError where the folder has none; ImageError."""
     rng, images = np.random.default_rng(0), list[Stored]()
     if root is None:
         images += [encoded(rng, (640, 480), GRAIN) for _ in range(32)] * (4 if quick else 16)

@@ -1,11 +1,9 @@
 """The grid of `kshot bench baseline`: four data sets' worth of features, made from a seed, and the cells on them.
 
-Its workers import this module alone, which is light: importing torch's and scikit-learn's other parts would take them
-seconds that are none of the heads'.
+Its workers import this module alone, which is light: other parts would take them seconds that are none of the heads'.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -49,14 +47,12 @@ class Problem(NamedTuple):
     def shots(self, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of `shots` training images of every class."""
         order = np.random.default_rng(seed).permutation(len(self.train_labels))
-        by_class = order[np.argsort(self.train_labels[order], kind="stable")]
-        counts = np.bincount(self.train_labels)
-        chosen = np.concatenate([by_class[start : start + shots] for start in counts.cumsum() - counts])
+        labels = self.train_labels[order]
+        chosen = np.concatenate([order[labels == label][:shots] for label in range(labels.max() + 1)])
         return self.train[chosen], self.train_labels[chosen]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A head on k shots of a data set. folder: where `write` put the features."""
 
     folder: Path
@@ -87,11 +83,11 @@ def problem(folder: Path, dataset: str) -> Problem:
     return Problem(**safetensors.numpy.load_file(folder / f"{dataset}.safetensors"))
 
 
-def cells(folder: Path, sizes: Mapping[str, Size], seeds: int) -> Iterator[Cell]:
+def cells(folder: Path, sizes: Mapping[str, Size], seeds: int) -> list[Cell]:
     """Every data set x shots x seed x head, the long ones first."""
     grid = [(name, k) for name, size in sizes.items() for k in size.shots]
     grid.sort(key=lambda each: -each[1] * sizes[each[0]].classes ** 2)
-    yield from (Cell(folder, name, k, seed, head) for name, k in grid for seed in range(seeds) for head in HEADS)
+    return [Cell(folder, name, k, seed, head) for name, k in grid for seed in range(seeds) for head in HEADS]
 
 
 def run(cell: Cell) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
@@ -31,6 +32,7 @@ from kshot.hub import one_line
 T = TypeVar("T")
 
 Rows = list[dict[str, Any]]
+Process = Callable[..., Any]  # a function and its arguments → its result
 FOLDER = Path("results/bench")  # X.json of `kshot bench X`
 DIGITS = 3  # significant ones in the table
 UNITS = {  # of what stands among the ratios and is no quotient
@@ -62,11 +64,9 @@ def timed(function: Callable[..., T], *args: object, device: str = "cpu") -> Tim
 def in_turn(
     tasks: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """The seconds that each task took in each round, and its last result.
-
-    A round runs every task once, so that a slow minute of the machine affects all of them. warm_up: one more round
-    before them, which does not count; False: of tasks that take minutes, with a line on stderr after each.
-    """
+    """The seconds that each task took in each round, and its last result. A round runs every task once, so that a slow
+    minute of the machine affects all of them. warm_up: one more round before them, which does not count; False: of
+    tasks that take minutes, with a line on stderr after each."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     results = dict[str, Any]()
     for number in range(0 if warm_up else 1, rounds + 1):
@@ -157,33 +157,17 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process that calls functions on its main thread, one at a time, and sleeps in between.
+@contextmanager
+def processes(names: Iterable[str]) -> Iterator[dict[str, Process]]:
+    """A process of each name, all starting at once, with as many torch threads as this one has: what calls a picklable
+    function there, with its arguments. It raises InputError for one in the process, and KshotError for every other
+    exception and for its death.
 
     Two programs in one process are not what they are alone: with two pools of OpenMP threads libgomp counts more
     threads than cores and lets none wait actively, and peak memory belongs to both.
     """
-
-    name: str
-    pool: ProcessPoolExecutor
-
-    def run(self, function: Callable[..., T], *args: object) -> T:
-        """function(*args) there, all of it picklable. Raises InputError for one in the process, and KshotError for
-        every other exception and for its death."""
-        try:
-            return self.pool.submit(_call, self.name, function, *args).result()
-        except BrokenProcessPool as error:
-            raise KshotError(f"the process of {self.name!r} died (killed? out of memory?)") from error
-
-
-@contextmanager
-def processes(names: Iterable[str]) -> Iterator[dict[str, Process]]:
-    """A process of each name, all starting at once, with as many torch threads as this one has.
-
-    They live no longer than this process's end of a pipe: it is closed on leaving, or by this process's death. (A
-    daemonic process would do, were it allowed to have loader processes.)
-    """
+    # They live no longer than this process's end of a pipe: it is closed on leaving, or by this process's death. (A
+    # daemonic process would do, were it allowed to have loader processes.)
     context, threads = get_context("spawn"), torch.get_num_threads()
     watched, lifeline = context.Pipe(duplex=False)
     with watched, ExitStack() as stack:
@@ -194,7 +178,7 @@ def processes(names: Iterable[str]) -> Iterator[dict[str, Process]]:
         with interrupts_blocked():
             for pool in pools.values():
                 pool.submit(int)  # a pool has no process before it has work
-        yield {name: Process(name, pool) for name, pool in pools.items()}
+        yield {name: partial(_run, name, pool) for name, pool in pools.items()}
 
 
 def _begin(watched: Connection, threads: int) -> None:
@@ -206,13 +190,17 @@ def _begin(watched: Connection, threads: int) -> None:
     quiet()
 
 
+def _run(name: str, pool: ProcessPoolExecutor, function: Callable[..., T], *args: object) -> T:
+    try:
+        return pool.submit(_call, name, function, *args).result()
+    except BrokenProcessPool as error:
+        raise KshotError(f"the process of {name!r} died (killed? out of memory?)") from error
+
+
 def _call(name: str, function: Callable[..., T], *args: object) -> T:
     """In the process: its errors as ones that survive pickling, with one line each."""
     try:
         return function(*args)
-    except InputError as error:
-        raise InputError(str(error)) from None
-    except KshotError as error:
-        raise KshotError(str(error)) from None
     except Exception as error:
-        raise KshotError(f"{name!r} failed: {one_line(error)}") from None
+        line = str(error) if isinstance(error, KshotError) else f"{name!r} failed: {one_line(error)}"
+        raise (InputError if isinstance(error, InputError) else KshotError)(line) from None

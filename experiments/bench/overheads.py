@@ -3,9 +3,8 @@
 The server is the command in a process of its own, on the nano model with one thread. Its overhead is the time from a
 request to its response, less the time in which the engine worked, which the server itself counts (/metrics).
 
-Each sweep has a cache of its own that begins empty. The time of a sweep is that of its cells and of what they share:
-reading the data before it is not in the plan's either, and the report is not drawn. Images that went through the vision
-tower are counted by the files of features that are new, whichever process made them.
+Each sweep has a cache of its own that begins empty. Its time is that of its cells and of what they share: reading the
+data is not in the plan's either. Images that went through the vision tower are counted by the new files of features.
 """
 
 import os
@@ -29,7 +28,7 @@ import tinker
 from tinker import types
 
 import vlm
-from experiments.bench.case import BETAS, EPS, GRAIN, NAMES, SIZES, encoded
+from experiments.bench.case import GRAIN, NAMES, SIZES, adam, encoded
 from experiments.bench.harness import Rows, Timed, quiet, record, row, timed
 from experiments.sweep.cells import Job
 from experiments.sweep.config import Sweep, load
@@ -43,7 +42,7 @@ from vlm.service import LOOPBACK_KEY
 
 CLIENTS, OPERATIONS = 64, 20
 BATCH = 8
-ADAM = types.AdamParams(learning_rate=1e-4, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+ADAM = adam(1e-4)
 ONE_TOKEN = types.SamplingParams(max_tokens=1, temperature=0.0)
 HEALTHZ = "healthz, by http.client"
 
@@ -61,9 +60,8 @@ def measure_serve(quick: bool) -> dict[str, Any]:
 @contextmanager
 def server(state: Path) -> Iterator[str]:
     """The address of a server of the nano model that keeps its checkpoints in `state`."""
-    start = [sys.executable, "-c", "from experiments.cli.main import main; main()", "serve", "--port", "0"]
-    arguments = [*start, "--state", str(state), "--threads", "1"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "kshot", "serve", "--port", "0", "--state", str(state), "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = re.search(r"at (http://\S+)", process.stdout.readline() if process.stdout else "")
         try:
             if address is None:
@@ -73,28 +71,22 @@ def server(state: Path) -> Iterator[str]:
             process.terminate()
 
 
-class _Meter:
-    """A connection of its own to what the server counts."""
+def _get(server: HTTPConnection, path: str) -> str:
+    server.request("GET", path, headers={"X-API-Key": LOOPBACK_KEY})
+    return server.getresponse().read().decode()
 
-    def __init__(self, address: str) -> None:
-        self._connection = HTTPConnection(urlsplit(address).netloc)
 
-    def get(self, path: str) -> str:
-        self._connection.request("GET", path, headers={"X-API-Key": LOOPBACK_KEY})
-        return self._connection.getresponse().read().decode()
+def _busy(server: HTTPConnection) -> float:
+    """Seconds for which the engine has worked."""
+    (seconds,) = re.findall(r"^kshot_engine_busy_seconds_total (\S+)$", _get(server, "/metrics"), re.MULTILINE)
+    return float(seconds)
 
-    def _busy(self) -> float:
-        """Seconds for which the engine has worked."""
-        seconds = re.search(r"^kshot_engine_busy_seconds_total (\S+)$", self.get("/metrics"), re.MULTILINE)
-        if seconds is None:
-            raise KshotError("the server does not say how long its engine has worked")
-        return float(seconds[1])
 
-    def timed(self, operation: Callable[[], object]) -> Timed[float]:
-        """The seconds of an operation, and as its value those of them in which the engine worked."""
-        before = self._busy()
-        seconds = timed(operation).seconds
-        return Timed(seconds, self._busy() - before)
+def _metered(server: HTTPConnection, operation: Callable[[], object]) -> Timed[float]:
+    """The seconds of an operation, and as its value those of them in which the engine worked."""
+    before = _busy(server)
+    seconds = timed(operation).seconds
+    return Timed(seconds, _busy(server) - before)
 
 
 def _inputs(client: Any, count: int) -> tuple[list[tinker.Datum], tinker.ModelInput]:
@@ -109,14 +101,14 @@ def one_by_one(address: str, rounds: int) -> tuple[Rows, dict[str, float]]:
     client: Any = vlm.connect(address).create_lora_training_client(nano.NAME, rank=8, seed=0).result()
     data, question = _inputs(client, BATCH)
     sampler = client.save_weights_and_get_sampling_client().result()
-    meter = _Meter(address)
+    meter = HTTPConnection(urlsplit(address).netloc)
     operations: dict[str, Callable[[], object]] = {
-        HEALTHZ: lambda: meter.get("/api/v1/healthz"),
+        HEALTHZ: lambda: _get(meter, "/api/v1/healthz"),
         f"forward_backward of {BATCH}": lambda: client.forward_backward(data, "cross_entropy").result(),
         "optim_step": lambda: client.optim_step(ADAM).result(),
         "sample of one token": lambda: sampler.sample(question, 1, ONE_TOKEN).result(),
     }
-    rounds_of = [{name: meter.timed(each) for name, each in operations.items()} for _ in range(1 + rounds)]
+    rounds_of = [{name: _metered(meter, each) for name, each in operations.items()} for _ in range(1 + rounds)]
     rows, overheads = [], []
     for name in operations:
         measured = [each[name] for each in rounds_of[1:]]  # the first round does not count
@@ -132,8 +124,7 @@ def one_by_one(address: str, rounds: int) -> tuple[Rows, dict[str, float]]:
 def together(address: str, clients: int) -> tuple[Rows, dict[str, float]]:
     """Many clients of the SDK, a run each: seconds from the first request to the last response, and the engine's."""
     services: list[Any] = [vlm.connect(address) for _ in range(clients)]
-    make = zip(services, (1, 2, 4, 8) * clients, range(clients), strict=False)
-    starting = [service.create_lora_training_client(nano.NAME, rank, seed) for service, rank, seed in make]
+    starting = [s.create_lora_training_client(nano.NAME, 2 ** (n % 4), n) for n, s in enumerate(services)]
     training = [future.result() for future in starting]
     data, _ = _inputs(training[0], 4)
 
@@ -145,7 +136,8 @@ def together(address: str, clients: int) -> tuple[Rows, dict[str, float]]:
             future.result()
 
     with ThreadPoolExecutor(clients) as pool:
-        measured = _Meter(address).timed(lambda: list(pool.map(work, training)))
+        meter = HTTPConnection(urlsplit(address).netloc)
+        measured = _metered(meter, lambda: list(pool.map(work, training)))
     wall, busy = measured.seconds, measured.value
     rows = [row(f"{clients} clients x {OPERATIONS} operations", [wall], "s", engine_s=busy)]
     overhead = 1000 * (wall - busy) / (2 * clients * OPERATIONS)
@@ -165,8 +157,7 @@ class Clock(Observer):
     """Of a sweep in seconds: all of it, and after its first job, when every worker has started. Raises KshotError for a
     job that fails."""
 
-    def __init__(self) -> None:
-        self._first = self.total = self.after_first = 0.0
+    _first = total = after_first = 0.0
 
     @contextmanager
     def running(self, planned: Plan, results: Results, jobs: Sequence[Job]) -> Iterator[None]:
@@ -194,7 +185,7 @@ def measure_sweep(quick: bool, planned_seconds: PlanSeconds) -> dict[str, Any]:
         whole = _run(sweep, folder / "whole", WORKERS)
         one_seed = sweep.model_copy(update={"seeds": (0,)})
         clocks = {n: _run(one_seed, folder / f"{n}", n) for n in ([] if quick else (1, WORKERS))}
-    texts = {n: "one worker" if n == 1 else f"{n} workers" for n in clocks}
+    texts = {1: "one worker", WORKERS: f"{WORKERS} workers"}
     rows = [
         row("images through the tower, first seed", [first], "images", classes=CLASSES, shots=SHOTS),
         row("images through the tower, second seed on the same images", [second], "images"),

@@ -4,20 +4,16 @@ kshot's local service and stock transformers, each in a process of its own, scor
 adapter, in turn; that scores agree is part of the result. Images are `new` (decoded, and encoded by the vision tower)
 or `known` (their features are cached, and only the text model works). Loading and tuning are not timed.
 
-Ours: scores in one pass, free answers, and two yardsticks, both by the public client: the prompts alone, which no exact
-score can do without, and each label in a sequence of its own, the prompt before it computed again.
-
-Stock, with the adapter merged by stock PEFT, three programs that people write: batched `generate`; a forward pass for
-each label, as evaluation harnesses make them; and the labels scored on copies of the prompt's key-value cache, which is
-the best that stock parts give. All of them run the head only where a label is predicted.
+Ours: scores in one pass, free answers, and two yardsticks: the prompts alone, which no exact score can do without, and
+each label in a sequence of its own. Stock, with the adapter merged by stock PEFT, three programs that people write:
+batched `generate`; a forward pass for each label, as evaluation harnesses make them; and the labels scored on copies of
+the prompt's key-value cache, the best that stock parts give. All of them run the head only where a label is predicted.
 """
 
-import io
 import tempfile
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import mean
@@ -26,7 +22,6 @@ from typing import Any
 import numpy as np
 import tinker
 import torch
-from PIL import Image
 from tinker import types
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -34,38 +29,26 @@ from torch.nn.utils.rnn import pad_sequence
 from data.benchmarks.layouts import CALTECH101, CARS
 from data.dataset import clean_name
 from data.preparation import prepare
-from experiments.bench import case as cases
 from experiments.bench import harness
-from experiments.bench.case import BETAS, EPS, RANK, SEED, USER_TURN, Case, adapter_folder, new_case, stock_ids
+from experiments.bench.case import RANK, SEED, Case, Plan, adam, new_case, stock_ids, write_vocabulary
 from experiments.bench.harness import Process, Rows, Timed, check_agreement, in_turn, median_ratio, row, timed
-from experiments.bench.train_implementations import stock_model, stock_processor
+from experiments.bench.train_implementations import processed, stock_program
 from kshot.errors import KshotError
 from vlm import label_trie, nano
 from vlm.classifier import ANSWER, fit
 from vlm.embedding import embed
-from vlm.inputs import ImageRule, closed_datum
+from vlm.inputs import closed_datum
 from vlm.models import source
-from vlm.prompts import END_OF_TURN, PREFILL, Prompt
+from vlm.prompts import END_OF_TURN, PREFILL
 from vlm.scoring import score_choices
 from vlm.service import connect
-
-
-@dataclass(frozen=True)
-class Plan(cases.Plan):
-    """How much is measured. few: photographs for what takes many times as long as one pass; the first one alone gets a
-    stock program's own forward pass for each label, and that for so many `labels` of a list. epochs: of the tuning, at
-    most."""
-
-    few: int = 1
-    labels: int = 1
-
 
 FULL = Plan(classes=16, shots=4, batch=8, epochs=40, rounds=7, few=4, labels=200)
 QUICK = Plan(classes=8, shots=2, batch=4, epochs=40, rounds=3, few=1, labels=10)
 PACKAGES = ("numpy", "peft", "pillow", "tinker", "torch", "transformers")
 TOLERANCE = 1e-4  # nats, in float32 on a CPU
 
-ADAM = types.AdamParams(learning_rate=3e-3, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+ADAM = adam(3e-3)
 STEPS, FIRST, ENDED = 20, 60, 0.95  # between two checks of the answers; before the first; share that must end
 
 UNUSED = ("BACKGROUND_Google", "Faces_easy")  # by CoOp's protocol
@@ -96,27 +79,16 @@ RATIOS = {
 }
 
 Choices = Sequence[Sequence[int]]  # the tokens of each label
-Inputs = dict[str, Any]  # of the stock forward; features of the vision tower instead of pixels where they are cached
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What kshot's process tuned. adapter: as in a Case. steps: of the tuning. prompts: questions as stock token ids.
-    choices: of each list of names."""
-
-    adapter: Path
-    steps: int
-    prompts: list[list[int]]
-    choices: Mapping[str, Choices]
+Inputs = Mapping[str, Any]  # of the stock forward; features of the tower instead of pixels where they are cached
+Calls = dict[str, tuple[Process, float, tuple[Any, ...]]]  # where, photographs that it scores, method and arguments
 
 
 def measure(root: Path | None, quick: bool, tokenizer: str | None = None, device: str = "cpu") -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made here, from a
-    seed.
-
+    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made from a seed.
     tokenizer: a folder, model or hub id; with it the model has the nano's shapes, that vocabulary and random weights.
-    Raises InputError for a device that cannot be; ModelError without that tokenizer; DatasetError; KshotError where the
-    tuning fails, or where scores differ on a CPU.
+
+    Raises InputError for a device that cannot be; ModelError without that tokenizer; DatasetError; ImageError;
+    KshotError where the tuning fails, or where scores differ on a CPU.
     """
     from transformers import AutoConfig
 
@@ -125,45 +97,39 @@ def measure(root: Path | None, quick: bool, tokenizer: str | None = None, device
     plan = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder)
-        model = nano.NAME if tokenizer is None else str(cases.write_vocabulary(state / "model", tokenizer))
-        case = prepared_case(model, device, plan, root, state / "state")
+        model = nano.NAME if tokenizer is None else str(write_vocabulary(state / "model", tokenizer))
+        case = new_case(model, device, plan, root, state / "state")
+        case = replace(case, photographs=tuple((prepare(image), label) for image, label in case.photographs))
         vocabulary = AutoConfig.from_pretrained(source(model)).text_config.vocab_size
         with harness.processes(["kshot", "transformers"]) as started:
             ours, stock = started["kshot"], started["transformers"]
-            ours.run(begin, Ours, case, LISTS)
-            tuned = ours.run(call, "tuned").value
-            stock.run(begin, Stock, replace(case, adapter=tuned.adapter), tuned.prompts, plan.few)
-            calls = _calls(ours, stock, tuned, plan)
-            tasks = {name: partial(process.run, call, *args) for name, (process, _, args) in calls.items()}
+            ours(begin, Ours, case, LISTS)
+            steps, prompts, choices = ours(call, "tuned").value
+            stock(begin, Stock, case, prompts, plan.few)
+            calls = _calls(ours, stock, choices, plan)
+            tasks = {name: partial(process, call, *args) for name, (process, _, args) in calls.items()}
             spent, results = in_turn(tasks, plan.rounds)
-            cars = stock.run(call, "label_by_label", tuned.choices[CAR_NAMES], plan.labels).value[1]
+            cars = stock(call, "label_by_label", choices[CAR_NAMES], plan.labels).value[1]
     images = {name: count for name, (_, count, _) in calls.items()}
     seconds = {name: [each / images[name] for each in values] for name, values in spent.items()}
     facts = harness.device_facts(device)
     rows = [
         *(row(n, each, "s/image", images=images[n], **facts) for n, each in seconds.items()),
         *agreement(_compared(results, cars), exact=device == "cpu"),
-        *_lengths(tuned, {name: results[name + NEW] for name in (GENERATE, STOCK_GENERATE)}),
+        row("prompt", [mean(map(len, prompts))], "tokens"),
+        *_lengths(choices, {name: results[name + NEW] for name in (GENERATE, STOCK_GENERATE)}),
         row("vocabulary", [vocabulary], "tokens"),
-        row("tuning before", [tuned.steps], "steps"),
+        row("tuning before", [steps], "steps"),
     ]
-    return harness.record(rows, ratios(seconds), PACKAGES)
+    ratios = {name: median_ratio(seconds[over], seconds[under]) for name, (over, under) in RATIOS.items()}
+    return harness.record(rows, ratios, PACKAGES)
 
 
-def prepared_case(model: str, device: str, plan: Plan, root: Path | None, state: Path) -> Case:
-    """The case with its photographs as models get them. Raises as `new_case` does, and ImageError."""
-    case = new_case(model, device, plan, root, state)
-    return replace(case, photographs=tuple((prepare(image), label) for image, label in case.photographs))
-
-
-def _calls(
-    ours: Process, stock: Process, tuned: Tuned, plan: Plan
-) -> dict[str, tuple[Process, float, tuple[Any, ...]]]:
-    """What runs in turn: where, the photographs that it scores in a round (below one where it scores a part of the
-    labels), and what is called there."""
-    everything, choices = float(len(tuned.prompts)), tuned.choices[HUNDRED]
+def _calls(ours: Process, stock: Process, lists: Mapping[str, Choices], plan: Plan) -> Calls:
+    """What runs in turn. What scores a part of the labels scores that part of a photograph."""
+    everything, choices = float(plan.classes * plan.shots), lists[HUNDRED]
     labels = min(plan.labels, len(choices))
-    calls: dict[str, tuple[Process, float, tuple[Any, ...]]] = {}
+    calls = Calls()
     for kind, cached in ((NEW, False), (CACHED, True)):
         calls[PROMPTS + kind] = ours, everything, ("prefill", cached)
         calls[HUNDRED_SCORED + kind] = ours, everything, ("score", None, cached, HUNDRED)
@@ -176,11 +142,6 @@ def _calls(
     calls[PREFIX_CACHED + CACHED] = stock, plan.few, ("prefix_cached", choices)
     calls[STOCK_LABELS + NEW] = stock, labels / len(choices), ("label_by_label", choices, labels)
     return calls
-
-
-def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """From the seconds per photograph of each round."""
-    return {name: median_ratio(seconds[over], seconds[under]) for name, (over, under) in RATIOS.items()}
 
 
 def _compared(results: Mapping[str, Any], cars: Sequence[float]) -> dict[str, tuple[np.ndarray, Any]]:
@@ -210,12 +171,11 @@ def agreement(scores: Mapping[str, tuple[Any, Any]], *, exact: bool) -> Rows:
     return rows
 
 
-def _lengths(tuned: Tuned, answers: Mapping[str, Sequence[list[int]]]) -> Rows:
-    """Tokens: of a prompt; that each list of names adds to it; of a free answer, its end included, and the share of
-    answers that are those of the first implementation, token by token."""
-    first = next(iter(answers.values()))
-    rows = [row("prompt", [mean(map(len, tuned.prompts))], "tokens")]
-    for name, choices in tuned.choices.items():
+def _lengths(lists: Mapping[str, Choices], answers: Mapping[str, Sequence[list[int]]]) -> Rows:
+    """Tokens: that each list of names adds to a prompt; of a free answer, its end included, and the share of answers
+    that are those of the first implementation, token by token."""
+    first, rows = next(iter(answers.values())), Rows()
+    for name, choices in lists.items():
         rows.append(row(f"extra, {name}", [len(label_trie.build(choices, "constrained").tokens)], "tokens"))
     for name, each in answers.items():
         lengths, same = list(map(len, each)), mean(a == b for a, b in zip(each, first, strict=True))
@@ -227,31 +187,29 @@ def _lengths(tuned: Tuned, answers: Mapping[str, Sequence[list[int]]]) -> Rows:
 
 
 class Ours:
-    """The local service with an adapter that ends its answers, and the questions about the case's photographs.
-
-    An untrained model never ends its answer, so a short tuning comes first, outside all timing: on the photographs and
-    the names of their folders, until nearly every answer ends. Raises KshotError where it does not learn to.
+    """The local service. An untrained model never ends its answer, so a short tuning comes first, outside all timing:
+    on the photographs and their labels, until nearly every answer ends. Raises KshotError where it does not learn to.
     """
 
     def __init__(self, case: Case, lists: Mapping[str, tuple[str, ...]]) -> None:
         self._case, self._copies = case, count(1)
         service: Any = connect("local", state_dir=case.state, device=case.device)
         self._client = service.create_lora_training_client(case.model, RANK, SEED).result()
-        tokenizer, rule = self._client.get_tokenizer(), ImageRule.from_pretrained(case.model)
-        self._prompts = {name: Prompt(tokenizer, rule, names) for name, names in lists.items()}
-        start, self._steps = self._tune(case.prompt(tokenizer))
+        self._prompt = case.prompt()
+        self._cached = [self._prompt.question(image) for image in case.images]  # their features will be in the cache
+        self._choices = {name: replace(self._prompt, classes=names).choices for name, names in lists.items()}
+        start, self._steps = self._tune()
         self._sampler = service.create_sampling_client(model_path=start).result()
 
-    def tuned(self) -> Tuned:
-        """What the others need."""
-        choices = {name: prompt.choices for name, prompt in self._prompts.items()}
-        image = self._client.get_tokenizer().encode("<|image_pad|>")[0]
+    def tuned(self) -> tuple[int, list[list[int]], Mapping[str, Choices]]:
+        """Steps of the tuning, the questions as stock token ids, and the choices of each list of names."""
+        image = self._prompt.tokenizer.encode("<|image_pad|>")[0]
         prompts = [stock_ids(each, image) for each in self._cached]
-        return Tuned(adapter_folder(self._case), self._steps, prompts, choices)
+        return self._steps, prompts, self._choices
 
     def score(self, count: int | None, cached: bool, names: str, method: str = "constrained") -> np.ndarray:
         """(photographs, names) log-probabilities of the first `count` photographs (None: all)."""
-        return score_choices(self._sampler, self._questions(count, cached), self._prompts[names].choices, method)
+        return score_choices(self._sampler, self._questions(count, cached), self._choices[names], method)
 
     def generate(self, cached: bool) -> list[list[int]]:
         """The tokens of each free answer."""
@@ -265,17 +223,12 @@ class Ours:
     def label_by_label(self, count: int, names: str) -> np.ndarray:
         """(photographs, names) constrained log-probabilities, from a sequence for each of them. At its best: a
         sequence ends where its last siblings part, and the head computes siblings alone."""
-        choices, questions = self._prompts[names].choices, self._cached[:count]
+        choices, questions = self._choices[names], self._cached[:count]
         branches = label_trie.branches(choices)
         data = [closed_datum(q, *each) for q in questions for each in zip(choices, branches, strict=True)]
         outputs = self._client.forward(data, "closed_set").result().loss_fn_outputs
         scores = [output["logprobs"].to_numpy().sum() for output in outputs]
         return np.array(scores, np.float32).reshape(len(questions), -1)
-
-    @cached_property
-    def _cached(self) -> list[tinker.ModelInput]:
-        """The questions about photographs whose features the tower has made."""
-        return [self._prompt.question(image) for image in self._case.images]
 
     def _questions(self, count: int | None, cached: bool) -> list[tinker.ModelInput]:
         """cached False: about photographs of which no cache has the header or the features. They are the same with
@@ -285,21 +238,15 @@ class Ours:
         tail = b"\0" * next(self._copies)
         return [self._prompt.question(image + tail) for image in self._case.images[:count]]
 
-    @property
-    def _prompt(self) -> Prompt:
-        return next(iter(self._prompts.values()))  # the question holds no names
-
-    def _tune(self, prompt: Prompt) -> tuple[str, int]:
+    def _tune(self) -> tuple[str, int]:
         """The saved adapter's path, and the steps that it took."""
         views = [[self._case.photographs[number] for number in batch] for batch in self._case.batches]
-        for step in range(0, len(views), STEPS):
-            deque(fit(self._client, views[step : step + STEPS], prompt, ADAM), maxlen=0)
-            steps = min(step + STEPS, len(views))
-            if steps >= FIRST:
+        for step, _ in enumerate(fit(self._client, views, self._prompt, ADAM), 1):
+            if step >= FIRST and step % STEPS == 0:
                 sampler = self._client.save_weights_and_get_sampling_client().result()
-                reasons = [answer.stop_reason for answer in _answers(sampler, self._cached, prompt.stops)]
+                reasons = [answer.stop_reason for answer in _answers(sampler, self._cached, self._prompt.stops)]
                 if reasons.count("stop") >= ENDED * len(reasons):
-                    return self._client.save_weights_for_sampler("tuned").result().path, steps
+                    return self._client.save_weights_for_sampler("tuned").result().path, step
         raise KshotError(f"after {len(views)} steps fewer than {ENDED:.0%} of the answers end, so none can be timed")
 
 
@@ -310,27 +257,24 @@ def _answers(sampler: Any, prompts: Sequence[tinker.ModelInput], stops: Sequence
 
 
 class Stock:
-    """The stock model and processor of a tuned case; choices as our tokenizer makes them.
-
-    prompts: kshot's. few: photographs for what takes many times as long as one pass. Raises KshotError where the
-    processor makes other prompts.
-    """
+    """The stock model and processor of a tuned case; choices as our tokenizer makes them. prompts: kshot's; raises
+    KshotError where the processor makes others. few: photographs for what takes many times as long as one pass."""
 
     def __init__(self, case: Case, prompts: Sequence[Sequence[int]], few: int) -> None:
-        self._case, self._processor = case, stock_processor(case)
+        self._case = case
+        self._model, self._processor = stock_program(case, merge=True)
         self._end = self._processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self._model = stock_model(case, merge=True)
-        inputs = self._inputs(None)
+        inputs = self._inputs(case.images)
         rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), prompts, strict=True)
         if any(row[mask].tolist() != ids for row, mask, ids in rows):
             raise KshotError("the processor of transformers makes other prompts than we do: nothing to compare")
         self._cached = self._with_features(inputs)
-        self._few = [self._with_features(self._inputs(1, start=n)) for n in range(few)]  # in batches of their own
+        self._few = [self._with_features(self._inputs([image])) for image in case.images[:few]]  # each a batch
 
     @torch.no_grad()
     def generate(self, cached: bool) -> list[list[int]]:
         """The tokens of each answer, greedily, to the end of the turn."""
-        inputs = self._cached if cached else self._inputs(None)
+        inputs = self._cached if cached else self._inputs(self._case.images)
         ends = {"eos_token_id": self._end, "pad_token_id": self._processor.tokenizer.pad_token_id}
         written = self._model.generate(**inputs, **ends, do_sample=False, max_new_tokens=ANSWER)
         return [cut(row, self._end) for row in written[:, inputs["input_ids"].shape[1] :].tolist()]
@@ -339,7 +283,7 @@ class Stock:
     def label_by_label(self, choices: Choices, count: int) -> tuple[list[float], list[float]]:
         """log P(label | the first photograph) for each of the first `count` labels, by a forward pass of its own; and
         of the same logits, at the cost of some dozen numbers, its log-probability among all labels."""
-        inputs, likelihoods, constrained = self._inputs(1), list[float](), list[float]()
+        inputs, likelihoods, constrained = self._inputs(self._case.images[:1]), list[float](), list[float]()
         for choice, branches in zip(choices[:count], label_trie.branches(choices)[:count], strict=True):
             logits = self._logits(inputs, choice)
             likelihoods.append(float(_log_probs(logits, torch.tensor(choice, device=logits.device)).sum()))
@@ -348,8 +292,7 @@ class Stock:
 
     @torch.no_grad()
     def prefix_cached(self, choices: Choices) -> list[list[float]]:
-        """(few, labels) log P(label | photograph): each prompt once, then all labels on copies of its cache, in one
-        batch."""
+        """(few, labels) log P(label | photograph): each prompt once, then all labels on copies of its cache at once."""
         return [self._prefix_cached(inputs, choices) for inputs in self._few]
 
     def _prefix_cached(self, inputs: Inputs, choices: Choices) -> list[float]:
@@ -370,12 +313,9 @@ class Stock:
         first = root[[choice[0] for choice in choices]] - root.logsumexp(-1)
         return first.index_add(0, rows, _log_probs(head(states), following)).tolist()
 
-    def _inputs(self, count: int | None, start: int = 0) -> Inputs:
+    def _inputs(self, images: Sequence[bytes]) -> Inputs:
         """Of the questions about encoded images, padded on the left, as generating needs it."""
-        images = self._case.images[start:][:count]
-        opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
-        texts = [USER_TURN + PREFILL] * len(images)
-        made = self._processor(text=texts, images=opened, padding=True, padding_side="left", return_tensors="pt")
+        made = processed(self._processor, images, [PREFILL] * len(images), "left")
         return {name: tensor.to(self._case.device) for name, tensor in made.items()}
 
     @torch.no_grad()

@@ -1,12 +1,13 @@
 """`kshot bench train`: examples a second from encoded photographs to optimizer steps, against stock programs.
 
 Ours, a plain transformers + PEFT loop and TRL train the same adapter on the same photographs in the same batches with
-the same optimizer, in turn, each in a process of its own; that their losses agree is part of the result. Each
-round loads anew, which is not timed. The adapter is on attention and MLP of the text model: TRL refuses one on the
-output head.
+the same optimizer, in turn, each in a process of its own; that their losses agree is part of the result. Each round
+loads anew, which is not timed. The adapter is on attention and MLP of the text model.
 """
 
 import gc
+import re
+import resource
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,8 @@ NO_TRL = "TRL is not installed, so vs_trl is left out; install it with: pip inst
 
 
 def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NANO) -> dict[str, Any]:
-    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made here, from a
-    seed. shape: nano, the model itself, or a real model's sizes with random weights, on a GPU.
+    """The record of `experiments.bench.harness`. root: a folder of class folders; None: photographs made from a seed.
+    shape: nano, the model itself, or a real model's sizes with random weights, on a GPU.
 
     Raises InputError for a shape or device that cannot be; DatasetError; KshotError for an implementation that fails,
     and as `summary`.
@@ -57,51 +58,46 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
         raise InputError(f"--shape {shape} would take hours on a CPU; give --device cuda")
     harness.quiet()
     plan = QUICK if quick else FULL_GPU if device == "cuda" else FULL
-    loaders = programs.WORKERS[: 1 if quick else None]  # starting more takes a large share of a short training
-    implementations = {OURS: programs.ours, **programs.peers(loaders)}
+    implementations = programs.implementations(quick)
     with tempfile.TemporaryDirectory() as folder, harness.processes(implementations) as started:
         state = Path(folder)
         model = nano.NAME
         if shape != NANO:
             model = str(write_shape(state / "model", published_configs()[SIZES[shape]], device))
         case = programs.with_adapter(new_case(model, device, plan, root, state))  # meanwhile they import
-        _free_memory(device)
-        tasks = {name: partial(started[name].run, train, each, case) for name, each in implementations.items()}
+        _free_memory()
+        tasks = {name: partial(started[name], train, each, case) for name, each in implementations.items()}
         short = replace(case, batches=case.batches[:WARM_STEPS])
         # On a CPU all at once, as most of it is importing; a GPU has room for one.
         pool = ThreadPoolExecutor(len(tasks) if device == "cpu" else 1)  # without `with`: an error waits for no other
-        list(pool.map(lambda name: started[name].run(train, implementations[name], short), tasks))
+        list(pool.map(lambda name: started[name](train, implementations[name], short), tasks))
         pool.shutdown()
         seconds, trained = in_turn(tasks, plan.rounds, warm_up=False)
-        pairs = started[OURS].run(programs.step_pairs, case, PAIRS * plan.rounds)
-        return summary(case, plan, seconds, trained, pairs)
+        pairs = started[OURS](programs.step_pairs, case, PAIRS * plan.rounds)
+        return summary(case, seconds, trained, pairs)
 
 
 def train(implementation: Implementation, case: Case) -> Timed[Outcome]:
     """In this process: load, train, which is timed, and free what was loaded."""
     with implementation(case) as run:
         trained = timed(run, device=case.device)
-    _free_memory(case.device)
+    _free_memory()
     return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device)))
 
 
-def _free_memory(device: str) -> None:
+def _free_memory() -> None:
     """The next implementation is not to lack it."""
     gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing, where there is no GPU
 
 
 def _peak_memory(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    try:  # getrusage of a child begins at its parent's peak, this at zero
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")  # begins at zero; getrusage of a child, at its parent's peak
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))):
+        return 1024 * int(peak[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Rows and ratios
@@ -109,23 +105,27 @@ def _peak_memory(device: str) -> int:
 
 def summary(
     case: Case,
-    plan: Plan,
     seconds: Mapping[str, Sequence[float]],
     trained: Mapping[str, Outcome],
     pairs: Sequence[tuple[float, float]],
 ) -> dict[str, Any]:
     """The record of what was measured; pairs: of `step_pairs`. Raises KshotError where losses differ on a CPU, and
     where the tower encoded an image again after the first epoch."""
-    facts = {"photographs": len(case.photographs), "batch": plan.batch, "epochs": plan.epochs}
-    facts |= harness.device_facts(case.device)
-    rates = {name: [case.views / spent for spent in each] for name, each in seconds.items()}
+    sizes = {"batch": len(case.batches[0]), "epochs": len(case.batches) // case.epoch}
+    facts = {"photographs": len(case.photographs), **sizes, **harness.device_facts(case.device)}
+    views = sum(map(len, case.batches))
+    rates = {name: [views / spent for spent in each] for name, each in seconds.items()}
     needed, peak = operations(case), matrix_product_rate(case)
     steps, model = zip(*pairs, strict=True)
     memory = "of the process, libraries included" if case.device == "cpu" else "allocated on the device"
+    first, last = trained[OURS].tower[case.epoch - 1], trained[OURS].tower[-1]
+    if last != first:
+        raise KshotError(f"the tower encoded {last - first} images again after the first epoch instead of keeping them")
     rows = [
         *(row(name, rate, "examples/s", **facts) for name, rate in rates.items()),
         *_agreement({name: each.losses for name, each in trained.items()}, exact=case.device == "cpu"),
-        *_tower(trained[OURS].tower, case.epoch),
+        row("images through our tower, first epoch", [first], "images"),
+        row("images through our tower, all epochs", [last], "images"),
         row("step", [1e3 * each for each in steps], "ms"),
         row("model alone", [1e3 * each for each in model], "ms"),
         row("needed operations", [sum(needed.values()) / s / 1e9 for s in seconds[OURS]], "GFLOP/s", flops=needed),
@@ -133,7 +133,7 @@ def summary(
         *(
             row(f"peak memory, {name}", [each.peak / 1e6], "MB", what=memory)
             for name, each in trained.items()
-            if name not in programs.WITH_LOADERS
+            if not programs.TRL.get(name)  # loaders have memory of their own
         ),
     ]
     speed = {name: median(rate) for name, rate in rates.items()}
@@ -160,16 +160,6 @@ def _agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
     return rows
 
 
-def _tower(images: Sequence[int], epoch: int) -> Rows:
-    first, last = images[epoch - 1], images[-1]
-    if last != first:
-        raise KshotError(f"the tower encoded {last - first} images again after the first epoch instead of keeping them")
-    return [
-        row("images through our tower, first epoch", [first], "images"),
-        row("images through our tower, all epochs", [last], "images"),
-    ]
-
-
 # What training needs at least, and what the machine reaches
 
 
@@ -178,14 +168,7 @@ def operations(case: Case) -> dict[str, float]:
     counts as two.
 
     Counted are matrix products alone, and nothing that a better program would not do: no padding, no logits without a
-    label, an image once through the tower however often it is seen. So the share of the peak that follows is a lower
-    bound. With T positions, layers of weights W (in x out each) and LoRA of rank r:
-
-    * forward: 2 T W. backward: 2 T W for the gradient of the inputs; frozen weights need none, nor do the inputs of
-      the first layer's q, k and v, below which nothing is trained.
-    * lora: 2 T r (in + out) forward and twice that backward (inputs, and A and B); the same exception.
-    * attention: 4 d for each pair of a position and one up to it, and head (scores, values), twice that backward.
-    * head: 4 x hidden x vocabulary at each position with a label (forward, and the gradient of its input).
+    label, an image once through the tower however often it is seen. So the share of the peak is a lower bound.
     """
     from transformers import AutoConfig
 
@@ -202,7 +185,12 @@ def operations(case: Case) -> dict[str, float]:
 
 
 def text_operations(config: Any, lengths: Sequence[int], answers: int) -> dict[str, float]:
-    """The text model's parts. lengths: positions of each view. answers: positions with a label, in all views."""
+    """The text model's parts. lengths: positions of each view. answers: positions with a label, in all views.
+
+    A product of T positions with weights W (in x out each) takes 2 T W, and as much for the gradient of its inputs.
+    Frozen weights need no gradient, nor do the inputs of the first layer's q, k and v, below which nothing is trained.
+    The gradients of LoRA's A and B, and of attention's two products, are two more.
+    """
     hidden, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     into = [(hidden, queries), (hidden, keys), (hidden, keys)]

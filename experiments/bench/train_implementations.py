@@ -7,15 +7,13 @@ programs do.
 
 TRL's settings are the best that 1.16 has for this work: no gradient checkpointing (its default recomputes every
 layer), the checkpoint's own type instead of autocast on a CPU, its fused loss (always on since 1.16), fused AdamW (the
-default: adamw_torch takes four times as long, a millisecond a step of nano on two cores), no truncation, no saving, no
-printing, a log entry a step. It has no packing and no padding-free batches for images, and refuses an adapter on the
-output head. torch.compile is not used: every batch has another length, and compiling takes longer than the training
-measured here.
+default: adamw_torch takes four times as long). It has no packing and no padding-free batches for images. torch.compile
+is not used: every batch has another length, and compiling takes longer than the training measured here.
 """
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,27 +25,24 @@ import numpy as np
 import tinker
 import torch
 from PIL import Image
-from tinker import types
 
-from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, adapter_folder, check_inputs
+from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, adam, check_inputs
 from experiments.bench.harness import timed
+from vlm.classifier import steps
 from vlm.models import source
 from vlm.prompts import Prompt
 from vlm.service import connect
 
 LEARNING_RATE = 1e-3  # large enough that losses which agree after 20 steps mean something
-ADAM = types.AdamParams(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
-WORKERS = (0, 2)  # processes that load and prepare data for TRL: whether they help depends on the machine
+ADAM = adam(LEARNING_RATE)
 OURS, PLAIN = "ours", "plain transformers + PEFT"
-TRL = {workers: f"TRL, {workers} loader processes" for workers in WORKERS}
-WITH_LOADERS = {name for workers, name in TRL.items() if workers}  # their memory is that of several processes
+TRL = {f"TRL, {workers} loader processes": workers for workers in (0, 2)}  # if they help depends on the machine
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a training gave. losses: the mean over the answers' tokens at each step. tower: images that had gone through
-    the vision tower after each step, where that is counted. peak: bytes, the most so far: on a CPU of the process,
-    libraries included; on a GPU what torch had allocated there."""
+    the vision tower after each step, where that is counted. peak: bytes of memory, the most so far."""
 
     losses: list[float]
     tower: Sequence[int] = ()
@@ -57,10 +52,10 @@ class Outcome:
 Implementation = Callable[[Case], AbstractContextManager[Callable[[], Outcome]]]  # loads; what it gives then trains
 
 
-def peers(workers: Sequence[int] = WORKERS) -> dict[str, Implementation]:
-    """The other implementations by name; TRL's where it is installed, once for each number of loader processes."""
-    trl = {TRL[count]: partial(_trl, count) for count in workers}
-    return {PLAIN: plain, **(trl if find_spec("trl") else {})}
+def implementations(quick: bool) -> dict[str, Implementation]:
+    """By name; TRL's where it is installed. quick: without loaders, whose start is much of a short training."""
+    trl = {name: partial(_trl, count) for name, count in TRL.items() if not (quick and count)}
+    return {OURS: ours, PLAIN: plain, **(trl if find_spec("trl") else {})}
 
 
 # Ours
@@ -68,23 +63,18 @@ def peers(workers: Sequence[int] = WORKERS) -> dict[str, Implementation]:
 
 @contextmanager
 def ours(case: Case) -> Iterator[Callable[[], Outcome]]:
-    with _client(case) as (service, client, prompt):
-        sampler = service.create_sampling_client(base_model=case.model).result()  # which counts the tower's images
+    with _client(case) as (client, prompt):
 
         def train() -> Outcome:
-            losses, tower, batches = list[float](), list[int](), _batches(prompt, case, case.batches)
-            data = next(batches, None)
-            while data is not None:
-                loss, data = _step(client, data, batches)
-                losses.append(loss)
-                tower.append(sampler.tower_forwards)
-            return Outcome(losses, tower)
+            done = steps(client, _batches(prompt, case, case.batches), "cross_entropy", ADAM)
+            measured = [(loss.metrics["loss:sum"], client.tower_forwards) for loss, _ in done]
+            return Outcome([loss for loss, _ in measured], [images for _, images in measured])
 
         yield train
 
 
 @contextmanager
-def _client(case: Case) -> Iterator[tuple[Any, Any, Prompt]]:
+def _client(case: Case) -> Iterator[tuple[Any, Prompt]]:
     """Of a service of its own, so that it has seen no image; with the case's first adapter, where it has one."""
     service: Any = connect("local", state_dir=case.state, device=case.device)
     try:
@@ -92,16 +82,15 @@ def _client(case: Case) -> Iterator[tuple[Any, Any, Prompt]]:
         client = service.create_lora_training_client(case.model, rank=RANK, seed=SEED, train_unembed=False).result()
         if case.start:
             client.load_state(case.start).result()
-        yield service, client, case.prompt(client.get_tokenizer())
+        yield client, case.prompt()
     finally:
         service.close()
 
 
 def with_adapter(case: Case) -> Case:
     """The case with an adapter to begin with, which a client has saved."""
-    with _client(case) as (_, client, _):
-        start = client.save_state("start").result().path
-    return replace(case, start=start, adapter=adapter_folder(case))
+    with _client(case) as (client, _):
+        return replace(case, start=client.save_state("start").result().path)
 
 
 def _batches(prompt: Prompt, case: Case, batches: Iterable[Sequence[int]]) -> Iterator[list[tinker.Datum]]:
@@ -115,30 +104,16 @@ def _batches(prompt: Prompt, case: Case, batches: Iterable[Sequence[int]]) -> It
         yield data
 
 
-def _step(
-    client: Any, data: list[tinker.Datum], batches: Iterator[list[tinker.Datum]]
-) -> tuple[float, list[tinker.Datum] | None]:
-    """The loss of this step, and the next one's data."""
-    loss = client.forward_backward(data, "cross_entropy")
-    step = client.optim_step(ADAM)  # both submitted before either is awaited
-    coming = next(batches, None)  # made while the service works on this one
-    value = loss.result().metrics["loss:sum"]
-    step.result()
-    return value, coming
-
-
 def step_pairs(case: Case, count: int) -> list[tuple[float, float]]:
     """Seconds of a step of `fit`, and those of them that the model computed (forward pass, loss, backward pass, AdamW),
     `count` times, after an epoch in which the tower sees every image."""
     pairs = []
-    with _client(case) as (_, client, prompt):
-        batches = _batches(prompt, case, cycle(case.batches))
-        data = next(batches)
+    with _client(case) as (client, prompt):
+        done = steps(client, _batches(prompt, case, cycle(case.batches)), "cross_entropy", ADAM)
         for _ in range(case.epoch + count):
             with client.profile() as parts:
-                step = timed(_step, client, data, batches)
+                step = timed(next, done)
             pairs.append((step.seconds, sum(parts.values())))
-            data = step.value[1] or []
     return pairs[case.epoch :]
 
 
@@ -148,8 +123,8 @@ def step_pairs(case: Case, count: int) -> list[tuple[float, float]]:
 @contextmanager
 def plain(case: Case) -> Iterator[Callable[[], Outcome]]:
     """The loop that one writes by hand: decode, process, all logits, backward, AdamW."""
-    model, processor = stock_model(case), stock_processor(case)
-    check_inputs(case, case.batches[0], stock_inputs(case, processor, case.batches[0]), processor.image_token_id)
+    model, processor = stock_program(case)
+    check_inputs(case, stock_inputs(case, processor, case.batches[0]), processor.image_token_id)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=0.0)
 
@@ -164,12 +139,10 @@ def plain(case: Case) -> Iterator[Callable[[], Outcome]]:
     yield lambda: Outcome([step(batch) for batch in case.batches])
 
 
-def stock_inputs(case: Case, processor: Any, batch: Sequence[int]) -> Mapping[str, Any]:
+def stock_inputs(case: Case, processor: Any, batch: Sequence[int]) -> dict[str, Any]:
     """What the stock forward takes: padded on the right, with a label at the answers' tokens alone."""
-    images = [Image.open(io.BytesIO(case.photographs[number][0])).convert("RGB") for number in batch]
     answers = [case.answer(number) for number in batch]
-    texts = [USER_TURN + answer for answer in answers]
-    inputs = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+    inputs = processed(processor, [case.photographs[number][0] for number in batch], answers, "right")
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     lengths = inputs["attention_mask"].sum(1).tolist()
     for row, (end, answer) in enumerate(zip(lengths, processor.tokenizer(answers)["input_ids"], strict=True)):
@@ -177,25 +150,26 @@ def stock_inputs(case: Case, processor: Any, batch: Sequence[int]) -> Mapping[st
     return {**inputs, "labels": labels}
 
 
-def stock_model(case: Case, *, merge: bool = False) -> Any:
-    """The stock model with the case's adapter: ready to train, or merged into its weights. A head that is tied to the
-    embeddings gets weights of its own before merging, which would change the embeddings too."""
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
+def processed(processor: Any, images: Sequence[bytes], answers: Sequence[str], padding_side: str) -> Any:
+    """What the stock processor makes of the user's turn about each image and the answer, or its beginning."""
+    opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    texts = [USER_TURN + answer for answer in answers]
+    return processor(text=texts, images=opened, padding=True, padding_side=padding_side, return_tensors="pt")
 
+
+def stock_program(case: Case, *, merge: bool = False) -> tuple[Any, Any]:
+    """The stock model with the case's adapter, ready to train or merged into its weights; and the stock processor."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(source(case.model))
     stock: Any = AutoModelForImageTextToText.from_pretrained(source(case.model), dtype="auto")
-    if merge:
+    if merge:  # which would change embeddings that are tied to the head
         stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # names that transformers has renamed
         model = PeftModel.from_pretrained(stock.to(case.device), str(case.adapter), is_trainable=not merge)
-        return model.merge_and_unload().eval() if merge else model.train()
-
-
-def stock_processor(case: Case) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(source(case.model))
+        return model.merge_and_unload().eval() if merge else model.train(), processor
 
 
 @contextmanager
@@ -207,10 +181,10 @@ def _trl(workers: int, case: Case) -> Iterator[Callable[[], Outcome]]:
         return Outcome([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # names that transformers has renamed
-        trainer = _trainer(workers, case, stock_model(case), stock_processor(case))
+        trainer = _trainer(workers, case, *stock_program(case))
         trainer.remove_callback(PrinterCallback)
         first = [trainer.train_dataset[number] for number in range(len(case.batches[0]))]
-        check_inputs(case, case.batches[0], trainer.data_collator(first), trainer.processing_class.image_token_id)
+        check_inputs(case, trainer.data_collator(first), trainer.processing_class.image_token_id)
         yield train
 
 

@@ -53,7 +53,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_grid_is_the_blogs_at_real_sizes(tmp_path: Path) -> None:
-    grid = list(cells(tmp_path, SIZES, baseline.SEEDS))
+    grid = cells(tmp_path, SIZES, baseline.SEEDS)
     assert len(grid) == len(set(grid)) == 4 * 5 * 5 * 4
     assert (SIZES["cars"].train, SIZES["cars"].test, SIZES["cars"].classes) == (8144, 8041, 196)
     assert all(size.train >= size.classes * max(size.shots) for size in SIZES.values())
@@ -75,8 +75,5 @@ def test_a_head_that_disagrees_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(baseline.SIZES, "pets", SMALL["pets"])
     monkeypatch.setitem(baseline.PEERS, "ridge", lambda train, labels, test, chosen: np.zeros(len(test)))
     write(tmp_path, SMALL)
-    with pytest.raises(
-        KshotError,
-        match=r"ridge: predictions .* are .* apart, more than 0.01: nothing to compare",
-    ):
+    with pytest.raises(KshotError, match=r"ridge: predictions .* are .* apart, more than 0.01: nothing to compare"):
         baseline.heads(tmp_path, quick=True)

@@ -11,9 +11,9 @@ import pytest
 from data.benchmarks.layouts import CARS
 from data.dataset import clean_name
 from experiments.bench import score
-from experiments.bench.case import write_vocabulary
+from experiments.bench.case import Plan, new_case, write_vocabulary
 from experiments.bench.harness import finish
-from experiments.bench.score import CACHED, CAR_NAMES, HUNDRED, LISTS, NEW, RATIOS, Ours, Plan, cut, prepared_case
+from experiments.bench.score import CACHED, CAR_NAMES, HUNDRED, LISTS, NEW, RATIOS, Ours, cut
 from kshot.errors import KshotError, ModelError
 from vlm import nano
 
@@ -54,15 +54,6 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(name in printed for name in [*rows, *RATIOS])
 
 
-def test_ratios_are_those_of_rounds() -> None:
-    """A slow minute of the machine that meets both changes nothing."""
-    names = {name for pair in RATIOS.values() for name in pair}
-    seconds = {name: [1.0, 2.0, 3.0] for name in names} | {f"prefill{NEW}": [0.5, 0.5, 6.0]}
-    ratios = score.ratios(seconds)
-    assert ratios["constrained_over_prefill"] == ratios["cars_over_prefill"] == 2.0
-    assert ratios["generate_over_constrained"] == ratios["constrained_over_text_prefill"] == 1.0
-
-
 def test_other_scores_are_noticed() -> None:
     ours = np.zeros((1, 3), np.float32)
     same, other = (ours, ours + 5e-5), (ours, np.array([[0, 0.5, 0]]))
@@ -78,7 +69,7 @@ def test_other_scores_are_noticed() -> None:
 def test_an_answer_that_never_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "FIRST", 1)
     monkeypatch.setattr(score, "STEPS", 1)
-    case = prepared_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
+    case = new_case(nano.NAME, "cpu", replace(TINY, epochs=1), None, tmp_path)
     with pytest.raises(KshotError, match="after 1 steps fewer than 95% of the answers end"):
         Ours(case, LISTS)
 

@@ -3,10 +3,14 @@
 import json
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import get_start_method
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,22 +18,13 @@ import psutil
 import pytest
 import torch
 
+from experiments.bench import harness
 from experiments.bench import train as bench_train
+from experiments.bench import train_implementations as programs
 from experiments.bench.case import Case, Plan, check_inputs, new_case, photographs, write_shape
 from experiments.bench.harness import check_device, finish, processes
 from experiments.bench.train import operations, text_operations
-from experiments.bench.train_implementations import (
-    OURS,
-    PLAIN,
-    Outcome,
-    ours,
-    peers,
-    plain,
-    stock_inputs,
-    stock_model,
-    stock_processor,
-    with_adapter,
-)
+from experiments.bench.train_implementations import OURS, PLAIN, Outcome, ours, plain, stock_inputs, stock_program
 from kshot.errors import DatasetError, InputError, KshotError
 from vlm import nano
 
@@ -45,7 +40,7 @@ TOY = {"tie_word_embeddings": False, "text_config": TEXT | {"rope_parameters": R
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Two photographs, three epochs of one step, and a first adapter."""
-    return with_adapter(new_case(nano.NAME, "cpu", TINY, None, tmp_path_factory.mktemp("case")))
+    return programs.with_adapter(new_case(nano.NAME, "cpu", TINY, None, tmp_path_factory.mktemp("case")))
 
 
 def losses(implementation: Any, case: Case) -> list[float]:
@@ -55,10 +50,17 @@ def losses(implementation: Any, case: Case) -> list[float]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of seconds, a peak that is known, and no TRL (it has tests of its own)."""
+    """A plan of seconds, in this process, a peak that is known, and no TRL (it has a test of its own)."""
+    one_at_a_time = Lock()
+
+    def here(function: Callable[..., Any], *args: object) -> Any:
+        with one_at_a_time:
+            return function(*args)
+
+    monkeypatch.setattr(harness, "processes", lambda names: nullcontext(dict.fromkeys(names, here)))
     monkeypatch.setattr(bench_train, "QUICK", TINY)
     monkeypatch.setattr(bench_train, "PAIRS", 5)
-    monkeypatch.setattr(bench_train.programs, "peers", lambda _: {PLAIN: plain})
+    monkeypatch.setattr(programs, "implementations", lambda _: {OURS: ours, PLAIN: plain})
     monkeypatch.setattr(bench_train, "matrix_product_rate", lambda *_: [1e12, 2e12])
 
 
@@ -90,7 +92,7 @@ def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not find_spec("trl"), reason="trl is not installed (pip install trl==1.16.0)")
 def test_everybody_trains_the_same(case: Case) -> None:
     """Equal losses at every step, though they move: so do the weights. TRL checks its tokens and labels by itself."""
-    got = {name: losses(implementation, case) for name, implementation in {OURS: ours, **peers([0])}.items()}
+    got = {name: losses(implementation, case) for name, implementation in programs.implementations(quick=True).items()}
     assert len(got) == 3
     for theirs in got.values():
         assert theirs == pytest.approx(got[OURS], abs=1e-5)
@@ -99,19 +101,17 @@ def test_everybody_trains_the_same(case: Case) -> None:
 
 def test_a_made_up_shape_trains_like_the_stock_model(tmp_path: Path) -> None:
     model = str(write_shape(tmp_path / "model", TOY, "cpu"))
-    case = with_adapter(new_case(model, "cpu", TINY, None, tmp_path / "state"))
+    case = programs.with_adapter(new_case(model, "cpu", TINY, None, tmp_path / "state"))
     assert losses(ours, case) == pytest.approx(losses(plain, case), abs=1e-5)
 
 
 def test_other_labels_are_noticed(case: Case) -> None:
-    from transformers import AutoProcessor
-
-    batch, processor = case.batches[0], AutoProcessor.from_pretrained(nano.folder())
-    inputs = stock_inputs(case, processor, batch)
-    check_inputs(case, batch, inputs, processor.image_token_id)
+    _, processor = stock_program(case)
+    inputs = stock_inputs(case, processor, case.batches[0])
+    check_inputs(case, inputs, processor.image_token_id)
     inputs["labels"][0, -1] = 7
     with pytest.raises(KshotError, match="is not the same training example for everybody"):
-        check_inputs(case, batch, inputs, processor.image_token_id)
+        check_inputs(case, inputs, processor.image_token_id)
 
 
 @pytest.mark.usefixtures("small")
@@ -119,28 +119,28 @@ def test_other_losses_are_noticed(case: Case) -> None:
     seconds = {OURS: [1.0], PLAIN: [1.0]}
     trained = {OURS: Outcome([1.0, 1.0, 1.1], [2, 2, 2]), PLAIN: Outcome([1.0, 1.0, 1.0])}
     with pytest.raises(KshotError, match=r"at step 3 our loss and that of 'plain .*' are 0.1 apart, more than 0.0001"):
-        bench_train.summary(case, TINY, seconds, trained, [(1.0, 1.0)])
+        bench_train.summary(case, seconds, trained, [(1.0, 1.0)])
     again = {name: Outcome([1.0] * 3, [2, 2, 3]) for name in seconds}
     with pytest.raises(KshotError, match="encoded 1 images again after the first epoch"):
-        bench_train.summary(case, TINY, seconds, again, [(1.0, 1.0)])
+        bench_train.summary(case, seconds, again, [(1.0, 1.0)])
 
 
 def test_processes_report_and_end() -> None:
     """What they raise comes in one line, a death as well, and none is left, busy or not."""
     with processes(["one", "two"]) as started:
         one, two = started["one"], started["two"]
-        running = [psutil.Process(process.run(os.getpid)) for process in (one, two)]
+        running = [psutil.Process(process(os.getpid)) for process in (one, two)]
         assert len({os.getpid(), *(process.pid for process in running)}) == 3
-        assert one.run(torch.get_num_threads) == torch.get_num_threads()
-        assert one.run(get_start_method) == get_start_method()
+        assert one(torch.get_num_threads) == torch.get_num_threads()
+        assert one(get_start_method) == get_start_method()
         with pytest.raises(InputError, match="unknown device 'tpu'"):
-            one.run(check_device, "tpu")
+            one(check_device, "tpu")
         with pytest.raises(KshotError, match=r"^'one' failed: ValueError: invalid literal for int.*: 'a\\nb'$"):
-            one.run(int, "a\nb")
-        two.pool.submit(time.sleep, 600)
+            one(int, "a\nb")
+        ThreadPoolExecutor(1).submit(two, time.sleep, 600)
         for _ in range(2):
             with pytest.raises(KshotError, match="the process of 'one' died"):
-                one.run(os._exit, 1)
+                one(os._exit, 1)
     assert not any(process.is_running() for process in running)
 
 
@@ -149,7 +149,7 @@ def test_the_operations_are_those_that_torch_counts(case: Case) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     one = replace(case, batches=(case.batches[0][:1],))
-    model, processor = stock_model(one), stock_processor(one)
+    model, processor = stock_program(one)
     model.set_attn_implementation("eager")
     inputs = stock_inputs(one, processor, one.batches[0])
     with FlopCounterMode(display=False) as counter:
