@@ -1,7 +1,7 @@
 """Comparisons of methods: examples needed for an accuracy, paired differences, and the most frequent confusions.
 
-Cell records in, tables and galleries out. Paired differences and confusions need the stored predictions of the results
-folder; where they are missing, as in committed results, these parts are missing.
+Paired differences and confusions need the stored predictions of the results folder; where they are missing, as in
+committed results, these parts are missing.
 """
 
 import io
@@ -32,10 +32,8 @@ STEPS = (10, 20, 5, 2, 1)  # percent between targets: the first that gives from 
 
 
 class ShotsNeeded(NamedTuple):
-    """measured: the least shots of those measured at which a target is reached; shots: where the curve crosses it.
-
-    at_most: nothing smaller was measured from which to draw the curve, so fewer may do.
-    """
+    """measured: the least shots of those measured at which a target is reached; shots: where the curve crosses it;
+    at_most: nothing smaller was measured from which to draw the curve, so fewer may do."""
 
     measured: int
     shots: float
@@ -48,11 +46,8 @@ class ShotsNeeded(NamedTuple):
 
 
 def efficiency_table(cells: Sequence[Record], dataset: str) -> Table | None:
-    """The shots that each method needs of a data set; None where no method learns or nothing is reached.
-
-    Between two measured shots a curve is taken to be straight in log2(shots), as the figure draws it. Nothing is
-    extrapolated.
-    """
+    """The shots that each method needs of a data set; None where no method learns or nothing is reached. Between two
+    measured shots a curve is taken to be straight in log2(shots), as the figure draws it; nothing is extrapolated."""
     means = {s: {k: score.mean for k, score in row.items()} for s, row in from_zero(scores(cells, dataset)).items()}
     curves = {series: means[series] for series in ordered(means) if max(means[series]) > 0}
     targets = target_accuracies([*curves.values()]) if curves else []
@@ -73,10 +68,8 @@ def efficiency_table(cells: Sequence[Record], dataset: str) -> Table | None:
 
 
 def shots_needed(curve: Curve, target: float) -> ShotsNeeded | None:
-    """The shots at which a curve reaches `target` (a fraction); None where it never does.
-
-    The first crossing, if the curve falls again. 0 shots have no logarithm: from there on the curve is not drawn.
-    """
+    """The shots at which a curve first reaches `target` (a fraction); None where it never does. 0 shots have no
+    logarithm: from there on the curve is not drawn."""
     shots = next((k for k in sorted(curve) if curve[k] >= target - TOLERANCE), None)
     if shots is None:
         return None
@@ -90,11 +83,8 @@ def shots_needed(curve: Curve, target: float) -> ShotsNeeded | None:
 
 
 def target_accuracies(curves: Sequence[Curve]) -> list[int]:
-    """Accuracies in percent, at most MOST_TARGETS, in order: the multiples of a step from the lowest mean with any
-    labelled example to the highest.
-
-    The step is 10, more where that gives too many, less where it gives fewer than two.
-    """
+    """Accuracies in percent, at most MOST_TARGETS, in order: the multiples of a step (10; more where that gives too
+    many, less where fewer than two) from the lowest mean with any labelled example to the highest."""
     means = [mean for curve in curves for shots, mean in curve.items() if shots]
     low, high = 100 * (min(means) - TOLERANCE), 100 * (max(means) + TOLERANCE)
     choices = [[step * n for n in range(max(1, math.ceil(low / step)), math.floor(high / step) + 1)] for step in STEPS]
@@ -228,11 +218,8 @@ SIDE = 96  # pixels of an image's longest side
 
 
 class ImageSources(NamedTuple):
-    """Where the encoded images of data sets come from, None for one that cannot be had.
-
-    test: (data set, key) → a test image. training: (data set, label) → an image of that class, to be shown beside the
-    test images that were taken for it.
-    """
+    """Where the encoded images of data sets come from, None for one that cannot be had. test: (data set, key) → a test
+    image. training: (data set, label) → an image of that class, shown beside test images that were taken for it."""
 
     test: Callable[[str, str], bytes | None]
     training: Callable[[str, int], bytes | None]

@@ -7,7 +7,6 @@ every value that a template shows, so none is forgotten.
 import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,30 +19,26 @@ class Best(str):
     """A field of a table that is the best of its column; it is set in bold."""
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A heading of level 2 or 3; the title of the document is the only one of level 1."""
 
     level: int
     text: str
 
 
-@dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     """Running text."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Notes:
+class Notes(NamedTuple):
     """Sentences that stand out."""
 
     sentences: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A caption, one header per column, rows of as many fields; the first field of a row is its header.
 
     prose: the fields hold words that may be many, not numbers; so do those of every table of two columns.
@@ -60,8 +55,7 @@ class Table:
         return self.prose or len(self.header) == 2
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure: the SVG's bytes (for the page that stands alone), the PNG's path from the report, a description."""
 
     svg: bytes
@@ -77,16 +71,14 @@ class Photo(NamedTuple):
     label: str
 
 
-@dataclass(frozen=True)
-class Gallery:
+class Gallery(NamedTuple):
     """Images of a data set under a caption, in report.html alone: report.md is kept in repositories."""
 
     caption: str
     photos: tuple[Photo, ...]
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """What to type in a shell."""
 
     text: str

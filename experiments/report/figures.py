@@ -17,10 +17,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.report.references import ALL, Reference
+from experiments.report.references import ALL, Reference, references_to_draw
 from experiments.sweep.intervals import Score
 from experiments.sweep.metrics import scores, seeds_of
 from experiments.sweep.provenance import TOGETHER, file_stem, name
@@ -54,17 +53,19 @@ def write_dataset_figure(
     out: Path,
     *,
     n_classes: int | None = None,
-    published: Sequence[Reference] = (),
+    backbones: Iterable[str] = (),
 ) -> list[Path]:
     """Draw one data set's cells; write `<file_stem(dataset)>.png` and `.svg` into the folder `out` (made if absent).
 
-    `n_classes` adds the line of chance; `published` rows are drawn in grey as far as the axis that our own numbers need
-    has room for them, else named below it. Raises ResultsError when no cell is of this data set.
+    `n_classes` adds the line of chance. What is published on the set, and with these `backbones`, is drawn in grey as
+    far as the axis that our own numbers need has room for it, else named below it. Raises ResultsError when no cell is
+    of this data set.
     """
     table = scores(cells, dataset)
     if not table:
         raise ResultsError(f"no cell of data set {dataset!r} to draw")
     title = f"{name(dataset)}: {_legend_of_intervals(table, len(seeds_of(cells, dataset)))}"
+    published = references_to_draw(dataset, backbones)
     return _write(lambda: draw_dataset(table, title, n_classes, published), out, file_stem(dataset))
 
 
@@ -90,7 +91,7 @@ def draw_dataset(table: Scores, title: str, n_classes: int | None, published: Se
     note = published_note(inside, outside, shots)
     # The axes stay as large however many series there are.
     rows = _legend_shape(titles)[1] + len(note.splitlines())
-    figure = _new_figure(SIZE[0], SIZE[1] + ROW * max(0, rows - ROWS))
+    figure = Figure((SIZE[0], SIZE[1] + ROW * max(0, rows - ROWS)), layout="constrained")
     axes = figure.add_subplot()
     _draw_axes(axes, table, n_classes, shots, chance, inside)
     axes.set_ylabel("accuracy on the test images (%)")
@@ -105,7 +106,8 @@ def draw_overview(tables: Mapping[str, Scores], title: str, n_classes: Mapping[s
     titles += [CHANCE] if n_classes.keys() & tables.keys() else []
     across = min(COLUMNS, math.ceil(math.sqrt(len(tables))))
     down = math.ceil(len(tables) / across)
-    figure = _new_figure(PANEL[0] * across, PANEL[1] * down + ROW * (_legend_shape(titles)[1] + 1))
+    height = PANEL[1] * down + ROW * (_legend_shape(titles)[1] + 1)
+    figure = Figure((PANEL[0] * across, height), layout="constrained")
     shots = sorted({k for table in tables.values() for k in _shots_of(table)})
     for n, (dataset, table) in enumerate(tables.items()):
         axes = figure.add_subplot(down, across, n + 1)
@@ -155,13 +157,6 @@ def _write(draw: Callable[[], Figure], out: Path, stem: str) -> list[Path]:
     return paths
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _legend_shape(titles: Sequence[str]) -> tuple[int, int]:
     """(columns, rows) of a legend of these titles."""
     columns = 2 if max(map(len, titles)) <= TWO_COLUMNS else 1
@@ -195,10 +190,8 @@ GAP, BREAK = 0.5, 0.05  # how far behind 0 the axis is broken, and half of what 
 def _draw_axes(
     axes: Axes, table: Scores, n_classes: int | None, shots: Sequence[int], chance: str, published: Sequence[Reference]
 ) -> None:
-    """Draw the series of a data set, and the line of chance where `n_classes` is known, called `chance`.
-
-    shots: the ticks. published: rows to draw in grey behind the rest, all of them within the axis (see `fit_to_axis`).
-    """
+    """Draw the series of a data set, and the line of chance where `n_classes` is known, called `chance`. shots: the
+    ticks. published: rows to draw in grey behind the rest, all of them within the axis (see `fit_to_axis`)."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     positions = _draw_x_axis(axes, shots)
@@ -291,11 +284,8 @@ PUBLISHED_WIDTH = 100  # characters of a line below the axes
 
 
 def fit_to_axis(rows: Sequence[Reference], own: Range, shots: Sequence[int]) -> tuple[list[Reference], list[Reference]]:
-    """(rows to draw, rows that would take the room of our own curves), both in their order. A row of which these shots
-    show nothing is in neither.
-
-    own: the range of what we measured; it keeps its share of the axis. The nearest rows are taken first.
-    """
+    """(rows to draw, rows that would take the room of our own curves), both in their order, of those of which these
+    shots show something. own: the range of what we measured; it keeps its share. The nearest rows are taken first."""
     visible = [(row, values) for row in rows if (values := visible_values(row, shots))]
     inside: list[Reference] = []
     bottom, top = to_tens(own)
@@ -316,10 +306,8 @@ def fit_to_axis(rows: Sequence[Reference], own: Range, shots: Sequence[int]) -> 
 
 
 def visible_values(row: Reference, shots: Sequence[int]) -> list[float]:
-    """The values of a row, in percent, that an axis from our smallest to our largest shots shows of it.
-
-    A row over shots is a line, so where the axis ends between two of them the line is there too.
-    """
+    """The values of a row, in percent, that an axis from our smallest to our largest shots shows of it: of a line, also
+    those where the axis ends."""
     points = _points(row)
     if not points:
         return list(row.values.values())

@@ -44,14 +44,11 @@ class Reference(NamedTuple):
 def references() -> tuple[Reference, ...]:
     """Every published row, in the order of the file."""
     rows = csv.DictReader((files("experiments") / "report/published.csv").read_text("utf-8").splitlines())
+    texts = [name for name in Reference._fields if name != "values"]
     return tuple(
         Reference(
-            row["dataset"],
-            row["method"],
-            row["protocol"],
-            row["source"],
-            {column: float(row[str(column)]) for column in COLUMNS if row[str(column)]},
-            row["marks"],
+            values={column: float(row[str(column)]) for column in COLUMNS if row[str(column)]},
+            **{name: row[name] for name in texts},
         )
         for row in rows
     )

@@ -1,7 +1,6 @@
 """The report of a sweep: what came out, in words, figures and tables, as report.md and report.html.
 
-Records in, files out; the same records give the same bytes. It shows no absolute path and no time of day. Images of a
-data set are in report.html alone, where the caller gives a way to get them.
+Records in, files out; the same records give the same bytes. It shows no absolute path and no time of day.
 """
 
 from collections import defaultdict
@@ -13,11 +12,11 @@ from experiments.report import comparisons, tables
 from experiments.report.comparisons import ImageSources
 from experiments.report.document import Block, Command, Heading, Notes, Paragraph, Picture, html, markdown
 from experiments.report.figures import write_dataset_figure, write_overview_figure
-from experiments.report.references import published_table, references_to_draw
+from experiments.report.references import published_table
 from experiments.report.tables import CellId, Record
 from experiments.sweep.intervals import Score
 from experiments.sweep.metrics import scores, seeds_of
-from experiments.sweep.provenance import TOGETHER, name
+from experiments.sweep.provenance import name
 from experiments.sweep.series import COUNTED, by_series, choices_of, method_of, ordered, style
 from kshot.files import write_file
 
@@ -37,20 +36,25 @@ def write_report(
 
     `sweep` and `cells` are the contents of sweep.json and of the cells' records. `n_images` and `n_classes` are test
     images and classes by data set. `failures` is the error of each cell that was tried and failed, by its method's name
-    without what is compared. Data sets without a cell are listed as missing, nothing more. Paired differences and
-    confusions appear if the folder holds the predictions, images of confusions where `images` are given.
+    without what is compared. Paired differences and confusions appear if the folder holds the predictions, images of
+    confusions where `images` are given.
 
-    Raises ResultsError when predictions that should be of the same images are not, and for a cell or a prediction that
-    does not fit the sweep; ImageError for an image that cannot be decoded.
+    Raises ResultsError for a cell or a prediction that does not fit the sweep or the others; ImageError for an image
+    that cannot be decoded.
     """
     n_classes = n_classes or {}
     sweep, cells = by_series(sweep, cells)
     cells = sorted(cells, key=lambda cell: (cell["dataset"], cell["method"], cell["shots"], cell["seed"]))
     datasets = [dataset for dataset in sweep["datasets"] if any(cell["dataset"] == dataset for cell in cells)]
-    figures = _write_figures(folder / "figures", sweep, cells, datasets, n_classes)
+    out, backbones = folder / "figures", tables.as_list(sweep.get("settings", {}).get("backbone", ()))
+    together = write_overview_figure(cells, datasets, out, n_classes) if len(datasets) > 1 else []
+    figures = {
+        each: write_dataset_figure(cells, each, out, n_classes=n_classes.get(each), backbones=backbones)
+        for each in datasets
+    }
     title = f"Accuracy over examples per class: {name(sweep['name'])}"
     blocks: list[Block] = [
-        *_overview(figures, datasets),
+        *_overview(together, datasets),
         *(Paragraph(headline(cells, dataset)) for dataset in datasets),
         *([Notes(tuple(sweep["notes"]))] if sweep.get("notes") else []),
         *([prompts] if (prompts := tables.prompts_table(sweep)) else []),
@@ -66,32 +70,16 @@ def write_report(
         blocks += [Heading(2, "Run it again"), Command(sweep["command"])]
     documents = {"report.md": markdown(title, blocks), "report.html": html(title, blocks)}
     written = [write_file(folder / file, text.encode()) for file, text in documents.items()]
-    return [path for pair in figures.values() for path in pair] + written
+    return [*together, *(path for pair in figures.values() for path in pair), *written]
 
 
-def _write_figures(
-    folder: Path, sweep: Record, cells: Sequence[Record], datasets: Sequence[str], n_classes: Mapping[str, int]
-) -> dict[str | None, Sequence[Path]]:
-    """(PNG, SVG) of each data set, and under None that of all together where there are several."""
-    figures: dict[str | None, Sequence[Path]] = {}
-    if len(datasets) > 1:
-        figures[None] = write_overview_figure(cells, datasets, folder, n_classes)
-    backbones = tables.as_list(sweep.get("settings", {}).get("backbone", ()))
-    for dataset in datasets:
-        rows = references_to_draw(dataset, backbones)
-        figures[dataset] = write_dataset_figure(
-            cells, dataset, folder, n_classes=n_classes.get(dataset), published=rows
-        )
-    return figures
-
-
-def _overview(figures: Mapping[str | None, Sequence[Path]], datasets: Sequence[str]) -> Iterator[Block]:
-    if None in figures:
-        _, svg = figures[None]
+def _overview(figure: Sequence[Path], datasets: Sequence[str]) -> Iterator[Block]:
+    if figure:
+        png, svg = figure
         names = ", ".join(map(name, datasets))
         alt = f"Line charts side by side: accuracy over labelled examples per class on {names}; numbers are below."
         yield Heading(2, "All data sets")
-        yield Picture(svg.read_bytes(), f"figures/{TOGETHER}.png", alt)
+        yield Picture(svg.read_bytes(), f"figures/{png.name}", alt)
 
 
 def _dataset(
@@ -104,9 +92,8 @@ def _dataset(
 ) -> Iterator[Block]:
     png, svg = figure
     yield Heading(2, name(dataset))
-    alt = (
-        f"Line chart: accuracy over labelled examples per class on {name(dataset)}; its numbers are in the table below."
-    )
+    what = f"accuracy over labelled examples per class on {name(dataset)}"
+    alt = f"Line chart: {what}; its numbers are in the table below."
     yield Picture(svg.read_bytes(), f"figures/{png.name}", alt)
     yield tables.accuracy_table(cells, dataset)
     yield from _section("Published elsewhere", published_table(dataset))
@@ -131,10 +118,7 @@ NAMED = 3  # how many methods a sentence names before it counts
 
 
 def headline(cells: Sequence[Record], dataset: str) -> str:
-    """One sentence: what was compared, what was best at the smallest and the largest shots, and how sure that is.
-
-    The methods of the cells may be series (see `by_series`).
-    """
+    """One sentence: what was compared, what was best at the smallest and the largest shots, and how sure that is."""
     table = scores(cells, dataset)
     methods = {method_of(series) for series in table}
     shots = sorted({k for row in table.values() for k in row if k})

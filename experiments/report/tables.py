@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from experiments.report.document import Best, Table
-from experiments.sweep.config import capped
+from experiments.sweep.config import MODELS, capped
 from experiments.sweep.intervals import Score
 from experiments.sweep.methods import METHODS
 from experiments.sweep.metrics import scores, seeds_of
@@ -44,7 +44,6 @@ METRICS = {
 TEXT_METRICS = ("accuracy_constrained", "accuracy_strict", "unparseable")  # of answers in text
 PHASES = ("fit", "predict", "answer")
 WORK = {"vision_forwards": "vision forwards", "train_tokens": "training tokens"}  # what a record may count
-MODELS = ("model", "backbone")  # the settings that name one; their revision is in `<name>_revision`
 
 
 def percent(score: Score | None) -> str:
@@ -76,10 +75,8 @@ def accuracy_table(cells: Sequence[Record], dataset: str) -> Table:
 
 
 def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
-    """What the methods that answer in text wrote, at every shots; None where there is no such method.
-
-    A zero-shot method that another one tunes has its row there, at 0.
-    """
+    """What the methods that answer in text wrote, at every shots; None where there is none. A zero-shot method that
+    another one tunes has its row there, at 0."""
     measured = {metric: scores(cells, dataset, metric) for metric in TEXT_METRICS}
     curves = {metric: from_zero(table) for metric, table in measured.items()}
     constrained = curves["accuracy_constrained"]
@@ -242,17 +239,16 @@ def facts_table(
 ) -> Table:
     """Per data set: classes, test images, seeds, cells; where models were trained, how often images were mirrored."""
     rows: list[tuple[str, ...]] = []
-    hflips: list[str] = []
     for dataset in sweep["datasets"]:
         here = [cell for cell in cells if cell["dataset"] == dataset]
         counts = n_classes.get(dataset, NONE), n_images.get(dataset, NONE), len(seeds_of(here, dataset)), len(here)
-        rows.append((name(dataset), *map(str, counts)))
-        hflips.append(", ".join(f"{hflip:g}" for hflip in sorted({*_known(here, "settings", "hflip")})))
-    header: tuple[str, ...] = ("data set", "classes", "test images", "seeds", "cells")
-    if not any(hflips):
-        return Table("What was run.", header, tuple(rows))
+        hflips = ", ".join(f"{hflip:g}" for hflip in sorted({*_known(here, "settings", "hflip")}))
+        rows.append((name(dataset), *map(str, counts), hflips or NONE))
+    header: tuple[str, ...] = ("data set", "classes", "test images", "seeds", "cells", "hflip")
+    if all(row[-1] == NONE for row in rows):
+        return Table("What was run.", header[:-1], tuple(row[:-1] for row in rows))
     caption = "What was run. hflip: the share of training views that were mirrored, as it was set."
-    return Table(caption, (*header, "hflip"), tuple((*r, h or NONE) for r, h in zip(rows, hflips, strict=True)))
+    return Table(caption, header, tuple(rows))
 
 
 def prompts_table(sweep: Record) -> Table | None:
@@ -262,11 +258,8 @@ def prompts_table(sweep: Record) -> Table | None:
 
 
 def missing_table(sweep: Record, cells: Sequence[Record], failures: Mapping[CellId, str]) -> Table | None:
-    """The cells of the sweep's grid that are missing, one row per (data set, method, seed) and error; None when none
-    is.
-
-    failures: the error of those that were tried and failed, by the method's name without what is compared.
-    """
+    """The cells of the grid that are missing, one row per (data set, method, seed) and error; None when none is.
+    failures: the error of those that were tried and failed, by the method's name without what is compared."""
     present = {(cell["dataset"], cell["method"], cell["shots"], cell["seed"]) for cell in cells}
     missing: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
     for dataset, method, shots, seed in full_grid(sweep, cells):

@@ -107,7 +107,7 @@ def store_predictions(folder: Path, cells: list[dict], images: int = 200, classe
 
 def axes_height(figure: Figure) -> float:
     """Inches of the first axes; the legend must be wholly on the page, below them."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     box, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
     assert min(box.x0, box.y0) >= 0

@@ -125,7 +125,7 @@ def test_all_sets_on_one_page_with_one_legend(count: int) -> None:
     tables = {name: scores(grid(name), name) for name in names}
     tables[names[0]] = {m: row for m, row in tables[names[0]].items() if m != "vlm-lora"}
     figure = draw_overview(tables, "title", {names[0]: 10})
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert len(figure.axes) == count
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     assert len({tuple(axes.get_xticks()) for axes in figure.axes}) == 1
