@@ -24,8 +24,6 @@ DATASETS: dict[str, DatasetSpec] = {
             "MIT (Phosphor), CC-BY-4.0 (Codicons); QtAwesome, the package that holds them: MIT",
             citation="The icon fonts in QtAwesome, Spyder Project Contributors",
             url="https://github.com/spyder-ide/qtawesome",
-            protocol="seeded-split",
-            hflip=0.5,
             loader="data.embedded.icons:load",
             classes=(
                 *("star", "camera", "cloud", "heart", "lock", "key", "clock", "bell", "phone", "book"),
@@ -40,7 +38,6 @@ DATASETS: dict[str, DatasetSpec] = {
             licence="CC-BY-4.0 (UCI Repository); scikit-learn, the package that holds them: BSD-3-Clause",
             citation="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998",
             url="https://doi.org/10.24432/C50P49",
-            protocol="seeded-split",
             hflip=0.0,
             loader="data.embedded.digits:load",
             classes=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -52,25 +49,21 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def _user_spec(name: str, title: str, loader: str, *choices: str) -> DatasetSpec:
-    return DatasetSpec(
-        name=name,
-        title=title,
-        licence="that of its images",
-        citation="",
-        url="",
-        protocol="seeded-split",
-        hflip=0.5,
-        loader=loader,
-        choices=choices,
-    )
-
-
 USERS = {  # the users' own: a name begins with the key, and the rest of it is the location
-    FOLDER: _user_spec(
-        "folder:PATH", "A folder of images, one sub-folder per class", "data.folder:load_folder", "allow_shared"
+    FOLDER: DatasetSpec(
+        name="folder:PATH",
+        title="A folder of images, one sub-folder per class",
+        licence="that of its images",
+        loader="data.folder:load_folder",
+        choices=("allow_shared",),
     ),
-    HUB: _user_spec("hub:ID", "A set of the Hugging Face hub", "data.benchmarks.sources:load_hub", "label_column"),
+    HUB: DatasetSpec(
+        name="hub:ID",
+        title="A set of the Hugging Face hub",
+        licence="that of its images",
+        loader="data.benchmarks.sources:load_hub",
+        choices=("label_column",),
+    ),
 }
 
 
@@ -101,7 +94,7 @@ def load(name: str, *, root: Path | None = None, split_seed: int = 0, access: Ac
     module, function = spec.loader.split(":")
     options = {"access": access} if spec.choices else {}
     dataset: Dataset = getattr(import_module(module), function)(spec, root=root, split_seed=split_seed, **options)
-    return replace(dataset, classes=clean_classes(spec, dataset.classes))
+    return replace(dataset, classes=clean_classes(spec.name, dataset.classes))
 
 
 def check_access(access: Access, *specs: DatasetSpec) -> None:
@@ -113,11 +106,6 @@ def check_access(access: Access, *specs: DatasetSpec) -> None:
             others = ", ".join(s.name for s in (*DATASETS.values(), *USERS.values()) if field.name in s.choices)
             names = ", ".join(spec.name for spec in specs)
             raise InputError(f"{option} is for {others}; {names} has no choice of it")
-
-
-def access_for(spec: DatasetSpec, access: Access) -> Access:
-    """Of these options those that the set has."""
-    return Access(**{name: getattr(access, name) for name in spec.choices})
 
 
 def accesses(names: Sequence[str], access: Access, usual: str = "") -> dict[str, Access]:
@@ -135,7 +123,8 @@ def accesses(names: Sequence[str], access: Access, usual: str = "") -> dict[str,
     have = {name for name, spec in specs.items() if spec.has_protocol(protocol, access.kind)}
     if access.protocol and not have:  # the first with a choice says what is wrong
         have = {name for name, spec in specs.items() if spec.protocols}
-    return {n: replace(access_for(s, access), protocol=protocol if n in have else "") for n, s in specs.items()}
+    taken = {name: Access(**{each: getattr(access, each) for each in spec.choices}) for name, spec in specs.items()}
+    return {name: replace(each, protocol=protocol if name in have else "") for name, each in taken.items()}
 
 
 def unused(asked: Access, taken: Access) -> list[str]:

@@ -5,7 +5,7 @@ Counts, checksums and class names are verified where a data set is loaded.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,8 +43,7 @@ class CheckReport:
 def check(dataset: Dataset) -> CheckReport:
     """Read, hash and decode every image. Bad images are listed, not raised."""
     rows = [*dataset.train, *dataset.test]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(_hash_or_error, rows))
+    results = _opened(rows, perceptual_hash)
     hashes = np.array([result if isinstance(result, int) else 0 for result in results], np.uint64)
     bad = {n: result for n, result in enumerate(results) if isinstance(result, str)}
     split = len(dataset.train)
@@ -66,9 +65,7 @@ def refuse_broken(dataset: Dataset) -> None:
     mark = cache_folder() / "checked" / f"{RULES}-{digest((example.key,) for example in rows)}"
     if mark.exists():
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        broken = [line for line in pool.map(_problem, rows) if line]
-    if broken:
+    if broken := [line for line in _opened(rows, lambda image: 0) if isinstance(line, str)]:
         raise DatasetError(listed(dataset.name, broken))
     with suppress(OSError):  # a cache that cannot be written costs time alone
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -93,24 +90,17 @@ def near_pairs(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
     return [(start + int(i), int(j)) for start, block in pairs for i, j in block]
 
 
-def _hash_or_error(example: Example) -> int | str:
-    """The perceptual hash of an image, or what is wrong with it."""
-    opened = _opened(example)
-    return opened if isinstance(opened, str) else perceptual_hash(opened)
+def _opened(rows: Sequence[Example], see: Callable[[Image.Image], int]) -> list[int | str]:
+    """What `see` makes of each image, or a line on what is wrong with it."""
 
+    def one(example: Example) -> int | str:
+        name, content = f"image {example.key[:12]}", example.image
+        if content_key(content) != example.key:
+            return f"{name}: its bytes have changed; get the data again"
+        try:
+            return see(open_image(content, name))
+        except ImageError as error:  # all that is asked of an image stands there
+            return str(error)
 
-def _problem(example: Example) -> str:
-    """What is wrong with an image, if anything is."""
-    opened = _opened(example)
-    return opened if isinstance(opened, str) else ""
-
-
-def _opened(example: Example) -> Image.Image | str:
-    """The image, or what is wrong with it: all that is asked of an image stands in `open_image`."""
-    name, content = f"image {example.key[:12]}", example.image
-    if content_key(content) != example.key:
-        return f"{name}: its bytes have changed; get the data again"
-    try:
-        return open_image(content, name)
-    except ImageError as error:
-        return str(error)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, rows))

@@ -35,6 +35,7 @@ SIDES = {
     "test": ("test", "testing"),
     "validation": ("validation", "val", "valid", "dev"),
 }
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d+)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # as a class name
 
 
@@ -162,6 +163,11 @@ def digest(lines: Iterable[Sequence[str]]) -> str:
     return hashlib.sha256("\n".join(sorted("\0".join(line) for line in lines)).encode()).hexdigest()
 
 
+def is_system_file(name: str) -> bool:
+    """Whether an operating system or a file manager made the file of that name."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
 def clean_name(name: str) -> str:
     """The class name as text: `_ . -` become spaces, lower case, single spaces, composed characters (NFC). A name that
     is a number keeps its sign and its point.
@@ -231,13 +237,12 @@ class DatasetSpec:
     """One data set of the catalog: what a reader, a trainer and a loader need to know of it.
 
     classes: class names as the source writes them, in label order; None where only the data tell.
+    loader: "module:function"; called as function(spec, root=..., split_seed=...) it returns a Dataset; that of a set
+        with choices is also given access=.
     protocol: name of the split; "seeded-split" is drawn from the split seed and is recorded with it.
     hflip: probability of a horizontal flip of an image in training; 0 where a mirrored image is another thing.
-    loader: "module:function"; called as function(spec, root=..., split_seed=...) it returns a Dataset; that of a set
-        with sources is also given access=.
     location: what the loader reads: a folder, a hub identifier or an address; "" where it needs none.
     train, test: number of images, about; 0 where only the data tell.
-    clean: class name as its source writes it → as a model reads it.
     choices: names of the fields of Access that a user may give for it.
     sources: where it can be had, the usual one first; () where there is one alone.
     hub, revision: hub identifier and commit; "" is the newest, and the commit it resolved to is recorded.
@@ -249,16 +254,15 @@ class DatasetSpec:
     name: str
     title: str
     licence: str
-    citation: str
-    url: str
-    protocol: str
-    hflip: float
     loader: str
+    citation: str = ""
+    url: str = ""
+    protocol: str = "seeded-split"
+    hflip: float = 0.5
     classes: tuple[str, ...] | None = None
     location: str = ""
     train: int = 0
     test: int = 0
-    clean: Callable[[str], str] = clean_name
     choices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     hub: str = ""
@@ -273,19 +277,19 @@ class DatasetSpec:
         return any(protocol.name == name and source in ("", *protocol.sources) for protocol in self.protocols)
 
 
-def clean_classes(spec: DatasetSpec, names: Sequence[str]) -> tuple[str, ...]:
+def clean_classes(dataset: str, names: Sequence[str]) -> tuple[str, ...]:
     """The names as a model reads them. Raises DatasetError where names are empty, or the same."""
-    if problems := name_problems(spec, names):
-        raise DatasetError(listed(spec.name, problems))
-    return tuple(map(spec.clean, names))
+    if problems := name_problems(names):
+        raise DatasetError(listed(dataset, problems))
+    return tuple(map(clean_name, names))
 
 
-def name_problems(spec: DatasetSpec, names: Sequence[str]) -> list[str]:
+def name_problems(names: Sequence[str]) -> list[str]:
     """A line for each class name that no model can tell from another one, or that is empty."""
     origin: dict[str, str] = {}
     problems = []
     for name in names:
-        if not (cleaned := spec.clean(name)):
+        if not (cleaned := clean_name(name)):
             problems.append(f"class {name!r} has no letters left once cleaned; rename it")
         elif cleaned in origin:
             problems.append(f"classes {origin[cleaned]!r} and {name!r} both read {cleaned!r}; rename or merge them")

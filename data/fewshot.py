@@ -44,29 +44,23 @@ def images_per_class(examples: Sequence[Example], classes: Sequence[str]) -> dic
     return {name: counts[label] for label, name in enumerate(classes)}
 
 
-def stratified_split(
-    keys: Sequence[str],
-    labels: Sequence[str],
-    *,
-    test_size: Callable[[int], int],
-    seed: int,
-    groups: Sequence[str] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Row numbers of train and of test, both in row order.
+def split_items(
+    items: Sequence[Item], *, test_size: Callable[[int], int], seed: int, groups: Sequence[str] | None = None
+) -> Split:
+    """The items of train and of test, both in their order. Those of one class with one key are one image.
 
-    keys, labels: identity and class name of each row. Rows of one class with one key are one image.
     test_size: distinct images of a class → how many of them go to test, at most.
-    groups: name of each row's group (default: its key). Within a class a group is never divided; one that is larger
+    groups: name of each item's group (default: its key). Within a class a group is never divided; one that is larger
         than the room left in test is passed over, so test may come out smaller than asked.
     """
     members: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for key, label, group in zip(keys, labels, groups or keys, strict=True):
-        members[label][group].add(key)
+    for item, group in zip(items, groups or [item.key for item in items], strict=True):
+        members[item.label][group].add(item.key)
     held_out = {
         (label, key) for label, of_class in members.items() for key in _draw_test(label, of_class, test_size, seed)
     }
-    test = [(label, key) in held_out for key, label in zip(keys, labels, strict=True)]
-    return [i for i, out in enumerate(test) if not out], [i for i, out in enumerate(test) if out]
+    train, test = ([item for item in items if ((item.label, item.key) in held_out) is out] for out in (False, True))
+    return train, test
 
 
 def given_sides(splits: Collection[str]) -> tuple[str, str] | None:
@@ -80,13 +74,6 @@ def given_sides(splits: Collection[str]) -> tuple[str, str] | None:
 def one_in_five(count: int) -> int:
     """How many of a class's images go to test, where nothing else is stated."""
     return max(1, count // TEST_SHARE)
-
-
-def split_items(items: Sequence[Item], *, test_size: Callable[[int], int], seed: int) -> Split:
-    """The items of train and of test; see `stratified_split`."""
-    keys, labels = [item.key for item in items], [item.label for item in items]
-    train, test = stratified_split(keys, labels, test_size=test_size, seed=seed)
-    return [items[n] for n in train], [items[n] for n in test]
 
 
 def _draw_test(label: str, groups: dict[str, set[str]], test_size: Callable[[int], int], seed: int) -> set[str]:

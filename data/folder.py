@@ -29,6 +29,7 @@ from data.dataset import (
     content_key,
     digest,
     examples_of,
+    is_system_file,
     name_problems,
     shared_images,
 )
@@ -36,7 +37,6 @@ from data.fewshot import given_sides, one_in_five, split_items
 from kshot.errors import DatasetError, ImageError, listed_by_kind
 from kshot.images import HEAD, HEIF_ENDINGS, begins_like_image, open_image
 
-SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_BYTES = 256 << 20  # of a file of an image
 SHOWN = 5  # endings of files that are skipped
 ENDINGS = (
@@ -81,7 +81,7 @@ def load_folder(spec: DatasetSpec, *, root: Path | None, split_seed: int, access
     folder = _Folder(home)
     files = list(folder.files())
     items = folder.read(files)
-    folder.check_classes(spec, files, items)
+    folder.check_classes(files, items)
     twins = _twins(items)
     if not access.allow_shared:
         folder.problems |= twins
@@ -149,7 +149,7 @@ class _Folder:
         self.problems[UNREADABLE] += (result for result in results if isinstance(result, str))
         return [result for result in results if isinstance(result, Item)]
 
-    def check_classes(self, spec: DatasetSpec, files: Sequence[_File], items: Sequence[Item]) -> None:
+    def check_classes(self, files: Sequence[_File], items: Sequence[Item]) -> None:
         """Note what is wrong with the classes; a broken file counts as an image that was mended."""
         sides, images = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
         keys = {item.path: item.key for item in items}
@@ -164,7 +164,7 @@ class _Folder:
                 self.problems[ONE_IMAGE].append(repr(label))
         if len(sides) == 1:
             self.problems[CLASSES].append(f"there is one class ({next(iter(sides))!r}), and classification needs two")
-        self.problems[CLASSES] += name_problems(spec, sorted(sides))
+        self.problems[CLASSES] += name_problems(sorted(sides))
 
     def shown(self, path: Path) -> str:
         """A path within the folder as a terminal shows it, in one line."""
@@ -257,11 +257,6 @@ class _Folder:
             return str(error)
         stored = Slice(path.resolve(), 0, len(image))  # read again when it is wanted
         return Item(path.relative_to(self.home).as_posix(), file.side, file.label, stored, content_key(image))
-
-
-def is_system_file(name: str) -> bool:
-    """Whether an operating system or a file manager made the file of that name."""
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def is_image_file(file: Path) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 from data.dataset import Item, content_key
 from kshot.errors import LISTED, DatasetError, KshotError, UnknownNameError, listed
-from kshot.hub import access_problem, is_unreachable, one_line, translated, unreachable_reason, with_retries
+from kshot.hub import access_problem, one_line, translated, unreachable_reason, with_retries
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
@@ -71,11 +71,12 @@ class HubSet:
 
 
 class Labels(NamedTuple):
-    """of_rows: split → the class name of each row, None where its label is not known. broken: a line for each other
-    label that is of no class."""
+    """of_rows: split → the class name of each row, None where its label is not known; only splits that have labels.
+    broken: a line for each other label that is of no class. notes: on labels that are not known."""
 
     of_rows: dict[str, list[str | None]]
     broken: list[str]
+    notes: list[str]
 
 
 class Columns(NamedTuple):
@@ -110,7 +111,7 @@ def read(name: HubName, splits: Sequence[str] = (), label_column: str = "") -> H
         columns = _columns(hub_id, next(iter(builder.as_streaming_dataset().values())).features, label_column)
         labels = _labels(hub_id, builder, columns)
         items = _items(hub_id, snapshot, builder, columns, labels)
-        notes = [*_config_note(name, builder), *_label_notes(hub_id, labels)]
+        notes = [*_config_note(name, builder), *labels.notes]
         return HubSet(snapshot.name, items, notes, "" if columns.usual else columns.label)
 
 
@@ -248,7 +249,7 @@ def _type_of(feature: object) -> str:
 
 
 def _labels(hub_id: str, builder: Any, columns: Columns) -> Labels:
-    """The labels of all rows; no image is read."""
+    """The labels of all rows; no image is read. Raises DatasetError where no row has one."""
     features, column = builder.info.features, columns.label
     if builder.name == "parquet":
         builder.config.columns = [column]
@@ -264,7 +265,16 @@ def _labels(hub_id: str, builder: Any, columns: Columns) -> Labels:
         for n, label in enumerate(labels)
         if label not in names
     ]
-    return Labels({split: [names.get(label) for label in labels] for split, labels in found.items()}, broken)
+    of_rows, notes = {split: [names.get(label) for label in labels] for split, labels in found.items()}, list[str]()
+    known = {split: labels for split, labels in of_rows.items() if any(label is not None for label in labels)}
+    if not (known or broken):
+        raise DatasetError(f"{hub_id} has no row with a label (-1 and null are none); use another revision or set")
+    for split, labels in of_rows.items():
+        if split not in known:
+            notes.append(f"split {split!r} has no labels and is not used")
+        elif count := labels.count(None):
+            notes.append(f"rows without a label are not used: {count:,} of split {split!r}")
+    return Labels(known, broken, notes)
 
 
 def _classes_of_values(what: str, found: Mapping[str, Sequence[Any]]) -> dict[Any, str | None]:
@@ -281,17 +291,6 @@ def _classes_of_values(what: str, found: Mapping[str, Sequence[Any]]) -> dict[An
     return names
 
 
-def _label_notes(hub_id: str, labels: Labels) -> Iterator[str]:
-    """On labels that are not known. Raises DatasetError where none is."""
-    if not labels.broken and not any({*names} - {None} for names in labels.of_rows.values()):
-        raise DatasetError(f"{hub_id} has no row with a label (-1 and null are none); use another revision or set")
-    for split, names in labels.of_rows.items():
-        if not {*names} - {None}:
-            yield f"split {split!r} has no labels and is not used"
-        elif count := names.count(None):
-            yield f"rows without a label are not used: {count:,} of split {split!r}"
-
-
 def _items(hub_id: str, snapshot: Path, builder: Any, columns: Columns, labels: Labels) -> Iterator[Item]:
     from datasets import Image
     from pyarrow.dataset import ParquetFragmentScanOptions
@@ -301,12 +300,11 @@ def _items(hub_id: str, snapshot: Path, builder: Any, columns: Columns, labels: 
         if builder.name == "parquet":
             builder.config.columns = [columns.image, columns.label]  # others are not even read
             builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)  # else whole files are
-        for split, rows in builder.as_streaming_dataset().items():
-            names = labels.of_rows[split]
-            if not {*names} - {None}:
-                continue
-            for n, row in enumerate(rows.cast_column(columns.image, Image(decode=False))):
-                if (name := names[n]) is None:
+        splits = builder.as_streaming_dataset()
+        for split, names in labels.of_rows.items():
+            rows = splits[split].cast_column(columns.image, Image(decode=False))
+            for n, (row, name) in enumerate(zip(rows, names, strict=True)):
+                if name is None:
                     continue
                 if image := _image(hub_id, row[columns.image], snapshot):
                     yield Item(f"{split}/{n}", split, name, image, content_key(image))
@@ -334,9 +332,9 @@ def _explained(hub_id: str, revision: str | None, error: Exception) -> KshotErro
     page = f"https://huggingface.co/datasets/{hub_id}"
     if message := access_problem(error, "set", hub_id, page, revision):
         return DatasetError(message)
-    if is_unreachable(error):
+    if reason := unreachable_reason(error):
         return KshotError(
-            f"the hub cannot be reached ({unreachable_reason(error)}) and its cache does not hold all of {hub_id}; try "
+            f"the hub cannot be reached ({reason}) and its cache does not hold all of {hub_id}; try "
             "again, set HF_ENDPOINT to a mirror, or use --source archive where the set has one"
         )
     match error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.dataset import Item, Slice, content_key, stored_bytes
+from data.dataset import Item, Slice, stored_bytes
 from kshot.errors import DatasetError
 from kshot.files import cache_folder, remove_stale, replace_folder, write_folder
 
@@ -21,16 +21,13 @@ COLUMNS = ("path", "split", "label", "key", "offset", "length")
 Fill = Callable[[dict[str, Any]], Iterator[Item]]
 
 
-class _ReadError(Exception):
-    """An error of `fill` while it reads its source, kept apart from errors of writing."""
-
-
 def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list[Item], dict[str, Any]]:
     """The items, whose images lie in the pack of that name, and its facts; `fill` yields them where there is no pack.
 
     fill: called with a dictionary to which it adds the facts while it yields. name: must change with the content.
     A pack that is damaged is made anew.
-    Raises DatasetError where the cache cannot be written, and whatever fill raises: then nothing is left behind.
+    Raises DatasetError where the cache cannot be written, and whatever fill raises, which is a KshotError: then nothing
+    is left behind.
     """
     folder = (cache or cache_folder()) / f"{name}-{VERSION}"
     try:
@@ -39,8 +36,6 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
         remove_stale(folder)
         (replace_folder if folder.exists() else write_folder)(folder, lambda target: _write(target, fill))
         pack = _open(folder)
-    except _ReadError as error:
-        raise error.__cause__ or error from None
     except OSError as error:
         raise DatasetError(f"cannot write {folder} ({error.strerror}); set KSHOT_CACHE to another folder") from error
     if pack is None:
@@ -60,24 +55,15 @@ def _write(folder: Path, fill: Fill) -> None:
     facts: dict[str, Any] = {}
     rows: list[tuple[str, str, str, str, int, int]] = []
     with (folder / IMAGES).open("wb") as images:
-        for item in _read(fill, facts):
+        for item in fill(facts):
             image = stored_bytes(item.stored)
-            rows.append(
-                (_text(item.path), item.split, _text(item.label), content_key(image), images.tell(), len(image))
-            )
+            rows.append((_text(item.path), item.split, _text(item.label), item.key, images.tell(), len(image)))
             images.write(image)
     splits = Counter(row[1] for row in rows)
     facts.update(images=len(rows), labels=len({row[2] for row in rows}), splits=dict(sorted(splits.items())))
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / INDEX)
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _read(fill: Fill, facts: dict[str, Any]) -> Iterator[Item]:
-    try:
-        yield from fill(facts)
-    except Exception as error:
-        raise _ReadError from error
 
 
 def _text(name: str) -> str:

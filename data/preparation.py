@@ -26,16 +26,15 @@ MAX_COMMENT = 65_533  # bytes that a JPEG can hold
 SEGMENT = 256 << 20  # bytes after which a new file is begun, so that space comes back while some references live
 
 
-def prepare(data: bytes, *, max_side: int = 480, mirrored: bool = False, name: str = "image") -> EncodedImage:
+def prepare(data: bytes, *, max_side: int = 480, name: str = "image") -> EncodedImage:
     """The image as models get it: JPEG bytes (Pillow's default quality), RGB, longest side at most max_side pixels.
 
     Resized with LANCZOS, never enlarged; the short side is rounded down, as in the reference recipe, unless the image
     would be too narrow then for a model. The same bytes as that recipe gives, except for a JPEG four times as large or
     more, which `kshot.images.open_image` decodes smaller.
-    mirrored: flipped left to right, after resizing.
     Raises ImageError; InputError if max_side < 1.
     """
-    return _encode(decode(data, max_side=max_side, name=name), mirrored)
+    return _encode(decode(data, max_side=max_side, name=name))
 
 
 def prepare_all(examples: Sequence[Example], *, max_side: int = 480, hflip: bool) -> list[Example]:
@@ -48,8 +47,8 @@ def prepare_all(examples: Sequence[Example], *, max_side: int = 480, hflip: bool
 
     def one(example: Example) -> Example:
         image = decode(_checked(example), max_side=max_side, name=f"image {example.key[:12]}")
-        mirrored = spool(_encode(image, True)) if hflip else None
-        return replace(example, stored=spool(_encode(image, False)), stored_mirrored=mirrored)
+        mirrored = spool(_encode(ImageOps.mirror(image))) if hflip else None
+        return replace(example, stored=spool(_encode(image)), stored_mirrored=mirrored)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, examples))
@@ -80,11 +79,11 @@ def _fit(size: Size, max_side: int) -> Size:
     return width, height
 
 
-def _encode(image: Image.Image, mirrored: bool) -> EncodedImage:
+def _encode(image: Image.Image) -> EncodedImage:
     buffer, comment = io.BytesIO(), image.info.get("comment", b"")  # Pillow writes it, as it does for the recipe
     if len(comment.encode() if isinstance(comment, str) else comment) > MAX_COMMENT:
         del image.info["comment"]
-    (ImageOps.mirror(image) if mirrored else image).save(buffer, "JPEG")
+    image.save(buffer, "JPEG")
     return EncodedImage(buffer.getvalue())
 
 

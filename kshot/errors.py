@@ -1,22 +1,5 @@
-"""Every exception that kshot raises on purpose, in one tree.
-
-    KshotError                      a failure; the command line prints its one line and exits 1
-    ├── BusyError                   a server has as much to do as it takes; later it may have room
-    └── InputError                  what was given is wrong; exits 2
-        ├── UnknownNameError        a name that is not in a table (says the choices)
-        ├── DatasetError            a data set, its folder or its split cannot be used as asked
-        │   └── TooFewImagesError   a class has fewer images than the shots asked for
-        ├── ImageError              bytes that are no image, a broken or an oversized one
-        ├── PromptError             a prompt or a list of labels that cannot be asked
-        ├── ModelError              a model folder or name that cannot be loaded
-        ├── RequestError            a training or sampling request that does not fit the model
-        │   ├── MissingError        a run, session, sampler, checkpoint or request that a server does not have
-        │   │   └── LostError       one that it had before it was started again: it may be asked for anew
-        │   ├── DeniedError         a request that a server does not take from this client
-        │   │   └── UnauthorizedError   it has no valid key
-        │   ├── UnsupportedError    content of a type or an encoding that a server does not read
-        │   └── TooLargeError       more of it than a server takes at once
-        └── ResultsError            a results folder that cannot be written or holds another experiment
+"""Every exception that kshot raises on purpose, in one tree. The command line prints a KshotError's one line and exits
+1, or 2 for an InputError.
 
 A message is one line: it names the thing, the value, and the way out; many problems of one kind are listed below it.
 """
@@ -51,7 +34,7 @@ class KshotError(Exception):
 
 
 class BusyError(KshotError):
-    """A server has as much to do as it takes."""
+    """A server has as much to do as it takes; later it may have room."""
 
 
 class InputError(KshotError):
@@ -61,7 +44,7 @@ class InputError(KshotError):
 
 
 class UnknownNameError(InputError):
-    """A name that its table does not have."""
+    """A name that its table does not have; the message says the choices."""
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
         choices = list(choices)

@@ -47,18 +47,13 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def unreachable_reason(error: BaseException) -> str:
-    """Why the hub could not be reached."""
-    from huggingface_hub import constants
-
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(first_cause(error))
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Whether the hub could not be reached, and its cache lacks what was wanted."""
-    from huggingface_hub import errors
+    """Why the hub could not be reached, where its cache lacks what was wanted; "" for another error."""
+    from huggingface_hub import constants, errors
     from huggingface_hub.utils import httpx
 
-    return isinstance(error, errors.LocalEntryNotFoundError | errors.CachedRepoTreeNotFoundError | httpx.HTTPError)
+    if not isinstance(error, errors.LocalEntryNotFoundError | errors.CachedRepoTreeNotFoundError | httpx.HTTPError):
+        return ""
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(first_cause(error))
 
 
 def access_problem(error: Exception, kind: str, name: str, page: str, revision: str | None) -> str | None:

@@ -6,8 +6,8 @@ Nothing is unpacked to disk, so no name in an archive can lead out of a folder.
 import hashlib
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import IO, Any
 
 from data.dataset import SourceNames
 from kshot.errors import DatasetError
+from kshot.hub import translated
 
 MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
 HEADER = 1 << 20  # bytes; likewise the longest name
-SYSTEM = (".", "Thumbs.db", "desktop.ini")  # how the names of system files begin
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SourceFiles:
     def members(self, key: str) -> Iterator[tuple[str, bytes]]:
         """(name, content) of every file in it: "top/folder/file", whether it is an archive or unpacked."""
         path = self.path(key)
-        try:
+        with _readable(path):
             if path.is_dir():
                 yield from _of_folder(path)
             elif path.suffix == ".zip":
@@ -48,13 +48,12 @@ class SourceFiles:
             else:
                 with path.open("rb") as file:
                     yield from _of_tar(file, path)
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-            raise DatasetError(f"{path} is broken ({error}); download it again") from error
 
     def read(self, key: str, name: str) -> bytes:
         """The member of that name, in whatever folder of the archive; the file itself where that is its name."""
         if (path := self.path(key)).name == name and path.is_file():
-            return path.read_bytes()
+            with _readable(path):
+                return path.read_bytes()
         for member, content in self.members(key):
             if member.rpartition("/")[2] == name:
                 return content
@@ -80,9 +79,9 @@ def modified(files: Mapping[str, SourceNames], checksums: Mapping[str, str]) -> 
     return sorted(name for name, md5 in checksums.items() if known.get(name, md5) != md5)
 
 
-def is_system_file(name: str) -> bool:
-    """Whether a file is one that file managers leave behind."""
-    return name.rpartition("/")[2].startswith(SYSTEM) or name.startswith("__MACOSX")
+def _readable(path: Path) -> AbstractContextManager[None]:
+    """What is wrong with a file, as a DatasetError."""
+    return translated(lambda error: DatasetError(f"{path} is broken ({error}); download it again"))
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -131,6 +130,6 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _md5(path: Path) -> str:
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         # As the authors published it: against damage and mix-ups, not against an attacker.
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.benchmarks.archives import SourceFiles, is_system_file
-from data.dataset import Item, content_key
+from data.benchmarks.archives import SourceFiles
+from data.dataset import Item, content_key, is_system_file
 from kshot.errors import DatasetError
 
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ def caltech101(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
     """101_ObjectCategories/<class>/image_NNNN.jpg; no split."""
     for name, image in files.members("images"):
         path = name.partition("101_ObjectCategories/")[2]
-        if is_system_file(name) or path in NO_IMAGES:
+        if is_system_file(name.rpartition("/")[2]) or name.startswith("__MACOSX") or path in NO_IMAGES:
             ignored.append(path or name)
         elif path.count("/") == 1 and path.endswith(".jpg"):
             yield Item(path, "", path.partition("/")[0], image, content_key(image))

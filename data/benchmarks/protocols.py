@@ -5,10 +5,10 @@ A rule takes the items of a source, the split seed and the user's split file, an
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data.dataset import Item, Split, SplitProtocol, SplitRule
 from data.fewshot import split_items
@@ -41,43 +41,37 @@ def from_file(items: Sequence[Item], seed: int, file: Path | None) -> Split:
     archive's images. Raises DatasetError where there is no file, it is no such JSON, or it names an image that the
     source does not have.
     """
-    by_path, parts = {item.path: item for item in items}, _parts(file)
-    paths = Counter(str(entry[0]) for part in parts for entry in part)
-    if twice := [path for path, count in paths.items() if count > 1]:
-        raise DatasetError(f"{file} lists the image {twice[0]!r} more than once; mend the file")
-    train, test = ([_listed(by_path, entry, file) for entry in part] for part in parts)
-    return train, test
+    by_path, content, listed = {item.path: item for item in items}, _read(file)[1], set[str]()
+    sides: Split = [], []
+    for name, side in zip(("train", "test"), sides, strict=True):
+        entries = content.get(name) if isinstance(content, dict) else None
+        for entry in entries if isinstance(entries, list) else [None]:
+            match entry:
+                case [str(path), _, _] if path in listed:
+                    raise DatasetError(f"{file} lists the image {path!r} more than once; mend the file")
+                case [str(path), _, str(_)] if path not in by_path:
+                    problem = f"{file} names the image {path!r}, which the archive does not have"
+                    raise DatasetError(f"{problem}; are they of one set?")
+                case [str(path), _, str(label)]:
+                    listed.add(path)
+                    side.append(replace(by_path[path], label=label))
+                case _:
+                    form = '{"train": [[path, label, class], ...], "test": ...}'
+                    raise DatasetError(f"{file} is no split file; it must be {form}")
+    return sides
 
 
-def _listed(by_path: dict[str, Item], entry: Sequence[object], file: Path | None) -> Item:
-    path, name = str(entry[0]), str(entry[2])
-    if path not in by_path:
-        raise DatasetError(f"{file} names the image {path!r}, which the archive does not have; are they of one set?")
-    return replace(by_path[path], label=name)
-
-
-def _parts(file: Path | None) -> tuple[list[list[object]], list[list[object]]]:
-    content = json.loads(_read(file))
-    parts = [content.get(part) if isinstance(content, dict) else None for part in ("train", "test")]
-    entries = [entry for part in parts for entry in (part if isinstance(part, list) else [part])]
-    if not all(
-        isinstance(e, list) and len(e) == 3 and isinstance(e[0], str) and isinstance(e[2], str) for e in entries
-    ):
-        raise DatasetError(f'{file} is no split file; it must be {{"train": [[path, label, class], ...], "test": ...}}')
-    return parts[0] or [], parts[1] or []
-
-
-def _read(file: Path | None) -> bytes:
+def _read(file: Path | None) -> tuple[bytes, Any]:
+    """The bytes of a JSON file, and its content."""
     if file is None:
         raise DatasetError("this protocol reads a split that others have drawn; give its JSON file with --split-file")
     try:
-        content = file.read_bytes()
-        json.loads(content)
+        raw = file.read_bytes()
+        return raw, json.loads(raw)
     except OSError as error:
         raise DatasetError(f"split file {file} cannot be read ({error.strerror}); check --split-file") from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"split file {file} is not JSON ({error}); check --split-file") from error
-    return content
 
 
 def stamp(protocol: SplitProtocol, seed: int, file: Path | None) -> str:
@@ -85,5 +79,5 @@ def stamp(protocol: SplitProtocol, seed: int, file: Path | None) -> str:
     if protocol.seeded:
         return f"{protocol.name}-{seed}"
     if protocol.from_file:
-        return f"{protocol.name}-{hashlib.sha256(_read(file)).hexdigest()[:12]}"
+        return f"{protocol.name}-{hashlib.sha256(_read(file)[0]).hexdigest()[:12]}"
     return protocol.name

@@ -22,6 +22,7 @@ from data.dataset import (
     Item,
     SplitProtocol,
     clean_classes,
+    clean_name,
     digest,
     examples_of,
     shared_images,
@@ -189,7 +190,7 @@ def _unverified(spec: DatasetSpec, protocol: SplitProtocol, facts: dict[str, Any
 def with_clean_labels(spec: DatasetSpec, items: Sequence[Item]) -> list[Item]:
     """The items with their classes as a model reads them. Raises DatasetError where two names become one."""
     labels = sorted({item.label for item in items})
-    cleaned = clean_classes(spec, [spec.spellings.get(label, label) for label in labels])
+    cleaned = clean_classes(spec.name, [spec.spellings.get(label, label) for label in labels])
     names = dict(zip(labels, cleaned, strict=True))
     return [replace(item, label=names[item.label]) for item in items]
 
@@ -209,7 +210,7 @@ def _check_counts(
             expected = f", not {count:,}" if count else ""
             problem = f"{counts[what]:,} {what}{expected}"
             raise DatasetError(f"{spec.name}, protocol {protocol.name}: {problem}; check its files")
-    stated = {spec.clean(name) for name in spec.classes or ()}
+    stated = {clean_name(name) for name in spec.classes or ()}
     if stated and not protocol.from_file and (odd := sorted({*classes} - stated)):
         problem = f"the source has a class {odd[0]!r}, which the set does not have"
         raise DatasetError(f"{spec.name}: {problem}; check its files")

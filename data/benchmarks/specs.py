@@ -21,7 +21,6 @@ def _benchmark(name: str, coop_classes: int, recipe: SplitProtocol, official: Sp
     return DatasetSpec(
         name=name,
         protocol=recipe.name,
-        hflip=0.5,
         loader="data.benchmarks.sources:load",
         train=official.train,
         test=official.test,

@@ -8,8 +8,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from data.dataset import Dataset, DatasetSpec, Example, content_key
-from data.fewshot import stratified_split
+from data.dataset import Dataset, DatasetSpec, Item, content_key, examples_of
+from data.fewshot import split_items
 
 SIDE = 64
 LEVELS = 16  # the darkest ink of the originals
@@ -20,18 +20,12 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
     """50 test images per class, the other 1,297 images are train; nothing is written, so root is not used."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits, classes = load_digits(), spec.classes or ()
     images = [_png(pixels) for pixels in digits.images]
-    examples = [Example(content_key(i), i, int(y)) for i, y in zip(images, digits.target, strict=True)]
-    classes = spec.classes or ()
-    train, test = stratified_split(
-        [e.key for e in examples],
-        [classes[e.label] for e in examples],
-        test_size=lambda count: TEST_PER_CLASS,
-        seed=split_seed,
-    )
+    items = [Item("", "", classes[y], i, content_key(i)) for i, y in zip(images, digits.target, strict=True)]
+    train, test = split_items(items, test_size=lambda count: TEST_PER_CLASS, seed=split_seed)
     protocol = f"{spec.protocol}-{split_seed}"
-    return Dataset(spec.name, protocol, classes, [examples[i] for i in train], [examples[i] for i in test])
+    return Dataset(spec.name, protocol, classes, examples_of(train, classes), examples_of(test, classes))
 
 
 def _png(pixels: Any) -> bytes:

@@ -11,7 +11,7 @@ import colorsys
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,10 +22,10 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data.dataset import Dataset, DatasetSpec, Example, content_key
-from data.fewshot import stratified_split
+from data.dataset import Dataset, DatasetSpec, Item, content_key, examples_of
+from data.fewshot import split_items
+from data.pack import open_or_make
 from kshot.errors import DatasetError
-from kshot.files import cache_folder, write_file
 
 # Reading the fonts
 
@@ -33,35 +33,28 @@ EM = 256  # pixels; the size at which glyphs are drawn
 THUMBNAIL = 24  # pixels; the size at which drawings are compared
 
 
-@dataclass(frozen=True)
-class Font:
-    """One font file of QtAwesome: its name up to the version number, the family whose editions it belongs to."""
-
-    file: str
-    family: str
-
-
-FONTS = (
-    Font("codicon", "Codicons"),
-    Font("elusiveicons-webfont", "Elusive Icons"),
-    Font("fontawesome5-brands-webfont", "Font Awesome"),
-    Font("fontawesome5-regular-webfont", "Font Awesome"),
-    Font("fontawesome5-solid-webfont", "Font Awesome"),
-    Font("fontawesome6-brands-webfont", "Font Awesome"),
-    Font("fontawesome6-regular-webfont", "Font Awesome"),
-    Font("fontawesome6-solid-webfont", "Font Awesome"),
-    Font("materialdesignicons5-webfont", "Material Design Icons"),
-    Font("materialdesignicons6-webfont", "Material Design Icons"),
-    Font("phosphor", "Phosphor"),
-    Font("remixicon", "Remix Icon"),
-)
+FONTS = {  # the font files of QtAwesome, up to the version number, and the family whose editions they belong to
+    "codicon": "Codicons",
+    "elusiveicons-webfont": "Elusive Icons",
+    "fontawesome5-brands-webfont": "Font Awesome",
+    "fontawesome5-regular-webfont": "Font Awesome",
+    "fontawesome5-solid-webfont": "Font Awesome",
+    "fontawesome6-brands-webfont": "Font Awesome",
+    "fontawesome6-regular-webfont": "Font Awesome",
+    "fontawesome6-solid-webfont": "Font Awesome",
+    "materialdesignicons5-webfont": "Material Design Icons",
+    "materialdesignicons6-webfont": "Material Design Icons",
+    "phosphor": "Phosphor",
+    "remixicon": "Remix Icon",
+}
 
 
 @dataclass(frozen=True)
 class Icon:
     """One named icon of one font. path: the font's file; code: its code point there."""
 
-    font: Font
+    font: str
+    family: str
     name: str
     path: Path
     code: int
@@ -69,17 +62,17 @@ class Icon:
     @property
     def identity(self) -> str:
         """The same on every machine and in every list: font and name."""
-        return f"{self.font.file}/{self.name}"
+        return f"{self.font}/{self.name}"
 
 
 def read_icons() -> list[Icon]:
     """Every icon of FONTS (about 24,600), by font and name. Raises DatasetError where the fonts are not installed."""
     icons: list[Icon] = []
-    for font in FONTS:
-        codes = json.loads(_file(f"{font.file}-charmap-*.json").read_text(encoding="utf-8"))
-        path = _file(f"{font.file}-[0-9]*.ttf")
+    for font, family in FONTS.items():
+        codes = json.loads(_file(f"{font}-charmap-*.json").read_text(encoding="utf-8"))
+        path = _file(f"{font}-[0-9]*.ttf")
         # int() reads hexadecimal with and without "0x": the fonts have both.
-        icons += (Icon(font, name, path, int(code, 16)) for name, code in sorted(codes.items()))
+        icons += (Icon(font, family, name, path, int(code, 16)) for name, code in sorted(codes.items()))
     return icons
 
 
@@ -87,7 +80,7 @@ def fingerprint() -> str:
     """Changes when the fonts or what rasterises them do: 64 hex digits."""
     digest = hashlib.sha256()
     for font in FONTS:
-        for pattern in (f"{font.file}-charmap-*.json", f"{font.file}-[0-9]*.ttf"):
+        for pattern in (f"{font}-charmap-*.json", f"{font}-[0-9]*.ttf"):
             digest.update(hashlib.sha256(_file(pattern).read_bytes()).digest())
     for part in (version("qtawesome"), version("pillow"), features.version("freetype2")):
         digest.update(f"{part}\0".encode())
@@ -97,23 +90,22 @@ def fingerprint() -> str:
 def inked(icons: Iterable[Icon]) -> Iterator[tuple[Icon, Image.Image]]:
     """Each icon with its glyph: greyscale, 255 = ink, cropped to the ink. The few blank icons are left out."""
     for icon in icons:
-        image = _glyph(icon)
-        if box := image.getbbox():
-            yield icon, image.crop(box)
+        if image := inked_text(_truetype(icon.path), chr(icon.code)):
+            yield icon, image
 
 
-def thumbnails(glyphs: Iterable[Image.Image]) -> np.ndarray:
-    """(glyphs, 24 * 24) uint8: the ink boxes padded to squares and shrunk, to compare drawings whatever their size."""
-    small = (_tile(image, 1.0).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for image in glyphs)
-    return np.stack([np.asarray(image).ravel() for image in small])
-
-
-def _glyph(icon: Icon) -> Image.Image:
-    font, text = _truetype(icon.path), chr(icon.code)
+def inked_text(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
+    """A text in greyscale, 255 = ink, cropped to the ink; None where it is blank."""
     left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
-    image = Image.new("L", (right - left, bottom - top))
+    image = Image.new("L", (max(0, right - left), max(0, bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
-    return image
+    return image.crop(box) if (box := image.getbbox()) else None
+
+
+def thumbnails(glyphs: Iterable[Image.Image], side: int = THUMBNAIL) -> np.ndarray:
+    """(glyphs, side * side) uint8: the ink boxes padded to squares and shrunk, so that drawings of any size compare."""
+    small = (_tile(image, 1.0).resize((side, side), Image.Resampling.BOX) for image in glyphs)
+    return np.stack([np.asarray(image).ravel() for image in small])
 
 
 def _file(pattern: str) -> Path:
@@ -239,68 +231,24 @@ CHOICE_VERSION = 1  # raise it when the choice of icons changes
 def load(spec: DatasetSpec, *, root: Path | None, split_seed: int) -> Dataset:
     """Seeded split of the designs, stratified by class: a third is test, at most 40 per class.
 
-    The first call draws the icons (seconds) and keeps them as one file in root, the next ones read it.
+    The first call draws the icons (seconds) and keeps them as a pack in root, the next ones read it.
     Raises DatasetError where the fonts are not installed or root cannot be written.
     """
-    import pyarrow.parquet as pq
-
     words = spec.classes or ()
-    table = pq.read_table(io.BytesIO(cached(f"icons-{_key(words)}.parquet", lambda: build(words), root)))
-    images, labels = table["image"].to_pylist(), table["word"].to_pylist()
-    examples = [Example(content_key(i), i, words.index(w)) for i, w in zip(images, labels, strict=True)]
-    train, test = stratified_split(
-        table["identity"].to_pylist(),
-        labels,
-        test_size=lambda count: min(MAX_TEST, count // 3),
-        seed=split_seed,
-        groups=table["group"].to_pylist(),
-    )
+    items, _ = open_or_make(f"icons-{_key(words)}", lambda facts: designs(words), root)
+    groups = [item.split for item in items]
+    train, test = split_items(items, test_size=lambda n: min(MAX_TEST, n // 3), seed=split_seed, groups=groups)
     protocol = f"{spec.protocol}-{split_seed}"
-    return Dataset(spec.name, protocol, words, [examples[i] for i in train], [examples[i] for i in test])
+    return Dataset(spec.name, protocol, words, examples_of(train, words), examples_of(test, words))
 
 
-def cached(name: str, build: Callable[[], bytes], root: Path | None = None) -> bytes:
-    """What `build` returned once, kept as the file root/name (root: default the user's cache).
-
-    The file begins with the SHA-256 of the rest: a damaged one is built anew. It is complete or not there, so processes
-    may run side by side. Raises DatasetError if the folder cannot be written.
-    """
-    path = (root or cache_folder()) / name
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        stored = b""  # not there yet; where it cannot be read, writing it will say why
-    if hashlib.sha256(stored[32:]).digest() == stored[:32]:
-        return stored[32:]
-    content = build()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, hashlib.sha256(content).digest() + content)
-    except OSError as error:
-        raise DatasetError(
-            f"cannot write {path} ({error.strerror}); set KSHOT_CACHE to a folder that can be written"
-        ) from error
-    return content
-
-
-def build(words: Sequence[str]) -> bytes:
-    """Parquet bytes, one row per design whose first word is in words: identity, word, group, image (PNG)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def designs(words: Sequence[str]) -> Iterator[Item]:
+    """The designs whose first word is in words, drawn; in place of a split each has its group of near duplicates."""
     drawings = list(inked(icon for icon in read_icons() if first_word(icon) in words))
     icons = [icon for icon, _ in drawings]
-    groups = sift(icons, distances(thumbnails(glyph for _, glyph in drawings)))
-    kept = [icons[i] for i in groups]
-    columns = {
-        "identity": [icon.identity for icon in kept],
-        "word": [first_word(icon) for icon in kept],
-        "group": [icons[i].identity for i in groups.values()],
-        "image": [draw(*drawings[i]) for i in groups],
-    }
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="zstd")
-    return buffer.getvalue()
+    for row, first in sift(icons, distances(thumbnails(glyph for _, glyph in drawings))).items():
+        image = draw(*drawings[row])
+        yield Item(icons[row].identity, icons[first].identity, first_word(icons[row]), image, content_key(image))
 
 
 def first_word(icon: Icon) -> str:
@@ -328,7 +276,7 @@ def sift(icons: Sequence[Icon], distance: np.ndarray) -> dict[int, int]:
     words = np.array([first_word(icon) for icon in icons])
     drawing, first = _components(distance <= SAME)
     kept = [int(row) for d, row in enumerate(first) if len(set(words[drawing == d])) == 1]
-    titles = np.array([f"{icon.font.family}/{icon.name}" for icon in icons])
+    titles = np.array([f"{icon.family}/{icon.name}" for icon in icons])
     redrawn = titles[:, None] == titles  # one name in one family, whatever the edition
     near = (distance <= NEAR) & (words[:, None] == words)
     group, first = _components((near | redrawn)[np.ix_(kept, kept)])

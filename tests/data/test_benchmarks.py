@@ -19,7 +19,7 @@ from data.benchmarks.protocols import from_file
 from data.benchmarks.specs import BENCHMARKS
 from data.dataset import Access, Item, SplitProtocol, clean_name, content_key
 from data.fewshot import k_shot
-from kshot.errors import DatasetError, InputError, TooFewImagesError, UnknownNameError
+from kshot.errors import DatasetError, InputError, UnknownNameError
 from tests.data import published
 from tests.data.published import SETS, SMALL, load, row
 
@@ -49,8 +49,8 @@ def test_every_image_with_its_class_and_its_side(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_from_its_files(root: Path, name: str) -> None:
-    dataset = load(row(name), root / name)
-    protocol = SMALL[name]
+    dataset, protocol = load(row(name), root / name, source=""), SMALL[name]
+    assert dataset.facts["source"] == "archive"  # where a root is given
     counts = len(dataset.classes), len(dataset.train), len(dataset.test)
     assert counts == (protocol.classes, protocol.train, protocol.test)
     assert {example.label for example in dataset.train} == set(range(protocol.classes))
@@ -134,9 +134,8 @@ def on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
 @pytest.mark.parametrize("name", SETS)
 def test_the_same_set_from_the_hub(root: Path, on_the_hub: Callable[[str], list[object]], name: str) -> None:
     asked = on_the_hub(name)
-    ours = replace(row(name), clean=clean_name)
-    archive, downloaded = load(ours, root / name), load(ours, None, source="hub")
-    names = [tuple(map(ours.clean, dataset.classes)) for dataset in (archive, downloaded)]
+    archive, downloaded = load(row(name), root / name), load(row(name), None, source="hub")
+    names = [tuple(map(clean_name, dataset.classes)) for dataset in (archive, downloaded)]
     assert names[0] == names[1]
     for left, right in ((archive.train, downloaded.train), (archive.test, downloaded.test)):
         assert sorted((e.key, e.label) for e in left) == sorted((e.key, e.label) for e in right)
@@ -145,7 +144,7 @@ def test_the_same_set_from_the_hub(root: Path, on_the_hub: Callable[[str], list[
     ]
     assert chosen[0] == chosen[1]
     assert downloaded.facts["revision"] == "f" * 40
-    load(ours, None, source="hub")
+    load(row(name), None, source="hub")
     assert len(asked) == 1  # the pack is read from then on
 
 
@@ -216,12 +215,6 @@ def test_counts_that_are_not_the_protocols(root: Path) -> None:
         load(more, root / "pets")
 
 
-def test_sixteen_shots_of_ten_images(root: Path) -> None:
-    dataset = load(row("flowers"), root / "flowers")
-    with pytest.raises(TooFewImagesError, match="class 'blackberry lily' has 1 distinct train image, 16 shots"):
-        k_shot(dataset.train, dataset.classes, 16, 0)
-
-
 def test_rows_state_their_protocols() -> None:
     stated = {(r.name, p.name): (p.classes, p.train, p.test) for r in BENCHMARKS for p in r.protocols}
     assert stated["caltech101", "official"] == (102, 3060, 6084)
@@ -261,10 +254,6 @@ def test_images_that_train_and_test_share_are_on_record(root: Path) -> None:
     pictures = {f"jpg/image_{n:05d}.jpg": published.picture(min(n, 5)) for n in range(1, 7)}  # 6 (train) is 5 (test)
     published.tar(root / "flowers/102flowers.tgz", pictures)
     assert load(row("flowers"), root / "flowers").facts["shared"] == 1
-
-
-def test_a_root_is_that_of_the_archive(root: Path) -> None:
-    assert load(row("pets"), root / "pets", source="").facts["source"] == "archive"
 
 
 COOP = {

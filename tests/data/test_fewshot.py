@@ -1,14 +1,14 @@
 """The promises of the sampler and of the split, on random data sets."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dataset import Example
-from data.fewshot import k_shot, stratified_split
+from data.dataset import Example, Item
+from data.fewshot import k_shot, split_items
 from kshot.errors import InputError, TooFewImagesError
 
 CLASSES = ("cat", "dog", "gnu")
@@ -16,6 +16,11 @@ CLASSES = ("cat", "dog", "gnu")
 
 def examples_of(keys_of_classes: list[list[str]]) -> list[Example]:
     return [Example(key, key.encode(), label) for label, keys in enumerate(keys_of_classes) for key in keys]
+
+
+def items_of(keys_of_classes: list[list[str]]) -> list[Item]:
+    """Each with a path of its own."""
+    return [Item(f"{e.label}/{e.key}", "", CLASSES[e.label], e.image, e.key) for e in examples_of(keys_of_classes)]
 
 
 def keys_of(examples: list[Example], rows: list[int]) -> list[str]:
@@ -99,14 +104,12 @@ def test_shots_below_one(shots: int) -> None:
 def test_a_split_is_stratified_and_never_divides_a_group(
     data_set: list[list[str]], seed: int, size: int, group_size: int
 ) -> None:
-    rows = [
-        (key, CLASSES[c], str(i // group_size)) for c, of_class in enumerate(data_set) for i, key in enumerate(of_class)
-    ]
-    names, labels, groups = (list(column) for column in zip(*rows, strict=True))
-    train, test = stratified_split(names, labels, test_size=lambda count: size, seed=seed, groups=groups)
-    assert sorted(train + test) == list(range(len(rows)))
-    assert not {rows[i][1:] for i in train} & {rows[i][1:] for i in test}
-    per_class = Counter(labels[i] for i in test)
+    items, groups = items_of(data_set), [str(i // group_size) for of_class in data_set for i in range(len(of_class))]
+    group_of = {item.path: (item.label, group) for item, group in zip(items, groups, strict=True)}
+    train, test = split_items(items, test_size=lambda count: size, seed=seed, groups=groups)
+    assert sorted([*train, *test], key=items.index) == items
+    assert not {group_of[item.path] for item in train} & {group_of[item.path] for item in test}
+    per_class = Counter(item.label for item in test)
     for label, of_class in zip(CLASSES, data_set, strict=True):
         assert min(size, len(of_class)) - group_size < per_class[label] <= size
 
@@ -115,24 +118,18 @@ def test_a_split_is_stratified_and_never_divides_a_group(
 def test_a_split_depends_neither_on_order_nor_on_other_classes(
     data_set: list[list[str]], seed: int, rng: Random
 ) -> None:
-    rows = [(key, CLASSES[c]) for c, of_class in enumerate(data_set) for key in of_class]
-
-    def test_keys(some: list[tuple[str, str]]) -> dict[str, set[str]]:
-        out: dict[str, set[str]] = defaultdict(set)
-        _, test = stratified_split(*zip(*some, strict=True), test_size=lambda count: count // 3, seed=seed)
-        for i in test:
-            out[some[i][1]].add(some[i][0])
-        return out
-
-    expected = test_keys(rows)
-    shuffled = list(rows)
+    items = items_of(data_set)
+    shuffled = list(items)
     rng.shuffle(shuffled)
-    assert test_keys(shuffled) == expected
-    assert test_keys([row for row in rows if row[1] == "cat"])["cat"] == expected["cat"]
+    expected, again, cats = (
+        {(item.label, item.key) for item in split_items(some, test_size=lambda count: count // 3, seed=seed)[1]}
+        for some in (items, shuffled, [item for item in items if item.label == "cat"])
+    )
+    assert again == expected
+    assert cats == {(label, key) for label, key in expected if label == "cat"}
 
 
 def test_rows_of_one_image_stay_together() -> None:
-    names = ["a", "b", "c", "a", "b", "c"]
-    train, test = stratified_split(names, ["cat"] * 6, test_size=lambda count: count // 3, seed=0)
+    train, test = split_items(items_of([["a", "b", "c"]]) * 2, test_size=lambda count: count // 3, seed=0)
     assert (len(train), len(test)) == (4, 2)  # one image of three, in two rows
-    assert len({names[i] for i in test}) == 1
+    assert len({item.key for item in test}) == 1

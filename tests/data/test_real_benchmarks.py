@@ -12,15 +12,13 @@ from kshot.errors import DatasetError, TooFewImagesError
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 CALTECH, FLOWERS = SHARED / "caltech101", SHARED / "flowers102-64px"
-needs_caltech = pytest.mark.skipif(not CALTECH.is_dir(), reason="Caltech-101 does not lie beside the checkout")
-needs_flowers = pytest.mark.skipif(not FLOWERS.is_dir(), reason="Flowers-102 does not lie beside the checkout")
 
 
 def load(name: str, root: Path, **access: object) -> Dataset:
     return catalog.load(name, access=Access("archive", root, **access))  # type: ignore[arg-type]
 
 
-@needs_caltech
+@pytest.mark.skipif(not CALTECH.is_dir(), reason="Caltech-101 does not lie beside the checkout")
 def test_caltech101() -> None:
     whole = load("caltech101", CALTECH)
     assert (len(whole.classes), len(whole.train), len(whole.test)) == (102, 3060, 6084)
@@ -31,15 +29,14 @@ def test_caltech101() -> None:
     assert all(sum(e.label == label for e in whole.train) == 30 for label in range(102))
     assert len({e.key for e in (*whole.train, *whole.test)}) == 9144
     assert all(content_key(e.image) == e.key for e in whole.test[::500])
+    assert not any(isinstance(e.stored, bytes) for e in (*whole.train, *whole.test))  # none is in memory
+    images = next(Path(os.environ["KSHOT_CACHE"]).glob("caltech101-archive-*/images.bin"))
+    before = images.stat().st_mtime_ns
+    load("caltech101", CALTECH)
+    assert images.stat().st_mtime_ns == before  # nothing is read a second time
 
 
-@needs_caltech
-def test_no_image_is_in_memory_before_it_is_asked_for() -> None:
-    whole = load("caltech101", CALTECH)
-    assert not any(isinstance(e.stored, bytes) for e in (*whole.train, *whole.test))
-
-
-@needs_flowers
+@pytest.mark.skipif(not FLOWERS.is_dir(), reason="Flowers-102 does not lie beside the checkout")
 def test_flowers_at_64_pixels() -> None:
     with pytest.raises(
         DatasetError, match=r"checksum of 102flowers.tgz is not that of the published files; .*--allow-m"
@@ -54,12 +51,3 @@ def test_flowers_at_64_pixels() -> None:
     with pytest.raises(TooFewImagesError, match="has 10 distinct train images, 16 shots asked for"):
         k_shot(small.train, small.classes, 16, 0)
     assert len(k_shot(small.train, small.classes, 10, 0)) == 1020
-
-
-@needs_caltech
-def test_a_set_that_has_been_read_costs_no_second_reading() -> None:
-    load("caltech101", CALTECH)
-    images = next(Path(os.environ["KSHOT_CACHE"]).glob("caltech101-archive-*/images.bin"))
-    before = images.stat().st_mtime_ns
-    load("caltech101", CALTECH)
-    assert images.stat().st_mtime_ns == before

@@ -1,10 +1,9 @@
-"""Folders of images, good and bad, and the cache."""
+"""Folders of images, good and bad."""
 
 import io
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 
 from data import catalog
 from data.dataset import Access, Dataset
-from data.embedded.icons import cached
 from kshot.errors import DatasetError
 
 
@@ -54,7 +52,7 @@ def test_a_given_split(tmp_path: Path) -> None:
     assert re.fullmatch(r"given-split-[0-9a-f]{12}", dataset.protocol)
     assert (len(dataset.train), len(dataset.test)) == (20, 6)
     assert dataset.test[0].image == picture(100)
-    assert load(tmp_path, split_seed=1) == dataset
+    assert load(tmp_path, split_seed=1) == load(tmp_path, allow_shared=True) == dataset
 
 
 def test_a_seeded_split(tmp_path: Path) -> None:
@@ -66,11 +64,6 @@ def test_a_seeded_split(tmp_path: Path) -> None:
     assert not {e.key for e in dataset.train} & {e.key for e in dataset.test}
     assert load(tmp_path) == dataset
     assert {e.key for e in load(tmp_path, split_seed=1).test} != {e.key for e in dataset.test}
-
-
-def test_classes_that_are_numbers(tmp_path: Path) -> None:
-    fill(tmp_path, "-1", "1", "1.5")
-    assert load(tmp_path).classes == ("-1", "1", "1.5")
 
 
 def test_a_folder_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +88,9 @@ def test_a_protocol_is_of_the_content(tmp_path: Path) -> None:
     assert len({a.protocol, c.protocol, d.protocol}) == 3
 
 
-def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
-    fill(tmp_path, "train", "test", "plane")
-    assert load(tmp_path).classes == ("plane", "test", "train")
+def test_classes_may_be_called_train_and_test_and_by_numbers(tmp_path: Path) -> None:
+    fill(tmp_path, "train", "test", "plane", "-1", "1", "1.5")
+    assert load(tmp_path).classes == ("-1", "1", "1.5", "plane", "test", "train")
 
 
 def test_files_that_are_no_images_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -294,50 +287,9 @@ def test_an_image_in_two_places_may_be_kept(tmp_path: Path) -> None:
     assert kept.facts == {"shared": 2, "in_two_classes": 2, "allow_shared": True}
 
 
-def test_a_folder_without_twins_is_the_same_where_they_are_allowed(tmp_path: Path) -> None:
-    given_split(tmp_path)
-    assert load(tmp_path, allow_shared=True) == load(tmp_path)
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     fill(tmp_path, "cat", "dog")
     os.mkfifo(tmp_path / "dog" / "pipe.png")
     with pytest.raises(DatasetError, match=r"pipe.png is not a regular file"):
         load(tmp_path)
-
-
-def test_cached_builds_once_and_again_when_damaged(tmp_path: Path) -> None:
-    built: list[int] = []
-
-    def build() -> bytes:
-        built.append(1)
-        return b"content"
-
-    root = tmp_path / "new" / "folder"
-    assert [cached("x", build, root) for _ in range(3)] == [b"content"] * 3
-    assert len(built) == 1
-    good = (root / "x").read_bytes()
-    for bad in (b"", good[:-1], good[:10], good + b"!", bytes([good[0] ^ 1]) + good[1:], good[:-1] + b"T"):
-        (root / "x").write_bytes(bad)
-        assert cached("x", build, root) == b"content"
-        assert (root / "x").read_bytes() == good
-    assert [path.name for path in root.iterdir()] == ["x"]
-
-
-def test_cached_from_many_threads(tmp_path: Path) -> None:
-    found: list[bytes] = []
-    content = os.urandom(200_000)
-    threads = [threading.Thread(target=lambda: found.append(cached("x", lambda: content, tmp_path))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [content] * 8
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"cannot write .*KSHOT_CACHE"):
-        cached("x", lambda: b"content", tmp_path / "file")
