@@ -167,11 +167,12 @@ def _encoder(root: Path | None, quick: bool, device: str, model: str, folder: Pa
 
 def _random_backbone(architecture: str, folder: Path) -> str:
     """A folder in timm's hub layout with random weights, drawn from a seed."""
+    place = str(folder / "backbone")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = timm.create_model(architecture, num_classes=0)
-    timm.models.save_for_hf(module, folder / "backbone", safe_serialization=True)
-    return str(folder / "backbone")
+    timm.models.save_for_hf(module, place, safe_serialization=True)
+    return place
 
 
 def _images(root: Path | None, count: int) -> list[bytes]:

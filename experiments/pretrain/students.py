@@ -8,8 +8,7 @@ with the name of the drawing, in the words of `vlm.prompts`.
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
@@ -49,14 +48,13 @@ IGNORED = -100
 # The nano DINOv2
 
 
-def train_dinov2(masks: Tensor, described: Tensor, plan: Plan, report: Report) -> dict[str, Tensor]:
-    """The weights of a nano DINOv2 that learnt from these drawings and the teacher's descriptions of them."""
-    with plain_attention():
-        vit = create_dinov2(plan.seed)
+def train_dinov2(masks: Tensor, described: Tensor, plan: Plan, report: Report) -> Any:
+    """A nano DINOv2 that learnt from these drawings and the teacher's descriptions of them."""
+    vit = create_dinov2(plan.seed)
     # Pictures are of 0 to 1; a feature is the CLS token after the final norm.
     student = nn.Sequential(Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), vit).to(plan.device)
     distil(student, vit.num_features, masks, described, plan, report)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
+    return vit
 
 
 def create_dinov2(seed: int) -> Any:
@@ -72,6 +70,8 @@ def create_dinov2(seed: int) -> Any:
         for module in vit.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+            if hasattr(module, "fused_attn"):  # on a CPU its backward pass takes longer than all the rest
+                module.fused_attn = False
         nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
         positions = wave_positions(vit.patch_embed.grid_size[0], vit.embed_dim)
         vit.pos_embed.data[:, -len(positions) :] = positions
@@ -85,19 +85,6 @@ def wave_positions(side: int, width: int) -> Tensor:
     frequency = 100.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
     return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """timm's attention as two products: on a CPU the backward pass of the fused one takes longer than all the rest."""
-    from timm.layers import config
-
-    before = config.use_fused_attn()
-    config.set_fused_attn(False)
-    try:
-        yield
-    finally:
-        config.set_fused_attn(before)
 
 
 # The vision tower of the nano Qwen3-VL

@@ -8,15 +8,15 @@ own. The words of VALIDATION are left out by the same rule: every choice in the 
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
 from data.catalog import DATASETS
 from data.embedded import icons
-from data.embedded.icons import inked, read_icons, thumbnails
+from data.embedded.icons import inked, inked_text, read_icons, thumbnails
 
 SIDE = 64  # pixels; the longest side of a drawing
 SIMILAR = 0.03  # mean absolute difference of thumbnails: what is nearer to a held-out drawing shows the same thing
@@ -76,8 +76,8 @@ def subjects() -> Subjects:
     names, images = [name for name, _ in drawn], [image for _, image in drawn]
     small = thumbnails(images)
     keep = first_of_each(small) & ~near_any(small, held_out_thumbnails())
-    masks = np.stack([square_mask(image) for image, wanted in zip(images, keep, strict=True) if wanted])
-    return Subjects(masks, tuple(name for name, wanted in zip(names, keep, strict=True) if wanted))
+    masks = thumbnails(compress(images, keep), SIDE).reshape(-1, SIDE, SIDE)
+    return Subjects(masks, tuple(compress(names, keep)))
 
 
 def allowed(name: str) -> bool:
@@ -114,7 +114,7 @@ def _glyphs() -> Iterator[tuple[str, Image.Image]]:
         path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
         face = ImageFont.truetype(path, EM, layout_engine=ImageFont.Layout.BASIC)
         for code in sorted(TTFont(path).getBestCmap()):
-            if (name := glyph_name(chr(code))) and (image := render_text(face, chr(code))):
+            if (name := glyph_name(chr(code))) and (image := inked_text(face, chr(code))):
                 yield name, image
 
 
@@ -126,22 +126,6 @@ def glyph_name(char: str) -> str | None:
     if words[0] in SCRIPTS and len(words) == 4 and words[2] == "LETTER":
         return f"letter {words[3].lower()}"
     return " ".join(words).lower() if unicodedata.category(char).startswith("S") and len(words) <= 4 else None
-
-
-def render_text(face: ImageFont.FreeTypeFont, char: str) -> Image.Image | None:
-    left, top, right, bottom = (int(edge) for edge in face.getbbox(char))
-    if right <= left or bottom <= top:
-        return None
-    image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), char, fill=255, font=face)
-    return image.crop(box) if (box := image.getbbox()) else None
-
-
-def square_mask(image: Image.Image) -> np.ndarray:
-    side = max(image.size)
-    square = Image.new("L", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def near_any(small: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -3,13 +3,11 @@ that have not learnt yet."""
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
-from data.embedded.icons import Icon, inked, read_icons
-from experiments.pretrain.subjects import square_mask
+from data.embedded.icons import Icon, inked, read_icons, thumbnails
 from vlm import nano
 
 SOLID = "fontawesome6-solid-webfont"
@@ -18,13 +16,13 @@ NAMES = ("anchor", "bug", "leaf", "moon", "rocket", "tooth", "tree", "wrench")
 
 def icon(name: str, font: str = SOLID) -> Icon:
     """One icon by name."""
-    return next(i for i in read_icons() if i.name == name and i.font.file == font)
+    return next(i for i in read_icons() if i.name == name and i.font == font)
 
 
 @cache
 def masks() -> Tensor:
     """(8, 64, 64) uint8: what NAMES stand for, as one designer drew it."""
-    return torch.from_numpy(np.stack([square_mask(image) for _, image in inked(map(icon, NAMES))]))
+    return torch.from_numpy(thumbnails((image for _, image in inked(map(icon, NAMES))), 64).reshape(-1, 64, 64))
 
 
 def fresh() -> Qwen3VLForConditionalGeneration:

@@ -17,12 +17,10 @@ from transformers import Qwen3VLForConditionalGeneration
 from baselines import nano as dinov2
 from experiments.pretrain import __main__ as main
 from experiments.pretrain import learning
-from experiments.pretrain.__main__ import SHOTS, CardFacts, StageRecord, card
+from experiments.pretrain.__main__ import SHOTS, StageRecord, card
 from experiments.pretrain.subjects import Subjects
 from kshot.errors import InputError
 from vlm import nano as qwen
-
-STAGES = ("vit", "tower", "answers")
 
 
 def drawings() -> Subjects:
@@ -57,8 +55,8 @@ def test_one_command_makes_the_pair_and_goes_on_where_it_stopped(
     pretrain(monkeypatch, "--work", work, "--ship-to", root)
     assert (work / "vit.safetensors").stat().st_mtime_ns == first
     assert "vit.safetensors is there" in capsys.readouterr().out
-    files = ["described.safetensors", "subjects.json", "subjects.safetensors", *(f"{s}.safetensors" for s in STAGES)]
-    assert sorted(path.name for path in work.iterdir()) == sorted(files)
+    files = {f"{name}.safetensors" for name in ("described", "subjects", *main.STAGES)}
+    assert {path.name for path in work.iterdir()} == {"subjects.json", *files}
     vit = timm.create_model(f"local-dir:{root / 'baselines/nano'}", pretrained=True)
     assert all(torch.equal(vit.state_dict()[name], t) for name, t in load_file(work / "vit.safetensors").items())
     model, info = Qwen3VLForConditionalGeneration.from_pretrained(root / "vlm/nano", output_loading_info=True)
@@ -72,7 +70,7 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setitem(main.TRAIN, "vit", fail)
+    monkeypatch.setitem(main.STAGES, "vit", (fail, 2))
     with pytest.raises(InterruptedError):
         pretrain(monkeypatch, "--work", tmp_path, "--stages", "vit")
     assert not list(tmp_path.glob("vit*"))
@@ -88,17 +86,17 @@ def test_a_stage_that_cannot_run_says_why(
         pretrain(monkeypatch, "--work", tmp_path, "--stages", stage)
 
 
-FACTS = CardFacts(
-    drawings=17_000,
-    names=3_000,
-    stages={stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(STAGES, 11)},
-    accuracies={
+FACTS = {
+    "drawings": 17_000,
+    "names": 3_000,
+    "stages": {stage: StageRecord(n, 128, 60 * n, "a slide rule") for n, stage in enumerate(main.STAGES, 11)},
+    "accuracies": {
         "dinov2-logreg": {1: 0.111, 4: 0.222, 16: 0.333},
         "vlm-lora": {1: 0.444, 4: 0.555, 16: 0.666},
         "vlm-zero-shot": {0: 0.077},
         "pixel-knn": {1: 0.061, 4: 0.062, 16: 0.063},
     },
-)
+}
 
 
 @pytest.mark.parametrize(

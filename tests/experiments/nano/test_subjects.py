@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 
 from data.catalog import DATASETS
 from data.embedded import icons as iconfonts
-from data.embedded.icons import first_word, inked, read_icons, thumbnails
+from data.embedded.icons import first_word, inked, inked_text, read_icons, thumbnails
 from experiments.pretrain import subjects as module
 from experiments.pretrain.subjects import (
     NUMBERS,
@@ -33,8 +33,6 @@ from experiments.pretrain.subjects import (
     glyph_name,
     held_out_thumbnails,
     near_any,
-    render_text,
-    square_mask,
     subjects,
 )
 from kshot.errors import DatasetError
@@ -173,8 +171,7 @@ def test_what_is_near_a_held_out_drawing(seed: int, count: int, offset: int) -> 
 
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
 def test_a_mask_is_the_drawing_in_the_middle_of_a_square(width: int, height: int) -> None:
-    mask = square_mask(Image.new("L", (width, height), 255))
-    assert mask.shape == (64, 64)
+    mask = thumbnails([Image.new("L", (width, height), 255)], 64).reshape(64, 64)
     assert mask.dtype == np.uint8
     longest = max(width, height)
     assert abs(mask.mean() / 255 - width * height / longest**2) <= 1 / 64
@@ -186,9 +183,9 @@ def test_a_mask_is_the_drawing_in_the_middle_of_a_square(width: int, height: int
 
 
 def test_the_ink_of_every_drawing_of_a_font_touches_two_opposite_edges() -> None:
-    drawn = [square_mask(image) for _, image in inked(i for i in read_icons() if i.font.file == "codicon")]
-    ink = np.stack(drawn) > 0
-    touches = (ink[:, :, 0].any(1) & ink[:, :, -1].any(1)) | (ink[:, 0].any(1) & ink[:, -1].any(1))
+    drawn = [image for _, image in inked(i for i in read_icons() if i.font == "codicon")]
+    inks = thumbnails(drawn, 64).reshape(-1, 64, 64) > 0
+    touches = (inks[:, :, 0].any(1) & inks[:, :, -1].any(1)) | (inks[:, 0].any(1) & inks[:, -1].any(1))
     assert len(touches) > 400
     assert touches.all()
 
@@ -196,22 +193,22 @@ def test_the_ink_of_every_drawing_of_a_font_touches_two_opposite_edges() -> None
 def test_text_is_cropped_to_its_ink() -> None:
     path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
     face = ImageFont.truetype(path, 128, layout_engine=ImageFont.Layout.BASIC)
-    image = render_text(face, "g")
+    image = inked_text(face, "g")
     assert image is not None
     assert image.getbbox() == (0, 0, *image.size)
     # DejaVu's "g" in font units of 1/2048 em: 1040 wide, 1546 high, by its glyph table.
     glyph = TTFont(path)["glyf"]["g"]
     size = (glyph.xMax - glyph.xMin, glyph.yMax - glyph.yMin)
     assert np.allclose(image.size, np.array(size) * 128 / 2048, atol=2)
-    assert render_text(face, " ") is None
+    assert inked_text(face, " ") is None
 
 
 @pytest.mark.slow
 def test_all_subjects() -> None:
     drawn = subjects()
     assert len(drawn) == len(drawn.masks) > 15_000
-    ink = drawn.masks > 0
-    assert ((ink[:, :, 0].any(1) & ink[:, :, -1].any(1)) | (ink[:, 0].any(1) & ink[:, -1].any(1))).all()
+    inks = drawn.masks > 0
+    assert ((inks[:, :, 0].any(1) & inks[:, :, -1].any(1)) | (inks[:, 0].any(1) & inks[:, -1].any(1))).all()
     assert [name for name in set(drawn.names) if KEPT_OUT.search(name)] == []
     assert len(np.unique(drawn.masks.reshape(len(drawn), -1), axis=0)) == len(drawn)
     held_out = [i for i in read_icons() if first_word(i) in DEMO]
