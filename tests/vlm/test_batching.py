@@ -7,8 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,12 @@ from tinker import types
 
 from kshot.errors import ImageError, RequestError
 from tests.vlm.helpers import disturb, plain_peft, stock_inputs
-from vlm import nano
 from vlm.inputs import ImageRule, model_input
 from vlm.local import scheduler as scheduling
-from vlm.local.clients import LocalTrainingClient
-from vlm.local.engine import BASE, Engine, Snapshot
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
+from vlm.local.engine import Engine
 from vlm.local.model.attention import DecodeStep
-from vlm.local.model.load import Model
+from vlm.local.model.lora import LoraSpec
 from vlm.local.sampling import decoder as decoding
 from vlm.local.sampling import sampler as sampling
 from vlm.local.sampling.decoder import Decoder, TokenSequence
@@ -35,27 +33,14 @@ from vlm.prompts import Prompt
 
 SOON = 60  # seconds after which a test gives up
 Sample = tuple[list[int], list[float]]  # tokens and their log-probabilities
-Start = Callable[..., Future[types.SampleResponse]]
 Samples = list[list[Sample]]  # of each request
 ENDLESS = types.SamplingParams(stop=[], temperature=0.0)  # until the model's context is full
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(Model(nano.NAME))
-
-
-@pytest.fixture
-def scheduler() -> Iterator[Scheduler]:
-    made = Scheduler()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def sample(scheduler: Scheduler, engine: Engine) -> Start:
-    """Start to sample from the model as it is."""
-    return partial(scheduler.sample, engine, BASE)
+def engine(sampler: LocalSamplingClient) -> Engine:
+    """The session's, whose own scheduler has nothing to do meanwhile."""
+    return sampler._engine
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +54,55 @@ def requests(prompts: list[tinker.ModelInput], prompt: Prompt) -> list[SamplingR
     return made
 
 
+@dataclass(frozen=True)
+class Desk:
+    """An engine, requests with what the stock model writes for each, sample by sample, and a scheduler."""
+
+    engine: Engine
+    requests: list[SamplingRequest]
+    alone: Samples
+    scheduler: Scheduler
+
+    def sample(
+        self, request: SamplingRequest, on_token: scheduling.OnToken | None = None
+    ) -> Future[types.SampleResponse]:
+        """Start to sample from the model as it is."""
+        return self.scheduler.sample(self.engine, None, request, on_token)
+
+    def hold(self) -> Callable[[], None]:
+        """Keep the scheduler busy until what is returned is called, so that all requests meanwhile arrive together."""
+        gate, begun = threading.Event(), threading.Event()
+        self.scheduler.submit(lambda: (begun.set(), gate.wait(SOON)))
+        begun.wait(SOON)
+        return gate.set
+
+    def assert_alone(self, number: int, answer: Future[types.SampleResponse]) -> None:
+        assert_alone(answer.result(SOON).sequences, self.alone[number])
+
+
 @pytest.fixture(scope="module")
 def alone(engine: Engine, stock: Any, requests: list[SamplingRequest], rule: ImageRule) -> Samples:
-    """Of each request: what the stock model writes, sample by sample."""
-    return [checked(stock, each, sampling.sample(engine, BASE, [each])[0], rule) for each in requests]
+    return [checked(stock, each, sampling.sample(engine, None, [each])[0], rule) for each in requests]
+
+
+@pytest.fixture
+def desk(engine: Engine, requests: list[SamplingRequest], alone: Samples) -> Iterator[Desk]:
+    made = Desk(engine, requests, alone, Scheduler())
+    yield made
+    made.scheduler.close()
+
+
+@pytest.fixture
+def passes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each pass of the text model, whether it reads prompts or writes, and how many positions it has."""
+    hidden, made = desk.engine.model.text.hidden, list[tuple[str, int]]()
+
+    def counted(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
+        made.append(("write" if isinstance(attention, DecodeStep) else "read", len(inputs.ids)))
+        return hidden(inputs, attention, *args)
+
+    monkeypatch.setattr(desk.engine.model.text, "hidden", counted)
+    return made
 
 
 def checked(stock: Any, request: SamplingRequest, response: types.SampleResponse, rule: ImageRule) -> list[Sample]:
@@ -105,37 +135,11 @@ def assert_alone(sequences: Sequence[types.SampledSequence], expected: list[Samp
         assert sequence.logprobs == pytest.approx(log_probs, abs=1e-5)
 
 
-def held(scheduler: Scheduler) -> Callable[[], None]:
-    """Keep the scheduler busy until what is returned is called, so that all requests meanwhile arrive together."""
-    gate, begun = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        begun.set()
-        gate.wait(SOON)
-
-    scheduler.submit(hold)
-    begun.wait(SOON)
-    return gate.set
-
-
-def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Of each pass of the text model from now on, whether it reads prompts or writes, and how many positions it has."""
-    hidden, made = engine.model.text.hidden, list[tuple[str, int]]()
-
-    def counted(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
-        made.append(("write" if isinstance(attention, DecodeStep) else "read", len(inputs.ids)))
-        return hidden(inputs, attention, *args)
-
-    monkeypatch.setattr(engine.model.text, "hidden", counted)
-    return made
-
-
-def test_a_sequence_is_the_same_whoever_is_in_the_batch(
-    engine: Engine, requests: list[SamplingRequest], alone: Samples
-) -> None:
+def test_a_sequence_is_the_same_whoever_is_in_the_batch(desk: Desk) -> None:
     """They join at different times, in pairs or alone, and leave as they end."""
+    requests = desk.requests
     for order in (range(len(requests)), [7, 0, 11, 3, 2, 9, 5, 10, 1, 8, 4, 6]):
-        decoder, answers, left = Decoder(engine, BASE, 64), dict[int, sampling.SamplingResult](), list(order)
+        decoder, answers, left = Decoder(desk.engine, None, 64), dict[int, sampling.SamplingResult](), list(order)
         most = 0
         while left or decoder.active:
             some = [left.pop() for _ in range(min(len(left), 1 + len(left) % 2))]
@@ -143,132 +147,94 @@ def test_a_sequence_is_the_same_whoever_is_in_the_batch(
             most = max(most, len(decoder.step()))
         assert most >= 8
         for number, answer in answers.items():
-            assert_alone(answer.response().sequences, alone[number])
+            assert_alone(answer.response().sequences, desk.alone[number])
 
 
 @pytest.mark.parametrize(("rows", "cached"), [(2, 1 << 17), (64, 700)])
 def test_those_that_find_no_row_or_no_room_wait(
-    rows: int,
-    cached: int,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    monkeypatch: pytest.MonkeyPatch,
+    rows: int, cached: int, desk: Desk, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "CACHED", cached)
-    decoder, made = Decoder(engine, BASE, rows), passes(engine, monkeypatch)
-    answers = [sampling.prefill(decoder, [request])[0] for request in requests]
+    decoder = Decoder(desk.engine, None, rows)
+    answers = [sampling.prefill(decoder, [request])[0] for request in desk.requests]
     assert not decoder.free_rows or rows == 64
-    assert made == [("read", request.prompt.length) for request in requests]
+    assert passes == [("read", request.prompt.length) for request in desk.requests]
     while decoder.active:
         decoder.step()
         capacity = decoder._cache.capacity if decoder._cache else 0
         assert len(decoder._running) == 1 or len(decoder._running) * (capacity - decoding.ROOM) <= cached
-    assert 2 <= max(made[len(requests) :])[1] <= min(rows, 9)
-    for answer, expected in zip(answers, alone, strict=True):
+    assert 2 <= max(passes[len(desk.requests) :])[1] <= min(rows, 9)
+    for answer, expected in zip(answers, desk.alone, strict=True):
         assert_alone(answer.response().sequences, expected)
 
 
-def test_many_threads_are_answered_together(
-    sample: Start,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    scheduler: Scheduler,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_many_threads_are_answered_together(desk: Desk, passes: list[tuple[str, int]]) -> None:
     """64 at once: far fewer passes than one by one; every token is told, in order."""
-    made, told = passes(engine, monkeypatch), [dict[TokenSequence, list[int]]() for _ in range(64)]
-    chosen = [n % len(requests) for n in range(64)]
+    told, scheduler = [dict[TokenSequence, list[int]]() for _ in range(64)], desk.scheduler
+    chosen = [n % len(desk.requests) for n in range(64)]
 
     def request(n: int) -> Sequence[types.SampledSequence]:
         def note(sequence: TokenSequence) -> None:
             told[n].setdefault(sequence, []).append(sequence.tokens[-1])
 
-        return sample(requests[chosen[n]], note).result(SOON).sequences
+        return desk.sample(desk.requests[chosen[n]], note).result(SOON).sequences
 
-    release = held(scheduler)
+    release = desk.hold()
     with ThreadPoolExecutor(64) as pool:
         answers = [pool.submit(request, n) for n in range(64)]
         while scheduler.waiting_samples < 64:
             threading.Event().wait(0.001)
         release()
         for n, answer in enumerate(answers):
-            assert_alone(answer.result(), alone[chosen[n]])
+            assert_alone(answer.result(), desk.alone[chosen[n]])
             assert list(told[n].values()) == [sequence.tokens for sequence in answer.result()]
     written = sum(len(s.tokens) for answer in answers for s in answer.result())
     assert scheduler.tokens_sampled == written
-    longest = max(len(tokens) for each in alone for tokens, _ in each)
-    assert len(made) < 3 * longest + 10 < written / 5
-    assert max(size for kind, size in made if kind == "write") == sampling.ROWS
-    scheduler.submit(int).result(SOON)  # the turn in which the last answer was inputs is over
+    longest = max(len(tokens) for each in desk.alone for tokens, _ in each)
+    assert len(passes) < 3 * longest + 10 < written / 5
+    assert max(size for kind, size in passes if kind == "write") == sampling.ROWS
+    scheduler.submit(int).result(SOON)  # the turn in which the last answer was given is over
     assert (scheduler.waiting_jobs, scheduler.waiting_samples, scheduler.active_sequences) == (0, 0, 0)
     assert scheduler.busy_seconds > 0
 
 
 def test_requests_take_as_many_passes_as_the_longest(
-    sample: Start,
-    engine: Engine,
-    prompts: list[tinker.ModelInput],
-    scheduler: Scheduler,
-    monkeypatch: pytest.MonkeyPatch,
+    desk: Desk, prompts: list[tinker.ModelInput], passes: list[tuple[str, int]]
 ) -> None:
-    made, release = passes(engine, monkeypatch), held(scheduler)
+    release = desk.hold()
     params = types.SamplingParams(max_tokens=9, temperature=0.0, stop=[])
-    started = [sample(SamplingRequest(prompts[4], params)) for _ in range(40)]
+    started = [desk.sample(SamplingRequest(prompts[4], params)) for _ in range(40)]
     release()
     assert len({tuple(each.result(SOON).sequences[0].tokens) for each in started}) == 1
-    assert made == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
+    assert passes == [("read", 40 * prompts[4].length), *[("write", 40)] * 8]
 
 
-def test_snapshots_take_turns(
-    sample: Start,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    client: LocalTrainingClient,
-    stock: Any,
-    rule: ImageRule,
-    scheduler: Scheduler,
-) -> None:
+def test_snapshots_take_turns(desk: Desk, client: LocalTrainingClient, stock: Any, rule: ImageRule) -> None:
     disturb(client)
-    tuned, tokens = engine.snapshot(client._run.adapter), list[str]()
-    asked = [replace(request, params=request.params.model_copy(update={"max_tokens": 4})) for request in requests[:4]]
+    tuned, tokens = desk.engine.snapshot(client._run.adapter), list[str]()
+    some = [replace(each, params=each.params.model_copy(update={"max_tokens": 4})) for each in desk.requests[:4]]
     plain = plain_peft(client, stock).base_model.model
-    release = held(scheduler)
-    base = sample(requests[2], lambda _: tokens.append("base"))
-    started = [scheduler.sample(engine, tuned, request, lambda _: tokens.append("tuned")) for request in asked]
+    release = desk.hold()
+    base = desk.sample(desk.requests[2], lambda _: tokens.append("base"))
+    started = [desk.scheduler.sample(desk.engine, tuned, each, lambda _: tokens.append("tuned")) for each in some]
     release()
-    written = [checked(plain, each, future.result(SOON), rule) for each, future in zip(asked, started, strict=True)]
-    assert_alone(base.result(SOON).sequences, alone[2])
-    assert written[2][0][0] != alone[2][0][0][:4]
+    written = [checked(plain, each, future.result(SOON), rule) for each, future in zip(some, started, strict=True)]
+    desk.assert_alone(2, base)
+    assert written[2][0][0] != desk.alone[2][0][0][:4]
     assert 0 < tokens.index("tuned") < tokens.index("base", tokens.index("tuned"))
 
 
-BAD: dict[str, tuple[Callable[[SamplingRequest], SamplingRequest], type[Exception], str]] = {
-    "off the vocabulary": (lambda a: replace(a, prompt=model_input([5, 4096])), RequestError, "4096 is outside"),
-    "a broken image": (
-        lambda a: replace(a, prompt=tinker.ModelInput(chunks=[types.ImageChunk(data=b"no", format="png")])),
-        ImageError,
-        "image",
-    ),
-    "a miscounted image": (
-        lambda a: replace(
-            a, prompt=tinker.ModelInput(chunks=[a.prompt.chunks[1].model_copy(update={"expected_tokens": 17})])
-        ),
-        RequestError,
-        "Expected 17 tokens",
-    ),
-    "an asset": (
-        lambda a: replace(
-            a, prompt=tinker.ModelInput(chunks=[types.ImageAssetPointerChunk(location="x", format="png")])
-        ),
-        RequestError,
-        "'image_asset_pointer' is not supported",
-    ),
-    "no sample": (lambda a: replace(a, num_samples=0), RequestError, "num_samples = 0"),
+def of(chunk: types.ModelInputChunk) -> dict[str, Any]:
+    return {"prompt": tinker.ModelInput(chunks=[chunk])}
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {  # what the request has, and what the error must name
+    "off the vocabulary": (of(types.EncodedTextChunk(tokens=[5, 4096])), RequestError, "4096 is outside"),
+    "a broken image": (of(types.ImageChunk(data=b"no", format="png")), ImageError, "image"),
+    "an asset": (of(types.ImageAssetPointerChunk(location="x", format="png")), RequestError, "is not supported"),
+    "no sample": ({"num_samples": 0}, RequestError, "num_samples = 0"),
     "too much of the prompt": (
-        lambda a: replace(a, prompt_logprobs=True, prompt_logprobs_last_n=10**6),
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 10**6},
         RequestError,
         "prompt_logprobs_last_n = 1000000",
     ),
@@ -276,44 +242,35 @@ BAD: dict[str, tuple[Callable[[SamplingRequest], SamplingRequest], type[Exceptio
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_request_fails_alone(
-    sample: Start, kind: str, requests: list[SamplingRequest], alone: Samples, scheduler: Scheduler
-) -> None:
-    spoil, error, named = BAD[kind]
-    release = held(scheduler)
-    before, bad, after = (sample(request) for request in (requests[0], spoil(requests[0]), requests[1]))
+def test_a_bad_request_fails_alone(kind: str, desk: Desk) -> None:
+    (changes, error, named), requests = BAD[kind], desk.requests
+    release = desk.hold()
+    before, bad, after = (desk.sample(each) for each in (requests[0], replace(requests[0], **changes), requests[1]))
     release()
     with pytest.raises(error, match=named):
         bad.result(SOON)
-    for good, expected in ((before, alone[0]), (after, alone[1])):
-        assert_alone(good.result(SOON).sequences, expected)
+    desk.assert_alone(0, before)
+    desk.assert_alone(1, after)
 
 
-def test_who_raises_when_told_fails_alone(
-    sample: Start, requests: list[SamplingRequest], alone: Samples, scheduler: Scheduler
-) -> None:
+def test_who_raises_when_told_fails_alone(desk: Desk) -> None:
     def third(sequence: TokenSequence) -> None:
         if len(sequence.tokens) == 3:
             raise OSError("nobody listens")
 
-    release = held(scheduler)
-    good, bad = sample(requests[1]), sample(requests[1], third)
+    release = desk.hold()
+    good, bad = desk.sample(desk.requests[1]), desk.sample(desk.requests[1], third)
     release()
     with pytest.raises(OSError, match="nobody listens"):
         bad.result(SOON)
-    assert_alone(good.result(SOON).sequences, alone[1])
+    desk.assert_alone(1, good)
 
 
-def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
-    sample: Start,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    scheduler: Scheduler,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_pass_that_fails_fails_what_shares_it_and_no_more(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "ROWS", 2)
-    hidden, left, other = engine.model.text.hidden, [2], Snapshot()
+    engine, requests = desk.engine, desk.requests
+    hidden, left = engine.model.text.hidden, [2]
+    other = engine.snapshot(engine.start(LoraSpec(1), 0).adapter)  # of B = 0: the model as it is
 
     def failing(inputs: Any, attention: Any, *args: Any) -> torch.Tensor:
         if isinstance(attention, DecodeStep) and len(inputs.ids) == 2:  # of the two requests below
@@ -323,32 +280,25 @@ def test_a_pass_that_fails_fails_what_shares_it_and_no_more(
         return hidden(inputs, attention, *args)
 
     monkeypatch.setattr(engine.model.text, "hidden", failing)
-    release = held(scheduler)
-    lost = [sample(request) for request in (requests[0], requests[1])]
-    kept, waiting = scheduler.sample(engine, other, requests[0]), sample(requests[3])
+    release = desk.hold()
+    lost = [desk.sample(request) for request in requests[:2]]
+    kept, waiting = desk.scheduler.sample(engine, other, requests[0]), desk.sample(requests[3])
     release()
     for each in lost:
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
             each.result(SOON)
-    assert_alone(kept.result(SOON).sequences, alone[0])
-    assert_alone(waiting.result(SOON).sequences, alone[3])
-    assert_alone(sample(requests[1]).result(SOON).sequences, alone[1])
+    desk.assert_alone(0, kept)
+    desk.assert_alone(3, waiting)
+    desk.assert_alone(1, desk.sample(requests[1]))
 
 
-def test_a_full_context_ends_a_sequence_and_no_other(
-    sample: Start,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    scheduler: Scheduler,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_full_context_ends_a_sequence_and_no_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last token needs no position of its own: nothing is computed from it."""
+    requests, alone, room = desk.requests, desk.alone, 2
     long, short = 2 * np.argsort([request.prompt.length for request in requests[::2]])[[-1, 0]]
-    room = 2
-    monkeypatch.setattr(engine.model, "context", requests[long].prompt.length + room)
-    release = held(scheduler)
-    full, fitting = (sample(SamplingRequest(requests[n].prompt, ENDLESS)) for n in (long, short))
+    monkeypatch.setattr(desk.engine.model, "context", requests[long].prompt.length + room)
+    release = desk.hold()
+    full, fitting = (desk.sample(SamplingRequest(requests[n].prompt, ENDLESS)) for n in (long, short))
     release()
     (cut,), (longer,) = full.result(SOON).sequences, fitting.result(SOON).sequences
     assert (cut.stop_reason, longer.stop_reason) == ("length", "length")
@@ -357,65 +307,53 @@ def test_a_full_context_ends_a_sequence_and_no_other(
     assert longer.tokens[: len(alone[short][0][0])] == alone[short][0][0]
 
 
-def test_who_cancels_frees_the_rows(
-    sample: Start,
-    requests: list[SamplingRequest],
-    alone: Samples,
-    scheduler: Scheduler,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_cancels_frees_the_rows(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "ROWS", 2)
-    going = threading.Semaphore(0)
-    first, second = (sample(SamplingRequest(requests[0].prompt, ENDLESS), lambda _: going.release()) for _ in range(2))
+    going, requests = threading.Semaphore(0), desk.requests
+    endless = SamplingRequest(requests[0].prompt, ENDLESS)
+    first, second = (desk.sample(endless, lambda _: going.release()) for _ in range(2))
     for _ in range(8):
         assert going.acquire(timeout=SOON)
-    waiting, gone = sample(requests[1]), sample(requests[3])
+    waiting, gone = desk.sample(requests[1]), desk.sample(requests[3])
     assert gone.cancel()
     brief = SamplingRequest(requests[2].prompt, types.SamplingParams(max_tokens=1, temperature=0.0))
-    answer = sample(brief).result(SOON)  # needs no row
-    assert answer.sequences[0].tokens == alone[2][0][0][:1]
+    answer = desk.sample(brief).result(SOON)  # needs no row
+    assert answer.sequences[0].tokens == desk.alone[2][0][0][:1]
     assert gone in wait([gone], SOON).done
     assert not waiting.done()
     assert first.cancel()
-    assert_alone(waiting.result(SOON).sequences, alone[1])
+    desk.assert_alone(1, waiting)
     assert not second.done()
     assert second.cancel()  # who holds the future alone cancels as well
     for each in (first, second, gone):
         with pytest.raises(CancelledError):
             each.result(SOON)
     assert not waiting.cancel()
-    scheduler.submit(int).result(SOON)
-    scheduler.submit(int).result(SOON)
-    assert scheduler.active_sequences == 0
+    for _ in range(2):
+        desk.scheduler.submit(int).result(SOON)
+    assert desk.scheduler.active_sequences == 0
 
 
 def test_jobs_do_not_wait_for_sampling_to_end(
-    sample: Start,
-    engine: Engine,
-    requests: list[SamplingRequest],
-    client: LocalTrainingClient,
-    mixed: list[tinker.Datum],
-    scheduler: Scheduler,
+    desk: Desk, client: LocalTrainingClient, mixed: list[tinker.Datum]
 ) -> None:
     """A step of training runs on the engine between two tokens."""
-    run = client._run
-    started = sample(SamplingRequest(requests[0].prompt, ENDLESS))
-    loss = scheduler.submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
-    step = scheduler.submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
+    run, engine, submit = client._run, desk.engine, desk.scheduler.submit
+    started = desk.sample(SamplingRequest(desk.requests[0].prompt, ENDLESS))
+    loss = submit(engine.forward_backward, run, mixed, "cross_entropy", None).result(SOON)
+    step = submit(engine.optim_step, run, types.AdamParams(learning_rate=1e-3)).result(SOON)
     assert loss.metrics["loss:sum"] > 0
     assert step.metrics is not None
     assert not started.done()
     started.cancel()
 
 
-def test_sampling_does_not_wait_for_all_jobs(
-    sample: Start, requests: list[SamplingRequest], scheduler: Scheduler
-) -> None:
+def test_sampling_does_not_wait_for_all_jobs(desk: Desk) -> None:
     """A token comes after every job."""
-    ran, seen = list[int](), list[int]()
-    release = held(scheduler)
+    ran, seen, scheduler = list[int](), list[int](), desk.scheduler
+    release = desk.hold()
     jobs = [scheduler.submit(ran.append, n) for n in range(200)]
-    started = sample(requests[0], lambda _: seen.append(len(ran)))
+    started = desk.sample(desk.requests[0], lambda _: seen.append(len(ran)))
     assert (scheduler.waiting_jobs, scheduler.waiting_samples) == (200, 1)
     release()
     assert len(started.result(SOON).sequences[0].tokens) == len(seen) == 3
@@ -425,18 +363,14 @@ def test_sampling_does_not_wait_for_all_jobs(
     assert ran == list(range(200))
 
 
-def test_jobs_fail_alone_and_are_not_begun_once_cancelled(scheduler: Scheduler) -> None:
-    release, ran = held(scheduler), list[str]()
+def test_jobs_fail_alone_and_are_not_begun_once_cancelled(desk: Desk) -> None:
+    release, ran, submit = desk.hold(), list[str](), desk.scheduler.submit
 
     def fail() -> None:
         raise ValueError("this one")
 
-    futures: list[Future[Any]] = [
-        scheduler.submit(ran.append, "a"),
-        scheduler.submit(fail),
-        scheduler.submit(ran.append, "b"),
-    ]
-    last = scheduler.submit(lambda word, times=1: word * times, "c", times=2)
+    futures: list[Future[Any]] = [submit(ran.append, "a"), submit(fail), submit(ran.append, "b")]
+    last = submit(lambda word, times=1: word * times, "c", times=2)
     assert futures[2].cancel()
     release()
     assert last.result(SOON) == "cc"
@@ -445,21 +379,17 @@ def test_jobs_fail_alone_and_are_not_begun_once_cancelled(scheduler: Scheduler) 
     assert ran == ["a"]
 
 
-def test_the_workers_own_thread_cannot_submit(
-    sample: Start, requests: list[SamplingRequest], scheduler: Scheduler
-) -> None:
-    for call in (lambda: scheduler.submit(int), lambda: sample(requests[0])):
+def test_the_workers_own_thread_cannot_submit(desk: Desk) -> None:
+    for call in (lambda: desk.scheduler.submit(int), lambda: desk.sample(desk.requests[0])):
         with pytest.raises(RequestError, match="cannot ask its own service"):
-            scheduler.submit(call).result(SOON)
+            desk.scheduler.submit(call).result(SOON)
 
 
-def test_a_closed_scheduler_finishes_what_was_requested(
-    sample: Start, requests: list[SamplingRequest], alone: Samples, scheduler: Scheduler
-) -> None:
-    release = held(scheduler)
-    started, job = sample(requests[1]), scheduler.submit(int)
+def test_a_closed_scheduler_finishes_what_was_requested(desk: Desk) -> None:
+    release, scheduler = desk.hold(), desk.scheduler
+    started, job = desk.sample(desk.requests[1]), scheduler.submit(int)
     scheduler.close(wait=False)
-    for call in (lambda: scheduler.submit(int), lambda: sample(requests[0])):
+    for call in (lambda: scheduler.submit(int), lambda: desk.sample(desk.requests[0])):
         with pytest.raises(RequestError, match="connect again"):
             call()
     assert (scheduler.waiting_jobs, scheduler.waiting_samples, job.done()) == (1, 1, False)
@@ -467,13 +397,13 @@ def test_a_closed_scheduler_finishes_what_was_requested(
     scheduler.close()
     assert job.done()
     assert started.done()
-    assert_alone(started.result().sequences, alone[1])
+    desk.assert_alone(1, started)
 
 
 def test_a_scheduler_that_nobody_has_ends_its_thread(engine: Engine, requests: list[SamplingRequest]) -> None:
     scheduler = Scheduler()
     thread = scheduler.submit(threading.current_thread).result(SOON)
-    scheduler.sample(engine, BASE, requests[0]).result(SOON)
+    scheduler.sample(engine, None, requests[0]).result(SOON)
     del scheduler
     gc.collect()
     thread.join(SOON)

@@ -8,7 +8,8 @@ from tinker import types
 
 from tests.vlm.helpers import Pictured
 from vlm import label_trie, nano
-from vlm.local.engine import BASE, Engine
+from vlm.local.clients import LocalSamplingClient
+from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.sampling.sampler import SamplingRequest, sample
@@ -17,10 +18,10 @@ from vlm.prompts import Prompt
 
 
 @pytest.fixture(scope="module")
-def engines() -> tuple[Engine, Engine]:
-    half, full = (Engine(Model(nano.NAME, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+def engines(sampler: LocalSamplingClient) -> tuple[Engine, Engine]:
+    half = Engine(Model(nano.NAME, dtype=torch.bfloat16))
     assert half.model.stock.dtype == torch.bfloat16
-    return half, full
+    return half, sampler._engine
 
 
 def test_training(engines: tuple[Engine, Engine], mixed: list[tinker.Datum]) -> None:
@@ -39,11 +40,11 @@ def test_training(engines: tuple[Engine, Engine], mixed: list[tinker.Datum]) -> 
 def test_scoring_and_sampling(engines: tuple[Engine, Engine], prompt: Prompt, examples: list[Pictured]) -> None:
     asked = [prompt.question(e.image) for e in examples[:4]]
     trie = label_trie.build(prompt.choices, "constrained")
-    half, full = (score_tree(engine, BASE, asked, trie) for engine in engines)
+    half, full = (score_tree(engine, None, asked, trie) for engine in engines)
     assert np.abs(half - full).max() < 0.2
     tuned = engines[0].snapshot(engines[0].start(LoraSpec(rank=4), seed=0).adapter)
     assert (score_tree(engines[0], tuned, asked, trie) == half).all()  # B is zero
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
-    answers = sample(engines[0], BASE, [SamplingRequest(p, params, prompt_logprobs=True) for p in asked])
+    answers = sample(engines[0], None, [SamplingRequest(p, params, prompt_logprobs=True) for p in asked])
     assert [len(answer.sequences[0].tokens) for answer in answers] == [4] * 4
     assert answers[0].prompt_logprobs is not None

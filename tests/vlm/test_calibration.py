@@ -1,5 +1,6 @@
 """Priors and the choice between them, against the published formulas written out; they are off by default."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from experiments.sweep.config import Settings
 from kshot.errors import UnknownNameError
@@ -44,10 +46,6 @@ def test_no_prior_changes_no_bit(sampler: Any, prompt: Prompt) -> None:
 def test_contextual_is_the_mean_answer_to_images_without_content(
     sampler: Any, prompt: Prompt, make_image: Callable[..., bytes]
 ) -> None:
-    import io
-
-    from PIL import Image
-
     blanks = []
     for grey in (0, 128, 255):
         buffer = io.BytesIO()

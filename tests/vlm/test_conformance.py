@@ -107,48 +107,32 @@ def test_steps_submitted_ahead_are_as_if_each_was_awaited(both: Service, mixed: 
 
 
 @pytest.mark.parametrize(
-    ("adam", "torchs"),
+    "adam",
     [
-        ({"learning_rate": 1e-2}, {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.0}),
-        (
-            {
-                "learning_rate": 5e-3,
-                "beta1": 0.8,
-                "beta2": 0.9,
-                "eps": 1e-3,
-                "weight_decay": 0.1,
-                "grad_clip_norm": 0.5,
-            },
-            {"lr": 5e-3, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1},
-        ),
+        types.AdamParams(learning_rate=1e-2),
+        types.AdamParams(learning_rate=5e-3, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.1, grad_clip_norm=0.5),
     ],
     ids=["defaults", "given"],
 )
 def test_steps_are_those_of_torchs_adamw(
-    both: Service,
-    run: Any,
-    stock: Any,
-    mixed: list[tinker.Datum],
-    rule: ImageRule,
-    adam: dict[str, float],
-    torchs: dict[str, Any],
+    both: Service, run: Any, stock: Any, mixed: list[tinker.Datum], rule: ImageRule, adam: types.AdamParams
 ) -> None:
     """Where the gradient is small in every step, a default step is its sign alone and rounding decides that: such
     numbers are left out."""
-    params = types.AdamParams(**adam)
     plain = peft(stock, both.folder(run.save_state("before").result(PATIENCE).path))
     trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
-    reference = torch.optim.AdamW(trained.values(), **torchs)
+    options = {"lr": adam.learning_rate, "eps": adam.eps, "weight_decay": adam.weight_decay}
+    reference = torch.optim.AdamW(trained.values(), betas=(adam.beta1, adam.beta2), **options)
     clear = {name: torch.ones_like(p, dtype=torch.bool) for name, p in trained.items()}
     for _ in range(3):
         reference.zero_grad()
         plain_loss(plain, mixed, rule).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), params.grad_clip_norm or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), adam.grad_clip_norm or float("inf"))
         for name, p in trained.items():
             clear[name] &= p.grad.abs() > 0.02 * p.grad.abs().max()
         reference.step()
         run.forward_backward(mixed, "cross_entropy")
-        stepped = run.optim_step(params).result(PATIENCE)
+        stepped = run.optim_step(adam).result(PATIENCE)
         assert stepped.metrics["grad_norm:mean"] == pytest.approx(float(norm), rel=2e-3)
     path = run.save_state("after").result(PATIENCE).path
     saved = load_file(both.folder(path) / "adapter_model.safetensors")
@@ -157,7 +141,7 @@ def test_steps_are_those_of_torchs_adamw(
     for name, p in trained.items():
         ours = saved[name.replace(".default.", ".")]
         difference = (ours - p.detach()).abs()[clear[name]]
-        assert difference.numel() == 0 or difference.max() < 0.05 * params.learning_rate, name
+        assert difference.numel() == 0 or difference.max() < 0.05 * adam.learning_rate, name
 
 
 def test_a_run_goes_on_from_what_it_saved(both: Service, run: Any, mixed: list[tinker.Datum]) -> None:

@@ -8,16 +8,9 @@ import tinker
 import torch
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import disturb, gradients_of
+from tests.vlm.helpers import disturb, gradients_of, taken
 from vlm.local import engine as engine_module
 from vlm.local.clients import LocalTrainingClient
-
-
-def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
-    """The gathered gradients, and forget them."""
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    client._run.clear_gradients()
-    return gradients
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -46,10 +39,7 @@ def test_a_custom_loss_equals_cross_entropy_with_its_slopes(
     loss.backward()
     slopes = [leaf.grad for leaf in leaves if leaf.grad is not None]
     linear = [
-        tinker.Datum(
-            model_input=datum.model_input,
-            loss_fn_inputs={**datum.loss_fn_inputs, "weights": tinker.TensorData.from_torch(-slope)},
-        )
+        tinker.Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": tinker.TensorData.from_torch(-slope)})
         for datum, slope in zip(mixed, slopes, strict=True)
     ]
     surrogate = client.forward_backward(linear, "cross_entropy").result().metrics["loss:sum"]

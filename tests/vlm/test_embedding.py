@@ -13,7 +13,7 @@ from kshot.errors import ImageError, RequestError, UnknownNameError
 from tests.vlm.helpers import OtherService, Pictured, disturb, plain_peft, stock_inputs
 from vlm import nano
 from vlm.embedding import FEATURES, Embedder, embed, embed_images
-from vlm.inputs import ImageRule, image_chunk, model_input
+from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.model.packed import Text
 from vlm.local.registry import LocalServiceClient
@@ -24,14 +24,6 @@ from vlm.prompts import Prompt
 def asked(prompt: Prompt, examples: list[Pictured]) -> list[tinker.ModelInput]:
     """Questions about images of three sizes."""
     return [prompt.question(e.image) for e in examples[:6]]
-
-
-@pytest.fixture
-def two(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> tinker.ModelInput:
-    """A question about two images."""
-    first, second = (image_chunk(e.image, rule) for e in examples[:2])
-    encode = prompt.tokenizer.encode
-    return model_input(first, encode("<|vision_end|> or <|vision_start|>"), second, encode("Which one?"))
 
 
 @pytest.fixture
@@ -74,11 +66,11 @@ def test_features_equal_the_stock_models(
 
 
 def test_hidden_of_any_prompt_is_what_the_head_turns_into_the_next_token(
-    sampler: LocalSamplingClient, stock: Any, prompt: Prompt, two: tinker.ModelInput, rule: ImageRule
+    sampler: LocalSamplingClient, stock: Any, prompt: Prompt, prompts: list[tinker.ModelInput], rule: ImageRule
 ) -> None:
     """Also about two images, or none."""
-    prompts = [two, prompt.without_image(), model_input(prompt.tokenizer.encode("Once upon a"))]
-    for row, each in zip(embed(sampler, prompts, "hidden"), prompts, strict=True):
+    some = [*prompts[3:], prompt.without_image()]
+    for row, each in zip(embed(sampler, some, "hidden"), some, strict=True):
         with torch.no_grad():
             logits = stock(**stock_inputs(each, rule)).logits[0, -1]
             np.testing.assert_allclose(stock.lm_head(torch.from_numpy(row)), logits, atol=1e-4)
@@ -164,7 +156,7 @@ def test_bfloat16_comes_back_as_float32_and_is_averaged_in_it(
     assert tower.dtype == hidden.dtype == np.float32
     np.testing.assert_array_equal(torch.from_numpy(hidden).bfloat16().float().numpy(), hidden)
     for row, each in zip(tower, asked, strict=True):
-        values = half._engine.vision.features([each.chunks[1]])[0].embeds  # type: ignore[list-item]
+        values = half._engine.vision.features([each.chunks[1]])[0].values[0]  # type: ignore[list-item]
         assert values.dtype == torch.bfloat16
         np.testing.assert_allclose(row, values.float().numpy().astype(np.float64).mean(0), atol=1e-5)
     for what, got in (("tower", tower), ("hidden", hidden)):
@@ -206,13 +198,13 @@ def test_no_prompts_have_features_of_the_right_width(
 
 
 def test_what_cannot_be_asked_is_named(
-    sampler: LocalSamplingClient, asked: list[tinker.ModelInput], two: tinker.ModelInput, prompt: Prompt
+    sampler: LocalSamplingClient, asked: list[tinker.ModelInput], prompts: list[tinker.ModelInput], prompt: Prompt
 ) -> None:
     with pytest.raises(UnknownNameError, match=r"'towr'.*'tower'.*: tower, hidden, tower\+hidden"):
         embed(sampler, asked, "towr")
     for what in ("tower", "tower+hidden"):
         with pytest.raises(RequestError, match="prompt 6 holds 2 images"):
-            embed(sampler, [*asked, two], what)
+            embed(sampler, [*asked, prompts[3]], what)
         with pytest.raises(RequestError, match="prompt 0 holds 0 images"):
             embed(sampler, [prompt.without_image()], what)
     with pytest.raises(RequestError, match="0 positions"):

@@ -43,6 +43,12 @@ def _block(**sizes: int) -> Any:
     return block
 
 
+def _of(gate: nn.Module, experts: nn.Module) -> Any:
+    block: Any = nn.Module()
+    block.gate, block.experts = gate, experts
+    return block
+
+
 def _pairs(block: Any, rank: int = RANK) -> tuple[Pair, Pair]:
     """Random A and B of both projections, as PEFT stores them."""
     number, gate_up, hidden = block.experts.gate_up_proj.shape
@@ -108,8 +114,7 @@ def test_output_and_gradients_are_those_of_peft(peft_block: Any) -> None:
     there = block(x[None])[0]
     there_grads = _grads(there, x, *gate_up, *down)
 
-    bare = nn.Module()
-    bare.gate, bare.experts = block.gate, block.experts.get_base_layer()
+    bare = _of(block.gate, block.experts.get_base_layer())
     _assert_close(_outputs(bare, x, (gate_up, down)), [there, *there_grads])
 
 
@@ -134,8 +139,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
             scores = (x @ block.gate.weight.T).gather(1, chosen).softmax(-1)
             return None, scores, chosen
 
-    fixed = nn.Module()
-    fixed.gate, fixed.experts = Router(), block.experts
+    fixed = _of(Router(), block.experts)
     tensors = [t.detach().double().requires_grad_() for pair in _pairs(block, rank=2) for t in pair]
     x = _random(3, 4).double().requires_grad_()
 
@@ -211,9 +215,8 @@ def _at(dtype: torch.dtype, device: str) -> list[Tensor]:
     """Output and gradients at a precision, all inputs being numbers that bfloat16 has, the routing fixed."""
     block = _block(hidden_size=64, moe_intermediate_size=32)
     x = _random(40, 64).bfloat16()
-    fixed = nn.Module()
-    fixed.gate = _Fixed(torch.full((40, TOP), 0.25).to(device, dtype), block.gate(x.float())[2].to(device))
-    fixed.experts = block.bfloat16().to(device, dtype).experts
+    router = _Fixed(torch.full((40, TOP), 0.25).to(device, dtype), block.gate(x.float())[2].to(device))
+    fixed = _of(router, block.bfloat16().to(device, dtype).experts)
     a, b, c, d = (t.detach().bfloat16().to(device, dtype).requires_grad_() for pair in _pairs(block, 8) for t in pair)
     return [t.float().cpu() for t in _outputs(fixed, x.to(device, dtype).requires_grad_(), ((a, b), (c, d)))]
 

@@ -17,7 +17,7 @@ from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_we
 from vlm import nano
 from vlm.local.model import placement
 from vlm.local.model.load import load
-from vlm.local.model.placement import Sizes, StoredTensor, stored_tensors
+from vlm.local.model.placement import StoredTensor, stored_tensors
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"
@@ -225,14 +225,14 @@ def test_stored_tensors_say_dtype_and_shape(moe: tuple[Path, Any]) -> None:
 def test_sizes_are_those_in_the_dtype_and_count_a_tied_head_once(parts: Path, stock: Any) -> None:
     tensors = stored_tensors("nano", parts)
     here = sum(p.numel() for p in stock.parameters())
-    assert placement.sizes(tensors, 4, True, F32).total == 4 * here
+    assert sum(placement.sizes(tensors, 4, True, F32)) == 4 * here
     both = {**tensors, "lm_head.weight": tensors[EMBEDDINGS]}
-    assert placement.sizes(both, 4, True, BF16).total == 2 * here
+    assert sum(placement.sizes(both, 4, True, BF16)) == 2 * here
     untied = placement.sizes(both, 4, False, BF16)
-    assert untied.total == 2 * (here + 4096 * 128)
-    assert untied.last == 2 * (4096 * 128 + 128)
+    assert sum(untied) == 2 * (here + 4096 * 128)
+    assert untied[-1] == 2 * (4096 * 128 + 128)
     layer = sum(p.numel() for p in stock.model.language_model.layers[0].parameters())
-    assert untied.layers == (2 * layer,) * 4
+    assert untied[1:-1] == [2 * layer] * 4
 
 
 def test_too_little_memory_is_said_before_any_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_too_little_memory_is_said_before_any_weight_is_read(monkeypatch: pytest
 
 
 def test_too_little_memory_on_one_gpu_points_at_the_others() -> None:
-    size = Sizes(2 * 10**9, (10**9,) * 10, 2 * 10**9)
+    size = [2 * 10**9, *[10**9] * 10, 2 * 10**9]
     with pytest.raises(ModelError) as caught:
         placement.device_map("m", BF16, size, False, GPUS[:1], [13 * 10**9])
     message = "needs 14.0 GB for its weights in bfloat16, but free are 13.0 GB on cuda:0"
@@ -262,11 +262,11 @@ def layers_of(places: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("size", "tied", "free", "layers"),
     [
-        (Sizes(3, (1,) * 10, 2), False, [100, 100, 100], [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]),  # evenly
-        (Sizes(2, (1,) * 10, 0), True, [40, 10, 70], [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]),  # less on a GPU in use
+        ([3, *[1] * 10, 2], False, [100, 100, 100], [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]),  # evenly
+        ([2, *[1] * 10, 0], True, [40, 10, 70], [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]),  # less on a GPU in use
     ],
 )
-def test_layers_go_over_the_gpus_in_order(size: Sizes, tied: bool, free: list[int], layers: list[int]) -> None:
+def test_layers_go_over_the_gpus_in_order(size: list[int], tied: bool, free: list[int], layers: list[int]) -> None:
     """A tied head stays with the embeddings."""
     places = placement.device_map("m", BF16, size, tied, GPUS, free)
     assert layers_of(places) == layers
@@ -275,7 +275,7 @@ def test_layers_go_over_the_gpus_in_order(size: Sizes, tied: bool, free: list[in
 
 
 def test_every_free_byte_may_be_used_but_no_more() -> None:
-    size = Sizes(4, (3, 3, 3), 3)
+    size = [4, 3, 3, 3, 3]
     assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3])) == [0, 1, 1]
     with pytest.raises(ModelError):
         placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3])
@@ -284,7 +284,7 @@ def test_every_free_byte_may_be_used_but_no_more() -> None:
 def test_the_map_covers_every_weight_of_both_kinds(stock: Any, moe: tuple[Path, Any]) -> None:
     for model in (stock, moe[1]):
         layers = model.config.text_config.num_hidden_layers
-        places = placement.device_map("m", BF16, Sizes(1, (1,) * layers, 1), False, GPUS, [9, 9, 9])
+        places = placement.device_map("m", BF16, [1] * (layers + 2), False, GPUS, [9, 9, 9])
         names = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
         assert all(any(name.startswith(f"{module}.") for module in places) for name in names)
 

@@ -1,16 +1,13 @@
 """The question: its words are the recipe's, its tokens are Qwen3-VL's chat turns, its answers are read strictly."""
 
-from pathlib import Path
-
 import pytest
 from tinker import types
 
 from kshot.errors import PromptError
+from tests.vlm import genuine
 from tests.vlm.helpers import CLASSES, Pictured
 from vlm.inputs import ImageRule
 from vlm.prompts import PREFILL, QUESTION, RECIPE, Prompt, template
-
-GENUINE = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer"
 
 
 def text_of(prompt: Prompt, chunks: list[types.ModelInputChunk]) -> str:
@@ -26,27 +23,30 @@ def test_the_question_is_the_recipes_with_the_answer_begun(prompt: Prompt, examp
     )
 
 
-def test_the_loss_is_on_the_assistants_turn_alone(prompt: Prompt, examples: list[Pictured]) -> None:
-    datum = prompt.datum(examples[0].image, 3)
-    targets, weights = (datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "weights"))
-    trained = [t for t, w in zip(targets, weights, strict=True) if w]
-    assert prompt.tokenizer.decode(trained) == "The subject in this photo is: crocodile\n<|im_end|>"
+def trained_text(prompt: Prompt, example: Pictured) -> str:
+    """What the loss is on in the datum of a crocodile."""
+    fields = prompt.datum(example.image, 3).loss_fn_inputs
+    targets, weights = (fields[name].tolist() for name in ("target_tokens", "weights"))
     assert set(weights) == {0.0, 1.0}
+    return str(prompt.tokenizer.decode([t for t, w in zip(targets, weights, strict=True) if w]))
+
+
+def test_the_loss_is_on_the_assistants_turn_alone(prompt: Prompt, examples: list[Pictured]) -> None:
+    assert trained_text(prompt, examples[0]) == "The subject in this photo is: crocodile\n<|im_end|>"
 
 
 def test_training_and_asking_see_the_same_tokens(prompt: Prompt, examples: list[Pictured]) -> None:
-    asked = prompt.question(examples[0].image)
-    taught = prompt.datum(examples[0].image, 1)
-    fed = [t for c in taught.model_input.chunks if isinstance(c, types.EncodedTextChunk) for t in c.tokens]
-    told = [t for c in asked.chunks if isinstance(c, types.EncodedTextChunk) for t in c.tokens]
+    taught = prompt.datum(examples[0].image, 1).model_input
+    fed, told = (
+        [t for c in each.chunks if isinstance(c, types.EncodedTextChunk) for t in c.tokens]
+        for each in (taught, prompt.question(examples[0].image))
+    )
     assert fed == [*told, *prompt.choices[1]]
 
 
-@pytest.mark.skipif(not GENUINE.exists(), reason="the genuine Qwen3 tokenizer is not beside this checkout")
+@genuine.needed
 def test_pieces_tokenise_as_the_whole_under_the_genuine_tokenizer(rule: ImageRule) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(GENUINE)
+    tokenizer = genuine.tokenizer()
     names = ("dalmatian", "st. bernard (dog)", "2012 audi a5 coupe", "forget-me-not", "naïve café", "日本")
     prompt = Prompt(tokenizer, rule, names)
     for name, choice in zip(names, prompt.choices, strict=True):
@@ -104,11 +104,7 @@ def test_a_template_of_ones_own(prompt: Prompt, rule: ImageRule, examples: list[
         "<|im_start|>user\nLook: <|vision_start|>IMAGE<|vision_end|> What animal is it?<|im_end|>\n"
         "<|im_start|>assistant\nIt is a"
     )
-    targets, weights = (
-        own.datum(examples[0].image, 3).loss_fn_inputs[k].tolist() for k in ("target_tokens", "weights")
-    )
-    trained = [t for t, w in zip(targets, weights, strict=True) if w]
-    assert own.tokenizer.decode(trained) == "It is a crocodile.\n<|im_end|>"
+    assert trained_text(own, examples[0]) == "It is a crocodile.\n<|im_end|>"
     assert own.parse("It is a cart.") == 2
     assert str(asked) == "Look: {image} What animal is it? => It is a {label}."
     assert template(str(asked)) == asked

@@ -159,17 +159,10 @@ def test_prompt_values_in_parts_equal_those_at_once(
     asked = prompts[3]
     ids = torch.full((asked.length - 1, 3), -1)
     ids[::2] = torch.tensor([5, 6, 7])
-    targets = types.TensorData.from_torch(ids)
+    targets, params = types.TensorData.from_torch(ids), types.SamplingParams(max_tokens=1, seed=0)
 
     def values() -> tuple[Any, ...]:
-        answer = sampler.sample(
-            asked,
-            1,
-            types.SamplingParams(max_tokens=1, seed=0),
-            include_prompt_logprobs=True,
-            topk_prompt_logprobs=2,
-            target_prompt_logprobs=targets,
-        ).result()
+        answer = sampler.sample(asked, 1, params, True, 2, target_prompt_logprobs=targets).result()
         assert answer.target_prompt_logprobs is not None
         assert answer.topk_prompt_logprobs is not None
         tops = [[token for token, _ in top] for top in answer.topk_prompt_logprobs if top]
