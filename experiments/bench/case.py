@@ -232,8 +232,7 @@ def write_vocabulary(folder: Path, tokenizer: str) -> Path:
 
 
 def _nano(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((nano.folder() / name).read_text(encoding="utf-8"))
-    return content
+    return json.loads((nano.folder() / name).read_text(encoding="utf-8"))
 
 
 def _write(folder: Path, tokenizer: Path, config: object, processor: object, device: str = "cpu") -> Path:

@@ -99,5 +99,4 @@ def run(cell: Cell) -> tuple[float, float]:
 
 def predict(head: Head, train: np.ndarray, labels: np.ndarray, test: np.ndarray, n_classes: int) -> np.ndarray:
     """(test,) labels."""
-    predictions: np.ndarray = head.fit(train, labels, n_classes).scores(test).argmax(axis=1)
-    return predictions
+    return head.fit(train, labels, n_classes).scores(test).argmax(axis=1)

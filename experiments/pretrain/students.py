@@ -136,8 +136,7 @@ def _attention(
     q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
     q, k, v = (each.view(images, length // images, self.num_heads, -1).transpose(1, 2) for each in (q, k, v))
     weights = ((q * self.scaling) @ k.transpose(2, 3)).softmax(-1)
-    attended: Tensor = self.proj((weights.to(v.dtype) @ v).transpose(1, 2).reshape(length, -1))
-    return attended
+    return self.proj((weights.to(v.dtype) @ v).transpose(1, 2).reshape(length, -1))
 
 
 # The whole nano Qwen3-VL
