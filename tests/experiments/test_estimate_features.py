@@ -125,8 +125,7 @@ def test_encoding_takes_workers_too(
     sweep: Callable[..., Sweep], limit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As many as are started: one cell, but 20 images in parts of 4."""
-    for module in ("workload", "grid"):
-        monkeypatch.setattr(f"experiments.sweep.{module}.BATCH", 4)
+    monkeypatch.setattr("experiments.sweep.workload.BATCH", 4)
     planned = plan(sweep(order=(0,)))
     workload = of_jobs(planned.jobs, planned.datasets)
     assert (BATCH, len(workload.cells)) == (64, 1)
@@ -295,7 +294,11 @@ def test_a_plan_for_a_service_that_does_not_answer(photos: Path, tmp_path: Path,
     assert kshot("sweep", "--plan", *grid, "--service", "there").status == 2
 
 
-def test_a_plan_on_the_command_line(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
+@pytest.mark.usefixtures("ran")
+def test_a_plan_on_the_command_line(
+    photos: Path, tmp_path: Path, kshot: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))  # which a measurement sets, in the worker that it has
     grid = ("--dataset", f"folder:{photos}", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
     ended = kshot("sweep", "demo", "--plan", *grid, "--workers", "1", "--out", tmp_path / "out")
     assert (ended.status, ended.out.split()[:4]) == (0, ["cells", "1", "1", "pixel-knn"])
