@@ -48,7 +48,8 @@ def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInp
     tree = Tree(batch.rows, trie.parents, list(column))
     with engine.model.timed("forward"):
         states = text.hidden(_with_nodes(batch, trie), tree, snapshot)
-        step, parts = max(1, LOGITS // (len(column) * len(tokens))), []  # rows whose logits may be in memory together
+        parts: list[Tensor] = []
+        step = max(1, LOGITS // (len(column) * len(tokens)))  # rows whose logits may be in memory together
         for part in states.view(len(prompts), len(column), -1).split(step):
             logits = text.logits(part.flatten(0, 1), snapshot, tokens)
             parts.append(logits.view(len(part), len(column), -1)[:, node, token])

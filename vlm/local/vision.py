@@ -251,8 +251,9 @@ class Vision:
 
     def uncached(self, chunks: Sequence[types.ImageChunk]) -> list[types.ImageChunk]:
         """Those whose features no cache has; the others count as used now, and stay while new ones come."""
-        for chunk in chunks if self._disk else ():
-            self._disk.touch(_key(chunk))
+        if self._disk:
+            for chunk in chunks:
+                self._disk.touch(_key(chunk))
         return [chunk for chunk in chunks if not self._is_cached(_key(chunk))]
 
     @property

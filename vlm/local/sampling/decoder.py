@@ -39,7 +39,8 @@ class TokenSequence:
         self._tokenizer, self.generator = tokenizer, generator_of(params.seed, number)
         stop = tokenizer.eos_token_id if params.stop is None else params.stop  # an empty list stops nowhere (SDK)
         stops = [stop] if isinstance(stop, int | str) else stop
-        self._strings, self._ids = ([each for each in stops if isinstance(each, kind)] for kind in (str, int))
+        self._strings = [each for each in stops if isinstance(each, str)]
+        self._ids = [each for each in stops if isinstance(each, int)]
         self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
 
     def append(self, token: int, log_prob: float) -> None:
