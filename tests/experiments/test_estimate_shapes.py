@@ -104,7 +104,7 @@ def test_a_pass_of_the_nano_model_keeps_what_is_said(make_image: Callable[..., b
     engine, run = client._engine, client._run
     prompt = prompt_of(client, Task(("star", "key"), [], [], 0, settings))
     data = [prompt.datum(make_image(n), n % 2) for n in range(100)]
-    known = {p.untyped_storage().data_ptr() for p in (*engine.model.stock.parameters(), *run._copies.values())}
+    known = {p.untyped_storage().data_ptr() for p in (*engine.model.stock.parameters(), *run.adapter.flats.values())}
     saved: dict[int, int] = {}
     kept: list[torch.Tensor] = []
 

@@ -53,12 +53,7 @@ def test_the_first_free_worker_takes_the_next_job(seed: int) -> None:
     found = makespan(seconds, workers)
     assert found == by_the_clock(seconds, workers)
     assert best(seconds, workers) <= found <= (2 - 1 / workers) * best(seconds, workers)  # Graham's bound
-
-
-def test_the_ends() -> None:
-    assert makespan([], 2) == 0
-    assert makespan([3, 2, 1], 1) == 6
-    assert makespan([5, 1, 1, 1], 8) == 5
+    assert makespan([], workers) == 0
 
 
 def cost(rates: Rates, *, train: int, test: int, steps: int, encode: bool = False, loads: bool = False) -> RunTime:
@@ -136,6 +131,7 @@ def test_what_workers_see_is_averaged(workload: Workload, monkeypatch: pytest.Mo
     assert found.peak == 2
 
 
+@pytest.mark.usefixtures("ran")
 def test_a_measurement_that_fails_says_why(workload: Workload) -> None:
     cells = [cell._replace(source="folder:gone") for cell in workload.cells]
     gone = Workload(cells, {"folder:gone": next(iter(workload.datasets.values()))})
