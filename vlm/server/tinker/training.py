@@ -231,8 +231,8 @@ class TrainingService:
         LoadWeights(self.state, request).check()
         if request.session_id is None or request.model_seq_id is None:
             raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
-        saved = {"path": request.path, "base_model": request.base_model, "optimizer": request.optimizer}
-        start = partial(self.state.registry.resume, **saved)
+        resume = self.state.registry.resume
+        start = partial(resume, path=request.path, base_model=request.base_model, optimizer=request.optimizer)
         return self._begin(request, start, path=request.path, type="load_weights")
 
     def _begin(self, request: Any, start: Callable[..., LocalTrainingClient], **answer: str) -> str:
