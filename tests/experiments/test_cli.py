@@ -23,9 +23,7 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
     """What the bad commands below talk about."""
     broken = shutil.copytree(photos, tmp_path / "broken")
     (broken / "a|b" / "3.png").write_bytes(b"\x89PNG no more")
-    texts = {"no.yaml": "a: [", "odd.yaml": "name: x\nshotz: [1]\n", "short.yaml": "name: x\n", "file": "text"}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "file").write_text("text")
     return {"photos": photos, "broken": broken, "here": tmp_path, "done": two_workers}
 
 
@@ -48,18 +46,13 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --model nope --set model=other", ["model is given twice"]),
         ("sweep --dataset folder:{photos} --shots 1 --out {photos}", ["holds other things and no results", "--out"]),
         ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
-        ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "demo", "FILE.yaml"]),
-        ("sweep {here}/gone.yaml", ["gone.yaml cannot be read", "demo"]),
-        ("sweep {here}/no.yaml", ["no.yaml is not YAML: "]),
-        ("sweep {here}/odd.yaml", ["unknown setting 'shotz' (did you mean 'shots'?)"]),
-        ("sweep {here}/short.yaml", ["short.yaml does not say datasets"]),
+        ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "FILE.yaml"]),
+        ("sweep {here}/gone.yaml", ["gone.yaml cannot be read (No such file", "presets are: ", "demo"]),
         ("sweep --set limit_test=0", ["settings.limit_test = '0': ", "greater than 0"]),
         ("sweep --set rnak=4", ["unknown setting 'rnak' (did you mean 'rank'?)", "learning_rate"]),
         ("sweep --set rank", ["--set 'rank' has no value; write it as KEY=VALUE", "batch_size"]),
-        ("sweep --limit-test 0", ["settings.limit_test = '0': ", "greater than 0"]),
         ("sweep --limit-test x", ["settings.limit_test = 'x': ", "a valid integer"]),
         ("sweep --shots 0", ["shots.0 = 0: ", "greater than or equal to 1"]),
-        ("sweep --shots -1", ["shots.0 = -1: ", "greater than or equal to 1"]),
         ("sweep --shots a,b", ["--shots 'a,b' is not a list of whole numbers; write it as 1,2,4"]),
         ("sweep --shots=", ["--shots '' is not a list"]),
         ("sweep --seeds 0,-1", ["seeds.1 = -1: ", "greater than or equal to 0"]),

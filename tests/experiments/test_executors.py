@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
+from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
 
-import psutil
 import pytest
 
 from experiments.sweep import workers
@@ -17,7 +15,7 @@ from experiments.sweep.workers import Failure, local, results
 from kshot.errors import InputError, KshotError
 
 
-def work(job: tuple[str, int]) -> tuple[int, int, str]:
+def work(job: tuple[str, int]) -> tuple[int, int, str, str | None]:
     """What a worker does in these tests; picklable because it stands in a module."""
     import torch
 
@@ -34,7 +32,7 @@ def work(job: tuple[str, int]) -> tuple[int, int, str]:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(number)
-    return number, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+    return number, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def die_once(job: tuple[str, str]) -> str:
@@ -48,34 +46,23 @@ def die_once(job: tuple[str, str]) -> str:
     return name
 
 
-def surroundings(_: int) -> tuple[str, int, str]:
-    import torch
-
-    time.sleep(0.5)  # so that both workers get one
-    return os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
-
-
 def test_no_job_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "Worker", None)
     assert list(local(work, [])) == []
 
 
-def test_every_job_once_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_job_once_on_one_thread_and_what_fails_is_said_and_stops_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")  # these tests set it themselves; a user's shell does not
-    jobs = [("do", n) for n in range(5)]
-    found = list(local(work, jobs, workers=2))
-    assert sorted(found) == [(job, (job[1], 1, "1")) for job in jobs]
-    assert not active_children()
-
-
-def test_what_fails_is_said_and_stops_nothing_else() -> None:
-    jobs = [("input", 7), ("fail", 7), ("bug", 7), ("odd", 7), ("die", 7), ("do", 1)]
+    jobs = [("input", 7), ("fail", 7), ("bug", 7), ("odd", 7), ("die", 7), *(("do", n) for n in range(4))]
     answers = list(local(work, jobs, workers=1))
+    assert sorted(job for job, _ in answers) == sorted(jobs)
     assert answers[-1][0] == ("die", 7)  # tried once more, at the end
     found = dict(answers)
-    assert found[("do", 1)] == (1, 1, "1")
-    assert found[("input", 7)] == Failure("7 is wrong", 2)
-    assert found[("fail", 7)] == Failure("7 failed", 1)
+    assert [found["do", n][:3] for n in range(4)] == [(n, 1, "1") for n in range(4)]
+    assert found["input", 7] == Failure("7 is wrong", 2)
+    assert found["fail", 7] == Failure("7 failed", 1)
     bug, odd, died = (found[what, 7] for what in ("bug", "odd", "die"))
     assert isinstance(odd, Failure)
     assert "pickle" in odd.message
@@ -100,11 +87,6 @@ def test_what_must_come_first_is_finished_before_the_rest_begins(tmp_path: Path)
     assert sorted(begun[3:]) == ["a", "b"]
 
 
-def test_each_gpu_is_one_workers_and_threads_are_as_asked_for() -> None:
-    answers = {answer for _, answer in local(surroundings, [1, 2], threads=2, gpus=["3", "GPU-5"])}
-    assert answers == {("3", 2, "2"), ("GPU-5", 2, "2")}
-
-
 @pytest.mark.parametrize(("what", "kind"), [("input", InputError), ("fail", KshotError)])
 def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> None:
     failure = workers.call(work, (what, 7))
@@ -116,25 +98,12 @@ def test_results_raises_the_first_failure(what: str, kind: type[KshotError]) -> 
     assert type(raised.value) is kind
 
 
-def test_closing_stops_what_runs() -> None:
+def test_each_gpu_is_one_workers_threads_are_as_asked_for_and_closing_stops_what_runs() -> None:
     start = time.monotonic()
-    with closing(local(work, [("do", 1), ("sleep", 1000)], workers=1)) as finished:
-        assert next(finished)[0] == ("do", 1)
-        assert len(active_children()) == 1
+    jobs = [("do", 1), ("do", 2), ("sleep", 1000)]
+    with closing(local(work, jobs, threads=2, gpus=["3", "GPU-5"])) as finished:
+        answers = [answer for _, answer in islice(finished, 2)]
+        assert len(active_children()) == 2
+    assert sorted(answers) == [(1, 2, "2", "3"), (2, 2, "2", "GPU-5")]
     assert not active_children()
     assert time.monotonic() - start < 500
-
-
-def test_no_worker_outlives_its_parent() -> None:
-    script = "from tests.experiments.test_executors import *; list(local(work, [('sleep', 100)] * 2, workers=2))"
-    parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 300
-    children: list[psutil.Process] = []
-    while len([c for c in children if "spawn_main" in " ".join(c.cmdline())]) < 2:
-        assert time.monotonic() < deadline
-        children = psutil.Process(parent.pid).children(recursive=True)
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=120)
-    assert not alive
