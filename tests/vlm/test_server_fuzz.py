@@ -1,4 +1,4 @@
-"""Thousands of generated requests: from the server's own description, and broken protobuf. None may be its failure.
+"""Generated requests, a thousand or more: from the server's own description, and broken protobuf. None is its failure.
 
 Conformance is schemathesis' (https://schemathesis.readthedocs.io): statuses, content types and bodies of answers are
 those that the description declares, and what contradicts it is refused. Ids that exist are written into the description
@@ -34,7 +34,7 @@ from vlm.server.openai.requests import ChatRequest, CompletionRequest
 from vlm.server.tinker import routes
 
 SOON = 10_000  # numbers of requests that are not that far ahead of their turn
-LEAST = 2000  # requests of the small run
+LEAST = 1000  # requests of the small run
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -396,11 +396,11 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @IDLE_CLIENTS
 def test_no_request_is_the_servers_failure(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
-    counts = fuzz(tmp_path, make_image(3, 32, 32), 26, caplog)
+    counts = fuzz(tmp_path, make_image(3, 32, 32), 14, caplog)
     assert len(counts) == 44  # every endpoint, one of them in protobuf, and the end
     assert counts.total() >= LEAST, counts
 
 
 @pytest.mark.slow
-def test_nor_of_ten_times_as_many(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert fuzz(tmp_path, make_image(3, 32, 32), 260, caplog).total() >= 10 * LEAST
+def test_nor_of_twenty_times_as_many(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert fuzz(tmp_path, make_image(3, 32, 32), 260, caplog).total() >= 20 * LEAST
