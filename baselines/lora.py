@@ -6,14 +6,18 @@ optimizer's step, the step is AdamW. Every random number comes from `seed`, and 
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tinker
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tinker import types
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -22,12 +26,14 @@ from baselines.backbone import Backbone, load
 from baselines.features import PixelCache, resized, size_batches
 from kshot.checks import check_adam
 from kshot.errors import ImageError, InputError, ModelError, RequestError
+from kshot.files import write_folder
 from kshot.images import JPEG, PNG
 
 ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
 LOSS = "cross_entropy"
+WEIGHTS, RECORD = "head.safetensors", "kshot.json"  # of a saved head
 FORMATS: dict[bytes, Literal["png", "jpeg"]] = {PNG: "png", JPEG: "jpeg"}  # by first bytes
 
 
@@ -78,6 +84,7 @@ class LoraHeadClient:
             raise InputError(f"{n_classes} classes at LoRA rank {rank}; give at least 2 classes and rank 1")
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
+        self._record = {"model": model, "n_classes": n_classes, "rank": rank, "readout": readout, "size": size}
         self._backbone, self._size, self._n_classes = load(model, device, readout), size, n_classes
         self._backbone.check_size(size)
         self._adapted = _adapted(self._backbone, rank, seed)
@@ -161,6 +168,36 @@ class LoraHeadClient:
         self._optimizer.step()
         self._clear_gradients()
         return _done(types.OptimStepResponse(metrics={"grad_norm:mean": float(norm)}))
+
+    def save(self, folder: Path) -> None:
+        """Write a new folder, complete or not there: the trained tensors and a record that names the frozen backbone.
+
+        Raises InputError where the folder exists. OSError.
+        """
+
+        def fill(new: Path) -> None:
+            save_file({name: each.detach() for name, each in self.parameters.items()}, new / WEIGHTS)
+            (new / RECORD).write_text(json.dumps(self._record, indent=2), encoding="utf-8")
+
+        if folder.exists():
+            raise InputError(f"{folder} exists; give another name")
+        write_folder(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "LoraHeadClient":
+        """What `save` wrote, with a fresh optimizer. Raises ModelError where it is missing or damaged."""
+        try:
+            record, weights = json.loads((folder / RECORD).read_bytes()), load_file(folder / WEIGHTS)
+            client = cls(**record, seed=0, device=device)  # the seed is of weights that are replaced
+            expected, stored = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (client.parameters, weights))
+            if wrong := sorted(n for n in {*expected, *stored} if expected.get(n) != stored.get(n)):
+                raise InputError(f"{len(wrong)} tensors do not fit, first {wrong[0]!r}")
+        except (OSError, ValueError, TypeError, SafetensorError, InputError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
+        for name, parameter in client.parameters.items():
+            parameter.detach().copy_(weights[name])
+        return client
 
     def _logits(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, (B, n_classes) logits) of arrays (H, W, 3) uint8: those of one size together, CHUNK at a time."""

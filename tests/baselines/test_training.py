@@ -1,17 +1,21 @@
-"""Requests of a head's training run: what they accumulate, and what one that fails leaves behind."""
+"""Requests of a head's training run: what they accumulate, and what one that fails leaves behind; and saved heads:
+complete or not there."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import tinker
 import torch
+from safetensors.torch import load_file, save_file
 from tinker import types
 
 from baselines import nano
 from baselines.lora import LoraHeadClient, datum
-from kshot.errors import ImageError, RequestError
+from kshot.errors import ImageError, InputError, ModelError, RequestError
 from tests.baselines.plain_lora import data_of, gradients, same, step, trained
 from vlm.classifier import steps
 
@@ -172,3 +176,62 @@ def test_a_datum_is_one_image_and_one_class(make_image: Callable[..., bytes]) ->
         assert (chunk.data, chunk.format, made.model_input.length) == (image, format, 1)
         assert made.loss_fn_inputs["target_tokens"].dtype == "int64"
         assert made.loss_fn_inputs["target_tokens"].tolist() == [2]
+
+
+def test_a_saved_head_predicts_the_same(
+    client: LoraHeadClient, data: list[tinker.Datum], make_image: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """Only what is trained is stored."""
+    for _ in range(2):
+        step(client, data, ADAM)
+    client.save(tmp_path / "head")
+    images = [make_image(seed) for seed in range(20, 23)]
+    loaded = LoraHeadClient.load(tmp_path / "head")
+    np.testing.assert_array_equal(loaded.class_log_probs(images), client.class_log_probs(images))
+    assert same(load_file(tmp_path / "head" / "head.safetensors"), trained(client))
+    record = {"model": nano.NAME, "n_classes": 3, "rank": 4, "readout": "cls", "size": None}
+    assert json.loads((tmp_path / "head" / "kshot.json").read_text()) == record
+    with pytest.raises(InputError, match="exists; give another name"):
+        client.save(tmp_path / "head")
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Change the tensors of a saved head."""
+
+    def edit(folder: Path) -> None:
+        stored = load_file(folder / "head.safetensors")
+        change(stored)
+        save_file(stored, folder / "head.safetensors")
+
+    return edit
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no trained head": lambda folder: (folder / "head.safetensors").unlink(),
+    "damaged one .*header": lambda folder: (folder / "head.safetensors").write_bytes(b"short"),
+    "1 tensors do not fit, first 'blocks": tensors(lambda stored: stored.pop(min(stored))),
+    "1 tensors do not fit, first 'head.bias'": tensors(lambda s: s.update({"head.bias": s["head.bias"].half()})),
+    "damaged one .*char 0": lambda folder: (folder / "kshot.json").write_bytes(b"short"),
+    "damaged one .*'model'": lambda folder: (folder / "kshot.json").write_text('{"n_classes": 3}'),
+}
+
+
+@pytest.mark.parametrize("says", DAMAGE)
+def test_a_damaged_head_is_named(says: str, client: LoraHeadClient, tmp_path: Path) -> None:
+    client.save(tmp_path / "head")
+    DAMAGE[says](tmp_path / "head")
+    with pytest.raises(ModelError, match=says) as caught:
+        LoraHeadClient.load(tmp_path / "head")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_save_is_complete_or_not_there(
+    client: LoraHeadClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("baselines.lora.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        client.save(tmp_path / "head")
+    assert list(tmp_path.iterdir()) == []
