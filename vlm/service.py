@@ -162,8 +162,8 @@ def pass_limits() -> tuple[int, int, int]:
 
 
 def _official(base_url: str | None, api_key: str | None) -> ServiceClient:
-    options = {name: value for name, value in (("base_url", base_url), ("api_key", api_key)) if value is not None}
-    client: Any = tinker.ServiceClient(**options)
+    options: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
+    client: Any = tinker.ServiceClient(**{name: value for name, value in options.items() if value is not None})
     return client
 
 
