@@ -9,6 +9,7 @@
         ├── ImageError              bytes that are no image, a broken or an oversized one
         ├── PromptError             a prompt or a list of labels that cannot be asked
         ├── ModelError              a model folder or name that cannot be loaded
+        │   └── NotFiniteError      a model that computes NaN or infinite numbers
         ├── RequestError            a training or sampling request that does not fit the model
         │   ├── MissingError        a run, session, sampler, checkpoint or request that a server does not have
         │   │   └── LostError       one that it had before it was started again: it may be asked for anew
@@ -61,12 +62,12 @@ class InputError(KshotError):
 
 
 class UnknownNameError(InputError):
-    """A name that its table does not have."""
+    """A name that its table does not have. hint: what more there is to say of it."""
 
-    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
         choices = list(choices)
         near = get_close_matches(name, choices, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = f" ({hint})" if hint else f" (did you mean {near[0]!r}?)" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
 
 
@@ -88,6 +89,14 @@ class PromptError(InputError):
 
 class ModelError(InputError):
     """A model folder or name that cannot be loaded."""
+
+
+class NotFiniteError(ModelError):
+    """A model that computes NaN or infinite numbers."""
+
+    def __init__(self, model: str, what: str) -> None:
+        way_out = "its weights, or its adapter's, are damaged: download or train them again"
+        super().__init__(f"model {model} gives {what} that are not finite (NaN or Inf); {way_out}")
 
 
 class RequestError(InputError):

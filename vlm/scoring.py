@@ -11,6 +11,7 @@ import numpy as np
 import tinker
 from tinker import types
 
+from kshot.errors import NotFiniteError
 from vlm import label_trie
 from vlm.inputs import model_input
 from vlm.service import SamplingClient
@@ -33,7 +34,8 @@ def score_choices(
     """(prompts, choices) float32 log-probabilities of each choice's tokens after each prompt.
 
     "constrained": the model restricted to the choices, each row sums to 1. "likelihood": the full sequence
-    likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
+    likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart,
+    NotFiniteError for a model that gives NaN.
     """
     trie = label_trie.build(choices, method)
     return _summed(trie, _edges(sampler, prompts, trie))
@@ -59,7 +61,10 @@ def _summed(trie: label_trie.Trie, edges: np.ndarray) -> np.ndarray:
 
 def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """(prompts, edges) log-probabilities."""
-    return sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    scores = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    if not np.isfinite(scores).all():
+        raise NotFiniteError(sampler.get_base_model(), "scores")
+    return scores
 
 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:

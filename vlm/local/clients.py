@@ -19,6 +19,7 @@ from vlm.label_trie import Trie
 from vlm.local import checkpoint, scoring
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
+from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
@@ -26,12 +27,17 @@ from vlm.local.sampling.sampler import sample
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
+WAYS_OUT = {
+    "record_stability_info": f"the loss stable_reinforce, which reads it, is not built here: {SAMPLED_INSTEAD}",
+}
+
 
 def refuse(**options: object) -> None:
     """Raise RequestError for an option of the SDK that this service does not have, if it is given."""
     for name, value in options.items():
         if value:
-            raise RequestError(f"{name}={value!r} is not supported by the local service; leave it out")
+            way_out = WAYS_OUT.get(name, "leave it out")
+            raise RequestError(f"{name}={value!r} is not supported by the local service; {way_out}")
 
 
 class _Client:

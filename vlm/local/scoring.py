@@ -19,7 +19,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from kshot.errors import RequestError
+from kshot.errors import NotFiniteError, RequestError
 from vlm.label_trie import Trie
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Causal, Tree
@@ -102,7 +102,7 @@ def embed(
     engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool
 ) -> np.ndarray:
     """(prompts, D) float32: see `vlm.embedding.embed`. Raises RequestError for a prompt that is not of one image, if
-    `tower`."""
+    `tower`; NotFiniteError."""
     if tower:
         _check(prompts)
     parts = [part for part, wanted in ((_tower, tower), (_hidden, hidden)) if wanted]
@@ -112,6 +112,8 @@ def embed(
         batch = engine.collate([prompts[n] for n in members], snapshot.factors)
         for number, part in enumerate(parts):
             features[members, number] = part(engine, snapshot, batch).float().cpu().numpy()
+    if not np.isfinite(features).all():
+        raise NotFiniteError(engine.model.name, "features")
     return features.reshape(len(prompts), len(parts) * width)
 
 
