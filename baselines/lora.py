@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from baselines.backbone import Backbone, load
 from baselines.features import PixelCache, resized, size_batches
 from kshot.checks import check_adam
-from kshot.errors import ImageError, InputError, KshotError, ModelError, RequestError
+from kshot.errors import ImageError, InputError, KshotError, ModelError, NotFiniteError, RequestError
 from kshot.files import write_folder
 
 ALPHA = 32
@@ -98,13 +98,15 @@ class LoraHead:
     @torch.no_grad()
     def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, n_classes) float64 log-probabilities of N encoded images, in nats; the same bit for bit for the same
-        images in the same order. Raises ImageError for bytes that are no image."""
+        images in the same order. Raises ImageError for bytes that are no image, NotFiniteError."""
         result = np.empty((len(images), self.config.n_classes))
         for start in range(0, len(images), CHUNK):  # pixels of a large set are never in memory together
             rows, chunk = result[start : start + CHUNK], images[start : start + CHUNK]
             pixels = [resized(image, self.backbone.patch, self.config.size) for image in chunk]
             for members, logits in self.logits(pixels):
                 rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
+        if not np.isfinite(result).all():
+            raise NotFiniteError(self.config.model, "scores")
         return result
 
 
@@ -191,7 +193,7 @@ class LoraHeadClient:
         all accumulated gradients are dropped, so that no step is made with a part.
 
         Raises:
-            RequestError: another loss, or data that do not fit. ImageError: an image that is none.
+            RequestError: another loss, or data that do not fit. ImageError: an image that is none. NotFiniteError.
         """
         if loss_fn != LOSS or loss_fn_config:
             raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
@@ -208,6 +210,8 @@ class LoraHeadClient:
                 loss.backward()
                 total += loss.item()
                 log_probs[members, 0] = -losses.detach().cpu().numpy()
+            if not np.isfinite(log_probs).all():
+                raise NotFiniteError(self.head.config.model, "log-probabilities")
         except BaseException:
             self._clear_gradients()
             raise

@@ -67,6 +67,11 @@ def loadable(name: str) -> str:
     return str(Path(name).resolve()) if _is_folder(name) else name.partition("@")[0]
 
 
+def is_here(name: str) -> bool:
+    """Whether a model comes with kshot or is a folder: nothing of it is fetched."""
+    return name in MODELS or _is_folder(full_name(name))
+
+
 def _is_folder(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 

@@ -133,6 +133,14 @@ def tokenizer(model: str) -> Any:
     return load_tokenizer(model)
 
 
+def check_model(model: str) -> None:
+    """Raise UnknownNameError or ModelError for a model that the local service could not load, before it reads its
+    weights; of a hub's model these are not fetched."""
+    from vlm.local.model.load import check
+
+    check(model)
+
+
 def devices(name: str) -> "list[torch.device]":
     """The devices that a name such as "cuda:1" means; several only for "auto". Raises ModelError for one that is not
     here."""

@@ -61,8 +61,8 @@ def run_sweep(
 ) -> Results:
     """Run the cells of a sweep that the folder lacks, and store each as it finishes; the folder's results.
 
-    Raises as `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where
-    every failure was one of the input.
+    Raises as `plan` does before anything runs, ModelError also for a model that cannot be loaded; after the last cell,
+    KshotError where cells failed, InputError where every failure was one of the input.
     """
     options, observer, results = options or RunOptions(), observer or _Silent(), Results(folder)
     if options.executor not in EXECUTORS:
@@ -70,6 +70,8 @@ def run_sweep(
     follower = tracker(options.track) if options.track else Tracker()
     with observer.planning():
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+        if options.executor == "local" and planned.missing(results, only_failed=options.only_failed):
+            _check_loadable(planned)  # on a cluster the nodes have the models
     with results.writing():
         content = results.begin(planned.describe())
         jobs = planned.missing(results, only_failed=options.only_failed)
@@ -326,6 +328,16 @@ def _check_models(sweep: Sweep, service: str) -> None:
                 check(*encoder)
     for name in _compared(sweep):
         _check_apart(sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)], f"{name} ")
+
+
+def _check_loadable(planned: Plan) -> None:
+    """Raise ModelError for a model that no cell could load."""
+    model = planned.sweep.settings.model
+    local = any(job.service == "local" and METHODS[job.cell.method].uses_vlm for job in planned.jobs)
+    if local and model not in models.MODELS:  # that come with kshot, and need no seconds of importing
+        from vlm.service import check_model
+
+        check_model(model)
 
 
 def _check_apart(

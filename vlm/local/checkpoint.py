@@ -1,12 +1,12 @@
 """Checkpoints on disk, in PEFT's own layout: adapter_model.safetensors, adapter_config.json, optimizer, a record.
 
-`tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; no name leads out of
+`tinker://<run>/<kind>/<name>` with the kinds of `kshot.checks` are folders below one state folder; no name leads out of
 it. Written to a temporary folder, then renamed. A folder of this layout can be read wherever it lies.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
+from vlm.local import age
 from vlm.local.model.lora import LoraSpec
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
@@ -43,13 +44,22 @@ def state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kshot"
 
 
-def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
-    """Write a checkpoint. Raises RequestError where one of this name exists and `overwrite` is not set."""
+def save(
+    state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False, encrypt_to: Sequence[Any] = ()
+) -> None:
+    """Write a checkpoint. encrypt_to: see `vlm.local.age`; its record stays readable. Raises RequestError where one of
+    this name exists and `overwrite` is not set."""
     target = folder_of(state, path)
     if target.exists() and not overwrite:
         or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""
         raise RequestError(f"checkpoint {path} exists; give another name{or_so}")
-    replace_folder(target, lambda folder: _write(folder, checkpoint))
+
+    def fill(folder: Path) -> None:
+        _write(folder, checkpoint)
+        if encrypt_to:
+            age.encrypt(folder, encrypt_to, RECORD)
+
+    replace_folder(target, fill)
 
 
 def load(state: Path, path: str) -> Checkpoint:
@@ -57,6 +67,8 @@ def load(state: Path, path: str) -> Checkpoint:
     source = folder_of(state, path)
     if not source.is_dir():
         raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
+    if (source / f"{WEIGHTS}{age.ENCRYPTED}").is_file():
+        raise ModelError(f"checkpoint {path} is encrypted, for those who fetch it; save_state makes one to go on from")
     return _read(source, f"checkpoint {path}", source / OPTIMIZER)
 
 

@@ -44,6 +44,7 @@ SMALL = 1 << 16  # bytes of a body that there is always room for
 PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
+SIGNED = "/api/v1/download/"  # what begins so is let in by its signature: see `vlm.server.tinker.downloads`
 SHORTEST = 16  # characters of a key; what is shorter can be guessed
 HASHED = "sha256:"
 
@@ -61,7 +62,8 @@ PLAIN = Body()
 
 @dataclass(frozen=True)
 class Guard:
-    """ASGI middleware. hosts: names that a request may be addressed to; None: any. free: paths that need no key.
+    """ASGI middleware. hosts: names that a request may be addressed to; None: any. free: paths that need no key, beside
+    those that begin with SIGNED.
     bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path.
     """
 
@@ -99,7 +101,7 @@ class Guard:
             raise DeniedError(f"this server is not called {host!r:.80}; say so with --allow-host")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise DeniedError(f"pages of {origin!r:.80} may not use this server")
-        if path not in self.free and not self.keys.accept(_key(headers)):
+        if path not in self.free and not path.startswith(SIGNED) and not self.keys.accept(_key(headers)):
             raise UnauthorizedError(
                 "no valid API key; send X-API-Key or Authorization: Bearer (without --api-key-file: any)"
             )

@@ -18,7 +18,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException  # of which FastAPI's own is a kind
 
-from kshot.errors import BusyError, ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
+from kshot.errors import (
+    BusyError,
+    ImageError,
+    KshotError,
+    MissingError,
+    ModelError,
+    NotFiniteError,
+    PromptError,
+    UnknownNameError,
+)
 from vlm.inputs import model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
@@ -204,6 +213,8 @@ def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of an error. Of what nobody meant to raise, only the log has details."""
     status, message, param, code = 500, str(error), None, None
     match error:
+        case NotFiniteError():
+            status, param = status_of(error), "model"
         case UnknownNameError() | ModelError() | MissingError():  # nothing but models is looked up here
             status, param, code = 404, "model", "model_not_found"
         case RequestValidationError():
