@@ -1,7 +1,7 @@
 """What leaves through the API: the files of a checkpoint, each at an address of its own, or all in one archive.
 
-An address is signed (HMAC-SHA256, with a secret of this process) and good for one file and an hour. Whoever has it needs
-no key: the SDK's command line and urllib send none. Files are read as they are sent; the optimizer's state stays here.
+An address is signed (HMAC-SHA256, with a secret of this process) and good for one file and an hour. Whoever has it
+needs no key: the SDK's command line and urllib send none. Files are read as they are sent; the optimizer's state stays.
 """
 
 import hmac
