@@ -1,4 +1,4 @@
-"""Models that cannot be loaded are refused before anything begins; those that compute NaN fail by name, and nothing else.
+"""Models that cannot be loaded are refused before anything begins; those that compute NaN fail by name, and no others.
 
 Every command, one line each: kshot serve, predict, train, sweep and zero-shot.
 """
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no processor": (_without("preprocessor_config.json"), "image processor"),
     "another model's processor": (_other_processor(patch_size=7), "patch_size"),
     "another kind of processor": (_other_processor(image_processor_type="CLIPImageProcessor"), "image processor"),
-    "no numbers at all": (lambda folder: with_config(folder, dtype="float16"), "float16"),
+    "float16": (lambda folder: with_config(folder, dtype="float16"), "float16"),
 }
 
 
