@@ -197,6 +197,8 @@ def test_an_adapter_that_went_wrong_is_found_when_it_is_used(
 ) -> None:
     run = client.create_lora_training_client(nano.NAME, rank=4, seed=7).result()
     next(iter(adapter_of(run).values())).view(-1)[0] = torch.nan
+    with pytest.raises(RequestError, match="would hold weights that are not finite"):
+        run.save_state("broken").result()
     sampler = run.save_weights_and_get_sampling_client().result()
     with pytest.raises(NotFiniteError, match=nano.NAME):
         sampler.sample(PROMPT, 1, ONE).result()

@@ -48,11 +48,14 @@ def save(
     state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False, encrypt_to: Sequence[Any] = ()
 ) -> None:
     """Write a checkpoint. encrypt_to: see `vlm.local.age`; its record stays readable. Raises RequestError where one of
-    this name exists and `overwrite` is not set."""
+    this name exists and `overwrite` is not set, and for weights that are not finite."""
     target = folder_of(state, path)
     if target.exists() and not overwrite:
         or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""
         raise RequestError(f"checkpoint {path} exists; give another name{or_so}")
+    if not _is_finite(checkpoint):
+        way_out = "a learning rate was too high; go on from an earlier checkpoint"
+        raise RequestError(f"checkpoint {path} would hold weights that are not finite: {way_out}")
 
     def fill(folder: Path) -> None:
         _write(folder, checkpoint)
@@ -80,10 +83,7 @@ def load_folder(folder: Path) -> Checkpoint:
     if not (folder / RECORD).is_file():
         way_out = "only adapters that kshot wrote can be read: train it again"
         raise ModelError(f"adapter {folder} has no {RECORD}; {way_out}")
-    adapter = _read(folder, f"adapter {folder}")
-    if not all(tensor.float().isfinite().all() for tensor in adapter.weights.values()):
-        raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
-    return adapter
+    return _read(folder, f"adapter {folder}")
 
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
@@ -91,7 +91,7 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
         record = json.loads((source / RECORD).read_text(encoding="utf-8"))
         if not isinstance(record["base_model"], str):
             raise TypeError(f"{record['base_model']!r} is no name")
-        return Checkpoint(
+        checkpoint = Checkpoint(
             base_model=record["base_model"],
             spec=_spec(record["lora"]),
             weights=load_file(source / WEIGHTS),
@@ -102,6 +102,13 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
+    if not _is_finite(checkpoint):
+        raise ModelError(f"{name} is damaged: not all of its numbers are finite; train it again")
+    return checkpoint
+
+
+def _is_finite(checkpoint: Checkpoint) -> bool:
+    return all(tensor.float().isfinite().all() for tensor in checkpoint.weights.values())
 
 
 def _spec(values: Any) -> LoraSpec:

@@ -43,6 +43,8 @@ class Downloads:
         """Name → file: those of PEFT and kshot's record; of an encrypted checkpoint the encrypted ones. Raises as
         `Checkpoints.existing`."""
         folder = folder_of(self.state.checkpoints.root, self.state.checkpoints.existing(path).path)
+        if not folder.is_dir():
+            raise MissingError(f"the files of checkpoint {path} are gone from this server's state folder")
         files = {file.name: file for file in sorted(folder.iterdir()) if file.name != OPTIMIZER}
         return {name: file for name, file in files.items() if name.endswith(ENCRYPTED)} or files
 
