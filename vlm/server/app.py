@@ -18,7 +18,7 @@ from tinker import types
 from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
 from vlm.server.futures import PROTOBUF, error_body, status_of
-from vlm.server.guard import Body, Budget, Guard, Keys, Requests, hosts_of
+from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
@@ -69,8 +69,9 @@ def application(state: ServerState, options: Options) -> Any:
     requests: Counter[tuple[str, int]] = Counter()
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
     training, sampling = TrainingService(state), SamplingService(state, options.image_log_probs)
+    signer = Signer()
     for router in (
-        tinker_routes.routes(state, training, sampling),
+        tinker_routes.routes(state, training, sampling, signer),
         watch.routes(state, requests, options.address),
     ):
         api.include_router(router, responses=_failures(Failure))
@@ -82,7 +83,7 @@ def application(state: ServerState, options: Options) -> Any:
     _handle_errors(api, training)
     api.add_middleware(Requests, counts=requests)
     free = frozenset({HEALTH, *PAGE})
-    return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget())
+    return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget(), signer)
 
 
 def _lifespan(state: ServerState) -> Any:

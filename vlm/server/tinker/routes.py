@@ -16,7 +16,7 @@ from kshot.checks import KINDS
 from kshot.errors import LostError, MissingError, RequestError
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
-from vlm.server.guard import Route
+from vlm.server.guard import Route, Signer
 from vlm.server.state import ServerState
 from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import downloads, training, wire
@@ -62,7 +62,9 @@ class WeightsInfo(StrictBody):
     tinker_path: str
 
 
-def routes(state: ServerState, training_service: TrainingService, sampling_service: SamplingService) -> APIRouter:
+def routes(
+    state: ServerState, training_service: TrainingService, sampling_service: SamplingService, signer: Signer
+) -> APIRouter:
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
     _server(router, state)
@@ -71,7 +73,7 @@ def routes(state: ServerState, training_service: TrainingService, sampling_servi
     _sampling(router, state, sampling_service)
     _answers(router, state)
     _lists(router, state)
-    downloads.add(router, state)
+    downloads.add(router, state, signer)
     return router
 
 
