@@ -1,7 +1,7 @@
 """What leaves through the API: the files of a checkpoint, each at an address of its own, or all in one archive.
 
-An address is signed and good for an hour: the SDK's command line and urllib, which fetch it, send no key. Files are read
-as they are sent. The optimizer's state stays here.
+An address is signed and good for an hour: the SDK's command line and urllib, which fetch it, send no key. Files are
+read as they are sent. The optimizer's state stays here.
 """
 
 import tarfile
