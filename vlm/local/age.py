@@ -13,13 +13,13 @@ MOST = 10  # recipients
 def recipients(keys: Sequence[str]) -> list[Any]:
     """Those of age's own keys (age1...) and of SSH's public ones. Raises RequestError for what is none, for more than
     MOST, and where pyrage is not installed."""
+    if not keys:
+        return []
     try:
         import pyrage
     except ImportError as error:
-        text = (
-            "age_encryption_recipients need pyrage here; install it with: pip install 'kshot[age]', or leave them out"
-        )
-        raise RequestError(text) from error
+        way_out = "install it with: pip install 'kshot[age]', or leave them out"
+        raise RequestError(f"age_encryption_recipients need pyrage here; {way_out}") from error
     if len(keys) > MOST:
         raise RequestError(f"age_encryption_recipients has {len(keys)} keys; at most {MOST} may be given")
     kinds = {False: pyrage.x25519.Recipient, True: pyrage.ssh.Recipient}
