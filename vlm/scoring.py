@@ -5,6 +5,7 @@ The local engine scores the whole trie in one forward pass. Every other service 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -61,7 +62,9 @@ def _summed(trie: label_trie.Trie, edges: np.ndarray) -> np.ndarray:
 
 def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """(prompts, edges) log-probabilities."""
-    scores = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    score = sampler.score_tree if isinstance(sampler, TreeScorer) else partial(_paths, sampler)
+    with np.errstate(invalid="ignore"):  # of NaN, which is refused here
+        scores = score(prompts, trie)
     if not np.isfinite(scores).all():
         raise NotFiniteError(sampler.get_base_model(), "scores")
     return scores

@@ -120,7 +120,7 @@ def test_the_cookbooks_download_is_encrypted_for_it(server: Server, rest: Any, r
     plain = folder_of(server.state.registry.state, run.save_weights_external("plain").result(PATIENCE).path)
     assert arrived == files_of(plain)
     assert not (folder_of(server.state.registry.state, path) / "adapter_model.safetensors").exists()
-    with pytest.raises(tinker.RequestFailedError, match="is encrypted"):
+    with pytest.warns(FutureWarning), pytest.raises(tinker.RequestFailedError, match="is encrypted"):
         run.load_state(path).result(PATIENCE)
     rest.delete_checkpoint_from_tinker_path(path).result(PATIENCE)
 

@@ -86,7 +86,7 @@ def test_the_gradient_is_that_of_the_weighted_sum(
     value.backward()
     norm = sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5
     output = run.forward_backward(soft, "cross_entropy").result(PATIENCE)
-    assert output.metrics["loss:sum"] == pytest.approx(float(value), rel=1e-4)
+    assert output.metrics["loss:sum"] == pytest.approx(value.item(), rel=1e-4)
     assert run.optim_step(SGD).result(PATIENCE).metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-3)
 
 
@@ -216,7 +216,7 @@ def test_thresholds_go_over_the_wire(both: Service, top: Any, mixed: list[tinker
     """Thresholds so wide that nothing is clipped: importance sampling; on a server the same."""
     length = mixed[2].model_input.length
     fields = {"target_tokens": mixed[2].loss_fn_inputs["target_tokens"]}
-    fields |= {"logprobs": np.full(length, -2.0, np.float32), "advantages": np.ones(length, np.float32)}
+    fields |= {"logprobs": np.full(length, -15.0, np.float32), "advantages": np.ones(length, np.float32)}
     wide = {"clip_low_threshold": np.zeros(length, np.float32), "clip_high_threshold": np.full(length, 1e9, np.float32)}
     one, other = (tinker.Datum(mixed[2].model_input, each) for each in (fields, {**fields, **wide}))
     expected = top.forward([one], "importance_sampling").result(PATIENCE).metrics["loss:sum"]
