@@ -5,7 +5,6 @@ The local engine scores the whole trie in one forward pass. Every other service 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -62,9 +61,11 @@ def _summed(trie: label_trie.Trie, edges: np.ndarray) -> np.ndarray:
 
 def _edges(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:
     """(prompts, edges) log-probabilities."""
-    score = sampler.score_tree if isinstance(sampler, TreeScorer) else partial(_paths, sampler)
-    with np.errstate(invalid="ignore"):  # of NaN, which is refused here
-        scores = score(prompts, trie)
+    if isinstance(sampler, TreeScorer):
+        scores = sampler.score_tree(prompts, trie)
+    else:
+        with np.errstate(invalid="ignore"):  # of NaN, which is refused here
+            scores = _paths(sampler, prompts, trie)
     if not np.isfinite(scores).all():
         raise NotFiniteError(sampler.get_base_model(), "scores")
     return scores
