@@ -44,7 +44,7 @@ class ImageRule:
         folder = source(model)
         try:
             rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
-            _ = rule.settings
+            _ = rule.settings, rule.tokens(64, 64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             way_out = "copy the preprocessor_config.json of a Qwen3-VL there"
