@@ -120,9 +120,9 @@ def load(model: str, device: str = "cpu", readout: str = "cls") -> Backbone:
 
 def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     """Raise what `load` and `Backbone.check_size` would, before a start. Downloads nothing: of a model that only the
-    hub knows nothing is checked; of timm's models all but the weights; local files are read whole."""
+    hub knows nothing is checked; of timm's models all but the weights; local files and folders are read whole."""
     source = _source(model)
-    if isinstance(source, Path):
+    if isinstance(source, Path) or source.startswith("local-dir:"):
         module = _module(source, "cpu")
     elif source.startswith("hf-hub:"):
         return

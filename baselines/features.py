@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from baselines.backbone import load
-from kshot.errors import InputError, KshotError
+from kshot.errors import InputError, KshotError, NotFiniteError
 from kshot.files import facts_digest, processor, tensor_digest, write_file
 from kshot.images import image_key, open_image
 
@@ -77,7 +77,7 @@ class Encoder:
         """(N, D) float32, of N JPEG or PNG files; kept by the SHA-256 of their bytes.
 
         Raises:
-            ImageError: bytes that are no image.
+            ImageError: bytes that are no image. NotFiniteError: a backbone that gives NaN.
         """
         keys = [bytes.fromhex(image_key(image)) for image in images]
         new = {key: n for n, key in enumerate(keys) if key not in self._memory}  # read again then: not all are held
@@ -126,6 +126,8 @@ class Encoder:
             for members in size_batches(window, batch):
                 pixels = self._backbone.normalised([window[n] for n in members])
                 features = self._backbone.features(self._backbone.module, pixels).cpu().numpy()
+                if not np.isfinite(features).all():
+                    raise NotFiniteError(self._backbone.name, "features")
                 self._memory.update((window_keys[n], row) for n, row in zip(members, features, strict=True))
         self.forwards += len(new)
 

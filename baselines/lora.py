@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from baselines.backbone import Backbone, load
 from baselines.features import PixelCache, resized, size_batches
 from kshot.checks import check_adam
-from kshot.errors import ImageError, InputError, ModelError, RequestError
+from kshot.errors import ImageError, InputError, ModelError, NotFiniteError, RequestError
 from kshot.files import write_folder
 from kshot.images import JPEG, PNG
 
@@ -103,13 +103,15 @@ class LoraHeadClient:
     @torch.no_grad()
     def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, n_classes) float64 log-probabilities of N encoded images, in nats; the same bit for bit for the same
-        images in the same order. Raises ImageError for bytes that are no image."""
+        images in the same order. Raises ImageError for bytes that are no image, NotFiniteError."""
         result = np.empty((len(images), self._n_classes))
         for start in range(0, len(images), CHUNK):  # pixels of a large set are never in memory together
             rows, chunk = result[start : start + CHUNK], images[start : start + CHUNK]
             pixels = [resized(image, self._backbone.patch, self._size) for image in chunk]
             for members, logits in self._logits(pixels):
                 rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
+        if not np.isfinite(result).all():
+            raise NotFiniteError(self._backbone.name, "scores")
         return result
 
     def forward_backward(
@@ -121,7 +123,7 @@ class LoraHeadClient:
         all accumulated gradients are dropped, so that no step is made with a part.
 
         Raises:
-            RequestError: another loss, or data that do not fit. ImageError: an image that is none.
+            RequestError: another loss, or data that do not fit. ImageError: an image that is none. NotFiniteError.
         """
         if loss_fn != LOSS or loss_fn_config:
             raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
@@ -138,6 +140,8 @@ class LoraHeadClient:
                 loss.backward()
                 total += loss.item()
                 log_probs[members, 0] = -losses.detach().cpu().numpy()
+            if not np.isfinite(log_probs).all():
+                raise NotFiniteError(self._backbone.name, "log-probabilities")
         except BaseException:
             self._clear_gradients()
             raise

@@ -10,7 +10,7 @@ from kshot.errors import InputError, RequestError
 
 PACKAGES = ("data", "vlm", "baselines", "experiments")
 
-KINDS = ("weights", "sampler_weights")
+KINDS = ("weights", "sampler_weights", "external_weights")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
 

@@ -44,12 +44,12 @@ class InputError(KshotError):
 
 
 class UnknownNameError(InputError):
-    """A name that its table does not have; the message says the choices."""
+    """A name that its table does not have; the message says the choices. hint: what more there is to say of it."""
 
-    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
         choices = list(choices)
         near = get_close_matches(name, choices, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = f" ({hint})" if hint else f" (did you mean {near[0]!r}?)" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
 
 
@@ -71,6 +71,14 @@ class PromptError(InputError):
 
 class ModelError(InputError):
     """A model folder or name that cannot be loaded."""
+
+
+class NotFiniteError(ModelError):
+    """A model that computes NaN or infinite numbers."""
+
+    def __init__(self, model: str, what: str) -> None:
+        way_out = "its weights, or its adapter's, are damaged: download or train them again"
+        super().__init__(f"model {model} gives {what} that are not finite (NaN or Inf); {way_out}")
 
 
 class RequestError(InputError):

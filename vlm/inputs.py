@@ -41,10 +41,15 @@ class ImageRule:
         """The rule of a model by name, hub id or folder. Raises ModelError where no image processor is found there."""
         from transformers import AutoImageProcessor
 
+        folder = source(model)
         try:
-            return cls(AutoImageProcessor.from_pretrained(source(model), trust_remote_code=False))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {model!r} has no image processor: {str(error).splitlines()[0]}") from error
+            rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
+            _ = rule.settings, rule.tokens(64, 64)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            way_out = "copy the preprocessor_config.json of a Qwen3-VL there"
+            raise ModelError(f"model {model!r} has no image processor of Qwen3-VL's ({reason}); {way_out}") from error
+        return rule
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -67,6 +67,11 @@ def _here(name: str) -> str | None:
     return name if _is_folder(name) else None
 
 
+def is_here(name: str) -> bool:
+    """Whether a model comes with kshot or is a folder: nothing of it is fetched."""
+    return name in MODELS or _is_folder(full_name(name))
+
+
 def _is_folder(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 

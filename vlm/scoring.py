@@ -11,6 +11,7 @@ import numpy as np
 import tinker
 from tinker import types
 
+from kshot.errors import NotFiniteError
 from vlm import label_trie
 from vlm.inputs import model_input
 from vlm.service import SamplingClient
@@ -33,7 +34,8 @@ def score_choices(
     """(prompts, choices) float32 log-probabilities of each choice's tokens after each prompt.
 
     "constrained": the model restricted to the choices, each row sums to 1. "likelihood": the full sequence
-    likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart.
+    likelihood log P(tokens | prompt), rows do not sum to 1. Raises PromptError for choices that cannot be told apart,
+    NotFiniteError for a model that gives NaN.
     """
     return _scored(sampler, prompts, label_trie.build(choices, method))[0]
 
@@ -52,7 +54,10 @@ def _scored(
     sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie
 ) -> tuple[np.ndarray, np.ndarray]:
     """(prompts, choices) float32 scores, and the (prompts, edges) log-probabilities whose sums they are."""
-    edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    with np.errstate(invalid="ignore"):  # of NaN, which is refused here
+        edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
+    if not np.isfinite(edges).all():
+        raise NotFiniteError(sampler.get_base_model(), "scores")
     choice, edge = np.array(trie.pairs).T
     scores = np.zeros((len(edges), choice.max() + 1), np.float64)
     np.add.at(scores.T, choice, edges.T[edge])

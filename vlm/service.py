@@ -34,6 +34,7 @@ class SamplingClient(Protocol):
         *,
         target_prompt_logprobs: types.TensorData | None = None,
     ) -> Future[types.SampleResponse]: ...
+    def get_base_model(self) -> str: ...
 
 
 class TrainingClient(Protocol):
@@ -113,6 +114,14 @@ def tokenizer(model: str) -> Any:
     from vlm.local.model.load import load_tokenizer
 
     return load_tokenizer(model)
+
+
+def check_model(model: str) -> None:
+    """Raise UnknownNameError or ModelError for a model that the local service could not load, before it reads its
+    weights; of a hub's model these are not fetched."""
+    from vlm.local.model.load import check
+
+    check(model)
 
 
 def devices(name: str) -> "list[torch.device]":

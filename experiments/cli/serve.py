@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.terminal import out
+from experiments.terminal import err, out
 
 
 def serve(
@@ -54,4 +54,4 @@ def serve(
         line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state})"
         out.print(line)
 
-    run(registry, options, print_address)
+    run(registry, options, print_address, err.status(f"loading {', '.join(registry.model_paths or ())}"))

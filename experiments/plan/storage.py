@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import catalog
 from experiments.plan.memory import VitSize, VlmSize, vit_size, vlm_size
-from experiments.sweep.workload import Workload, backbone_image_counts, feature_bytes, image_counts, is_local, mean_size
+from experiments.sweep.workload import Workload, backbone_image_counts, feature_bytes, image_counts, mean_size
 from kshot.files import cache_folder
 from vlm import models
 
@@ -44,7 +44,7 @@ def downloads(workload: Workload) -> list[Download]:
     fetched, which is small."""
     vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
     backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.spec.uses_backbone))
-    fetched = [_model(n, *n.partition("@")[::2], MODEL_FILES, vlm_size(n)) for n in vlms if not is_local(n)]
+    fetched = [_model(n, *n.partition("@")[::2], MODEL_FILES, vlm_size(n)) for n in vlms if not models.is_here(n)]
     fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := _hub_id(n))]
     return [each for each in (*fetched, *map(_dataset, workload.missing)) if each]
 

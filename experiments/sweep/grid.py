@@ -59,14 +59,16 @@ def run_sweep(
     sweep: Sweep, folder: Path | str, options: RunOptions | None = None, observer: Observer | None = None
 ) -> Results:
     """Run the cells of a sweep that the folder lacks, and store each as it finishes; the folder's results. Raises as
-    `plan` does before anything runs; after the last cell, KshotError where cells failed, InputError where every failure
-    was one of the input."""
+    `plan` does before anything runs, ModelError also for a model that cannot be loaded; after the last cell, KshotError
+    where cells failed, InputError where every failure was one of the input."""
     options, observer, results = options or RunOptions(), observer or _Silent(), Results(folder)
     if options.executor not in EXECUTORS:
         raise UnknownNameError("executor", options.executor, EXECUTORS)
     follower = Tracker(options.track)
     with observer.planning():
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+        if options.executor == "local" and planned.missing(results, only_failed=options.only_failed):
+            _check_loadable(planned)  # on a cluster the nodes have the models
     with results.writing():
         content = results.begin(planned.describe())
         jobs = planned.missing(results, only_failed=options.only_failed)
@@ -306,6 +308,16 @@ def _check_settings(sweep: Sweep, service: str) -> None:
     if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
         choice = "calibration validated chooses on labelled images, and zero-shot has none"
         raise InputError(f"{choice}; give contextual, pmi or none")
+
+
+def _check_loadable(planned: Plan) -> None:
+    """Raise ModelError for a model that no cell could load."""
+    model = planned.sweep.settings.model
+    local = any(job.service == "local" and METHODS[job.cell.method].uses_vlm for job in planned.jobs)
+    if local and model not in models.MODELS:  # that come with kshot, and need no seconds of importing
+        from vlm.service import check_model
+
+        check_model(model)
 
 
 def _check_apart(

@@ -329,17 +329,12 @@ def model_config(name: str) -> dict[str, Any] | None:
     """The config.json of a model: as published for Qwen3-VL, else from its folder or the hub; None where it cannot be
     read: loading the model says why."""
     name = models.full_name(name)
-    if not is_local(name) and (published := published_configs().get(name.partition("@")[0])):
+    if not models.is_here(name) and (published := published_configs().get(name.partition("@")[0])):
         return published
     try:
         return dict(json.loads(Path(models.source(name), "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KshotError):
         return None
-
-
-def is_local(name: str) -> bool:
-    """Whether a model comes with kshot or is a folder."""
-    return name in models.MODELS or (Path(name) / "config.json").is_file()
 
 
 @cache

@@ -251,11 +251,11 @@ def test_a_request_that_is_refused_keeps_its_number(raw: Raw) -> None:
         raw.post("optim_step", model_id=run, seq_id=4, optim_params={"learning_rate": None}),  # no request at all
         raw.post("save_weights", model_id=run, seq_id=5, path="x", no_such_field=1),
         raw.forward(message.SerializeToString()),  # no tensor
-        raw.post("save_weights_external", model_id=run, seq_id=7, path="x"),  # what is not offered
+        raw.post("save_weights_external", model_id=run, seq_id=7, path="x/y"),
     ]
     ids = [accepted(response) for response in refusals]
     assert raw.loss(accepted(raw.pass_of(run, 8))) > 0
-    named = "name", "ttl_seconds", "path", "learning_rate", "no_such_field", "datum", "save_weights_external"
+    named = "name", "ttl_seconds", "path", "learning_rate", "no_such_field", "datum", "checkpoint name"
     for request_id, words in zip(ids, named, strict=True):
         answer = raw.answer(request_id)
         assert answer["category"] == "user"

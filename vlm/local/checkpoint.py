@@ -1,12 +1,12 @@
 """Checkpoints on disk, in PEFT's own layout: adapter_model.safetensors, adapter_config.json, optimizer, a record.
 
-`tinker://<run>/weights/<name>` and `/sampler_weights/<name>` are folders below one state folder; no name leads out of
+`tinker://<run>/<kind>/<name>` with the kinds of `kshot.checks` are folders below one state folder; no name leads out of
 it. Written to a temporary folder, then renamed. A folder of this layout can be read wherever it lies.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
+from vlm.local import age
 from vlm.local.model.lora import LoraSpec
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
@@ -43,13 +44,25 @@ def state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kshot"
 
 
-def save(state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
-    """Write a checkpoint. Raises RequestError where one of this name exists and `overwrite` is not set."""
+def save(
+    state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False, encrypt_to: Sequence[Any] = ()
+) -> None:
+    """Write a checkpoint. encrypt_to: see `vlm.local.age`; its record stays readable. Raises RequestError where one of
+    this name exists and `overwrite` is not set, and for weights that are not finite."""
     target = folder_of(state, path)
     if target.exists() and not overwrite:
         or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""
         raise RequestError(f"checkpoint {path} exists; give another name{or_so}")
-    replace_folder(target, lambda folder: _write(folder, checkpoint))
+    if not _is_finite(checkpoint):
+        way_out = "a learning rate was too high; go on from an earlier checkpoint"
+        raise RequestError(f"checkpoint {path} would hold weights that are not finite: {way_out}")
+
+    def fill(folder: Path) -> None:
+        _write(folder, checkpoint)
+        if encrypt_to:
+            age.encrypt(folder, encrypt_to, RECORD)
+
+    replace_folder(target, fill)
 
 
 def load(state: Path, path: str) -> Checkpoint:
@@ -57,6 +70,8 @@ def load(state: Path, path: str) -> Checkpoint:
     source = folder_of(state, path)
     if not source.is_dir():
         raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
+    if (source / f"{WEIGHTS}{age.ENCRYPTED}").is_file():
+        raise ModelError(f"checkpoint {path} is encrypted, for those who fetch it; save_state makes one to go on from")
     return _read(source, f"checkpoint {path}", source / OPTIMIZER)
 
 
@@ -68,10 +83,7 @@ def load_folder(folder: Path) -> Checkpoint:
     if not (folder / RECORD).is_file():
         way_out = "only adapters that kshot wrote can be read: train it again"
         raise ModelError(f"adapter {folder} has no {RECORD}; {way_out}")
-    adapter = _read(folder, f"adapter {folder}")
-    if not all(tensor.float().isfinite().all() for tensor in adapter.weights.values()):
-        raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
-    return adapter
+    return _read(folder, f"adapter {folder}")
 
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
@@ -79,7 +91,7 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
         record = json.loads((source / RECORD).read_text(encoding="utf-8"))
         if not isinstance(record["base_model"], str):
             raise TypeError(f"{record['base_model']!r} is no name")
-        return Checkpoint(
+        checkpoint = Checkpoint(
             base_model=record["base_model"],
             spec=_spec(record["lora"]),
             weights=load_file(source / WEIGHTS),
@@ -90,6 +102,13 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
+    if not _is_finite(checkpoint):
+        raise ModelError(f"{name} is damaged: not all of its numbers are finite; train it again")
+    return checkpoint
+
+
+def _is_finite(checkpoint: Checkpoint) -> bool:
+    return all(tensor.float().isfinite().all() for tensor in checkpoint.weights.values())
 
 
 def _spec(values: Any) -> LoraSpec:

@@ -17,8 +17,10 @@ from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
 from vlm.local import checkpoint, scoring
+from vlm.local.age import recipients as recipients
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
+from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
@@ -26,12 +28,17 @@ from vlm.local.sampling.sampler import sample
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
+WAYS_OUT = {
+    "record_stability_info": f"the loss stable_reinforce, which reads it, is not built here: {SAMPLED_INSTEAD}",
+}
+
 
 def refuse(**options: object) -> None:
     """Raise RequestError for an option of the SDK that this service does not have, if it is given."""
     for name, value in options.items():
         if value:
-            raise RequestError(f"{name}={value!r} is not supported by the local service; leave it out")
+            way_out = WAYS_OUT.get(name, "leave it out")
+            raise RequestError(f"{name}={value!r} is not supported by the local service; {way_out}")
 
 
 class _Client:
@@ -236,6 +243,16 @@ class LocalTrainingClient(_Client):
         path = path_of(self.model_id, "sampler_weights", name)
         return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata)
 
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
+    ) -> Future[types.SaveWeightsExternalResponse]:
+        """Write the weights alone, for use elsewhere: the folder of the path is PEFT's, each of its files encrypted to
+        these recipients, if any are given (see `vlm.local.age`)."""
+        refuse(ttl_seconds=ttl_seconds)
+        path = path_of(self.model_id, "external_weights", name)
+        to = recipients(age_encryption_recipients or ())
+        return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, encrypt_to=to)
+
     def save_weights_and_get_sampling_client(
         self,
         name: str | None = None,
@@ -295,6 +312,7 @@ class LocalTrainingClient(_Client):
         *,
         optimizer: bool = False,
         overwrite: bool = False,
+        encrypt_to: Sequence[Any] = (),
     ) -> Any:
         adapter = self._run.adapter
         saved = Checkpoint(
@@ -305,5 +323,5 @@ class LocalTrainingClient(_Client):
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,
         )
-        checkpoint.save(self._state, path, saved, overwrite=overwrite)
+        checkpoint.save(self._state, path, saved, overwrite=overwrite, encrypt_to=encrypt_to)
         return response(path=path)

@@ -8,10 +8,11 @@ counts up on all three axes, an image's tokens spread over (time, height, width)
 largest.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from kshot.errors import RequestError
+from kshot.errors import NotFiniteError, RequestError
 from vlm.local import losses
 from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of, fields_of, loss
 from vlm.local.model.attention import Causal, Rows
@@ -157,12 +158,12 @@ class Engine:
         Log-probabilities come back for every position, except for closed_set and for cross_entropy's gradient: there
         the head runs only where the weight is not 0, and the other positions hold 0. A request that does not fit
         changes nothing; where a pass fails after another one (out of memory; with a trained tower also a bad datum),
-        what the run has gathered is dropped, so that no step is made with a part.
+        or gives no finite loss, what the run has gathered is dropped, so that no step is made with a part.
+        Raises NotFiniteError for a model that gives NaN, RequestError for a loss of infinite size.
         """
         chosen = loss(loss_fn, config)
         every = (forward_only or chosen.uses_sampled) and not chosen.closed
-        items = [_Item.of(number, datum, chosen, every=every) for number, datum in enumerate(data)]
-        self._check(items)
+        items = self._items(data, chosen, every=every)
         total, outputs = 0.0, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only), run.request():
             batches: Iterable[tuple[_Pack, Batch]] = ((pack, self._batch(pack, run.factors)) for pack in _packs(items))
@@ -175,8 +176,10 @@ class Engine:
                 if not forward_only:
                     with self.model.timed("backward"):
                         run.add(value.backward)
+                outputs |= pack.log_probs_of(log_probs, self.model.name)
                 total += float(value.detach())
-                outputs |= pack.log_probs_of(log_probs)
+            if not math.isfinite(total):
+                raise RequestError(f"loss {loss_fn!r} is {total}: a ratio to the data's logprobs overflows; check them")
         return _output([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
@@ -184,22 +187,22 @@ class Engine:
     ) -> types.ForwardBackwardOutput:
         """The gradient of any function of the data's log-probabilities, added to the run's (see the SDK).
 
-        loss_fn(data, log_probs) gets for each datum a float32 vector, one a position, and gives a 0-d loss and metrics.
+        loss_fn(data, log_probs) gets float32 tensors, shaped as each datum's targets, and gives a 0-d loss and metrics.
         One pack is one pass; the passes of several are run again for the gradient, so that their graphs are not in
         memory together. Raises RequestError where the loss has no finite gradient; what `loss_fn` raises goes through.
         """
         plain = loss("cross_entropy", None)
-        items = []
-        for number, datum in enumerate(data):  # only the loss itself reads other fields
-            targets = {name: value for name, value in datum.loss_fn_inputs.items() if name == "target_tokens"}
-            items.append(_Item.of(number, replace(datum, loss_fn_inputs=targets), plain, every=True))
-        self._check(items)
+        only = [  # the loss itself alone reads other fields
+            replace(each, loss_fn_inputs={k: v for k, v in each.loss_fn_inputs.items() if k == "target_tokens"})
+            for each in data
+        ]
+        items = self._items(only, plain, every=True)
         packs = _packs(items)
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(once):
             for pack in packs:
                 log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                outputs |= pack.log_probs_of(log_probs)
+                outputs |= pack.log_probs_of(log_probs, self.model.name)
         log_probs_of = [outputs[item.number] for item in items]
         value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in log_probs_of])
         with torch.enable_grad(), run.request():
@@ -247,13 +250,17 @@ class Engine:
             packed += [torch.from_numpy(at).to(device), values[0], values[1:]]
         return Batch(Rows(lengths, device), PackedInputs(*packed), torch.tensor(after, device=device))
 
-    def _check(self, items: Sequence["_Item"]) -> None:
-        if not items:
+    def _items(self, data: Sequence[tinker.Datum], chosen: Loss, *, every: bool) -> list["_Item"]:
+        if not data:
             raise RequestError("no data given; a forward pass needs at least one datum")
+        losses.check_size(data)
+        items = [_Item.of(number, datum, chosen, every=every) for number, datum in enumerate(data)]
         for item in items:
-            self.model.check_tokens(item.fields["target_tokens"].tolist(), "target")
+            targets = item.fields["target_tokens"]
+            self.model.check_tokens((targets if targets.ndim == 1 else targets.unique()).tolist(), "target")
             if item.candidates is not None:
                 self.model.check_tokens(item.candidates.tokens.tolist(), "candidate")
+        return items
 
     def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
         batch = self.collate([item.model_input for item in pack.items], factors)
@@ -266,9 +273,10 @@ class Engine:
         return batch
 
     def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch) -> Tensor:
-        """(scored,) float32 log-probabilities of the targets at the pack's scored positions, in order."""
+        """(scored,) or (scored, K) float32 log-probabilities of the targets at the pack's scored positions."""
         if not len(pack.scored_positions):
-            return torch.zeros(0, device=self.model.device, requires_grad=torch.is_grad_enabled())
+            shape = pack.fields["target_tokens"].shape
+            return torch.zeros(shape, device=self.model.device, requires_grad=torch.is_grad_enabled())
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
         hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors)
@@ -283,7 +291,10 @@ class Engine:
 
     def _score(self, factors: Factors, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.model.text.logits(hidden, factors)
-        return -cross_entropy(logits, targets.to(logits.device), reduction="none")
+        targets = targets.to(logits.device)
+        if targets.ndim == 1:
+            return -cross_entropy(logits, targets, reduction="none")
+        return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -311,10 +322,14 @@ class _Item:
     def length(self) -> int:
         return len(self.scored)
 
+    def form(self) -> tuple[list[str], list[int]]:
+        """What items of one pack have in common: the names of the fields, and K."""
+        return sorted(self.fields), list(self.fields["target_tokens"].shape[1:])
+
 
 @dataclass(frozen=True)
 class _Pack:
-    """Items that go through together."""
+    """Items that go through together: of the same fields, and of as many targets a position."""
 
     items: Sequence[_Item]
 
@@ -325,7 +340,7 @@ class _Pack:
 
     @cached_property
     def fields(self) -> dict[str, Tensor]:
-        """(scored,) each field at these positions."""
+        """(scored,) or (scored, K) each field at these positions."""
         every = {name: torch.cat([item.fields[name] for item in self.items]) for name in self.items[0].fields}
         return {name: values[self.scored_positions] for name, values in every.items()}
 
@@ -339,19 +354,26 @@ class _Pack:
         rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
         return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
-    def log_probs_of(self, log_probs: Tensor) -> dict[int, tinker.TensorData]:
-        """The number of each datum → (length,): the log-probabilities where they are scored, else 0."""
-        lengths = [item.length for item in self.items]
-        full = torch.zeros(sum(lengths))
-        full[self.scored_positions] = log_probs.detach().float().cpu()
+    def log_probs_of(self, log_probs: Tensor, model: str) -> dict[int, tinker.TensorData]:
+        """The number of each datum → (length,) or (length, K): the log-probabilities where they are scored, else 0.
+        Raises NotFiniteError, with the name of the model, where they are NaN."""
+        lengths, values = [item.length for item in self.items], log_probs.detach().float().cpu()
+        if not values.isfinite().all():
+            raise NotFiniteError(model, "log-probabilities")
+        full = torch.zeros(sum(lengths), *values.shape[1:])
+        full[self.scored_positions] = values
         parts = zip(self.items, full.split(lengths), strict=True)
         return {item.number: tinker.TensorData.from_numpy(part.numpy()) for item, part in parts}
 
 
 def _packs(items: Sequence[_Item]) -> list[_Pack]:
     """The items by length, in packs of at most PACK positions, each datum at least in one of its own."""
-    by_length = groups([item.length for item in items], len(items), PACK)
-    return [_Pack([items[n] for n in members]) for members in by_length]
+    packs = list[_Pack]()
+    for _, same in groupby(sorted(items, key=_Item.form), _Item.form):
+        alike = list(same)
+        by_length = groups([item.length for item in alike], len(alike), PACK)
+        packs += [_Pack([alike[n] for n in members]) for members in by_length]
+    return packs
 
 
 def _output(log_probs: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:

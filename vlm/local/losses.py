@@ -10,11 +10,17 @@ sampled them, in nats; log_probs and fields are vectors over the same positions.
 
 `candidates` is a field of a datum for `closed_set`, beside those of the Tinker API: (positions, most) int64, the tokens
 that may stand at each position, sparse (CSR) or dense with -1 where there is none.
+
+Of cross_entropy a position may have K targets, each with a weight: target_tokens and weights are then (positions, K),
+dense or sparse with 0 where nothing is listed (Tinker API, top-K distillation).
 """
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -27,8 +33,11 @@ from kshot.errors import RequestError, UnknownNameError
 from vlm.local.model.lora import Factors
 from vlm.local.model.packed import Text
 
+log = logging.getLogger("kshot")
 Fields = Mapping[str, Tensor]
+Bound = float | Tensor
 CANDIDATES = "candidates"
+MOST_TARGETS = 1 << 24  # positions x K of one request: each has a log-probability in the answer
 
 
 def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
@@ -41,10 +50,10 @@ def importance_sampling(log_probs: Tensor, fields: Fields) -> Tensor:
     return -(_log_ratio(log_probs, fields).exp() * fields["advantages"]).sum()
 
 
-def ppo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_high_threshold: float) -> Tensor:
+def ppo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: Bound, clip_high_threshold: Bound) -> Tensor:
     """Σ −min(r · advantage, clip(r, low, high) · advantage), r = p/q (Schulman et al. 2017; Tinker API).
 
-    The thresholds bound the ratio itself: 0.8 and 1.2, not 0.2 twice.
+    The thresholds bound the ratio itself: 0.8 and 1.2, not 0.2 twice. They are numbers, or (n,) one a position.
     """
     # The minimum is the ratio cut above where the advantage is positive, below where it is negative. It is cut before
     # exp: cut after it, a ratio that overflows would have the gradient 0 · ∞ in place of 0.
@@ -53,12 +62,12 @@ def ppo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_hi
     return -(torch.where(advantages > 0, above, below).exp() * advantages).sum()
 
 
-def cispo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_high_threshold: float) -> Tensor:
+def cispo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: Bound, clip_high_threshold: Bound) -> Tensor:
     """Σ −clip(r, low, high) · log p · advantage, r = p/q without a gradient (MiniMax-M1, Chen et al. 2025; Tinker API).
 
     A clipped position keeps its gradient, unlike in ppo.
     """
-    coefficients = _log_ratio(log_probs, fields).detach().exp().clamp(clip_low_threshold, clip_high_threshold)
+    coefficients = _log_ratio(log_probs, fields).detach().exp().clamp(clip_low_threshold).clamp(max=clip_high_threshold)
     return -(coefficients * log_probs * fields["advantages"]).sum()
 
 
@@ -76,7 +85,9 @@ def _log_ratio(log_probs: Tensor, fields: Fields) -> Tensor:
     return torch.where(fields["advantages"] != 0, log_probs - fields["logprobs"], 0.0)
 
 
-def _log(threshold: float) -> float:
+def _log(threshold: Bound) -> Bound:
+    if isinstance(threshold, Tensor):
+        return threshold.log()
     return math.log(threshold) if threshold > 0 else -math.inf
 
 
@@ -90,20 +101,28 @@ class Loss:
     optional: Mapping[str, float] = field(default_factory=dict)  # a field and its value where the datum lacks it
     config: Mapping[str, float] = field(default_factory=dict)  # a key and its default; NaN: there is none
     closed: bool = False  # whether log-probabilities are among the candidates that a datum names, not all tokens
+    top: bool = False  # whether a position may have several targets
 
     @property
     def uses_sampled(self) -> bool:
         """Whether it reads sampled sequences: then their log-probabilities are returned at every position."""
         return "logprobs" in self.required
 
+    @property
+    def thresholds(self) -> Sequence[str]:
+        """Those of its configuration that a datum may give for each position."""
+        return [name for name in self.config if name in _CLIP]
+
     def __call__(self, log_probs: Tensor, fields: Fields) -> Tensor:
-        """The sum (0-d) over the positions given, differentiable in log_probs: (n,) nats, as every field is (n,)."""
-        return self.function(log_probs, fields, **self.config)
+        """The sum (0-d) over the positions given, differentiable in log_probs: (n,) nats, or (n, K), as every field
+        is."""
+        return self.function(log_probs, fields, **{key: fields.get(key, value) for key, value in self.config.items()})
 
     def scored(self, fields: Fields) -> Tensor:
         """(n,) bool: the positions whose log-probability the value or the gradient depends on."""
         everywhere = self.config.get("beta", 0.0) != 0  # dro's penalty
-        return (fields["advantages" if self.uses_sampled else "weights"] != 0) | everywhere
+        counts = fields["advantages" if self.uses_sampled else "weights"] != 0
+        return (counts if counts.ndim == 1 else counts.any(1)) | everywhere
 
 
 _SAMPLED = ("logprobs", "advantages")
@@ -111,7 +130,7 @@ _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 LOSSES: dict[str, Loss] = {
     each.name: each
     for each in (
-        Loss("cross_entropy", cross_entropy, optional={"weights": 1.0}),
+        Loss("cross_entropy", cross_entropy, optional={"weights": 1.0}, top=True),
         Loss("closed_set", cross_entropy, optional={"weights": 1.0}, closed=True),
         Loss("importance_sampling", importance_sampling, _SAMPLED),
         Loss("ppo", ppo, _SAMPLED, config=_CLIP),
@@ -122,6 +141,14 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+SAMPLED_INSTEAD = "loss_fn=importance_sampling, ppo or cispo train on the same samples"
+ELSEWHERE = {  # losses of the SDK that are not built
+    "stable_reinforce": f"it is not built here; {SAMPLED_INSTEAD}, without record_stability_info",
+    "gspo": f"it is not built here; {SAMPLED_INSTEAD}",
+    "custom": "losses by handle are not built here; give forward_backward_custom a function",
+}
+
+
 def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
     """The loss of this name, configured as in the SDK's `loss_fn_config`.
 
@@ -129,7 +156,7 @@ def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
     is no finite number of at least 0, and a low threshold above the high one.
     """
     if name not in LOSSES:
-        raise UnknownNameError("loss function", name, LOSSES)
+        raise UnknownNameError("loss function", name, LOSSES, ELSEWHERE.get(name, ""))
     definition, config = LOSSES[name], config or {}
     unknown = sorted(set(config) - set(definition.config))
     if unknown:
@@ -146,33 +173,55 @@ def loss(name: str, config: Mapping[str, Any] | None) -> Loss:
 
 def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> dict[str, Tensor]:
     """What a loss reads of a datum: target_tokens (n,) int64, and its other fields (n,) float32 each (the candidates of
-    a closed loss are not among them).
+    a closed loss are not among them); all are (n, K) where there are K targets a position.
 
-    An optional field that is not given holds its default at every position: weights are ones.
+    An optional field that is not given holds its default at every position: weights are ones. Thresholds are among the
+    fields where a datum gives them for its positions. What the loss does not read is left out, as the SDK's types allow
+    any field, and logged once.
 
-    Raises RequestError where a field is missing or unknown, is no vector of the targets' length, or holds a number
-    that is not finite, and where target_tokens are not integers.
+    Raises RequestError where a field is missing or has nearly the name of one that is not given, is not of the targets'
+    shape, or holds a number that is not finite, and where target_tokens are not integers.
     """
-    inputs = datum.loss_fn_inputs
-    vectors = ("target_tokens", *chosen.required, *chosen.optional)
-    names = (*vectors, *([CANDIDATES] if chosen.closed else []))
-    missing = [name for name in names if name not in inputs and name not in chosen.optional]
-    if missing:
+    inputs, optional = datum.loss_fn_inputs, (*chosen.optional, *chosen.thresholds)
+    names = ("target_tokens", *chosen.required, *([CANDIDATES] if chosen.closed else []))
+    if missing := [name for name in names if name not in inputs]:
         raise RequestError(f"a datum lacks {', '.join(missing)}, which {chosen.name} reads; it has {sorted(inputs)}")
-    unknown = sorted(set(inputs) - set(names))
-    if unknown:
-        raise RequestError(f"{chosen.name} reads {', '.join(names)} of a datum, this one also has {unknown}; drop them")
-    targets = _vector("target_tokens", inputs["target_tokens"])
+    for name in sorted(set(inputs) - {*names, *optional}):
+        _check_unread(chosen.name, name, [each for each in optional if each not in inputs])
+    targets = _tensor("target_tokens", inputs["target_tokens"], top=chosen.top)
     if targets.dtype != torch.int64:
         raise RequestError(f"target_tokens must be integers (int64), got {inputs['target_tokens'].dtype}")
     fields = {"target_tokens": targets}
-    for name in vectors[1:]:
+    for name in (*chosen.required, *optional):
         if name in inputs:
-            fields[name] = _vector(name, inputs[name]).float()
-            _check(name, fields[name], len(targets))
-        else:
+            fields[name] = _tensor(name, inputs[name], top=chosen.top, targets=targets).float()
+            _check_finite(name, fields[name])
+        elif name in chosen.optional:
             fields[name] = torch.full(targets.shape, chosen.optional[name])
+    if chosen.thresholds:
+        low, high = (fields.get(name, torch.tensor(chosen.config[name])) for name in _CLIP)
+        if ((low < 0) | (low > high)).any():
+            raise RequestError(f"{' or '.join(_CLIP)} of a position is negative, or the low one above the high one")
     return fields
+
+
+def check_size(data: Sequence[tinker.Datum]) -> None:
+    """Raise RequestError for more than MOST_TARGETS targets where positions have several, before any is read."""
+    shapes = [each.loss_fn_inputs["target_tokens"].shape for each in data if "target_tokens" in each.loss_fn_inputs]
+    if (count := sum(math.prod(shape) for shape in shapes if shape and len(shape) > 1)) > MOST_TARGETS:
+        raise RequestError(f"{count:,} targets (positions x K) in a request; at most {MOST_TARGETS:,}: send fewer data")
+
+
+def _check_unread(loss_name: str, name: str, optional: Sequence[str]) -> None:
+    """Raise RequestError for a field that seems to be a misspelt one; else log, once, that it is not read."""
+    if near := get_close_matches(name, optional, n=1, cutoff=0.8):
+        raise RequestError(f"a datum has {name[:60]!r}, which {loss_name} does not read; did you mean {near[0]!r}?")
+    _log_unread(loss_name, name[:60])
+
+
+@lru_cache(maxsize=256)  # said once
+def _log_unread(loss_name: str, name: str) -> None:
+    log.warning("%s does not read the field %r of a datum, and leaves it out", loss_name, name)
 
 
 def _number(name: str, key: str, value: Any) -> float:
@@ -185,24 +234,27 @@ def _number(name: str, key: str, value: Any) -> float:
     return number
 
 
-def _vector(name: str, data: tinker.TensorData) -> Tensor:
-    vector = None if data.sparse_crow_indices is not None else data.to_torch()
-    if vector is None or vector.ndim != 1:
-        form = f"a vector, a number per position, got shape {data.shape}"
-        raise RequestError(f"{name} must be {form}; top-K is not built")
-    return vector
+def _tensor(name: str, data: tinker.TensorData, *, top: bool, targets: Tensor | None = None) -> Tensor:
+    """(n,), or (n, K) where a position may have several targets; of the shape of `targets`, if given."""
+    sparse = data.sparse_crow_indices is not None
+    shape = list(data.shape or ()) if sparse else list(data._numpy.shape)
+    if not (top and len(shape) == 2 and shape[1]) and (sparse or len(shape) != 1):
+        form = "a vector, a number per position" + (", or (positions, K) of K targets each" if top else "")
+        raise RequestError(f"{name} must be {form}, got shape {shape}; cross_entropy alone reads several targets")
+    if targets is not None and shape != list(targets.shape):
+        both = shape, list(targets.shape)
+        here, there = (f"{each[0]} entries" if len(each) == 1 else f"shape {each}" for each in both)
+        raise RequestError(f"{name} has {here} and target_tokens {there}; the fields of a datum must be of one length")
+    return data.to_torch()
 
 
-def _check(name: str, values: Tensor, length: int) -> None:
-    if len(values) != length:
-        raise RequestError(
-            f"{name} has {len(values)} entries and target_tokens {length}; the fields of a datum must be of one length"
-        )
+def _check_finite(name: str, values: Tensor) -> None:
     if math.isfinite(float(values.sum())):
         return
-    wrong = (~values.isfinite()).nonzero()[:, 0].tolist()  # none, where a sum of large numbers alone overflows
+    wrong = (~values.isfinite()).nonzero().tolist()  # none, where a sum of large numbers alone overflows
     if wrong:
-        raise RequestError(f"{name} at position {wrong[0]} is {float(values[wrong[0]])}, not a finite number; check it")
+        value = float(values[tuple(wrong[0])])
+        raise RequestError(f"{name} at position {wrong[0][0]} is {value}, not a finite number; check it")
 
 
 @dataclass(frozen=True)

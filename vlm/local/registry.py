@@ -19,6 +19,7 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as
 
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
+from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
@@ -72,6 +73,11 @@ class EngineRegistry:
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
             self.engines[base_model] = Engine(model, Vision(model, self.cache_bytes, self.features))
         return self.engines[base_model]
+
+    def load(self) -> None:
+        """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""
+        for name in self.model_paths or ():
+            self.engine(name)
 
     def start(
         self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None

@@ -56,9 +56,10 @@ class QueuedRequest:
 
     def notify(self, grown: set[TokenSequence]) -> None:
         """Call `on_token` with each of its sequences that has got a token."""
-        if self.on_token is None:
+        if self.on_token is None or self.result is None:
             return
         try:
+            self.result.check()
             for sequence in self.sequences:
                 if sequence in grown:
                     self.on_token(sequence)

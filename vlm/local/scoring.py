@@ -19,7 +19,7 @@ from tinker import types
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kshot.errors import RequestError
+from kshot.errors import NotFiniteError, RequestError
 from vlm.label_trie import Trie
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Causal, Tree
@@ -80,7 +80,7 @@ def embed(
     engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool
 ) -> np.ndarray:
     """(prompts, D) float32: see `vlm.embedding.embed`. Raises RequestError for a prompt that is not of one image, if
-    `tower`."""
+    `tower`; NotFiniteError."""
     for number, prompt in enumerate(prompts if tower else ()):
         images = sum(isinstance(chunk, types.ImageChunk) for chunk in prompt.chunks)
         if images != 1:
@@ -97,6 +97,8 @@ def embed(
             with engine.model.timed("forward"):  # the state at each row's end
                 parts.append(engine.model.text.hidden(batch.inputs, Causal(batch.rows, batch.ends), snapshot))
         features[members] = np.concatenate([part.float().cpu().numpy() for part in parts], 1)
+    if not np.isfinite(features).all():
+        raise NotFiniteError(engine.model.name, "features")
     return features
 
 

@@ -18,7 +18,7 @@ from tinker import types
 from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
 from vlm.server.futures import PROTOBUF, error_body, status_of
-from vlm.server.guard import Body, Budget, Guard, Keys, Requests, hosts_of
+from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
@@ -67,7 +67,8 @@ def application(state: ServerState, options: Options) -> Any:
     """The ASGI application of a server; it closes `state` when it ends."""
     requests, training = Counter[tuple[str, int]](), TrainingService(state)
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
-    tinker = tinker_routes.routes(state, training, SamplingService(state, options.image_log_probs))
+    signer = Signer()
+    tinker = tinker_routes.routes(state, training, SamplingService(state, options.image_log_probs), signer)
     for router in (tinker, watch.routes(state, requests, options.address)):
         api.include_router(router, responses=_failures(Failure))
     openai = openai_routes.router(state, options.allow_urls)
@@ -78,7 +79,7 @@ def application(state: ServerState, options: Options) -> Any:
     handle_errors(api, training.refuse_body)
     api.add_middleware(Requests, counts=requests)
     free = frozenset({HEALTH, *page.FILES})  # they hold no data; what the page shows is fetched with a key
-    return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget())
+    return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget(), signer)
 
 
 def _lifespan(state: ServerState) -> Any:

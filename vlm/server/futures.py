@@ -21,6 +21,7 @@ from kshot.errors import (
     KshotError,
     LostError,
     MissingError,
+    NotFiniteError,
     TooLargeError,
     UnauthorizedError,
     UnsupportedError,
@@ -40,6 +41,7 @@ STATUS = (  # the first that fits
     (DeniedError, 403),
     (MissingError, 404),
     (BusyError, 429),
+    (NotFiniteError, 422),  # clients would send again what gets a 5xx
     (InputError, 400),
 )
 

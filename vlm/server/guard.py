@@ -10,6 +10,8 @@ import hmac
 import json
 import math
 import re
+import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import zstandard
 from fastapi import Request, Response
@@ -65,7 +67,8 @@ PLAIN = Body()
 @dataclass(frozen=True)
 class Guard:
     """ASGI middleware. hosts: names that a request may be addressed to; None: any. free: paths that need no key.
-    bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path.
+    bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path. signer:
+    of addresses that are let in without a key.
     """
 
     app: Any
@@ -75,6 +78,7 @@ class Guard:
     bodies: Mapping[str, Body]
     error_response: Callable[[str, Exception], tuple[int, dict[str, Any]]]
     budget: "Budget"
+    signer: "Signer"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -84,7 +88,7 @@ class Guard:
         headers = Headers(scope=scope)
         with self.budget.shared() as take:
             try:
-                self._check(scope["path"], headers)
+                self._check(scope["path"], scope["query_string"].decode("latin-1"), headers)
                 if scope["method"] not in SAFE:
                     wanted = self.bodies.get(scope["path"], PLAIN)
                     receive = _replay(await _read(headers, receive, take, wanted), receive)
@@ -95,13 +99,13 @@ class Guard:
             except ClientDisconnect:
                 return None
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, query: str, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.hosts is not None and _name(host) not in self.hosts:
             raise DeniedError(f"this server is not called {host!r:.80}; say so with --allow-host")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise DeniedError(f"pages of {origin!r:.80} may not use this server")
-        if path not in self.free and not self.keys.accept(_key(headers)):
+        if not (path in self.free or self.keys.accept(_key(headers)) or self.signer.accepts(path, query)):
             raise UnauthorizedError(
                 "no valid API key; send X-API-Key or Authorization: Bearer (without --api-key-file: any)"
             )
@@ -322,6 +326,30 @@ def _digest(path: Path, number: int, line: str) -> bytes:
             f"key file {path}, line {number}: a key has {SHORTEST} characters or more, this has {len(line)}"
         )
     return hashlib.sha256(line.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Makes addresses that whoever has them may read without a key, until they are too old.
+
+    A signature is the HMAC-SHA256 of the path and the time, with a secret of this process.
+    """
+
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def query(self, path: str, expires: int) -> str:
+        """What follows the path of an address. expires: seconds since 1970."""
+        return f"expires={expires}&signature={self._signature(path, str(expires))}"
+
+    def accepts(self, path: str, query: str) -> bool:
+        """Whether this server made such an address, and not too long ago."""
+        given = dict(parse_qsl(query[:1000]))
+        signature, expires = given.get("signature", ""), given.get("expires", "")
+        right = bool(signature) and hmac.compare_digest(signature.encode(), self._signature(path, expires).encode())
+        return right and _number(expires) >= time.time()
+
+    def _signature(self, path: str, expires: str) -> str:
+        return hmac.new(self.secret, f"{expires} {path}".encode("utf-8", "surrogatepass"), "sha256").hexdigest()
 
 
 # JSON bodies

@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -38,7 +40,7 @@ def engine_registry(
     features: Path | None = None,
     threads: int | None = None,
 ) -> EngineRegistry:
-    """The engines of a server; none of them is loaded yet.
+    """The engines of a server; `serve` loads them.
 
     model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
     arithmetic on a CPU, by default all cores but one, which answers requests meanwhile. The rest: see `vlm.connect`.
@@ -50,17 +52,26 @@ def engine_registry(
     return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths)
 
 
-def serve(registry: EngineRegistry, options: Options, on_start: Callable[[str], None]) -> None:
-    """Answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
+def serve(
+    registry: EngineRegistry,
+    options: Options,
+    on_start: Callable[[str], None],
+    loading: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Load the models, then answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
+    loading: around the loading.
 
     Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on or is not loopback without
-    keys, or where another server uses the state folder.
+    keys, or where another server uses the state folder; UnknownNameError and ModelError for a model that cannot be
+    served.
     """
     if options.keys.digests is None and not is_loopback(options.host):
         raise InputError(f"--host {options.host} is reached by others; give --api-key-file, or listen on 127.0.0.1")
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     with listening:
+        with loading or nullcontext():
+            registry.load()  # the port is taken, and nobody is answered yet
         state = ServerState(registry, Store(registry.state))
         config = uvicorn.Config(
             application(state, options),

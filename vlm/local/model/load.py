@@ -30,9 +30,26 @@ KINDS = {  # model_type → the stock class
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
+PROCESSED = {  # of the image processor → of the vision tower
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
 PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profile
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+
+
+def check(name: str) -> None:
+    """Raise what `Model` would, before a weight is read; what is free on devices is not looked at. Of a hub's model the
+    weights are not fetched, and only what stands beside them is checked."""
+    folder = Path(models.source(name))
+    load_tokenizer(name)
+    load_rule(name)
+    stock, config = _read_config(name, folder)
+    if models.is_here(name):
+        tensors = stored_tensors(name, folder)
+        _from_pretrained(name, stock, folder, _computed(name, config, tensors, None), {"": "meta"})
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -46,12 +63,14 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     devices = placement.devices(device)
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
-    dtype = dtype or _dtype(config, tensors)
-    if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
-        raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
+    dtype = _computed(name, config, tensors, dtype)
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(each) for each in devices]
     device_map = placement.device_map(name, dtype, size, tied, devices, free)
+    return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
+
+
+def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
     with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
             folder,
@@ -63,7 +82,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
             output_loading_info=True,
         )
     _check_whole(name, info)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -78,6 +97,20 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def load_rule(name: str) -> ImageRule:
+    """How the images of a name, folder or hub id are cut. Raises as `load` does, also where its image processor is of
+    another model."""
+    rule, (_, config) = ImageRule.from_pretrained(name), _read_config(name, Path(models.source(name)))
+    for ours, theirs in PROCESSED.items():
+        here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs)
+        if here != there:
+            raise ModelError(
+                f"model {name} is of {theirs} {there}, its image processor of {ours} {here}; copy the "
+                "preprocessor_config.json of this model beside its config.json"
+            )
+    return rule
+
+
 def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
     with _load_errors(name):
@@ -90,6 +123,14 @@ def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     stock = getattr(transformers, KINDS[kind])
     with _load_errors(name), _quiet():
         return stock, stock.config_class.from_pretrained(folder)
+
+
+def _computed(name: str, config: Any, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
+    """What the model computes in. Raises ModelError for float16."""
+    dtype = dtype or _dtype(config, tensors)
+    if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
+        raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
+    return dtype
 
 
 def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
@@ -153,10 +194,9 @@ class Model:
         self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
     ) -> None:
         self.name, path = name, path or name
-        self.tokenizer = load_tokenizer(path)  # first: what is small fails before what is large
+        self.tokenizer, self.rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
         self.stock = load(path, device, dtype)
         self.text = Text(self.stock)
-        self.rule = ImageRule.from_pretrained(path)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token

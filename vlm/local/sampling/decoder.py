@@ -4,6 +4,7 @@ One pass appends one token to each sequence, and others join between two. A sequ
 key-value cache, and one that waits takes it.
 """
 
+import math
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -44,13 +45,19 @@ class TokenSequence:
         self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
 
     def append(self, token: int, log_prob: float) -> None:
-        """Append a token; its log-probability is the model's, before any filter or temperature."""
+        """Append a token; its log-probability is the model's, before any filter or temperature. One that is not finite
+        ends the sequence."""
         self.tokens.append(token)
         self.log_probs.append(log_prob)
-        if token in self._ids or (self._strings and self._text_stops()):
+        if not self.finite or token in self._ids or (self._strings and self._text_stops()):
             self.reason = "stop"
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model gave numbers."""
+        return all(map(math.isfinite, self.log_probs[-1:]))  # it ends at the first that is none
 
     def end(self) -> None:
         """Let it get no more tokens: the model's context is full, or nobody waits for the rest."""
@@ -228,7 +235,10 @@ def sample_token(logits: Tensor, params: types.SamplingParams, generator: torch.
     """A token from (vocabulary,) logits: the largest at temperature 0, else drawn after top-k and top-p."""
     if params.temperature == 0:
         return int(logits.argmax())
-    scaled = (logits.double().cpu() - logits.max().item()) / params.temperature  # at most 0: no temperature overflows
+    largest = logits.max().item()
+    if not math.isfinite(largest):  # NaN: its log-probability says so
+        return 0
+    scaled = (logits.double().cpu() - largest) / params.temperature  # at most 0: no temperature overflows
     probs, tokens = _candidates(scaled, params.top_k, params.top_p)
     mass = probs.cumsum(-1)
     drawn = torch.searchsorted(mass, torch.rand((), generator=generator, dtype=torch.float64) * mass[-1], right=True)

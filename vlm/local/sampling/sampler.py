@@ -14,7 +14,7 @@ from tinker import types
 from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
-from kshot.errors import RequestError
+from kshot.errors import NotFiniteError, RequestError
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Causal
 from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
@@ -43,24 +43,31 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """The samples of a request, and the fields of SampleResponse about its prompt."""
+    """The samples of a request, and the fields of SampleResponse about its prompt. model: its name."""
 
     sequences: Sequence[TokenSequence]
     prompt_fields: dict[str, Any]
+    model: str
 
     @property
     def done(self) -> bool:
         """Whether every sample has ended."""
         return all(sequence.reason is not None for sequence in self.sequences)
 
+    def check(self) -> None:
+        """Raise NotFiniteError where the model gave NaN."""
+        if not all(sequence.finite for sequence in self.sequences):
+            raise NotFiniteError(self.model, "log-probabilities")
+
     def response(self) -> types.SampleResponse:
-        """What was sampled so far."""
+        """What was sampled so far; raises as `check`."""
+        self.check()
         return types.SampleResponse(sequences=[each.sampled() for each in self.sequences], **self.prompt_fields)
 
 
 def sample(engine: Engine, snapshot: Snapshot, requests: Sequence[SamplingRequest]) -> list[types.SampleResponse]:
     """The results, in order. The same requests in the same order give the same results where each has a seed or
-    temperature 0. Raises RequestError and ImageError for what cannot be sampled."""
+    temperature 0. Raises RequestError and ImageError for what cannot be sampled, NotFiniteError."""
     for request in requests:
         check(engine, request)
     done: dict[int, types.SampleResponse] = {}
@@ -106,7 +113,8 @@ def check(engine: Engine, request: SamplingRequest) -> None:
 def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
     """Read the prompts in one pass, and add their samples to the decoder, each with its first token.
 
-    Raises RequestError or ImageError for a prompt that the model does not take; then none is added.
+    Raises RequestError or ImageError for a prompt that the model does not take, NotFiniteError for log-probabilities of
+    it that are NaN; then none is added.
     """
     engine, factors = decoder.engine, decoder.snapshot
     batch = engine.collate([request.prompt for request in requests], factors)
@@ -121,7 +129,7 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
         top, row = request.topk_sample_logprobs, slice(end + 1 - length, end + 1)
         sequences = [TokenSequence(tokenizer, request.params, number, top) for number in range(request.num_samples)]
         values = _prompt_values(decoder, batch, hidden, row, request) if request.prompt_fields else {}
-        results.append(SamplingResult(sequences, values))
+        results.append(SamplingResult(sequences, values, engine.model.name))
     decoder.add(cache, logits, batch.next_position, [result.sequences for result in results])
     return results
 
@@ -146,6 +154,8 @@ def _prompt_values(
     inputs = states[start - 1 : -1], ids[start:], request, targets[start - 1 :], uniform[start - 1 :]
     parts = zip(*_scored(decoder, *inputs), strict=True)
     own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
+    if not all(np.isfinite(each).all() for each in (own, tops, chosen, drawn_values)):
+        raise NotFiniteError(decoder.engine.model.name, "log-probabilities")
     if request.prompt_logprobs:
         values["prompt_logprobs_np"] = _behind(first_own, own[first_own - start :], np.nan)
         values["prompt_logprobs_np"][(ids == decoder.engine.model.image_token).cpu().numpy()] = np.nan

@@ -17,7 +17,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException  # of which FastAPI's own is a kind
 
-from kshot.errors import ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
+from kshot.errors import (
+    ImageError,
+    KshotError,
+    MissingError,
+    ModelError,
+    NotFiniteError,
+    PromptError,
+    UnknownNameError,
+)
 from vlm.inputs import model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
@@ -170,6 +178,8 @@ def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of an error. What nobody meant to raise gets no details."""
     status, message, param, code = 500, str(error), None, None
     match error:
+        case NotFiniteError():
+            status, param = status_of(error), "model"
         case UnknownNameError() | ModelError() | MissingError():  # nothing but models is looked up here
             status, param, code = 404, "model", "model_not_found"
         case RequestValidationError():

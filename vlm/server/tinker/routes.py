@@ -16,10 +16,10 @@ from kshot.checks import KINDS
 from kshot.errors import LostError, MissingError, RequestError
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
-from vlm.server.guard import Route
+from vlm.server.guard import Route, Signer
 from vlm.server.state import ServerState, check_project
 from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
-from vlm.server.tinker import training, wire
+from vlm.server.tinker import downloads, training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
 
@@ -28,7 +28,7 @@ PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK wa
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
 DYNAMIC = {"sample_cancel_enabled": True}
-TYPES = dict(zip(KINDS, ("training", "sampler"), strict=True))  # our folders → the protocol's words
+TYPES = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))  # our folders → the protocol's words
 OWNER = "local"
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**31)]
@@ -62,7 +62,9 @@ class WeightsInfo(StrictBody):
     tinker_path: str
 
 
-def routes(state: ServerState, training_service: TrainingService, sampling_service: SamplingService) -> APIRouter:
+def routes(
+    state: ServerState, training_service: TrainingService, sampling_service: SamplingService, signer: Signer
+) -> APIRouter:
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
     _server(router, state)
@@ -71,6 +73,7 @@ def routes(state: ServerState, training_service: TrainingService, sampling_servi
     _sampling(router, state, sampling_service)
     _answers(router, state)
     _lists(router, state)
+    downloads.add(router, state, signer)
     return router
 
 
@@ -168,8 +171,7 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
 
     @router.post("/save_weights_external")
     async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
-        text = "save_weights_external is not offered; checkpoints lie below --state as PEFT's safetensors: save_state"
-        return submit(training.Refused(state, request, RequestError(text)))
+        return submit(training.SaveWeightsExternal(state, request))
 
     @router.post("/load_weights")
     async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
@@ -318,7 +320,7 @@ def _existing(state: ServerState, kind: type[Row], key: str) -> Row:
 
 def _run(state: ServerState, row: Run) -> dict[str, Any]:
     live = state.runs.get(row.id)
-    last, last_sampler = (state.store.last_checkpoint(row.id, kind) for kind in KINDS)
+    last, last_sampler = (state.store.last_checkpoint(row.id, kind) for kind in KINDS[:2])
     return {
         "training_run_id": row.id,
         "base_model": row.base_model,

@@ -15,7 +15,7 @@ from tinker import types
 
 from kshot.checks import path_of
 from kshot.errors import BusyError, KshotError, MissingError, RequestError
-from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, recipients, refuse
 from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
@@ -122,6 +122,23 @@ class SaveWeightsForSampler(SaveWeights):
 
     def save(self, client: LocalTrainingClient) -> Any:
         return client.save_weights_for_sampler(self.name, user_metadata=self.metadata)
+
+
+class SaveWeightsExternal(SaveWeights):
+    """The weights alone, for others to fetch: PEFT's files, encrypted where the request names recipients."""
+
+    kind, type = "external_weights", "save_weights_external"
+
+    @property
+    def metadata(self) -> None:
+        return None  # the request has none: the run's stays
+
+    def check(self) -> None:
+        super().check()
+        recipients(self.request.age_encryption_recipients or ())
+
+    def save(self, client: LocalTrainingClient) -> Any:
+        return client.save_weights_external(self.name, None, self.request.age_encryption_recipients)
 
 
 class SnapshotForSampler(RunOperation):
