@@ -13,6 +13,7 @@ from experiments.sweep.provenance import TOGETHER, file_stem
 from experiments.sweep.store import PACKED, Results
 from kshot.errors import InputError, KshotError
 from kshot.hub import LOG_IN, first_cause, one_line, translated
+from vlm.models import loadable
 
 MODEL, DATASET = "model", "dataset"  # the hub's kinds of repositories
 PHOTOGRAPH = re.compile(rb"data:image/(?!svg\+xml)")  # figures are drawings; images of data sets are JPEG
@@ -103,10 +104,11 @@ def _results_files(folder: Path) -> list[str]:
 
 def _leaks(folder: Path) -> tuple[str, ...]:
     card = adapters.read_card(folder)
-    if card is None or card.base_folder is None:
+    place = loadable(card.base_model) if card else ""
+    if not Path(place).is_absolute():  # an id of the hub
         return ()
     records = sorted(name for name in adapters.FILES if name.endswith(".json"))
-    return tuple(name for name in records if card.base_model in (folder / name).read_text(encoding="utf-8"))
+    return tuple(name for name in records if place in (folder / name).read_text(encoding="utf-8"))
 
 
 def _send(upload: Upload) -> Upload:

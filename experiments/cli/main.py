@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.cli import bench, data
-from experiments.cli.adapters import predict, push, train
+from experiments.cli.adapters import export, predict, push, train
 from experiments.cli.serve import serve
 from experiments.cli.sweep import demo, report, sweep, zero_shot
 from experiments.terminal import fail, out
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "push": push,
     "predict": predict,
+    "export": export,
     "zero-shot": zero_shot,
     "serve": serve,
 }

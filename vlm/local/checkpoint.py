@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,9 +19,16 @@ from torch import Tensor
 from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
-from vlm.local.model.lora import LoraSpec
+from vlm.local import foreign
+from vlm.local.model.lora import Adapter, Layout, LoraSpec
+from vlm.models import full_name, loadable
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
+
+MERGING = (
+    "Where the model's head is tied to its embeddings, PEFT's bare merge_and_unload() of this adapter changes the "
+    "embeddings too, and gives another model. This merges right: kshot export FOLDER --merged OUT (or --peft OUT)."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Checkpoint:
     experts: bool = False
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
+    foreign: bool = False  # its weights may lack tensors of the spec's, and have a lower rank
+
+    def adapter(self, layout: Layout) -> Adapter:
+        """Its adapter in the layout of its spec over a model. Raises ModelError where it does not belong to that."""
+        return Adapter.of(layout, foreign.padded(layout, self.weights) if self.foreign else self.weights)
 
 
 def state_folder() -> Path:
@@ -61,14 +74,17 @@ def load(state: Path, path: str) -> Checkpoint:
 
 
 def load_folder(folder: Path) -> Checkpoint:
-    """Read the adapter in a folder of this layout, wherever it lies, without optimizer. Raises ModelError where there
-    is none or it is damaged."""
+    """Read the adapter in a folder of this layout, or as others save it, wherever it lies, without optimizer. Raises
+    ModelError where there is none, it is damaged, or cannot be computed here."""
     if not folder.is_dir():
-        raise ModelError(f"adapter {folder} is no folder; give one that kshot train wrote")
-    if not (folder / RECORD).is_file():
-        way_out = "only adapters that kshot wrote can be read: train it again"
-        raise ModelError(f"adapter {folder} has no {RECORD}; {way_out}")
-    adapter = _read(folder, f"adapter {folder}")
+        raise ModelError(f"adapter {folder} is no folder; give one that kshot train or PEFT wrote")
+    if (folder / RECORD).is_file():
+        adapter = _read(folder, f"adapter {folder}")
+    elif foreign.is_foreign(folder):
+        read = foreign.read(folder)
+        adapter = Checkpoint(read.base_model, read.spec, read.weights, foreign=True)
+    else:
+        raise ModelError(f"adapter {folder} has neither {RECORD} nor {foreign.CONFIG}; give a folder with an adapter")
     if not all(tensor.float().isfinite().all() for tensor in adapter.weights.values()):
         raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
     return adapter
@@ -102,11 +118,16 @@ def _spec(values: Any) -> LoraSpec:
     return spec
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(dict(checkpoint.weights), folder / WEIGHTS)
-    config = checkpoint.spec.config(experts=checkpoint.experts)
-    config.base_model_name_or_path = checkpoint.base_model
+def write_peft(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
+    """Write the two files of an adapter that PEFT reads."""
+    save_file(dict(weights), folder / WEIGHTS)
+    config.base_model_name_or_path = loadable(base_model)
+    config.revision = full_name(base_model).partition("@")[2] or None
     config.save_pretrained(str(folder))
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    write_peft(folder, checkpoint.weights, checkpoint.spec.config(experts=checkpoint.experts), checkpoint.base_model)
     if checkpoint.optimizer is not None:
         save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)
     record = {
@@ -115,4 +136,6 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
     }
+    if checkpoint.spec.train_unembed:
+        record["note"] = MERGING
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -235,7 +235,7 @@ class Engine:
         model, device = self.model, self.model.device
         for each in inputs:
             _check(model, each)
-        if factors is not None and factors.spec.train_vision:
+        if factors is not None and factors.spec.in_tower:
             images = self.vision.live(_images(inputs), partial(_tower_linear, factors))
         else:
             images = self.vision.features(_images(inputs))
@@ -267,7 +267,7 @@ class Engine:
         """The items in packs of at most PACK positions, each with its batch. All are made before the first is run, so
         that a bad one stops them all, unless the tower is trained: its graphs would be in memory together."""
         made = ((pack, self._batch(pack, factors)) for pack in _packs(items))
-        return made if factors.spec.train_vision else iter(list(made))
+        return made if factors.spec.in_tower else iter(list(made))
 
     def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
         batch = self.collate([item.model_input for item in pack.items], factors)

@@ -22,14 +22,10 @@ from kshot.hub import one_line, translated
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
-from vlm.local.model.lora import Layout
+from vlm.local.model.lora import KINDS, Layout
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
 
-KINDS = {  # model_type → the stock class
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-}
 PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profile
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors

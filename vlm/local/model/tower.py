@@ -38,8 +38,8 @@ def tower(
     visual: the stock Qwen3VLVisionModel of a dense or a mixture-of-experts model.
     pixels: (count x height x width, channels x time x patch x patch), as the stock image processor orders them.
     grid: patches (1, height, width) of each image.
-    linear: computes layer(x) for each linear layer of the blocks, which it gets with its name in the tower
-        ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "blocks.0.mlp.linear_fc2").
+    linear: computes layer(x) for each linear layer, which it gets with its name in the tower ("blocks.0.attn.qkv",
+        "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "merger.linear_fc1", "deepstack_merger_list.0.linear_fc2").
     """
     positions, *rotation = _grid_tables(visual, grid)
     x = _patches(visual.patch_embed.proj, pixels).unflatten(0, (count, -1)) + positions
@@ -50,8 +50,8 @@ def tower(
         x = x + _mlp(f"{name}.mlp", block.mlp, _norm(block.norm2, x), linear)
         if number in visual.deepstack_visual_indexes:
             level = visual.deepstack_visual_indexes.index(number)
-            merged[level] = _merge(visual.deepstack_merger_list[level], x)
-    return _merge(visual.merger, x), tuple(merged[level] for level in sorted(merged))
+            merged[level] = _merge(f"deepstack_merger_list.{level}", visual.deepstack_merger_list[level], x, linear)
+    return _merge("merger", visual.merger, x, linear), tuple(merged[level] for level in sorted(merged))
 
 
 def _patches(convolution: Any, pixels: Tensor) -> Tensor:
@@ -82,12 +82,12 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _merge(merger: Any, x: Tensor) -> Tensor:
+def _merge(name: str, merger: Any, x: Tensor, linear: Linear) -> Tensor:
     """Neighbouring patches become one token: they lie side by side already."""
     after = merger.use_postshuffle_norm
     joined = (x if after else _norm(merger.norm, x)).reshape(len(x), -1, merger.hidden_size)
     joined = _norm(merger.norm, joined) if after else joined
-    return merger.linear_fc2(merger.act_fn(merger.linear_fc1(joined)))
+    return _mlp(name, merger, joined, linear)
 
 
 def _grid_tables(visual: Any, grid: Grid) -> Tables:
