@@ -35,7 +35,8 @@ MERGING = (
 class Checkpoint:
     """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved.
 
-    experts: whether the base model has experts, which PEFT's configuration must name.
+    experts: whether the base model has experts, which PEFT's configuration must name. place: where transformers finds
+    the base model on this machine, a folder or the hub's id, if its name does not say it.
     """
 
     base_model: str
@@ -44,6 +45,7 @@ class Checkpoint:
     experts: bool = False
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
+    place: str | None = None
     foreign: bool = False  # its weights may lack tensors of the spec's, and have a lower rank
 
     def adapter(self, layout: Layout) -> Adapter:
@@ -118,16 +120,19 @@ def _spec(values: Any) -> LoraSpec:
     return spec
 
 
-def write_peft(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
+def write_peft(
+    folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, base_model: str, place: str | None = None
+) -> None:
     """Write the two files of an adapter that PEFT reads."""
     save_file(dict(weights), folder / WEIGHTS)
-    config.base_model_name_or_path = loadable(base_model)
+    config.base_model_name_or_path = place or loadable(base_model)
     config.revision = full_name(base_model).partition("@")[2] or None
     config.save_pretrained(str(folder))
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    write_peft(folder, checkpoint.weights, checkpoint.spec.config(experts=checkpoint.experts), checkpoint.base_model)
+    config = checkpoint.spec.config(experts=checkpoint.experts)
+    write_peft(folder, checkpoint.weights, config, checkpoint.base_model, checkpoint.place)
     if checkpoint.optimizer is not None:
         save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)
     record = {
