@@ -141,6 +141,16 @@ def test_the_base_model_under_another_name(
         other.create_sampling_client_from_folder(tmp_path).result()
 
 
+def test_a_head_that_was_trained_or_resized_is_named(tmp_path: Path, other: LocalServiceClient) -> None:
+    peft_adapter(nano.folder(), tmp_path, LoraConfig(**ADAPTERS["head"]))
+    tensors = load_file(tmp_path / WEIGHTS)
+    (name,) = (name for name in tensors if name.endswith("lm_head.base_layer.weight"))  # PEFT saves it beside
+    for changed in (tensors[name] + 1, tensors[name][:-1]):
+        save_file(tensors | {name: changed}, tmp_path / WEIGHTS)
+        with pytest.raises(ModelError, match=r"it brings another lm_head\.weight than the model's; merge it"):
+            other.create_sampling_client_from_folder(tmp_path).result()
+
+
 LISTED = {"r": 2, "target_modules": ["q_proj"]}
 REFUSED: list[tuple[PeftConfig, str]] = [
     (LoraConfig(use_dora=True, **LISTED), "has DoRA"),
@@ -193,7 +203,7 @@ DAMAGED: list[tuple[Callable[[Path], object], str]] = [
     (of_names(f"{LAYER}mlp.gate.lora_A.weight"), "covers .*mlp.gate, a layer on which kshot computes no LoRA"),
     (of_names(f"{LAYER}mlp.experts.3.up_proj.lora_A.weight"), "covers .*experts.3.up_proj, a layer on which"),
     (of_names("base_model.model.model.visual.patch_embed.proj.lora_A.weight"), "covers .*patch_embed.proj"),
-    (of_names("base_model.model.lm_head.weight"), r"has whole layers \(modules_to_save\)"),
+    (of_names(f"{LAYER}self_attn.q_proj.weight"), r"has whole layers \(modules_to_save\)"),
     (of_names(*(f"{LAYER}self_attn.q_proj.lora_{side}.weight" for side in "AB")), "of another size"),
     (of_names(*(f"{LAYER.replace('.0.', '.9.')}self_attn.q_proj.lora_{side}.weight" for side in "AB")), "has no layer"),
 ]

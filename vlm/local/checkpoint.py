@@ -20,7 +20,8 @@ from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
 from vlm.local import foreign
-from vlm.local.model.lora import Adapter, Layout, LoraSpec
+from vlm.local.model.load import Model
+from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.models import full_name, loadable
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
@@ -46,11 +47,15 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
     place: str | None = None
-    foreign: bool = False  # its weights may lack tensors of the spec's, and have a lower rank
+    origin: foreign.Foreign | None = None  # where others wrote it
 
-    def adapter(self, layout: Layout) -> Adapter:
-        """Its adapter in the layout of its spec over a model. Raises ModelError where it does not belong to that."""
-        return Adapter.of(layout, foreign.padded(layout, self.weights) if self.foreign else self.weights)
+    def adapter(self, model: Model) -> Adapter:
+        """Its adapter over a model. Raises ModelError where it does not belong to that."""
+        layout = model.layout(self.spec)
+        if self.origin is None:
+            return Adapter.of(layout, self.weights)
+        foreign.check_copies(model.stock, self.origin.copies)
+        return Adapter.of(layout, foreign.padded(layout, self.weights))
 
 
 def state_folder() -> Path:
@@ -84,7 +89,7 @@ def load_folder(folder: Path) -> Checkpoint:
         adapter = _read(folder, f"adapter {folder}")
     elif foreign.is_foreign(folder):
         read = foreign.read(folder)
-        adapter = Checkpoint(read.base_model, read.spec, read.weights, foreign=True)
+        adapter = Checkpoint(read.base_model, read.spec, read.weights, origin=read)
     else:
         raise ModelError(f"adapter {folder} has neither {RECORD} nor {foreign.CONFIG}; give a folder with an adapter")
     if not all(tensor.float().isfinite().all() for tensor in adapter.weights.values()):

@@ -127,7 +127,7 @@ def _ours(
     """The model, the adapter over it, prompts and (positions, vocabulary) logits of each by this engine."""
     model = Model(name, device)
     try:
-        numbers = saved.adapter(model.layout(saved.spec))
+        numbers = saved.adapter(model)
     except ModelError as error:
         raise ModelError(f"adapter {adapter} does not belong to the model {name}: {error}") from error
     engine, prompts = Engine(model), list(_prompts(model))

@@ -16,10 +16,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kshot.errors import ModelError, RequestError
 from vlm.local.model.lora import ALPHA, EXPERTS, MAX_RANK, TARGETS, Layout, LoraSpec
+from vlm.local.model.placement import EMBEDDINGS, HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 1 << 20  # bytes
@@ -33,6 +34,7 @@ HARMLESS = (
 )
 INITIAL = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights that leave the model's weights alone
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_COPY = re.compile(r"(?:base_model\.model\.)?(?:.+\.)?(embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 # The name of a layer in the stock model, whatever the model around it was called.
 _LAYER = re.compile(r"(?:.+\.)?(?:(layers\.\d+\.(?:self_attn|mlp)\..+)|visual\.(.+)|(lm_head))")
 _EXPERTS = re.compile(rf"model\.language_model\.layers\.\d+\.{re.escape(EXPERTS)}(\.base_layer)?")
@@ -40,11 +42,13 @@ _EXPERTS = re.compile(rf"model\.language_model\.layers\.\d+\.{re.escape(EXPERTS)
 
 class Foreign(NamedTuple):
     """base_model: the name that was written down, or "". weights: as PEFT names them, of the layers that are covered,
-    at their own ranks, B times what the scale of `spec` lacks."""
+    at their own ranks, B times what the scale of `spec` lacks. copies: by their names in the stock model, weights of it
+    that PEFT saves beside LoRA on a head."""
 
     base_model: str
     spec: LoraSpec
     weights: dict[str, Tensor]
+    copies: dict[str, Tensor]
 
 
 class _Settings(NamedTuple):
@@ -68,7 +72,8 @@ def read(folder: Path) -> Foreign:
     """The adapter in a folder as PEFT saves it. Raises ModelError where it is damaged or cannot be computed here."""
     name = f"adapter {folder}"
     settings, tensors = _settings(name, folder / CONFIG), _tensors(name, folder)
-    pairs = _pairs(name, tensors, settings.parameters)
+    copies = {key: found[1] for key in tensors if (found := _COPY.fullmatch(key))}
+    pairs = _pairs(name, {key: t for key, t in tensors.items() if key not in copies}, settings.parameters)
     flags = {flag: any(re.fullmatch(p, layer) for layer in pairs) for flag, p in TARGETS.items()}
     flags["train_mlp"] |= any(_EXPERTS.fullmatch(layer) for layer in pairs)
     ranks = {layer: _pattern(settings.ranks, layer, theirs, settings.rank) for layer, (theirs, _) in pairs.items()}
@@ -87,7 +92,16 @@ def read(folder: Path) -> Foreign:
         scale = alpha / (math.sqrt(rank) if settings.root else rank)
         weights[f"base_model.model.{layer}.lora_A.weight"] = a
         weights[f"base_model.model.{layer}.lora_B.weight"] = b * (scale * spec.rank / ALPHA)
-    return Foreign(settings.base_model, spec, weights)
+    same = {f"{HEAD if layer == HEAD else EMBEDDINGS}.weight": tensors[key] for key, layer in copies.items()}
+    return Foreign(settings.base_model, spec, weights, same)
+
+
+def check_copies(stock: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where weights that an adapter brings are not the model's: a vocabulary that was resized."""
+    for name, tensor in copies.items():
+        own = stock.get_parameter(name)
+        if own.shape != tensor.shape or not own.to(tensor).equal(tensor):
+            raise ModelError(f"it brings another {name} than the model's; {MERGE}")
 
 
 def padded(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

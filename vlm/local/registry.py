@@ -113,7 +113,7 @@ class EngineRegistry:
         try:
             self.engine(name)
         except ModelError as error:
-            if base_model is not None or not saved.foreign:
+            if base_model is not None or saved.origin is None:
                 raise
             raise ModelError(f"{error}. adapter {folder} is of it: {way_out}") from error
         except UnknownNameError as error:
@@ -127,7 +127,7 @@ class EngineRegistry:
 
     def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
         engine = self.engine(saved.base_model)
-        adapter = saved.adapter(engine.model.layout(saved.spec))
+        adapter = saved.adapter(engine.model)
         return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
 
 
