@@ -18,6 +18,8 @@ from kshot.errors import RequestError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
+    from vlm.local.export import Proof
+
 NAMES = ("local", "tinker", "http://HOST:PORT")
 SCHEMES = {"http": 80, "https": 443}
 LOOPBACK_KEY = "tml-local"  # the SDK insists on a key of this shape; a local server without keys takes any
@@ -160,6 +162,13 @@ def adapter_parameters(model: Any, rank: int) -> int:
     from vlm.local.model.lora import Layout, LoraSpec
 
     return sum(Layout(model, LoraSpec(rank)).sizes.values())
+
+
+def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> "Proof":
+    """Write an adapter for other programs, as "merged", "peft" or "vllm"; see `vlm.local.export`."""
+    from vlm.local import export
+
+    return export.export(adapter, target, form, base_model, device)
 
 
 def pass_limits() -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from kshot.errors import InputError, ModelError
 from kshot.files import replace_folder, write_file
+from kshot.images import MAX_RATIO
 from vlm import nano
 
 CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
@@ -41,7 +42,7 @@ def read_card(folder: Path) -> Card | None:
     one, and where there is no folder."""
     path = folder / CARD
     if not folder.is_dir():
-        raise ModelError(f"adapter {folder} is no folder; give one that kshot train wrote")
+        raise ModelError(f"adapter {folder} is no folder; give one that kshot train or PEFT wrote")
     if not path.exists():
         return None
     try:
@@ -127,6 +128,7 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         hub_id=hub_id,
         revision=revision,
         code=_code,
+        least=-(-card.max_side // MAX_RATIO),  # of the short side, as in `data.preparation`
         table=_table,
         python=repr,
     )

@@ -10,6 +10,7 @@ from experiments.sweep.provenance import TOGETHER, file_stem
 from experiments.sweep.store import PACKED, Results
 from kshot.errors import InputError, KshotError
 from kshot.hub import LOG_IN, first_cause, one_line, translated
+from vlm.models import loadable
 
 MODEL, DATASET = "model", "dataset"  # the hub's kinds of repositories
 PHOTOGRAPH = re.compile(rb"data:image/(?!svg\+xml)")  # figures are drawings; images of data sets are JPEG
@@ -76,7 +77,8 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
     sizes = tuple((name, (folder / name).stat().st_size) for name in names)
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     skipped = tuple(sorted(present - {name.split("/")[0] for name in names}))
-    place = card.base_model if card and card.base_folder else ""
+    place = loadable(card.base_model) if card else ""
+    place = place if Path(place).is_absolute() else ""  # an id of the hub is no leak
     records = {name: (folder / name).read_text(encoding="utf-8") for name in names if place and name.endswith(".json")}
     leaks = tuple(name for name, text in records.items() if place in text)
     return Upload(folder, repo, kind, private, sizes, skipped, leaks)

@@ -1,5 +1,6 @@
-"""`kshot train`, `predict` and `push`: an adapter is trained, classifies images, and is sent to the hub; and
---push-to-hub of other commands. Without --yes nothing is sent and the hub is not contacted."""
+"""`kshot train`, `predict`, `export` and `push`: an adapter is trained, classifies images, is written for other
+programs, and is sent to the hub; and --push-to-hub of other commands. Without --yes nothing is sent and the hub is not
+contacted."""
 
 import json
 import os
@@ -112,7 +113,8 @@ Method = Annotated[
 def predict(
     images: Images,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="DIR", help="A folder that kshot train wrote.")
+        Path | None,
+        typer.Option("--adapter", metavar="DIR", help="A folder that kshot train wrote, or LoRA as PEFT saves it."),
     ] = None,
     model: Annotated[
         str | None,
@@ -202,6 +204,36 @@ def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] 
     if not listed:
         raise InputError(f"--classes {file} holds no class name; write one a line")
     return listed
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder of kshot train, kshot serve or PEFT.")],
+    merged: Annotated[
+        Path | None,
+        typer.Option("--merged", metavar="OUT", help="A plain checkpoint, which all that reads the model reads."),
+    ] = None,
+    peft: Annotated[
+        Path | None, typer.Option("--peft", metavar="OUT", help="For PEFT; merging it gives the same model.")
+    ] = None,
+    vllm: Annotated[Path | None, typer.Option("--vllm", metavar="OUT", help="For vLLM's --lora-modules.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Where the adapter's model is now.")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where it is checked: cpu, cuda, cuda:N or auto.")] = "cpu",
+) -> None:
+    """Write an adapter for other programs: a new folder, kept if its logits are kshot's in transformers and PEFT."""
+    from vlm.service import export as write
+
+    targets = {form: path for form, path in (("merged", merged), ("peft", peft), ("vllm", vllm)) if path is not None}
+    if len(targets) != 1:
+        raise InputError("give one of --merged OUT, --peft OUT and --vllm OUT: what the adapter is for")
+    ((form, target),) = targets.items()
+    with err.status("writing and checking"):
+        proof = write(adapter, target, form, model, device)
+    print_paths([target])
+    out.print(
+        f"on {proof.prompts} prompts a logit differs by {proof.gap:.2g} at most (the largest is {proof.reach:.3g})"
+    )
+    if proof.use:
+        out.print(proof.use)
 
 
 def push(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.cli import bench, data
-from experiments.cli.adapters import predict, push, train
+from experiments.cli.adapters import export, predict, push, train
 from experiments.cli.serve import serve
 from experiments.cli.sweep import demo, report, sweep, zero_shot
 from experiments.terminal import fail, out
@@ -21,7 +21,7 @@ def _named(*functions: Callable[..., None]) -> Commands:
     return {function.__name__.replace("_", "-"): function for function in functions}
 
 
-COMMANDS = _named(demo, sweep, report, train, push, predict, zero_shot, serve)
+COMMANDS = _named(demo, sweep, report, train, push, predict, export, zero_shot, serve)
 MEASURES = _named(bench.data, bench.train, bench.score, bench.baseline, bench.serve, bench.sweep)
 GROUPS = {
     "data": ("The data sets.", {"list": data.list_data, "get": data.get, "check": data.check}),

@@ -3,19 +3,27 @@
 import json
 import re
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tinker
 import yaml
-from PIL import Image
+from peft import PeftModel
+from PIL import Image, ImageOps
 from stored import CLASSES
 from trained import TRAINING, train
+from transformers import AutoModelForImageTextToText
 
+from data.preparation import prepare
 from experiments.adapters import folder as cards
 from experiments.adapters.folder import Card, read_card
-from tests.vlm.checkpoints import sharded
+from kshot.checks import folder_of
+from kshot.images import open_image
+from tests.vlm.checkpoints import random_model, sharded
+from tests.vlm.helpers import disturb, stock_logits
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
@@ -127,40 +135,102 @@ def test_of_many_classes_a_few_are_shown() -> None:
     assert "`c5`" not in text
 
 
-def test_the_code_lays_transparency_over_white_and_turns_the_image(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", cards.readme(card(max_side=480)), re.DOTALL)
-    image, exif = Image.new("RGBA", (40, 20)), Image.Exif()
-    image.paste("black", (0, 0, 10, 10))
-    exif[0x0112] = 6  # stored turned left
-    image.save(tmp_path / "image.png", exif=exif)
-    lines = [line for line in code.splitlines() if line.startswith(("from PIL", "image"))]
+def code_of(text: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return str(code)
+
+
+def photograph(mode: str, width: int, height: int) -> Image.Image:
+    """Smooth colours and sharp edges, of which the left part is see-through where the mode knows that."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 4), dtype=np.uint8), "RGBA")
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((10, 200, 30, 90), (0, 0, width // 4, height // 3))
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "P":
+        return image.quantize(32)  # a palette with transparent colours
+    return image.convert(mode)
+
+
+PICTURES = [  # mode, width, height, format, orientation
+    *(("RGBA", 700, 300, "PNG", 6), ("LA", 60, 40, "PNG", 1), ("P", 500, 470, "PNG", 1), ("I;16", 600, 200, "PNG", 3)),
+    *(
+        ("RGB", 481, 333, "JPEG", 8),
+        ("CMYK", 900, 600, "JPEG", 1),
+        ("L", 100, 30, "JPEG", 5),
+        ("RGB", 4000, 30, "PNG", 1),
+    ),
+    *(
+        ("RGB", 4032, 3024, "JPEG", 6),
+        ("L", 1930, 2111, "JPEG", 1),
+        ("1", 300, 300, "PNG", 1),
+        ("RGBA", 90, 90, "WEBP", 6),
+    ),
+]
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda p: "-".join(map(str, p)))
+def test_the_code_makes_the_pixels_that_kshot_shows(picture: tuple[str, int, int, str, int], tmp_path: Path) -> None:
+    mode, width, height, format, orientation = picture
+    exif, path = Image.Exif(), tmp_path / "image"
+    exif[0x0112] = orientation
+    photograph(mode, width, height).save(path, format, exif=exif)
+    code = code_of(cards.readme(card(max_side=480))).partition("def fitted")
+    lines = "".join(code[1:]).partition("inputs =")[0].replace('"IMAGE"', repr(str(path)))
+    scope = {"np": np, "Image": Image, "ImageOps": ImageOps, "BytesIO": BytesIO}
+    exec(lines, scope)  # noqa: S102 - the point of it
+    expected = open_image(prepare(path.read_bytes(), max_side=480))
+    np.testing.assert_array_equal(np.asarray(scope["image"]), np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+@pytest.mark.parametrize(("kind", "tied"), [(kind, tied) for kind in ("dense", "sparse") for tied in (True, False)])
+def test_merged_by_its_lines_the_model_is_the_unmerged_one(kind: str, tied: bool, tmp_path: Path) -> None:
+    base = random_model(tmp_path / "base", kind, tied=tied)
+    client = LocalServiceClient(tmp_path).create_lora_training_client(str(base), rank=4, seed=0).result()
+    disturb(client)
+    adapter = folder_of(tmp_path, client.save_weights_for_sampler("x").result().path)
+    lines = code_of(cards.readme(card(base_model=str(base)))).partition("\ndef fitted")[0]
     scope = dict[str, Any]()
-    exec("\n".join(lines).replace('"IMAGE"', repr(str(tmp_path / "image.png"))), scope)  # noqa: S102 - the point of it
-    shown = scope["image"]
-    assert (shown.mode, shown.size) == ("RGB", (20, 40))
-    assert (shown.getpixel((19, 0)), shown.getpixel((0, 0))) == ((0, 0, 0), (255, 255, 255))
+    exec(lines.replace(f"'PATH/TO/{base.name}'", repr(str(base))).replace('"DIR"', repr(str(adapter))), scope)  # noqa: S102
+    stock = AutoModelForImageTextToText.from_pretrained(base).eval()
+    rule, ids = ImageRule.from_pretrained(str(base)), tinker.ModelInput.from_ints([5, 6, 7, 8])
+    expected = stock_logits(PeftModel.from_pretrained(stock, adapter), ids, rule)
+    merged = scope["model"].merge_and_unload()
+    assert (stock_logits(merged, ids, rule) - expected).abs().max() < 1e-4
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert (stock_logits(again, ids, rule) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 def test_the_code_runs_and_writes_what_kshot_reads(
-    written: str, adapter: Path, photos: Path, tmp_path: Path, service: LocalServiceClient
+    written: str, adapter: Path, photos: Path, service: LocalServiceClient
 ) -> None:
-    """With transformers and PEFT alone, on the very image that kshot shows the model."""
-    from data.preparation import prepare
+    """With transformers and PEFT alone, on images as they are."""
     from vlm.classifier import generate
 
-    (code,) = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
     recorded = read_card(adapter)
     assert recorded is not None
     sampler = service.create_sampling_client_from_folder(adapter).result()
     rule = ImageRule.from_pretrained(nano.NAME)
     prompt = Prompt(sampler.get_tokenizer(), rule, recorded.classes, template(recorded.prompt))
     for n, name in enumerate(CLASSES):
-        image = prepare((photos / name / f"{n}.png").read_bytes(), max_side=recorded.max_side, name=name)
-        (tmp_path / "image.jpg").write_bytes(image)
-        (answer,) = generate(sampler, [image], prompt, max_tokens=32)
-        place = code.replace('"DIR"', repr(str(adapter))).replace('"IMAGE"', repr(str(tmp_path / "image.jpg")))
+        path = photos / name / f"{n}.png"
+        (answer,) = generate(sampler, [prepare(path.read_bytes(), max_side=recorded.max_side)], prompt, max_tokens=32)
+        place = code_of(written).replace('"DIR"', repr(str(adapter))).replace('"IMAGE"', repr(str(path)))
         with redirect_stdout(StringIO()) as printed:
             exec(compile(place, "README.md", "exec"), {})  # noqa: S102 - the point of the test
         assert printed.getvalue().strip() == answer.partition("\n")[0].strip()
         assert printed.getvalue().strip()
+
+
+def test_the_card_says_what_a_bare_merge_does(written: str) -> None:
+    (text,) = re.findall(r"\*\*Merging\.\*\*.*?\n\n", written, re.DOTALL)
+    for part in (
+        "bare `merge_and_unload()` changes the embeddings",
+        "kshot export DIR --merged OUT",
+        "train_unembed=False",
+    ):
+        assert part in text

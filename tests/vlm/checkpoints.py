@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,6 +57,44 @@ def experts(folder: Path) -> Any:
     model = Qwen3VLMoeForConditionalGeneration(config).eval()
     model.save_pretrained(folder)
     return model
+
+
+class RandomModel(Protocol):
+    """Writes a model of a kind, "dense" or "sparse", its head tied or not, once a session."""
+
+    def __call__(self, kind: str, *, tied: bool) -> Path: ...
+
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
+
+
+def random_model(folder: Path, kind: str, *, tied: bool) -> Path:
+    """Write a model of the nano model's sizes with random weights: dense, or with experts in all layers but one."""
+    import transformers
+
+    sizes = transformers.AutoConfig.from_pretrained(nano.folder())
+    parts = {name: getattr(sizes, name).to_dict() for name in ("text_config", "vision_config")}
+    for part in parts.values():
+        part.pop("model_type")
+    parts["text_config"] |= {
+        "tie_word_embeddings": tied,
+        **({**EXPERTS, "mlp_only_layers": [1]} if kind == "sparse" else {}),
+    }
+    ids = {key: value for key, value in sizes.to_dict().items() if key.endswith("_token_id")}
+    name = "Qwen3VLMoe" if kind == "sparse" else "Qwen3VL"
+    config = getattr(transformers, f"{name}Config")(**parts, tie_word_embeddings=tied, **ids)
+    model, generator = (
+        getattr(transformers, f"{name}ForConditionalGeneration")(config),
+        torch.Generator().manual_seed(0),
+    )
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(tensor, std=0.09, generator=generator)
+        assert tensor.isfinite().all(), name
+    model.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano.folder() / name, folder / name)
+    return folder
 
 
 def copied(folder: Path, to: Path) -> Path:

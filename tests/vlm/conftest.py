@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import tinker
 import torch
 from tinker import types
 
-from tests.vlm import openai_served
+from tests.vlm import checkpoints, openai_served
 from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from tests.vlm.helpers import CLASSES, Pictured
 from tests.vlm.raw import Raw, talking
@@ -133,6 +135,15 @@ def model(stock: Any, rule: ImageRule) -> Any:
     frozen = copy.deepcopy(stock).requires_grad_(False)
     device = torch.device("cpu")
     return SimpleNamespace(stock=frozen, device=device, rule=rule, name=nano.NAME, timed=lambda _: nullcontext())
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> checkpoints.RandomModel:
+    @cache
+    def made(kind: str, *, tied: bool) -> Path:
+        return checkpoints.random_model(tmp_path_factory.mktemp(kind), kind, tied=tied)
+
+    return made
 
 
 @pytest.fixture(scope="session")

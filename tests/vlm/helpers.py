@@ -13,6 +13,7 @@ from tinker import types
 from kshot.images import open_image
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
+from vlm.local.model.attention import Causal
 
 IMAGE = 4082  # the nano tokenizer's <|image_pad|>
 CLASSES = ("star", "car", "cart", "crocodile", "crocodile head", "café ☕")
@@ -59,6 +60,21 @@ def greedy(model: Any, prompt: tinker.ModelInput, rule: ImageRule, length: int) 
     written = model.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
     tokens: list[int] = written[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens
+
+
+def logits_of(client: LocalSamplingClient, asked: tinker.ModelInput) -> torch.Tensor:
+    """(positions, vocabulary) of a prompt, by the engine."""
+    engine, factors = client._engine, client._snapshot.factors
+    with torch.inference_mode():
+        batch = engine.collate([asked], factors)
+        return engine.model.text.logits(engine.model.text.hidden(batch.inputs, Causal(batch.rows), factors), factors)
+
+
+def stock_logits(model: Any, asked: tinker.ModelInput, rule: ImageRule) -> torch.Tensor:
+    """The same by transformers, and PEFT."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**stock_inputs(asked, rule)).logits[0].float()
+    return logits
 
 
 def adapter_of(client: LocalTrainingClient) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def test_a_model_that_has_moved(
 
 def test_what_is_no_folder_is_named(folder: Path, other: LocalServiceClient) -> None:
     for missing in (folder / "nowhere", folder / "kshot.json"):
-        with pytest.raises(ModelError, match="is no folder; give one that kshot train wrote"):
+        with pytest.raises(ModelError, match="is no folder; give one that kshot train or PEFT wrote"):
             other.create_sampling_client_from_folder(missing).result()
 
 
@@ -133,8 +133,8 @@ LORA = (1, [], {"rank": "4"}, {"rank": True}, {"rank": 4.0}, {"rank": 0}, {"rnk"
         (spoil_a_number, "not all of its numbers are finite"),
         (of_another_model, rf"does not belong to the model {nano.NAME}: .*does not fit"),
         (
-            lambda folder: (folder / "kshot.json").unlink(),
-            r"has no kshot\.json; only adapters that kshot wrote can be read",
+            lambda folder: [(folder / name).unlink() for name in ("kshot.json", "adapter_config.json")],
+            r"has neither kshot\.json nor adapter_config\.json; give a folder with an adapter",
         ),
     ],
 )

@@ -1,7 +1,6 @@
 """Adapters of dense models and of experts, with and without the vision tower, against stock transformers and PEFT."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,10 @@ import tinker
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from tinker import types
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText
 
 from kshot.errors import RequestError
+from tests.vlm.checkpoints import RandomModel
 from tests.vlm.helpers import (
     CLASSES,
     Pictured,
@@ -32,7 +26,6 @@ from tests.vlm.helpers import (
     plain_peft,
 )
 from tests.vlm.services import step
-from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, model_input
 from vlm.local.clients import LocalTrainingClient
@@ -40,38 +33,12 @@ from vlm.local.model.lora import LoraSpec
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of the nano model's sizes with random weights: dense, and with experts (in all layers but one; its head
-    untied)."""
-    sizes = AutoConfig.from_pretrained(nano.folder())
-    parts = {name: getattr(sizes, name).to_dict() for name in ("text_config", "vision_config")}
-    for part in parts.values():
-        part.pop("model_type")
-    ids = {key: value for key, value in sizes.to_dict().items() if key.endswith("_token_id")}
-    text = {**parts["text_config"], **EXPERTS, "mlp_only_layers": [1], "tie_word_embeddings": False}
-    sparse = Qwen3VLMoeConfig(**{**parts, "text_config": text}, tie_word_embeddings=False, **ids)
-    made = {"dense": Qwen3VLForConditionalGeneration, "sparse": Qwen3VLMoeForConditionalGeneration}
-    return {
-        kind: _saved(made[kind](config), tmp_path_factory.mktemp(kind))
-        for kind, config in {"dense": sizes, "sparse": sparse}.items()
-    }
-
-
-def _saved(model: Any, folder: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if tensor.ndim > 1:
-            torch.nn.init.normal_(tensor, std=0.09, generator=generator)
-        assert tensor.isfinite().all(), name
-    model.save_pretrained(folder)
-    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(nano.folder() / name, folder / name)
-    return folder
+def folders(random_model: RandomModel) -> dict[str, Path]:
+    return {"dense": random_model("dense", tied=True), "sparse": random_model("sparse", tied=False)}
 
 
 Start = Callable[[str, bool], LocalTrainingClient]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,17 +18,28 @@ from torch import Tensor
 from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
-from vlm.local import age
-from vlm.local.model.lora import LoraSpec
+from vlm.local import age, foreign
+from vlm.local.model.load import Model
+from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.models import full_name, loadable
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 WEIGHTS, OPTIMIZER, RECORD = "adapter_model.safetensors", "optimizer.safetensors", "kshot.json"
+
+MERGING = (
+    "Where the model's head is tied to its embeddings, PEFT's bare merge_and_unload() of this adapter changes the "
+    "embeddings too, and gives another model. This merges right: kshot export FOLDER --merged OUT (or --peft OUT)."
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved.
 
-    experts: whether the base model has experts, which PEFT's configuration must name.
+    experts: whether the base model has experts, which PEFT's configuration must name. place: where transformers finds
+    the base model on this machine, a folder or the hub's id, if its name does not say it.
     """
 
     base_model: str
@@ -37,6 +48,16 @@ class Checkpoint:
     experts: bool = False
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
+    place: str | None = None
+    origin: foreign.Foreign | None = None  # where others wrote it
+
+    def adapter(self, model: Model) -> Adapter:
+        """Its adapter over a model. Raises ModelError where it does not belong to that."""
+        layout = model.layout(self.spec)
+        if self.origin is None:
+            return Adapter.of(layout, self.weights)
+        foreign.check_copies(model.stock, self.origin.copies)
+        return Adapter.of(layout, foreign.padded(layout, self.weights))
 
 
 def state_folder() -> Path:
@@ -76,14 +97,19 @@ def load(state: Path, path: str) -> Checkpoint:
 
 
 def load_folder(folder: Path) -> Checkpoint:
-    """Read the adapter in a folder of this layout, wherever it lies, without optimizer. Raises ModelError where there
-    is none or it is damaged."""
+    """Read the adapter in a folder of this layout, or as others save it, wherever it lies, without optimizer. Raises
+    ModelError where there is none, it is damaged, or cannot be computed here."""
     if not folder.is_dir():
-        raise ModelError(f"adapter {folder} is no folder; give one that kshot train wrote")
-    if not (folder / RECORD).is_file():
-        way_out = "only adapters that kshot wrote can be read: train it again"
-        raise ModelError(f"adapter {folder} has no {RECORD}; {way_out}")
-    return _read(folder, f"adapter {folder}")
+        raise ModelError(f"adapter {folder} is no folder; give one that kshot train or PEFT wrote")
+    if (folder / RECORD).is_file():
+        return _read(folder, f"adapter {folder}")
+    if not foreign.is_foreign(folder):
+        raise ModelError(f"adapter {folder} has neither {RECORD} nor {foreign.CONFIG}; give a folder with an adapter")
+    read = foreign.read(folder)
+    adapter = Checkpoint(read.base_model, read.spec, read.weights, origin=read)
+    if not _is_finite(adapter):
+        raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
+    return adapter
 
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
@@ -121,11 +147,19 @@ def _spec(values: Any) -> LoraSpec:
     return spec
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(dict(checkpoint.weights), folder / WEIGHTS)
-    config = checkpoint.spec.config(experts=checkpoint.experts)
-    config.base_model_name_or_path = checkpoint.base_model
+def write_peft(
+    folder: Path, weights: Mapping[str, Tensor], config: "LoraConfig", base_model: str, place: str | None = None
+) -> None:
+    """Write the two files of an adapter that PEFT reads."""
+    save_file(dict(weights), folder / WEIGHTS)
+    config.base_model_name_or_path = place or loadable(base_model)
+    config.revision = full_name(base_model).partition("@")[2] or None
     config.save_pretrained(str(folder))
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    config = checkpoint.spec.config(experts=checkpoint.experts)
+    write_peft(folder, checkpoint.weights, config, checkpoint.base_model, checkpoint.place)
     if checkpoint.optimizer is not None:
         save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)
     record = {
@@ -134,4 +168,6 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
     }
+    if checkpoint.spec.train_unembed:
+        record["note"] = MERGING
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -167,7 +167,7 @@ class Engine:
         total, outputs = 0.0, dict[int, tinker.TensorData]()
         with torch.set_grad_enabled(not forward_only), run.request():
             batches: Iterable[tuple[_Pack, Batch]] = ((pack, self._batch(pack, run.factors)) for pack in _packs(items))
-            if not run.factors.spec.train_vision:  # a bad one stops them all; a trained tower's graphs would pile up
+            if not run.factors.spec.in_tower:  # a bad one stops them all; a trained tower's graphs would pile up
                 batches = list(batches)
             for pack, batch in batches:
                 with self.model.timed("forward"):
@@ -232,7 +232,7 @@ class Engine:
         model, device = self.model, self.model.device
         for each in inputs:
             length_of(each)
-        adapted = partial(_tower_linear, factors) if factors is not None and factors.spec.train_vision else None
+        adapted = partial(_tower_linear, factors) if factors is not None and factors.spec.in_tower else None
         images = self.vision.features(_images(inputs), adapted)
         remaining = iter(images)
         rows, positions, after = zip(*(_packed_row(model, each, remaining) for each in inputs), strict=True)

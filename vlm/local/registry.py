@@ -26,7 +26,7 @@ from vlm.local.checkpoint import Checkpoint, state_folder
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
 from vlm.local.engine import Engine
 from vlm.local.model.load import Model
-from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import devices as devices
 from vlm.local.scheduler import Scheduler
 from vlm.local.vision import Vision
@@ -113,13 +113,18 @@ class EngineRegistry:
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
         """A client on the adapter in a folder of the checkpoint layout, wherever it lies."""
         saved = checkpoint.load_folder(folder)
-        name = base_model or saved.base_model
+        name, way_out = base_model or saved.base_model, "say with base_model (--model) where it is"
+        if not name:
+            raise ModelError(f"adapter {folder} does not say of which model it is; {way_out}")
         try:
             self.engine(name)
+        except ModelError as error:
+            if base_model is not None or saved.origin is None:
+                raise
+            raise ModelError(f"{error}. adapter {folder} is of it: {way_out}") from error
         except UnknownNameError as error:
             if base_model is not None:
                 raise
-            way_out = "say with base_model (--model) where it is"
             raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
         try:
             return self._adapted(replace(saved, base_model=name))
@@ -128,7 +133,7 @@ class EngineRegistry:
 
     def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
         engine = self.engine(saved.base_model)
-        adapter = Adapter.of(engine.model.layout(saved.spec), saved.weights)
+        adapter = saved.adapter(engine.model)
         return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
 
 

@@ -22,14 +22,10 @@ from kshot.hub import one_line, translated
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
-from vlm.local.model.lora import Layout
+from vlm.local.model.lora import KINDS, Layout
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
 
-KINDS = {  # model_type → the stock class
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-}
 PROCESSED = {  # of the image processor → of the vision tower
     "patch_size": "patch_size",
     "merge_size": "spatial_merge_size",

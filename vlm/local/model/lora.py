@@ -22,6 +22,10 @@ from vlm.local.model.experts import Pair, by_expert
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+KINDS = {  # model_type → the stock class
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
 MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
 ALPHA = 32  # at any rank, as the Tinker API fixes it
 _TEXT = r".*language_model\.layers\.\d+\."
@@ -30,6 +34,7 @@ TARGETS = {  # what each flag trains; the first three are those of create_lora_t
     "train_mlp": _TEXT + r"mlp\.(gate|up|down)_proj",
     "train_unembed": r".*lm_head",
     "train_vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
+    "train_merger": r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
 }
 EXPERTS = "mlp.experts"  # the module whose parameters hold all experts of a layer
 EXPERT_PARAMETERS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # PEFT nests one wrapper a parameter, last outside
@@ -45,6 +50,7 @@ class LoraSpec:
     train_attn: bool = True
     train_unembed: bool = True
     train_vision: bool = False
+    train_merger: bool = False  # of adapters from elsewhere: PEFT's all-linear covers it
 
     def __post_init__(self) -> None:
         if self.rank > MAX_RANK:
@@ -62,12 +68,22 @@ class LoraSpec:
         """What B A is multiplied by."""
         return ALPHA / self.rank
 
+    @property
+    def in_tower(self) -> bool:
+        """Whether the vision tower's features depend on the adapter."""
+        return self.train_vision or self.train_merger
+
     def config(self, *, experts: bool = False) -> "LoraConfig":
-        """PEFT's configuration. experts: whether the model has experts, which `train_mlp` covers."""
+        """PEFT's configuration. experts: whether the model has experts, which `train_mlp` covers.
+
+        `auto_mapping` is how PEFT's AutoPeftModel finds the class; none of its task types is a vision-language model's.
+        """
         from peft import LoraConfig
 
         parameters = [f"{EXPERTS}.{name}" for name in EXPERT_PARAMETERS] if experts and self.train_mlp else None
+        stock = KINDS["qwen3_vl_moe" if experts else "qwen3_vl"]
         return LoraConfig(
+            auto_mapping={"base_model_class": stock, "parent_library": "transformers"},
             r=self.rank,
             lora_alpha=ALPHA,
             lora_dropout=0.0,

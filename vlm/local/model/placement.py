@@ -25,10 +25,11 @@ LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """dtype: as the format writes it, such as BF16."""
+    """dtype: as the format writes it, such as BF16. file: the name of the one that holds it."""
 
     dtype: str
     shape: tuple[int, ...]
+    file: str = ""
 
     @property
     def elements(self) -> int:
@@ -73,7 +74,9 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        tensors = {key: StoredTensor(entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
+        tensors = {
+            key: StoredTensor(entry["dtype"], tuple(entry["shape"]), path.name) for key, entry in entries.items()
+        }
         size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path.name} of checkpoint {name} is no safetensors file; {way_out}") from error

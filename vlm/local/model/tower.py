@@ -32,8 +32,8 @@ def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linea
     visual: the stock Qwen3VLVisionModel of a dense or a mixture-of-experts model.
     pixels: (count x height x width, channels x time x patch x patch), as the stock image processor orders them.
     tables: `grid_tables` of each image's patches (1, height, width).
-    linear: computes layer(x) for each linear layer of the blocks, which it gets with its name in the tower
-        ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "blocks.0.mlp.linear_fc2").
+    linear: computes layer(x) for each linear layer, which it gets with its name in the tower ("blocks.0.attn.qkv",
+        "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "merger.linear_fc1", "deepstack_merger_list.0.linear_fc2").
     """
     positions, *rotation = tables
     x = _patches(visual.patch_embed.proj, pixels).unflatten(0, (count, -1)) + positions
@@ -45,8 +45,9 @@ def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linea
         x = x + linear(f"{name}.mlp.linear_fc2", block.mlp.linear_fc2, inner)
         if number in visual.deepstack_visual_indexes:
             level = visual.deepstack_visual_indexes.index(number)
-            merged[level] = _merge(visual.deepstack_merger_list[level], x)
-    return torch.stack([_merge(visual.merger, x), *(merged[level] for level in sorted(merged))], 1)
+            merged[level] = _merge(f"deepstack_merger_list.{level}", visual.deepstack_merger_list[level], x, linear)
+    embeds = _merge("merger", visual.merger, x, linear)
+    return torch.stack([embeds, *(merged[level] for level in sorted(merged))], 1)
 
 
 def _patches(convolution: Any, pixels: Tensor) -> Tensor:
@@ -72,12 +73,13 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _merge(merger: Any, x: Tensor) -> Tensor:
+def _merge(name: str, merger: Any, x: Tensor, linear: Linear) -> Tensor:
     """Neighbouring patches become one token: they lie side by side already."""
     after = merger.use_postshuffle_norm
     joined = (x if after else _norm(merger.norm, x)).reshape(len(x), -1, merger.hidden_size)
     joined = _norm(merger.norm, joined) if after else joined
-    return merger.linear_fc2(merger.act_fn(merger.linear_fc1(joined)))
+    inner = merger.act_fn(linear(f"{name}.linear_fc1", merger.linear_fc1, joined))
+    return linear(f"{name}.linear_fc2", merger.linear_fc2, inner)
 
 
 @torch.inference_mode(False)  # tables made in inference mode would be useless to a later backward pass
