@@ -122,7 +122,7 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     """Raise what `load` and `Backbone.check_size` would, before a start. Downloads nothing: of a model that only the
     hub knows nothing is checked; of timm's models all but the weights; local files and folders are read whole."""
     source = _source(model)
-    if isinstance(source, Path) or source.startswith("local-dir:"):
+    if isinstance(source, Path):
         module = _module(source, "cpu")
     elif source.startswith("hf-hub:"):
         return
@@ -130,6 +130,8 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
         with torch.device("meta"):
             module = _create(source, pretrained=False)
     _backbone(model, module, "cpu", readout).check_size(size)
+    if str(source).startswith("local-dir:"):
+        _module(source, "cpu")
 
 
 def _backbone(name: str, module: nn.Module, device: str, readout: str) -> Backbone:

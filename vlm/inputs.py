@@ -46,7 +46,7 @@ class ImageRule:
             rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
             _ = rule.settings, rule.tokens(64, 64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
             way_out = "copy the preprocessor_config.json of a Qwen3-VL there"
             raise ModelError(f"model {model!r} has no image processor of Qwen3-VL's ({reason}); {way_out}") from error
         return rule
