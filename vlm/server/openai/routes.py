@@ -1,7 +1,8 @@
 """The OpenAI-compatible endpoints, to be put under /v1 and, as the hosted service has them, under /oai/api/v1.
 
-The way of a request: `requests` reads the body → `chat` turns messages into the model's input → `completions` samples
-or chooses → here the body or the stream is sent, or an error in the API's form.
+The way of a request: `requests` reads the body → `chat` turns messages into the model's input, `tools` schemas into a
+grammar → `completions` samples or chooses → here the body or the stream is sent, or an error in the API's form. `items`
+makes a chat of what the Responses API asks, and items of its answer.
 """
 
 import asyncio
@@ -20,9 +21,9 @@ from starlette.exceptions import HTTPException  # of which FastAPI's own is a ki
 
 from kshot.errors import BusyError, ImageError, KshotError, MissingError, ModelError, PromptError, UnknownNameError
 from vlm.inputs import model_input
-from vlm.local.clients import LocalSamplingClient
+from vlm.local.clients import Grammar, LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
-from vlm.server.openai import chat
+from vlm.server.openai import chat, items, tools
 from vlm.server.openai.completions import (
     ChoiceList,
     ChosenCompletion,
@@ -67,14 +68,23 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
     async def completions(request: CompletionRequest, http_request: Request) -> Response:
         sampler = await _sampler(state, request.model)
         prompts = await asyncio.to_thread(_encode, request, sampler)
-        return await _answer(request, http_request, sampler, prompts)
+        return await _answer(http_request, await _completion(request, sampler, prompts))
+
+    async def chat_completion(request: ChatRequest) -> Completion:
+        sampler = await _sampler(state, request.model)
+        grammar = await asyncio.to_thread(_grammar, request, sampler)
+        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
+        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
+        return await _completion(request, sampler, [encoded], grammar)
 
     @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
-        sampler = await _sampler(state, request.model)
-        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
-        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
-        return await _answer(request, http_request, sampler, [encoded])
+        return await _answer(http_request, await chat_completion(request))
+
+    @router.post("/responses", response_model=None, responses=STREAMED)
+    async def responses(request: items.ResponseRequest, http_request: Request) -> Response:
+        chat = await chat_completion(items.chat_request(request))
+        return await _answer(http_request, items.Response(request, chat))
 
     return router
 
@@ -109,18 +119,29 @@ def _check_no_image_token(tokenizer: Any, tokens: Sequence[int]) -> None:
             )
 
 
-async def _answer(
-    request: GenerationRequest, http_request: Request, sampler: LocalSamplingClient, prompts: Sequence[EncodedPrompt]
-) -> Response:
+def _grammar(request: ChatRequest, sampler: LocalSamplingClient) -> Grammar | None:
+    """What the answer must follow. Raises as `tools.grammar` and RequestError for schemas that cannot be followed."""
     tokenizer = sampler.get_tokenizer()
-    completion: Completion
+    text = tools.grammar(request, tokenizer)
+    return None if text is None else sampler.grammar(text, chat.end_tokens(tokenizer))
+
+
+async def _completion(
+    request: GenerationRequest,
+    sampler: LocalSamplingClient,
+    prompts: Sequence[EncodedPrompt],
+    grammar: Grammar | None = None,
+) -> Completion:
+    tokenizer = sampler.get_tokenizer()
     if request.choice is None:
-        completion = SampledCompletion(request, sampler, prompts, chat.end_tokens(tokenizer))
-    else:
-        choices = await asyncio.to_thread(ChoiceList.of, request, request.choice, tokenizer)
-        choices.check(request, prompts, sampler.context)
-        completion = ChosenCompletion(request, sampler, prompts, choices)
-    if request.stream:
+        return SampledCompletion(request, sampler, prompts, chat.end_tokens(tokenizer), grammar)
+    choices = await asyncio.to_thread(ChoiceList.of, request, request.choice, tokenizer)
+    choices.check(request, prompts, sampler.context)
+    return ChosenCompletion(request, sampler, prompts, choices)
+
+
+async def _answer(http_request: Request, completion: Completion | items.Response) -> Response:
+    if completion.request.stream:
         return await stream(http_request, completion.chunks())
     return JSONResponse(await _unless_gone(http_request, completion.response()))
 
@@ -147,7 +168,8 @@ async def _events(first: Fields, chunks: AsyncGenerator[Fields]) -> AsyncGenerat
 
 
 def _event(data: Fields) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""  # of the Responses API
+    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class _Events(StreamingResponse):
