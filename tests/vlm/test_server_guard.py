@@ -110,10 +110,11 @@ def test_no_endpoint_but_health_and_the_page_answers_without_a_right_key(server:
             assert client.get(path).status_code == 401
 
 
-def test_without_a_key_file_any_key_but_none_is_taken(tmp_path: Path) -> None:
+def test_without_a_key_file_any_key_is_taken_and_none(tmp_path: Path) -> None:
     with served(tmp_path) as server, httpx.Client(base_url=server.address) as client:
-        refused(client.get("/v1/models"), 401)
-        assert client.get("/v1/models", headers={"Authorization": "Bearer anything"}).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer anything"}, {"X-API-Key": ""}):
+            for path in ("/v1/models", "/api/v1/get_server_capabilities"):
+                assert client.get(path, headers=headers).status_code == 200
 
 
 def test_all_keys_are_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kshot.errors import RequestError
 
+LEXER_STATES = 50_000  # of one grammar, 1 to 2 KB each
+
 
 class Grammar:
     """A compiled grammar, in llguidance's form of Lark, over the tokens of a tokenizer.
@@ -26,7 +28,7 @@ class Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
         self.vocabulary = vocabulary
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
         self._matcher = LLMatcher(_tokenizer(tokenizer, vocabulary, tuple(ends)), text, log_level=0, limits=limits)
         self._matcher.compute_bitmask()  # finds what has no answer at all
         if self._matcher.is_error():

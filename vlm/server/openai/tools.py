@@ -17,7 +17,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BEGIN, MIDDLE, END = f'{OPEN}\n{{"name": "', '", "arguments": ', f"}}\n{CLOSE}"
 MAX_CALLS = 16  # of one answer
 MAX_SCHEMA = 1 << 17  # characters of all schemas of a request; they are compiled in a second or less
-MAX_MULTIPLE = 10_000  # each costs so many states, and 3 KB a state
+MAX_MULTIPLE = 10_000  # states of the automata that count multiples; a state takes 1 KB
 MAPS, DATA = ("properties", "patternProperties", "$defs", "definitions"), ("const", "enum", "default", "examples")
 OPEN_KEYS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -59,13 +59,15 @@ def _check(*schemas: dict[str, Any] | None) -> None:
         raise RequestError(f"the schema cannot be followed: {error}") from error
     if size > MAX_SCHEMA:
         raise RequestError(f"the schemas have {size:,} characters, at most {MAX_SCHEMA:,} are read; give simpler ones")
-    left: list[Any] = [*schemas]
+    left, numbers = list[Any](schemas), set[float]()
     while left:
         value = left.pop()
         number = value.get("multipleOf") if isinstance(value, dict) else None
-        if type(number) in (int, float) and _states(number) > MAX_MULTIPLE:
-            raise RequestError(f"multipleOf {number} is not supported by this server; give at most {MAX_MULTIPLE:,}")
+        numbers |= {number} if type(number) in (int, float) else set()
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if sum(map(_states, numbers)) > MAX_MULTIPLE:
+        given = ", ".join(map(str, sorted(numbers)[-3:]))
+        raise RequestError(f"multipleOf {given} takes too much work; give at most {MAX_MULTIPLE:,} in all")
 
 
 def _states(number: float) -> int:
@@ -109,9 +111,10 @@ def _closed(schema: Any) -> Any:
 
 
 def _call(tool: Tool) -> str:
-    """Without a schema of its parameters, a function has none."""
-    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
-    parameters = tool.function.parameters or nothing
+    """Without a schema of its parameters, a function has none; they are an object also where the schema forgets it."""
+    parameters = tool.function.parameters or {"properties": {}}
+    if "$ref" not in parameters:
+        parameters = {"type": "object", **parameters}
     head = json.dumps(f"{BEGIN.removeprefix(OPEN)}{tool.function.name}{MIDDLE}")
     return f"{OPEN} {head} {_json(parameters)} {json.dumps(END.removesuffix(CLOSE))} {CLOSE}"
 
