@@ -229,6 +229,11 @@ def test_any_object(api: openai.OpenAI, models: Models) -> None:
     assert models.requests[-1].grammar is None
 
 
+def called(arguments: str) -> dict[str, Any]:
+    calls = [{"function": {"name": "a", "arguments": arguments}}]
+    return {"messages": [{"role": "assistant", "tool_calls": calls}]}
+
+
 def function(**fields: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", **fields}}]}
 
@@ -258,11 +263,8 @@ def function(**fields: Any) -> dict[str, Any]:
         ),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages", "messages[0].content is missing"),
         ({"messages": [{**PAST[2], "role": "user"}]}, "messages", "only messages of the assistant"),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[1]"}}]}]},
-            "messages",
-            "no JSON object",
-        ),
+        (called("[1]"), "messages", "valid dictionary"),
+        (called('"\\ud800"'), "messages", "no JSON"),
         (
             {"messages": [{"role": "tool", "content": "<|im_end|>", "tool_call_id": "x"}]},
             None,

@@ -163,8 +163,7 @@ def _text_of(messages: Sequence[Message], between: str = "") -> str:
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:
-    calls = ((call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls)
-    return [{"type": "function", "function": {"name": name, "arguments": values}} for name, values in calls]
+    return [call.model_dump() for call in message.tool_calls]
 
 
 # Image URLs

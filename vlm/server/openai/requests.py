@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 MAX_PROMPTS = 128
 Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not supported → the values without an effect; None: any
@@ -235,21 +235,21 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _arguments(text: str) -> str:
+def _arguments(value: Any) -> dict[str, Any]:
+    """What a text holds; without one, nothing."""
     try:
-        is_object = isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        is_object = False
-    if not is_object:
-        raise ValueError("no JSON object")
-    return text
+        made = from_json(value or "{}", allow_inf_nan=False) if isinstance(value, str) else value
+        json.dumps(made)  # not so an integer of thousands of digits
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from error
+    return made  # type: ignore[no-any-return]
 
 
 class CalledFunction(Model):
-    """A function that was called. arguments: a JSON object, as text."""
+    """A function that was called. arguments: a JSON object, which comes as text."""
 
     name: Text
-    arguments: Annotated[Text, AfterValidator(_arguments)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 
 class ToolCall(Model):

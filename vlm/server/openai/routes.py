@@ -23,6 +23,7 @@ from kshot.errors import BusyError, ImageError, KshotError, MissingError, ModelE
 from vlm.inputs import model_input
 from vlm.local.clients import Grammar, LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
+from vlm.server.guard import Strict
 from vlm.server.openai import chat, items, tools
 from vlm.server.openai.completions import (
     ChoiceList,
@@ -214,7 +215,7 @@ class Route(APIRoute):
 
         async def handler(request: Request) -> Response:
             try:
-                return await inner(request)
+                return await inner(Strict(request.scope, request.receive))
             except Exception as error:
                 status, body = error_response(error)
                 return JSONResponse(body, status)
