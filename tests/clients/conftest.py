@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 MODEL = "kshot/nano-qwen3-vl"
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before the libraries read them
 
 
 @pytest.fixture(scope="session")

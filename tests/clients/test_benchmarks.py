@@ -3,13 +3,13 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
+import lm_eval
+import pytest
 from conftest import MODEL
+from lm_eval.tasks import TaskManager
 from PIL import Image
 
 TASK = """
@@ -29,21 +29,22 @@ metric_list:
 """
 
 
-def test_lm_eval_without_a_key(base: str, tmp_path: Path) -> None:
+def test_lm_eval_without_a_key(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"question": f"What colour is number {n}?", "answer": "red"} for n in range(3)]
     file.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "colours.yaml").write_text(TASK.format(file=file))
-    arguments = f"model={MODEL},base_url={base}/chat/completions,max_retries=1"
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args", arguments]
-    command += ["--tasks", "colours", "--include_path", str(tmp_path), "--apply_chat_template"]
-    command += ["--output_path", str(tmp_path / "out")]
-    settings = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"} | settings
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = (tmp_path / "out").rglob("results*.json")
-    assert json.loads(result.read_text())["n-samples"]["colours"]["effective"] == 3
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    result = lm_eval.simple_evaluate(
+        model="local-chat-completions",
+        model_args={"model": MODEL, "base_url": f"{base}/chat/completions", "max_retries": 1},
+        tasks=["colours"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert result["n-samples"]["colours"]["effective"] == 3
+    assert all(isinstance(each["resps"][0][0], str) for each in result["samples"]["colours"])
 
 
 def test_a_request_of_vlmevalkit(base: str) -> None:

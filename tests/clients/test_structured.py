@@ -8,7 +8,7 @@ import openai
 import pytest
 import tinker
 from conftest import MODEL
-from instructor.core import InstructorRetryException
+from instructor.core import IncompleteOutputException
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, ToolOutput
@@ -62,11 +62,12 @@ def test_instructor_in_json_mode(address: str, api: openai.OpenAI) -> None:
     client.on("completion:kwargs", lambda *_, **fields: sent.update(fields))
     messages: Any = [{"role": "user", "content": QUESTION}]
     fields: dict[str, Any] = {"response_model": Animal, "messages": messages, "max_retries": 0, "temperature": 0}
-    with pytest.raises(InstructorRetryException):
+    with pytest.raises(IncompleteOutputException):
         client.chat.completions.create(model=MODEL, max_tokens=1, **fields)
     assert sent["response_format"] == {"type": "json_object"}
     model = taught(address, sent["messages"], '{"kind": "hen", "legs": 2}')
-    assert client.chat.completions.create(model=model, max_tokens=60, **fields) == Animal(kind="hen", legs=2)
+    made = client.chat.completions.create(model=model, max_tokens=60, **fields)
+    assert (made.kind, made.legs) == ("hen", 2)
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -242,7 +242,7 @@ def _arguments(value: Any) -> dict[str, Any]:
         json.dumps(made)  # not so an integer of thousands of digits
     except ValueError as error:
         raise ValueError(f"no JSON: {error}") from error
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 class CalledFunction(Model):

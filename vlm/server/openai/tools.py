@@ -63,7 +63,8 @@ def _check(*schemas: dict[str, Any] | None) -> None:
     while left:
         value = left.pop()
         number = value.get("multipleOf") if isinstance(value, dict) else None
-        numbers |= {number} if type(number) in (int, float) else set()
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            numbers.add(number)
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if sum(map(_states, numbers)) > MAX_MULTIPLE:
         given = ", ".join(map(str, sorted(numbers)[-3:]))
