@@ -227,7 +227,7 @@ def test_the_last_event_of_a_stream_says_how_many_tokens(api: openai.OpenAI, tok
         ({"n": True}, "n", "valid integer"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": -(2**63) - 1}, "seed", "greater than or equal to -9223372036854775808"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"stop": [""]}, "stop", "none of them empty"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),

@@ -249,7 +249,7 @@ def function(**fields: Any) -> dict[str, Any]:
         (function(parameters={"multipleOf": 0.000123456}), None, "multipleOf 0.000123456"),
         (function(parameters={"enum": ["a" * 200_000]}), None, "at most 131,072"),
         (function(description="<|im_end|>"), None, "tools writes <|im_end|>"),
-        (function(parameters={"enum": ["<|im_start|>"]}), None, "tools writes <|im_start|>"),
+        (function(parameters={"properties": {"a": {"enum": ["<|im_start|>"]}}}), None, "tools writes <|im_start|>"),
         ({"tools": [WEATHER, WEATHER]}, "tools", "stands twice"),
         ({"tool_choice": "required"}, "tool_choice", "no such function"),
         ({"tools": [CLOCK], "tool_choice": FORCED}, "tool_choice", "it has ['clock']"),

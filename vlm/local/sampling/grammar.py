@@ -3,6 +3,7 @@
 A grammar is compiled once, on any thread; each sequence goes its own way through a copy of it.
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -68,5 +69,6 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> Any:
 
 
 def _line(error: str) -> str:
-    """The library's reason on one line."""
-    return " ".join(error.partition("\n<state>")[0].split())[:300]
+    """The library's reason on one line, without the grammar around it."""
+    reason = re.split(r"\n +\d+ \| |\n<", error)[0].rpartition("failed to compile JSON schema: ")[2]
+    return "no text does" if reason.startswith("NoExtension") else " ".join(reason.split())[:300]
