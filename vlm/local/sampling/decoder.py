@@ -43,7 +43,7 @@ class TokenSequence:
         top: int = 0,
         grammar: Grammar | None = None,
     ) -> None:
-        self.walk = grammar and grammar.walk()
+        self.walk = None if grammar is None else grammar.walk()
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []

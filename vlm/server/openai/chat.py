@@ -141,7 +141,9 @@ def _written(tokenizer: Any, template: str | None, messages: Sequence[Any], offe
 def _messages(request: ChatRequest) -> list[dict[str, Any]]:
     """As templates take them: the system's as one, texts alone as one text."""
     first, rest = request.messages[: request.instructions], request.messages[request.instructions :]
-    made = [{"role": SYSTEM[0], "content": _text_of(first, "\n\n")}] if first else []
+    made: list[dict[str, Any]] = []
+    if first:
+        made.append({"role": SYSTEM[0], "content": _text_of(first, "\n\n")})
     for message in rest:
         fields: dict[str, Any] = {"role": message.role, "content": _content(message)}
         if message.reasoning_content is not None:

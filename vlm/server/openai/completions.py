@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tinker
@@ -274,7 +274,7 @@ class _Stream:
         sample, index = self._samples[n], self._first + n
         text, tokens = sample.take()
         log_probs = self._completion.log_probs(tokens) if tokens else None
-        reason, reader = sample.reason, self._readers[n]
+        reader, reason = self._readers[n], cast(str | None, sample.reason)
         if reader is not None:
             for delta in reader.add(text, last=reason is not None):
                 yield {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": None}

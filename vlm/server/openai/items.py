@@ -213,8 +213,8 @@ class Response:
 
     def _body(self, status: str, usage: Fields | None = None) -> Fields:
         request = self.request
-        same = "model", "instructions", "max_output_tokens", "temperature", "top_p"
-        same += "tools", "tool_choice", "parallel_tool_calls"
+        same = ["model", "instructions", "max_output_tokens", "temperature", "top_p"]
+        same += ["tools", "tool_choice", "parallel_tool_calls"]
         body = {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None}
         body |= {name: getattr(request, name) for name in same}
         body |= {"output": self._output, "metadata": {}, "previous_response_id": None, "store": False}
