@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 
-.PHONY: demo test test-recipe check results pretrain venv clean
+.PHONY: demo test test-recipe test-clients check results pretrain venv clean
 
 demo: $(STAMP)
 	$(BIN)/kshot demo
@@ -14,6 +15,15 @@ test: $(STAMP)
 # The official recipe, unmodified, against kshot serve: it installs an environment of its own; ten minutes or more.
 test-recipe: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and network" -s tests/vlm/test_recipe.py
+
+# Other people's clients, unmodified, against kshot serve, in an environment of their own that has no torch.
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	KSHOT_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --confcutdir tests/clients tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

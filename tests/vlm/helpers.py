@@ -64,7 +64,7 @@ def greedy(model: Any, prompt: tinker.ModelInput, rule: ImageRule, length: int) 
 
 def logits_of(client: LocalSamplingClient, asked: tinker.ModelInput) -> torch.Tensor:
     """(positions, vocabulary) of a prompt, by the engine."""
-    engine, factors = client._engine, client._snapshot.factors
+    engine, factors = client._engine, client._snapshot
     with torch.inference_mode():
         batch = engine.collate([asked], factors)
         return engine.model.text.logits(engine.model.text.hidden(batch.inputs, Causal(batch.rows), factors), factors)

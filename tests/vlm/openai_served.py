@@ -96,7 +96,7 @@ def refusal(api: openai.OpenAI, path: str, words: str, param: Any = ANY, /, **wr
 def checked(answer: Any) -> Any:
     """The answer, once its own type has accepted what it holds: the client itself only constructs."""
     kind = type(answer)
-    return kind.model_validate(answer.model_dump(exclude_none=True), strict=True) and answer
+    return kind.model_validate(answer.model_dump(exclude_none=True, by_alias=True), strict=True) and answer
 
 
 def image_part(image: bytes, kind: str = "jpeg", **options: Any) -> dict[str, Any]:

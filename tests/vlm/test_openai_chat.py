@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from copy import copy
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -221,16 +222,13 @@ def test_an_answer_may_have_1024_tokens_unless_told_otherwise(api: openai.OpenAI
 @pytest.mark.parametrize(
     ("wrong", "param", "words"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"functions": [{}]}, "functions", "not supported"),
-        ({"tool_choice": "auto"}, "tool_choice", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"audio": {"voice": "x"}}, "audio", "not supported"),
         ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "not known"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "x"}]}, "messages", "'tool'"),
-        ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, "messages", "messages[0].name is not known"),
+        ({"messages": [{"role": "function", "content": "a", "name": "x"}]}, "messages", "'function'"),
+        ({"messages": [{"role": "user", "content": "a", "nick": "x"}]}, "messages", "messages[0].nick is not known"),
         ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "input_audio"),
         ({"messages": [*HELLO, {"role": "system", "content": "a"}]}, "messages", "only the first"),
@@ -242,7 +240,11 @@ def test_an_answer_may_have_1024_tokens_unless_told_otherwise(api: openai.OpenAI
             "writes <|im_start|>",
         ),
         ({"messages": [{"role": "system", "content": [image_part(b"x")]}]}, None, "only messages of the user"),
-        ({"messages": [{"role": "user", "content": [image_part(b"x", detail="high")]}]}, "messages", "detail is wrong"),
+        (
+            {"messages": [{"role": "user", "content": [image_part(b"x", detail="huge")]}]},
+            "detail",
+            "'huge' is not supported",
+        ),
         ({"messages": [{"role": "user", "content": [image_part(b"x")]}]}, "messages", "not an image"),
         ({"messages": [{"role": "user", "content": [image_part(b"x")] * 65}]}, "messages", "65 images are too many"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
@@ -259,6 +261,33 @@ def test_an_answer_may_have_1024_tokens_unless_told_otherwise(api: openai.OpenAI
 )
 def test_what_is_wrong_is_named(api: openai.OpenAI, wrong: dict[str, Any], param: str | None, words: str) -> None:
     refusal(api, "chat/completions", words, param, **wrong)
+
+
+def test_what_clients_send_besides_changes_nothing(api: openai.OpenAI, make_image: Callable[..., bytes]) -> None:
+    part, text = image_part(make_image(1, 64, 64)), {"type": "text", "text": "What is it?"}
+    url = part["image_url"]["url"]
+    system = {"role": "system", "content": "Be brief."}
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def answer(*messages: Any, **options: Any) -> str | None:
+        return ask(api, [*messages], temperature=1.0, **{"seed": 5, **options}).choices[0].message.content
+
+    asked = {"role": "user", "content": [part, text]}
+    expected = answer(asked)
+    for detail in ("auto", "low", "high"):
+        assert answer({"role": "user", "content": [image_part(make_image(1, 64, 64), detail=detail), text]}) == expected
+    assert answer({"role": "user", "content": [{"type": "image_url", "image_url": url}, text]}) == expected
+    head, _, data = url.partition(",")
+    for other in (data.rstrip("="), quote(data, safe=""), data[:5] + "\r\n " + data[5:]):
+        assert (
+            answer({"role": "user", "content": [{**part, "image_url": {"url": f"{head},{other}"}}, text]}) == expected
+        )
+    assert answer({**asked, "name": "me", "type": "text"}) == expected
+    assert answer({**system, "role": "developer"}, *HELLO) == answer(system, *HELLO)
+    assert answer(begun[0], {**begun[1], "reasoning_content": "hm"}, *HELLO) == answer(*begun, *HELLO)
+    pieces = streamed(api, [asked], temperature=1.0, seed=5, stream_options={"include_obfuscation": False})
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
+    assert answer(asked, seed=-5) == answer(asked, seed=-5) != expected
 
 
 def test_what_asks_for_nothing_is_taken(api: openai.OpenAI) -> None:

@@ -213,7 +213,7 @@ def test_a_stream_adds_up_to_the_whole(api: openai.OpenAI, options: dict[str, An
         ({"n": True}, "n", "valid integer"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": -(2**63) - 1}, "seed", "greater than or equal to -9223372036854775808"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"stop": [""]}, "stop", "none of them empty"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),

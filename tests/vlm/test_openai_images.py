@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -33,8 +34,23 @@ def fetch(url: str) -> bytes:
 def test_data_urls() -> None:
     data = bytes(range(256))
     text = base64.b64encode(data).decode()
-    for head in ("data:image/png;base64", "data:;base64", "DATA:image/jpeg;BASE64"):
+    for head in (
+        "data:image/png;base64",
+        "data:;base64",
+        "DATA:image/jpeg;BASE64",
+        "data:image/png; charset=x; base64",
+    ):
         assert read(f"{head},{text}", allow_urls=False) == data
+
+
+@pytest.mark.parametrize("size", [253, 254, 255])
+def test_data_urls_as_clients_write_them(size: int) -> None:
+    data = bytes(range(256))[:size]
+    text, lines = base64.b64encode(data).decode(), base64.encodebytes(data).decode()
+    safe = base64.urlsafe_b64encode(data).decode()
+    escaped = quote(text, safe=""), quote(lines, safe=""), quote(text)
+    for each in (text, text.rstrip("="), lines, lines.replace("\n", "\r\n\t "), safe, safe.rstrip("="), *escaped):
+        assert read(f"data:image/png;base64,{each}") == data
 
 
 @pytest.mark.parametrize(
@@ -42,7 +58,9 @@ def test_data_urls() -> None:
     [
         ("data:image/png,abc", "must read"),
         ("data:image/png;base64", "must read"),
-        ("data:image/png;base64,ab c=", "no base64"),
+        ("data:image/png;base64,ab!c", "no base64"),
+        ("data:image/png;base64,abcde", "no base64"),
+        ("data:image/png;base64,ab%41%", "no base64"),
         ("data:image/png;base64,é", "no base64"),
         ("file:///etc/passwd", "give a data: URL"),
         ("ftp://example.com/a.png", "give a data: URL"),

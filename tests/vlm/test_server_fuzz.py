@@ -123,6 +123,8 @@ def _known(raw: Raw, examples: int) -> tuple[dict[str, list[Any]], str]:
 
 TEXT = {"type": "encoded_text", "tokens": [5, 6]}
 ONE = {"role": "user", "content": "a"}
+BY_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 OFFERED: dict[str, list[Any]] = {
     "base_model": [nano.NAME],
     "lora_config": [{"rank": 1}, {"rank": 2, "seed": 1}, {"rank": 3}, {"rank": 0}],
@@ -149,6 +151,11 @@ OFFERED: dict[str, list[Any]] = {
     "weights_access_token": [None],
     "user_metadata": [None, {"a": "\0"}],
     "messages": [[ONE], [ONE, ONE], [ONE, {**ONE, "role": "system"}]],
+    "input": ["a", [ONE], [ONE, {**ONE, "role": "developer"}], [{"type": "x"}]],
+    "tools": [[], [TOOL], [TOOL, TOOL], [{"type": "function", "name": "f"}], [{"type": "x"}]],
+    "tool_choice": ["auto", "none", "required"],
+    "response_format": [None, {"type": "json_object"}, BY_SCHEMA],
+    "max_output_tokens": [1, 2, 0],
     "prompt": ["a", [5, 6], ["a", "b"], ""],
     "structured_outputs": [None],
     "guided_choice": [None],
@@ -396,8 +403,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @IDLE_CLIENTS
 def test_no_request_is_the_servers_failure(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
-    counts = fuzz(tmp_path, make_image(3, 32, 32), 14, caplog)
-    assert len(counts) == 44  # every endpoint, one of them in protobuf, and the end
+    counts = fuzz(tmp_path, make_image(3, 32, 32), 13, caplog)
+    assert len(counts) == 46  # every endpoint, one of them in protobuf, and the end
     assert counts.total() >= LEAST, counts
 
 

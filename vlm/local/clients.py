@@ -23,6 +23,7 @@ from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.sampling.decoder import TokenSequence as TokenSequence
+from vlm.local.sampling.grammar import Grammar as Grammar
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
 from vlm.local.sampling.sampler import sample
 from vlm.local.scheduler import Scheduler
@@ -108,6 +109,10 @@ class LocalSamplingClient(_Client):
         would be alone but for rounding. on_token: see `vlm.local.scheduler.Scheduler.sample`."""
         self._engine.prefetch([request.prompt])
         return self._scheduler.sample(self._engine, self._snapshot, request, on_token)
+
+    def grammar(self, text: str, ends: Sequence[int]) -> Grammar:
+        """A grammar for `SamplingRequest.grammar`; see `vlm.local.sampling.grammar.Grammar`."""
+        return Grammar(self.get_tokenizer(), self._engine.model.vocabulary, ends, text)
 
     def compute_logprobs(
         self, prompt: tinker.ModelInput, prompt_logprobs_last_n: int | None = None

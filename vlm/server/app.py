@@ -31,7 +31,7 @@ LARGE = Body(limit=64 << 20)  # images in base64, long prompts
 BODIES = {
     "/api/v1/forward_backward": Body(PROTOBUF, 32 << 20),  # the SDK sends parts of 5 MB; one datum may be larger
     "/api/v1/asample": LARGE,
-    **{f"{prefix}/{name}": LARGE for prefix in OPENAI for name in ("completions", "chat/completions")},
+    **{f"{prefix}/{name}": LARGE for prefix in OPENAI for name in ("completions", "chat/completions", "responses")},
 }
 HEALTH = "/api/v1/healthz"
 

@@ -18,9 +18,11 @@ from tinker import types
 from tinker.types.topk_logprobs import TopkLogprobs
 from torch import Tensor
 
+from kshot.errors import RequestError
 from vlm.local.engine import Engine, Snapshot
 from vlm.local.model.attention import Cache, DecodeStep
 from vlm.local.model.packed import PackedInputs
+from vlm.local.sampling.grammar import Grammar
 
 ROOM = 64  # positions by which the cache grows
 CACHED = 1 << 17  # positions to which sequences that join others may bring the cache
@@ -31,9 +33,18 @@ DRAWN = 64  # distributions in float64 that are in memory together
 
 class TokenSequence:
     """One sample as it grows. number: of the sample in its request. top: how many of the likeliest tokens are kept
-    at each position. tops: these and their log-probabilities. reason: why it has ended, or None."""
+    at each position. tops: these and their log-probabilities. reason: why it has ended, or None. walk: through the
+    grammar that it follows, if there is one."""
 
-    def __init__(self, tokenizer: Any, params: types.SamplingParams, number: int, top: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        params: types.SamplingParams,
+        number: int,
+        top: int = 0,
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.walk = None if grammar is None else grammar.walk()
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
@@ -45,11 +56,14 @@ class TokenSequence:
         self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
 
     def append(self, token: int, log_prob: float) -> None:
-        """Append a token; its log-probability is the model's, before any filter or temperature. One that is not finite
-        ends the sequence."""
+        """Append a token; its log-probability is the model's, before any grammar, filter or temperature. One that is
+        not finite ends the sequence."""
         self.tokens.append(token)
         self.log_probs.append(log_prob)
-        if not self.finite or token in self._ids or (self._strings and self._text_stops()):
+        if self.walk is not None:
+            self.walk.append(token)
+        ended = not self.finite or (self.walk is not None and (self.walk.ended or bool(self.walk.error)))
+        if ended or token in self._ids or (self._strings and self._text_stops()):
             self.reason = "stop"
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
@@ -64,7 +78,9 @@ class TokenSequence:
         self.reason = self.reason or "length"
 
     def sampled(self) -> types.SampledSequence:
-        """The sequence in the SDK's terms."""
+        """The sequence in the SDK's terms. Raises RequestError where its grammar turned out to be too much work."""
+        if self.walk is not None and self.walk.error:
+            raise RequestError(f"the schema cannot be followed any further: {self.walk.error}; give a simpler one")
         top = None
         if self.top:
             ids, values = zip(*self.tops, strict=True)
@@ -201,9 +217,10 @@ class Decoder:
 
 def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> None:
     """Append its next token to every sequence, from (sequences, vocabulary) float32 logits."""
-    tokens = logits.argmax(-1).tolist()
+    allowed = _allowed(sequences, logits)
+    tokens = allowed.argmax(-1).tolist()
     drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
-    for n, row in zip(drawn, logits[drawn].cpu() if drawn else (), strict=True):
+    for n, row in zip(drawn, allowed[drawn].cpu() if drawn else (), strict=True):
         tokens[n] = sample_token(row, sequences[n].params, sequences[n].generator)
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     totals = logits.logsumexp(-1)
@@ -214,6 +231,17 @@ def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> N
         values = best.values - totals[with_top, None]
         for n, ids, log_probs in zip(with_top, best.indices.tolist(), values.tolist(), strict=True):
             sequences[n].tops.append((ids[: sequences[n].top], log_probs[: sequences[n].top]))
+
+
+def _allowed(sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
+    """The logits, -inf at tokens that a sequence's grammar forbids."""
+    walks = {n: sequence.walk for n, sequence in enumerate(sequences) if sequence.walk is not None}
+    if not walks:
+        return logits
+    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
+    for n, walk in walks.items():
+        forbidden[n] = ~walk.allowed()
+    return logits.masked_fill(forbidden.to(logits.device), float("-inf"))
 
 
 def sample_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ from kshot.errors import NotFiniteError, RequestError
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Causal
 from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
+from vlm.local.sampling.grammar import Grammar
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What a client wants for one prompt, in the SDK's terms (see `tinker.SamplingClient.sample`)."""
+    """What a client wants for one prompt, in the SDK's terms (see `tinker.SamplingClient.sample`). grammar: what every
+    sample follows."""
 
     prompt: tinker.ModelInput
     params: types.SamplingParams
@@ -33,6 +35,7 @@ class SamplingRequest:
     topk_sample_logprobs: int = 0
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def prompt_fields(self) -> bool:
@@ -127,7 +130,10 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
     results, tokenizer = list[SamplingResult](), engine.model.tokenizer
     for request, end, length in zip(requests, batch.ends.tolist(), batch.rows.lengths, strict=True):
         top, row = request.topk_sample_logprobs, slice(end + 1 - length, end + 1)
-        sequences = [TokenSequence(tokenizer, request.params, number, top) for number in range(request.num_samples)]
+        sequences = [
+            TokenSequence(tokenizer, request.params, number, top, request.grammar)
+            for number in range(request.num_samples)
+        ]
         values = _prompt_values(decoder, batch, hidden, row, request) if request.prompt_fields else {}
         results.append(SamplingResult(sequences, values, engine.model.name))
     decoder.add(cache, logits, batch.next_position, [result.sequences for result in results])

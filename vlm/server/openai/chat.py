@@ -1,7 +1,7 @@
 """Messages → the model's input: turns as the model's chat template writes them, and images from their URLs.
 
-The template is the tokenizer's own if that supports images; else the ChatML turns of Qwen3-VL, which `vlm.prompts`
-writes too. The text of a message can end no turn and begin none.
+The template is the tokenizer's own if that supports images; else `chatml.jinja`, the ChatML turns of Qwen3-VL, which
+`vlm.prompts` writes too. The text of a message can end no turn and begin none, nor can a tool or a call.
 
 A server that fetches the addresses that strangers name can be used to reach what only it can reach. So: public
 addresses alone, looked up once and connected to by number (a name may resolve otherwise the second time), no redirect,
@@ -11,9 +11,11 @@ no proxy, and limits of bytes and time.
 import asyncio
 import base64
 import binascii
+import json
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -26,14 +28,22 @@ from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.prompts import END_OF_TURN
-from vlm.server.openai.requests import ChatRequest, ImagePart, Message, TextPart
+from vlm.server.openai import tools
+from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
 
 MAX_IMAGES = 64  # of one request
-TURN_START, IMAGE_TOKEN, VIDEO_TOKEN = "<|im_start|>", "<|image_pad|>", "<|video_pad|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 END_TOKENS = (END_OF_TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
-PROBE_MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+CHATML = (Path(__file__).parent / "chatml.jinja").read_text()
+PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "probes it", "parameters": {}}}
+PROBE_CALL = {"type": "function", "function": {"name": "probe", "arguments": {"a": 1}}}
+PROBE_TURN = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+PROBE_WRITTEN = f'{tools.BEGIN}probe{tools.MIDDLE}{{"a": 1}}{tools.END}'
 MAX_BYTES = 32 << 20  # of one image
+ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": "", "%0A": "", "%0D": ""}  # what base64 has and URLs escape
+FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 SECONDS = 20.0  # to fetch one
 PORTS = {"http": 80, "https": 443}
 EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # hold IPv4 addresses
@@ -70,18 +80,26 @@ def text(request: ChatRequest, tokenizer: Any) -> str:
     special = special_tokens(tokenizer)
     for number, message in enumerate(request.messages):
         _check(f"messages[{number}]", message, special)
-    if not _supports_images(tokenizer):
-        return _chatml(request)
+    offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
+    _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
+    own = _written(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
+    template = None if own else CHATML
+    if offered:
+        probe = _written(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])
+        if PROBE_WRITTEN not in probe or "probes it" not in probe:
+            raise PromptError(f"the model's chat template writes no tools with calls in {tools.OPEN}; leave tools out")
     try:
         return str(
             tokenizer.apply_chat_template(
-                [{"role": m.role, "content": _content(m)} for m in request.messages],
+                _messages(request),
+                tools=offered or None,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=request.begins_answer,
                 continue_final_message=request.continue_final_message,
             )
         )
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PromptError(f"the model's chat template cannot write these messages: {reason}") from error
 
@@ -100,38 +118,54 @@ def end_tokens(tokenizer: Any) -> list[int]:
 def _check(name: str, message: Message, special: Sequence[str]) -> None:
     if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
         raise PromptError(f"{name}: only messages of the user may hold images")
-    text = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
+    _check_text(name, _text_of([message]), special)
+    for each in (message.reasoning_content or "", *(json.dumps(call, ensure_ascii=False) for call in _calls(message))):
+        _check_text(name, each, special)
+
+
+def _check_text(name: str, text: str, special: Sequence[str]) -> None:
     if token := next((token for token in special if token in text), None):
         raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
 
 
-def _supports_images(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template that writes an image's place."""
-    if not tokenizer.chat_template:
-        return False
+def _written(tokenizer: Any, template: str | None, messages: Sequence[Any], offered: Any = None) -> str:
+    """A conversation by the tokenizer's own template, or by another; nothing where that cannot write it."""
+    if not (tokenizer.chat_template or template):
+        return ""
     try:
-        text = tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # one of texts alone trips over a list
-        return False
-    return bool(text.count(IMAGE_BLOCK) == 1)
+        return str(tokenizer.apply_chat_template(messages, tools=offered, chat_template=template, tokenize=False))
+    except (TemplateError, TypeError, ValueError):  # a template of texts alone trips over a list
+        return ""
+
+
+def _messages(request: ChatRequest) -> list[dict[str, Any]]:
+    """As templates take them: the system's as one, texts alone as one text."""
+    first, rest = request.messages[: request.instructions], request.messages[request.instructions :]
+    made: list[dict[str, Any]] = []
+    if first:
+        made.append({"role": SYSTEM[0], "content": _text_of(first, "\n\n")})
+    for message in rest:
+        fields: dict[str, Any] = {"role": message.role, "content": _content(message)}
+        if message.reasoning_content is not None:
+            fields["reasoning_content"] = message.reasoning_content
+        made.append({**fields, "tool_calls": _calls(message)} if message.tool_calls else fields)
+    return made
 
 
 def _content(message: Message) -> str | list[dict[str, str]]:
-    """As templates take it: texts alone as one text."""
     if all(isinstance(part, TextPart) for part in message.content):
-        return _text_of(message)
+        return _text_of([message])
     return [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.content]
 
 
-def _text_of(message: Message) -> str:
-    return "".join(part.text if isinstance(part, TextPart) else IMAGE_BLOCK for part in message.content)
+def _text_of(messages: Sequence[Message], between: str = "") -> str:
+    """The texts of messages, a line's end for an image."""
+    texts = ("".join(p.text if isinstance(p, TextPart) else "\n" for p in m.content) for m in messages)
+    return between.join(texts)
 
 
-def _chatml(request: ChatRequest) -> str:
-    text = "".join(f"{TURN_START}{m.role}\n{_text_of(m)}{END_OF_TURN}\n" for m in request.messages)
-    if request.continue_final_message:
-        return text.removesuffix(f"{END_OF_TURN}\n")
-    return text + (f"{TURN_START}assistant\n" if request.begins_answer else "")
+def _calls(message: Message) -> list[dict[str, Any]]:
+    return [call.model_dump() for call in message.tool_calls]
 
 
 # Image URLs
@@ -150,14 +184,17 @@ async def read_image(url: str, *, allow_urls: bool) -> bytes:
 
 
 def decode_data_url(url: str) -> bytes:
-    """The bytes in a base64 data: URL."""
+    """The bytes in a base64 data: URL, which may hold percent signs and white space and lack its padding."""
     head, comma, text = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not head.lower().replace(" ", "").endswith(";base64"):
         raise ImageError(f"image URL {url!r:.40}: a data: URL must read data:image/png;base64,...")
-    if len(text) > MAX_BYTES * 4 // 3 + 4:
+    for code, sign in ESCAPED.items():
+        text = text.replace(code, sign).replace(code.lower(), sign)
+    data = text.encode().translate(FROM_URL_SAFE, b" \t\r\n\f").rstrip(b"=")
+    if len(data) > MAX_BYTES * 4 // 3 + 4:
         raise _too_large(url)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"image URL {url!r:.40}: no base64 ({error})") from error
 

@@ -16,19 +16,19 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tinker
 from tinker import types
 
 from kshot.errors import PromptError, RequestError
-from vlm.local.clients import LocalSamplingClient, SamplingRequest, TokenSequence
+from vlm.local.clients import Grammar, LocalSamplingClient, SamplingRequest, TokenSequence
 from vlm.prompts import END_OF_TURN
 from vlm.scoring import score_choices
-from vlm.server.openai import chat
+from vlm.server.openai import chat, tools
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
-from vlm.server.openai.responses import CHAT, COMPLETION, Fields
+from vlm.server.openai.responses import CHAT, COMPLETION, TOOL_CHAT, Fields
 from vlm.server.openai.text import DecodedText, Token, TopTokens, Vocabulary
 
 MAX_CHOICES = 4096
@@ -66,7 +66,10 @@ class Completion(ABC):
     prompts: Sequence[EncodedPrompt]
 
     def __post_init__(self) -> None:
-        self.format = CHAT if isinstance(self.request, ChatRequest) else COMPLETION
+        self.format, self.calls = COMPLETION, False
+        if isinstance(self.request, ChatRequest):
+            self.calls = bool(self.request.callable_tools)
+            self.format = TOOL_CHAT if self.calls else CHAT
         self._id, self._created = f"{self.format.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     @abstractmethod
@@ -115,8 +118,11 @@ class _NewToken(NamedTuple):
 Events = asyncio.Queue[tuple[int, _NewToken | None]]  # prompt's number, and a token, or None when it is done
 
 
+@dataclass
 class SampledCompletion(Completion):
-    """Completions that are sampled."""
+    """Completions that are sampled. grammar: what they follow."""
+
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +200,7 @@ class SampledCompletion(Completion):
             prompt_logprobs=of_prompt,
             topk_prompt_logprobs=top if of_prompt else 0,
             topk_sample_logprobs=top,
+            grammar=self.grammar,
         )
 
     def _choice(self, number: int, prompt: EncodedPrompt, result: types.SampleResponse, n: int) -> Fields:
@@ -232,6 +239,7 @@ class _Stream:
         request = completion.request
         self._first, self._opened = number * request.n, False
         self._samples = [DecodedText(completion.vocabulary, request.stop, completion.ends) for _ in range(request.n)]
+        self._readers = [tools.CallReader() if completion.calls else None for _ in range(request.n)]
         self._numbers = dict[TokenSequence, int]()
 
     def add(self, new: _NewToken) -> Iterator[Fields]:
@@ -264,10 +272,16 @@ class _Stream:
         sample, index = self._samples[n], self._first + n
         text, tokens = sample.take()
         log_probs = self._completion.log_probs(tokens) if tokens else None
+        reader, reason = self._readers[n], cast(str | None, sample.reason)
+        if reader is not None:
+            for delta in reader.add(text, last=reason is not None):
+                yield {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": None}
+                log_probs = None
+            text, reason = "", reader.reason(reason)
         if text or log_probs:
             yield self._format.delta(index, text, None, log_probs)
-        if sample.reason is not None:
-            yield self._format.delta(index, "", sample.reason, None)
+        if reason is not None:
+            yield self._format.delta(index, "", reason, None)
 
 
 class ChosenCompletion(Completion):

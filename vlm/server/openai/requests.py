@@ -4,12 +4,14 @@ No field is ignored that would change the answer: a field has an effect, or it i
 anywhere (HARMLESS), or it is an error that names it.
 """
 
+import json
 import reprlib
 from abc import ABC, abstractmethod
+from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 MAX_PROMPTS = 128
 Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not supported → the values without an effect; None: any
@@ -81,7 +83,6 @@ HARMLESS: Neutral = {  # the values taken; None: any
     "safety_identifier": None,
     "metadata": None,
     "prompt_cache_key": None,
-    "parallel_tool_calls": None,  # there are no tools to call
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
@@ -90,19 +91,18 @@ _PENALTIES: Neutral = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
-_TOOLS: Neutral = {
-    "tools": ([],),
-    "tool_choice": ("none",),
+_OTHER_CHAT: Neutral = {
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
 }
 
 
 class StreamOptions(Model):
     """Whether a last chunk says how many tokens there were."""
+
+    NEUTRAL: ClassVar[Neutral] = {"include_obfuscation": (True, False)}  # whether padding hides the sizes of chunks
 
     include_usage: bool = False
 
@@ -122,7 +122,7 @@ class GenerationRequest(Model, ABC):
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**63)] | None = None
     stop: Annotated[list[str], BeforeValidator(stops), Field(max_length=MAX_STOPS)] = Field([])
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOPS)
     stream: bool = False
@@ -197,24 +197,26 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(Model):
-    """Text in a message."""
+    """str in a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageURL(Model):
-    """Where an image is: a data: URL that holds it, or an http(s) address."""
+    """Where an image is: a data: URL that holds it, or an http(s) address. How many pixels of it the model sees is the
+    model's own rule, whatever the detail."""
+
+    NEUTRAL: ClassVar[Neutral] = {"detail": ("auto", "low", "high", "original")}
 
     url: str
-    detail: Literal["auto"] = "auto"
 
 
 class ImagePart(Model):
     """An image in a message."""
 
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: Annotated[ImageURL, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -224,22 +226,124 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _arguments(value: Any) -> dict[str, Any]:
+    """What a text holds; without one, nothing."""
+    try:
+        made = from_json(value or "{}", allow_inf_nan=False) if isinstance(value, str) else value
+        json.dumps(made)  # not so an integer of thousands of digits
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from error
+    return made
+
+
+class CalledFunction(Model):
+    """A function that was called. arguments: a JSON object, which comes as text."""
+
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+
+class ToolCall(Model):
+    """A call in the past."""
+
+    NEUTRAL: ClassVar[Neutral] = {"id": None, "index": None}  # results stand in the order of the calls
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+SYSTEM = "system", "developer"
+
+
 class Message(Model):
-    """A turn of a conversation. content: as a list of parts, whatever form it came in."""
+    """A turn of a conversation. content: as a list of parts, whatever form it came in. reasoning_content: for
+    templates that write the thoughts of the past."""
 
-    NEUTRAL: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],)}  # as this kind of server's answers hold
+    NEUTRAL: ClassVar[Neutral] = {  # what no template writes, and what this kind of server's answers hold
+        "name": None,
+        "tool_call_id": None,
+        "annotations": ([],),
+        "type": ("message", "text"),  # lm-eval's
+    }
 
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[Part], BeforeValidator(_parts)] = []
+    tool_calls: list[ToolCall] = []
+    reasoning_content: str | None = None
+
+
+class Function(Model):
+    """A function that may be called. parameters: the JSON schema of its arguments."""
+
+    NEUTRAL: ClassVar[Neutral] = {"strict": None}  # arguments follow the schema in any case
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Model):
+    """Something that the model may call: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Model):
+    """The function that must be called."""
+
+    name: str
+
+
+class NamedTool(Model):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(Model):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Model):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Model):
+    """A JSON schema; without one, any JSON object."""
+
+    NEUTRAL: ClassVar[Neutral] = {"strict": None, "name": None, "description": None}
+
+    content: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class SchemaFormat(Model):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+AnyFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+MAX_TOOLS = 128
 
 
 class ChatRequest(GenerationRequest):
     """POST chat/completions."""
 
-    NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, **_TOOLS}
+    NEUTRAL: ClassVar[Neutral] = {**HARMLESS, **_PENALTIES, **_OTHER_CHAT}
     default_limit = 1024
 
     messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    response_format: AnyFormat | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -254,6 +358,28 @@ class ChatRequest(GenerationRequest):
     @property
     def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer's text follows, if any."""
+        match self.response_format:
+            case SchemaFormat(json_schema=named) if named.content is not None:
+                return named.content
+            case ObjectFormat() | SchemaFormat():
+                return {"type": "object"}
+        return None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def instructions(self) -> int:
+        """How many of the first messages are the system's."""
+        return sum(1 for _ in takewhile(lambda message: message.role in SYSTEM, self.messages))
 
     @property
     def begins_answer(self) -> bool:
@@ -271,7 +397,27 @@ class ChatRequest(GenerationRequest):
             raise wrong("add_generation_prompt", "add_generation_prompt and continue_final_message exclude each other")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise wrong("continue_final_message", "continue_final_message needs a last message of the assistant")
-        late = next((n for n, m in enumerate(self.messages) if m.role == "system" and n), None)
-        if late is not None:
-            raise wrong("messages", f"messages[{late}] is of the system; only the first one may be")
+        for number, message in enumerate(self.messages):
+            _check_message(f"messages[{number}]", message, begun=number >= self.instructions)
         return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise wrong("tools", f"function {twice!r} stands twice in tools; give every function its own name")
+        if self.tool_choice not in ("none", "auto") and not self.callable_tools:
+            raise wrong("tool_choice", f"tool_choice wants a call, and tools has no such function; it has {names}")
+        if self.choice is not None and (self.callable_tools or self.schema_of_answer is not None):
+            raise wrong("tools", "tools and response_format do not go with a closed list of choices; give one of them")
+        return self
+
+
+def _check_message(name: str, message: Message, *, begun: bool) -> None:
+    """begun: whether others than the system have spoken."""
+    if begun and message.role in SYSTEM:
+        raise wrong("messages", f"{name} is of the system; only the first ones may be")
+    if not message.content and not message.tool_calls:
+        raise wrong("messages", f"{name}.content is missing")
+    if message.tool_calls and message.role != "assistant":
+        raise wrong("messages", f"{name} has tool_calls; only messages of the assistant may")

@@ -1,9 +1,10 @@
-"""The shapes of responses in the OpenAI API. The two endpoints differ in their `Format`."""
+"""The shapes of responses in the OpenAI API. The endpoints differ in their `Format`, and so do chats with tools."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vlm.server.openai import tools
 from vlm.server.openai.text import Token, Vocabulary
 
 Fields = dict[str, Any]
@@ -29,6 +30,12 @@ def _text_choice(index: int, text: str, reason: str | None, log_probs: Fields | 
 
 def _message_choice(index: int, text: str, reason: str | None, log_probs: Fields | None) -> Fields:
     message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": log_probs, "finish_reason": reason}
+
+
+def _calling_choice(index: int, text: str, reason: str | None, log_probs: Fields | None) -> Fields:
+    fields, reason = tools.message(text, reason)
+    message = {"role": "assistant", "refusal": None, **fields}
     return {"index": index, "message": message, "logprobs": log_probs, "finish_reason": reason}
 
 
@@ -77,3 +84,4 @@ CHAT = Format(
     _message_log_probs,
     _message_opening,
 )
+TOOL_CHAT = replace(CHAT, choice=_calling_choice)

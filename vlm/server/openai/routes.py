@@ -1,7 +1,8 @@
 """The OpenAI-compatible endpoints, to be put under /v1 and, as the hosted service has them, under /oai/api/v1.
 
-The way of a request: `requests` reads the body → `chat` turns messages into the model's input → `completions` samples
-or chooses → here the body or the stream is sent, or an error in the API's form.
+The way of a request: `requests` reads the body → `chat` turns messages into the model's input, `tools` schemas into a
+grammar → `completions` samples or chooses → here the body or the stream is sent, or an error in the API's form. `items`
+makes a chat of what the Responses API asks, and items of its answer.
 """
 
 import asyncio
@@ -27,11 +28,11 @@ from kshot.errors import (
     UnknownNameError,
 )
 from vlm.inputs import model_input
-from vlm.local.clients import LocalSamplingClient
+from vlm.local.clients import Grammar, LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
 from vlm.server.guard import Route
-from vlm.server.openai import chat
-from vlm.server.openai.completions import ChosenCompletion, EncodedPrompt, SampledCompletion, limit
+from vlm.server.openai import chat, items, tools
+from vlm.server.openai.completions import ChosenCompletion, Completion, EncodedPrompt, SampledCompletion, limit
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from vlm.server.openai.responses import Fields
 from vlm.server.state import ServerState
@@ -68,14 +69,23 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
     async def completions(request: CompletionRequest, http_request: Request) -> Response:
         sampler = await _sampler(state, request.model)
         prompts = await asyncio.to_thread(_encode, request, sampler)
-        return await _answer(request, http_request, sampler, prompts)
+        return await _answer(http_request, _completion(request, sampler, prompts))
+
+    async def chat_completion(request: ChatRequest) -> Completion:
+        sampler = await _sampler(state, request.model)
+        grammar = await asyncio.to_thread(_grammar, request, sampler)
+        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
+        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
+        return _completion(request, sampler, [encoded], grammar)
 
     @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
-        sampler = await _sampler(state, request.model)
-        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
-        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
-        return await _answer(request, http_request, sampler, [encoded])
+        return await _answer(http_request, await chat_completion(request))
+
+    @router.post("/responses", response_model=None, responses=STREAMED)
+    async def responses(request: items.ResponseRequest, http_request: Request) -> Response:
+        chat = await chat_completion(items.chat_request(request))
+        return await _answer(http_request, items.Response(request, chat))
 
     return router
 
@@ -104,11 +114,26 @@ def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[En
     return prompts
 
 
-async def _answer(
-    request: GenerationRequest, http_request: Request, sampler: LocalSamplingClient, prompts: Sequence[EncodedPrompt]
-) -> Response:
-    completion = (SampledCompletion if request.choice is None else ChosenCompletion)(request, sampler, prompts)
-    if request.stream:
+def _grammar(request: ChatRequest, sampler: LocalSamplingClient) -> Grammar | None:
+    """What the answer must follow. Raises as `tools.grammar` and RequestError for schemas that cannot be followed."""
+    tokenizer = sampler.get_tokenizer()
+    text = tools.grammar(request, tokenizer)
+    return None if text is None else sampler.grammar(text, chat.end_tokens(tokenizer))
+
+
+def _completion(
+    request: GenerationRequest,
+    sampler: LocalSamplingClient,
+    prompts: Sequence[EncodedPrompt],
+    grammar: Grammar | None = None,
+) -> Completion:
+    if request.choice is None:
+        return SampledCompletion(request, sampler, prompts, grammar)
+    return ChosenCompletion(request, sampler, prompts)
+
+
+async def _answer(http_request: Request, completion: Completion | items.Response) -> Response:
+    if completion.request.stream:
         return await stream(http_request, completion.chunks())
     return JSONResponse(await _unless_gone(http_request, completion.response()))
 
@@ -137,7 +162,8 @@ async def _events(first: Fields, chunks: AsyncGenerator[Fields]) -> AsyncGenerat
 
 
 def _event(data: Fields) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""  # of the Responses API
+    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class _Events(StreamingResponse):
