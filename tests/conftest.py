@@ -21,8 +21,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_
 # Files that take longest, most of them by starting processes: first, so that no core waits for one of them at the end.
 LONG = (
     "test_ray test_sweep test_server_fuzz test_server_restart test_cli test_executors test_cli_serve test_server_load "
-    "test_bench_overheads test_bench_train test_bench_score test_answers test_hub test_loading_hub test_server_end "
-    "test_cli_predict_refusals test_estimate_features test_compare"
+    "test_bench_overheads test_bench_train test_bench_score test_students test_hub test_loading_hub test_server_end "
+    "test_cli_predict test_estimate_features test_compare"
 )
 
 

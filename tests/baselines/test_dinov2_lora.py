@@ -30,10 +30,6 @@ def adam(learning_rate: float, eps: float = 1e-8, **others: float) -> types.Adam
     return types.AdamParams(learning_rate=learning_rate, eps=eps, **others)
 
 
-def predicted(client: LoraHeadClient, images: list[bytes]) -> np.ndarray:
-    return client.class_log_probs(images)
-
-
 @pytest.mark.parametrize("others", [{}, {"weight_decay": 0.1, "grad_clip_norm": 2.0, "beta1": 0.8, "beta2": 0.99}])
 def test_passes_and_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes], others: dict[str, float]) -> None:
     """eps is large here: with 1e-8 Adam makes whole steps of gradients that are rounding noise."""
@@ -45,7 +41,7 @@ def test_passes_and_steps_are_plain_torch_and_adamw_by_hand(images: list[bytes],
         expected = log_probs(state, images)
         losses = -expected[torch.arange(8), torch.tensor(labels)]
         losses.sum().backward()
-        np.testing.assert_allclose(predicted(client, images), expected.detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(client.class_log_probs(images), expected.detach().numpy(), atol=1e-5)
         answer = client.forward_backward(data_of(images, labels), "cross_entropy").result()
         assert answer.metrics["loss:sum"] == pytest.approx(losses.sum().item(), rel=1e-5)
         assert answer.loss_fn_output_type == "ArrayRecord"
@@ -82,7 +78,7 @@ def test_another_readout_is_what_timm_gives(images: list[bytes]) -> None:
         features = torch.cat([torch.cat([t[:, 0], t[:, plain.num_prefix_tokens :].mean(1)], 1) for t in rows])
         expected = (features @ state["head.weight"].T + state["head.bias"]).log_softmax(1)
     assert state["head.weight"].shape == (3, 256)
-    np.testing.assert_allclose(predicted(client, images), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(client.class_log_probs(images), expected.numpy(), atol=1e-5)
 
 
 def test_size_is_that_of_images_resized_before(images: list[bytes]) -> None:
@@ -94,14 +90,14 @@ def test_size_is_that_of_images_resized_before(images: list[bytes]) -> None:
     labels, before = [0, 1, 2, 0, 1, 2, 0, 1], [small(image) for image in images]
     sized, plain = (LoraHeadClient(nano.NAME, 3, seed=0, size=size) for size in (40, None))
     assert step(sized, data_of(images, labels), adam(1e-2)) == step(plain, data_of(before, labels), adam(1e-2))
-    np.testing.assert_array_equal(predicted(sized, images), predicted(plain, before))
-    assert not np.array_equal(predicted(sized, images), predicted(plain, images))
+    np.testing.assert_array_equal(sized.class_log_probs(images), plain.class_log_probs(before))
+    assert not np.array_equal(sized.class_log_probs(images), plain.class_log_probs(images))
 
 
 def test_untrained_is_uniform_and_the_base_stays_untouched(images: list[bytes]) -> None:
     before = {name: p.clone() for name, p in load(nano.NAME).module.state_dict().items()}
     client = LoraHeadClient(nano.NAME, 5, seed=0)
-    np.testing.assert_allclose(predicted(client, images), -np.log(5))
+    np.testing.assert_allclose(client.class_log_probs(images), -np.log(5))
     step(client, data_of(images, [0] * 8), adam(1e-2))
     after = load(nano.NAME).module.state_dict()
     assert before.keys() == after.keys()
@@ -115,7 +111,7 @@ def test_a_seed_reproduces_bit_for_bit(images: list[bytes]) -> None:
         torch.manual_seed(torch.initial_seed() + 1)  # the global generator must not matter, and is left alone
         before = torch.get_rng_state()
         client = LoraHeadClient(nano.NAME, 4, seed=seed)
-        result = [step(client, data, adam(1e-3)) for _ in range(3)], predicted(client, images)
+        result = [step(client, data, adam(1e-3)) for _ in range(3)], client.class_log_probs(images)
         assert torch.equal(torch.get_rng_state(), before)
         return result
 
@@ -133,7 +129,7 @@ def test_eight_images_are_learnt_by_heart(images: list[bytes]) -> None:
     losses = [step(client, data_of(images, labels), adam(1e-2)) for _ in range(9)]
     assert losses[0] == pytest.approx(8 * np.log(4), rel=1e-6)
     assert losses[-1] < 0.5
-    log_probs = predicted(client, images)
+    log_probs = client.class_log_probs(images)
     np.testing.assert_array_equal(log_probs.argmax(axis=1), labels)
     np.testing.assert_allclose(np.exp(log_probs).sum(axis=1), 1)
 
@@ -141,9 +137,9 @@ def test_eight_images_are_learnt_by_heart(images: list[bytes]) -> None:
 def test_log_probs_come_in_the_given_order(images: list[bytes]) -> None:
     client, labels = LoraHeadClient(nano.NAME, 4, seed=0), [0, 1, 2, 3] * 2
     step(client, data_of(images, labels), adam(1e-2))
-    alone = np.concatenate([predicted(client, [image]) for image in images])
-    np.testing.assert_allclose(predicted(client, images * 6), np.tile(alone, (6, 1)), atol=1e-5)
-    assert predicted(client, []).shape == (0, 4)
+    alone = np.concatenate([client.class_log_probs([image]) for image in images])
+    np.testing.assert_allclose(client.class_log_probs(images * 6), np.tile(alone, (6, 1)), atol=1e-5)
+    assert client.class_log_probs([]).shape == (0, 4)
     answer = client.forward_backward(data_of(images * 6, labels * 6), "cross_entropy").result()  # two passes
     targets = np.tile(alone[np.arange(8), labels], 6)
     np.testing.assert_allclose([o["logprobs"].data[0] for o in answer.loss_fn_outputs], targets, atol=1e-5)
@@ -179,7 +175,7 @@ def test_cuda_agrees_with_cpu(images: list[bytes]) -> None:
         client = LoraHeadClient(nano.NAME, 4, seed=0, device=device)
         start = {name: p.cpu() for name, p in trained(client).items()}
         losses = [step(client, data_of(images, [0, 1, 2, 3] * 2), adam(1e-3)) for _ in range(3)]
-        return start, losses, predicted(client, images)
+        return start, losses, client.class_log_probs(images)
 
     (start, losses, log_probs), (gpu_start, gpu_losses, gpu_log_probs) = run("cpu"), run("cuda")
     assert all(torch.equal(start[name], gpu_start[name]) for name in start)

@@ -1,7 +1,10 @@
-"""The encoder against timm itself, and the names it takes."""
+"""The encoder against timm itself, the names it takes, the nano model as it is shipped, and the pixels it sees."""
 
+import hashlib
+import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,14 +12,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors import safe_open
 from small_dinov2 import nano_folder, timm_folder
 from timm.models import VisionTransformer
 from torchvision.transforms.functional import normalize, to_tensor
 
 from baselines import nano
 from baselines.backbone import READOUTS, _module, _source, check, load
-from baselines.features import Encoder, resized
-from kshot.errors import InputError, ModelError, UnknownNameError
+from baselines.features import Encoder, PixelCache, resized, size_batches, whole_patches
+from kshot.errors import ImageError, InputError, ModelError, UnknownNameError
 from kshot.images import open_image
 
 
@@ -243,3 +248,69 @@ def test_cuda_agrees_with_cpu(images: list[bytes]) -> None:
     on_gpu = Encoder(nano.NAME, device="cuda").features(images)
     # its convolutions are in TF32 unless told otherwise
     np.testing.assert_allclose(on_gpu, Encoder(nano.NAME).features(images), rtol=5e-3, atol=5e-3)
+
+
+def test_the_weights_in_the_file_are_those_that_timm_computes_with() -> None:
+    vit = timm.create_model(f"local-dir:{nano.HERE}", pretrained=True)
+    assert vit.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 1 + 64, 128)
+    with safe_open(nano.HERE / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    assert stored.keys() == vit.state_dict().keys()
+    assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+def test_the_nano_models_revision_and_size() -> None:
+    weights = (nano.HERE / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest()[:12] == nano.REVISION
+    assert len(weights) <= 8 * 2**20
+
+
+def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano, "HERE", tmp_path)
+    with pytest.raises(ModelError, match=r"has no config\.json; install kshot again"):
+        load(nano.NAME)
+
+
+@pytest.mark.parametrize(
+    ("side", "patch", "expected"), [(64, 14, 70), (60, 14, 56), (63, 14, 70), (62, 14, 56), (3, 14, 14), (518, 14, 518)]
+)
+def test_whole_patches(side: int, patch: int, expected: int) -> None:
+    assert whole_patches(side, patch) == expected
+
+
+def test_the_whole_image_is_seen(make_image: Callable[..., bytes]) -> None:
+    """The far edges survive: a crop would lose the marks there."""
+    picture = np.zeros((50, 90, 3), np.uint8)
+    picture[:, :6], picture[:, -6:], picture[:6], picture[-6:] = 255, 255, 255, 255
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    pixels = resized(stream.getvalue(), 16)
+    assert pixels.shape == (48, 96, 3)
+    assert min(pixels[:, 0].min(), pixels[:, -1].min(), pixels[0].min(), pixels[-1].min()) > 250
+    assert resized(stream.getvalue(), 16, 64).shape == (64, 64, 3)
+
+
+def test_an_image_of_whole_patches_is_not_resampled(make_image: Callable[..., bytes]) -> None:
+    image = make_image(0, 48, 64)
+    np.testing.assert_array_equal(resized(image, 16), np.asarray(open_image(image)))
+
+
+@pytest.mark.parametrize("cut", [0, 7, 300])
+def test_broken_bytes(cut: int, make_image: Callable[..., bytes]) -> None:
+    with pytest.raises(ImageError, match=r"^image: "):
+        resized(make_image(0)[:cut], 16)
+
+
+def test_size_batches() -> None:
+    shapes = [(2, 3), (3, 2), (2, 3)]
+    arrays = [np.empty(shape) for shape in shapes]
+    assert size_batches(arrays, 2) == [[0, 2], [1]]
+    assert size_batches(arrays, 1) == [[0], [2], [1]]
+
+
+def test_cache_keeps_until_full(make_image: Callable[..., bytes]) -> None:
+    first, second = make_image(0), make_image(1)
+    cache = PixelCache(16, limit=64 * 64 * 3)
+    assert cache(first) is cache(first)
+    assert cache(second) is not cache(second)
+    np.testing.assert_array_equal(cache(second), resized(second, 16))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -213,12 +214,6 @@ def test_ridge_leaves_one_out_as_if_it_had_fitted_without_it(shots: int, dim: in
     assert fit_ridge(train, labels, 4).chosen == {"penalty": PENALTIES[int(np.argmax(right))] * dim}
 
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.array(
-        [[x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for y in b.astype(float)] for x in a.astype(float)]
-    )
-
-
 def fold_by_counting(labels: np.ndarray) -> list[int]:
     return [int(np.sum(labels[:n] == label)) for n, label in enumerate(labels)]
 
@@ -252,7 +247,7 @@ def test_votes_are_scikit_learns_weighted_neighbours(n: int, monkeypatch: pytest
 @pytest.mark.parametrize("seed", range(6))
 def test_the_number_of_neighbours_is_the_best_with_a_shot_left_out(seed: int) -> None:
     train, labels, _ = clusters(5, 4, 6, noise=1.5, seed=seed)
-    similar, fold = cosines(train, train), fold_by_counting(labels)
+    similar, fold = cosine_similarity(train.astype(float)), fold_by_counting(labels)
     right = dict.fromkeys([n for n in NEIGHBOURS if n <= 15], 0)
     for n in right:
         for image in range(20):
@@ -273,7 +268,7 @@ def by_hand(space: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray,
         means = [train[labels == each].mean(axis=0) for each in range(n_classes)]
         return np.array([[-np.sum((x - mean) ** 2) for mean in means] for x in test])
     units = train / np.linalg.norm(train, axis=1, keepdims=True)
-    return cosines(test, np.array([units[labels == each].mean(axis=0) for each in range(n_classes)]))
+    return cosine_similarity(test, np.array([units[labels == each].mean(axis=0) for each in range(n_classes)]))
 
 
 @pytest.mark.parametrize("seed", range(6))

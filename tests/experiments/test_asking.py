@@ -65,14 +65,6 @@ def test_several_phrasings_are_cells_of_their_own(sweep: Any, tmp_path: Path, ra
     assert "another configuration (prompt" in ended.err
 
 
-def test_a_prompt_changes_the_numbers_and_the_key(sweep: Any, tmp_path: Path) -> None:
-    _, cells = sweep("--prompt", OWN)
-    assert {c["settings"]["prompt"] for c in cells if "model" in c["settings"]} == {OWN}
-    content = Results(tmp_path / "out").sweep()
-    assert "prompts" not in content
-    assert content["settings"]["prompt"] == OWN
-
-
 def test_the_closed_set_is_a_loss_of_its_own(sweep: Any, plain: Results, tmp_path: Path) -> None:
     ended, cells = sweep("--loss", "closed-set")
     assert ended.status == 0, ended.err
@@ -129,24 +121,3 @@ def test_validation_images_are_neither_shots_nor_test(photos: Path) -> None:
     assert validation(dataset, 2, 0, Settings()) == []
     with pytest.raises(TooFewImagesError, match="9 shots asked for"):
         validation(dataset, 5, 0, settings)
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        (("--prompt", "What? => {label}"), "must hold {image} once"),
-        (("--prompt", "recipes"), "neither a preset (recipe)"),
-        (("--set", "prompt={image}What?"), "neither a preset"),
-        (("--prompt", "recipe", "--set", "prompt=recipe"), "prompt is given twice"),
-        (("--loss", "closed"), "loss = 'closed'"),
-        (("--calibration", "auto"), "calibration = 'auto'"),
-        (("--loss", "closed-set", "--set", "loss=text"), "loss is given twice"),
-        (("--calibration", "validated", "--method", "vlm-zero-shot"), "zero-shot has none; give contextual, pmi"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused_at_the_start(
-    options: tuple[str, ...], part: str, photos: Path, tmp_path: Path, refused: Any, ran: list[Job]
-) -> None:
-    method = () if "--method" in options else ("--method", "vlm-lora")  # without a labelled image nothing is chosen
-    refused("sweep", "--dataset", f"folder:{photos}", *method, *options, "--out", tmp_path / "out", parts=[part])
-    assert (ran, list(tmp_path.iterdir())) == ([], [])

@@ -1,5 +1,5 @@
 """The key of a cell: the same everywhere, and another one as soon as anything that its numbers depend on changes; and
-what a cell is given."""
+what a cell is given, as it is and in the control."""
 
 import hashlib
 import json
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.dataset import Dataset, Example, content_key
-from experiments.sweep.cells import Cell
+from experiments.sweep.cells import Cell, Job
 from experiments.sweep.config import Settings, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS
-from experiments.sweep.run import train_examples
+from experiments.sweep.run import run, shown, train_examples
 
 CELL = Cell("digits", "seeded-split-0", "pixel-knn", 2, 1, {"max_side": 480, "limit_test": None})
 OTHER: dict[str, Any] = {
@@ -92,3 +94,36 @@ def test_an_image_that_stands_in_two_classes_keeps_both_labels(photos: Path, mak
     for order in (rows, rows[::-1]):
         examples = train_examples(job, Dataset("own", "given", ("cat", "dog"), order, []))
         assert [example.label for example in examples] == [0, 1]
+
+
+# The control, in which each test image stands in another's place; and the story of the demo, of which it is a part.
+
+
+def job(method: str, shots: int, **settings: object) -> Job:
+    """A cell of the demo on its first hundred test images."""
+    sweep = load("demo", {"methods": [method], "shots": [shots], "seeds": [0]}, {"limit_test": 100, **settings})
+    return plan(sweep).jobs[0]
+
+
+@pytest.fixture(scope="module")
+def first() -> Job:
+    return job("pixel-knn", 1)
+
+
+@given(count=st.integers(2, 50), seed=st.integers(0, 3))
+def test_every_image_is_shown_once_and_never_in_its_own_place(first: Job, count: int, seed: int) -> None:
+    shuffled = replace(first, cell=replace(first.cell, seed=seed), settings=Settings(shuffle_test=True))
+    test = [Example(str(n), bytes([n]), 0) for n in range(count)]
+    images = [example.image for example in test]
+    seen = list(shown(test, shuffled))
+    assert list(shown(test, first)) == images
+    assert sorted(seen) == images
+    assert not any(one == other for one, other in zip(seen, images, strict=True))
+    assert list(shown(test, shuffled)) == seen
+
+
+@pytest.mark.parametrize("method", ["vlm-lora", "dinov2-logreg"])
+def test_four_images_a_class_teach_the_nano_pair_and_the_control_finds_nothing(method: str) -> None:
+    seen, blind = (run(job(method, 4, shuffle_test=x))[0]["metrics"]["accuracy"] for x in (False, True))
+    assert seen > 0.25  # chance is 0.05
+    assert blind < 0.15

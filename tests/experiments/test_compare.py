@@ -29,7 +29,7 @@ from kshot.errors import InputError
 YAML = "name: mine\ndatasets: [icons]\nmethods: [dinov2-logreg]\nshots: [1]\nseeds: [0]\n"
 BOTH = ("--image-size", "own", "--image-size", "128", "--readout", "cls", "--readout", "last4")
 PAIRS = [(size, readout) for size in (None, 128) for readout in ("cls", "last4")]
-
+LORA = ("--method", "vlm-lora")  # which reads a prompt
 LOGREG = METHODS["dinov2-logreg"]
 
 
@@ -169,13 +169,16 @@ def test_a_comparing_sweep_grows_in_shots_and_refuses_other_values(sweep: Any, t
     assert Results(tmp_path / "out").sweep()["compare"] == {"image_size": [None, 128], "readout": ["cls", "last4"]}
 
 
-@pytest.mark.parametrize("options", [("--readout", "last4"), ("--readout", "last4", "--readout", "last4")])
-def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert sweep(*options).status == 0
+@pytest.mark.parametrize(
+    ("name", "value", "times"),
+    [("readout", "last4", 1), ("readout", "last4", 2), ("prompt", "{image}Who? => {label}.", 1)],
+)
+def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, name: str, value: str, times: int) -> None:
+    assert sweep(*[f"--{name}", value] * times).status == 0
     content = Results(tmp_path / "out").sweep()
-    assert "compare" not in content
-    assert content["settings"]["readout"] == "last4"
-    assert "last4" not in (tmp_path / "out" / "report.md").read_text().partition("How it was run")[0]
+    assert not {"compare", "prompts"} & content.keys()
+    assert content["settings"][name] == value
+    assert value not in (tmp_path / "out" / "report.md").read_text().partition("How it was run")[0]
 
 
 @pytest.mark.parametrize(
@@ -188,15 +191,28 @@ def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, options: tuple[str, 
         (("--image-size", "own", "--image-size", "30"), "image size 30 is no multiple of 8"),
         (("--vlm-features", "head", "--vlm-features", "tower"), "compare.vlm_features.0 = 'head'"),
         (("--backbone", "kshot/nano-dinov2", "--backbone", "resnet_dino"), "'resnet_dino'"),
+        (("--backbone", "vit_small_patch14_dino"), "did you mean"),
+        (("--backbone", "beit_base_patch16_224", "--readout", "pooled", "--image-size", "518"), "224x224 pixels alone"),
+        (("--backbone", "resnet18"), "no CLS token"),
+        (("--backbone", "weights.pth"), "weights.pth"),
         ((*BOTH, "--set", "readout=cls"), "readout is given twice: as an option and with --set; leave one out"),
         (("--image-size", "own", "--set", "image_size=64"), "image_size is given twice: as an option and with --set"),
+        ((*LORA, "--prompt", "What? => {label}"), "must hold {image} once"),
+        ((*LORA, "--prompt", "recipes"), "neither a preset (recipe)"),
+        ((*LORA, "--set", "prompt={image}What?"), "neither a preset"),
+        (("--prompt", "recipe", "--set", "prompt=recipe"), "prompt is given twice"),
+        (("--loss", "closed"), "loss = 'closed'"),
+        (("--calibration", "auto"), "calibration = 'auto'"),
+        (("--loss", "closed-set", "--set", "loss=text"), "loss is given twice"),
+        (("--calibration", "validated", "--method", "vlm-zero-shot"), "zero-shot has none; give contextual, pmi"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_at_the_start(
+def test_what_cannot_be_run_or_compared_is_refused_at_the_start(
     sweep: Any, tmp_path: Path, ran: list[Job], options: tuple[str, ...], says: str
 ) -> None:
     ended = sweep(*options)
-    assert (ended.status, ended.err.count("\n"), ran, (tmp_path / "out").exists()) == (2, 1, [], False)
+    assert (ended.status, ended.out, ended.err.count("\n"), ran, [*tmp_path.iterdir()]) == (2, "", 1, [], [])
+    assert ended.err.startswith("kshot: ")
     assert says in ended.err
 
 

@@ -25,26 +25,18 @@ def test_a_higher_accuracy_never_takes_fewer(curve: dict[int, float], one: float
         assert low.shots <= high.shots + 1e-9
 
 
-@given(curves)
-def test_what_was_measured_is_exact(curve: dict[int, float]) -> None:
-    """The accuracy at some shots is reached there, and before that only where something smaller had as much."""
-    for shots, mean in curve.items():
-        first = min(k for k, value in curve.items() if value >= mean)
-        found = shots_needed(curve, mean)
-        assert found is not None
-        assert found.measured == first <= shots
-        if curve[first] == mean:
-            assert found.shots == first
-        assert found.shots <= found.measured
-
-
 @given(curves, shares)
-def test_the_least_measured_is_that_of_a_plain_search(curve: dict[int, float], target: float) -> None:
-    reached = sorted(k for k, mean in curve.items() if mean >= target)
-    found = shots_needed(curve, target)
-    assert (found.measured if found else None) == (reached[0] if reached else None)
-    if found and not found.at_most and found.measured > 1:
-        assert max([k for k in curve if k < found.measured], default=0) <= found.shots
+def test_the_least_measured_is_that_of_a_plain_search(curve: dict[int, float], other: float) -> None:
+    """For what was measured and for another accuracy; at the accuracy of some shots, it is exact."""
+    for target in (*curve.values(), other):
+        reached = sorted(k for k, mean in curve.items() if mean >= target)
+        found = shots_needed(curve, target)
+        assert (found.measured if found else None) == (reached[0] if reached else None)
+        if found:
+            before = max((k for k in curve if k < found.measured), default=0)
+            assert found.at_most or found.measured <= 1 or before <= found.shots
+            assert found.shots <= found.measured
+            assert found.shots == found.measured or curve[found.measured] != target
 
 
 def test_between_measured_points_it_is_what_numpy_interpolates() -> None:

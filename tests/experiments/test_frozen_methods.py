@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,22 +107,3 @@ def test_features_of_the_vlm_are_not_to_be_had_elsewhere(photos: Path) -> None:
     sweep = load("demo", {"datasets": [f"folder:{photos}"], "methods": ["vlm-vision-linear"]}, {})
     with pytest.raises(InputError, match=r"vlm-vision-linear needs features, .* use --service local"):
         plan(sweep, service="http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--backbone", "vit_small_patch14_dino"), "did you mean"),
-        (("--backbone", "beit_base_patch16_224", "--readout", "pooled", "--image-size", "518"), "224x224 pixels alone"),
-        (("--backbone", "resnet18"), "no CLS token"),
-        (("--image-size", "63"), "no multiple of 8"),
-        (("--backbone", "weights.pth"), "weights.pth"),
-        (("--readout", "last5"), "readout"),
-    ],
-)
-def test_backbones_that_cannot_be_used(
-    arguments: tuple[str, ...], message: str, refused: Callable[..., str], tmp_path: Path
-) -> None:
-    sweep = ("sweep", "--dataset", "digits", "--method", "dinov2-ridge")
-    assert message in refused(*sweep, *arguments, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -1,10 +1,10 @@
 """Checkpoints: training goes on bit for bit; damage is named; no name leads out of the state folder."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tinker
+from safetensors.torch import load_file, save_file
 from tinker import types
 
 from kshot.checks import folder_of, path_of
@@ -50,47 +50,37 @@ def trained(client: LocalTrainingClient, mixed: list[tinker.Datum]) -> LocalTrai
 def test_training_goes_on_bit_for_bit_with_the_optimizer(
     trained: LocalTrainingClient, service: LocalServiceClient, mixed: list[tinker.Datum]
 ) -> None:
-    """In another process's service too."""
+    """In another process's service."""
     path = trained.save_state("resume").result().path
     uninterrupted = [step(trained, mixed, ADAM) for _ in range(3)]
     elsewhere = LocalServiceClient(service._registry.state)
     resumed = elsewhere.create_training_client_from_state_with_optimizer(path).result()
     assert [step(resumed, mixed, ADAM) for _ in range(3)] == uninterrupted
     elsewhere.close()
-    trained.load_state_with_optimizer(path).result()
-    assert [step(trained, mixed, ADAM) for _ in range(3)] == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_named(trained: LocalTrainingClient, service: LocalServiceClient) -> None:
-    path = trained.save_state("damaged").result().path
-    (folder_of(service._registry.state, path) / "adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ModelError, match="is damaged"):
-        trained.load_state(path).result()
-
-
-def test_a_checkpoint_that_lacks_tensors_changes_nothing(
+def test_a_checkpoint_that_lacks_tensors_or_is_damaged_is_named_and_changes_nothing(
     trained: LocalTrainingClient, service: LocalServiceClient, mixed: list[tinker.Datum]
 ) -> None:
     """Neither the run that loads it, nor a sampling client that shares its slot with the one that fails."""
-    from safetensors.torch import load_file, save_file
-
     whole = trained.save_weights_for_sampler("whole").result().path
     sampler = service.create_sampling_client(model_path=whole).result()
     asked = mixed[2].model_input
     before, sampled = log_probs(trained, mixed), sampler.compute_logprobs(asked).result()
-    for kind in ("sampler_weights", "weights"):
-        saved = trained.save_weights_for_sampler if kind == "sampler_weights" else trained.save_state
-        path = saved("lacking").result().path
-        file = next(service._registry.state.rglob(f"{kind}/lacking")) / "adapter_model.safetensors"
+    for save, load in (
+        (trained.save_weights_for_sampler, lambda path: service.create_sampling_client(model_path=path)),
+        (trained.save_state, trained.load_state),
+    ):
+        path = save("lacking").result().path
+        file = folder_of(service._registry.state, path) / "adapter_model.safetensors"
         tensors = load_file(file)
         first, *rest = tensors
         save_file({**{name: tensors[name] for name in rest[3:]}, first: tensors[first][:1].contiguous()}, file)
-        if kind == "weights":
-            loading: Any = trained.load_state(path)
-        else:
-            loading = service.create_sampling_client(model_path=path)
         with pytest.raises(ModelError, match="does not fit the adapter in 4 tensors"):
-            loading.result()
+            load(path).result()
+        file.write_bytes(b"short")
+        with pytest.raises(ModelError, match="is damaged"):
+            load(path).result()
     assert close(before, log_probs(trained, mixed), 0)
     assert sampler.compute_logprobs(asked).result() == sampled
 

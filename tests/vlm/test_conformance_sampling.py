@@ -55,7 +55,8 @@ def test_log_probs_of_a_sample_and_its_likeliest_tokens_are_the_models(
         expected = stock_log_probs(stock, model_input(*query.chunks, sequence.tokens), rule)[query.length - 1 : -1]
         own = expected.gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
         assert sequence.logprobs == pytest.approx(own.tolist(), abs=1e-4)
-        best = expected.topk(3)
+        best, given = expected.topk(3), sequence.topk_logprobs_np
+        assert (given.token_ids.dtype, given.logprobs.dtype) == (np.int32, np.float32)
         assert [[token for token, _ in top] for top in sequence.topk_logprobs] == best.indices.tolist()
         values = [value for top in sequence.topk_logprobs for _, value in top]
         assert values == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
@@ -104,14 +105,15 @@ def test_log_probs_of_a_prompt_are_the_models(
         assert values == pytest.approx([own[n - 1].item() for n, no in enumerate(unscored) if not no], abs=1e-4)
         answer = sampler.sample(query, 1, ONE, include_prompt_logprobs=True).result(PATIENCE)
         assert answer.prompt_logprobs == pytest.approx(got, abs=1e-4)
-        last = sampler.compute_logprobs(query, 2).result(PATIENCE)
-        assert last[:-2] == [None] * (query.length - 2)
-        assert last[-2:] == pytest.approx(got[-2:], abs=1e-4)
-        some = sampler.sample(query, 1, ONE, True, topk_prompt_logprobs=2, prompt_logprobs_last_n=2).result(PATIENCE)
-        assert some.prompt_logprobs == pytest.approx(last, abs=1e-4)
-        assert some.topk_prompt_logprobs[:-2] == [None] * (query.length - 2)
-        likeliest = [[token for token, _ in top] for top in some.topk_prompt_logprobs[-2:]]
-        assert likeliest == expected[-3:-1].topk(2).indices.tolist()
+        for n in {1, 2, query.length - 1}:  # of the last of all, some are an image's
+            before = [None] * (query.length - n)
+            last = sampler.compute_logprobs(query, n).result(PATIENCE)
+            assert last == pytest.approx([*before, *got[-n:]], abs=1e-4)
+            some = sampler.sample(query, 1, ONE, True, 2, prompt_logprobs_last_n=n).result(PATIENCE)
+            assert some.prompt_logprobs == pytest.approx(last, abs=1e-4)
+            assert some.topk_prompt_logprobs[:-n] == before
+            likeliest = [[token for token, _ in top] for top in some.topk_prompt_logprobs[-n:]]
+            assert likeliest == expected[-n - 1 : -1].topk(2).indices.tolist()
 
 
 def test_chosen_and_likeliest_tokens_of_a_prompt(

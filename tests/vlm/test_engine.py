@@ -1,4 +1,4 @@
-"""The engine: its steps, batches, runs and snapshots, and training requests that do not fit the model.
+"""The engine: its steps, batches, runs and snapshots, also in bfloat16 and on a GPU, and what does not fit the model.
 
 Against transformers and PEFT: `test_adapters.py`. Mistakes on every service: `test_conformance_mistakes.py`.
 """
@@ -6,6 +6,7 @@ Against transformers and PEFT: `test_adapters.py`. Mistakes on every service: `t
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,19 @@ import torch
 from tinker import types
 
 from kshot.errors import RequestError
+from tests.baselines.plain_lora import adamw
 from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of
 from tests.vlm.services import step
 from vlm import nano
 from vlm.classifier import batches, fit, predict
-from vlm.local.clients import LocalTrainingClient
+from vlm.label_trie import build
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
+from vlm.local.engine import Engine
+from vlm.local.model.load import Model
+from vlm.local.model.lora import LoraSpec
 from vlm.local.registry import LocalServiceClient
+from vlm.local.sampling.sampler import SamplingRequest, sample
+from vlm.local.scoring import score_tree
 from vlm.local.vision import Vision
 from vlm.prompts import Prompt
 
@@ -52,34 +60,24 @@ def test_steps_equal_adam_written_out(
 ) -> None:
     """Two steps of Adam with decoupled weight decay and clipping by global norm (Loshchilov & Hutter 2019)."""
     disturb(client)
-    names = list(adapter_of(client))
-    weights = {n: p.double().clone() for n, p in adapter_of(client).items()}
-    first = {n: torch.zeros_like(w) for n, w in weights.items()}
-    second = {n: torch.zeros_like(w) for n, w in weights.items()}
+    moments: dict[str, list[torch.Tensor]] = {}
     for number in (1, 2):
         client.forward_backward(mixed, "cross_entropy").result()
-        gradients = {n: g.double().clone() for n, g in gradients_of(client).items()}
-        norm = torch.sqrt(torch.stack([g.square().sum() for g in gradients.values()]).sum())
-        scale = min(1.0, adam.grad_clip_norm / float(norm)) if adam.grad_clip_norm else 1.0
+        state = {n: p.double() for n, p in adapter_of(client).items()}
+        for n, gradient in gradients_of(client).items():
+            state[n].grad = gradient.double()
+        expected, norm = adamw(state, moments, number, adam)
         answer = client.optim_step(adam).result()
-        assert answer.metrics is not None
-        assert answer.metrics["grad_norm:mean"] == pytest.approx(float(norm), rel=1e-4)
-        for n in names:
-            g = gradients[n] * scale
-            first[n] = adam.beta1 * first[n] + (1 - adam.beta1) * g
-            second[n] = adam.beta2 * second[n] + (1 - adam.beta2) * g.square()
-            m, v = first[n] / (1 - adam.beta1**number), second[n] / (1 - adam.beta2**number)
-            weights[n] = weights[n] * (1 - adam.learning_rate * adam.weight_decay)
-            weights[n] = weights[n] - adam.learning_rate * m / (v.sqrt() + adam.eps)
-            assert torch.allclose(adapter_of(client)[n].double(), weights[n], atol=2e-5), n
-        weights = {n: p.double().clone() for n, p in adapter_of(client).items()}
+        assert answer.metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-4)
+        for n, tensor in adapter_of(client).items():
+            assert torch.allclose(tensor.double(), expected[n], atol=2e-5), n
 
 
 def test_the_loss_falls_and_the_model_answers(
     client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
 ) -> None:
-    views = batches(examples, 12, 60, np.random.default_rng(0))
-    losses = [loss.metrics["loss:sum"] for loss, _ in fit(client, views, prompt, ADAM)]
+    views, adam = batches(examples, 12, 30, np.random.default_rng(0)), types.AdamParams(learning_rate=1e-2, eps=1e-8)
+    losses = [loss.metrics["loss:sum"] for loss, _ in fit(client, views, prompt, adam)]
     assert losses[-1] < losses[0] / 20
     sampler = client.save_weights_and_get_sampling_client().result()
     log_probs = predict(sampler, [e.image for e in examples], prompt)
@@ -212,3 +210,73 @@ def test_parameters_of_adam_out_of_range_are_named(client: LocalTrainingClient, 
 def test_seeds_that_are_none_are_named(service: LocalServiceClient, seed: Any) -> None:
     with pytest.raises(RequestError, match="seed"):
         service.create_lora_training_client(nano.NAME, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def engines(sampler: LocalSamplingClient) -> tuple[Engine, Engine]:
+    """In bfloat16, as real checkpoints are loaded, and in float32."""
+    half = Engine(Model(nano.NAME, dtype=torch.bfloat16))
+    assert half.model.stock.dtype == torch.bfloat16
+    return half, sampler._engine
+
+
+def test_training_in_bfloat16(engines: tuple[Engine, Engine], mixed: list[tinker.Datum]) -> None:
+    losses = []
+    for engine in engines:
+        run = engine.start(LoraSpec(rank=4), seed=0)
+        assert all(t.dtype == torch.float32 for t in run.adapter.named().values())
+        for _ in range(5):
+            losses.append(engine.forward_backward(run, mixed, "cross_entropy", None).metrics["loss:sum"])
+            engine.optim_step(run, types.AdamParams(learning_rate=1e-2, eps=1e-8))
+    assert losses[0] == pytest.approx(losses[5], rel=0.02)
+    assert losses[4] < losses[0] / 2
+    assert losses[9] < losses[5] / 2
+
+
+def test_scoring_and_sampling_in_bfloat16(
+    engines: tuple[Engine, Engine], prompt: Prompt, examples: list[Pictured]
+) -> None:
+    asked = [prompt.question(e.image) for e in examples[:4]]
+    trie = build(prompt.choices, "constrained")
+    half, full = (score_tree(engine, None, asked, trie) for engine in engines)
+    assert np.abs(half - full).max() < 0.2
+    tuned = engines[0].snapshot(engines[0].start(LoraSpec(rank=4), seed=0).adapter)
+    assert (score_tree(engines[0], tuned, asked, trie) == half).all()  # B is zero
+    params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
+    answers = sample(engines[0], None, [SamplingRequest(p, params, prompt_logprobs=True) for p in asked])
+    assert [len(answer.sequences[0].tokens) for answer in answers] == [4] * 4
+    assert answers[0].prompt_logprobs is not None
+
+
+def _trained(
+    device: str, state: Path, data: list[tinker.Datum], images: list[bytes], prompt: Prompt
+) -> tuple[list[float], np.ndarray, Any, int]:
+    """Losses of five steps, the scores of images and what is written of one, and images that the tower saw."""
+    service = LocalServiceClient(state / device, device=device)
+    try:
+        client = service.create_lora_training_client(nano.NAME, rank=4, seed=1).result()
+        losses = []
+        for _ in range(5):
+            losses.append(client.forward_backward(data, "cross_entropy").result().metrics["loss:sum"])
+            client.optim_step(types.AdamParams(learning_rate=1e-3, eps=1e-8)).result()
+        seen = client._engine.vision.forwards
+        sampler = client.save_weights_and_get_sampling_client().result()
+        scores = predict(sampler, images, prompt)
+        greedy = types.SamplingParams(max_tokens=8, temperature=0.0)
+        written = sampler.sample(prompt.question(images[0]), 1, greedy).result().sequences[0]
+        return losses, scores, written, seen
+    finally:
+        service.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_a_cpu_does(
+    mixed: list[tinker.Datum], examples: list[Pictured], prompt: Prompt, tmp_path: Path
+) -> None:
+    images = [example.image for example in examples]
+    cpu, gpu = (_trained(device, tmp_path, mixed, images, prompt) for device in ("cpu", "cuda"))
+    assert gpu[0] == pytest.approx(cpu[0], rel=1e-4)
+    np.testing.assert_allclose(gpu[1], cpu[1], atol=1e-3)
+    assert gpu[2].tokens == cpu[2].tokens
+    assert gpu[2].logprobs == pytest.approx(cpu[2].logprobs, abs=1e-3)
+    assert gpu[3] == cpu[3]  # no image twice

@@ -43,26 +43,14 @@ class ToyModel:
         done.set_result(types.SampleResponse(sequences=[], target_prompt_logprobs=types.TensorData.from_numpy(values)))
         return done
 
-    def likelihood(self, prompt: Sequence[int], choice: Sequence[int]) -> float:
-        """log P(choice | prompt): the brute force."""
-        seen = [*prompt]
-        total = 0.0
-        for token in choice:
-            total += self.next(seen)[token]
-            seen.append(token)
-        return total
-
-    def restricted(self, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
-        """log P(choice | prompt) of the model that may only write one of the choices: the brute force."""
-        totals = []
-        for choice in choices:
-            seen, total = [*prompt], 0.0
+    def scores(self, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> np.ndarray:
+        """(2, choices) log P(choice | prompt) of the model, and of one that may only write a choice: by brute force."""
+        totals = np.zeros((2, len(choices)))
+        for number, choice in enumerate(choices):
             for depth, token in enumerate(choice):
                 allowed = sorted({c[depth] for c in choices if c[:depth] == choice[:depth]})
-                values = self.next(seen)
-                total += values[token] - np.log(np.exp(values[allowed]).sum())
-                seen.append(token)
-            totals.append(total)
+                values = self.next([*prompt, *choice[:depth]])
+                totals[:, number] += values[token], values[token] - np.log(np.exp(values[allowed]).sum())
         return totals
 
 
@@ -74,12 +62,11 @@ choices_of = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=5), min_s
 def test_both_scores_equal_brute_force(names: list[list[int]], seed: int) -> None:
     model, prompt = ToyModel(seed), [1, 2, 3]
     choices = [(*name, END) for name in names]
-    asked = [tinker.ModelInput.from_ints(prompt)]
+    asked, (likelihood, restricted) = [tinker.ModelInput.from_ints(prompt)], model.scores(prompt, choices)
     constrained = score_choices(model, asked, choices)
-    assert constrained[0] == pytest.approx(model.restricted(prompt, choices), abs=1e-5)
+    assert constrained[0] == pytest.approx(restricted, abs=1e-5)
     assert np.exp(constrained).sum() == pytest.approx(1.0)
-    likelihood = score_choices(model, asked, choices, "likelihood")
-    assert likelihood[0] == pytest.approx([model.likelihood(prompt, c) for c in choices], abs=1e-4)
+    assert score_choices(model, asked, choices, "likelihood")[0] == pytest.approx(likelihood, abs=1e-4)
 
 
 @settings(deadline=None)

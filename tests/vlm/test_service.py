@@ -1,13 +1,16 @@
-"""connect: who answers the training API; the nano model's files; the main job on any service."""
+"""connect: who answers the training API; the nano model's files; batches, and the loop of training on any service."""
 
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tinker
+from tinker import types
 
 import vlm
 from experiments.pretrain.__main__ import prefix
@@ -15,7 +18,7 @@ from kshot.errors import ModelError, RequestError, UnknownNameError
 from tests.vlm import genuine
 from tests.vlm.helpers import Pictured
 from vlm import models, nano
-from vlm.classifier import batches
+from vlm.classifier import batches, fit, steps
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
 from vlm.service import check
@@ -177,3 +180,51 @@ def test_images_without_a_mirror_are_never_flipped() -> None:
     for probability, expected in ((0.0, {b"a", b"b"}), (1.0, {b"c", b"d"})):
         drawn = batches(mirrored, 4, 3, np.random.default_rng(0), hflip=probability)
         assert {image for batch in drawn for image, _ in batch} == expected
+
+
+ADAM = types.AdamParams(learning_rate=1e-3)
+
+
+class Diary:
+    """A training client, and its futures, by name: it only writes down what it is asked."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def forward_backward(self, data: list[Any], loss_fn: str) -> Any:
+        return self._asked(f"{loss_fn} of {data[0]}")
+
+    def optim_step(self, adam: types.AdamParams) -> Any:
+        assert adam is ADAM
+        return self._asked("step")
+
+    def data(self, count: int) -> Iterator[Any]:
+        for number in range(count):
+            self.events.append(f"make {number}")
+            yield [number]
+
+    def _asked(self, what: str) -> Any:
+        self.events.append(what)
+        diary = self
+
+        class Answer:
+            def result(self) -> str:
+                diary.events.append(f"await {what}")
+                return what
+
+        return Answer()
+
+
+def test_both_requests_are_made_before_either_is_awaited_and_the_next_data_meanwhile() -> None:
+    diary: Any = Diary()
+    assert list(steps(diary, diary.data(2), "ppo", ADAM)) == [("ppo of 0", "step"), ("ppo of 1", "step")]
+    first = ["make 0", "ppo of 0", "step", "make 1", "await ppo of 0", "await step"]
+    assert diary.events == [*first, "ppo of 1", "step", "await ppo of 1", "await step"]
+
+
+def test_without_data_or_with_an_unknown_loss_nothing_is_asked() -> None:
+    diary: Any = Diary()
+    assert list(steps(diary, [], "cross_entropy", ADAM)) == []
+    with pytest.raises(UnknownNameError, match="unknown loss 'hinge'; choose from: text, closed-set"):
+        fit(diary, [[(b"", 0)]], diary, ADAM, "hinge")
+    assert diary.events == []

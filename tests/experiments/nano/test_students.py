@@ -1,14 +1,22 @@
-"""The students' own ways to compute, against the stock modules: the tower on a batch, the ViT's start and attention."""
+"""The students' own ways to compute, against the stock modules: the tower on a batch, the ViT's start and attention;
+and how the whole nano Qwen3-VL is taught, against the stock model's own forward pass and its own words."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from scipy.special import log_softmax
+from transformers import AutoImageProcessor, AutoTokenizer
 
+from experiments.pretrain import students
+from experiments.pretrain.learning import FULL, Plan
 from experiments.pretrain.students import Tower, create_dinov2, wave_positions
 from tests.experiments.nano.drawn import fresh
 from vlm import nano
+from vlm.inputs import ImageRule
+from vlm.prompts import Prompt
+
+NAMES = ("arrow", "letter a", "wheelbarrow")
 
 
 def pictures(count: int, side: int) -> tuple[torch.Tensor, list[Image.Image]]:
@@ -72,3 +80,70 @@ def test_plain_attention_says_what_the_fused_one_says() -> None:
         block.attn.fused_attn = True
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(plain(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(AutoTokenizer.from_pretrained(nano.HERE), ImageRule.from_pretrained(str(nano.HERE)), NAMES)
+
+
+@torch.no_grad()
+def test_the_answers_are_those_of_the_stock_forward_pass(prompt: Prompt) -> None:
+    shown, images = pictures(3, FULL)
+    chosen = torch.tensor([2, 0, 1])
+    ours, stock = fresh(), fresh()
+    prompts = students.questions(ours, prompt, NAMES, FULL)
+    hidden, targets = students.answer_states(ours, Tower(ours.model.visual), prompts, shown, chosen)
+    ids, _ = prompts.batch(chosen)
+    is_image = (ids == stock.config.image_token_id).int()
+    logits = stock(input_ids=ids, mm_token_type_ids=is_image, **processed(images)).logits
+    torch.testing.assert_close(ours.lm_head(hidden), logits[:, len(prompts.question) - 1 :], rtol=1e-4, atol=1e-4)
+    for row, label in zip(targets.tolist(), chosen.tolist(), strict=True):
+        assert tuple(token for token in row if token != students.IGNORED) == prompt.choices[label]
+
+
+def test_the_question_is_the_products_own(prompt: Prompt, make_image) -> None:
+    prompts = students.questions(fresh(), prompt, NAMES, FULL)
+    before, image, after = prompt.question(make_image(0, FULL, FULL)).chunks
+    assert prompts.question.tolist()[: before.length] == before.tokens
+    assert prompts.question.tolist()[-after.length :] == after.tokens
+    assert int(prompts.is_image.sum()) == image.expected_tokens == 16
+    assert len(prompts.question) == before.length + 16 + after.length
+    assert int(students.questions(fresh(), prompt, NAMES, 48).is_image.sum()) == 9
+
+
+@torch.no_grad()
+def test_cooling_scales_every_logit_and_nothing_else() -> None:
+    model, ids = fresh(), torch.randint(0, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
+    before, others = model(input_ids=ids).logits, {n: w.clone() for n, w in model.state_dict().items()}
+    students.scale_logits(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, 0.35 * before)
+    changed = [n for n, w in model.state_dict().items() if not torch.equal(w, others[n])]
+    assert changed == ["model.language_model.norm.weight"]
+
+
+def test_the_loss_weighs_the_first_token_most() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 7))
+    targets = np.array([[1, 4, 6], [2, 5, students.IGNORED]])
+    log_probs = log_softmax(logits, axis=2)
+    first = -log_probs[0, 0, 1] - log_probs[1, 0, 2]
+    later = -log_probs[0, 1, 4] - log_probs[0, 2, 6] - log_probs[1, 1, 5]
+    loss = students.answer_loss(torch.tensor(logits), torch.tensor(targets))
+    assert float(loss) == pytest.approx((first + 0.3 * later) / 2)
+
+
+def test_names_that_many_drawings_bear_are_shown_less_often_than_they_stand_there() -> None:
+    shares = students.sampling_weights(["a", "a", "a", "a", "b"])
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]))
+
+
+def test_a_few_steps_make_the_names_likelier(prompt: Prompt) -> None:
+    rng = torch.Generator().manual_seed(0)
+    masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
+    described = torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1)
+    model, reports = fresh(), []
+    students.train_answers(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), reports.append)
+    losses = [float(text.rsplit(" ", 1)[1]) for text in reports]
+    assert losses[-1] < losses[0]
+    assert not model.training
