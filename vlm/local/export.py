@@ -334,7 +334,7 @@ def _write_vllm(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For vLLM: layers listed by the ends of their names, and an lm_head, which it keeps apart from tied embeddings."""
     weights, config = _plain(adapter), adapter.layout.config()
     layers = {name.partition(".lora_")[0] for name in weights if f".{EXPERTS}." not in name}
-    config.target_modules = {layer.rpartition(".")[2] for layer in layers}
+    config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     checkpoint.write_peft(folder, weights, config, base.name)
 
 

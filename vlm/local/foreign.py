@@ -194,7 +194,7 @@ def _pattern(patterns: Mapping[str, Any], layer: str, theirs: str, default: Any)
     if _EXPERTS.fullmatch(layer):  # PEFT asks for the parameter's name
         parameter = "gate_up_proj" if layer.endswith(".base_layer") else "down_proj"
         theirs = f"{theirs.removesuffix('.base_layer')}.{parameter}"
-    return patterns.get(get_pattern_key(patterns.keys(), theirs), default)
+    return patterns.get(get_pattern_key(list(patterns), theirs), default)
 
 
 def _tensors(name: str, folder: Path) -> dict[str, Tensor]:
