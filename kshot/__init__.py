@@ -20,6 +20,7 @@ from kshot.errors import KshotError as KshotError
 from kshot.errors import LostError as LostError
 from kshot.errors import MissingError as MissingError
 from kshot.errors import ModelError as ModelError
+from kshot.errors import NotFiniteError as NotFiniteError
 from kshot.errors import PromptError as PromptError
 from kshot.errors import RequestError as RequestError
 from kshot.errors import ResultsError as ResultsError

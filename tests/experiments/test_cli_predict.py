@@ -252,7 +252,7 @@ def test_a_checkpoint_without_class_names(adapter: Path, images: Path, kshot, re
         ("", ["no model is given; give --adapter DIR, or --model NAME with class names"]),
         ("--adapter {here}/none", ["adapter {here}/none is no folder", "kshot train"]),
         ("--adapter {images}", ["{images} has no classifier.json", "--class NAME"]),
-        ("--adapter {images} --class a --class b", ["{images} has no kshot.json; only adapters that kshot wrote"]),
+        ("--adapter {images} --class a --class b", ["{images} has neither kshot.json nor adapter_config.json"]),
         ("--adapter", ["--adapter"]),
         ("--adapter {damaged}", ["classifier.json is damaged (classes: "]),
         ("--adapter {adapter} --model nope", ["unknown model 'nope'"]),

@@ -59,9 +59,9 @@ WRONG: dict[str, tuple[Change, str]] = {  # what is done with a run, good data a
         "Expected 17 tokens, got 16",
     ),
     "too few targets": (lambda run, *_: run.forward([targets(text([5, 6]), [0])], "cross_entropy"), "2 positions"),
-    "a field that no loss reads": (
-        lambda run, *_: run.forward([targets(text([5]), [0], mask=np.ones(1, np.float32))], "cross_entropy"),
-        r"also has \['mask'\]",
+    "a misspelt field": (
+        lambda run, *_: run.forward([targets(text([5]), [0], weight=np.ones(1, np.float32))], "cross_entropy"),
+        "weights",
     ),
     "a cube": (
         lambda run, *_: run.forward([targets(text([5]), [[[0]]])], "cross_entropy"),

@@ -218,7 +218,7 @@ def test_tensors_that_are_not_the_models_are_refused(
 
 def test_stored_tensors_say_dtype_and_shape(moe: tuple[Path, Any]) -> None:
     tensors = stored_tensors("moe", moe[0])
-    assert tensors["lm_head.weight"] == StoredTensor("F32", (128, 32))
+    assert tensors["lm_head.weight"] == StoredTensor("F32", (128, 32), "model.safetensors")
     assert tensors["lm_head.weight"].elements == 128 * 32
 
 

@@ -283,6 +283,4 @@ def function(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_wrong_is_named(api: openai.OpenAI, wrong: dict[str, Any], param: str | None, words: str) -> None:
-    error = refusal(api, "chat/completions", **wrong)
-    assert words in error.message
-    assert error.param == param
+    refusal(api, "chat/completions", words, param, **wrong)

@@ -23,9 +23,9 @@ import tinker
 from tinker import types
 
 from kshot.checks import folder_of
-from tests.vlm.raw import DATA, KEY, refused
+from tests.vlm.raw import DATA, refused
 from tests.vlm.services import PATIENCE, close, log_probs, peft, step, target_log_probs
-from tests.vlm.serving import Server, served
+from tests.vlm.serving import KEY, Server, served
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.server import guard

@@ -107,7 +107,7 @@ def _known(raw: Raw, examples: int) -> tuple[dict[str, list[Any]], str]:
         "sampling_session_id": [sampler],
         "sampler": [sampler, "x"],
         "request_id": [done, "x"],
-        "kind": ["weights", "sampler_weights", ".."],
+        "kind": ["weights", "sampler_weights", "external_weights", ".."],
         "name": ["a", "b", ".."],
         "model": [nano.NAME, sampled, "../x"],
         "path": ["c", "d", "e", "../x"],
@@ -149,6 +149,7 @@ OFFERED: dict[str, list[Any]] = {
     "stop_token_ids": [[], [7]],
     "ttl_seconds": [None, 9, 2**62],
     "weights_access_token": [None],
+    "age_encryption_recipients": [None, ["age1"], []],
     "user_metadata": [None, {"a": "\0"}],
     "messages": [[ONE], [ONE, ONE], [ONE, {**ONE, "role": "system"}]],
     "input": ["a", [ONE], [ONE, {**ONE, "role": "developer"}], [{"type": "x"}]],
@@ -404,7 +405,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @IDLE_CLIENTS
 def test_no_request_is_the_servers_failure(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
     counts = fuzz(tmp_path, make_image(3, 32, 32), 13, caplog)
-    assert len(counts) == 46  # every endpoint, one of them in protobuf, and the end
+    assert len(counts) == 49  # every endpoint, one of them in protobuf, and the end
     assert counts.total() >= LEAST, counts
 
 
