@@ -335,15 +335,15 @@ def test_a_small_sweep_is_measured(
     first set has loaded keeps features of the second too."""
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
     methods = ("vlm-zero-shot", "dinov2-logreg", "dinov2-lora", "pixel-knn")
-    workload = of_sweep(sweep(methods, order=(0, 2), answer_tokens=2))
+    workload = of_sweep(sweep(methods, order=(1, 2), answer_tokens=2))
     estimated = estimate(workload, tmp_path / "out", RunOptions(workers=1))
     assert estimated.measurement is not None
     assert estimated.time is not None
     assert len(estimated.measurement.results) == 2
     for result in estimated.measurement.results.values():
         assert {variant[0] for variant in result.rates} == set(methods)
-    first = next(iter(estimated.measurement.results.values()))
-    assert next(rates for variant, rates in first.rates.items() if variant[0] == "dinov2-logreg").encoded > 0
+    measured = [r for result in estimated.measurement.results.values() for r in result.rates.items()]
+    assert any(rates.encoded > 0 for variant, rates in measured if variant[0] == "dinov2-logreg")  # of the larger set
     assert estimated.requirements.memory.measured == estimated.measurement.peak > 100 << 20
     assert 0 < estimated.time.total < 600
     assert [*(tmp_path / "cache").iterdir()] == []
