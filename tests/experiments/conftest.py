@@ -104,3 +104,16 @@ def service(tmp_path: Path) -> Iterator[LocalServiceClient]:
     client = LocalServiceClient(tmp_path / "state")
     yield client
     client.close()
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that would serve fails the test at once instead of waiting for requests."""
+
+    from vlm.server import serve
+
+    def run(*_: object) -> None:
+        raise AssertionError("the server would run")
+
+    monkeypatch.setattr(serve._Server, "run", run)
+    monkeypatch.setattr(serve.torch, "set_num_threads", lambda _: None)

@@ -20,7 +20,6 @@ from experiments.sweep.cells import Job
 from tests.vlm.checkpoints import copied, with_config, with_weights
 from vlm import nano
 from vlm.local.model import placement
-from vlm.server import serve
 
 NORM = "model.language_model.norm.weight"
 
@@ -66,17 +65,6 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     damage, named = KINDS[request.param]
     damage(folder)
     return folder, named
-
-
-@pytest.fixture
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that would listen fails the test."""
-
-    def run(*_: object) -> None:
-        raise AssertionError("the server would run")
-
-    monkeypatch.setattr(serve._Server, "run", run)
-    monkeypatch.setattr(serve.torch, "set_num_threads", lambda _: None)
 
 
 @pytest.mark.usefixtures("never")

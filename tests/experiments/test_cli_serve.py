@@ -8,23 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.vlm.serving import command
+from tests.vlm.serving import KEY, command
 from vlm import nano
-from vlm.server import serve
 from vlm.server.store import Store
-
-KEY = "tml-a-key-of-a-test"
-
-
-@pytest.fixture
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that would serve fails the test at once instead of waiting for requests."""
-
-    def run(*_: object) -> None:
-        raise AssertionError("the server would run")
-
-    monkeypatch.setattr(serve._Server, "run", run)
-    monkeypatch.setattr(serve.torch, "set_num_threads", lambda _: None)
 
 
 @pytest.fixture

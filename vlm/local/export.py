@@ -316,11 +316,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For PEFT to load and to merge."""
-    spec, weights, config = (
-        adapter.layout.spec,
-        _plain(adapter),
-        adapter.layout.spec.config(experts=adapter.layout.experts),
-    )
+    spec, weights = adapter.layout.spec, _plain(adapter)
+    config = spec.config(experts=adapter.layout.experts)
     if base.tied and spec.train_unembed:
         try:
             config.target_modules = replace(spec, train_unembed=False).config().target_modules
