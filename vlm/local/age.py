@@ -18,7 +18,7 @@ def recipients(keys: Sequence[str]) -> list[Any]:
     try:
         import pyrage
     except ImportError as error:
-        way_out = "install it with: pip install 'kshot[age]', or leave them out"
+        way_out = "install it with: pip install pyrage, or leave them out"
         raise RequestError(f"age_encryption_recipients need pyrage here; {way_out}") from error
     if len(keys) > MOST:
         raise RequestError(f"age_encryption_recipients has {len(keys)} keys; at most {MOST} may be given")
