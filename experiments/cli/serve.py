@@ -36,15 +36,25 @@ def serve(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Of the model on a CPU (default: all cores but one).")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="BYTES|4GB",
+            help="What clients may make the server hold, beside its models (default: a quarter of the machine's).",
+        ),
+    ] = None,
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
     from vlm.server.app import Options
     from vlm.server.guard import Keys
+    from vlm.server.memory import Memory, readable, size_of
     from vlm.server.serve import engine_registry
     from vlm.server.serve import serve as run
 
     keys = Keys() if api_key_file is None else Keys.read(api_key_file)
+    budget = Memory(None if memory is None else size_of(memory))
     options = Options(host, port, keys, tuple(allow_host or ()), allow_urls, image_log_probs)
     registry = engine_registry(
         model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads
@@ -52,6 +62,7 @@ def serve(
 
     def print_address(address: str) -> None:
         line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state})"
+        line += f"\nclients may make it hold {readable(budget.limit)} of memory beside its models (--memory)"
         out.print(line)
 
-    run(registry, options, print_address, err.status(f"loading {', '.join(registry.model_paths or ())}"))
+    run(registry, options, print_address, err.status(f"loading {', '.join(registry.model_paths or ())}"), budget)

@@ -19,8 +19,8 @@ from kshot.errors import InputError, RequestError
 from tests.vlm.raw import FORWARD, JSON, PROTOBUF, SESSION, SESSION_BODY, Raw, refused, traced, until
 from tests.vlm.serving import KEY, Server, served
 from vlm.server import guard, page
-from vlm.server.app import BODIES, HEALTH, LARGE
-from vlm.server.guard import PLAIN, Budget, Keys, hosts_of, is_loopback, unpack, unpacked_size
+from vlm.server.app import BODIES, HEALTH
+from vlm.server.guard import PLAIN, Keys, hosts_of, is_loopback, unpack, unpacked_size
 
 OTHER = "tml-another-key-of-it"
 ZSTD = {**PROTOBUF, "Content-Encoding": "zstd"}
@@ -415,30 +415,35 @@ def test_what_fits_is_taken(raw: Raw) -> None:
 
 
 def test_json_of_too_many_values_is_not_read(raw: Raw) -> None:
-    for path in ("/api/v1/asample", "/v1/completions", "/oai/api/v1/chat/completions"):
-        for content in (b"[" + b"[]," * guard.MAX_VALUES + b"[]]", b"[" * (guard.MAX_VALUES + 1)):
-            assert len(content) < LARGE.limit
+    for path in ("/api/v1/asample", "/v1/completions", "/oai/api/v1/chat/completions", SESSION):
+        for value in (b"[]", b"1", b'"a"'):
+            content = b"[" + value + (b"," + value) * BODIES.get(path, PLAIN).values + b"]"
+            assert len(content) < PLAIN.limit
             refused(raw.http.post(path, content=content, headers=JSON), 413, "values")
+        refused(raw.http.post(path, content=b"[" * (1 << 20), headers=JSON))
 
 
 def test_too_much_at_once_is_asked_for_again_later(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that do not end, until there is no room; and room again when they have gone."""
-    assert server.app.budget == Budget()
-    monkeypatch.setattr(server.app.budget, "limit", 3 << 20)
+    memory = server.app.memory
+    assert memory is server.state.memory
+    monkeypatch.setattr(memory, "limit", 20 << 20)  # a body takes five times its bytes, with what is made of it
     body = json.dumps(SESSION_BODY).encode()
+    before = sum(memory.taken.values())
     with dial(server) as first:
-        first.sendall(head(2 << 20) + b" " * ((2 << 20) - 1))
-        until(lambda: server.app.budget.taken == (2 << 20) - 1)
+        first.sendall(head(4 << 20) + b" " * ((4 << 20) - 1))
+        until(lambda: memory.taken["bodies"] == (4 << 20) - 1)
         assert raw.http.post(SESSION, content=body, headers=JSON).status_code == 200  # small ones go on
-        late = raw.http.post(SESSION, content=body.rjust(2 << 20), headers=JSON)
+        late = raw.http.post(SESSION, content=body.rjust(3 << 20), headers=JSON)
         refused(late, 429, "again later")
         assert late.headers["retry-after"] == "1"
-        packed = zstandard.compress(body.rjust(2 << 20))
+        packed = zstandard.compress(body.rjust(3 << 20))
         refused(raw.http.post(SESSION, content=packed, headers={**JSON, "Content-Encoding": "zstd"}), 429)
-    until(lambda: server.app.budget.taken == 0)
-    for size in (2 << 20, 4 << 20):  # alone: any
-        assert raw.http.post(SESSION, content=body.rjust(size), headers=JSON).status_code == 200
-    until(lambda: server.app.budget.taken == 0)
+    until(lambda: sum(memory.taken.values()) == before)
+    assert raw.http.post(SESSION, content=body.rjust(3 << 20), headers=JSON).status_code == 200
+    monkeypatch.setattr(memory, "limit", 10 << 20)
+    refused(raw.http.post(SESSION, content=body.rjust(3 << 20), headers=JSON), 413, "--memory")
+    assert sum(memory.taken.values()) == before
 
 
 def test_a_body_that_stops_coming_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,4 +451,4 @@ def test_a_body_that_stops_coming_is_not_waited_for(server: Server, monkeypatch:
     with dial(server) as slow:
         slow.sendall(head(99) + b"{")
         assert slow.recv(4096).startswith(b"HTTP/1.1 429")
-    until(lambda: server.app.budget.taken == 0)  # it is told before its part is given back
+    until(lambda: server.app.memory.taken["bodies"] == 0)  # it is told before its part is given back

@@ -45,6 +45,7 @@ def a_checkpoint(name: str, age: float, **changed: Any) -> dict[str, Any]:
 def an_overview(**changed: Any) -> dict[str, Any]:
     queue = {"jobs": 3, "samples": 5, "sequences": 20, "tokens_sampled": 123456, "busy_share": 0.4}
     overview: dict[str, Any] = {"version": "0.1.0", "started": NOW - 3700, "now": NOW, "queue": queue}
+    overview["memory"] = {"limit": 4 * 10**9, "taken": {"bodies": 0, "queues": 2_500_000, "answers": 999}}
     overview |= {"address": "http://127.0.0.1:8000", "models": [], "runs": [], "checkpoints": []}
     return overview | changed
 
@@ -142,7 +143,7 @@ def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
     server.overview = an_overview(models=models, runs=[run], checkpoints=checkpoints)
     tab.open(server.url)
     assert tab.text("header p") == "http://127.0.0.1:8000 version 0.1.0"
-    facts = ["1 h 1 min", "40 %", "3 jobs", "5", "20", "123,456"]
+    facts = ["1 h 1 min", "40 %", "3 jobs", "5", "20", "123,456", "2.5 MB of 4.0 GB (queues 2.5 MB, answers 999 B)"]
     assert tab.texts("#facts dd") == facts
     assert tab.texts("#models li") == ["kshot/nano-qwen3-vl context 4,096 tokens · loaded"]
     card = tab.text("#runs li")

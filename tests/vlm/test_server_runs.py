@@ -23,6 +23,7 @@ from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
+from vlm.server import memory as server_memory
 from vlm.server import runs
 from vlm.server.tinker import routes, sampling
 
@@ -183,7 +184,7 @@ def test_an_answer_may_be_fetched_again_and_by_another_connection(
     refused(answer, 200, "is unknown")  # the SDK shows its user no other status's text
 
 
-def test_too_many_requests_wait_outside_but_the_next_does_not(
+def test_too_many_requests_wait_outside_but_the_next_of_a_run_that_stands_still(
     raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "WAITING", 2)
@@ -193,10 +194,35 @@ def test_too_many_requests_wait_outside_but_the_next_does_not(
     refused(response, 429, "2 requests of run")
     assert int(response.headers["retry-after"]) >= 1
     assert accepted(raw.pass_of(run, 4, data[:1])) == ids[4]  # it waits already
-    ids |= {seq: accepted(raw.pass_of(run, seq, data[:1])) for seq in (1, 2)}
+    ids[1] = accepted(raw.pass_of(run, 1, data[:1]))
+    raw.output(ids[1])  # until it is finished, the next is one too many
+    ids[2] = accepted(raw.pass_of(run, 2, data[:1]))
     losses = [raw.loss(ids[seq]) for seq in (1, 2, 3, 4)]
     assert losses == [losses[0]] * 4
     assert raw.loss(accepted(raw.pass_of(run, 5, data[:1]))) == losses[0]
+
+
+def test_a_client_that_sends_in_order_waits_too(
+    server: Server, raw: Raw, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is not finished counts, in number and in bytes, and its bytes are given back with the answers."""
+    monkeypatch.setattr(runs, "WAITING", 3)
+    run, going, memory = raw.run(raw.session()), threading.Event(), server.state.memory
+    until(lambda: not memory.taken["answers"])
+    before = memory.taken
+    server.state.registry.submit(going.wait, PATIENCE)
+    ids = [accepted(raw.pass_of(run, seq, data[:1])) for seq in (1, 2, 3)]
+    one = (memory.taken["queues"] - before["queues"]) // 3
+    assert one > len(body_of(run, 1, data[:1]))
+    refused(raw.pass_of(run, 4, data[:1]), 429, "3 requests of run")
+    monkeypatch.setattr(runs, "WAITING", 512)
+    monkeypatch.setattr(memory, "limit", int((sum(memory.taken.values()) + one // 2) * 8 / 7))
+    monkeypatch.setattr(server_memory, "SMALL", 0)
+    refused(raw.pass_of(run, 4, data[:1]), 429, "no memory for")
+    going.set()
+    for request_id in ids:
+        raw.output(request_id)
+    until(lambda: memory.taken == before)
 
 
 def test_the_sdk_waits_where_too_many_samples_do(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:

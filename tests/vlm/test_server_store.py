@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server.store import FILE, Checkpoint, Future, Loss, Run, Sampler, Session, Store
+from vlm.server.store import FILE, SCHEMA, Checkpoint, Future, Loss, Run, Sampler, Session, Store
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}
@@ -138,27 +138,59 @@ def test_checkpoints(filled: Store) -> None:
 def test_a_request_sent_twice_has_one_answer(store: Store) -> None:
     store.finish_future("r1", "run/1", "application/x-protobuf", b"\0\xff", "finished")
     row = store.get(Future, "r1")
-    assert row == Future("r1", "run/1", row.created, row.created, "finished", "application/x-protobuf", b"\0\xff", None)
+    assert row == Future("r1", "run/1", row.created, row.created, "finished", "application/x-protobuf", b"\0\xff")
     store.finish_future("r2", "run/1", "application/json", b"{}", "failed")
     store.finish_future("r1", "run/1", "application/json", b"{}", "finished")
     assert store.get(Future, "r1") == store.future_of("run/1") == row
     assert store.get(Future, "r2") is None
     assert store.future_of("run/2") is None
-    store.update(Future, "r1", retrieved=5.0)
     for name in ("r1", "r2"):
+        assert store.retrieved(name) is None
         store.mark_retrieved(name)
-    assert store.get(Future, "r1") == replace(row, retrieved=5.0)
+    first = store.retrieved("r1")
+    assert first >= row.finished
+    store.mark_retrieved("r1")
+    assert (store.retrieved("r1"), store.retrieved("r2"), store.get(Future, "r1")) == (first, None, row)
     store.finish_future("r3", "run/3", "application/json", b"{}", "failed")
-    store.mark_retrieved("r3")
-    third = store.get(Future, "r3")
-    assert (third.status, third.retrieved >= third.finished) == ("failed", True)
+    assert store.get(Future, "r3").status == "failed"
 
 
-def test_old_answers_go(store: Store) -> None:
+def test_that_an_answer_was_sent_does_not_write_it_again(store: Store) -> None:
+    store.finish_future("r1", "run/1", "application/x-protobuf", bytes(8 << 20), "finished")
+    store._run("PRAGMA wal_checkpoint(TRUNCATE)")
+    log = store.path.with_name(store.path.name + "-wal")
+    assert log.stat().st_size == 0
+    store.mark_retrieved("r1")
+    assert 0 < log.stat().st_size < 1 << 16
+    assert len(store.get(Future, "r1").payload) == 8 << 20
+
+
+def test_a_store_of_the_version_before_is_read(tmp_path: Path) -> None:
+    retrieved = "payload BLOB NOT NULL, retrieved REAL) STRICT"
+    with sqlite3.connect(tmp_path / FILE) as old:
+        old.executescript(
+            SCHEMA[: SCHEMA.index("CREATE TABLE futures")] + SCHEMA[SCHEMA.index("CREATE TABLE losses") :]
+        )
+        columns = "key TEXT NOT NULL UNIQUE, created REAL NOT NULL, finished REAL NOT NULL, status TEXT NOT NULL"
+        old.execute(f"CREATE TABLE futures (request_id TEXT PRIMARY KEY, {columns}, content_type TEXT, {retrieved}")
+        old.execute("CREATE INDEX futures_by_retrieval ON futures (retrieved) WHERE retrieved IS NOT NULL")
+        old.executemany(
+            "INSERT INTO futures VALUES (?, ?, 1, 2, 'finished', 'text', x'00', ?)", [("a", "x", 7), ("b", "y", None)]
+        )
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    store = Store(tmp_path)
+    assert (store.retrieved("a"), store.retrieved("b")) == (7.0, None)
+    assert store.get(Future, "b") == Future("b", "y", 1.0, 2.0, "finished", "text", b"\0")
+    store.close()
+
+
+def test_old_answers_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(10):
-        store.add(Future(f"r{n}", f"k{n}", float(n), float(n), "finished", "text", bytes(100), None))
+        store.add(Future(f"r{n}", f"k{n}", float(n), float(n), "finished", "text", bytes(100)))
     for n in (3, 5, 8):
-        store.update(Future, f"r{n}", retrieved=20.0 + n)
+        monkeypatch.setattr(time, "time", lambda now=20.0 + n: now)
+        store.mark_retrieved(f"r{n}")
 
     def kept() -> str:
         return "".join(str(n) for n in range(10) if store.get(Future, f"r{n}") is not None)
@@ -294,7 +326,7 @@ def test_what_was_written_is_there_for_the_next_server(tmp_path: Path) -> None:
         store.add(Session("s", 1.0, tags=["t"]))
         written = store.get(Session, "s")
         assert outside(folder, "PRAGMA journal_mode") == [("wal",)]
-        assert outside(folder, "PRAGMA user_version") == [(1,)]
+        assert outside(folder, "PRAGMA user_version") == [(2,)]
     with closing(Store(folder)) as store:
         assert store.get(Session, "s") == written
     stored = outside(folder, "SELECT id, created, tags, finished FROM sessions")
@@ -307,7 +339,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     later, text, foreign = tmp_path / "later", tmp_path / "text", tmp_path / "foreign"
     Store(later).close()
     outside(later, "PRAGMA user_version = 7")
-    with pytest.raises(KshotError, match="has schema version 7 and this kshot reads 1; use the kshot that wrote it"):
+    with pytest.raises(KshotError, match="has schema version 7 and this kshot reads 2; use the kshot that wrote it"):
         Store(later)
     with pytest.raises(KshotError, match="has schema version 7"):  # and not that the folder is in use
         Store(later)

@@ -284,6 +284,11 @@ class LocalTrainingClient(_Client):
         )
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Of memory that a snapshot of the weights takes, as `save_weights_and_get_sampling_client` makes one."""
+        return self._run.adapter.layout.snapshot_bytes(self._engine.model.dtype)
+
+    @property
     def spec(self) -> LoraSpec:
         """What the run's adapter covers."""
         return self._run.adapter.layout.spec

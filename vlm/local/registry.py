@@ -28,8 +28,9 @@ from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import devices as devices
+from vlm.local.model.placement import group_free_bytes as group_free_bytes
 from vlm.local.scheduler import Scheduler
-from vlm.local.vision import Vision
+from vlm.local.vision import PIXEL_BYTES, Vision
 from vlm.models import MODELS
 
 SEEDS = 2**63
@@ -38,12 +39,13 @@ DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # N
 
 @dataclass
 class EngineRegistry:
-    """Models in memory and what is done with them; `start` to `sampler_of_folder` run on the scheduler's thread.
+    """Models in memory and what is done with them; `run_bytes` to `sampler_of_folder` run on the scheduler's thread.
 
     state: where checkpoints are. device, dtype: where and in what models compute ("auto": spread over all GPUs; None:
     the checkpoint's). train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a
     folder that keeps image features between processes. cache_bytes: how much memory they may take in this one (None: a
-    quarter, at most 16 GiB). model_paths: name of a model → its folder or hub id; None: a name says itself where its
+    quarter, at most 16 GiB). pixel_bytes, decoders: of decoded images that wait, and threads that decode ahead (see
+    `vlm.local.vision.Vision`). model_paths: name of a model → its folder or hub id; None: a name says itself where its
     model is.
     """
 
@@ -53,6 +55,8 @@ class EngineRegistry:
     train_vision: bool = False
     features: Path | None = None
     cache_bytes: int | None = None
+    pixel_bytes: int = PIXEL_BYTES
+    decoders: int | None = None
     model_paths: Mapping[str, str] | None = None
     scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
@@ -71,13 +75,22 @@ class EngineRegistry:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
-            self.engines[base_model] = Engine(model, Vision(model, self.cache_bytes, self.features))
+            self.engines[base_model] = Engine(
+                model,
+                Vision(model, self.cache_bytes, self.features, threads=self.decoders, pixel_bytes=self.pixel_bytes),
+            )
         return self.engines[base_model]
 
     def load(self) -> None:
         """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""
         for name in self.model_paths or ():
             self.engine(name)
+
+    def run_bytes(self, base_model: str, lora: Mapping[str, Any]) -> int:
+        """Of memory that a run takes, by the shapes of its adapter; lora: the fields of its LoraSpec. Raises as
+        `engine` and LoraSpec."""
+        model = self.engine(base_model).model
+        return model.layout(LoraSpec(**lora)).run_bytes(model.dtype)
 
     def start(
         self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None

@@ -203,13 +203,15 @@ class Vision:
         *,
         device_bytes: int | None = None,
         threads: int | None = None,
+        pixel_bytes: int = PIXEL_BYTES,
     ) -> None:
         self._model = model
         self._tables = lru_cache(GRIDS)(partial(grid_tables, self._visual))
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
         self._device_memory = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
         self._disk = None if disk is None else DiskCache(disk, partial(fingerprint, self._visual, model.rule.processor))
-        self._pixels = PixelLoader(model.rule, spare_threads(model.device) if threads is None else threads)
+        threads = spare_threads(model.device) if threads is None else threads
+        self._pixels = PixelLoader(model.rule, threads, pixel_bytes)
         self.forwards = 0  # images that went through the tower
 
     def prefetch(self, chunks: Iterable[types.ImageChunk]) -> None:

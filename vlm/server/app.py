@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -18,7 +18,7 @@ from tinker import types
 from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
 from vlm.server.futures import PROTOBUF, error_body, status_of
-from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
+from vlm.server.guard import Body, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
@@ -27,11 +27,16 @@ from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
 
 OPENAI = ("/v1", "/oai/api/v1")
-LARGE = Body(limit=64 << 20)  # images in base64, long prompts
+LARGE = Body(limit=64 << 20, values=1 << 13)  # images in base64, long texts, schemas
+TARGETS = ("data", "shape", "sparse_crow_indices", "sparse_col_indices")
+TOKENS = {("prompt", "chunks", "*", "tokens"), *(("target_prompt_logprobs", name) for name in TARGETS)}
+PROMPTS = {("prompt",), ("prompt", "*")}  # of completions: token ids, or lists of them
 BODIES = {
     "/api/v1/forward_backward": Body(PROTOBUF, 32 << 20),  # the SDK sends parts of 5 MB; one datum may be larger
-    "/api/v1/asample": LARGE,
-    **{f"{prefix}/{name}": LARGE for prefix in OPENAI for name in ("completions", "chat/completions", "responses")},
+    "/api/v1/asample": replace(LARGE, lists=frozenset(TOKENS)),
+    "/api/v1/telemetry": Body(values=1 << 16),  # of which nothing is checked
+    **{f"{prefix}/{name}": LARGE for prefix in OPENAI for name in ("chat/completions", "responses")},
+    **{f"{prefix}/completions": replace(LARGE, lists=frozenset(PROMPTS)) for prefix in OPENAI},
 }
 HEALTH = "/api/v1/healthz"
 
@@ -79,7 +84,7 @@ def application(state: ServerState, options: Options) -> Any:
     handle_errors(api, training.refuse_body)
     api.add_middleware(Requests, counts=requests)
     free = frozenset({HEALTH, *page.FILES})  # they hold no data; what the page shows is fetched with a key
-    return Guard(api, options.keys, options.names, free, BODIES, error_response, Budget(), signer)
+    return Guard(api, options.keys, options.names, free, BODIES, error_response, state.memory, signer)
 
 
 def _lifespan(state: ServerState) -> Any:

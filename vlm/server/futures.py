@@ -26,6 +26,7 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from vlm.server.memory import ANSWERS, QUEUES, Reservation
 from vlm.server.store import Future as FutureRow
 from vlm.server.store import Store
 
@@ -82,10 +83,10 @@ def error_answer(error: BaseException) -> Answer:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A request in memory. size: bytes of its body."""
+    """A request in memory. taken: what it and then its answer take."""
 
     key: str
-    size: int
+    taken: Reservation
     answer: "asyncio.Future[Answer]"
 
 
@@ -100,8 +101,8 @@ class Futures:
 
     @property
     def sizes(self) -> list[int]:
-        """Of the bodies of all requests that have no answer yet."""
-        return [each.size for each in [*self._kept.values()] if not each.answer.done()]
+        """Bytes that each request takes that has no answer yet."""
+        return [each.taken.size for each in [*self._kept.values()] if not each.answer.done()]
 
     def id_of(self, key: str) -> str | None:
         """The id of the request that has this key, if there is one."""
@@ -110,11 +111,15 @@ class Futures:
         row = self._store.future_of(key)
         return None if row is None else row.request_id
 
-    def open(self, key: str, size: int = 0) -> str:
-        """The id of a new request. size: bytes of its body."""
+    def open(self, key: str, taken: Reservation) -> str:
+        """The id of a new request. taken: what it takes until it is answered; it is the answer's then."""
         request_id = self._ids[key] = uuid.uuid4().hex
-        self._kept[request_id] = _Kept(key, size, asyncio.get_running_loop().create_future())
+        self._kept[request_id] = _Kept(key, taken, asyncio.get_running_loop().create_future())
         return request_id
+
+    def begun(self, request_id: str) -> None:
+        """A request that was held has begun: it goes away by itself."""
+        self._kept[request_id].taken.become(QUEUES, forced=True)
 
     def finish(self, request_id: str, answer: Answer) -> None:
         """Publish the answer to a request, once, and write it to the store."""
@@ -122,6 +127,7 @@ class Futures:
             return
         kept, loop = self._kept[request_id], asyncio.get_running_loop()
         kept.answer.set_result(answer)
+        kept.taken.become(ANSWERS, len(answer.content), forced=True)
         status = "failed" if answer.failed else "finished"
 
         def write() -> None:
@@ -170,4 +176,6 @@ class Futures:
             return
 
     def _forget(self, request_id: str) -> None:
-        del self._ids[self._kept.pop(request_id).key]
+        kept = self._kept.pop(request_id)
+        kept.taken.release()
+        del self._ids[kept.key]

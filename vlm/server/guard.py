@@ -13,13 +13,12 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import zstandard
@@ -39,13 +38,14 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from vlm.server import sizes
 from vlm.server.futures import JSON
+from vlm.server.memory import BODIES, MESSAGES, Memory, Reservation
 
-MAX_VALUES = 1 << 22  # of a JSON body, counted by commas and brackets: each takes some 64 bytes once it is parsed
-MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
+T = TypeVar("T")
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
-STEP = 1 << 20
-SMALL = 1 << 16  # bytes of a body that there is always room for
+STEP = 1 << 17  # bytes of a body that is looked through beside the event loop
+PARSED = "kshot.parsed"  # in a request's scope: the reservation of what is made of its body
 PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
@@ -55,10 +55,13 @@ HASHED = "sha256:"
 
 @dataclass(frozen=True)
 class Body:
-    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed."""
+    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed; of JSON the
+    most values, and the lists of numbers that count as one."""
 
     kind: str = JSON
-    limit: int = 4 << 20  # what is built from it takes up to 30 times as much from protobuf, 20 times from JSON
+    limit: int = 4 << 20
+    values: int = sizes.VALUES
+    lists: frozenset[sizes.Path] = frozenset()
 
 
 PLAIN = Body()
@@ -67,8 +70,8 @@ PLAIN = Body()
 @dataclass(frozen=True)
 class Guard:
     """ASGI middleware. hosts: names that a request may be addressed to; None: any. free: paths that need no key.
-    bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path. signer:
-    of addresses that are let in without a key.
+    bodies: what paths read, where it is not PLAIN. error_response: HTTP status and body of an error at a path. memory:
+    from which bodies are taken, and what is made of them. signer: of addresses that are let in without a key.
     """
 
     app: Any
@@ -77,7 +80,7 @@ class Guard:
     free: frozenset[str]
     bodies: Mapping[str, Body]
     error_response: Callable[[str, Exception], tuple[int, dict[str, Any]]]
-    budget: "Budget"
+    memory: Memory
     signer: "Signer"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -86,12 +89,13 @@ class Guard:
         if scope["type"] != "http":  # a web socket, of which there is none here
             return await send({"type": "websocket.close", "code": 1008})
         headers = Headers(scope=scope)
-        with self.budget.shared() as take:
+        with self.memory.take(BODIES) as taken, self.memory.take(MESSAGES) as parsed:
+            scope[PARSED] = parsed
             try:
                 self._check(scope["path"], scope["query_string"].decode("latin-1"), headers)
                 if scope["method"] not in SAFE:
                     wanted = self.bodies.get(scope["path"], PLAIN)
-                    receive = _replay(await _read(headers, receive, take, wanted), receive)
+                    receive = _replay(await _read(headers, receive, taken, parsed, wanted), receive)
                 return await self.app(scope, receive, send)
             except (RequestError, BusyError) as error:
                 response = _refusal(*self.error_response(scope["path"], error), headers)
@@ -109,32 +113,8 @@ class Guard:
             raise UnauthorizedError("no valid API key; send one of the key file as X-API-Key or Authorization: Bearer")
 
 
-@dataclass
-class Budget:
-    """Bytes of the bodies that are in memory, and the most of them."""
-
-    limit: int = MAX_AT_ONCE
-    taken: int = 0
-
-    @contextmanager
-    def shared(self) -> Iterator[Callable[[int], None]]:
-        """What takes so many bytes more for one request; raises BusyError where that is too much beside others."""
-        own = 0
-
-        def take(size: int) -> None:
-            nonlocal own
-            full = self.taken + size > self.limit and self.taken > own
-            if full and own + size > SMALL:
-                raise BusyError("too many large requests at once; send it again later")
-            self.taken, own = self.taken + size, own + size
-
-        try:
-            yield take
-        finally:
-            self.taken -= own
-
-
-async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wanted: Body) -> bytes:
+async def _read(headers: Headers, receive: Any, taken: Reservation, parsed: Reservation, wanted: Body) -> bytes:
+    """A request's body, unpacked, once there is room for it (`taken`) and for what is made of it (`parsed`)."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     bare = not kind and headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
     if kind != wanted.kind and not bare:
@@ -145,18 +125,26 @@ async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wan
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
     async for part in Request({"type": "http"}, partial(_patient, receive)).stream():
-        take(len(part))
+        taken.grow(len(part))
         body += part
         _check_size(len(body), wanted.limit)
     content = bytes(body)
     if encoding == "zstd":
         size = unpacked_size(content)
         _check_size(size, wanted.limit)
-        take(size)
-        content = await asyncio.to_thread(unpack, content) if size > STEP else unpack(content)
-    if kind == JSON and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise TooLargeError(f"the body has more than {MAX_VALUES:,} values; send it in smaller parts")
+        taken.grow(size)
+        content = await _beside(size, unpack, content)
+    if kind == JSON:
+        parsed.grow(sizes.json_bytes(content, wanted.values))
+        await _beside(len(content), sizes.check_json, content, wanted.values, wanted.lists)
+    elif content:
+        parsed.grow(await _beside(len(content), sizes.protobuf_bytes, content))
     return content
+
+
+async def _beside(size: int, call: Callable[..., T], *args: Any) -> T:
+    """A call that takes long for many bytes: then beside the event loop."""
+    return await asyncio.to_thread(call, *args) if size > STEP else call(*args)
 
 
 def _check_size(size: float, limit: int) -> None:

@@ -17,7 +17,7 @@ from kshot.errors import BusyError, RequestError
 from vlm.local.clients import LocalTrainingClient
 from vlm.server.futures import Answer, error_answer
 
-WAITING = 512  # requests of a run that may wait, beside the next one
+WAITING = 512  # requests of a run that are not finished
 GAP = 300.0  # seconds after which requests fail that wait for a number that does not come
 
 Settle = Callable[[str, Answer], None]  # publishes the answer to a request id
@@ -37,12 +37,14 @@ class Operation(ABC):
 
 @dataclass
 class LiveRun:
-    """A run in memory. settle: called with the answer to each request. steps: optimizer steps. loss, examples: summed
-    since the last step. held: request id and operation by number, of those not started; calls: of those not done."""
+    """A run in memory. settle: called with the answer to each request; begun: with the id of each that starts. steps:
+    optimizer steps. loss, examples: summed since the last step. held: request id and operation by number, of those not
+    started; calls: of those not done."""
 
     id: str
     session: str
     settle: Settle
+    begun: Callable[[str], None]
     client: LocalTrainingClient | None = None
     failure: BaseException | None = None
     next_seq: int = 1
@@ -55,11 +57,11 @@ class LiveRun:
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self, seq: int) -> None:
-        """Raise RequestError for a number that was used, BusyError where too many wait. The next in order always has
-        room: all others wait for it."""
+        """Raise RequestError for a number that was used, BusyError where too many are not finished. The next in order
+        has room where nothing is in progress: all others wait for it."""
         if seq < self.next_seq or seq in self.held:
             raise RequestError(f"request {seq} of run {self.id} was made before; its next number is {self.next_seq}")
-        if seq != self.next_seq and self.waiting >= WAITING:
+        if self.waiting >= WAITING and (self.calls or seq != self.next_seq):
             raise BusyError(f"{WAITING} requests of run {self.id} are waiting; send this one again later")
 
     def add(self, seq: int, request_id: str, operation: Operation) -> None:
@@ -99,6 +101,7 @@ class LiveRun:
         while self.client is not None and self.next_seq in self.held:
             request_id, operation = self.held.pop(self.next_seq)
             self.next_seq += 1
+            self.begun(request_id)
             try:
                 call = operation.run(self.client).future()
             except Exception as error:  # of this request alone

@@ -20,8 +20,10 @@ import uvicorn
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models
 from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
+from vlm.server import images
 from vlm.server.app import Options, application
 from vlm.server.guard import is_loopback
+from vlm.server.memory import IMAGES, Memory
 from vlm.server.state import ServerState
 from vlm.server.store import Store
 
@@ -57,9 +59,10 @@ def serve(
     options: Options,
     on_start: Callable[[str], None],
     loading: AbstractContextManager[Any] | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """Load the models, then answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
-    loading: around the loading.
+    loading: around the loading. memory: what clients may make it hold; by default `vlm.server.memory.default_limit`.
 
     Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on or is not loopback without
     keys, or where another server uses the state folder; UnknownNameError and ModelError for a model that cannot be
@@ -69,10 +72,13 @@ def serve(
         raise InputError(f"--host {options.host} is reached by others; give --api-key-file, or listen on 127.0.0.1")
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
+    memory = memory or Memory()
+    registry.pixel_bytes, registry.decoders = memory.limit // 8, images.AT_ONCE
+    _ = memory.take(IMAGES, registry.pixel_bytes)  # for good: images are decoded ahead while there is room in it
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet
-        state = ServerState(registry, Store(registry.state))
+        state = ServerState(registry, Store(registry.state), memory)
         config = uvicorn.Config(
             application(state, options),
             log_level="warning",

@@ -21,6 +21,7 @@ from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Futures
+from vlm.server.memory import SAMPLERS, Memory, Reservation
 from vlm.server.runs import LiveRun
 from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
 
@@ -37,11 +38,13 @@ UNSAVED = 16  # snapshots of a run that are in memory alone: the last that were 
 
 @dataclass
 class ServerState:
-    """One server's state. samplings: the futures of those in progress, by request id. steps, examples: trained since
-    the start. ended: whether the engine had finished when the server was closed."""
+    """One server's state. memory: from which all is taken that clients make it hold. samplings: the futures of those
+    in progress, by request id. steps, examples: trained since the start. ended: whether the engine had finished when
+    the server was closed."""
 
     registry: EngineRegistry
     store: Store
+    memory: Memory = field(default_factory=Memory)
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
     samplings: dict[str, Future[types.SampleResponse]] = field(default_factory=dict)
@@ -52,7 +55,7 @@ class ServerState:
     def __post_init__(self) -> None:
         self.futures = Futures(self.store)
         self.checkpoints = Checkpoints(self.registry.state, self.store)
-        self.samplers = Samplers(self.registry, self.store, self.checkpoints)
+        self.samplers = Samplers(self.registry, self.store, self.checkpoints, self.memory)
         self.checkpoints.reconcile()
         self._tasks = set[asyncio.Task[None]]()
 
@@ -177,6 +180,7 @@ class Samplers:
     registry: EngineRegistry
     store: Store
     checkpoints: Checkpoints
+    memory: Memory
     ephemeral: "OrderedDict[str, tuple[str, LocalSamplingClient]]" = field(default_factory=OrderedDict)
     _loaded: "OrderedDict[str, asyncio.Task[LocalSamplingClient]]" = field(default_factory=OrderedDict)
 
@@ -194,8 +198,7 @@ class Samplers:
         saved = self.check(model_path, base_model)
         key = f"{saved.path} {saved.created}" if saved else f"base {base_model}"  # overwritten: loaded again
         if key not in self._loaded:
-            client = self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
-            self._loaded[key] = asyncio.ensure_future(client)
+            self._loaded[key] = asyncio.ensure_future(self._load(saved, base_model))
             while len(self._loaded) > KEPT_LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(key)
@@ -206,6 +209,30 @@ class Samplers:
             if self._loaded.get(key) is task:
                 del self._loaded[key]
             raise
+
+    async def _load(self, saved: Checkpoint | None, base_model: str | None) -> LocalSamplingClient:
+        if saved is None:
+            return await self.registry.submit(self.registry.sampler, None, base_model)
+        with self.room(saved.size_bytes) as taken:  # its files are no smaller than its weights
+            client: LocalSamplingClient = await self.registry.submit(self.registry.sampler, saved.path, None)
+            taken.hand_over().release_with(client)
+        return client
+
+    def room(self, size: int, run: str | None = None) -> Reservation:
+        """Room for weights of so many bytes. Where there is none, others go, least recently used first: those that can
+        be loaded again, then the run's own that are in memory alone. Raises BusyError where that is not enough,
+        TooLargeError where nothing is."""
+        while True:
+            try:
+                return self.memory.take(SAMPLERS, size)
+            except BusyError:
+                own = next((name for name, (of, _) in self.ephemeral.items() if of == run), None)
+                if self._loaded:
+                    self._loaded.popitem(last=False)
+                elif own is not None:
+                    del self.ephemeral[own]
+                else:
+                    raise
 
     async def client_of(self, sampler_id: str) -> LocalSamplingClient:
         """The client of a sampling session. Raises MissingError, also for weights that were in memory alone."""

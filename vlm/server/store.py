@@ -33,9 +33,10 @@ SETTINGS = (
     "wal_autocheckpoint = 4000",  # pages: 16 MB are written to disk at once, in some 40 ms
     "busy_timeout = 5000",
 )
-VERSION = 1  # of the schema
+VERSION = 2  # of the schema
 
 # A checkpoint's run may be of another process (a folder that was put there), so it is no reference.
+# SQLite writes a row as a whole: when an answer was sent is beside it, or it would be written again.
 # Losses count from 0 within their run, so that every so manieth is found without reading the others.
 SCHEMA = """
 CREATE TABLE sessions (
@@ -64,10 +65,13 @@ CREATE INDEX checkpoints_by_run ON checkpoints (run, created);
 CREATE INDEX checkpoints_by_end ON checkpoints (expires) WHERE expires IS NOT NULL;
 CREATE TABLE futures (
     request_id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, created REAL NOT NULL, finished REAL NOT NULL,
-    status TEXT NOT NULL, content_type TEXT NOT NULL, payload BLOB NOT NULL, retrieved REAL
+    status TEXT NOT NULL, content_type TEXT NOT NULL, payload BLOB NOT NULL
 ) STRICT;
 CREATE INDEX futures_by_time ON futures (finished);
-CREATE INDEX futures_by_retrieval ON futures (retrieved) WHERE retrieved IS NOT NULL;
+CREATE TABLE retrievals (
+    request_id TEXT PRIMARY KEY REFERENCES futures ON DELETE CASCADE, retrieved REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX retrievals_by_time ON retrievals (retrieved);
 CREATE TABLE losses (
     run TEXT NOT NULL REFERENCES runs, number INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL, loss REAL,
     examples INTEGER NOT NULL, PRIMARY KEY (run, number)
@@ -156,7 +160,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Future:
-    """A request that is finished; key: whose it is, and its number there; retrieved: when its answer was sent."""
+    """A request that is finished; key: whose it is, and its number there."""
 
     request_id: str
     key: str
@@ -165,7 +169,6 @@ class Future:
     status: str
     content_type: str
     payload: bytes
-    retrieved: float | None
 
 
 @dataclass(frozen=True)
@@ -189,12 +192,27 @@ ADD_LOSS = """
     INSERT INTO losses (run, number, step, time, loss, examples)
     SELECT :run, ifnull(max(number) + 1, 0), :step, :time, :loss, :n FROM losses WHERE run = :run
 """
-OLD_FUTURES = "SELECT request_id FROM futures WHERE retrieved < :retrieved OR finished < :finished"
+ADD_RETRIEVAL = """
+    INSERT INTO retrievals SELECT request_id, ? FROM futures WHERE request_id = ? ON CONFLICT DO NOTHING
+"""
+OLD_FUTURES = """
+    SELECT request_id FROM retrievals WHERE retrieved < :retrieved
+    UNION SELECT request_id FROM futures WHERE finished < :finished
+"""
+UPGRADE = """
+    CREATE TABLE retrievals (
+        request_id TEXT PRIMARY KEY REFERENCES futures ON DELETE CASCADE, retrieved REAL NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX retrievals_by_time ON retrievals (retrieved);
+    INSERT INTO retrievals SELECT request_id, retrieved FROM futures WHERE retrieved IS NOT NULL;
+    DROP INDEX futures_by_retrieval;
+    ALTER TABLE futures DROP COLUMN retrieved
+"""
 FUTURES_BEYOND = """
     SELECT request_id FROM (
         SELECT request_id,
-               sum(length(payload)) OVER (ORDER BY retrieved IS NOT NULL, finished DESC, rowid DESC) AS total
-        FROM futures)
+               sum(length(payload)) OVER (ORDER BY retrieved IS NOT NULL, finished DESC, futures.rowid DESC) AS total
+        FROM futures LEFT JOIN retrievals USING (request_id))
     WHERE total > :most
 """
 
@@ -290,7 +308,7 @@ class Store:
     def finish_future(self, request_id: str, key: str, content_type: str, payload: bytes, status: str) -> None:
         """The answer to a request. It is written once: a second one to the same key is dropped."""
         now = time.time()
-        self.add(Future(request_id, key, now, now, status, content_type, payload, None), end="ON CONFLICT DO NOTHING")
+        self.add(Future(request_id, key, now, now, status, content_type, payload), end="ON CONFLICT DO NOTHING")
 
     def future_of(self, key: str) -> Future | None:
         """One answer by its key."""
@@ -298,8 +316,12 @@ class Store:
 
     def mark_retrieved(self, request_id: str) -> None:
         """Note that an answer has been sent; the first time counts."""
-        change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ?"
-        self._run(change, (time.time(), request_id))
+        self._run(ADD_RETRIEVAL, (time.time(), request_id))
+
+    def retrieved(self, request_id: str) -> float | None:
+        """When an answer was first sent."""
+        rows = self._run("SELECT retrieved FROM retrievals WHERE request_id = ?", (request_id,))
+        return next((time for (time,) in rows), None)
 
     def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
         """Delete answers that were sent or finished so many seconds ago, and then, until the rest has at most
@@ -350,6 +372,8 @@ class Store:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
             self._connection.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version == 1:
+            self._connection.executescript(f"BEGIN; {UPGRADE}; PRAGMA user_version = {VERSION}; COMMIT;")
         elif version != VERSION:
             raise KshotError(
                 f"{self.path} has schema version {version} and this kshot reads {VERSION}; use the kshot that "

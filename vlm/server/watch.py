@@ -37,6 +37,7 @@ def routes(state: ServerState, requests: "Counter[tuple[str, int]]", address: st
                 {name: getattr(row, name) for name in ("path", "kind", "created", "size_bytes", "expires")}
                 for row in state.store.checkpoints(limit=NEWEST)
             ],
+            "memory": {"limit": state.memory.limit, "taken": state.memory.taken},
             "queue": {
                 "jobs": scheduler.waiting_jobs,
                 "samples": scheduler.waiting_samples,
@@ -95,6 +96,10 @@ def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]") -> str:
         "kshot_optimizer_steps_total": ("Optimizer steps.", state.steps),
     }
     lines = [line for name, (text, value) in plain.items() for line in (*_head(name, text), f"{name} {value}")]
+    lines += _head("kshot_memory_limit_bytes", "What clients may make the server hold.")
+    lines.append(f"kshot_memory_limit_bytes {state.memory.limit}")
+    lines += _head("kshot_memory_bytes", "What they make it hold, by kind.")
+    lines += [f'kshot_memory_bytes{{kind="{kind}"}} {size}' for kind, size in state.memory.taken.items()]
     lines += _head("kshot_requests_total", "HTTP requests.")
     for (path, status), count in sorted(requests.items()):
         lines.append(f'kshot_requests_total{{path="{path}",status="{status}"}} {count}')

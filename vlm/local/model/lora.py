@@ -127,6 +127,16 @@ class Layout:
         """All tensors by PEFT's names."""
         return {piece.name: piece for group in self.groups.values() for part in group for piece in part}
 
+    def run_bytes(self, dtype: torch.dtype) -> int:
+        """Of memory that training takes: weights, their gradients and Adam's two moments in float32, and weights and
+        gradients again in the model's `dtype` where that is another."""
+        copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize
+        return sum(self.sizes.values()) * (4 * 4 + copies)
+
+    def snapshot_bytes(self, dtype: torch.dtype) -> int:
+        """Of memory that fixed weights take in the model's `dtype`; experts' are put in order, and so twice there."""
+        return sum(self.sizes.values()) * dtype.itemsize * (2 if self.experts else 1)
+
     def flats(self, tensors: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
         """Float32 buffers that hold these tensors, by PEFT's names."""
         flats = {device: torch.empty(size, device=device) for device, size in self.sizes.items()}

@@ -28,6 +28,8 @@ from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.prompts import END_OF_TURN
+from vlm.server import images
+from vlm.server.memory import Reservation
 from vlm.server.openai import tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
 
@@ -50,23 +52,31 @@ EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network(
 Address = IPv4Address | IPv6Address
 
 
-async def prompt(request: ChatRequest, sampler: LocalSamplingClient, *, allow_urls: bool) -> tinker.ModelInput:
-    """The input of a conversation. Raises ImageError for images, PromptError for texts that cannot be given."""
+async def prompt(
+    request: ChatRequest, sampler: LocalSamplingClient, taken: Reservation, *, allow_urls: bool
+) -> tinker.ModelInput:
+    """The input of a conversation. taken: grows by what the images need. Raises ImageError for images, PromptError for
+    texts that cannot be given, TooLargeError and BusyError for images that take too much."""
     urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
     if len(urls) > MAX_IMAGES:
         raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
-    images = [await read_image(url, allow_urls=allow_urls) for url in urls]
-    return await asyncio.to_thread(_prompt, request, sampler, images)
+    read = [await read_image(url, allow_urls=allow_urls) for url in urls]
+    if read:
+        taken.grow(await images.beside(images.image_bytes, read))
+    chunks = [await images.beside(image_chunk, image, sampler.rule) for image in read]
+    return await asyncio.to_thread(_prompt, request, sampler, chunks)
 
 
-def _prompt(request: ChatRequest, sampler: LocalSamplingClient, images: Sequence[bytes]) -> tinker.ModelInput:
+def _prompt(
+    request: ChatRequest, sampler: LocalSamplingClient, pictures: Sequence[types.ImageChunk]
+) -> tinker.ModelInput:
     tokenizer = sampler.get_tokenizer()
     texts = text(request, tokenizer).split(IMAGE_TOKEN)
-    if len(texts) != len(images) + 1:
-        raise PromptError(f"the chat template has {len(texts) - 1} places for {len(images)} image(s)")
+    if len(texts) != len(pictures) + 1:
+        raise PromptError(f"the chat template has {len(texts) - 1} places for {len(pictures)} image(s)")
     chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, texts[0])]
-    for image, after in zip(images, texts[1:], strict=True):
-        chunks += [image_chunk(image, sampler.rule), encode(tokenizer, after)]
+    for image, after in zip(pictures, texts[1:], strict=True):
+        chunks += [image, encode(tokenizer, after)]
     return model_input(*chunks)
 
 

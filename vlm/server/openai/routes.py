@@ -30,7 +30,7 @@ from kshot.errors import (
 from vlm.inputs import model_input
 from vlm.local.clients import Grammar, LocalSamplingClient
 from vlm.server.futures import INTERNAL, status_of
-from vlm.server.guard import Route
+from vlm.server.guard import PARSED, Route
 from vlm.server.openai import chat, items, tools
 from vlm.server.openai.completions import ChosenCompletion, Completion, EncodedPrompt, SampledCompletion, limit
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -43,6 +43,7 @@ T = TypeVar("T")
 OWNER, PATH = "kshot", "tinker://"
 EVENTS = "text/event-stream"
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}  # beside JSON
+TOKEN, LOG_PROB = 128, 1024  # bytes of a token of an answer, and of one with its log-probability, as JSON is made of it
 CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 REASONS = {"extra_forbidden": "is not known to this server; leave it out", "missing": "is missing"}
@@ -69,25 +70,34 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
     async def completions(request: CompletionRequest, http_request: Request) -> Response:
         sampler = await _sampler(state, request.model)
         prompts = await asyncio.to_thread(_encode, request, sampler)
+        _take_answer(http_request, request, prompts)
         return await _answer(http_request, _completion(request, sampler, prompts))
 
-    async def chat_completion(request: ChatRequest) -> Completion:
+    async def chat_completion(request: ChatRequest, http_request: Request) -> Completion:
         sampler = await _sampler(state, request.model)
         grammar = await asyncio.to_thread(_grammar, request, sampler)
-        prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
+        prompt = await chat.prompt(request, sampler, http_request.scope[PARSED], allow_urls=allow_urls)
         encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
+        _take_answer(http_request, request, [encoded])
         return _completion(request, sampler, [encoded], grammar)
 
     @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
-        return await _answer(http_request, await chat_completion(request))
+        return await _answer(http_request, await chat_completion(request, http_request))
 
     @router.post("/responses", response_model=None, responses=STREAMED)
     async def responses(request: items.ResponseRequest, http_request: Request) -> Response:
-        chat = await chat_completion(items.chat_request(request))
+        chat = await chat_completion(items.chat_request(request), http_request)
         return await _answer(http_request, items.Response(request, chat))
 
     return router
+
+
+def _take_answer(http_request: Request, request: GenerationRequest, prompts: Sequence[EncodedPrompt]) -> None:
+    """Take what the answer needs as well, by its length and the tokens beside each. Raises TooLargeError, BusyError."""
+    tokens = sum(request.n * each.limit + len(each.echo_tokens) for each in prompts)
+    entry = TOKEN if request.top is None else TOKEN + (request.top + 1) * LOG_PROB
+    http_request.scope[PARSED].grow(tokens * entry)
 
 
 async def _sampler(state: ServerState, model: str) -> LocalSamplingClient:

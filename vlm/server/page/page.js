@@ -343,12 +343,19 @@ function show(answer) {
     ["Up for", span(now - answer.started, 2)], ["Busy", `${Math.round(100 * queue.busy_share)} %`],
     ["Queue", `${whole(queue.jobs)} ${queue.jobs === 1 ? "job" : "jobs"}`], ["Samples", whole(queue.samples)],
     ["Sequences", whole(queue.sequences)], ["Tokens sampled", whole(queue.tokens_sampled)],
+    ["Memory", memoryText(answer.memory)],
   ], now);
   showModels(answer.models, now);
   showRuns(newest("runs", answer.runs, (run) => run.id), now);
   showCheckpoints(newest("checkpoints", answer.checkpoints, (checkpoint) => checkpoint.path), now);
   for (const [kind, words] of Object.entries(NOTHING)) say(byId(`no-${kind}`), answer[kind].length ? "" : words);
   connectText(answer.address);
+}
+
+function memoryText({ limit, taken }) {
+  const kinds = Object.entries(taken).filter(([, size]) => size), total = kinds.reduce((sum, [, size]) => sum + size, 0);
+  const parts = kinds.map(([kind, size]) => `${kind} ${bytes(size)}`).join(", ");
+  return `${bytes(total)} of ${bytes(limit)}${parts ? ` (${parts})` : ""}`;
 }
 
 function newest(kind, items, key) {

@@ -4,7 +4,7 @@ How a training request goes on from here: `vlm.server.tinker.training`.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,9 +14,11 @@ from tinker import types
 
 from kshot.checks import KINDS
 from kshot.errors import LostError, MissingError, RequestError
+from vlm.server import images
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
-from vlm.server.guard import Route, Signer
+from vlm.server.guard import PARSED, Route, Signer
+from vlm.server.memory import ANSWERS, Reservation
 from vlm.server.state import ServerState, check_project
 from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import downloads, training, wire
@@ -26,7 +28,9 @@ from vlm.server.tinker.training import TrainingService
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
-FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
+# On loopback zstd costs more than it saves. In parallel the SDK sends the first part of a batch last, and the others
+# would take memory that the first then lacks.
+FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": False}
 DYNAMIC = {"sample_cancel_enabled": True}
 TYPES = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))  # our folders → the protocol's words
 OWNER = "local"
@@ -136,8 +140,8 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
 
 
 def _training(router: APIRouter, state: ServerState, service: TrainingService) -> None:
-    def submit(operation: training.RunOperation, size: int = 0) -> dict[str, Any]:
-        return accepted(service.submit(operation, size), operation.request.model_id)
+    def submit(operation: training.RunOperation, parsed: Reservation | None = None) -> dict[str, Any]:
+        return accepted(service.submit(operation, parsed), operation.request.model_id)
 
     @router.post("/create_model")
     async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
@@ -149,12 +153,13 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
 
     @router.post("/forward_backward", openapi_extra=BINARY)
     async def forward_backward(request: Request) -> dict[str, Any]:
-        body = await request.body()
+        body, taken = await request.body(), request.scope[PARSED]
         try:
             parsed = await _parsed(wire.parse_forward_backward, body)
+            await _take_images(taken, [datum.model_input for datum in parsed.data])
         except RequestError as error:
             return submit(training.Refused(state, wire.number_of(body), error))
-        return submit(training.ForwardBackward(state, parsed), len(body))
+        return submit(training.ForwardBackward(state, parsed), taken)
 
     @router.post("/optim_step")
     async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
@@ -184,6 +189,13 @@ async def _parsed(parse: Callable[[bytes], T], body: bytes) -> T:
     return parse(body) if len(body) < LARGE else await asyncio.to_thread(parse, body)
 
 
+async def _take_images(taken: Reservation, inputs: Sequence[types.ModelInput]) -> None:
+    """Take what the images of a request need as well. Raises TooLargeError, BusyError."""
+    chunks = [chunk.data for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
+    if chunks:
+        taken.grow(await images.beside(images.image_bytes, chunks))
+
+
 def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:
     """What a request is answered with whose result is fetched later."""
     return {"request_id": request_id, "model_id": model_id}
@@ -209,7 +221,9 @@ def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -
     async def asample(request: Request) -> dict[str, Any]:
         body = await request.body()
         # not by FastAPI: images are large, and JSON is read once
-        request_id, sequence_ids = service.sample(await _parsed(_sample_request, body))
+        parsed = await _parsed(_sample_request, body)
+        await _take_images(request.scope[PARSED], [parsed.prompt])
+        request_id, sequence_ids = service.sample(parsed, request.scope[PARSED])
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
 
     @router.post("/cancel_future", status_code=204)
@@ -241,7 +255,9 @@ def first_fault(errors: Any) -> str:
 def _answers(router: APIRouter, state: ServerState) -> None:
     @router.post("/retrieve_future", responses={200: {"content": {PROTOBUF: {}}}})
     async def retrieve_future(
-        request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
+        request: types.FutureRetrieveRequest,
+        http_request: Request,
+        x_tinker_request_type: Annotated[str | None, Header()] = None,
     ) -> Response:
         try:
             answer = await state.futures.wait(request.request_id, PATIENCE)
@@ -253,6 +269,7 @@ def _answers(router: APIRouter, state: ServerState) -> None:
             waiting = {"type": "try_again", "request_id": request.request_id, "queue_state": "active"}
             return _response(json_answer(waiting))
         state.futures.retrieved(request.request_id)
+        http_request.scope[PARSED].become(ANSWERS, len(answer.content), forced=True)  # until it is sent
         return _response(answer)
 
 

@@ -15,13 +15,16 @@ from tinker import types
 from kshot.errors import BusyError, RequestError
 from vlm.local.clients import SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer, error_answer
+from vlm.server.memory import QUEUES, Reservation
 from vlm.server.state import ServerState, check_number, sampler_id
 from vlm.server.store import Sampler
 from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait
 SAMPLES = 1024  # sequences of one request
-TOP = 1 << 20  # positions x likeliest tokens of one request
+TOP = 1 << 20  # positions x likeliest tokens of one request, of its prompt and of all its samples
+SAMPLED = 1 << 15  # tokens of a sample where the request says nothing and no model is loaded yet
+ENTRY = 160  # bytes of a token and its log-probability: two objects of Python, lists of them, arrays, and the answer
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,19 @@ class SamplingService:
             raise RequestError(f"sampling session {name} is of other weights; take the next sampling_session_seq_id")
         return name
 
-    def sample(self, request: types.SampleRequest) -> tuple[str, list[str]]:
-        """The id of a request, and of each of its samples. Raises RequestError, MissingError, BusyError."""
+    def sample(self, request: types.SampleRequest, parsed: Reservation) -> tuple[str, list[str]]:
+        """The id of a request, and of each of its samples. parsed: what the request takes; what its answer takes is
+        added. Raises RequestError, MissingError, BusyError."""
         refuse(record_stability_info=request.record_stability_info)
-        _check_size(request)
+        entries = _entries(request, self._longest())
         key = self._key(request)
         request_id = self.state.futures.id_of(key)
         if request_id is None:
             check_room(self.state)
             targets = request.target_prompt_logprobs
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
-            request_id = self.state.futures.open(key)
+            parsed.become(QUEUES, parsed.size + ENTRY * entries)
+            request_id = self.state.futures.open(key, parsed.hand_over())
             self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
             self.state.background(self._work(request_id, request, tensor))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
@@ -67,6 +72,10 @@ class SamplingService:
         """Stop sampling that nobody waits for any more."""
         if (future := self.state.samplings.get(request_id)) is not None:
             future.cancel()
+
+    def _longest(self) -> int:
+        """The most tokens of a sample: the longest context of the models."""
+        return max((engine.model.context for engine in self.state.registry.engines.values()), default=SAMPLED)
 
     def _key(self, request: types.SampleRequest) -> str:
         """The request's key, once its weights were looked up."""
@@ -123,14 +132,24 @@ def _sampling_request(request: types.SampleRequest, targets: types.TensorData | 
     )
 
 
-def _check_size(request: types.SampleRequest) -> None:
-    """Raise RequestError for what would take much memory before it is checked elsewhere."""
+def _entries(request: types.SampleRequest, longest: int) -> int:
+    """How many tokens with log-probabilities an answer may hold beside the sampled ones, which are few beside the
+    model's own memory of them. Raises RequestError for more than TOP of a kind."""
     check_number("num_samples", request.num_samples, 1, SAMPLES)
     shape = request.target_prompt_logprobs.shape if request.target_prompt_logprobs else None
-    widest = max(request.topk_prompt_logprobs, request.prompt_alt_tokens_k, request.topk_sample_logprobs)
+    tokens = request.num_samples * min(request.sampling_params.max_tokens or longest, longest)
     length = sum(_length(chunk) for chunk in request.prompt.chunks)
-    if max(length * widest, math.prod(shape or [0])) > TOP:
-        raise RequestError(f"more than {TOP:,} log-probabilities are asked for (positions x tokens); ask for fewer")
+    kinds = {
+        "topk_prompt_logprobs": length * request.topk_prompt_logprobs,
+        "prompt_alt_tokens_k": length * request.prompt_alt_tokens_k,
+        "topk_sample_logprobs": tokens * request.topk_sample_logprobs,
+        "target_prompt_logprobs": math.prod(shape or [0]),
+    }
+    for name, number in kinds.items():
+        if number > TOP:
+            what = f"{name}: more than {TOP:,} log-probabilities are asked for (positions x tokens)"
+            raise RequestError(f"{what}, {number:,}; ask for fewer, or set max_tokens")
+    return length + sum(kinds.values())
 
 
 def _length(chunk: types.ModelInputChunk) -> int:

@@ -6,7 +6,8 @@ gives. Everything here runs on the event loop.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, recipien
 from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
+from vlm.server.memory import ADAPTERS, HELD, QUEUES, Reservation
 from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
 from vlm.server.store import Run, Sampler
@@ -26,7 +28,7 @@ from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
 RUNS = 4096  # in memory
-WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that are their run's next
+SMALL = 1 << 14  # bytes of a request without data that waits
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,16 @@ class SnapshotForSampler(RunOperation):
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
 
     def run(self, client: LocalTrainingClient) -> Any:
-        return client.save_weights_and_get_sampling_client()
+        taken = self.state.samplers.room(client.snapshot_bytes, self.request.model_id)
+
+        def made(call: "Future[LocalSamplingClient]") -> None:
+            with taken:
+                if not (call.cancelled() or call.exception()):
+                    taken.hand_over().release_with(call.result())
+
+        call = client.save_weights_and_get_sampling_client()
+        call.future().add_done_callback(made)
+        return call
 
     def reply(self, client: LocalSamplingClient) -> Answer:
         session = self.request.model_id.partition(":")[0]
@@ -204,8 +215,8 @@ class TrainingService:
 
     state: ServerState
 
-    def submit(self, operation: RunOperation, size: int = 0) -> str:
-        """Queue an operation of a run; size: bytes of its body.
+    def submit(self, operation: RunOperation, parsed: Reservation | None = None) -> str:
+        """Queue an operation of a run; parsed: what its data takes, where it has any.
 
         Raises MissingError for a run that is not in memory, RequestError for a number that cannot be, BusyError where
         too much waits. Any other mistake in a request of a run in memory is its answer: see `Refused`.
@@ -216,7 +227,7 @@ class TrainingService:
         except KshotError as error:
             if model_id not in self.state.runs:
                 raise
-            operation, size = Refused(self.state, operation.request, error), 0
+            operation, parsed = Refused(self.state, operation.request, error), None
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
@@ -224,9 +235,9 @@ class TrainingService:
             return known
         run = self._live_run(model_id)
         run.check(seq)
-        if size and seq != run.next_seq and sum(self.state.futures.sizes) + size > WAITING_BYTES:
-            raise BusyError("too much data is waiting to be trained on; send it again later")
-        request_id = self.state.futures.open(key, size)
+        parsed = parsed or self.state.memory.take(QUEUES, SMALL)
+        parsed.become(QUEUES if seq == run.next_seq else HELD)
+        request_id = self.state.futures.open(key, parsed.hand_over())
         run.add(seq, request_id, operation)
         return request_id
 
@@ -241,19 +252,27 @@ class TrainingService:
         flags = {"train_mlp": lora.train_mlp, "train_attn": lora.train_attn, "train_unembed": lora.train_unembed}
         spec = registry.spec(lora.rank, **flags)
         start = partial(registry.start, base_model=request.base_model, spec=spec, seed=lora.seed)
-        return self._begin(request, start, type="create_model")
+        return self._begin(request, start, (request.base_model, asdict(spec)), type="create_model")
 
     def resume(self, request: types.LoadWeightsRequest) -> str:
         """Begin a run with the weights of a checkpoint: load_weights without a model_id. Raises as `create`."""
         LoadWeights(self.state, request).check()
         if request.session_id is None or request.model_seq_id is None:
             raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
-        resume = self.state.registry.resume
+        resume, saved = self.state.registry.resume, self.state.checkpoints.existing(request.path)
         start = partial(resume, path=request.path, base_model=request.base_model, optimizer=request.optimizer)
-        return self._begin(request, start, path=request.path, type="load_weights")
+        adapter = saved.base_model, saved.lora
+        return self._begin(request, start, adapter, path=request.path, type="load_weights")
 
-    def _begin(self, request: Any, start: Callable[..., LocalTrainingClient], **answer: str) -> str:
-        """start: makes the run's client on the engine's thread. The run is called as the SDK expects it to be."""
+    def _begin(
+        self,
+        request: Any,
+        start: Callable[..., LocalTrainingClient],
+        adapter: tuple[str, Mapping[str, Any]],
+        **answer: str,
+    ) -> str:
+        """start: makes the run's client on the engine's thread. adapter: of which model it is, and what it covers. The
+        run is called as the SDK expects it to be."""
         session, seq = request.session_id or "", request.model_seq_id or 0
         check_number("model_seq_id", seq)
         self.state.check_session(session)
@@ -266,22 +285,26 @@ class TrainingService:
         if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
         metadata = metadata_text(request.user_metadata)
-        request_id = self.state.futures.open(key)
-        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.futures.finish)
+        futures, registry, memory = self.state.futures, self.state.registry, self.state.memory
+        request_id = futures.open(key, memory.take(QUEUES, SMALL))
+        run = self.state.runs[model_id] = LiveRun(model_id, session, futures.finish, futures.begun)
 
         async def begin() -> None:
             try:
-                client = await self.state.registry.submit(start, model_id, user_metadata=metadata)
+                size = await registry.submit(registry.run_bytes, *adapter)
+                with memory.take(ADAPTERS, size) as taken:
+                    client = await registry.submit(start, model_id, user_metadata=metadata)
+                    taken.hand_over().release_with(client)
                 row = Run(model_id, session, client.get_info().model_name, asdict(client.spec), metadata)
                 self.state.store.add(row)
             except Exception as error:
                 self.state.runs.pop(model_id, None)
                 run.end(error)
-                self.state.futures.finish(request_id, error_answer(error))
+                futures.finish(request_id, error_answer(error))
                 return
             if model_id in self.state.runs:  # else its session was finished meanwhile
                 run.begin(client)
-            self.state.futures.finish(request_id, json_answer({"model_id": model_id, **answer}))
+            futures.finish(request_id, json_answer({"model_id": model_id, **answer}))
 
         self.state.background(begin())
         return request_id

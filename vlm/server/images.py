@@ -1,0 +1,49 @@
+"""What images of clients may take: fewer pixels than on the command line, and memory by what their headers say.
+
+A few kB may unpack to gigabytes. So sizes and modes are read from the headers before anything is decoded, and what
+decoding takes is a part of the request's reservation. tests/vlm/test_server_images.py compares it with reality.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from kshot.errors import ImageError, TooLargeError
+from kshot.images import open_header
+
+T = TypeVar("T")
+MAX_PIXELS = 1 << 25  # of one image: 33 megapixels, more than most cameras make
+MAX_REQUEST = 1 << 28  # of all images of a request: seconds to decode
+AT_ONCE = 2  # images of a request that are decoded at the same time
+# Bytes a pixel while it is decoded, turned to RGB and cut to patches; of 16 bits numbers of 64 are made on the way.
+PLAIN, WITH_ALPHA, DEEP = 48, 64, 80
+ENCODED = 4  # bytes a pixel of what is encoded again, since it is no upright RGB
+THREADS = ThreadPoolExecutor(AT_ONCE, "kshot-images")  # beside the event loop's own, of which others have need
+
+
+async def beside(call: Callable[..., T], *args: Any) -> T:
+    """A call about images, on a thread of their own."""
+    return await asyncio.get_running_loop().run_in_executor(THREADS, call, *args)
+
+
+def image_bytes(images: Iterable[bytes]) -> int:
+    """Bytes that decoding images takes. Raises TooLargeError for more than MAX_PIXELS in one or MAX_REQUEST in all.
+
+    What is no image takes none: whoever decodes it says what is wrong.
+    """
+    total, sizes = 0, list[int]()
+    for number, data in enumerate(images):
+        try:
+            with open_header(data) as header:
+                pixels, mode = header.width * header.height, header.mode
+                alpha = header.has_transparency_data
+        except ImageError:
+            continue
+        total += pixels
+        if pixels > MAX_PIXELS or total > MAX_REQUEST:
+            what, most = ("image", MAX_PIXELS) if pixels > MAX_PIXELS else ("images up to", MAX_REQUEST)
+            count = pixels if pixels > MAX_PIXELS else total
+            raise TooLargeError(f"{what} {number} of the request: {count:,} pixels, at most {most:,}; make it smaller")
+        sizes.append(pixels * (DEEP if mode[0] in "IF" else WITH_ALPHA if alpha else PLAIN))
+    return sum(sorted(sizes)[-AT_ONCE:]) + ENCODED * total
