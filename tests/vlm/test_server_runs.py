@@ -216,9 +216,10 @@ def test_a_client_that_sends_in_order_waits_too(
     assert one > len(body_of(run, 1, data[:1]))
     refused(raw.pass_of(run, 4, data[:1]), 429, "3 requests of run")
     monkeypatch.setattr(runs, "WAITING", 512)
-    monkeypatch.setattr(memory, "limit", int((sum(memory.taken.values()) + one // 2) * 8 / 7))
-    monkeypatch.setattr(server_memory, "SMALL", 0)
-    refused(raw.pass_of(run, 4, data[:1]), 429, "no memory for")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "limit", int((sum(before.values()) + 3.5 * one) * 8 / 7))
+        patch.setattr(server_memory, "SMALL", 0)
+        refused(raw.pass_of(run, 4, data[:1]), 429, "no memory for")
     going.set()
     for request_id in ids:
         raw.output(request_id)
