@@ -7,7 +7,6 @@ cache alone is enough. No code of a set is run.
 
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, Self
 from data.dataset import Item, content_key
 from kshot.errors import LISTED, DatasetError, KshotError, UnknownNameError, listed
 from kshot.hub import access_problem, one_line, translated, unreachable_reason, with_retries
+from kshot.untrusted import parse_yaml, read_file
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
@@ -179,9 +179,22 @@ def _write_placeholders(home: Path, snapshot: Path, names: Sequence[str]) -> Non
         path = home / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         if name in CARDS:
-            shutil.copyfile(snapshot / name, path)
+            path.write_bytes(_card(snapshot / name))
         else:
             path.touch()
+
+
+def _card(path: Path) -> bytes:
+    """A card, once it is known to be of a sane size with all that its aliases repeat, which `datasets` prints and
+    compares. Raises OSError, ValueError."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    content = read_file(path)
+    text = content.decode(errors="replace")
+    block = REGEX_YAML_BLOCK.search(text)
+    if path.suffix == ".yaml" or block:
+        parse_yaml(block[2] if block else text)
+    return content
 
 
 def _name_within(hub_id: str, home: Path, file: str) -> str:

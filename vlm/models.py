@@ -41,7 +41,11 @@ def source(name: str) -> str:
     Raises UnknownNameError as `check` does, and ModelError where the hub or its cache does not have them.
     """
     check(name)
-    return _here(full_name(name)) or _fetch_small(full_name(name))
+    folder = _here(full_name(name)) or _fetch_small(full_name(name))
+    for path in Path(folder).iterdir():
+        if path.exists() and not (path.is_dir() or path.is_file()):  # its reader would wait for ever
+            raise ModelError(f"model {name} has a {path.name} that is not a regular file; remove it")
+    return folder
 
 
 def weights(name: str) -> str:

@@ -32,8 +32,10 @@ class SourceFiles:
     def path(self, key: str) -> Path:
         """Where the file is. Raises DatasetError where it is missing."""
         for name in self.files[key]:
-            if (self.root / name).exists():
-                return self.root / name
+            if (path := self.root / name).is_file() or path.is_dir():
+                return path
+            if path.exists():  # a pipe would be read for ever
+                raise DatasetError(f"{path} is not a regular file; put the file of {self.url} there")
         wanted = " nor ".join(self.files[key])
         raise DatasetError(f"there is no {wanted} in {self.root}; --root names the folder of the files of {self.url}")
 

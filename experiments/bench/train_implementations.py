@@ -28,6 +28,7 @@ from PIL import Image
 
 from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, adam, check_inputs
 from experiments.bench.harness import timed
+from kshot.images import FORMATS
 from vlm.classifier import steps
 from vlm.models import source
 from vlm.prompts import Prompt
@@ -152,7 +153,7 @@ def stock_inputs(case: Case, processor: Any, batch: Sequence[int]) -> dict[str, 
 
 def processed(processor: Any, images: Sequence[bytes], answers: Sequence[str], padding_side: str) -> Any:
     """What the stock processor makes of the user's turn about each image and the answer, or its beginning."""
-    opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    opened = [Image.open(io.BytesIO(image), formats=FORMATS).convert("RGB") for image in images]
     texts = [USER_TURN + answer for answer in answers]
     return processor(text=texts, images=opened, padding=True, padding_side=padding_side, return_tensors="pt")
 

@@ -19,6 +19,7 @@ from experiments.cli import options as opt
 from experiments.terminal import err, fail, out, print_paths, progress_bar
 from kshot.errors import INTERRUPTED, InputError, KshotError
 from kshot.files import decoded_text
+from kshot.untrusted import read_file
 
 if TYPE_CHECKING:
     from data.dataset import Access
@@ -195,7 +196,7 @@ def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] 
     if names:
         raise InputError("class names are given twice, with --class and with --classes; leave one out")
     try:
-        text = decoded_text(file.read_bytes())
+        text = decoded_text(read_file(file))
     except OSError as error:
         raise InputError(f"--classes {file} cannot be read ({error.strerror}); give a file of names") from error
     if text is None:

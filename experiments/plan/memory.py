@@ -28,6 +28,7 @@ from experiments.sweep.workload import (
     model_config,
 )
 from kshot.errors import KshotError
+from kshot.untrusted import parse_json, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +264,7 @@ def vit_size(backbone: str) -> VitSize | None:
     try:
         if not folder.exists():
             return None if backbone.startswith("hf-hub:") else _of_timm(backbone)
-        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
+        arguments = parse_json(read_file(folder / "config.json"))["model_args"]
         weights = (folder / "model.safetensors").stat().st_size // 4
         return VitSize(weights, arguments["embed_dim"], arguments["depth"], arguments["patch_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # loading it says what is wrong

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kshot.errors import KshotError, ResultsError
 from kshot.files import remove_unfinished, write_file
+from kshot.untrusted import check_regular, parse_json, read_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,7 @@ class Results:
 
         path = self.folder / "predictions" / f"{key}.parquet"
         try:
+            check_regular(path)
             return pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise ResultsError(f"{path} cannot be read; delete it and {RUN_AGAIN}") from error
@@ -234,7 +236,7 @@ def _union(old: list[Any], new: list[Any]) -> list[Any]:
 def _read(path: Path, missing: str) -> str:
     """The text of a file, of which `missing` says what it means where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except OSError as error:
         raise ResultsError(f"{missing} (no readable {path.name}: {error.strerror})") from error
     except ValueError as error:
@@ -244,7 +246,7 @@ def _read(path: Path, missing: str) -> str:
 def _checked(text: str, name: Path | str, fields: Sequence[str], way_out: str) -> dict[str, Any]:
     """The JSON object of a text. Raises ResultsError where it is none or lacks a field."""
     try:
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = parse_json(text)
     except ValueError as error:
         raise ResultsError(f"{name} is damaged ({error}); {way_out}") from error
     if absent := [field for field in fields if not isinstance(content, dict) or field not in content]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kshot.checks import KINDS, folder_of
 from kshot.errors import ModelError, RequestError
 from kshot.files import replace_folder
+from kshot.untrusted import check_regular, parse_json, read_file
 from vlm.local import age, foreign
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
@@ -114,7 +115,8 @@ def load_folder(folder: Path) -> Checkpoint:
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     try:
-        record = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        record = parse_json(read_file(source / RECORD))
+        check_regular(source / WEIGHTS)
         if not isinstance(record["base_model"], str):
             raise TypeError(f"{record['base_model']!r} is no name")
         checkpoint = Checkpoint(
@@ -125,7 +127,7 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
             optimizer=load_file(optimizer) if optimizer and optimizer.exists() else None,
             user_metadata=record["user_metadata"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RequestError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
     if not _is_finite(checkpoint):

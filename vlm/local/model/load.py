@@ -4,7 +4,6 @@ What can be wrong is found before a weight is read: the kind of model, missing o
 weights go straight to their devices. No code of a checkpoint is run. Several adapters live over one model.
 """
 
-import json
 import time
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ import transformers
 
 from kshot.errors import ModelError, RequestError
 from kshot.hub import one_line, translated
+from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
@@ -110,7 +110,7 @@ def load_rule(name: str) -> ImageRule:
 def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
     with _load_errors(name):
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
     if kind not in KINDS:
         raise ModelError(f"model {name} is of type {kind!r}; this engine runs Qwen3-VL ({' and '.join(KINDS)})")
