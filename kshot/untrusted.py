@@ -97,4 +97,7 @@ def set_damaged_aside(path: Path, way_out: str = "it is computed again") -> None
         path.rename(aside)
     except FileNotFoundError:
         return
+    except OSError as error:
+        log.warning("%s is damaged and cannot be set aside (%s)", path, error.strerror)
+        return
     log.warning("%s is damaged; set aside as %s: %s", path, aside.name, way_out)

@@ -187,7 +187,9 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
 
 @pytest.mark.parametrize("file", ["images.bin", "index.parquet", "facts.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "short"])
-def test_a_damaged_pack_is_made_anew(root: Path, tmp_path: Path, file: str, damage: str) -> None:
+def test_a_damaged_pack_is_set_aside_and_made_anew(
+    root: Path, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     before = load(row("pets"), root / "pets")
     (path,) = (tmp_path / "cache").glob(f"pets-archive-*/{file}")
     whole = path.read_bytes()
@@ -197,6 +199,7 @@ def test_a_damaged_pack_is_made_anew(root: Path, tmp_path: Path, file: str, dama
     after = load(row("pets"), root / "pets")
     assert path.read_bytes() == whole
     assert [e.image for e in after.train] == [e.image for e in before.train]
+    assert f"{path.parent} is damaged; set aside as {path.parent.name}.damaged: its data set is read" in caplog.text
 
 
 def test_an_image_that_has_changed_in_the_pack_is_not_used(root: Path, tmp_path: Path) -> None:
