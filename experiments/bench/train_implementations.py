@@ -163,8 +163,9 @@ def stock_program(case: Case, *, merge: bool = False) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(source(case.model))
-    stock: Any = AutoModelForImageTextToText.from_pretrained(source(case.model), dtype="auto")
+    processor = AutoProcessor.from_pretrained(source(case.model), trust_remote_code=False)
+    how: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
+    stock: Any = AutoModelForImageTextToText.from_pretrained(source(case.model), **how)
     if merge:  # which would change embeddings that are tied to the head
         stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False

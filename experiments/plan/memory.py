@@ -229,7 +229,7 @@ def _counted(config_json: str, item: int, features: ImageFeatures) -> VlmSize:
     values = json.loads(config_json)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     adapter = service.adapter_parameters(model, rank=1)
     return VlmSize(parameters(model), adapter, item, features, config.text_config)
 

@@ -6,7 +6,7 @@ it. Written to a temporary folder, then renamed. A folder of this layout can be 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kshot.checks import KINDS, folder_of
-from kshot.errors import ModelError, RequestError
+from kshot.errors import ModelError, RequestError, UnknownNameError
 from kshot.files import replace_folder
 from kshot.untrusted import check_regular, parse_json, read_file
 from vlm.local import age, foreign
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
-from vlm.models import full_name, loadable
+from vlm.models import full_name, known, loadable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -111,6 +111,27 @@ def load_folder(folder: Path) -> Checkpoint:
     if not _is_finite(adapter):
         raise ModelError(f"adapter {folder} is damaged: not all of its numbers are finite; train it again")
     return adapter
+
+
+def base_of(folder: Path, adapter: Checkpoint, base_model: str | None, loaded: Collection[str] = ()) -> str:
+    """The name of the model that an adapter's folder is used with: the one that is given, or the one that the adapter
+    names, if it is `loaded`, a folder, or whole in the hub's cache; nothing is fetched because an adapter names it.
+    Raises ModelError with the way out."""
+    way_out = "say with base_model (--model) where it is"
+    if base_model is not None or adapter.base_model in loaded:
+        return base_model or adapter.base_model
+    if not adapter.base_model:
+        raise ModelError(f"adapter {folder} does not say of which model it is; {way_out}")
+    try:
+        name = known(adapter.base_model)
+    except UnknownNameError as error:
+        raise ModelError(
+            f"adapter {folder} is of the model {adapter.base_model}, which is not here; {way_out}"
+        ) from error
+    if name is None:
+        what = f"adapter {folder} is of the model {adapter.base_model}, which is not on this machine"
+        raise ModelError(f"{what} and is not fetched unasked; to fetch it, give base_model (--model) that name")
+    return name
 
 
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
