@@ -111,21 +111,18 @@ class EngineRegistry:
         return self._adapted(checkpoint.load(self.state, model_path or ""))
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
-        """A client on the adapter in a folder of the checkpoint layout, wherever it lies."""
+        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; of its model see
+        `checkpoint.base_of`."""
         saved = checkpoint.load_folder(folder)
-        name, way_out = base_model or saved.base_model, "say with base_model (--model) where it is"
-        if not name:
-            raise ModelError(f"adapter {folder} does not say of which model it is; {way_out}")
+        name = checkpoint.base_of(folder, saved, base_model, {*self.engines, *(self.model_paths or ())})
         try:
             self.engine(name)
         except ModelError as error:
             if base_model is not None or saved.origin is None:
                 raise
-            raise ModelError(f"{error}. adapter {folder} is of it: {way_out}") from error
-        except UnknownNameError as error:
-            if base_model is not None:
-                raise
-            raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
+            raise ModelError(
+                f"{error}. adapter {folder} is of it: say with base_model (--model) where it is"
+            ) from error
         try:
             return self._adapted(replace(saved, base_model=name))
         except ModelError as error:

@@ -39,6 +39,7 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from kshot.untrusted import read_file
 from vlm.server.futures import JSON
 
 MAX_VALUES = 1 << 22  # of a JSON body, counted by commas and brackets: each takes some 64 bytes once it is parsed
@@ -294,7 +295,7 @@ class Keys:
     def read(cls, path: Path) -> "Keys":
         """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_file(path).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
