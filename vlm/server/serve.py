@@ -21,6 +21,7 @@ from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models
 from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
 from vlm.server.app import Options, application
+from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
 from vlm.server.guard import is_loopback
 from vlm.server.state import ServerState
 from vlm.server.store import Store
@@ -73,12 +74,16 @@ def serve(
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet
         state = ServerState(registry, Store(registry.state))
+        connections = Connections(most_connections())
         config = uvicorn.Config(
-            application(state, options),
+            application(state, options, connections),
+            http=connections.protocol,  # type: ignore[arg-type]  # which uvicorn calls
+            ws="none",
+            backlog=BACKLOG,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE,
-            timeout_keep_alive=60,
+            timeout_keep_alive=KEEP_ALIVE,
             server_header=False,
             lifespan="on",
         )
