@@ -37,7 +37,7 @@ PATIENCE = 60  # seconds for a body, beside those that RATE gives; and until a c
 RATE = 16 << 10  # bytes of a body a second
 KEEP_ALIVE = 60  # seconds between an answer and the next request
 PIECE = 64 << 10  # bytes of an answer that are handed over at once, the next when they are taken
-UNREAD = 256 << 20  # bytes of all answers that clients have not taken yet, of those that are larger than PIECE
+UNREAD = 128 << 20  # bytes of all answers that clients have not taken yet, of those that are larger than PIECE
 
 
 class Reading(Enum):
