@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
@@ -44,13 +43,12 @@ def engine_registry(
     """The engines of a server; `serve` loads them.
 
     model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
-    arithmetic on a CPU, by default all cores but one, which answers requests meanwhile. The rest: see `vlm.connect`.
+    arithmetic on a CPU, by default as many as are fastest (`vlm.local.threads`). The rest: see `vlm.connect`.
     Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
     devices(device)  # now, not when the first request comes
     folder, torch_dtype, paths = (state or state_folder()).resolve(), dtype_of(dtype), _model_paths(model_arguments)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
-    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths)
+    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths, threads=threads)
 
 
 def serve(

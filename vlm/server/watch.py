@@ -2,6 +2,7 @@
 (https://prometheus.io/docs/instrumenting/exposition_formats/).
 """
 
+import json
 import math
 import time
 from collections import Counter
@@ -58,7 +59,12 @@ def routes(
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
     engine = state.registry.engines.get(name)
-    return {"name": name, "loaded": engine is not None, "context": engine.model.context if engine else None}
+    return {
+        "name": name,
+        "loaded": engine is not None,
+        "context": engine.model.context if engine else None,
+        "threads": state.registry.chosen.get(name),  # on a CPU, once it is loaded
+    }
 
 
 def _run(state: ServerState, row: Run, curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
@@ -104,6 +110,8 @@ def _metrics(state: ServerState, requests: "Counter[tuple[str, int]]", connectio
     lines += _head("kshot_requests_total", "HTTP requests.")
     for (path, status), count in sorted(requests.items()):
         lines.append(f'kshot_requests_total{{path="{path}",status="{status}"}} {count}')
+    lines += _head("kshot_threads", "Threads that a model computes with on a CPU.")
+    lines += [f"kshot_threads{{model={json.dumps(name)}}} {count}" for name, count in state.registry.chosen.items()]
     lines += _head("kshot_connections_closed_total", "Connections that were refused or cut off.")
     for reason, count in sorted(connections.closed.items()):
         lines.append(f'kshot_connections_closed_total{{reason="{reason}"}} {count}')
