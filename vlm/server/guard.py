@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
 STEP = 1 << 20
 SMALL = 1 << 16  # bytes of a body that there is always room for
-PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
 SHORTEST = 16  # characters of a key; what is shorter can be guessed
@@ -145,7 +143,7 @@ async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wan
         raise UnsupportedError(f"content encoding {encoding!r:.80} is not read here; send zstd or none")
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
-    async for part in Request({"type": "http"}, partial(_patient, receive)).stream():
+    async for part in Request({"type": "http"}, receive).stream():
         take(len(part))
         body += part
         _check_size(len(body), wanted.limit)
@@ -182,14 +180,6 @@ def unpack(body: bytes) -> bytes:
         return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RequestError(f"the body is not one whole frame of zstd ({error})") from error
-
-
-async def _patient(receive: Any) -> Any:
-    try:
-        async with asyncio.timeout(PATIENCE):
-            return await receive()
-    except TimeoutError as error:
-        raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
 
 
 def _replay(body: bytes, receive: Any) -> Any:
