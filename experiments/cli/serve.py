@@ -63,9 +63,7 @@ def serve(
     from vlm.server.serve import serve as run
 
     if shared and api_key_file is None:
-        raise InputError(
-            "--shared is for the keys of --api-key-file; give one, or leave it out: all is shared without"
-        )
+        raise InputError("--shared is for the keys of --api-key-file; give one, or leave it out: all is shared without")
     keys = Keys() if api_key_file is None else Keys.read(api_key_file, shared=shared)
     hosts, kept = tuple(allow_host or ()), seconds_of(keep)
     options = Options(host, port, keys, hosts, allow_urls, image_log_probs, keep=kept)

@@ -307,7 +307,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     later, text, foreign = tmp_path / "later", tmp_path / "text", tmp_path / "foreign"
     Store(later).close()
     outside(later, "PRAGMA user_version = 7")
-    with pytest.raises(KshotError, match=f"has schema version 7 and this kshot reads {VERSION}; use the kshot that wrote it"):
+    words = f"has schema version 7 and this kshot reads {VERSION}; use the kshot that wrote it"
+    with pytest.raises(KshotError, match=words):
         Store(later)
     with pytest.raises(KshotError, match="has schema version 7"):  # and not that the folder is in use
         Store(later)

@@ -13,7 +13,7 @@ import tinker
 from fastapi.routing import iter_route_contexts
 
 import vlm
-from tests.vlm.raw import DATA, FORWARD, PROMPT, PROTOBUF, Raw, accepted, body_of, refused, run_of, sample_of
+from tests.vlm.raw import DATA, FORWARD, PROMPT, Raw, accepted, body_of, refused, run_of, sample_of
 from tests.vlm.services import PATIENCE, rest_of
 from tests.vlm.serving import KEY, Server, served
 from vlm import nano
@@ -97,9 +97,7 @@ POSTED: dict[str, list[Body]] = {
     f"{V1}session_heartbeat": [lambda i: {"session_id": i.session}],
     f"{V1}create_model": [lambda i, n=n: {"session_id": i.session, "model_seq_id": n, **MODEL} for n in (0, 7)],
     f"{V1}get_info": [lambda i: {"model_id": i.run}],
-    f"{V1}optim_step": [
-        lambda i, n=n: {"model_id": i.run, "seq_id": n, "optim_params": ADAM} for n in (1, 2, 4, 9)
-    ],
+    f"{V1}optim_step": [lambda i, n=n: {"model_id": i.run, "seq_id": n, "optim_params": ADAM} for n in (1, 2, 4, 9)],
     f"{V1}save_weights": [lambda i: {"model_id": i.run, "seq_id": 4, "path": "y"}],
     f"{V1}save_weights_for_sampler": [
         lambda i: {"model_id": i.run, "seq_id": 4, "path": "x"},

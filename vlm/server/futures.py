@@ -192,8 +192,10 @@ class Futures:
         def logged() -> None:
             try:
                 call()
+            except KshotError as error:
+                log.error("%s; the answer stays in memory, and that is tried again", str(error))  # it holds the answer
             except Exception:
-                log.exception("an answer could not be written; it stays in memory, and is tried again")
+                log.exception("an answer could not be written; it stays in memory, and that is tried again")
 
         try:
             self._writer.submit(logged)

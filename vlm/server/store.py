@@ -302,7 +302,8 @@ class Store:
 
     def owners(self, kind: type) -> dict[str | None, int]:
         """How many rows of a table each owner has."""
-        return dict(self._run(f"SELECT owner, count(*) FROM {TABLES[kind]} GROUP BY owner"))
+        rows = self._run(f"SELECT owner, count(*) FROM {TABLES[kind]} GROUP BY owner")
+        return {name: count for name, count in rows}
 
     def of_session(self, kind: type[Row], session: str) -> list[Row]:
         """The runs or samplers of a session, oldest first."""
