@@ -73,6 +73,7 @@ class Command:
     """`kshot serve` in a process of its own."""
 
     address: str
+    said: str
     process: "subprocess.Popen[str]"
 
     def kill(self) -> None:
@@ -94,6 +95,6 @@ def command(state: Path, *arguments: str, in_background: bool = False) -> Iterat
             line = process.stdout.readline()
             address = re.search(r"at (http://\S+)", line)
             assert address, line + process.stdout.read()
-            yield Command(address[1], process)
+            yield Command(address[1], line, process)
         finally:
             process.kill()

@@ -21,9 +21,9 @@ from vlm import models
 from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
-from vlm.server.guard import is_loopback
+from vlm.server.guard import Keys, is_loopback
 from vlm.server.state import ServerState
-from vlm.server.store import Store
+from vlm.server.store import Checkpoint, Store
 
 log = logging.getLogger("kshot.server")
 SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread
@@ -71,7 +71,9 @@ def serve(
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet
-        state = ServerState(registry, Store(registry.state))
+        state = ServerState(registry, Store(registry.state), keep=options.keep)
+        if options.keys.digests is not None and not options.keys.shared:
+            _say_whose(state.store, options.keys)
         connections = Connections(most_connections())
         config = uvicorn.Config(
             application(state, options, connections),
@@ -97,6 +99,18 @@ def serve(
                 os._exit(INTERRUPTED)
         if server.interrupted:  # uvicorn raises the signal again, in vain where it is ignored: in a background job
             raise KeyboardInterrupt
+
+
+def _say_whose(store: Store, keys: Keys) -> None:
+    """Say which checkpoints are not reached by one key alone."""
+    counts = store.owners(Checkpoint)
+    if everybodys := counts.get(None, 0):
+        log.warning("%s checkpoints were saved without a key file: all keys see them", f"{everybodys:,}")
+    if strangers := sum(count for name, count in counts.items() if name not in keys.owners):
+        log.warning(
+            "%s checkpoints are of keys that are not in the key file: nobody sees them; --shared shows them",
+            f"{strangers:,}",
+        )
 
 
 def _model_paths(arguments: list[str]) -> dict[str, str]:
