@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server.store import FILE, SCHEMA, Checkpoint, Future, Loss, Run, Sampler, Session, Store
+from vlm.server.store import FILE, SCHEMA, VERSION, Checkpoint, Future, Loss, Run, Sampler, Session, Store
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}
@@ -166,19 +166,11 @@ def test_that_an_answer_was_sent_does_not_write_it_again(store: Store) -> None:
 
 
 def test_a_store_of_the_version_before_is_read(tmp_path: Path) -> None:
-    retrieved = "payload BLOB NOT NULL, retrieved REAL) STRICT"
-    with sqlite3.connect(tmp_path / FILE) as old:
-        old.executescript(
-            SCHEMA[: SCHEMA.index("CREATE TABLE futures")] + SCHEMA[SCHEMA.index("CREATE TABLE losses") :]
-        )
-        columns = "key TEXT NOT NULL UNIQUE, created REAL NOT NULL, finished REAL NOT NULL, status TEXT NOT NULL"
-        old.execute(f"CREATE TABLE futures (request_id TEXT PRIMARY KEY, {columns}, content_type TEXT, {retrieved}")
-        old.execute("CREATE INDEX futures_by_retrieval ON futures (retrieved) WHERE retrieved IS NOT NULL")
-        old.executemany(
-            "INSERT INTO futures VALUES (?, ?, 1, 2, 'finished', 'text', x'00', ?)", [("a", "x", 7), ("b", "y", None)]
-        )
+    with closing(sqlite3.connect(tmp_path / FILE)) as old, old:
+        old.executescript(SCHEMA)
+        for row in (("a", "x", 7), ("b", "y", None)):
+            old.execute("INSERT INTO futures VALUES (?, ?, 1, 2, 'finished', 'text', x'00', ?)", row)
         old.execute("PRAGMA user_version = 1")
-    old.close()
     store = Store(tmp_path)
     assert (store.retrieved("a"), store.retrieved("b")) == (7.0, None)
     assert store.get(Future, "b") == Future("b", "y", 1.0, 2.0, "finished", "text", b"\0")
@@ -326,7 +318,7 @@ def test_what_was_written_is_there_for_the_next_server(tmp_path: Path) -> None:
         store.add(Session("s", 1.0, tags=["t"]))
         written = store.get(Session, "s")
         assert outside(folder, "PRAGMA journal_mode") == [("wal",)]
-        assert outside(folder, "PRAGMA user_version") == [(2,)]
+        assert outside(folder, "PRAGMA user_version") == [(VERSION,)]
     with closing(Store(folder)) as store:
         assert store.get(Session, "s") == written
     stored = outside(folder, "SELECT id, created, tags, finished FROM sessions")
@@ -339,7 +331,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     later, text, foreign = tmp_path / "later", tmp_path / "text", tmp_path / "foreign"
     Store(later).close()
     outside(later, "PRAGMA user_version = 7")
-    with pytest.raises(KshotError, match="has schema version 7 and this kshot reads 2; use the kshot that wrote it"):
+    words = f"has schema version 7 and this kshot reads {VERSION}; use the kshot that wrote it"
+    with pytest.raises(KshotError, match=words):
         Store(later)
     with pytest.raises(KshotError, match="has schema version 7"):  # and not that the folder is in use
         Store(later)
