@@ -135,7 +135,6 @@ def predict(
     ] = None,
 ) -> None:
     """The likeliest classes of images, with probabilities; what is no image is named on stderr, and the status is 1."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other programs, threads that spin make each other wait
     from experiments.adapters.predict import classifier, pictures
 
     names, requested = _class_names(classes, class_file), pictures(images, lambda: sys.stdin.buffer)
