@@ -26,6 +26,8 @@ from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.grammar import Grammar as Grammar
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
 from vlm.local.sampling.sampler import sample
+from vlm.local.sampling.stops import StopSearch as StopSearch
+from vlm.local.sampling.stops import check_stops as check_stops
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 

@@ -23,6 +23,7 @@ from vlm.local.engine import Engine, Snapshot
 from vlm.local.model.attention import Cache, DecodeStep
 from vlm.local.model.packed import PackedInputs
 from vlm.local.sampling.grammar import Grammar
+from vlm.local.sampling.stops import TokenStops
 
 ROOM = 64  # positions by which the cache grows
 CACHED = 1 << 17  # positions to which sequences that join others may bring the cache
@@ -48,12 +49,12 @@ class TokenSequence:
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
-        self._tokenizer, self.generator = tokenizer, generator_of(params.seed, number)
+        self.generator = generator_of(params.seed, number)
         stop = tokenizer.eos_token_id if params.stop is None else params.stop  # an empty list stops nowhere (SDK)
         stops = [stop] if isinstance(stop, int | str) else stop
-        self._strings = [each for each in stops if isinstance(each, str)]
-        self._ids = [each for each in stops if isinstance(each, int)]
-        self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
+        strings = [each for each in stops if isinstance(each, str)]
+        self._stops = TokenStops(tokenizer, strings) if strings else None
+        self._ids = frozenset(each for each in stops if isinstance(each, int))
 
     def append(self, token: int, log_prob: float) -> None:
         """Append a token; its log-probability is the model's, before any grammar, filter or temperature. One that is
@@ -63,7 +64,7 @@ class TokenSequence:
         if self.walk is not None:
             self.walk.append(token)
         ended = not self.finite or (self.walk is not None and (self.walk.ended or bool(self.walk.error)))
-        if ended or token in self._ids or (self._strings and self._text_stops()):
+        if ended or token in self._ids or (self._stops is not None and self._stops.found(self.tokens)):
             self.reason = "stop"
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
@@ -92,10 +93,6 @@ class TokenSequence:
             logprobs_np=np.array(self.log_probs, np.float32),
             topk_logprobs_np=top,
         )
-
-    def _text_stops(self) -> bool:
-        text = self._tokenizer.decode(self.tokens[-self._tail :])
-        return any(stop in text for stop in self._strings)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, g
 from vlm.local.model.attention import Cache, Causal
 from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
 from vlm.local.sampling.grammar import Grammar
+from vlm.local.sampling.stops import check_stops
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def check(engine: Engine, request: SamplingRequest) -> None:
         "prompt_alt_tokens_k": (request.prompt_alt_tokens_k, 0, vocabulary),
         "prompt_logprobs_last_n": (last, 1, float("inf")),
     }
-    if (isinstance(p.stop, str) and not p.stop) or (isinstance(p.stop, list) and "" in p.stop):
-        raise RequestError("stop holds an empty text, which stands everywhere; leave it out")
+    check_stops([p.stop] if isinstance(p.stop, str) else p.stop or ())
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
