@@ -58,8 +58,8 @@ class EngineRegistry:
     engines: dict[str, Engine] = field(default_factory=dict)
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """A future of a call on the scheduler's thread, in the order of submission."""
-        return Future(self.scheduler.submit(call, *args, **kwargs))
+        """A future of a call on the scheduler's thread that depends on no run: see `Scheduler.submit_first`."""
+        return Future(self.scheduler.submit_first(call, *args, **kwargs))
 
     def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
         """What a run covers here. Raises RequestError where that is nothing."""

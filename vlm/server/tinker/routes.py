@@ -215,6 +215,8 @@ def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -
     @router.post("/cancel_future", status_code=204)
     async def cancel_future(request: Cancel) -> None:
         service.cancel(request.request_id)
+        for run in state.runs.values():
+            run.cancel(request.request_id)
 
 
 def _sample_request(body: bytes) -> types.SampleRequest:
