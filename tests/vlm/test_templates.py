@@ -62,8 +62,9 @@ def test_what_never_ends_or_takes_all_memory_is_ended(kind: str, renderer: templ
 
 def test_a_failing_template_is_named_in_one_line() -> None:
     request = ChatRequest(model="any", messages=MESSAGES)
+    own = with_template(None)
     for template in ("{{ 1 / 0 }}", "{{ raise_exception('no\nmore') }}", "{{ none.x.y }}"):
-        own = with_template(chat.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}")
+        own.chat_template = chat.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}"
         with pytest.raises(PromptError, match="chat template cannot write these messages") as caught:
             chat.text(request, own)
         assert "\n" not in str(caught.value)

@@ -180,6 +180,7 @@ class LocalTrainingClient(_Client):
     ) -> None:
         super().__init__(engine, scheduler)
         self.model_id, self._run, self._state, self._user_metadata = model_id, run, state, user_metadata
+        run.adapter.name = run.factors.name = f"run {model_id}"
 
     def forward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None

@@ -185,7 +185,7 @@ class Engine:
                     if not forward_only:
                         with self.model.timed("backward"):
                             run.add(value.backward)
-                outputs |= pack.log_probs_of(log_probs, self.model.name)
+                outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
                 total += float(value.detach())
                 if pack is not packs[-1]:
                     between(False)
@@ -219,7 +219,7 @@ class Engine:
         for pack in packs:
             with torch.set_grad_enabled(once):
                 log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-            outputs |= pack.log_probs_of(log_probs, self.model.name)
+            outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
             if not once:  # else a graph waits
                 between(False)
         log_probs_of = [outputs[item.number] for item in items]
@@ -375,12 +375,12 @@ class _Pack:
         rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
         return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
-    def log_probs_of(self, log_probs: Tensor, model: str) -> dict[int, tinker.TensorData]:
+    def log_probs_of(self, log_probs: Tensor, model: str, adapter: str) -> dict[int, tinker.TensorData]:
         """The number of each datum → (length,) or (length, K): the log-probabilities where they are scored, else 0.
-        Raises NotFiniteError, with the name of the model, where they are NaN."""
+        Raises NotFiniteError, with these names, where they are not finite."""
         lengths, values = [item.length for item in self.items], log_probs.detach().float().cpu()
         if not values.isfinite().all():
-            raise NotFiniteError(model, "log-probabilities")
+            raise NotFiniteError(model, "log-probabilities", adapter)
         full = torch.zeros(sum(lengths), *values.shape[1:])
         full[self.scored_positions] = values
         parts = zip(self.items, full.split(lengths), strict=True)

@@ -108,7 +108,7 @@ class EngineRegistry:
         """A client on saved weights or on a base model."""
         if base_model is not None:
             return LocalSamplingClient(self.engine(base_model), None, self.scheduler)
-        return self._adapted(checkpoint.load(self.state, model_path or ""))
+        return self._adapted(checkpoint.load(self.state, model_path or ""), f"checkpoint {model_path}")
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
         """A client on the adapter in a folder of the checkpoint layout, wherever it lies."""
@@ -127,13 +127,14 @@ class EngineRegistry:
                 raise
             raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
         try:
-            return self._adapted(replace(saved, base_model=name))
+            return self._adapted(replace(saved, base_model=name), f"adapter {folder}")
         except ModelError as error:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
-    def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
+    def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
         engine = self.engine(saved.base_model)
         adapter = saved.adapter(engine.model)
+        adapter.name = name
         return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
 
 

@@ -36,13 +36,16 @@ def score_tree(
     *,
     between: Between = lambda last: None,
 ) -> np.ndarray:
-    """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
+    """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted.
+    Raises NotFiniteError."""
     scores, size = np.empty((len(prompts), len(trie.edges)), np.float32), len(trie.tokens)
     lengths = [length_of(prompt) + size for prompt in prompts]
     rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
     for members in groups(lengths, max(1, rows), POSITIONS):
         scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
         between(False)
+    if not np.isfinite(scores).all():
+        raise NotFiniteError(engine.model.name, "scores", snapshot.name if snapshot else "")
     return scores
 
 
@@ -106,7 +109,7 @@ def embed(
                 parts.append(engine.model.text.hidden(batch.inputs, Causal(batch.rows, batch.ends), snapshot))
         features[members] = np.concatenate([part.float().cpu().numpy() for part in parts], 1)
     if not np.isfinite(features).all():
-        raise NotFiniteError(engine.model.name, "features")
+        raise NotFiniteError(engine.model.name, "features", snapshot.name if snapshot else "")
     return features
 
 

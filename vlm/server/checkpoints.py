@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -20,6 +21,15 @@ from vlm.server.store import Checkpoint, Store
 
 log = logging.getLogger("kshot.server")
 LONGEST = 10 * 366 * 86400  # seconds: ten years
+
+
+@contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Around one part of the housekeeping: it may fail, and the others are done all the same."""
+    try:
+        yield
+    except Exception:
+        log.exception("housekeeping of %s failed; it is tried again", what)
 
 
 def check_ttl(seconds: int | None) -> None:
@@ -73,7 +83,8 @@ class Checkpoints:
     def remove_expired(self, now: float) -> None:
         """Delete all that have expired."""
         for path in self.store.expired(now):
-            self.remove(path)
+            with logged(f"checkpoint {path}, which has expired,"):
+                self.remove(path)
 
     def reconcile(self) -> None:
         """Make the list agree with the disk: a server may have been killed between the two writes."""
@@ -84,7 +95,7 @@ class Checkpoints:
         for path, folder in folders.items():
             if self.store.get(Checkpoint, path) is None:
                 try:
-                    self._add(path, folder, folder.stat().st_mtime, None, None)
+                    self._add(path, folder, min(max(0.0, folder.stat().st_mtime), time.time()), None, None)
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
 

@@ -72,7 +72,8 @@ class TokenSequence:
     @property
     def finite(self) -> bool:
         """Whether the model gave numbers."""
-        return all(map(math.isfinite, self.log_probs[-1:]))  # it ends at the first that is none
+        last = [*self.log_probs[-1:], *(values[end] for _, values in self.tops[-1:] for end in (0, -1))]  # in order
+        return all(map(math.isfinite, last))  # it ends at the first that is none
 
     def end(self) -> None:
         """Let it get no more tokens: the model's context is full, or nobody waits for the rest."""
@@ -213,7 +214,8 @@ class Decoder:
 
 
 def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> None:
-    """Append its next token to every sequence, from (sequences, vocabulary) float32 logits."""
+    """Append its next token to every sequence, from (sequences, vocabulary) float32 logits; the likeliest ones before,
+    so that one that is not finite ends the sequence as well."""
     allowed = _allowed(sequences, logits)
     tokens = allowed.argmax(-1).tolist()
     drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
@@ -221,13 +223,13 @@ def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> N
         tokens[n] = sample_token(row, sequences[n].params, sequences[n].generator)
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     totals = logits.logsumexp(-1)
-    for sequence, token, log_prob in zip(sequences, tokens, (chosen - totals).tolist(), strict=True):
-        sequence.append(token, log_prob)
     if with_top := [n for n, sequence in enumerate(sequences) if sequence.top]:
         best = logits[with_top].topk(max(sequences[n].top for n in with_top))
         values = best.values - totals[with_top, None]
         for n, ids, log_probs in zip(with_top, best.indices.tolist(), values.tolist(), strict=True):
             sequences[n].tops.append((ids[: sequences[n].top], log_probs[: sequences[n].top]))
+    for sequence, token, log_prob in zip(sequences, tokens, (chosen - totals).tolist(), strict=True):
+        sequence.append(token, log_prob)
 
 
 def _allowed(sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
