@@ -65,10 +65,12 @@ class Renderer:
             command = [sys.executable, "-I", str(PROGRAM), str(SECONDS), str(MEMORY)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._ending = finalize(self, _end, self._process)
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin and stdout
         with suppress(BrokenPipeError):
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            if reply := self._process.stdout.readline():
+            stdin.write(line)
+            stdin.flush()
+            if reply := stdout.readline():
                 answer: dict[str, str] = json.loads(reply)
                 return answer
         status, self._process = self._ending(), None
