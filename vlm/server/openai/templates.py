@@ -65,12 +65,11 @@ class Renderer:
             command = [sys.executable, "-I", str(PROGRAM), str(SECONDS), str(MEMORY)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._ending = finalize(self, _end, self._process)
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin and stdout
+        process: Any = self._process  # its pipes are there
         with suppress(BrokenPipeError):
-            stdin.write(line)
-            stdin.flush()
-            if reply := stdout.readline():
+            process.stdin.write(line)
+            process.stdin.flush()
+            if reply := process.stdout.readline():
                 answer: dict[str, str] = json.loads(reply)
                 return answer
         status, self._process = self._ending(), None
