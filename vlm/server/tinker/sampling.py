@@ -22,6 +22,7 @@ from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait
 SAMPLES = 1024  # sequences of one request
+LAST_SAMPLE = 2**63 - 1  # number of a request in its sampling session: the SDK counts from a billion per client on
 TOP = 1 << 20  # positions x likeliest tokens of one request
 
 
@@ -75,6 +76,7 @@ class SamplingService:
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
+            check_number("seq_id", request.seq_id, 0, LAST_SAMPLE)
             self.state.samplers.row(name, owner)
             return f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:
