@@ -85,11 +85,14 @@ class ModelError(InputError):
 
 
 class NotFiniteError(ModelError):
-    """A model that computes NaN or infinite numbers."""
+    """A model that computes NaN or infinite numbers. adapter: the run or checkpoint whose weights are on it, if any."""
 
-    def __init__(self, model: str, what: str) -> None:
-        way_out = "its weights, or its adapter's, are damaged: download or train them again"
-        super().__init__(f"model {model} gives {what} that are not finite (NaN or Inf); {way_out}")
+    def __init__(self, model: str, what: str, adapter: str = "") -> None:
+        way_out = "its weights are damaged: download them again"
+        if adapter:
+            way_out = "a learning rate was too high, or weights are damaged: go on from an earlier checkpoint"
+        where = f" with {adapter}" if adapter else ""
+        super().__init__(f"model {model}{where} gives {what} that are not finite (NaN or Inf); {way_out}")
 
 
 class RequestError(InputError):

@@ -70,6 +70,14 @@ def known(name: str) -> str | None:
     return None
 
 
+def pinned(name: str) -> str:
+    """A hub's model by the commit that its name stands for now, ID@COMMIT; any other name as it is. Raises as `source`
+    does."""
+    if is_here(name):
+        return name
+    return f"{full_name(name).partition('@')[0]}@{Path(source(name)).name}"
+
+
 def loadable(name: str) -> str:
     """What `from_pretrained` of transformers takes for this model: a folder, or the hub's id."""
     here = _here(full_name(name))

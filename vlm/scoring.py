@@ -54,14 +54,15 @@ def _scored(
     sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie
 ) -> tuple[np.ndarray, np.ndarray]:
     """(prompts, choices) float32 scores, and the (prompts, edges) log-probabilities whose sums they are."""
-    with np.errstate(invalid="ignore"):  # of NaN, which is refused here
+    with np.errstate(invalid="ignore", over="ignore"):  # of NaN and Inf, which are refused here
         edges = sampler.score_tree(prompts, trie) if isinstance(sampler, TreeScorer) else _paths(sampler, prompts, trie)
-    if not np.isfinite(edges).all():
+        choice, edge = np.array(trie.pairs).T
+        sums = np.zeros((len(edges), choice.max() + 1), np.float64)
+        np.add.at(sums.T, choice, edges.T[edge])
+        scores = sums.astype(np.float32)  # which may be beyond them, where the edges are not
+    if not (np.isfinite(edges).all() and np.isfinite(scores).all()):
         raise NotFiniteError(sampler.get_base_model(), "scores")
-    choice, edge = np.array(trie.pairs).T
-    scores = np.zeros((len(edges), choice.max() + 1), np.float64)
-    np.add.at(scores.T, choice, edges.T[edge])
-    return scores.astype(np.float32), edges
+    return scores, edges
 
 
 def _paths(sampler: SamplingClient, prompts: Sequence[tinker.ModelInput], trie: label_trie.Trie) -> np.ndarray:

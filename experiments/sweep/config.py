@@ -1,5 +1,6 @@
 """What a sweep is: the schema of presets and YAML files, how they are read, and the command line of a recorded one."""
 
+import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -269,6 +270,9 @@ def command(content: Mapping[str, Any]) -> str:
     """The command line of a sweep of this content (sweep.json): every setting in which it differs from the demo. Where
     a folder of images lies is not recorded: its path is to be filled in."""
     recorded = {kind: content["settings"][kind] for kind in MODELS}
+    revision = content["settings"].get("model_revision")
+    if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision):  # a commit of the hub
+        recorded["model"] += f"@{revision}"
     models = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded.items()}
     demo = load("demo", {}, models)
     base = demo.settings.model_dump()
@@ -281,7 +285,8 @@ def command(content: Mapping[str, Any]) -> str:
         options.append(("--service", "ADDRESS" if service == "remote" else service))
     if (device := content.get("device", "cpu")) != "cpu":
         options.append(("--device", device))
-    changed = {k: v for k, v in content["settings"].items() if k in base and v != base[k]}
+    settings = content["settings"] | recorded
+    changed = {k: v for k, v in settings.items() if k in base and v != base[k]}
     few = any(demo.settings.steps(len(names)) < demo.min_steps for names in content["classes"].values())
     if few and "views_per_class" not in content:
         changed["views_per_class"] = content["settings"]["views_per_class"]

@@ -5,7 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker
 from experiments.sweep.workers import EXECUTORS, Failure
 from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule, of_jobs
-from kshot.errors import DatasetError, InputError, KshotError, TooFewImagesError, UnknownNameError, listed
+from kshot.errors import DatasetError, InputError, KshotError, ModelError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
 # on which depends what images are shown
@@ -184,6 +184,7 @@ def plan(
         check(service)
     gpus_of(device, here=here)  # which may raise
     _check_settings(sweep, service)
+    sweep = _pinned(sweep, service)
     access, split_seed = access or Access(), sweep.settings.split_seed
     accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
     datasets = {source: catalog.load(source, access=each, split_seed=split_seed) for source, each in accesses.items()}
@@ -308,6 +309,18 @@ def _check_settings(sweep: Sweep, service: str) -> None:
     if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
         choice = "calibration validated chooses on labelled images, and zero-shot has none"
         raise InputError(f"{choice}; give contextual, pmi or none")
+
+
+def _pinned(sweep: Sweep, service: str) -> Sweep:
+    """The sweep with a VLM of the hub at the commit that it has now: all its cells load that one and state it, so a
+    folder never holds cells of two. Where neither the hub nor its cache has the model, it stays as it is, and loading
+    it says why; of a remote service's model no commit is known here."""
+    if service != "local" or "model" not in _used(sweep):
+        return sweep
+    with suppress(ModelError):
+        model = models.pinned(sweep.settings.model)
+        return sweep.model_copy(update={"settings": sweep.settings.model_copy(update={"model": model})})
+    return sweep
 
 
 def _check_loadable(planned: Plan) -> None:

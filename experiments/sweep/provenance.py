@@ -23,11 +23,14 @@ SHIPPED: dict[str, Any] = {"model": nano, "backbone": nano_dinov2}
 
 def recorded(settings: Settings) -> dict[str, Any]:
     """The settings as results state them, with `model_revision` and `backbone_revision`: of a model in a folder or a
-    file its name, wherever it lies, and a fingerprint of its content; of a hub's model null, the newest at the time."""
+    file its name, wherever it lies, and a fingerprint of its content; of a hub's model its commit, or null: the newest
+    at the time."""
     values = settings.model_dump()
     for kind, shipped in SHIPPED.items():
         path, revision = _local(kind, values[kind]), f"{kind}_revision"
         values[revision] = shipped.REVISION if values[kind] == shipped.NAME else None
+        if commit := _COMMIT.fullmatch(values[kind]):
+            values[kind], values[revision] = commit.groups()
         if path:
             values[kind], values[revision] = path.resolve().name, fingerprint(path)
     return values
@@ -58,6 +61,8 @@ def _local(kind: str, name: str) -> Path | None:
     path = Path(name.removeprefix("local-dir:"))
     return path if name != SHIPPED[kind].NAME and path.exists() else None
 
+
+_COMMIT = re.compile(r"([^/@]+/[^/@]+)@([0-9a-f]{40})")  # a model of the hub, at a commit
 
 # A slash that begins a path: not after a word (Qwen/Qwen3), a dot (./runs), a tilde, a closing bracket or a scheme's ://
 _PATH = re.compile(r"""(?:(?<![\w./~…)}\]])|(?<=file://))/(?:[^\s/'"]+/)*([^\s/'"]+)/?""")

@@ -44,8 +44,8 @@ def test_a_sweep_does_not_change() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "is not YAML"),
-        (b"\xff\xfe\x00", "is not YAML"),
+        ("a: [", "cannot be read as YAML"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
         ("- 1\n", "holds no sweep"),
         ("", "holds no sweep"),
         (GOOD + "shotz: [1]\n", r"unknown setting 'shotz' \(did you mean 'shots'\?\); choose from: name, datasets"),

@@ -1,5 +1,6 @@
 """Models that compute NaN or infinite numbers: an error that names them, wherever numbers leave."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,9 @@ def test_tinkers_clients_are_told(raw: Raw) -> None:
     for request_id in (passed, sampled):
         answer = raw.answer(request_id)
         assert answer["category"] == "user"
-        assert answer["error"].startswith("model broken gives log-probabilities that are not finite (NaN or Inf);")
+        assert answer["error"].startswith("model broken ")
+        assert "gives log-probabilities that are not finite (NaN or Inf);" in answer["error"]
+    assert run["model_id"] in raw.answer(passed)["error"]
 
 
 @pytest.mark.parametrize(
@@ -202,3 +205,84 @@ def test_an_adapter_that_went_wrong_is_found_when_it_is_used(
     sampler = run.save_weights_and_get_sampling_client().result()
     with pytest.raises(NotFiniteError, match=nano.NAME):
         sampler.sample(PROMPT, 1, ONE).result()
+
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+CHOICE = {"structured_outputs": {"choice": ["a", "b", "crocodile head"]}, "max_tokens": 12}
+OPENAI = {
+    "top": ("completions", {"prompt": "hello", "logprobs": 20, "max_tokens": 3}),
+    "echo": ("completions", {"prompt": "hello", "logprobs": 20, "echo": True, "max_tokens": 0}),
+    "chat": ("chat/completions", {**HELLO, "logprobs": True, "top_logprobs": 20}),
+    "stream": ("chat/completions", {**HELLO, "logprobs": True, "top_logprobs": 20, "stream": True}),
+    "choice": ("chat/completions", {**HELLO, **CHOICE}),
+    "choices": ("chat/completions", {**HELLO, **CHOICE, "stream": True}),
+    "response": ("responses", {"input": "hello", "max_output_tokens": 2}),
+}
+
+
+def parsed(text: str) -> Any:
+    """JSON by its standard, which has neither NaN nor Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def strict_answers(raw: Raw, model: str) -> dict[str, int]:
+    """The status of each way through the OpenAI API, once all that it answers is JSON and errors name the model."""
+    statuses = dict[str, int]()
+    for name, (path, body) in OPENAI.items():
+        answer = raw.http.post(f"/v1/{path}", json={"model": model, "temperature": 0, **body})
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+        for each in [line.removeprefix("data: ") for line in lines] or [answer.text]:
+            error = parsed(each).get("error")
+            assert not error or "gives" in error["message"], (name, each)
+            assert not error or model in error["message"]
+        statuses[name] = answer.status_code
+    return statuses
+
+
+def test_a_run_whose_steps_went_too_far_is_named_and_all_answers_are_json(raw: Raw) -> None:
+    run = raw.run(session := raw.session())
+    raw.output(accepted(raw.pass_of(run, 1)))
+    raw.answer(accepted(raw.step(run, 2, 1e30)))
+    passed = raw.answer(accepted(raw.pass_of(run, 3)))
+    assert f"with run {run} gives" in passed["error"]
+    saved = raw.result("save_weights_for_sampler", model_id=run, seq_id=4, path="b")["path"]
+    assert set(strict_answers(raw, saved).values()) == {422}
+    raw.result("save_weights_for_sampler", model_id=run, seq_id=5, sampling_session_seq_id=0)
+    body = sample_of(PROMPT, max_tokens=2) | {"base_model": None, "seq_id": 1}
+    answer = raw.answer(raw.submit("asample", **body, sampling_session_id=f"{session}:sample:0"))
+    assert f"with run {run} gives log-probabilities that are not finite" in answer["error"]
+    for name in ("overview", "training_runs", "checkpoints"):
+        parsed(raw.get(name).text)
+
+
+def test_log_probabilities_of_minus_infinity_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are numbers, and their differences are not: what is likeliest has a log-probability, all others none."""
+    with served(tmp_path) as server, talking(server.address) as raw:
+        text = server.state.registry.engine(nano.NAME).model.text
+        logits = text.logits
+
+        def far_apart(*args: Any) -> torch.Tensor:
+            values = logits(*args)
+            return torch.where(values == values.amax(-1, keepdim=True), 3e38, -3e38)
+
+        monkeypatch.setattr(text, "logits", far_apart)
+        statuses = strict_answers(raw, nano.NAME)
+        assert {name: status for name, status in statuses.items() if status != 422} == {"response": 200}
+        ways: list[dict[str, Any]] = [{"prompt_logprobs": True}, {"topk_prompt_logprobs": 9}]
+        ways += [{"target_prompt_logprobs": {"data": [0, 1, 2, 3], "dtype": "int64", "shape": [2, 2]}}]
+        for way in [*ways, {"topk_sample_logprobs": 9}]:
+            answer = raw.answer(raw.submit("asample", **sample_of(PROMPT, max_tokens=2, temperature=0.0) | way))
+            assert "gives log-probabilities that are not finite" in answer["error"]
+        raw.sampled(raw.submit("asample", **sample_of(PROMPT, max_tokens=2, temperature=0.0)))
+
+
+@pytest.mark.parametrize("number", [np.inf, np.nan, 2.5, 1.0])
+def test_targets_that_are_no_tokens_are_refused_by_name(raw: Raw, number: float) -> None:
+    targets = {"data": [number, 1.0], "dtype": "float32", "shape": [2, 1]}
+    body = sample_of(PROMPT, max_tokens=1) | {"target_prompt_logprobs": targets}
+    answer = raw.http.post("/api/v1/asample", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert "target_prompt_logprobs holds float32 numbers" in raw.answer(accepted(answer))["error"]

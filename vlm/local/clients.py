@@ -26,6 +26,8 @@ from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.grammar import Grammar as Grammar
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
 from vlm.local.sampling.sampler import sample
+from vlm.local.sampling.stops import StopSearch as StopSearch
+from vlm.local.sampling.stops import check_stops as check_stops
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
 
@@ -131,7 +133,9 @@ class LocalSamplingClient(_Client):
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
-        return self._submit(prompts, scoring.score_tree, self._engine, self._snapshot, prompts, trie).result()
+        self._engine.prefetch(prompts)
+        call = self._scheduler.submit_passes(scoring.score_tree, self._engine, self._snapshot, prompts, trie)
+        return call.result()
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
         """(prompts, D) features of the model's own; see `vlm.embedding.Embedder`."""
@@ -176,6 +180,7 @@ class LocalTrainingClient(_Client):
     ) -> None:
         super().__init__(engine, scheduler)
         self.model_id, self._run, self._state, self._user_metadata = model_id, run, state, user_metadata
+        run.adapter.name = run.factors.name = f"run {model_id}"
 
     def forward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
@@ -308,7 +313,8 @@ class LocalTrainingClient(_Client):
 
     def _submit_data(self, call: Callable[..., Any], data: Sequence[tinker.Datum], *args: Any) -> Future[Any]:
         data = list(data)  # the caller's may change before it is read
-        return self._submit([datum.model_input for datum in data], call, self._run, data, *args)
+        self._engine.prefetch([datum.model_input for datum in data])
+        return Future(self._scheduler.submit_passes(call, self._run, data, *args))
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)

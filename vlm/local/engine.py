@@ -9,7 +9,7 @@ largest.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, groupby
@@ -120,6 +120,9 @@ def _mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) 
 
 # The engine
 
+Between = Callable[[bool], None]
+"""Called after each pass of a request, with whether it was the last. What it raises ends the request as a pass does
+that fails."""
 CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
 PACK = 4096  # positions in one training pass, a datum at least
@@ -152,6 +155,7 @@ class Engine:
         config: Mapping[str, Any] | None,
         *,
         forward_only: bool = False,
+        between: Between = lambda last: None,
     ) -> types.ForwardBackwardOutput:
         """The loss of `data` and, unless `forward_only`, its gradient, added to the run's.
 
@@ -164,26 +168,39 @@ class Engine:
         chosen = loss(loss_fn, config)
         every = (forward_only or chosen.uses_sampled) and not chosen.closed
         items = self._items(data, chosen, every=every)
-        total, outputs = 0.0, dict[int, tinker.TensorData]()
-        with torch.set_grad_enabled(not forward_only), run.request():
-            batches: Iterable[tuple[_Pack, Batch]] = ((pack, self._batch(pack, run.factors)) for pack in _packs(items))
+        total, outputs, packs = 0.0, dict[int, tinker.TensorData](), _packs(items)
+        batches = dict[int, Batch]()
+        with run.request():
             if not run.factors.spec.in_tower:  # a bad one stops them all; a trained tower's graphs would pile up
-                batches = list(batches)
-            for pack, batch in batches:
-                with self.model.timed("forward"):
-                    log_probs = self._log_probs(run.factors, pack, batch)
-                    value = chosen(log_probs, {name: each.to(log_probs.device) for name, each in pack.fields.items()})
-                if not forward_only:
-                    with self.model.timed("backward"):
-                        run.add(value.backward)
-                outputs |= pack.log_probs_of(log_probs, self.model.name)
+                for number, pack in enumerate(packs):
+                    batches[number] = self._batch(pack, run.factors)
+                    between(False)  # the tower may have had much to do
+            for number, pack in enumerate(packs):
+                with torch.set_grad_enabled(not forward_only):  # not while others have their turn
+                    batch = batches.pop(number, None) or self._batch(pack, run.factors)
+                    with self.model.timed("forward"):
+                        log_probs = self._log_probs(run.factors, pack, batch)
+                        fields = {name: each.to(log_probs.device) for name, each in pack.fields.items()}
+                        value = chosen(log_probs, fields)
+                    if not forward_only:
+                        with self.model.timed("backward"):
+                            run.add(value.backward)
+                outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
                 total += float(value.detach())
+                if pack is not packs[-1]:
+                    between(False)
             if not math.isfinite(total):
                 raise RequestError(f"loss {loss_fn!r} is {total}: a ratio to the data's logprobs overflows; check them")
+            between(True)
         return _output([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
-        self, run: TrainingRun, data: Sequence[tinker.Datum], loss_fn: CustomLoss
+        self,
+        run: TrainingRun,
+        data: Sequence[tinker.Datum],
+        loss_fn: CustomLoss,
+        *,
+        between: Between = lambda last: None,
     ) -> types.ForwardBackwardOutput:
         """The gradient of any function of the data's log-probabilities, added to the run's (see the SDK).
 
@@ -199,18 +216,22 @@ class Engine:
         items = self._items(only, plain, every=True)
         packs = _packs(items)
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
-        with torch.set_grad_enabled(once):
-            for pack in packs:
+        for pack in packs:
+            with torch.set_grad_enabled(once):
                 log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                outputs |= pack.log_probs_of(log_probs, self.model.name)
+            outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
+            if not once:  # else a graph waits
+                between(False)
         log_probs_of = [outputs[item.number] for item in items]
         value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in log_probs_of])
-        with torch.enable_grad(), run.request():
+        with run.request():
             for pack in packs:
-                if not once:
-                    log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
-                slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
-                run.add(partial(log_probs.backward, slope))
+                with torch.enable_grad():
+                    if not once:
+                        log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors))
+                    slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
+                    run.add(partial(log_probs.backward, slope))
+                between(pack is packs[-1])
         pairs = zip(slopes, log_probs_of, strict=True)
         surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in pairs)
         return _output(log_probs_of, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
@@ -354,12 +375,12 @@ class _Pack:
         rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
         return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
-    def log_probs_of(self, log_probs: Tensor, model: str) -> dict[int, tinker.TensorData]:
+    def log_probs_of(self, log_probs: Tensor, model: str, adapter: str) -> dict[int, tinker.TensorData]:
         """The number of each datum → (length,) or (length, K): the log-probabilities where they are scored, else 0.
-        Raises NotFiniteError, with the name of the model, where they are NaN."""
+        Raises NotFiniteError, with these names, where they are not finite."""
         lengths, values = [item.length for item in self.items], log_probs.detach().float().cpu()
         if not values.isfinite().all():
-            raise NotFiniteError(model, "log-probabilities")
+            raise NotFiniteError(model, "log-probabilities", adapter)
         full = torch.zeros(sum(lengths), *values.shape[1:])
         full[self.scored_positions] = values
         parts = zip(self.items, full.split(lengths), strict=True)

@@ -67,8 +67,8 @@ class EngineRegistry:
     _most: int | None = None  # threads of torch before the first was chosen
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """A future of a call on the scheduler's thread, in the order of submission."""
-        return Future(self.scheduler.submit(call, *args, **kwargs))
+        """A future of a call on the scheduler's thread that depends on no run: see `Scheduler.submit_first`."""
+        return Future(self.scheduler.submit_first(call, *args, **kwargs))
 
     def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
         """What a run covers here. Raises RequestError where that is nothing."""
@@ -131,7 +131,7 @@ class EngineRegistry:
         """A client on saved weights or on a base model."""
         if base_model is not None:
             return LocalSamplingClient(self.engine(base_model), None, self.scheduler)
-        return self._adapted(checkpoint.load(self.state, model_path or ""))
+        return self._adapted(checkpoint.load(self.state, model_path or ""), f"checkpoint {model_path}")
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
         """A client on the adapter in a folder of the checkpoint layout, wherever it lies; of its model see
@@ -147,13 +147,14 @@ class EngineRegistry:
                 f"{error}. adapter {folder} is of it: say with base_model (--model) where it is"
             ) from error
         try:
-            return self._adapted(replace(saved, base_model=name))
+            return self._adapted(replace(saved, base_model=name), f"adapter {folder}")
         except ModelError as error:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
-    def _adapted(self, saved: Checkpoint) -> LocalSamplingClient:
+    def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
         engine = self.engine(saved.base_model)
         adapter = saved.adapter(engine.model)
+        adapter.name = name
         return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
 
 

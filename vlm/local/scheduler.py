@@ -1,15 +1,16 @@
 """The one thread that makes all calls of a service's engines: jobs in order, and sampling steps between them.
 
 In a step every sequence that is being sampled gets one token, and requests that have arrived meanwhile join the batch
-of their snapshot. So no job waits for a sampling request to end, and no request waits for all jobs. Futures are
-completed here and nowhere else; they may be cancelled from any thread.
+of their snapshot. So no job waits for a sampling request to end, and no request waits for all jobs. A job of several
+passes gives way after each of them. While there is something to sample, it gets as much time as the pass before took,
+one step at least. Futures are completed here and nowhere else; they may be cancelled from any thread.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import clear_frames
@@ -166,6 +167,35 @@ class SnapshotBatch:
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
+class QueuedJob:
+    """A call, of the job itself, that waits or runs. until_claimed: whether it can be cancelled also while it runs,
+    until `claim`; the future of any other is running from the beginning."""
+
+    call: Callable[["QueuedJob"], Any]
+    until_claimed: bool = False
+    future: Future[Any] = field(default_factory=Future)
+    _claimed: bool | None = None
+
+    def claim(self) -> bool:
+        """Whether it was not cancelled; from now on it cannot be."""
+        if self._claimed is None:
+            self._claimed = self.future.set_running_or_notify_cancel()
+        return self._claimed
+
+    def run(self) -> None:
+        if (self.future.cancelled() or not self.until_claimed) and not self.claim():
+            return
+        try:
+            result = self.call(self)
+        except BaseException as error:
+            if self.claim():
+                self.future.set_exception(error)
+        else:
+            if self.claim():
+                self.future.set_result(result)
+
+
 class Scheduler:
     """One thread, for engines that are not safe to call from several.
 
@@ -178,7 +208,9 @@ class Scheduler:
         self._busy = 0.0  # seconds of the steps that are over
         self._since: float | None = None  # when the present one began
         self._lock = threading.Lock()  # of what other threads put in
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[QueuedJob] = deque()
+        self._first: deque[QueuedJob] = deque()
+        self._resumed = 0.0  # when the present job began, or went on
         self._new_requests: deque[QueuedRequest] = deque()
         self._batches: dict[tuple[int, int], SnapshotBatch] = {}
         self._ident: int | None = None
@@ -197,9 +229,22 @@ class Scheduler:
 
         Raises RequestError on the scheduler's own thread, and after `close`.
         """
-        future: Future[T] = Future()
-        self._enqueue(self._jobs, partial(_run_job, future, partial(call, *args, **kwargs)))
-        return future
+        return self._queued(self._jobs, QueuedJob(lambda _: call(*args, **kwargs)))
+
+    def submit_passes(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """The same for a call of several passes: it gets `between` (see `vlm.local.engine.Between`) and is to call that
+        after each. There others sample meanwhile; and a job whose future was cancelled ends there, by CancelledError.
+        After the last pass it can no longer be cancelled. Raises as `submit`."""
+
+        def run(job: QueuedJob) -> T:
+            return call(*args, **kwargs, between=partial(self._between, job))
+
+        return self._queued(self._jobs, QueuedJob(run, until_claimed=True))
+
+    def submit_first(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """The same for a call that depends on no other job, as what loads or makes something: it waits neither for the
+        others nor for the end of one with several passes. Raises as `submit`."""
+        return self._queued(self._first, QueuedJob(lambda _: call(*args, **kwargs)))
 
     def sample(
         self, engine: Engine, snapshot: Snapshot, request: SamplingRequest, on_token: OnToken | None = None
@@ -223,11 +268,15 @@ class Scheduler:
 
     @property
     def waiting_jobs(self) -> int:
-        return len(self._jobs)
+        return len(self._jobs) + len(self._first)
 
     @property
     def waiting_samples(self) -> int:
         return len(self._new_requests) + sum(len(batch.waiting) for batch in [*self._batches.values()])
+
+    def _queued(self, queue: deque[QueuedJob], job: QueuedJob) -> Future[Any]:
+        self._enqueue(queue, job)
+        return job.future
 
     def _enqueue(self, queue: deque[Any], item: Any) -> None:
         if self._ident == threading.get_ident():
@@ -258,39 +307,51 @@ class Scheduler:
             raise
 
     def _run_once(self) -> bool:
-        """One job, if there is any, and one token for everyone; says whether there was anything to do."""
+        """One job, if there is any, and a token for everyone; says whether there was anything to do."""
         with self._lock:
-            if not (self._jobs or self._new_requests or self._batches):
+            if not (self._jobs or self._first or self._new_requests or self._batches):
                 self._scheduled = False
                 return False
             job = self._jobs.popleft() if self._jobs else None
+        self._since = self._resumed = start = time.perf_counter()
+        if job is not None:
+            job.run()
+        self._give_way()
+        self._busy, self._since = self._busy + time.perf_counter() - start, None
+        return True
+
+    def _between(self, job: QueuedJob, last: bool) -> None:
+        """After a pass of a job. Raises CancelledError where its future was cancelled."""
+        if not last:
+            self._give_way()
+        if (last or job.future.cancelled()) and not job.claim():
+            raise CancelledError
+
+    def _give_way(self) -> None:
+        """Let everyone sample for as long as the present job has run since it last gave way, one step at least."""
+        now = time.perf_counter()
+        until = now + (now - self._resumed)
+        while self._turn() and time.perf_counter() < until:
+            pass
+        self._resumed = time.perf_counter()
+
+    def _turn(self) -> bool:
+        """One of the jobs that go first, if there is any, and one token for everyone; says whether there is more."""
+        with self._lock:
+            job = self._first.popleft() if self._first else None
             new_requests = [*self._new_requests]
             self._new_requests.clear()
-        self._since = start = time.perf_counter()
         for request in new_requests:
             self._batch_of(request).add(request)
         if job is not None:
-            job()
+            job.run()
         for key, batch in [*self._batches.items()]:
             self.tokens_sampled += batch.step()
             if batch.empty:
                 del self._batches[key]
         self.active_sequences = sum(batch.decoder.active for batch in self._batches.values())
-        self._busy, self._since = self._busy + time.perf_counter() - start, None
-        return True
+        return bool(self._first or self._new_requests or self._batches)
 
     def _batch_of(self, request: QueuedRequest) -> SnapshotBatch:
         key = id(request.engine), id(request.snapshot)  # a batch holds both, so that no other gets their ids
         return self._batches.setdefault(key, SnapshotBatch(request.engine, request.snapshot))
-
-
-def _run_job(future: Future[T], call: Callable[[], T]) -> None:
-    """A job: the call, unless its future was cancelled."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = call()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)

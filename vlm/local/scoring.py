@@ -21,24 +21,35 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kshot.errors import NotFiniteError, RequestError
 from vlm.label_trie import Trie
-from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
+from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Between, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Causal, Tree
 from vlm.local.model.packed import PackedInputs
 
 MASK = 1 << 26  # numbers in the mask of one pass
 
 
-@torch.no_grad()
-def score_tree(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
-    """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted."""
+def score_tree(
+    engine: Engine,
+    snapshot: Snapshot,
+    prompts: Sequence[tinker.ModelInput],
+    trie: Trie,
+    *,
+    between: Between = lambda last: None,
+) -> np.ndarray:
+    """(prompts, edges) float32: log-probability of each edge, among its siblings if the trie is restricted.
+    Raises NotFiniteError."""
     scores, size = np.empty((len(prompts), len(trie.edges)), np.float32), len(trie.tokens)
     lengths = [length_of(prompt) + size for prompt in prompts]
     rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
     for members in groups(lengths, max(1, rows), POSITIONS):
         scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
+        between(False)
+    if not np.isfinite(scores).all():
+        raise NotFiniteError(engine.model.name, "scores", snapshot.name if snapshot else "")
     return scores
 
 
+@torch.no_grad()
 def _score(engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], trie: Trie) -> Tensor:
     """(prompts, edges) in one pass."""
     text, column = engine.model.text, {node: n for n, node in enumerate(trie.siblings)}
@@ -98,7 +109,7 @@ def embed(
                 parts.append(engine.model.text.hidden(batch.inputs, Causal(batch.rows, batch.ends), snapshot))
         features[members] = np.concatenate([part.float().cpu().numpy() for part in parts], 1)
     if not np.isfinite(features).all():
-        raise NotFiniteError(engine.model.name, "features")
+        raise NotFiniteError(engine.model.name, "features", snapshot.name if snapshot else "")
     return features
 
 

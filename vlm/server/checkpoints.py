@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -21,6 +22,15 @@ from vlm.server.store import Checkpoint, Run, Store
 
 log = logging.getLogger("kshot.server")
 LONGEST = 10 * 366 * 86400  # seconds: ten years
+
+
+@contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Around one part of the housekeeping: it may fail, and the others are done all the same."""
+    try:
+        yield
+    except Exception:
+        log.exception("housekeeping of %s failed; it is tried again", what)
 
 
 def check_ttl(seconds: int | None) -> None:
@@ -78,7 +88,8 @@ class Checkpoints:
     def remove_expired(self, now: float) -> None:
         """Delete all that have expired."""
         for path in self.store.expired(now):
-            self.remove(path)
+            with logged(f"checkpoint {path}, which has expired,"):
+                self.remove(path)
 
     def reconcile(self) -> None:
         """Make the list agree with the disk: a server may have been killed between the two writes."""
@@ -90,7 +101,8 @@ class Checkpoints:
             if self.store.get(Checkpoint, path) is None:
                 try:
                     run = self.store.get(Run, path.removeprefix("tinker://").partition("/")[0])
-                    self._add(path, folder, folder.stat().st_mtime, None, None, run.owner if run else None)
+                    created = min(max(0.0, folder.stat().st_mtime), time.time())
+                    self._add(path, folder, created, None, None, run.owner if run else None)
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
 

@@ -73,7 +73,7 @@ def error_body(error: BaseException) -> dict[str, str]:
 
 def json_answer(value: Any, *, failed: bool = False) -> Answer:
     """An answer in JSON."""
-    return Answer(json.dumps(value, separators=(",", ":")).encode(), failed=failed)
+    return Answer(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), failed=failed)
 
 
 def error_answer(error: BaseException) -> Answer:

@@ -39,7 +39,8 @@ class Operation(ABC):
 class LiveRun:
     """A run in memory. settle: called with the answer to each request; begun: with the id of each that starts. owner:
     its owner's name. steps: optimizer steps. loss, examples: summed since the last step. held: request id and operation
-    by number, of those not started; calls: of those not done."""
+    by number, of those not started; calls: by request id, of those not done; cancelled: ids of held requests that are
+    not to be started."""
 
     id: str
     session: str
@@ -54,7 +55,8 @@ class LiveRun:
     loss: float = 0.0
     examples: int = 0
     held: dict[int, tuple[str, Operation]] = field(default_factory=dict)
-    calls: "set[Future[Any]]" = field(default_factory=set)
+    calls: "dict[str, Future[Any]]" = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self, seq: int) -> None:
@@ -82,8 +84,17 @@ class LiveRun:
         self.client, self.failure = None, failure
         self.started.set()
         self._fail_held(failure)
-        for call in [*self.calls]:
+        for call in [*self.calls.values()]:
             call.cancel()
+
+    def cancel(self, request_id: str) -> None:
+        """Do not start a request, or end it after the pass that runs: then all gradients since the last step are
+        dropped, so that no step is made with a part. What has not started is answered when its turn comes, as the
+        requests behind it count on its number. An id that is none of the run's does nothing."""
+        if (call := self.calls.get(request_id)) is not None:
+            call.cancel()
+        elif any(request_id == held for held, _ in self.held.values()):
+            self.cancelled.add(request_id)
 
     def skip(self, now: float) -> None:
         """Where a number has not come for GAP seconds (a client that was stopped, an upload that was too large), fail
@@ -104,15 +115,18 @@ class LiveRun:
             self.next_seq += 1
             self.begun(request_id)
             try:
+                if request_id in self.cancelled:
+                    self.cancelled.remove(request_id)
+                    raise CancelledError
                 call = operation.run(self.client).future()
             except Exception as error:  # of this request alone
                 self.settle(request_id, error_answer(error))
                 continue
-            self.calls.add(call)
-            asyncio.wrap_future(call).add_done_callback(partial(self._done, request_id, operation, call))
+            self.calls[request_id] = call
+            asyncio.wrap_future(call).add_done_callback(partial(self._done, request_id, operation))
 
-    def _done(self, request_id: str, operation: Operation, call: "Future[Any]", outcome: "asyncio.Future[Any]") -> None:
-        self.calls.discard(call)
+    def _done(self, request_id: str, operation: Operation, outcome: "asyncio.Future[Any]") -> None:
+        del self.calls[request_id]
         try:
             answer = operation.reply(outcome.result())
         except asyncio.CancelledError:
@@ -123,5 +137,6 @@ class LiveRun:
 
     def _fail_held(self, failure: BaseException) -> None:
         held, self.held = list(self.held.values()), {}
+        self.cancelled.clear()
         for request_id, _ in held:
             self.settle(request_id, error_answer(failure))

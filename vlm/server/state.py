@@ -4,7 +4,6 @@ Everything here runs on the event loop and returns at once; models run on the th
 """
 
 import asyncio
-import logging
 import threading
 import time
 import uuid
@@ -19,15 +18,13 @@ from tinker import types
 from kshot.errors import BusyError, KshotError, LostError, MissingError, RequestError, UnknownNameError
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
-from vlm.server.checkpoints import Checkpoints
+from vlm.server.checkpoints import Checkpoints, logged
 from vlm.server.futures import Futures
 from vlm.server.memory import SAMPLERS, Memory, Reservation
 from vlm.server.owners import Owner
 from vlm.server.retention import KEEP, Retention, check_reason, check_texts
 from vlm.server.runs import LiveRun
 from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
-
-log = logging.getLogger("kshot.server")
 
 LAST = 999_999_999  # number of a run or sampler in its session
 GRACE = 5.0  # seconds that the engine has to finish its work when the server stops
@@ -135,31 +132,38 @@ class ServerState:
     def tidy(self, now: float) -> None:
         """Take stale sessions out of the memory, and expired checkpoints off the disk."""
         for run in [*self.runs.values()]:
-            run.skip(now)
-            self.store.update(Run, run.id, next_seq=run.next_seq, last_request=run.last_request)
+            with logged(f"run {run.id}"):
+                run.skip(now)
+                self.store.update(Run, run.id, next_seq=run.next_seq, last_request=run.last_request)
+        with logged("sessions"):
+            self._release_stale(now)
+        with logged("checkpoints"):
+            self.checkpoints.remove_expired(now)
+
+    def _release_stale(self, now: float) -> None:
         samplers = [self.store.get(Sampler, each) for each in self.samplers.ephemeral]
         sessions = {run.session for run in self.runs.values()} | {each.session for each in samplers if each}
         for session in sessions:
-            row = self.store.get(Session, session)
-            signs = [run.last_request for run in self.runs.values() if run.session == session]
-            if row is not None and now - max([row.heartbeat, *signs]) > STALE:
-                self.release(session, f"session {session} gave no sign of life for {STALE / 60:.0f} minutes")
-        self.checkpoints.remove_expired(now)
+            with logged(f"session {session}"):
+                row = self.store.get(Session, session)
+                signs = [run.last_request for run in self.runs.values() if run.session == session]
+                if row is not None and now - max([row.heartbeat, *signs]) > STALE:
+                    self.release(session, f"session {session} gave no sign of life for {STALE / 60:.0f} minutes")
 
     async def keep_tidy(self, seconds: float = 30.0) -> None:
         """`tidy` every so many seconds, and take old answers off the disk."""
         while True:
             before = time.time()
             await asyncio.sleep(seconds)
-            self.futures.write_again()
+            with logged("answers that were not written"):
+                self.futures.write_again()
             if time.time() - before > 3 * seconds:  # the machine slept or its clock jumped: clients speak first
                 continue
-            try:
-                self.tidy(time.time())
+            self.tidy(time.time())
+            with logged("answers"):
                 await asyncio.to_thread(self.store.prune, time.time(), KEPT_RETRIEVED, min(KEPT, self.keep), KEPT_BYTES)
+            with logged("what is over"):
                 await asyncio.to_thread(self.retention.prune, time.time(), STALE, [*self.samplers.ephemeral])
-            except Exception:
-                log.exception("housekeeping failed; it is tried again")
 
     async def close(self) -> None:
         """Give the engine GRACE seconds to finish what it has begun, drop what it has not, and close the store."""

@@ -190,10 +190,10 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 
 class Adapter:
-    """The numbers of one adapter: a flat float32 buffer a device."""
+    """The numbers of one adapter: a flat float32 buffer a device. name: whose they are, for errors."""
 
-    def __init__(self, layout: Layout, flats: Mapping[torch.device, Tensor]) -> None:
-        self.layout, self.flats = layout, dict(flats)
+    def __init__(self, layout: Layout, flats: Mapping[torch.device, Tensor], name: str = "an adapter") -> None:
+        self.layout, self.flats, self.name = layout, dict(flats), name
 
     @classmethod
     def fresh(cls, layout: Layout, seed: int) -> "Adapter":
@@ -222,24 +222,27 @@ class Adapter:
 
     def snapshot(self, dtype: torch.dtype) -> "Factors":
         """The numbers as they are now, for forward passes in `dtype`."""
-        return Factors(self.layout, {device: flat.detach().to(dtype, copy=True) for device, flat in self.flats.items()})
+        flats = {device: flat.detach().to(dtype, copy=True) for device, flat in self.flats.items()}
+        return Factors(self.layout, flats, name=self.name)
 
 
 class Factors:
-    """An adapter as a forward pass uses it: by the name of a layer (the first of those that share its input)."""
+    """An adapter as a forward pass uses it: by the name of a layer (the first of those that share its input). name: as
+    of the adapter."""
 
     def __init__(
         self,
         layout: Layout,
         flats: Mapping[torch.device, Tensor],
         gradients: Mapping[torch.device, Tensor] | None = None,
+        name: str = "an adapter",
     ) -> None:
-        self.spec, self.scale, self._groups = layout.spec, layout.spec.scale, dict[str, Pair]()
-        for name, group in layout.groups.items():
+        self.name, self.spec, self.scale, self._groups = name, layout.spec, layout.spec.scale, dict[str, Pair]()
+        for layer, group in layout.groups.items():
             pair = tuple(self._leaf(pieces, flats, gradients) for pieces in group)
-            if gradients is None and f"{EXPERTS}." in name:  # fixed: put in the experts' order once, not at every use
+            if gradients is None and f"{EXPERTS}." in layer:  # fixed: put in the experts' order once, not at every use
                 pair = by_expert(pair, len(pair[0]) // self.spec.rank)
-            self._groups[name] = pair
+            self._groups[layer] = pair
 
     def pair(self, name: str) -> Pair | None:
         """A (parts x rank, in), and B (out, rank) of each layer that reads this input; None where there is none."""

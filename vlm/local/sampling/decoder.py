@@ -23,6 +23,7 @@ from vlm.local.engine import Engine, Snapshot
 from vlm.local.model.attention import Cache, DecodeStep
 from vlm.local.model.packed import PackedInputs
 from vlm.local.sampling.grammar import Grammar
+from vlm.local.sampling.stops import TokenStops
 
 ROOM = 64  # positions by which the cache grows
 CACHED = 1 << 17  # positions to which sequences that join others may bring the cache
@@ -48,12 +49,12 @@ class TokenSequence:
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
-        self._tokenizer, self.generator = tokenizer, generator_of(params.seed, number)
+        self.generator = generator_of(params.seed, number)
         stop = tokenizer.eos_token_id if params.stop is None else params.stop  # an empty list stops nowhere (SDK)
         stops = [stop] if isinstance(stop, int | str) else stop
-        self._strings = [each for each in stops if isinstance(each, str)]
-        self._ids = [each for each in stops if isinstance(each, int)]
-        self._tail = 4 + max((len(stop.encode()) for stop in self._strings), default=0)  # tokens a match may span
+        strings = [each for each in stops if isinstance(each, str)]
+        self._stops = TokenStops(tokenizer, strings) if strings else None
+        self._ids = frozenset(each for each in stops if isinstance(each, int))
 
     def append(self, token: int, log_prob: float) -> None:
         """Append a token; its log-probability is the model's, before any grammar, filter or temperature. One that is
@@ -63,7 +64,7 @@ class TokenSequence:
         if self.walk is not None:
             self.walk.append(token)
         ended = not self.finite or (self.walk is not None and (self.walk.ended or bool(self.walk.error)))
-        if ended or token in self._ids or (self._strings and self._text_stops()):
+        if ended or token in self._ids or (self._stops is not None and self._stops.found(self.tokens)):
             self.reason = "stop"
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
@@ -71,7 +72,8 @@ class TokenSequence:
     @property
     def finite(self) -> bool:
         """Whether the model gave numbers."""
-        return all(map(math.isfinite, self.log_probs[-1:]))  # it ends at the first that is none
+        last = [*self.log_probs[-1:], *(values[end] for _, values in self.tops[-1:] for end in (0, -1))]  # in order
+        return all(map(math.isfinite, last))  # it ends at the first that is none
 
     def end(self) -> None:
         """Let it get no more tokens: the model's context is full, or nobody waits for the rest."""
@@ -92,10 +94,6 @@ class TokenSequence:
             logprobs_np=np.array(self.log_probs, np.float32),
             topk_logprobs_np=top,
         )
-
-    def _text_stops(self) -> bool:
-        text = self._tokenizer.decode(self.tokens[-self._tail :])
-        return any(stop in text for stop in self._strings)
 
 
 @dataclass(eq=False)
@@ -216,7 +214,8 @@ class Decoder:
 
 
 def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> None:
-    """Append its next token to every sequence, from (sequences, vocabulary) float32 logits."""
+    """Append its next token to every sequence, from (sequences, vocabulary) float32 logits; the likeliest ones before,
+    so that one that is not finite ends the sequence as well."""
     allowed = _allowed(sequences, logits)
     tokens = allowed.argmax(-1).tolist()
     drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
@@ -224,13 +223,13 @@ def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> N
         tokens[n] = sample_token(row, sequences[n].params, sequences[n].generator)
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     totals = logits.logsumexp(-1)
-    for sequence, token, log_prob in zip(sequences, tokens, (chosen - totals).tolist(), strict=True):
-        sequence.append(token, log_prob)
     if with_top := [n for n, sequence in enumerate(sequences) if sequence.top]:
         best = logits[with_top].topk(max(sequences[n].top for n in with_top))
         values = best.values - totals[with_top, None]
         for n, ids, log_probs in zip(with_top, best.indices.tolist(), values.tolist(), strict=True):
             sequences[n].tops.append((ids[: sequences[n].top], log_probs[: sequences[n].top]))
+    for sequence, token, log_prob in zip(sequences, tokens, (chosen - totals).tolist(), strict=True):
+        sequence.append(token, log_prob)
 
 
 def _allowed(sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:

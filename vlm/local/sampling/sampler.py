@@ -19,6 +19,7 @@ from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, g
 from vlm.local.model.attention import Cache, Causal
 from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
 from vlm.local.sampling.grammar import Grammar
+from vlm.local.sampling.stops import check_stops
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """The samples of a request, and the fields of SampleResponse about its prompt. model: its name."""
+    """The samples of a request, and the fields of SampleResponse about its prompt. model, adapter: their names."""
 
     sequences: Sequence[TokenSequence]
     prompt_fields: dict[str, Any]
     model: str
+    adapter: str = ""
 
     @property
     def done(self) -> bool:
@@ -58,9 +60,9 @@ class SamplingResult:
         return all(sequence.reason is not None for sequence in self.sequences)
 
     def check(self) -> None:
-        """Raise NotFiniteError where the model gave NaN."""
+        """Raise NotFiniteError where the model gave NaN or infinite numbers."""
         if not all(sequence.finite for sequence in self.sequences):
-            raise NotFiniteError(self.model, "log-probabilities")
+            raise NotFiniteError(self.model, "log-probabilities", self.adapter)
 
     def response(self) -> types.SampleResponse:
         """What was sampled so far; raises as `check`."""
@@ -99,8 +101,7 @@ def check(engine: Engine, request: SamplingRequest) -> None:
         "prompt_alt_tokens_k": (request.prompt_alt_tokens_k, 0, vocabulary),
         "prompt_logprobs_last_n": (last, 1, float("inf")),
     }
-    if (isinstance(p.stop, str) and not p.stop) or (isinstance(p.stop, list) and "" in p.stop):
-        raise RequestError("stop holds an empty text, which stands everywhere; leave it out")
+    check_stops([p.stop] if isinstance(p.stop, str) else p.stop or ())
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise RequestError(f"{name} = {value} is out of range: it must be from {low} to {high}")
@@ -108,6 +109,10 @@ def check(engine: Engine, request: SamplingRequest) -> None:
     if request.prompt_logprobs_last_n is not None and not request.prompt_logprobs:
         raise RequestError(f"prompt_logprobs_last_n = {last} is of prompt_logprobs; ask for these too")
     if request.targets is not None:
+        if request.targets.dtype != "int64":
+            raise RequestError(
+                f"target_prompt_logprobs holds {request.targets.dtype} numbers; give token ids, as int64"
+            )
         targets = [int(target) for target in request.targets.to_numpy(-1).flat if target != -1]
         engine.model.check_tokens(targets, "target_prompt_logprobs id")
 
@@ -135,7 +140,7 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
             for number in range(request.num_samples)
         ]
         values = _prompt_values(decoder, batch, hidden, row, request) if request.prompt_fields else {}
-        results.append(SamplingResult(sequences, values, engine.model.name))
+        results.append(SamplingResult(sequences, values, engine.model.name, factors.name if factors else ""))
     decoder.add(cache, logits, batch.next_position, [result.sequences for result in results])
     return results
 
@@ -161,7 +166,8 @@ def _prompt_values(
     parts = zip(*_scored(decoder, *inputs), strict=True)
     own, top_ids, tops, chosen, drawn, drawn_values = (torch.cat(part).numpy() for part in parts)
     if not all(np.isfinite(each).all() for each in (own, tops, chosen, drawn_values)):
-        raise NotFiniteError(decoder.engine.model.name, "log-probabilities")
+        adapter = decoder.snapshot.name if decoder.snapshot else ""
+        raise NotFiniteError(decoder.engine.model.name, "log-probabilities", adapter)
     if request.prompt_logprobs:
         values["prompt_logprobs_np"] = _behind(first_own, own[first_own - start :], np.nan)
         values["prompt_logprobs_np"][(ids == decoder.engine.model.image_token).cpu().numpy()] = np.nan

@@ -21,7 +21,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 import tinker
-from jinja2 import TemplateError
 from tinker import types
 
 from kshot.errors import ImageError, PromptError
@@ -30,7 +29,7 @@ from vlm.local.clients import LocalSamplingClient
 from vlm.prompts import END_OF_TURN
 from vlm.server import images
 from vlm.server.memory import Reservation
-from vlm.server.openai import tools
+from vlm.server.openai import templates, tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
 
 MAX_IMAGES = 64  # of one request
@@ -67,7 +66,8 @@ async def prompt(
     if read:
         taken.grow(await images.beside(images.image_bytes, read))
     chunks = [await images.beside(image_chunk, image, sampler.rule) for image in read]
-    return await asyncio.to_thread(_prompt, request, sampler, chunks)
+    pool = templates.renderer(sampler.get_tokenizer()).pool
+    return await asyncio.get_running_loop().run_in_executor(pool, _prompt, request, sampler, chunks)
 
 
 def _prompt(
@@ -95,26 +95,17 @@ def text(request: ChatRequest, tokenizer: Any) -> str:
         _check(f"messages[{number}]", message, special)
     offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
     _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
-    own = _written(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
+    own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
     template = None if own else CHATML
     if offered:
-        probe = _written(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])
+        probe = templates.probed(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])
         if PROBE_WRITTEN not in probe or "probes it" not in probe:
             raise PromptError(f"the model's chat template writes no tools with calls in {tools.OPEN}; leave tools out")
+    turns = {"begin_answer": request.begins_answer, "go_on": request.continue_final_message}
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                _messages(request),
-                tools=offered or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=request.begins_answer,
-                continue_final_message=request.continue_final_message,
-            )
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PromptError(f"the model's chat template cannot write these messages: {reason}") from error
+        return templates.written(tokenizer, _messages(request), offered or None, template, **turns)
+    except ValueError as error:
+        raise PromptError(f"the model's chat template cannot write these messages: {error}") from error
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -139,16 +130,6 @@ def _check(name: str, message: Message, special: Sequence[str]) -> None:
 def _check_text(name: str, text: str, special: Sequence[str]) -> None:
     if token := next((token for token in special if token in text), None):
         raise PromptError(f"{name} writes {token}, which steers the model; leave it out")
-
-
-def _written(tokenizer: Any, template: str | None, messages: Sequence[Any], offered: Any = None) -> str:
-    """A conversation by the tokenizer's own template, or by another; nothing where that cannot write it."""
-    if not (tokenizer.chat_template or template):
-        return ""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=offered, chat_template=template, tokenize=False))
-    except (TemplateError, TypeError, ValueError):  # a template of texts alone trips over a list
-        return ""
 
 
 def _messages(request: ChatRequest) -> list[dict[str, Any]]:

@@ -133,12 +133,7 @@ class SampledCompletion(Completion):
     async def response(self) -> Fields:
         with self._started() as samplings:
             results = await asyncio.gather(*(asyncio.wrap_future(each) for each in samplings))
-        choices = [
-            self._choice(number, prompt, result, n)
-            for number, (prompt, result) in enumerate(zip(self.prompts, results, strict=True))
-            for n in range(self.request.n)
-        ]
-        return self.body(choices, self._usage(results))
+        return self.body(await asyncio.to_thread(self._choices, results), self._usage(results))
 
     async def chunks(self) -> AsyncGenerator[Fields]:
         events, results = Events(), dict[int, types.SampleResponse]()
@@ -202,6 +197,14 @@ class SampledCompletion(Completion):
             topk_sample_logprobs=top,
             grammar=self.grammar,
         )
+
+    def _choices(self, results: Sequence[types.SampleResponse]) -> list[Fields]:
+        """Work for every token: not for the event loop."""
+        return [
+            self._choice(number, prompt, result, n)
+            for number, (prompt, result) in enumerate(zip(self.prompts, results, strict=True))
+            for n in range(self.request.n)
+        ]
 
     def _choice(self, number: int, prompt: EncodedPrompt, result: types.SampleResponse, n: int) -> Fields:
         sample = DecodedText(self.vocabulary, self.request.stop, self.ends)

@@ -130,6 +130,7 @@ class Response:
     request: ResponseRequest
     chat: Completion
     _output: list[Fields] = field(default_factory=list)
+    _grown: list[str] = field(default_factory=list)  # of the last item: its text or arguments, until it is closed
     _count: int = 0  # of events
     _created: float = field(default_factory=lambda: int(time.time()))
     _id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
@@ -169,7 +170,7 @@ class Response:
         if text := delta.get("content"):
             if not self._output:
                 yield from self._opened(_text_item())
-            self._output[-1]["content"][0]["text"] += text
+            self._grown.append(text)
             yield self._item_event("response.output_text.delta", delta=text, content_index=0, logprobs=[])
         for call in delta.get("tool_calls", ()):
             function = call["function"]
@@ -177,7 +178,7 @@ class Response:
                 yield from self._closed("completed")
                 yield from self._opened(_call_item(function["name"], call["id"]))
             if function["arguments"]:
-                self._output[-1]["arguments"] += function["arguments"]
+                self._grown.append(function["arguments"])
                 yield self._item_event("response.function_call_arguments.delta", delta=function["arguments"])
 
     def _opened(self, item: Fields) -> Iterator[Fields]:
@@ -192,13 +193,16 @@ class Response:
         """The last item, if there is one, is complete, or cut off."""
         if not self._output:
             return
-        item = self._output[-1]
+        item, written = self._output[-1], "".join(self._grown)
+        self._grown.clear()
         item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
+            part["text"] = written
             yield self._item_event("response.output_text.done", content_index=0, text=part["text"], logprobs=[])
             yield self._item_event("response.content_part.done", content_index=0, part=part)
         else:
+            item["arguments"] = written
             done = {name: item[name] for name in ("name", "arguments")}
             yield self._item_event("response.function_call_arguments.done", **done)
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)

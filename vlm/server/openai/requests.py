@@ -13,6 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
+from kshot.errors import RequestError
+from vlm.local.clients import check_stops
+
 MAX_PROMPTS = 128
 Neutral = dict[str, tuple[Any, ...] | None]  # a field that is not supported → the values without an effect; None: any
 
@@ -53,6 +56,10 @@ def stops(value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
         raise wrong("stop", f"stop must be a text or a list of texts, none of them empty; got {reprlib.repr(value)}")
+    try:
+        check_stops(values)
+    except RequestError as error:
+        raise wrong("stop", str(error)) from error
     return values
 
 

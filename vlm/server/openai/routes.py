@@ -174,7 +174,8 @@ async def _events(first: Fields, chunks: AsyncGenerator[Fields]) -> AsyncGenerat
 
 def _event(data: Fields) -> str:
     name = f"event: {data['type']}\n" if "type" in data else ""  # of the Responses API
-    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return f"{name}data: {text}\n\n"
 
 
 class _Events(StreamingResponse):

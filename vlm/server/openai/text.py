@@ -13,6 +13,8 @@ from typing import Any
 
 from tinker import types
 
+from vlm.local.clients import StopSearch
+
 TopTokens = Sequence[tuple[int, float]]  # token ids and log-probabilities, likeliest first
 
 
@@ -65,9 +67,11 @@ class DecodedText:
     ended, or None."""
 
     def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), ends: Collection[int] = ()) -> None:
-        self._vocabulary, self._stops, self._ends = vocabulary, stops, ends
+        self._vocabulary, self._ends = vocabulary, ends
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text, self._taken, self._cut = "", 0, False
+        self._search, self._cut = StopSearch(stops), False
+        self._parts, self._start = list[str](), 0  # the text that was not taken yet, and what was before it
+        self._length = 0  # characters of the whole
         self._tokens = deque[Token]()
         self.reason: types.StopReason | None = None
 
@@ -81,7 +85,7 @@ class DecodedText:
         """Append a token, unless the text has ended; reason: why it is the last one."""
         if self.reason is None:
             if not (reason == "stop" and token in self._ends):
-                self._tokens.append(Token(token, log_prob, top, len(self._text)))
+                self._tokens.append(Token(token, log_prob, top, self._length))
                 self._append(self._decoder.decode(self._vocabulary.data(token)))
             if reason or self._cut:
                 self.finish(reason or "stop")
@@ -103,23 +107,19 @@ class DecodedText:
 
     def take(self) -> tuple[str, list[Token]]:
         """The text that is certain and was not taken before, and the tokens that begin in it."""
-        ready = len(self._text) - (0 if self.reason else self._held())
-        text, self._taken = self._text[self._taken : ready], max(self._taken, ready)
+        ready = max(self._start, self._length - (0 if self.reason else self._search.held))
+        whole, size = "".join(self._parts), ready - self._start
+        text, self._parts, self._start = whole[:size], [whole[size:]], ready
         tokens = list[Token]()
         while self._tokens and (self._tokens[0].start < ready or (self.reason and not self._cut)):
             tokens.append(self._tokens.popleft())
         return text, tokens
 
     def _append(self, more: str) -> None:
-        """Cut at the first of the stop strings that the text now holds."""
-        before = len(self._text)
-        self._text += more
-        starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
-        if cuts := [start for start in starts if start >= 0]:
-            self._text, self._cut = self._text[: min(cuts)], True
-
-    def _held(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        longest = max(map(len, self._stops), default=0)
-        sizes = range(min(longest - 1, len(self._text)), 0, -1)
-        return next((n for n in sizes if any(stop.startswith(self._text[-n:]) for stop in self._stops)), 0)
+        """Cut at the first of the stop strings that the text now holds: nothing of it was taken."""
+        start = self._search.add(more)
+        self._parts.append(more)
+        if start is not None:
+            whole, self._cut = "".join(self._parts), True
+            self._parts = [whole[: len(whole) - len(more) + start]]
+        self._length = self._start + len(self._parts[0]) if self._cut else self._length + len(more)

@@ -241,6 +241,8 @@ def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -
     async def cancel_future(request: Cancel, owner: Owned) -> None:
         if request.request_id in state.futures.pending(owner):
             service.cancel(request.request_id)
+            for run in state.runs.values():
+                run.cancel(request.request_id)
 
 
 def _sample_request(body: bytes) -> types.SampleRequest:

@@ -26,6 +26,7 @@ SAMPLES = 1024  # sequences of one request
 TOP = 1 << 20  # positions x likeliest tokens of one request, of its prompt and of all its samples
 SAMPLED = 1 << 15  # tokens of a sample where the request says nothing and no model is loaded yet
 ENTRY = 160  # bytes of a token and its log-probability: two objects of Python, lists of them, arrays, and the answer
+LAST_SAMPLE = 2**63 - 1  # number of a request in its sampling session: the SDK counts from a billion per client on
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class SamplingService:
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
+            check_number("seq_id", request.seq_id, 0, LAST_SAMPLE)
             self.state.samplers.row(name, owner)
             return f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:

@@ -154,6 +154,7 @@ class SnapshotForSampler(RunOperation):
         refuse(kind=None if self.request.kind == "snapshot" else self.request.kind)
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
+        check_number("sampling_session_seq_id", self.request.sampling_session_seq_id)
 
     def run(self, client: LocalTrainingClient) -> Any:
         taken = self.state.samplers.room(client.snapshot_bytes, self.request.model_id)
@@ -232,8 +233,9 @@ class TrainingService:
             if self.state.live_run(model_id, owner) is None:
                 raise
             operation, parsed = Refused(self.state, operation.request, owner, error), None
-        if seq is None or seq < 1:
-            raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
+        if seq is None:
+            raise RequestError(f"a request of run {model_id} needs its number, seq_id, from 1 on")
+        check_number("seq_id", seq, 1)
         key = f"{model_id}/{seq}"
         if (known := self.state.futures.id_of(key, owner)) is not None:
             return known

@@ -1,0 +1,163 @@
+"""Chats as the model's template writes them. The template runs in a process of its own, one a model, which is ended
+where it takes too much time or memory (see `rendering`), so that no model's template holds up others.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
+
+from kshot.errors import PromptError
+
+SECONDS = 2.0  # of computing that one conversation may take
+MEMORY = 1 << 29  # bytes of address space of the process
+LONGEST = 1 << 22  # characters of a conversation, in JSON: far beyond any model's context
+THREADS = 2  # a model, that prepare its prompts
+PROGRAM = Path(__file__).with_name("rendering.py")
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers writes it
+
+
+class Renderer:
+    """The process for one model's templates, started when it is needed, and the threads that prepare its prompts."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(THREADS, "kshot-prompts")
+        self._lock = Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._known = dict[str, str | PromptError]()
+
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """What the template writes. Raises ValueError where it fails, PromptError where it goes beyond a limit."""
+        line = json.dumps({"template": template, "variables": variables}, default=str).encode() + b"\n"
+        if len(line) - len(template) > LONGEST:
+            raise PromptError(f"the messages have {len(line):,} characters; at most {LONGEST:,} are read")
+        with self._lock:
+            reply = self._ask(line)
+        if "limit" in reply:
+            raise PromptError(f"the model's chat template was ended: {reply['limit']}; take another model")
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply["text"]
+
+    def known(self, template: str, variables: Mapping[str, Any]) -> str:
+        """The same, nothing where it fails, for variables that are few: answers and refusals are kept."""
+        key = json.dumps([template, variables], default=str)
+        if key not in self._known:
+            try:
+                self._known[key] = self.render(template, variables)
+            except ValueError:  # a template of texts alone trips over a list
+                self._known[key] = ""
+            except PromptError as error:
+                self._known[key] = error
+        if isinstance(found := self._known[key], PromptError):
+            raise PromptError(str(found))
+        return found
+
+    def _ask(self, line: bytes) -> dict[str, str]:
+        if self._process is None:
+            command = [sys.executable, "-I", str(PROGRAM), str(SECONDS), str(MEMORY)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._ending = finalize(self, _end, self._process)
+        process: Any = self._process  # its pipes are there
+        with suppress(BrokenPipeError):
+            process.stdin.write(line)
+            process.stdin.flush()
+            if reply := process.stdout.readline():
+                answer: dict[str, str] = json.loads(reply)
+                return answer
+        status, self._process = self._ending(), None
+        if status == -signal.SIGPROF:
+            return {"limit": f"it computes for more than {SECONDS:g} seconds"}
+        return {"limit": f"its process ended with status {status}"}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """The status of a process that has ended by now, or is ended."""
+    if process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # its pipe may be closed before it has ended
+    process.kill()
+    process.communicate()
+    return process.returncode
+
+
+_RENDERERS: "WeakKeyDictionary[Any, Renderer]" = WeakKeyDictionary()
+_MAKING = Lock()
+
+
+def renderer(tokenizer: Any) -> Renderer:
+    """The one of a model."""
+    with _MAKING:
+        if tokenizer not in _RENDERERS:
+            _RENDERERS[tokenizer] = Renderer()
+        return _RENDERERS[tokenizer]
+
+
+def written(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    template: str | None = None,
+    *,
+    begin_answer: bool = False,
+    go_on: bool = False,
+) -> str:
+    """What `tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False,
+    add_generation_prompt=begin_answer, continue_final_message=go_on)` of transformers gives.
+
+    Raises ValueError for what the template cannot write, PromptError where it goes beyond a limit.
+    """
+    chosen = tokenizer.get_chat_template(template, tools)
+    chat = [_aliased({key: value for key, value in each.items() if value is not None}) for each in messages]
+    last = _marked(chat[-1]) if go_on else ""
+    text = renderer(tokenizer).render(chosen, _variables(tokenizer, chat, tools, begin_answer=begin_answer))
+    return _until_mark(text, last) if go_on else text
+
+
+def probed(tokenizer: Any, template: str | None, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> str:
+    """The same of a conversation that is always the same, computed once; nothing where it cannot be written."""
+    try:
+        chosen = tokenizer.get_chat_template(template, tools)
+    except ValueError:  # it has none
+        return ""
+    return renderer(tokenizer).known(chosen, _variables(tokenizer, messages, tools, begin_answer=False))
+
+
+def _variables(tokenizer: Any, chat: Any, tools: Any, *, begin_answer: bool) -> dict[str, Any]:
+    of_chat = {"messages": chat, "tools": tools, "documents": None, "add_generation_prompt": begin_answer}
+    return {**tokenizer.special_tokens_map, **of_chat}
+
+
+def _aliased(message: dict[str, Any]) -> dict[str, Any]:
+    """A thought also by the name that some templates read."""
+    thought = message.get("reasoning_content")
+    return message if thought is None else {"thinking": thought, **message}
+
+
+def _marked(message: dict[str, Any]) -> str:
+    """The last text of a message, which it then has with a mark behind it."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + MARK
+        return content
+    number = max((n for n, part in enumerate(content) if "text" in part), default=None)
+    if number is None:
+        raise ValueError("the last message has no text to continue")
+    text: str = content[number]["text"]
+    message["content"] = [*content[:number], {**content[number], "text": text + MARK}, *content[number + 1 :]]
+    return text
+
+
+def _until_mark(text: str, last: str) -> str:
+    """What stands before the mark; where the template has trimmed the message, without white space at the end."""
+    before, mark, after = text.rpartition(MARK.strip())
+    if not mark or last.strip() not in text:
+        raise ValueError("it leaves out the end of the last message, which is to be continued")
+    return before if after.startswith(MARK[-1]) else before.rstrip()
