@@ -50,7 +50,7 @@ def serve(
         ),
     ] = float("nan"),
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the model on a CPU (default: all cores but one).")
+        int | None, typer.Option("--threads", min=1, help="Of the model on a CPU (default: the fewest that are fast).")
     ] = None,
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:

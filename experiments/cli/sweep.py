@@ -173,7 +173,7 @@ class _Terminal:
 
     def __init__(self, options: "RunOptions", images: bool) -> None:
         self._options, self._images = options, images
-        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "[dim]{task.description}")
+        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")

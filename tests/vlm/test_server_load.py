@@ -17,7 +17,7 @@ from vlm import nano
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
-CLIENTS, STEPS = 24, 7
+CLIENTS, STEPS = 12, 7
 RANKS = (1, 2, 4, 8)
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-8)
 GREEDY = types.SamplingParams(max_tokens=3, temperature=0.0)

@@ -17,6 +17,7 @@ from tinker import types
 
 from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
+from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
@@ -67,13 +68,13 @@ class Options:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
-def application(state: ServerState, options: Options) -> Any:
-    """The ASGI application of a server; it closes `state` when it ends."""
+def application(state: ServerState, options: Options, connections: Connections) -> Any:
+    """The ASGI application of a server; it closes `state` when it ends. connections: what its metrics count."""
     requests, training = Counter[tuple[str | None, str, int]](), TrainingService(state)
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
     signer = Signer()
     tinker = tinker_routes.routes(state, training, SamplingService(state, options.image_log_probs), signer)
-    for router in (tinker, watch.routes(state, requests, options.address)):
+    for router in (tinker, watch.routes(state, requests, connections, options.address)):
         api.include_router(router, responses=_failures(Failure))
     openai = openai_routes.router(state, options.allow_urls)
     for prefix in OPENAI:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from kshot.untrusted import read_file
 from vlm.server.futures import JSON
 from vlm.server.owners import EVERYBODY, Owner, owner_name
 
@@ -47,7 +47,6 @@ MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
 STEP = 1 << 20
 SMALL = 1 << 16  # bytes of a body that there is always room for
-PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
 SHORTEST = 16  # characters of a key; what is shorter can be guessed
@@ -150,7 +149,7 @@ async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wan
         raise UnsupportedError(f"content encoding {encoding!r:.80} is not read here; send zstd or none")
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
-    async for part in Request({"type": "http"}, partial(_patient, receive)).stream():
+    async for part in Request({"type": "http"}, receive).stream():
         take(len(part))
         body += part
         _check_size(len(body), wanted.limit)
@@ -187,14 +186,6 @@ def unpack(body: bytes) -> bytes:
         return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RequestError(f"the body is not one whole frame of zstd ({error})") from error
-
-
-async def _patient(receive: Any) -> Any:
-    try:
-        async with asyncio.timeout(PATIENCE):
-            return await receive()
-    except TimeoutError as error:
-        raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
 
 
 def _replay(body: bytes, receive: Any) -> Any:
@@ -303,7 +294,7 @@ class Keys:
     def read(cls, path: Path, *, shared: bool = False) -> "Keys":
         """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_file(path).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]

@@ -330,6 +330,10 @@ class Store:
         whose = owner.everything, owner.name
         return self._all(Checkpoint, CHECKPOINTS, run, run, kind, kind, *whose, limit, offset)
 
+    def count_checkpoints(self, run: str) -> int:
+        """The number of a run's checkpoints."""
+        return self._number("SELECT count(*) FROM checkpoints WHERE run = ?", run)
+
     def last_checkpoint(self, run: str, kind: str) -> Checkpoint | None:
         """The newest of a run of one kind."""
         return next(iter(self.checkpoints(run, 1, kind=kind)), None)

@@ -4,8 +4,10 @@ How a training request goes on from here: `vlm.server.tinker.training`.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
@@ -27,6 +29,8 @@ from vlm.server.tinker.training import TrainingService
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
+PAGE = 4 << 20  # characters of a list after which no more rows are added; the cursor's limit says how many there are
+AT_ONCE = 50  # rows of a list that are read at once
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
 DYNAMIC = {"sample_cancel_enabled": True}
 TYPES = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))  # our folders → the protocol's words
@@ -127,7 +131,8 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
         project_id: str | None = None,
     ) -> dict[str, Any]:
         check_project(project_id)
-        return {"sessions": [row.id for row in state.store.newest(Session, limit, offset, owner)]}
+        ids, _ = _page(partial(state.store.newest, Session, owner=owner), lambda row: row.id, limit, offset)
+        return {"sessions": ids}
 
     @router.get("/sessions/{session}")
     async def session(session: str, owner: Owned, access_scope: Scope = "owned") -> dict[str, Any]:
@@ -279,18 +284,18 @@ def _lists(router: APIRouter, state: ServerState) -> None:
         project_id: str | None = None,
     ) -> dict[str, Any]:
         check_project(project_id)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Run, owner)}
-        rows = state.store.newest(Run, limit, offset, owner)
-        return {"training_runs": [_run(state, row) for row in rows], "cursor": cursor}
+        rows, limit = _page(partial(state.store.newest, Run, owner=owner), partial(_run, state), limit, offset)
+        return {"training_runs": rows, "cursor": _cursor(offset, limit, state.store.count(Run, owner))}
 
     @router.get("/training_runs/{run}")
     async def training_run(run: str, owner: Owned, access_scope: Scope = "owned") -> dict[str, Any]:
         return _run(state, _existing(state, Run, run, owner))
 
     @router.get("/training_runs/{run}/checkpoints")
-    async def checkpoints_of(run: str, owner: Owned) -> dict[str, Any]:
+    async def checkpoints_of(run: str, owner: Owned, limit: Limit = 1000, offset: Offset = 0) -> dict[str, Any]:
         _existing(state, Run, run, owner)
-        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run, owner=owner)]}
+        rows, limit = _page(partial(state.store.checkpoints, run, owner=owner), _checkpoint, limit, offset)
+        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count_checkpoints(run))}
 
     @router.post("/weights_info")
     async def weights_info(request: WeightsInfo, owner: Owned) -> dict[str, Any]:
@@ -303,9 +308,8 @@ def _lists(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/checkpoints")
     async def checkpoints(owner: Owned, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-        rows = state.store.checkpoints(limit=limit, offset=offset, owner=owner)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Checkpoint, owner)}
-        return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
+        rows, limit = _page(partial(state.store.checkpoints, None, owner=owner), _checkpoint, limit, offset)
+        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count(Checkpoint, owner))}
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
     async def delete(run: str, kind: str, name: str, owner: Owned) -> None:
@@ -323,6 +327,26 @@ def _lists(router: APIRouter, state: ServerState) -> None:
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
     async def unpublish(run: str, kind: str, name: str, owner: Owned) -> None:
         state.store.update(Checkpoint, own(run, kind, name, owner), public=False)
+
+
+def _page(
+    read: Callable[[int, int], list[Row]], make: Callable[[Row], Any], limit: int, offset: int
+) -> tuple[list[Any], int]:
+    """At most `limit` rows as JSON has them, and the limit: the number of rows where PAGE is less. read: of rows, so
+    many from a place on."""
+    page, size = list[Any](), 0
+    while len(page) < limit and size < PAGE:
+        asked = min(AT_ONCE, limit - len(page))
+        rows = [make(row) for row in read(asked, offset + len(page))]
+        page += rows
+        size += sum(len(json.dumps(row)) for row in rows)
+        if len(rows) < asked:
+            return page, limit
+    return page, len(page)
+
+
+def _cursor(offset: int, limit: int, total: int) -> dict[str, int]:
+    return {"offset": offset, "limit": limit, "total_count": total}
 
 
 def _existing(state: ServerState, kind: type[Row], key: str, owner: Owner) -> Row:
