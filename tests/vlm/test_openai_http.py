@@ -73,8 +73,8 @@ class Scripted(Models):
         super().__init__(service)
         self.ending, self.tokens = ending, tokens
 
-    async def client(self, model_path: str | None, base_model: str | None) -> Any:
-        inner = await super().client(model_path, base_model)
+    async def client(self, model_path: str | None, base_model: str | None, owner: Any) -> Any:
+        inner = await super().client(model_path, base_model, owner)
         inner.start = lambda ask, on_token=None: self._start(inner.get_tokenizer(), ask, on_token)
         return inner
 

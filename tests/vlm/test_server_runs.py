@@ -25,6 +25,7 @@ from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
 from vlm.server import memory as server_memory
 from vlm.server import runs
+from vlm.server.owners import EVERYBODY
 from vlm.server.tinker import routes, sampling
 
 ADAM = types.AdamParams(learning_rate=1e-2)
@@ -301,7 +302,7 @@ def test_a_run_is_made_once(server: Server, raw: Raw) -> None:
     session = raw.session()
     raw.run(session)
     futures = server.state.futures
-    until(lambda: futures.id_of(f"{session}:train:0/0") not in futures._kept)  # until it is written
+    until(lambda: futures.id_of(f"{session}:train:0/0", EVERYBODY) not in futures._kept)  # until it is written
     server.state.store.prune(0, -1e12, -1e12, 0)  # as after a day: the answer is not known any more
     refused(raw.creating(session), 400, "was made before")
 

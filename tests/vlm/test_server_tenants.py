@@ -53,8 +53,20 @@ def keys_of(folder: Path, *, shared: bool = False) -> Keys:
     return Keys.read(folder / "keys", shared=shared)
 
 
+CLIENTS: list[httpx.Client] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    """Connections end with these tests."""
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
 def asking(server: Server, key: str) -> Raw:
-    return Raw(httpx.Client(base_url=server.address, headers={"X-API-Key": key}, timeout=60))
+    CLIENTS.append(httpx.Client(base_url=server.address, headers={"X-API-Key": key}, timeout=60))
+    return Raw(CLIENTS[-1])
 
 
 @pytest.fixture(scope="module")

@@ -318,7 +318,7 @@ class Store:
     def owners(self, kind: type) -> dict[str | None, int]:
         """How many rows of a table each owner has."""
         rows = self._run(f"SELECT owner, count(*) FROM {TABLES[kind]} GROUP BY owner")
-        return dict(rows)
+        return {row[0]: row[1] for row in rows}
 
     def of_session(self, kind: type[Row], session: str) -> list[Row]:
         """The runs or samplers of a session, oldest first."""
