@@ -18,6 +18,8 @@ from vlm.local.registry import LocalServiceClient
 from vlm.local.sampling.sampler import SamplingRequest
 from vlm.prompts import PREFILL, QUESTION
 from vlm.server.app import handle_errors
+from vlm.server.guard import PARSED
+from vlm.server.memory import MESSAGES, Memory
 from vlm.server.openai.routes import router
 from vlm.server.owners import EVERYBODY, Owner, owner_of
 
@@ -60,8 +62,20 @@ class Watched:
         return getattr(self.inner, name)
 
 
+@dataclass
+class Reserving:
+    """In place of the guard: a reservation for each request."""
+
+    app: Any
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with Memory(1 << 30).take(MESSAGES) as scope[PARSED]:
+            await self.app(scope, receive, send)
+
+
 def application(models: Models, *, allow_urls: bool = False) -> FastAPI:
     app = FastAPI()
+    app.add_middleware(Reserving)
     app.dependency_overrides[owner_of] = lambda: EVERYBODY  # there is no guard
     for prefix in PREFIXES:
         app.include_router(router(cast(Any, models), allow_urls), prefix=prefix)
