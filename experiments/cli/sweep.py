@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.dataset import Access
     from experiments.report.comparisons import ImageSources
     from experiments.sweep.cells import EncodingJob, Job
+    from experiments.sweep.choice import Choice
     from experiments.sweep.config import RunOptions, Sweep
     from experiments.sweep.grid import Plan
     from experiments.sweep.intervals import Score
@@ -29,7 +30,9 @@ def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoI
 
 @opt.with_access
 def sweep(
-    preset: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Argument(help="A preset's name or a YAML file; without one, a sweep of your data sets.")
+    ] = None,
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
@@ -61,7 +64,9 @@ def sweep(
     loss: opt.Loss = None,
     calibration: opt.Calibration = None,
     service: opt.Service = "local",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda (all GPUs, one a worker) or cuda:N.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
+    ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
@@ -86,8 +91,13 @@ def sweep(
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
-    content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    what: dict[str, Any] = {"service": service, "device": device, "access": access, "track": track}
+    chosen = _choice(preset if service == "local" else "demo", dataset, method, values, compared, settings, device)
+    for line in chosen.lines:
+        err.print(line)
+    fields["methods"] = method or list(chosen.methods)
+    options = {**values, "calibration": calibration, **compared, **chosen.settings}
+    content = _sweep_of(preset or "demo", fields, options, settings)
+    what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
     run(content, output, images=not no_images, only_plan=only_plan, **what, **how)
 
@@ -166,6 +176,25 @@ def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], sett
     several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
     values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
     return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
+
+
+def _choice(
+    preset: str | None,
+    datasets: list[str] | None,
+    methods: list[str] | None,
+    values: dict[str, Any],
+    compared: dict[str, Any],
+    settings: list[str] | None,
+    device: str | None,
+) -> "Choice":
+    """The models of a sweep without a preset, as far as options do not name them."""
+    from experiments.sweep.choice import Choice, choose
+
+    if preset is not None:
+        return Choice(device or "cpu")
+    texts = dict(text.partition("=")[::2] for text in settings or [])
+    model, backbone = values["model"] or texts.get("model"), compared["backbone"] or texts.get("backbone")
+    return choose(datasets or [], methods or [], model, backbone, device or "")
 
 
 class _Terminal:

@@ -27,6 +27,7 @@ from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule,
 from kshot.errors import DatasetError, InputError, KshotError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
+FEW = 50  # test images, below which a report says so
 # on which depends what images are shown
 IMAGE_SETTINGS = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")
 
@@ -260,6 +261,8 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
     if in_two := dataset.facts.get("in_two_classes"):
         yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
+    if (count := len(dataset.test)) < FEW:
+        yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
     yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 
