@@ -92,14 +92,12 @@ def sweep(
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     chosen = _choice(preset if service == "local" else "demo", dataset, method, values, compared, settings, device)
-    for line in chosen.lines:
-        err.print(line)
     fields["methods"] = method or list(chosen.methods)
     options = {**values, "calibration": calibration, **compared, **chosen.settings}
     content = _sweep_of(preset or "demo", fields, options, settings)
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
-    run(content, output, images=not no_images, only_plan=only_plan, **what, **how)
+    run(content, output, images=not no_images, only_plan=only_plan, said=chosen.lines, **what, **how)
 
 
 @opt.with_access
@@ -151,18 +149,26 @@ def report(
         offer(folder, push_to_hub, yes, public)
 
 
-def run(sweep: "Sweep", output: Path | None, *, images: bool = True, only_plan: bool = False, **options: Any) -> None:
+def run(
+    sweep: "Sweep",
+    output: Path | None,
+    *,
+    images: bool = True,
+    only_plan: bool = False,
+    said: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Run what the folder lacks of the sweep and write its reports; only_plan: only print what that would take.
-    images: whether report.html shows some of the data sets'. options: of RunOptions. Raises as `run_sweep` does: where
-    cells failed, the reports are there and name them."""
+    images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
+    RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if only_plan:
-        _print_plan(sweep, folder, chosen)
+        _print_plan(sweep, folder, chosen, said)
     else:
-        run_sweep(sweep, folder, chosen, _Terminal(chosen, images))
+        run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
 
 
 def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], settings: list[str] | None) -> "Sweep":
@@ -200,12 +206,16 @@ def _choice(
 class _Terminal:
     """Shows on the terminal how a sweep goes, and reports it at its end."""
 
-    def __init__(self, options: "RunOptions", images: bool) -> None:
-        self._options, self._images = options, images
+    def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
+        self._options, self._images, self._said = options, images, said
         self._progress = progress_bar("cells", "{task.fields[count]}", "left", "[dim]{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
+
+    def planned(self, planned: "Plan") -> None:
+        for line in self._said:
+            err.print(line)
 
     @contextmanager
     def running(self, planned: "Plan", results: "Results", jobs: "Sequence[Job]") -> "Iterator[None]":
@@ -245,7 +255,7 @@ class _Terminal:
         print_paths([results.folder, *paths])
 
 
-def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
+def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Sequence[str]) -> None:
     """What the cells that are missing will take; where data must be fetched first, what all cells will."""
     from data import catalog
     from data.dataset import Access
@@ -267,7 +277,7 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
             datasets = {source: info.dataset for source, info in workload.datasets.items()}
             _, said = adapt(sweep, access, datasets)
         estimated = estimate(workload, folder, options)
-    for line in said:
+    for line in (*before, *said):
         err.print(line)
     print_estimate(estimated)
 

@@ -39,6 +39,10 @@ class Observer(Protocol):
         """Around the reading of the data and the checks."""
         return nullcontext()
 
+    def planned(self, planned: "Plan") -> None:
+        """Once all is checked that can be before a model is fetched or loaded."""
+        return
+
     def running(self, planned: "Plan", results: Results, jobs: "Sequence[Job]") -> AbstractContextManager[Any]:
         """Around the run of these jobs: none, where the folder has all cells."""
         return nullcontext()
@@ -68,6 +72,7 @@ def run_sweep(
     follower = Tracker(options.track)
     with observer.planning():
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+        observer.planned(planned)
         if options.executor == "local" and planned.missing(results, only_failed=options.only_failed):
             _check_loadable(planned)  # on a cluster the nodes have the models
     with results.writing():
