@@ -4,13 +4,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 
-.PHONY: demo test test-recipe test-clients check results pretrain venv clean
+.PHONY: demo test test-slow test-recipe test-clients check results pretrain venv clean
 
 demo: $(STAMP)
 	$(BIN)/kshot demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not network and not slow"
+
+# What takes half a minute or more each: kills, loads, whole benches, a Ray cluster. An hour on two cores.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu and not network"
 
 # The official recipe, unmodified, against kshot serve: it installs an environment of its own; ten minutes or more.
 test-recipe: $(STAMP)

@@ -14,6 +14,7 @@ from baselines.heads.inputs import Linear, Scaler
 from baselines.lora import RECORD, WEIGHTS, LoraHeadClient
 from kshot.errors import InputError, ModelError
 from kshot.files import write_folder
+from kshot.untrusted import parse_json, read_file
 
 TENSORS = "mean", "deviation", "weights", "bias"
 
@@ -74,7 +75,7 @@ def load(folder: Path, model: str | None = None, device: str = "cpu") -> Classif
     Raises ModelError where it is missing or damaged; as `baselines.backbone.load` does.
     """
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = parse_json(read_file(folder / RECORD))
         if not isinstance(record, dict):
             raise ValueError(f"{RECORD} holds no record")
         if "rank" in record:

@@ -2,8 +2,8 @@
 
 A stored feature is good for a later run only if that run would compute the same bits, so the folder's name holds
 everything that features depend on (`fingerprint`). Features are in buckets by the first byte of the image's SHA-256,
-one file each; a process that fills a bucket holds its lock, and others fill other buckets meanwhile. Nothing is
-evicted: a feature has a few KB, and the folder may be deleted at any time.
+one file each, with a checksum; a process that fills a bucket holds its lock, and others fill other buckets meanwhile.
+Nothing is evicted: a feature has a few KB, and the folder may be deleted at any time.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -27,13 +27,14 @@ from baselines.backbone import load
 from kshot.errors import InputError, KshotError, NotFiniteError
 from kshot.files import facts_digest, processor, tensor_digest, write_file
 from kshot.images import image_key, open_image
+from kshot.untrusted import set_damaged_aside
 
 # Results of a batched product depend in their low bits on the size of the batch, so on a CPU every image is a forward
 # of its own: its features are a function of the image alone, bit for bit. A GPU would idle at that.
 CPU_BATCH, GPU_BATCH = 1, 64
 WINDOW = 16  # batches whose images are decoded together, to find among them those of one size
 THREADS = 16  # that decode while a GPU computes
-FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
+FORMAT = 2  # of a file and of what is computed; another number leaves all old files unread
 LIBRARIES = ("torch", "timm", "pillow")
 KEY = 32  # bytes of a SHA-256
 
@@ -172,22 +173,28 @@ class FeatureStore:
             raise _unwritable(folder, error) from error
 
     def read(self, bucket: int) -> Features:
-        """What is stored of a bucket; nothing where there is no file, or a damaged one."""
+        """What is stored of a bucket; nothing where there is no file, or a damaged one, which is set aside."""
+        path = self._path(bucket)
         try:
-            tensors = safetensors.numpy.load_file(self._path(bucket))
-            keys, features = tensors["keys"], tensors["features"]
-        except (OSError, SafetensorError, KeyError):
+            tensors = safetensors.torch.load_file(path)
+            check = bytes(tensors.pop("sha256").tolist())
+            keys, features = tensors["keys"].numpy(), tensors["features"].numpy()
+            if check.hex() != tensor_digest(tensors) or keys.shape != (len(features), KEY):
+                raise ValueError("the content is not what was written")
+        except OSError:
             return {}
-        if keys.shape != (len(features), KEY) or features.shape != (len(keys), self._dim):
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            set_damaged_aside(path)
             return {}
         return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
 
     def write(self, bucket: int, features: Features) -> None:
         """Replace a bucket; the caller has its lock. Raises KshotError where the disk is full or gone."""
-        keys = np.frombuffer(b"".join(features), np.uint8).reshape(len(features), KEY)
-        rows = np.stack(list(features.values())).astype(np.float32)
+        keys = torch.frombuffer(bytearray(b"".join(features)), dtype=torch.uint8).reshape(len(features), KEY)
+        tensors = {"keys": keys, "features": torch.from_numpy(np.stack(list(features.values())).astype(np.float32))}
+        check = torch.frombuffer(bytearray.fromhex(tensor_digest(tensors)), dtype=torch.uint8)
         try:
-            write_file(self._path(bucket), safetensors.numpy.save({"keys": keys, "features": rows}))
+            write_file(self._path(bucket), safetensors.torch.save({**tensors, "sha256": check}))
         except OSError as error:
             reason = f"features cannot be written to {self._folder} ({error.strerror})"
             raise KshotError(f"{reason}; make room, then the same command goes on from there") from error

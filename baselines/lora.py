@@ -28,6 +28,7 @@ from kshot.checks import check_adam
 from kshot.errors import ImageError, InputError, ModelError, NotFiniteError, RequestError
 from kshot.files import write_folder
 from kshot.images import JPEG, PNG
+from kshot.untrusted import parse_json, read_file
 
 ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
@@ -192,7 +193,7 @@ class LoraHeadClient:
         """What `save` wrote, with a fresh optimizer. model: where its backbone is now; None: where it was. Raises
         ModelError where it is missing or damaged."""
         try:
-            record, weights = json.loads((folder / RECORD).read_bytes()), load_file(folder / WEIGHTS)
+            record, weights = parse_json(read_file(folder / RECORD)), load_file(folder / WEIGHTS)
             record["model"] = model or record["model"]
             client = cls(**record, seed=0, device=device)  # the seed is of weights that are replaced
             expected, stored = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (client.parameters, weights))

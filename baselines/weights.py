@@ -8,7 +8,6 @@ timm's `checkpoint_filter_fn` reads the authors' files alone: no names of transf
 lets one tensor overwrite another. So all names are in one table here.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from math import isqrt
@@ -23,6 +22,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from kshot.errors import ModelError
+from kshot.untrusted import is_beside, parse_json, read_file
 
 KNOWN = "DINOv2's own files, timm's, and those of transformers' Dinov2Model and Dinov2WithRegistersModel"
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
@@ -267,8 +267,8 @@ def read(path: Path) -> dict[str, Tensor]:
 def config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a folder that transformers saved a DINOv2 to; None of every other path."""
     try:
-        stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        stated = parse_json(read_file(folder / "config.json"))
+    except (OSError, ValueError):
         return None
     return stated if isinstance(stated, dict) and stated.get("model_type") in MODEL_TYPES else None
 
@@ -283,9 +283,9 @@ def _folder(folder: Path) -> dict[str, Tensor]:
     if not index.is_file():
         return read(folder / "model.safetensors")
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        beside = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = sorted(set(parse_json(read_file(index))["weight_map"].values()))
+        beside = all(name.endswith(".safetensors") and is_beside(folder, name) for name in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"checkpoint {index} is no index of files of weights; save the model again") from error
     if not beside:
         raise ModelError(f"checkpoint {index} names files that are not .safetensors beside it; save the model again")

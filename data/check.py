@@ -21,7 +21,7 @@ from kshot.images import open_image
 SIDE, LOW = 32, 8  # pixels of the thumbnail; frequencies kept in each direction
 NEAR = 6  # of the 64 bits of two perceptual hashes may differ: resized, recompressed or slightly cropped copies
 BLOCK = 1 << 22  # pairs compared at a time
-RULES = f"1-{__version__}"  # of what is an image: raise the number when `kshot.images` refuses more
+RULES = f"2-{__version__}"  # of what is an image: raise the number when `kshot.images` refuses more
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from data.dataset import (
     shared_images,
 )
 from data.fewshot import given_sides, one_in_five, split_items
-from kshot.errors import DatasetError, ImageError, listed_by_kind
+from kshot.errors import DatasetError, ImageError, listed_by_kind, shown
 from kshot.images import HEAD, HEIF_ENDINGS, begins_like_image, open_image
 
 MAX_BYTES = 256 << 20  # of a file of an image
@@ -76,6 +76,8 @@ def load_folder(spec: DatasetSpec, *, root: Path | None, split_seed: int, access
     Raises DatasetError with all that is wrong with the folder.
     """
     home = Path(spec.location).expanduser()
+    if not _is_utf8(str(home.resolve())):
+        raise DatasetError(f"the folder {shown(str(home))} has {ENCODING}")  # results are called after it
     if not home.is_dir():
         raise DatasetError(f"{home} is not a folder; give folder:PATH with one sub-folder of images per class")
     folder = _Folder(home)

@@ -5,9 +5,9 @@ placeholders for a set's files beside its real card: so only the files of the re
 cache alone is enough. No code of a set is run.
 """
 
+import hashlib
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 from data.dataset import Item, content_key
 from kshot.errors import LISTED, DatasetError, KshotError, UnknownNameError, listed
 from kshot.hub import access_problem, one_line, translated, unreachable_reason, with_retries
+from kshot.untrusted import parse_yaml, read_file, set_damaged_aside
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
@@ -29,6 +30,7 @@ UNREAD = (".py", ".zip")  # `datasets` gives up at code, and takes wrong labels 
 MOST_CLASSES = 1_000  # distinct values of a column that has no class names
 VALUES = r"u?int\d+$|(large_)?string$|bool$"  # what such a column may hold
 BATCH = 1_000  # labels read at a time
+PART = 1 << 20  # bytes read at a time for a checksum
 MANY, DOWNLOADS = 16, 8  # more files than this are small ones, downloaded so many at a time
 
 
@@ -179,9 +181,22 @@ def _write_placeholders(home: Path, snapshot: Path, names: Sequence[str]) -> Non
         path = home / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         if name in CARDS:
-            shutil.copyfile(snapshot / name, path)
+            path.write_bytes(_card(snapshot / name))
         else:
             path.touch()
+
+
+def _card(path: Path) -> bytes:
+    """A card, once it is known to be of a sane size with all that its aliases repeat, which `datasets` prints and
+    compares. Raises OSError, ValueError."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    content = read_file(path)
+    text = content.decode(errors="replace")
+    block = REGEX_YAML_BLOCK.search(text)
+    if path.suffix == ".yaml" or block:
+        parse_yaml(block[2] if block else text)
+    return content
 
 
 def _name_within(hub_id: str, home: Path, file: str) -> str:
@@ -206,10 +221,31 @@ def _download(hub_id: str, commit: str, names: Sequence[str]) -> None:
 
 
 def _download_file(hub_id: str, commit: str, name: str) -> None:
-    """One file into the cache, unless it is there: no request is made then."""
+    """One file into the cache, unless it is there and whole: no request is made then. Raises DatasetError where what
+    comes is not what the hub says it is."""
     from huggingface_hub import hf_hub_download
 
-    with_retries(hf_hub_download, hub_id, name, repo_type="dataset", revision=commit)
+    for _ in range(2):
+        path = Path(with_retries(hf_hub_download, hub_id, name, repo_type="dataset", revision=commit))
+        if _is_whole(blob := path.resolve()):
+            return
+        set_damaged_aside(blob, f"{name} of {hub_id} is downloaded again")
+        path.unlink(missing_ok=True)
+    raise DatasetError(f"{name} of {hub_id} comes with another content than the hub states; try again later")
+
+
+def _is_whole(blob: Path) -> bool:
+    """Whether a file of the hub's cache has the content that it was stored with: it is called after its checksum, a
+    SHA-256, or of a small file that of git. Where the cache has no blobs there is none."""
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):
+        return True
+    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(usedforsecurity=False)
+    if len(blob.name) == 40:
+        digest.update(f"blob {blob.stat().st_size}\0".encode())
+    with blob.open("rb") as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return digest.hexdigest() == blob.name
 
 
 def _columns(hub_id: str, features: Mapping[str, Any], label_column: str = "") -> Columns:

@@ -12,7 +12,8 @@ from typing import Any
 
 from data.dataset import Item, Slice, stored_bytes
 from kshot.errors import DatasetError
-from kshot.files import cache_folder, remove_stale, replace_folder, write_folder
+from kshot.files import cache_folder, remove_stale, write_folder
+from kshot.untrusted import parse_json, set_damaged_aside
 
 VERSION = 2  # raise it when what is in a pack changes
 IMAGES, INDEX, FACTS = "images.bin", "index.parquet", "facts.json"
@@ -25,7 +26,7 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
     """The items, whose images lie in the pack of that name, and its facts; `fill` yields them where there is no pack.
 
     fill: called with a dictionary to which it adds the facts while it yields. name: must change with the content.
-    A pack that is damaged is made anew.
+    A pack that is damaged is set aside and made anew.
     Raises DatasetError where the cache cannot be written, and whatever fill raises, which is a KshotError: then nothing
     is left behind.
     """
@@ -34,7 +35,9 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
         if (pack := _open(folder)) is not None:
             return pack
         remove_stale(folder)
-        (replace_folder if folder.exists() else write_folder)(folder, lambda target: _write(target, fill))
+        if folder.exists():
+            set_damaged_aside(folder, "its data set is read again")
+        write_folder(folder, lambda target: _write(target, fill))
         pack = _open(folder)
     except OSError as error:
         raise DatasetError(f"cannot write {folder} ({error.strerror}); set KSHOT_CACHE to another folder") from error
@@ -78,7 +81,7 @@ def _open(folder: Path) -> tuple[list[Item], dict[str, Any]] | None:
 
     images = folder / IMAGES
     try:
-        table, facts = pq.read_table(folder / INDEX), json.loads((folder / FACTS).read_bytes())
+        table, facts = pq.read_table(folder / INDEX), parse_json((folder / FACTS).read_bytes())
         rows = list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
         if images.stat().st_size != sum(row[-1] for row in rows) or facts["images"] != len(rows):
             return None

@@ -1,19 +1,40 @@
-"""Lines, progress, tables and paths as the terminal shows them."""
+"""Lines, progress, tables and paths as the terminal shows them. Names come from outside: nothing in them steers it."""
 
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
+
+from kshot.errors import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-# text is shown as it is: names and paths may hold what rich would read as markup
-out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+class Terminal(Console):
+    """A console on which every text is shown as it is: neither what steers a terminal nor what rich would read as
+    markup has an effect, and what cannot be written in its encoding is escaped."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(self._writable(segment.text), segment.style)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        return super().status(Text(status) if isinstance(status, str) else status, **options)
+
+    def _writable(self, text: str) -> str:
+        return shown(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+
+out = Terminal(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Terminal(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -28,7 +49,8 @@ def progress_bar(name: str, count: str, *end: str) -> "Progress":
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     times = TimeElapsedColumn(), TimeRemainingColumn()
-    columns = TextColumn(name), BarColumn(16), TextColumn(count), *times, *map(TextColumn, end)
+    plain = partial(TextColumn, markup=False)  # what is described has names from outside
+    columns = TextColumn(name), BarColumn(16), TextColumn(count), *times, *map(plain, end)
     return Progress(*columns, console=err, disable=not err.is_terminal)
 
 

@@ -6,9 +6,20 @@ A message is one line: it names the thing, the value, and the way out; many prob
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from unicodedata import category
 
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
 LISTED = 20  # problems that one message names
+
+
+def shown(text: str) -> str:
+    """Text as a terminal or a page can show it: what steers a terminal, turns the direction of writing or is no UTF-8
+    is escaped as in Python; line ends and all kinds of spaces stay."""
+    return "".join(c if c == "\n" or c.isprintable() or category(c) == "Zs" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def listed(what: str, problems: Sequence[str]) -> str:

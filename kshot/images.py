@@ -22,6 +22,10 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB as RGB
 MAX_RATIO = 200  # of the long side to the short one: what Qwen's image processor takes
 HEAD = 64  # bytes that tell an image from other files
 
+# Pillow's names of the formats that are read. The readers of others may start a program (EPS: Ghostscript), or take
+# seconds for a kilobyte (JPEG 2000). JPEG's reads MPO too, TIFF's all its compressions.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
 HEIF_ENDINGS = (".heic", ".heif", ".avif")
 # Pillow reads AVIF where it was built with it, and HEIC never.
 _HEIF = re.compile(rb".{4}ftyp(avi[fs]|he[iv][cxms]|mi[fa]1|msf1)", re.DOTALL)
@@ -70,7 +74,7 @@ def open_header(data: bytes, name: str = "image") -> Image.Image:
     """The image with its format, mode, size and orientation, not decoded. Raises ImageError as `open_image` does."""
     pixels, metadata = _divided(data)
     try:
-        image = Image.open(io.BytesIO(pixels))
+        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on bytes that are broken
@@ -156,8 +160,20 @@ def _reason(data: bytes, name: str, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         if _HEIF.match(data) or name.lower().endswith(HEIF_ENDINGS):
             return "HEIC, HEIF or AVIF, which cannot be read here; convert it to JPEG or PNG"
+        if kind := _other_format(data):
+            return f"{kind}, which is not read; convert it to PNG or JPEG"
         return "not an image in a known format"
     return f"broken image ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+
+
+def _other_format(data: bytes) -> str:
+    """Pillow's name of the format whose files begin so, but which is not in FORMATS; "" where it knows none."""
+    Image.init()
+    for kind, (_, begins) in Image.OPEN.items():
+        with suppress(Exception):  # as above
+            if begins and kind not in FORMATS and begins(data[:16]) is True:
+                return kind
+    return ""
 
 
 # Metadata

@@ -5,7 +5,7 @@ into its own cache (HF_HOME), which alone answers where there is no network. Onl
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -42,7 +42,11 @@ def source(name: str) -> str:
     Raises UnknownNameError as `check` does, and ModelError where the hub or its cache does not have them.
     """
     check(name)
-    return _here(full_name(name)) or _fetch_small(full_name(name))
+    folder = _here(full_name(name)) or _fetch_small(full_name(name))
+    for path in Path(folder).iterdir():
+        if path.exists() and not (path.is_dir() or path.is_file()):  # its reader would wait for ever
+            raise ModelError(f"model {name} has a {path.name} that is not a regular file; remove it")
+    return folder
 
 
 def weights(name: str) -> str:
@@ -53,6 +57,18 @@ def weights(name: str) -> str:
         with hub.translated(partial(hub_error, name)):
             _fetch_weights(name.partition("@")[0], Path(folder).name)
     return folder
+
+
+def known(name: str) -> str | None:
+    """A name of the model as it is on this machine: its own, or of a hub id ID@COMMIT of what the hub's cache has
+    whole. None for a hub id that would have to be fetched. Raises UnknownNameError as `check` does."""
+    check(name)
+    if is_here(name):
+        return full_name(name)
+    hub_id, _, revision = full_name(name).partition("@")
+    with suppress(Exception), _quiet():  # the hub's library has a dozen errors for what its cache lacks
+        return f"{hub_id}@{Path(_snapshot(hub_id, revision or None, (*SMALL, *WEIGHTS), offline=True)).name}"
+    return None
 
 
 def loadable(name: str) -> str:

@@ -1,6 +1,7 @@
 """The original files of a data set as its authors published them: found, checked, read member by member.
 
-Nothing is unpacked to disk, so no name in an archive can lead out of a folder.
+Nothing is unpacked to disk, so no name in an archive can lead out of a folder. How many members an archive has, and how
+large they are together, is bounded before they are read.
 """
 
 import hashlib
@@ -16,9 +17,15 @@ from typing import IO, Any
 from data.dataset import SourceNames
 from kshot.errors import DatasetError
 from kshot.hub import translated
+from kshot.untrusted import read_file
 
 MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
+TARS = (".tar.gz", ".tgz", ".tar")
 HEADER = 1 << 20  # bytes; likewise the longest name
+MEMBERS = 1 << 20  # of an archive; the largest benchmark has 16,185 images
+# Images are compressed already, so an archive of them is as large as they are: it may unpack to so many times its size,
+# and to so many bytes besides, for the lists and labels of small ones.
+TIMES, BESIDES = 10, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,10 @@ class SourceFiles:
     def path(self, key: str) -> Path:
         """Where the file is. Raises DatasetError where it is missing."""
         for name in self.files[key]:
-            if (self.root / name).exists():
-                return self.root / name
+            if (path := self.root / name).is_file() or path.is_dir():
+                return path
+            if path.exists():  # a pipe would be read for ever
+                raise DatasetError(f"{path} is not a regular file; put the file of {self.url} there")
         wanted = " nor ".join(self.files[key])
         raise DatasetError(f"there is no {wanted} in {self.root}; --root names the folder of the files of {self.url}")
 
@@ -43,17 +52,19 @@ class SourceFiles:
         with _readable(path):
             if path.is_dir():
                 yield from _of_folder(path)
-            elif path.suffix == ".zip":
-                yield from _of_zip(path)
+                return
+            room = _Room(path, TIMES * path.stat().st_size + BESIDES, MEMBERS)
+            if path.suffix == ".zip":
+                yield from _of_zip(path, room)
             else:
                 with path.open("rb") as file:
-                    yield from _of_tar(file, path)
+                    yield from _of_tar(file, room)
 
     def read(self, key: str, name: str) -> bytes:
         """The member of that name, in whatever folder of the archive; the file itself where that is its name."""
         if (path := self.path(key)).name == name and path.is_file():
             with _readable(path):
-                return path.read_bytes()
+                return read_file(path, MEMBER)
         for member, content in self.members(key):
             if member.rpartition("/")[2] == name:
                 return content
@@ -92,14 +103,33 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
             raise DatasetError(f"the link {path} leads nowhere; remove it")
         if path.is_file():
             _check_size(path, path.stat().st_size)
-            yield path.relative_to(folder.parent).as_posix(), path.read_bytes()
+            yield path.relative_to(folder.parent).as_posix(), read_file(path, MEMBER)
 
 
-def _of_tar(file: IO[bytes], where: Path) -> Iterator[tuple[str, bytes]]:
+@dataclass
+class _Room:
+    """What is left to read of an archive. size: bytes."""
+
+    path: Path
+    size: int
+    members: int
+
+    def take(self, name: str, size: int) -> None:
+        """Raises DatasetError for a member that is too large, or where all together are too large or too many."""
+        _check_size(self.path / name, size)
+        self.size, self.members = self.size - size, self.members - 1
+        if self.size < 0 or self.members < 0:
+            limit = f"{TIMES} times its own size and {BESIDES:,} bytes" if self.size < 0 else f"{MEMBERS:,} members"
+            raise DatasetError(f"{self.path} unpacks to more than {limit}; get the original archive")
+
+
+def _of_tar(file: IO[bytes], room: _Room) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
+            room.take(member.name, member.size)
+            if member.issparse():  # holes cost an archive nothing
+                raise DatasetError(f"{room.path / member.name} is a sparse file, not one of images; remove it")
             if member.isfile() and (opened := archive.extractfile(member)):
-                _check_size(where / member.name, member.size)
                 yield member.name.removeprefix("./"), opened.read()
 
 
@@ -112,15 +142,17 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def _of_zip(path: Path) -> Iterator[tuple[str, bytes]]:
+def _of_zip(path: Path, room: _Room) -> Iterator[tuple[str, bytes]]:
     """The members; those of an archive in the archive as well."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if info.filename.endswith((".tar.gz", ".tgz", ".tar")):
+            if not info.filename.endswith(TARS):
+                room.take(info.filename, info.file_size)  # more than it says is never read of a member
+        for info in archive.infolist():
+            if info.filename.endswith(TARS):
                 with archive.open(info) as inner:
-                    yield from _of_tar(inner, path)
+                    yield from _of_tar(inner, room)
             elif not info.is_dir():
-                _check_size(path / info.filename, info.file_size)
                 yield info.filename, archive.read(info)
 
 

@@ -8,13 +8,13 @@ The class names are in class_names.json: of Caltech-101 the folders of the archi
 imagelabels.mat, from 1 on; of Cars in the order of the devkit's cars_meta.mat.
 """
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.benchmarks.archives import SourceFiles
+from data.benchmarks.matlab import variable
 from data.dataset import Item, content_key, is_system_file
 from kshot.errors import DatasetError
 
@@ -43,9 +43,9 @@ def caltech101(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
 
 def flowers(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
     """jpg/image_NNNNN.jpg; imagelabels.mat holds the class of image N, setid.mat which numbers are in which split."""
-    labels = _mat(files.read("labels", "imagelabels.mat"), "labels")
+    labels = variable(files.read("labels", "imagelabels.mat"), "labels")
     ids = files.read("split", "setid.mat")
-    split = {int(n): name for key, name in FLOWER_SPLITS.items() for n in _mat(ids, key)}
+    split = {int(n): name for key, name in FLOWER_SPLITS.items() for n in variable(ids, key)}
     numbers = {f"image_{n:05d}.jpg": n for n in range(1, len(labels) + 1)}
     for path, image in _images(files, numbers, ignored):
         n = numbers[path]
@@ -69,13 +69,13 @@ def pets(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
 
 def cars(files: SourceFiles, ignored: list[str]) -> Iterator[Item]:
     """cars_{train,test}/NNNNN.jpg; the devkit's .mat files hold the class names and the class of each image."""
-    names = [str(name) for name in _mat(files.read("devkit", "cars_meta.mat"), "class_names")]
+    names = [str(name) for name in variable(files.read("devkit", "cars_meta.mat"), "class_names")]
     sides = {
         "train": files.read("devkit", "cars_train_annos.mat"),
         "test": files.read("test labels", "cars_test_annos_withlabels.mat"),
     }
     for split, annotations in sides.items():
-        rows = _mat(annotations, "annotations")
+        rows = variable(annotations, "annotations")
         label = {str(row["fname"]): _class(names, row["class"], "the devkit") for row in rows}
         for path, image in _images(files, label, ignored, split):
             yield Item(f"cars_{split}/{path}", split, label[path], image, content_key(image))
@@ -109,14 +109,3 @@ def _class(names: Sequence[str], number: Any, where: str) -> str:
         known = f"classes go from 1 to {len(names)}"
         raise DatasetError(f"{where} has a class {int(number)}, but {known}; get the original")
     return names[int(number) - 1]
-
-
-def _mat(content: bytes, name: str) -> Any:
-    """The variable of that name as a one-dimensional array."""
-    from numpy import ravel
-    from scipy.io import loadmat
-
-    try:
-        return ravel(loadmat(io.BytesIO(content), squeeze_me=True)[name])
-    except Exception as error:  # its readers raise many unrelated types on bytes that are broken
-        raise DatasetError(f"the .mat file with {name} is broken ({error}); download it again") from error

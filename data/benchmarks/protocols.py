@@ -4,7 +4,6 @@ A rule takes the items of a source, the split seed and the user's split file, an
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from data.dataset import Item, Split, SplitProtocol, SplitRule
 from data.fewshot import split_items
 from kshot.errors import DatasetError
+from kshot.untrusted import parse_json, read_file
 
 
 def given(train: Sequence[str] = ("train",), test: Sequence[str] = ("test",)) -> SplitRule:
@@ -66,11 +66,11 @@ def _read(file: Path | None) -> tuple[bytes, Any]:
     if file is None:
         raise DatasetError("this protocol reads a split that others have drawn; give its JSON file with --split-file")
     try:
-        raw = file.read_bytes()
-        return raw, json.loads(raw)
+        raw = read_file(file)
+        return raw, parse_json(raw)
     except OSError as error:
         raise DatasetError(f"split file {file} cannot be read ({error.strerror}); check --split-file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DatasetError(f"split file {file} is not JSON ({error}); check --split-file") from error
 
 

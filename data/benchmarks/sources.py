@@ -42,7 +42,7 @@ def load(spec: DatasetSpec, *, root: Path | None, split_seed: int, access: Acces
     stamp = stamp_of(protocol, *split)  # first: it tells whether there is a split file at all
     items, facts = items_of(spec, source, protocol, access, root)
     every = with_clean_labels(spec, items)
-    facts["content"] = digest((item.label, item.key) for item in every)
+    facts["content"] = _content(every)
     unverified = _unverified(spec, protocol, facts, access)
     # A rule may bring new class names.
     train, test = (with_clean_labels(spec, part) for part in protocol.rule(every, *split))
@@ -137,14 +137,27 @@ def items_of(
         raise DatasetError(f"{problem}; it must be the folder with the original files of {spec.name} ({spec.url})")
     files = SourceFiles(access.root, spec.files, spec.url)
     name = f"{spec.name}-archive-{files.identity()}"
-    items, facts = pack.open_or_make(name, lambda facts: _archive(spec, files, facts), cache)
+    items, facts = pack.open_or_make(name, lambda facts: _archive(spec, files, facts, protocol, access), cache)
     return items, {**facts, "modified": modified(spec.files, facts["md5"])}
 
 
-def _archive(spec: DatasetSpec, files: SourceFiles, facts: dict[str, Any]) -> Iterator[Item]:
-    ignored: list[str] = []
-    yield from layouts.LAYOUTS[spec.name](files, ignored)
-    facts.update(md5=files.checksums(), ignored=sorted(ignored))
+def _archive(
+    spec: DatasetSpec, files: SourceFiles, facts: dict[str, Any], protocol: SplitProtocol, access: Access
+) -> Iterator[Item]:
+    """The items, once the checksums are those that were published or the user allows others. Where the images
+    themselves are vouched for, an archive may have been packed again: then these are checked, at the end."""
+    facts["md5"] = files.checksums()
+    doubted = [] if access.allow_modified else modified(spec.files, facts["md5"])
+    by_content = bool(spec.content) and protocol.seeded
+    if doubted and not by_content:
+        raise _not_published(spec, doubted)
+    ignored, read = list[str](), list[Item]()
+    for item in layouts.LAYOUTS[spec.name](files, ignored):
+        read += [replace(item, stored=b"")] if doubted else []
+        yield item
+    if doubted and _content(with_clean_labels(spec, read)) != spec.content:
+        raise _not_published(spec, doubted)
+    facts["ignored"] = sorted(ignored)
 
 
 def hub_pack(name: hub.HubName, splits: Sequence[str], label_column: str = "") -> str:
@@ -178,13 +191,22 @@ def _unverified(spec: DatasetSpec, protocol: SplitProtocol, facts: dict[str, Any
         return "-hub"
     wrong = facts["modified"] or (["the images"] if spec.content else [])
     if wrong and not access.allow_modified:
-        raise DatasetError(
-            f"{spec.name}: the checksum of {', '.join(wrong)} is not that of the published files; "
-            f"get the originals from {spec.url}, or pass --allow-modified, which results will state"
-        )
+        raise _not_published(spec, wrong)
     if wrong:
         return "-modified"
     return "" if len(facts["md5"]) == len(spec.files) else "-unpacked"
+
+
+def _not_published(spec: DatasetSpec, wrong: Sequence[str]) -> DatasetError:
+    return DatasetError(
+        f"{spec.name}: the checksum of {', '.join(wrong)} is not that of the published files; "
+        f"get the originals from {spec.url}, or pass --allow-modified, which results will state"
+    )
+
+
+def _content(items: Sequence[Item]) -> str:
+    """What `DatasetSpec.content` is of: images and their cleaned classes."""
+    return digest((item.label, item.key) for item in items)
 
 
 def with_clean_labels(spec: DatasetSpec, items: Sequence[Item]) -> list[Item]:

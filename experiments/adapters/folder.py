@@ -14,6 +14,7 @@ from experiments.sweep.provenance import SHIPPED
 from kshot.errors import InputError, ModelError
 from kshot.files import replace_folder, write_file
 from kshot.images import MAX_RATIO
+from kshot.untrusted import read_file
 
 CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
 ADAPTER: Literal["adapter"] = "adapter"
@@ -59,7 +60,7 @@ def read_card(folder: Path) -> Card | None:
     if not path.exists():
         return None
     try:
-        return Card.model_validate_json(path.read_bytes())
+        return Card.model_validate_json(read_file(path))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
     except ValidationError as error:

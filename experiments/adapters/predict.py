@@ -26,7 +26,7 @@ from data.dataset import is_system_file
 from data.preparation import prepare
 from experiments.adapters.folder import CARD, HEAD, Card, read_card
 from experiments.sweep.config import Settings
-from kshot.errors import ImageError, InputError, UnknownNameError
+from kshot.errors import ImageError, InputError, UnknownNameError, shown
 from kshot.files import decoded_text
 from kshot.images import begins_like_image
 
@@ -55,9 +55,9 @@ def pictures(arguments: Iterable[str], stdin: Callable[[], BinaryIO]) -> Iterato
     return (picture for each in arguments for picture in (_from_stdin(stdin()) if each == STDIN else _expand(each)))
 
 
-def shown(text: str) -> str:
-    """Text that a terminal shows as it is, in one line: what steers one, and broken UTF-8, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+def in_line(text: str) -> str:
+    """Text that a terminal shows as it is, in one line."""
+    return shown(text).replace("\n", "\\n")
 
 
 def _expand(argument: str) -> Iterator[Picture]:
@@ -138,7 +138,7 @@ def _read(path: str) -> bytes:
 
 
 def _fail(name: str, reason: str) -> bytes:
-    raise ImageError(f"{shown(name)}: {reason}")
+    raise ImageError(f"{in_line(name)}: {reason}")
 
 
 # The classifier
@@ -194,7 +194,7 @@ class Classifier:
 
     def prepared(self, picture: Picture) -> bytes:
         """The image as the model gets it. Raises ImageError where it cannot be classified."""
-        name = shown(picture.name)
+        name = in_line(picture.name)
         image = prepare(picture.read(), max_side=self.max_side, name=name)
         try:
             self.check(image)

@@ -99,7 +99,7 @@ class Case:
         """The question as kshot puts it."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(source(self.model))
+        tokenizer = AutoTokenizer.from_pretrained(source(self.model), trust_remote_code=False)
         return Prompt(tokenizer, ImageRule.from_pretrained(self.model), self.classes)
 
 
@@ -245,7 +245,7 @@ def _write(folder: Path, tokenizer: Path, config: object, processor: object, dev
     (folder / PROCESSOR).write_text(json.dumps(processor))
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(SEED)
-        settings = AutoConfig.from_pretrained(folder)
-        model = Qwen3VLForConditionalGeneration._from_config(settings, dtype=settings.dtype)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = Qwen3VLForConditionalGeneration._from_config(settings, dtype=settings.dtype, attn_implementation="sdpa")
     model.save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ from data.preparation import decode, prepare_all
 from experiments.bench.case import GRAIN, SUFFIXES, encoded
 from experiments.bench.harness import Rows, in_turn, record, row
 from kshot.errors import DatasetError
+from kshot.images import FORMATS
 
 MAX_SIDE = 480  # of the reference recipe
 THREADS = os.cpu_count() or 1
@@ -85,7 +86,7 @@ def _ours(stored: Stored) -> None:
 
 
 def _plain(stored: Stored) -> None:
-    with Image.open(io.BytesIO(stored_bytes(stored))) as image:
+    with Image.open(io.BytesIO(stored_bytes(stored)), formats=FORMATS) as image:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         scale = min(1.0, MAX_SIDE / max(rgb.size))
         rgb.resize((max(1, int(rgb.width * scale)), max(1, int(rgb.height * scale))), Image.Resampling.LANCZOS)

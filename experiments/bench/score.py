@@ -100,7 +100,7 @@ def measure(root: Path | None, quick: bool, tokenizer: str | None = None, device
         model = nano.NAME if tokenizer is None else str(write_vocabulary(state / "model", tokenizer))
         case = new_case(model, device, plan, root, state / "state")
         case = replace(case, photographs=tuple((prepare(image), label) for image, label in case.photographs))
-        vocabulary = AutoConfig.from_pretrained(source(model)).text_config.vocab_size
+        vocabulary = AutoConfig.from_pretrained(source(model), trust_remote_code=False).text_config.vocab_size
         with harness.processes(["kshot", "transformers"]) as started:
             ours, stock = started["kshot"], started["transformers"]
             ours(begin, Ours, case, LISTS)

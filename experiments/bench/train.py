@@ -172,7 +172,7 @@ def operations(case: Case) -> dict[str, float]:
     """
     from transformers import AutoConfig
 
-    prompt, config = case.prompt(), AutoConfig.from_pretrained(source(case.model))
+    prompt, config = case.prompt(), AutoConfig.from_pretrained(source(case.model), trust_remote_code=False)
     data = [prompt.datum(*photograph) for photograph in case.photographs]
     answers = [int((datum.loss_fn_inputs["weights"].to_numpy() > 0).sum()) for datum in data]
     seen = [number for batch in case.batches for number in batch]
@@ -223,7 +223,7 @@ def matrix_product_rate(case: Case) -> list[float]:
     """Operations a second of a large matrix product in the case's type, with the threads that training has."""
     from transformers import AutoConfig
 
-    side, dtype = PEAK_SIDE[case.device], AutoConfig.from_pretrained(source(case.model)).dtype
+    side, dtype = PEAK_SIDE[case.device], AutoConfig.from_pretrained(source(case.model), trust_remote_code=False).dtype
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator).to(case.device, dtype) for _ in range(2))
     products = [timed(torch.mm, a, b, device=case.device) for _ in range(1 + PEAK_TIMES)][1:]

@@ -28,6 +28,7 @@ from PIL import Image
 
 from experiments.bench.case import BETAS, EPS, IGNORED, RANK, SEED, USER_TURN, Case, adam, check_inputs
 from experiments.bench.harness import timed
+from kshot.images import FORMATS
 from vlm.classifier import steps
 from vlm.models import source
 from vlm.prompts import Prompt
@@ -152,7 +153,7 @@ def stock_inputs(case: Case, processor: Any, batch: Sequence[int]) -> dict[str, 
 
 def processed(processor: Any, images: Sequence[bytes], answers: Sequence[str], padding_side: str) -> Any:
     """What the stock processor makes of the user's turn about each image and the answer, or its beginning."""
-    opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    opened = [Image.open(io.BytesIO(image), formats=FORMATS).convert("RGB") for image in images]
     texts = [USER_TURN + answer for answer in answers]
     return processor(text=texts, images=opened, padding=True, padding_side=padding_side, return_tensors="pt")
 
@@ -162,8 +163,9 @@ def stock_program(case: Case, *, merge: bool = False) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(source(case.model))
-    stock: Any = AutoModelForImageTextToText.from_pretrained(source(case.model), dtype="auto")
+    processor = AutoProcessor.from_pretrained(source(case.model), trust_remote_code=False)
+    how: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
+    stock: Any = AutoModelForImageTextToText.from_pretrained(source(case.model), **how)
     if merge:  # which would change embeddings that are tied to the head
         stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False

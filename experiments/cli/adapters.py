@@ -19,6 +19,7 @@ from experiments.cli import options as opt
 from experiments.terminal import err, fail, out, print_paths, progress_bar
 from kshot.errors import INTERRUPTED, InputError, KshotError
 from kshot.files import decoded_text
+from kshot.untrusted import read_file
 
 if TYPE_CHECKING:
     from data.dataset import Access
@@ -146,7 +147,6 @@ def predict(
 ) -> None:
     """The likeliest classes of images, with probabilities (of dinov2-ridge scores, which rank); what is no image is
     named on stderr, and the status is 1."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other programs, threads that spin make each other wait
     from experiments.adapters.predict import classifier, pictures
 
     names, requested = _class_names(classes, class_file), pictures(images, lambda: sys.stdin.buffer)
@@ -168,7 +168,7 @@ def predict(
 
 def _answer(windows: "Iterable[Window]", names: tuple[str, ...], top: int, *, as_json: bool) -> int:
     """Print the answers, flushed by windows; how many images have none."""
-    from experiments.adapters.predict import Prediction, shown
+    from experiments.adapters.predict import Prediction, in_line
 
     failed = 0
     if isinstance(sys.stdout, TextIOWrapper):  # what its encoding lacks is escaped
@@ -180,7 +180,7 @@ def _answer(windows: "Iterable[Window]", names: tuple[str, ...], top: int, *, as
             else:
                 failed += 1
                 sys.stdout.flush()  # in order, where both go to one place
-                err.print(f"kshot: {shown(str(answer))}", style="red")
+                err.print(f"kshot: {in_line(str(answer))}", style="red")
         sys.stdout.flush()
     return failed
 
@@ -195,11 +195,11 @@ def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
 
 
 def _words(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
-    from experiments.adapters.predict import shown
+    from experiments.adapters.predict import in_line
 
     unit = "" if answer.probabilities else "score "
-    likeliest = [f"  {unit}{value:.4f}  {shown(names[label])}" for label, value in answer.top(top)]
-    return "\n".join([shown(answer.name), *likeliest])
+    likeliest = [f"  {unit}{value:.4f}  {in_line(names[label])}" for label, value in answer.top(top)]
+    return "\n".join([in_line(answer.name), *likeliest])
 
 
 def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] | None:
@@ -209,7 +209,7 @@ def _class_names(names: list[str] | None, file: Path | None) -> tuple[str, ...] 
     if names:
         raise InputError("class names are given twice, with --class and with --classes; leave one out")
     try:
-        text = decoded_text(file.read_bytes())
+        text = decoded_text(read_file(file))
     except OSError as error:
         raise InputError(f"--classes {file} cannot be read ({error.strerror}); give a file of names") from error
     if text is None:

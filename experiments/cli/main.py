@@ -72,6 +72,8 @@ def main() -> None:
         fail(str(error), error.exit_status)
     except UsageError as error:
         fail(f"{error.format_message()} (see kshot --help)", InputError.exit_status)
+    except UnicodeEncodeError as error:  # of what was to be written, a name from the file system
+        fail(f"the name {str(error.object)[:200]} is not UTF-8; rename it", InputError.exit_status)
     except OSError as error:  # a disk that is full or gone
         fail(str(error), KshotError.exit_status)
     except (KeyboardInterrupt, typer.Abort):

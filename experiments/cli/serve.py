@@ -16,9 +16,25 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     state: Annotated[Path | None, typer.Option("--state", help="Where runs and checkpoints are kept.")] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            metavar="TIME",
+            help="How long what is over is kept: sessions, their runs and losses; 12h, 30d, 8w. Checkpoints, and the "
+            "runs that have one, stay until they are deleted.",
+        ),
+    ] = "30d",
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="Accepted keys, one a line. Without it: any, on loopback.")
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="Accepted keys, one a line; each has runs and checkpoints of its own. Without it: any, on loopback.",
+        ),
     ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="All keys of the file see and change all runs and checkpoints.")
+    ] = False,
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A further name that this server has; repeat.")
     ] = None,
@@ -34,24 +50,30 @@ def serve(
         ),
     ] = float("nan"),
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the model on a CPU (default: all cores but one).")
+        int | None, typer.Option("--threads", min=1, help="Of the model on a CPU (default: the fewest that are fast).")
     ] = None,
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
+    from kshot.errors import InputError
     from vlm.server.app import Options
     from vlm.server.guard import Keys
+    from vlm.server.retention import seconds_of
     from vlm.server.serve import engine_registry
     from vlm.server.serve import serve as run
 
-    keys = Keys() if api_key_file is None else Keys.read(api_key_file)
-    options = Options(host, port, keys, tuple(allow_host or ()), allow_urls, image_log_probs)
+    if shared and api_key_file is None:
+        raise InputError("--shared is for the keys of --api-key-file; give one, or leave it out: all is shared without")
+    keys = Keys() if api_key_file is None else Keys.read(api_key_file, shared=shared)
+    hosts, kept = tuple(allow_host or ()), seconds_of(keep)
+    options = Options(host, port, keys, hosts, allow_urls, image_log_probs, keep=kept)
     registry = engine_registry(
         model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads
     )
 
     def print_address(address: str) -> None:
-        line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state})"
+        line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state}"
+        line += f"; runs that are over go after {keep}, saved ones stay)"
         out.print(line)
 
     run(registry, options, print_address, err.status(f"loading {', '.join(registry.model_paths or ())}"))

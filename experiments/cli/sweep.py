@@ -208,7 +208,7 @@ class _Terminal:
 
     def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
         self._options, self._images, self._said = options, images, said
-        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "[dim]{task.description}")
+        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")

@@ -28,6 +28,7 @@ from experiments.sweep.workload import (
     model_config,
 )
 from kshot.errors import KshotError
+from kshot.untrusted import parse_json, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ def _counted(config_json: str, item: int, features: ImageFeatures) -> VlmSize:
     values = json.loads(config_json)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     adapter = service.adapter_parameters(model, rank=1)
     return VlmSize(parameters(model), adapter, item, features, config.text_config)
 
@@ -263,7 +264,7 @@ def vit_size(backbone: str) -> VitSize | None:
     try:
         if not folder.exists():
             return None if backbone.startswith("hf-hub:") else _of_timm(backbone)
-        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
+        arguments = parse_json(read_file(folder / "config.json"))["model_args"]
         weights = (folder / "model.safetensors").stat().st_size // 4
         return VitSize(weights, arguments["embed_dim"], arguments["depth"], arguments["patch_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # loading it says what is wrong

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.sweep.provenance import without_paths
+from kshot.errors import shown
 
 
 class Best(str):
@@ -101,10 +102,11 @@ def html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[str], str]) -> str:
-    """show: what is done to every text before the template's own escaping; what is marked safe stays as it is."""
+    """show: what is done to every text before the template's own escaping; what is marked safe stays as it is. What
+    would steer the terminal that a report is read in is escaped."""
 
     def finalize(value: Any) -> Any:
-        return show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return show(shown(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=PackageLoader("experiments.report"),
@@ -129,6 +131,6 @@ def _markdown_text(text: str) -> str:
 
 def _fenced(text: str) -> str:
     """A block of code; its fence is longer than any run of backticks inside."""
-    code = without_paths(text)
+    code = shown(without_paths(text))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}sh\n{code}\n{fence}"

@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +22,7 @@ from pydantic import (
 
 from data import catalog
 from kshot.errors import InputError, UnknownNameError
+from kshot.untrusted import YAML_BYTES, parse_yaml, read_file
 from vlm.models import full_name
 
 if TYPE_CHECKING:
@@ -217,17 +217,17 @@ def load(preset: str, overrides: dict[str, Any], settings: dict[str, Any]) -> Sw
 def read(preset: str) -> dict[str, Any]:
     """The content of a preset or a YAML file."""
     if preset in presets():
-        path = files("experiments") / "presets" / f"{preset}.yaml"
+        path = Path(str(files("experiments") / "presets" / f"{preset}.yaml"))
     elif preset.endswith((".yaml", ".yml")):
         path = Path(preset)
     else:
         raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_file(path, YAML_BYTES).decode())
     except OSError as error:
         raise InputError(f"{preset} cannot be read ({error.strerror}); presets are: {', '.join(presets())}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{preset} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise InputError(f"{preset} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{preset} holds no sweep: it must be a mapping with name, datasets, methods, shots, seeds")
     return content

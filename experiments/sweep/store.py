@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kshot.errors import KshotError, ResultsError
 from kshot.files import remove_unfinished, write_file
+from kshot.untrusted import check_regular, parse_json, read_file, set_damaged_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ COMPUTED = ("service", "device")  # what computed the numbers, and on what kind 
 SWEEP_FIELDS = (*GROWING, "name", "settings", "protocols", "classes")
 IDENTITY = ("key", "dataset", "protocol", "method", "shots", "seed", "settings")
 CELL_FIELDS = (*IDENTITY, "test_images", "metrics", "timings", "versions")
+FAILURE_FIELDS = (*IDENTITY, "error", "exit_status")
 FOLDERS = ("cells", "predictions", "figures")
 PACKED = "cells.jsonl"
 RUN_AGAIN = "run the sweep again"
@@ -65,15 +67,16 @@ class Results:
 
         path = self.folder / "predictions" / f"{key}.parquet"
         try:
+            check_regular(path)
             return pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ResultsError(f"{path} cannot be read; delete it and {RUN_AGAIN}") from error
+            raise ResultsError(f"{path} cannot be read; {RUN_AGAIN}") from error
 
     def failures(self) -> list[dict[str, Any]]:
         """What `fail` noted, in the order of data set, method, shots and seed."""
         finished = self.finished()
-        left = (path for path in (self.folder / "failed").glob("*.json") if path.stem not in finished)
-        return _in_order(_records(left, (*IDENTITY, "error", "exit_status")).values())
+        left = (path for path in self._failed() if path.stem not in finished)
+        return _in_order(_records(left, FAILURE_FIELDS).values())
 
     def finished(self) -> set[str]:
         """The keys of the cells whose record and predictions are both there."""
@@ -114,8 +117,10 @@ class Results:
         """Write sweep.json, joined with the one that is there; returns the joined one. Data sets, methods, shots and
         seeds may grow; raises ResultsError, with the difference, for any other change, also of what is compared: a
         value that is new or left out is more likely a slip than a wish to go on for hours. A folder without a finished
-        cell takes any sweep, and forgets the failures of the last one."""
+        cell takes any sweep, and forgets the failures of the last one. Files of cells that are damaged are set aside:
+        these cells are missing then."""
         joined = dict(sweep)
+        self._set_damaged_aside()
         if any(self._paths()) or (self.folder / PACKED).exists():
             old = self.sweep()
             self._check_same(old, sweep)
@@ -124,7 +129,7 @@ class Results:
                 if both := {**old.get(field, {}), **sweep.get(field, {})}:
                     joined[field] = both
         else:
-            for path in (self.folder / "failed").glob("*.json"):
+            for path in self._failed():
                 path.unlink()
         self._write_json("sweep.json", joined)
         return joined
@@ -172,6 +177,24 @@ class Results:
     def _paths(self) -> Iterator[Path]:
         return (self.folder / "cells").glob("*.json")
 
+    def _failed(self) -> Iterator[Path]:
+        return (self.folder / "failed").glob("*.json")
+
+    def _set_damaged_aside(self) -> None:
+        for path in (self.folder / "predictions").glob("*.parquet"):
+            try:
+                self.predictions(path.stem)
+            except ResultsError:
+                set_damaged_aside(path)
+        for path, fields in [
+            *((p, CELL_FIELDS) for p in self._paths()),
+            *((p, FAILURE_FIELDS) for p in self._failed()),
+        ]:
+            try:
+                _records([path], fields)
+            except ResultsError:
+                set_damaged_aside(path)
+
     def _packed(self) -> dict[str, dict[str, Any]]:
         """The records of cells.jsonl by key; none where it is not there."""
         path = self.folder / PACKED
@@ -218,7 +241,7 @@ def _in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _records(paths: Iterable[Path], fields: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The records of files by key."""
-    gone, way_out = f"a record is gone; {RUN_AGAIN}", f"delete it and {RUN_AGAIN}"
+    gone, way_out = f"a record is gone; {RUN_AGAIN}", RUN_AGAIN
     return {path.stem: _checked(_read(path, gone), path, fields, way_out) for path in paths}
 
 
@@ -234,7 +257,7 @@ def _union(old: list[Any], new: list[Any]) -> list[Any]:
 def _read(path: Path, missing: str) -> str:
     """The text of a file, of which `missing` says what it means where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except OSError as error:
         raise ResultsError(f"{missing} (no readable {path.name}: {error.strerror})") from error
     except ValueError as error:
@@ -244,7 +267,7 @@ def _read(path: Path, missing: str) -> str:
 def _checked(text: str, name: Path | str, fields: Sequence[str], way_out: str) -> dict[str, Any]:
     """The JSON object of a text. Raises ResultsError where it is none or lacks a field."""
     try:
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = parse_json(text)
     except ValueError as error:
         raise ResultsError(f"{name} is damaged ({error}); {way_out}") from error
     if absent := [field for field in fields if not isinstance(content, dict) or field not in content]:

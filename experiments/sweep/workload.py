@@ -27,6 +27,7 @@ from experiments.sweep.methods import METHODS, Method
 from experiments.sweep.run import to_encode
 from kshot.errors import InputError, KshotError
 from kshot.images import open_header
+from kshot.untrusted import parse_json, read_file
 from vlm import models
 
 SAMPLE = 32  # images of a data set that are measured, at most
@@ -332,7 +333,7 @@ def model_config(name: str) -> dict[str, Any] | None:
     if not models.is_here(name) and (published := published_configs().get(name.partition("@")[0])):
         return published
     try:
-        return dict(json.loads(Path(models.source(name), "config.json").read_text(encoding="utf-8")))
+        return dict(parse_json(read_file(Path(models.source(name), "config.json"))))
     except (OSError, ValueError, KshotError):
         return None
 

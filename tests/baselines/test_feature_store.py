@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load, load_file, save, save_file
 from small_dinov2 import nano_folder
 
 from baselines import nano
 from baselines.features import Encoder, FeatureStore
 from kshot.errors import InputError
+from kshot.untrusted import DAMAGED
 
 
 def test_a_folder_keeps_features_for_others(images: list[bytes], tmp_path: Path) -> None:
@@ -74,14 +76,27 @@ def test_what_a_gpu_is_fed_is_kept_too(images: list[bytes], tmp_path: Path) -> N
     assert (first.forwards, other.forwards) == (2, 2)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", "half"])
-def test_a_damaged_file_is_made_again(images: list[bytes], tmp_path: Path, content: bytes | str) -> None:
+@pytest.mark.parametrize("damage", ["empty", "nonsense", "half", "a bit of a feature", "a bit of a key"])
+def test_a_damaged_file_is_set_aside_and_made_again(
+    images: list[bytes], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = Encoder(nano.NAME, folder=tmp_path).features(images)
-    for path in tmp_path.rglob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-8] if content == "half" else content)
+    paths = [*tmp_path.rglob("*.safetensors")]
+    for path in paths:
+        whole = path.read_bytes()
+        tensors = load(whole)
+        if damage.startswith("a bit"):
+            tensor = tensors["features" if damage.endswith("feature") else "keys"]
+            tensor.view(torch.uint8)[0, 1] ^= 1
+        content = {"empty": b"", "nonsense": b"nonsense", "half": whole[:-8]}.get(damage, save(tensors))
+        path.write_bytes(content)
     again = Encoder(nano.NAME, folder=tmp_path)
     np.testing.assert_array_equal(again.features(images), expected)
     assert again.forwards == 4
+    for path in paths:
+        assert path.with_name(f"{path.name}{DAMAGED}").is_file()
+        assert f"{path} is damaged; set aside" in caplog.text
+    np.testing.assert_array_equal(Encoder(nano.NAME, folder=tmp_path).features(images), expected)
 
 
 def test_what_another_process_is_encoding_is_waited_for(images: list[bytes], tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
 """Original files that are missing, broken, hostile or of another set: a line each, never another set. And packs: whole
 or made anew, checked image by image, and what killed readers leave."""
 
+import io
 import os
 import shutil
+import struct
 import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +18,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from data.benchmarks import archives, matlab
 from data.preparation import prepare_all
 from kshot.errors import DatasetError
 from tests.data import published
@@ -67,6 +75,109 @@ def test_a_header_that_would_fill_the_memory(root: Path) -> None:
         load(row("caltech101"), root / "caltech101")
 
 
+@contextmanager
+def little_memory(most: int = 16 << 20) -> Iterator[None]:
+    """Python's own and numpy's allocations."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+def sparse(path: Path, size: int) -> None:
+    """A file of nothing but a hole, as GNU tar writes it with --sparse: no data, and the size it would unpack to."""
+    pax = {"GNU.sparse.map": f"{size},0", "GNU.sparse.size": str(size), "GNU.sparse.numblocks": "1"}
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("101_ObjectCategories/wild_cat/image_0001.jpg")
+        info.pax_headers = pax
+        archive.addfile(info)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 200 << 20])
+def test_a_sparse_archive_leaves_nothing_in_the_cache(root: Path, tmp_path: Path, size: int) -> None:
+    path = root / "caltech101/101_ObjectCategories.tar.gz"
+    sparse(path, size)
+    assert path.stat().st_size < 400
+    with (
+        little_memory(),
+        pytest.raises(DatasetError, match=r"is a sparse file|unpacks to more than 10 times its own size"),
+    ):
+        load(row("caltech101"), root / "caltech101")
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_is_far_larger_unpacked(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(archives, "BESIDES", 1 << 20)
+    home, name = root / "caltech101", "101_ObjectCategories/wild_cat/image_{}.jpg"
+    (home / "101_ObjectCategories.tar.gz").unlink()
+    if kind == "zip":
+        with zipfile.ZipFile(home / "caltech-101.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for n in range(4):
+                archive.writestr(name.format(n), bytes(1 << 20))
+    else:
+        published.tar(home / "101_ObjectCategories.tar.gz", {name.format(n): bytes(1 << 20) for n in range(4)})
+    with pytest.raises(DatasetError, match=r"unpacks to more than 10 times its own size and 1,048,576 bytes; get the"):
+        load(row("caltech101"), home)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_an_archive_of_too_many_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MEMBERS", 5)
+    with pytest.raises(DatasetError, match=r"unpacks to more than .* members; get the original"):
+        load(row("caltech101"), root / "caltech101")
+
+
+def test_checksums_come_before_unpacking(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "tarfile", None)
+    with pytest.raises(DatasetError, match=r"checksum of 102flowers\.tgz"):
+        load(row("flowers"), root / "flowers", allow_modified=False)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def element(kind: int, body: bytes) -> bytes:
+    return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def matrix(kind: int, rows: int, *parts: bytes) -> bytes:
+    flags, dimensions = struct.pack("<II", kind, 0), struct.pack("<ii", 1, rows)
+    return element(14, element(6, flags) + element(5, dimensions) + element(1, b"labels") + b"".join(parts))
+
+
+NUMBER = matrix(9, 1, element(2, b"\x01"))
+HUGE = zlib.compress(matrix(9, 64 << 20, element(2, bytes(64 << 20))))
+BOMBS = {
+    "compressed": (struct.pack("<II", 15, len(HUGE)) + HUGE, "unpacks to more than"),
+    "cells": (matrix(1, 200_000_000), "says that a matrix holds 200,000,000 others, which has 0"),
+    "cells in cells": (matrix(1, 1, matrix(1, 200_000_000)), "says that a matrix holds 200,000,000 others"),
+    "fields": (
+        matrix(2, 1_000, element(5, struct.pack("<i", 1)), element(1, b"x" * 1_000), NUMBER),
+        "says that a matrix holds 1,000,000 others, which has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_mat_file_that_promises_gigabytes(what: str) -> None:
+    content, message = BOMBS[what]
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+    with little_memory(3 * matlab.INFLATED), pytest.raises(DatasetError, match=message):
+        matlab.variable(header + content, "labels")
+
+
+def test_mat_files_as_they_are_written() -> None:
+    people = np.array([("a", 1), ("bc", 2)], [("name", object), ("age", object)])
+    for compressed in (False, True):
+        file = io.BytesIO()
+        savemat(file, {"people": people, "names": np.array(["x", "yz"], object)}, do_compression=compressed)
+        assert [str(row["name"]) for row in matlab.variable(file.getvalue(), "people")] == ["a", "bc"]
+        assert [str(name) for name in matlab.variable(file.getvalue(), "names")] == ["x", "yz"]
+
+
 def test_a_name_that_is_not_utf8(root: Path) -> None:
     members = {**published.caltech_members(), "101_ObjectCategories/wild_cat/image_9\udce9.jpg": published.picture(77)}
     published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
@@ -76,7 +187,9 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
 
 @pytest.mark.parametrize("file", ["images.bin", "index.parquet", "facts.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "short"])
-def test_a_damaged_pack_is_made_anew(root: Path, tmp_path: Path, file: str, damage: str) -> None:
+def test_a_damaged_pack_is_set_aside_and_made_anew(
+    root: Path, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     before = load(row("pets"), root / "pets")
     (path,) = (tmp_path / "cache").glob(f"pets-archive-*/{file}")
     whole = path.read_bytes()
@@ -86,6 +199,7 @@ def test_a_damaged_pack_is_made_anew(root: Path, tmp_path: Path, file: str, dama
     after = load(row("pets"), root / "pets")
     assert path.read_bytes() == whole
     assert [e.image for e in after.train] == [e.image for e in before.train]
+    assert f"{path.parent} is damaged; set aside as {path.parent.name}.damaged: its data set is read" in caplog.text
 
 
 def test_an_image_that_has_changed_in_the_pack_is_not_used(root: Path, tmp_path: Path) -> None:

@@ -266,3 +266,30 @@ def test_a_name_with_its_revision_and_config(text: str, parts: tuple[str, str, s
 def test_another_order_is_refused(text: str) -> None:
     with pytest.raises(DatasetError, match="hub:ID, hub:ID@REVISION, hub:ID#CONFIG or hub:ID@REVISION#CONFIG"):
         hub.HubName.parse(text)
+
+
+def test_a_damaged_file_of_the_cache_is_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content, name, downloads = b"PAR1 and so on", "data/train.parquet", list[str]()
+    blob, link = tmp_path / "blobs" / hashlib.sha256(content).hexdigest(), tmp_path / "snapshots/0a" / name
+    link.parent.mkdir(parents=True)
+    blob.parent.mkdir()
+
+    def download(hub_id: str, name: str, **_: object) -> str:
+        if not link.exists():
+            downloads.append(name)
+            blob.write_bytes(content if len(downloads) < 4 else b"another")
+            link.symlink_to(blob)
+        return str(link)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for damage in (content, b"", content[:-1] + b"0"):  # none, no bytes, a bit
+        blob.parent.joinpath(blob.name).write_bytes(damage)
+        hub._download_file("o/s", "0a", name)
+        assert link.read_bytes() == content
+    assert len(downloads) == 3
+    assert f"{blob} is damaged; set aside as {blob.name}.damaged: {name} of o/s is downloaded again" in caplog.text
+    link.unlink()
+    with pytest.raises(DatasetError, match=f"{name} of o/s comes with another content than the hub states"):
+        hub._download_file("o/s", "0a", name)

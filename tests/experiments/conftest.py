@@ -116,4 +116,3 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the server would run")
 
     monkeypatch.setattr(serve._Server, "run", run)
-    monkeypatch.setattr(serve.torch, "set_num_threads", lambda _: None)

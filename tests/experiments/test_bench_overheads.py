@@ -54,6 +54,7 @@ def test_a_cell_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
         overheads.measure_sweep(True, lambda *_: 1.5)
 
 
+@pytest.mark.slow
 def test_the_times_are_those_of_a_server(tmp_path: Path) -> None:
     with overheads.server(tmp_path) as address:
         rows, ratios = overheads.one_by_one(address, 2)

@@ -28,6 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(LISTS, names, LISTS[names][:count])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_record_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(score.measure(None, True, str(nano.folder())), tmp_path / "score.json")

@@ -56,6 +56,9 @@ def places(tmp_path: Path) -> dict[str, Path]:
         ("--dtype float8", ["unknown dtype 'float8'", "bfloat16"]),
         ("--state {here}/good", ["cannot write to {here}/good", "--state"]),
         ("--state /proc/x", ["cannot write to /proc/x", "--state"]),
+        ("--keep 30", ["--keep '30'", "12h, 30d"]),
+        ("--keep 0d", ["--keep '0d'"]),
+        ("--shared", ["--shared is for the keys of --api-key-file"]),
         ("--statue x", ["--statue"]),
     ],
 )
@@ -101,6 +104,7 @@ def test_with_keys_it_may_be_reached_by_others_until_it_is_stopped(tmp_path: Pat
         port = running.address.rpartition(":")[2]
         assert running.address == f"http://{everywhere}:{port}"
         here = f"http://127.0.0.1:{port}/v1/models"
+        assert "runs that are over go after 30d, saved ones stay" in running.said
         for headers, status in (
             ({"X-API-Key": KEY, "Host": "a.example"}, 200),
             ({"Authorization": f"Bearer {KEY}"}, 200),

@@ -328,6 +328,7 @@ def test_a_measurement_leaves_nothing_behind(
     assert [*(tmp_path / "cache").iterdir()] == []
 
 
+@pytest.mark.slow
 def test_a_small_sweep_is_measured(
     sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def sweep(arrows: str, tmp_path: Path, kshot: Any, ran: list[Job]) -> Callable[.
     return run
 
 
+@pytest.mark.slow
 def test_what_trains_learns_without_mirroring_and_is_warned_of_with_it(sweep: Callable[..., Any]) -> None:
     usual, results = sweep()
     (note,) = (line for line in usual.out.splitlines() if "--set hflip=0" in line)

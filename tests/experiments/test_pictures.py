@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.adapters import predict as module
-from experiments.adapters.predict import pictures, shown
+from experiments.adapters.predict import in_line, pictures
 from kshot.errors import ImageError, InputError
 
 NETPBM = [  # images of which bytes and text are the same
@@ -155,6 +155,6 @@ def test_standard_input_is_read_once_and_not_without_end(here: Path, monkeypatch
 
 
 def test_names_are_shown_in_one_line_that_steers_no_terminal() -> None:
-    assert shown("日本語 é a  b\\n") == "日本語 é a  b\\n"
-    assert shown("a\x1b[2J\n\udcff") == "a\\x1b[2J\\n\\udcff"
-    assert shown(shown("a\n")) == shown("a\n")
+    assert in_line("日本語 é a  b\\n") == "日本語 é a  b\\n"
+    assert in_line("a\x1b[2J\n\udcff") == "a\\x1b[2J\\n\\udcff"
+    assert in_line(in_line("a\n")) == in_line("a\n")

@@ -63,17 +63,20 @@ def cluster(two_workers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         made.shutdown()
 
 
+@pytest.mark.slow
 def test_results_and_failures_come_back(cluster: Any) -> None:
     jobs = [("do", 1), ("fail", 7), ("do", 2)]
     found = dict(workers.ray(work, jobs))
     assert found == {("do", 1): (1, 1), ("do", 2): (2, 1), ("fail", 7): Failure("7 is wrong", 2)}
 
 
+@pytest.mark.slow
 def test_a_job_that_fits_nowhere_is_an_error_and_does_not_wait(cluster: Any) -> None:
     with pytest.raises(KshotError, match="no node of the Ray cluster has 64 CPUs for a worker; give fewer --threads"):
         list(workers.ray(work, [("do", 1)], threads=64))
 
 
+@pytest.mark.slow
 def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "RETRIES", 1)
     ((_, answer),) = workers.ray(work, [("die", 1)])
@@ -82,6 +85,7 @@ def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any, monkeypatc
     assert "lost in the Ray cluster, 2 times" in answer.message
 
 
+@pytest.mark.slow
 def test_what_must_come_first_is_finished_and_the_jobs_of_a_node_that_is_removed_run_elsewhere(
     cluster: Any, tmp_path: Path
 ) -> None:
@@ -122,6 +126,7 @@ def nodes_left() -> int:
     return alive
 
 
+@pytest.mark.slow
 def test_a_sweep_loses_a_node(grid: list[str], two_workers: Path, cluster: Any, tmp_path: Path, kshot: Any) -> None:
     left: list[int] = []
     thread = removed_after(cluster, 8, tmp_path / "out", left)

@@ -12,6 +12,7 @@ import pytest
 from experiments.sweep.metrics import metrics
 from experiments.sweep.store import Results
 from kshot.errors import KshotError, ResultsError
+from kshot.untrusted import DAMAGED
 
 SWEEP: dict[str, Any] = {
     **{"name": "x", "datasets": ["a"], "methods": ["m"], "shots": [2], "seeds": [1], "notes": ["about m"]},
@@ -120,7 +121,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, path: str) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
 def test_a_damaged_file_is_named(results: Results, content: str) -> None:
     cell, sweep = results.folder / "cells/k.json", results.folder / "sweep.json"
-    for path, read, way_out in ((cell, results.cells, "delete it and run"), (sweep, results.sweep, "restore it or")):
+    for path, read, way_out in ((cell, results.cells, "run the sweep again"), (sweep, results.sweep, "restore it or")):
         path.write_text(content)
         with pytest.raises(ResultsError, match=rf"{path} is damaged .*; {way_out}"):
             read()
@@ -128,11 +129,29 @@ def test_a_damaged_file_is_named(results: Results, content: str) -> None:
 
 def test_predictions_that_cannot_be_read(results: Results) -> None:
     (results.folder / "predictions/k.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete it and run"):
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; run the sweep again"):
         results.predictions("k")
     shutil.rmtree(results.folder / "predictions")
-    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; delete it and run"):
+    with pytest.raises(ResultsError, match=r"k.parquet cannot be read; run the sweep again"):
         results.predictions("k")
+
+
+@pytest.mark.parametrize("name", ["cells/k.json", "predictions/k.parquet", "failed/f.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"[" * 100_000])
+def test_a_damaged_cell_is_set_aside_when_a_sweep_begins(
+    results: Results, name: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = results.folder / name
+    results.add(record("other"), TABLE)
+    results.fail({**record("f"), "error": "none", "exit_status": 1})
+    path.write_bytes(content)
+    with results.writing():
+        results.begin(results.sweep())
+    assert path.with_name(f"{path.name}{DAMAGED}").read_bytes() == content
+    assert f"{path} is damaged; set aside" in caplog.text
+    assert results.finished() == {"other", "k"} - {path.stem}
+    assert [each["key"] for each in results.failures()] == (["f"] if path.stem == "k" else [])
+    assert {each["key"] for each in results.cells()} == {"other", "k"} - ({"k"} if name.startswith("cells") else set())
 
 
 def packed(results: Results) -> Results:

@@ -20,6 +20,7 @@ import uvicorn
 from vlm import nano
 from vlm.local.registry import EngineRegistry
 from vlm.server.app import Options, application
+from vlm.server.connections import Connections
 from vlm.server.state import ServerState
 from vlm.server.store import Store
 
@@ -35,6 +36,7 @@ class Server:
     address: str
     state: ServerState
     app: Any
+    connections: Connections
 
 
 @contextmanager
@@ -42,17 +44,17 @@ def served(folder: Path, registry: EngineRegistry | None = None, port: int = 0, 
     """A server on loopback, on a thread; port 0: any that is free."""
     registry = registry or EngineRegistry(folder, model_paths=MODEL_PATHS)
     state = ServerState(registry, Store(registry.state))
-    app = application(state, Options(**options))
-    with listening(app, lifespan="on", port=port) as address:
-        yield Server(address, state, app)
+    connections = Connections()
+    app = application(state, Options(**options), connections)
+    with listening(app, connections, lifespan="on", port=port) as address:
+        yield Server(address, state, app, connections)
 
 
 @contextmanager
-def listening(app: Any, **config: Any) -> Iterator[str]:
+def listening(app: Any, connections: Connections | None = None, **config: Any) -> Iterator[str]:
     """The address of an application while it is served on a thread."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, **{"port": 0, "log_level": "warning", "timeout_graceful_shutdown": 2, **config})
-    )
+    config = {"port": 0, "http": (connections or Connections()).protocol, **config}
+    server = uvicorn.Server(uvicorn.Config(app, **{"log_level": "warning", "timeout_graceful_shutdown": 2, **config}))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -71,6 +73,7 @@ class Command:
     """`kshot serve` in a process of its own."""
 
     address: str
+    said: str
     process: "subprocess.Popen[str]"
 
     def kill(self) -> None:
@@ -92,6 +95,6 @@ def command(state: Path, *arguments: str, in_background: bool = False) -> Iterat
             line = process.stdout.readline()
             address = re.search(r"at (http://\S+)", line)
             assert address, line + process.stdout.read()
-            yield Command(address[1], process)
+            yield Command(address[1], line, process)
         finally:
             process.kill()

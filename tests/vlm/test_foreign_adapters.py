@@ -194,7 +194,7 @@ DAMAGED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: change(folder, rank_pattern={"q_proj": 3}), "is damaged: .*the rank is 3"),
     (lambda folder: change(folder, rank_pattern={"(": 3}), "is damaged"),
     (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "is damaged"),
-    (lambda folder: (folder / CONFIG).write_bytes(b" " * (1 << 21)), "is damaged .*larger than"),
+    (lambda folder: (folder / CONFIG).write_bytes(b" " * (1 << 21)), "is damaged .*more than"),
     (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 9), "is damaged"),
     (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors; load it with PEFT"),
     (pickled, r"has pickled weights \(adapter_model.bin\), but only safetensors are read"),

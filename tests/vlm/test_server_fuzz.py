@@ -34,7 +34,7 @@ from vlm.server.openai.requests import ChatRequest, CompletionRequest
 from vlm.server.tinker import routes
 
 SOON = 10_000  # numbers of requests that are not that far ahead of their turn
-LEAST = 1000  # requests of the small run
+LEAST = 400  # requests of the small run
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -404,11 +404,11 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @IDLE_CLIENTS
 def test_no_request_is_the_servers_failure(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
-    counts = fuzz(tmp_path, make_image(3, 32, 32), 13, caplog)
+    counts = fuzz(tmp_path, make_image(3, 32, 32), 6, caplog)
     assert len(counts) == 49  # every endpoint, one of them in protobuf, and the end
     assert counts.total() >= LEAST, counts
 
 
 @pytest.mark.slow
-def test_nor_of_twenty_times_as_many(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert fuzz(tmp_path, make_image(3, 32, 32), 260, caplog).total() >= 20 * LEAST
+def test_nor_of_fifty_times_as_many(tmp_path: Path, make_image: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert fuzz(tmp_path, make_image(3, 32, 32), 260, caplog).total() >= 50 * LEAST

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,31 @@ def test_lists_come_in_pages_newest_first(rest: Any, client: Any, server: Server
     assert everything.cursor.total_count == len(everything.checkpoints)
     pages = [rest.list_user_checkpoints(2, n).result(PATIENCE) for n in range(0, len(everything.checkpoints), 2)]
     assert [path for page in pages for path in paths(page)] == paths(everything)
+
+
+def test_lists_of_large_rows_have_small_pages_that_lose_nothing(raw: Raw, server: Server, run: Any, rest: Any) -> None:
+    run.save_state("row").result(PATIENCE)
+    (row,) = server.state.store.checkpoints(run.model_id)
+    many = [f"{row.path}-{n:03d}" for n in range(180)]
+    for n, path in enumerate(many):
+        large = {"a": "x" * 65_000}
+        more = replace(row, path=path, name=path.rpartition("/")[2], created=row.created + n, user_metadata=large)
+        server.state.store.put_checkpoint(more)
+    wanted = [*reversed(many), row.path]
+    for name in (f"training_runs/{run.model_id}/checkpoints", "checkpoints"):
+        found, total = list[str](), 1
+        while len(found) < total:
+            response = raw.get(f"{name}?limit=1000&offset={len(found)}")
+            assert len(response.content) < 8 << 20  # of 12 MB
+            page, cursor = response.json()["checkpoints"], response.json()["cursor"]
+            assert cursor["offset"] == len(found)
+            assert cursor["limit"] == len(page) or len(found) + len(page) == cursor["total_count"]
+            found, total = [*found, *(each["tinker_path"] for each in page)], cursor["total_count"]
+        assert [path for path in found if path.startswith(row.path)] == wanted
+        assert len(set(found)) == total
+    assert rest.list_checkpoints(run.model_id).result(PATIENCE).cursor.total_count == 181
+    for path in many:
+        server.state.store.remove(Checkpoint, path)
 
 
 def test_what_is_deleted_is_gone(server: Server, rest: Any, client: Any, run: Any) -> None:

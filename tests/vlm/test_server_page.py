@@ -135,7 +135,7 @@ def test_an_empty_server_says_how_to_connect(server, tab):
 
 @needs_chromium
 def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
-    models = [{"name": "kshot/nano-qwen3-vl", "context": 4096, "loaded": True}]
+    models = [{"name": "kshot/nano-qwen3-vl", "context": 4096, "loaded": True, "threads": 2}]
     old = a_checkpoint("old", 7200, kind="sampler_weights", size_bytes=999, expires=NOW + 3 * 86400)
     run = a_run(user_metadata={"name": "flowers", "seed": 3})
     checkpoints = [old, a_checkpoint("new", 120), a_checkpoint("gone", 90000, expires=NOW - 1)]
@@ -144,7 +144,7 @@ def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
     assert tab.text("header p") == "http://127.0.0.1:8000 version 0.1.0"
     facts = ["1 h 1 min", "40 %", "3 jobs", "5", "20", "123,456"]
     assert tab.texts("#facts dd") == facts
-    assert tab.texts("#models li") == ["kshot/nano-qwen3-vl context 4,096 tokens · loaded"]
+    assert tab.texts("#models li") == ["kshot/nano-qwen3-vl context 4,096 tokens · loaded · 2 threads"]
     card = tab.text("#runs li")
     for words in ("flowers", "live", run["id"], "seed: 3", "0.7071", "last: step 3 · loss 0.7071", "1 min ago"):
         assert words in card

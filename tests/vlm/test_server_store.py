@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server.store import FILE, Checkpoint, Future, Loss, Run, Sampler, Session, Store
+from vlm.server.store import FILE, VERSION, Checkpoint, Future, Loss, Run, Sampler, Session, Store
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}
@@ -294,7 +294,7 @@ def test_what_was_written_is_there_for_the_next_server(tmp_path: Path) -> None:
         store.add(Session("s", 1.0, tags=["t"]))
         written = store.get(Session, "s")
         assert outside(folder, "PRAGMA journal_mode") == [("wal",)]
-        assert outside(folder, "PRAGMA user_version") == [(1,)]
+        assert outside(folder, "PRAGMA user_version") == [(VERSION,)]
     with closing(Store(folder)) as store:
         assert store.get(Session, "s") == written
     stored = outside(folder, "SELECT id, created, tags, finished FROM sessions")
@@ -307,7 +307,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     later, text, foreign = tmp_path / "later", tmp_path / "text", tmp_path / "foreign"
     Store(later).close()
     outside(later, "PRAGMA user_version = 7")
-    with pytest.raises(KshotError, match="has schema version 7 and this kshot reads 1; use the kshot that wrote it"):
+    words = f"has schema version 7 and this kshot reads {VERSION}; use the kshot that wrote it"
+    with pytest.raises(KshotError, match=words):
         Store(later)
     with pytest.raises(KshotError, match="has schema version 7"):  # and not that the folder is in use
         Store(later)

@@ -6,7 +6,7 @@ it. Written to a temporary folder, then renamed. A folder of this layout can be 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kshot.checks import KINDS, folder_of
-from kshot.errors import ModelError, RequestError
+from kshot.errors import ModelError, RequestError, UnknownNameError
 from kshot.files import replace_folder
+from kshot.untrusted import check_regular, parse_json, read_file
 from vlm.local import age, foreign
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
-from vlm.models import full_name, loadable
+from vlm.models import full_name, known, loadable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -112,9 +113,31 @@ def load_folder(folder: Path) -> Checkpoint:
     return adapter
 
 
+def base_of(folder: Path, adapter: Checkpoint, base_model: str | None, loaded: Collection[str] = ()) -> str:
+    """The name of the model that an adapter's folder is used with: the one that is given, or the one that the adapter
+    names, if it is `loaded`, a folder, or whole in the hub's cache; nothing is fetched because an adapter names it.
+    Raises ModelError with the way out."""
+    way_out = "say with base_model (--model) where it is"
+    if base_model is not None or adapter.base_model in loaded:
+        return base_model or adapter.base_model
+    if not adapter.base_model:
+        raise ModelError(f"adapter {folder} does not say of which model it is; {way_out}")
+    try:
+        name = known(adapter.base_model)
+    except UnknownNameError as error:
+        raise ModelError(
+            f"adapter {folder} is of the model {adapter.base_model}, which is not here; {way_out}"
+        ) from error
+    if name is None:
+        what = f"adapter {folder} is of the model {adapter.base_model}, which is not on this machine"
+        raise ModelError(f"{what} and is not fetched unasked; to fetch it, give base_model (--model) that name")
+    return name
+
+
 def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     try:
-        record = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        record = parse_json(read_file(source / RECORD))
+        check_regular(source / WEIGHTS)
         if not isinstance(record["base_model"], str):
             raise TypeError(f"{record['base_model']!r} is no name")
         checkpoint = Checkpoint(
@@ -125,7 +148,7 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
             optimizer=load_file(optimizer) if optimizer and optimizer.exists() else None,
             user_metadata=record["user_metadata"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RequestError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RequestError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} is damaged ({reason}); restore it, or train and save it again") from error
     if not _is_finite(checkpoint):

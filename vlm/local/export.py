@@ -79,14 +79,13 @@ class _Base(NamedTuple):
 def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> Proof:
     """Write the adapter in a folder, in one of FORMS, to a new or empty folder, and prove it.
 
-    base_model: its model under another name than the recorded one. Raises InputError and ModelError for what cannot be
-    had or written so, and KshotError where the proof fails: then nothing is written.
+    base_model: its model under another name than the recorded one, or to fetch it. Raises InputError and ModelError for
+    what cannot be had or written so, and KshotError where the proof fails: then nothing is written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there; give a new or empty folder")
     saved = checkpoint.load_folder(adapter)
-    if not (name := base_model or saved.base_model):
-        raise ModelError(f"adapter {adapter} does not say of which model it is; say with --model where it is")
+    name = checkpoint.base_of(adapter, saved, base_model)
     if form == "vllm":
         _check_vllm(adapter, saved)
     base, numbers, prompts, ours = _ours(adapter, saved, name, device)

@@ -22,13 +22,16 @@ from safetensors import SafetensorError
 
 from kshot.errors import ModelError
 from kshot.files import STALE, facts_digest, tensor_digest, write_file
+from kshot.untrusted import set_damaged_aside
 from vlm.local.model.tower import ImageFeatures
 
 FORMAT = 1  # of a file and of what is computed; another number leaves all old files unread
 DISK_BYTES = 32 << 30
 SHARE = 16  # the folder is looked through whenever this process has written one part in SHARE of the limit
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]{12}\.tmp)?")  # of the files that are this module's
+_NAME = re.compile(
+    r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]{12}\.tmp|\.damaged)?"
+)  # of the files that are this module's
 
 
 class DiskCache:
@@ -62,10 +65,13 @@ class DiskCache:
         return self._version_folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> ImageFeatures | None:
-        """None where there is no file, or a damaged one."""
+        """None where there is no file, or a damaged one, which is set aside."""
         try:
             features = _decode(self.path(key).read_bytes())
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        except OSError:
+            return None
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+            set_damaged_aside(self.path(key))
             return None
         self.touch(key)
         return features

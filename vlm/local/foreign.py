@@ -5,7 +5,6 @@ alpha_pattern, rsLoRA), and cover any of the layers: here it gets its largest ra
 into B, and what it does not cover is zero. What is no such sum, as DoRA, is refused by name.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kshot.errors import ModelError, RequestError
+from kshot.untrusted import parse_json, read_file
 from vlm.local.model.lora import ALPHA, EXPERTS, MAX_RANK, TARGETS, Layout, LoraSpec
 from vlm.local.model.placement import EMBEDDINGS, HEAD
 
@@ -128,9 +128,7 @@ def _by_rank(tensor: Tensor, axis: int, experts: int) -> Tensor:
 
 def _settings(name: str, path: Path) -> _Settings:
     try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ValueError(f"larger than {MAX_CONFIG:,} bytes")
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = parse_json(read_file(path, MAX_CONFIG))
         if (kind := written["peft_type"]) != "LORA":
             raise ModelError(f"{name} is of the kind {kind}, and kshot computes LoRA alone; {MERGE}")
         _refuse(name, written)
@@ -150,7 +148,7 @@ def _settings(name: str, path: Path) -> _Settings:
             root=bool(written.get("use_rslora")),
             parameters=tuple(map(str, written.get("target_parameters") or ())),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise ModelError(f"{name} is damaged ({CONFIG}: {type(error).__name__}: {error}); save it again") from error
 
 

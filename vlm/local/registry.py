@@ -29,6 +29,7 @@ from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import devices as devices
 from vlm.local.scheduler import Scheduler
+from vlm.local.threads import choose
 from vlm.local.vision import Vision
 from vlm.models import MODELS
 
@@ -44,7 +45,8 @@ class EngineRegistry:
     the checkpoint's). train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a
     folder that keeps image features between processes. cache_bytes: how much memory they may take in this one (None: a
     quarter, at most 16 GiB). model_paths: name of a model → its folder or hub id; None: a name says itself where its
-    model is.
+    model is. threads: that a model computes with on a CPU; None: chosen when it is loaded, at most torch's own number.
+    chosen: the numbers, by model; the largest of them is set, for this thread and those that begin later.
     """
 
     state: Path = field(default_factory=state_folder)
@@ -54,8 +56,11 @@ class EngineRegistry:
     features: Path | None = None
     cache_bytes: int | None = None
     model_paths: Mapping[str, str] | None = None
+    threads: int | None = None
+    chosen: dict[str, int] = field(default_factory=dict)
     scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
+    _most: int | None = None  # threads of torch before the first was chosen
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """A future of a call on the scheduler's thread, in the order of submission."""
@@ -71,8 +76,15 @@ class EngineRegistry:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
+            self._set_threads(model)
             self.engines[base_model] = Engine(model, Vision(model, self.cache_bytes, self.features))
         return self.engines[base_model]
+
+    def _set_threads(self, model: Model) -> None:
+        if model.device.type == "cpu":
+            self._most = self._most or torch.get_num_threads()
+            self.chosen[model.name] = self.threads or choose(Engine(model), self._most)
+            torch.set_num_threads(max(self.chosen.values()))
 
     def load(self) -> None:
         """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""
@@ -111,21 +123,18 @@ class EngineRegistry:
         return self._adapted(checkpoint.load(self.state, model_path or ""))
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
-        """A client on the adapter in a folder of the checkpoint layout, wherever it lies."""
+        """A client on the adapter in a folder of the checkpoint layout, wherever it lies; of its model see
+        `checkpoint.base_of`."""
         saved = checkpoint.load_folder(folder)
-        name, way_out = base_model or saved.base_model, "say with base_model (--model) where it is"
-        if not name:
-            raise ModelError(f"adapter {folder} does not say of which model it is; {way_out}")
+        name = checkpoint.base_of(folder, saved, base_model, {*self.engines, *(self.model_paths or ())})
         try:
             self.engine(name)
         except ModelError as error:
             if base_model is not None or saved.origin is None:
                 raise
-            raise ModelError(f"{error}. adapter {folder} is of it: {way_out}") from error
-        except UnknownNameError as error:
-            if base_model is not None:
-                raise
-            raise ModelError(f"adapter {folder} is of the model {name}, which is not here; {way_out}") from error
+            raise ModelError(
+                f"{error}. adapter {folder} is of it: say with base_model (--model) where it is"
+            ) from error
         try:
             return self._adapted(replace(saved, base_model=name))
         except ModelError as error:

@@ -17,9 +17,12 @@ from tinker import types
 
 from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
+from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
+from vlm.server.owners import Owner
+from vlm.server.retention import KEEP
 from vlm.server.state import ServerState
 from vlm.server.tinker import routes as tinker_routes
 from vlm.server.tinker.routes import StrictBody, accepted, first_fault
@@ -40,7 +43,8 @@ HEALTH = "/api/v1/healthz"
 class Options:
     """How a server is reached. host, port: where it listens. keys: the API keys that it accepts. hosts: further names
     that requests may be addressed to. allow_urls: whether images may be fetched from http addresses. image_log_probs:
-    see `vlm.server.tinker.sampling.SamplingService`. Raises InputError for a host that is no name."""
+    see `vlm.server.tinker.sampling.SamplingService`. keep: seconds for which what is over is kept, see
+    `vlm.server.retention`. Raises InputError for a host that is no name."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -48,6 +52,7 @@ class Options:
     hosts: tuple[str, ...] = ()
     allow_urls: bool = False
     image_log_probs: float = math.nan
+    keep: float = KEEP
 
     def __post_init__(self) -> None:
         _ = self.names
@@ -63,13 +68,13 @@ class Options:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
-def application(state: ServerState, options: Options) -> Any:
-    """The ASGI application of a server; it closes `state` when it ends."""
-    requests, training = Counter[tuple[str, int]](), TrainingService(state)
+def application(state: ServerState, options: Options, connections: Connections) -> Any:
+    """The ASGI application of a server; it closes `state` when it ends. connections: what its metrics count."""
+    requests, training = Counter[tuple[str | None, str, int]](), TrainingService(state)
     api = FastAPI(title="kshot", docs_url=None, redoc_url=None, lifespan=_lifespan(state))
     signer = Signer()
     tinker = tinker_routes.routes(state, training, SamplingService(state, options.image_log_probs), signer)
-    for router in (tinker, watch.routes(state, requests, options.address)):
+    for router in (tinker, watch.routes(state, requests, connections, options.address)):
         api.include_router(router, responses=_failures(Failure))
     openai = openai_routes.router(state, options.allow_urls)
     for prefix in OPENAI:
@@ -102,7 +107,7 @@ def error_response(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     return status_of(error), error_body(error)
 
 
-def handle_errors(api: FastAPI, refuse: Callable[[Any, RequestError], tuple[str, str] | None]) -> None:
+def handle_errors(api: FastAPI, refuse: Callable[[Any, Owner, RequestError], tuple[str, str] | None]) -> None:
     """Answer exceptions, in the form of their paths. refuse: see `TrainingService.refuse_body`."""
 
     async def answered(request: Request, error: Any) -> JSONResponse:
@@ -112,7 +117,7 @@ def handle_errors(api: FastAPI, refuse: Callable[[Any, RequestError], tuple[str,
             return JSONResponse(body, error.status_code, error.headers)
         if isinstance(error, RequestValidationError) and not path.startswith(OPENAI):
             fault = RequestError(first_fault(error.errors()))
-            ids = refuse(error.body, fault)
+            ids = refuse(error.body, request.scope["owner"], fault)
             return JSONResponse(accepted(*ids)) if ids else JSONResponse(error_body(fault), 422)
         status, body = error_response(path, error)
         return JSONResponse(body, status, {"retry-after": "1"} if status == 429 else None)

@@ -13,10 +13,11 @@ from pathlib import Path
 from threading import Thread
 
 from kshot.checks import KINDS, folder_of, path_in
-from kshot.errors import MissingError, RequestError
+from kshot.errors import DeniedError, MissingError, RequestError
 from kshot.files import remove_stale, set_aside
 from vlm.local.registry import OPTIMIZER, RECORD
-from vlm.server.store import Checkpoint, Store
+from vlm.server.owners import Owner
+from vlm.server.store import Checkpoint, Run, Store
 
 log = logging.getLogger("kshot.server")
 LONGEST = 10 * 366 * 86400  # seconds: ten years
@@ -35,12 +36,16 @@ class Checkpoints:
     root: Path
     store: Store
 
-    def existing(self, path: str) -> Checkpoint:
-        """The row of a checkpoint. Raises RequestError for what is no path, MissingError where there is none."""
+    def existing(self, path: str, owner: Owner, *, change: bool = False) -> Checkpoint:
+        """The row of a checkpoint of this owner, or of a published one, which others read and do not change. Raises
+        RequestError for what is no path, MissingError where there is none, DeniedError for a change of another's."""
         folder_of(self.root, path)
         row = self.store.get(Checkpoint, path)
-        if row is None or _expired(row):
+        own = row is not None and owner.reaches(row.owner)
+        if row is None or _expired(row) or not (own or row.public):
             raise MissingError(f"checkpoint {path} does not exist on this server, or not any more")
+        if change and not own:
+            raise DeniedError(f"checkpoint {path} was published with another key, and only that changes it")
         return row
 
     def last(self, run: str) -> str | None:
@@ -48,10 +53,10 @@ class Checkpoints:
         rows = self.store.checkpoints(run, kind=KINDS[0])
         return next((row.path for row in rows if not _expired(row)), None)
 
-    def register(self, path: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
+    def register(self, path: str, ttl: int | None, metadata: dict[str, str] | None, owner: str | None) -> None:
         """Add a checkpoint that was saved; ttl: seconds after which it is deleted."""
         now = time.time()
-        self._add(path, folder_of(self.root, path), now, None if ttl is None else now + ttl, metadata)
+        self._add(path, folder_of(self.root, path), now, None if ttl is None else now + ttl, metadata, owner)
 
     def set_ttl(self, path: str, ttl: int | None) -> None:
         """Delete a checkpoint in so many seconds, or never."""
@@ -84,7 +89,8 @@ class Checkpoints:
         for path, folder in folders.items():
             if self.store.get(Checkpoint, path) is None:
                 try:
-                    self._add(path, folder, folder.stat().st_mtime, None, None)
+                    run = self.store.get(Run, path.removeprefix("tinker://").partition("/")[0])
+                    self._add(path, folder, folder.stat().st_mtime, None, None, run.owner if run else None)
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
 
@@ -98,7 +104,13 @@ class Checkpoints:
                         yield path, folder
 
     def _add(
-        self, path: str, folder: Path, created: float, expires: float | None, metadata: dict[str, str] | None
+        self,
+        path: str,
+        folder: Path,
+        created: float,
+        expires: float | None,
+        metadata: dict[str, str] | None,
+        owner: str | None,
     ) -> None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         run, kind, name = path.removeprefix("tinker://").split("/")
@@ -116,6 +128,7 @@ class Checkpoints:
                 base_model=record["base_model"],
                 lora=record["lora"],
                 has_optimizer=(folder / OPTIMIZER).is_file(),
+                owner=owner,
             )
         )
 

@@ -9,7 +9,8 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from vlm.server.owners import Owner
 from vlm.server.store import Future as FutureRow
 from vlm.server.store import Store
 
@@ -82,10 +84,11 @@ def error_answer(error: BaseException) -> Answer:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A request in memory. size: bytes of its body."""
+    """A request in memory. size: bytes of its body. owner: its owner's name."""
 
     key: str
     size: int
+    owner: str | None
     answer: "asyncio.Future[Answer]"
 
 
@@ -97,48 +100,76 @@ class Futures:
         self._kept, self._ids = dict[str, _Kept](), dict[str, str]()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kshot-answers")
         self._stopping = asyncio.Event()
+        self._unwritten: list[str] = []  # finished, and the store did not take the answer
 
     @property
     def sizes(self) -> list[int]:
         """Of the bodies of all requests that have no answer yet."""
         return [each.size for each in [*self._kept.values()] if not each.answer.done()]
 
-    def id_of(self, key: str) -> str | None:
-        """The id of the request that has this key, if there is one."""
+    def id_of(self, key: str, owner: Owner) -> str | None:
+        """The id of the request that has this key, if there is one that this owner reaches."""
         if key in self._ids:
-            return self._ids[key]
-        row = self._store.future_of(key)
-        return None if row is None else row.request_id
+            known, name = self._ids[key], self._kept[self._ids[key]].owner
+        elif (row := self._store.future_of(key)) is not None:
+            known, name = row.request_id, row.owner
+        else:
+            return None
+        return known if owner.reaches(name) else None
 
-    def open(self, key: str, size: int = 0) -> str:
+    def open(self, key: str, owner: Owner, size: int = 0) -> str:
         """The id of a new request. size: bytes of its body."""
         request_id = self._ids[key] = uuid.uuid4().hex
-        self._kept[request_id] = _Kept(key, size, asyncio.get_running_loop().create_future())
+        self._kept[request_id] = _Kept(key, size, owner.name, asyncio.get_running_loop().create_future())
         return request_id
+
+    def pending(self, owner: Owner) -> set[str]:
+        """The ids of all requests of this owner that have no answer yet."""
+        kept = self._kept.items()
+        return {name for name, each in kept if owner.reaches(each.owner) and not each.answer.done()}
 
     def finish(self, request_id: str, answer: Answer) -> None:
         """Publish the answer to a request, once, and write it to the store."""
         if self._stopping.is_set() and answer.failed:  # what is dropped may be sent again to the next server
             return
-        kept, loop = self._kept[request_id], asyncio.get_running_loop()
-        kept.answer.set_result(answer)
-        status = "failed" if answer.failed else "finished"
+        self._kept[request_id].answer.set_result(answer)
+        self._write_answers([request_id])
+
+    def write_again(self) -> None:
+        """Write the answers that the store did not take, as on a full disk: there may be room by now."""
+        unwritten = self._unwritten[:]
+        self._unwritten.clear()
+        self._write_answers(unwritten)
+
+    def _write_answers(self, request_ids: Sequence[str]) -> None:
+        """In this order, until the store does not take one; those stay in memory, where they can be fetched."""
+        left, loop = deque(request_ids), asyncio.get_running_loop()
 
         def write() -> None:
-            self._store.finish_future(request_id, kept.key, answer.content_type, answer.content, status)
-            loop.call_soon_threadsafe(self._forget, request_id)
+            try:
+                while left:
+                    kept = self._kept[left[0]]
+                    answer = kept.answer.result()
+                    status = "failed" if answer.failed else "finished"
+                    row = left[0], kept.key, answer.content_type, answer.content, status, kept.owner
+                    self._store.finish_future(*row)
+                    loop.call_soon_threadsafe(self._forget, left.popleft())
+            finally:
+                loop.call_soon_threadsafe(self._unwritten.extend, left)
 
         self._write(write)
 
-    async def wait(self, request_id: str, seconds: float) -> Answer | None:
-        """The answer once it is there; None after so many seconds, or when the server stops. Raises LostError."""
-        if (kept := self._kept.get(request_id)) is not None:
+    async def wait(self, request_id: str, seconds: float, owner: Owner) -> Answer | None:
+        """The answer once it is there; None after so many seconds, or when the server stops. Raises LostError where
+        there is no such request that this owner reaches."""
+        kept = self._kept.get(request_id)
+        if kept is not None and owner.reaches(kept.owner):
             stop = asyncio.ensure_future(self._stopping.wait())
             either: list[asyncio.Future[Any]] = [kept.answer, stop]
             await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             stop.cancel()
             return kept.answer.result() if kept.answer.done() else None
-        row = self._store.get(FutureRow, request_id)
+        row = self._store.get(FutureRow, request_id, owner)
         if row is None:
             raise LostError(
                 f"request {request_id!r} is unknown: it was not finished when the server ended, or dropped since"
@@ -161,8 +192,10 @@ class Futures:
         def logged() -> None:
             try:
                 call()
-            except Exception:  # the answer stays in memory, where it can be fetched
-                log.exception("an answer could not be written")
+            except KshotError as error:
+                log.error("%s; the answer stays in memory, and that is tried again", str(error))  # it holds the answer
+            except Exception:
+                log.exception("an answer could not be written; it stays in memory, and that is tried again")
 
         try:
             self._writer.submit(logged)

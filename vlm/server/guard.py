@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,15 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
+from kshot.untrusted import read_file
 from vlm.server.futures import JSON
+from vlm.server.owners import EVERYBODY, Owner, owner_name
 
 MAX_VALUES = 1 << 22  # of a JSON body, counted by commas and brackets: each takes some 64 bytes once it is parsed
 MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
 STEP = 1 << 20
 SMALL = 1 << 16  # bytes of a body that there is always room for
-PATIENCE = 60.0  # seconds for the next part of a body
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
 SHORTEST = 16  # characters of a key; what is shorter can be guessed
@@ -88,7 +88,7 @@ class Guard:
         headers = Headers(scope=scope)
         with self.budget.shared() as take:
             try:
-                self._check(scope["path"], scope["query_string"].decode("latin-1"), headers)
+                scope["owner"] = self._owner(scope["path"], scope["query_string"].decode("latin-1"), headers)
                 if scope["method"] not in SAFE:
                     wanted = self.bodies.get(scope["path"], PLAIN)
                     receive = _replay(await _read(headers, receive, take, wanted), receive)
@@ -99,14 +99,19 @@ class Guard:
             except ClientDisconnect:
                 return None
 
-    def _check(self, path: str, query: str, headers: Headers) -> None:
+    def _owner(self, path: str, query: str, headers: Headers) -> Owner:
+        """Whose the request is, once it may be made."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.hosts is not None and _name(host) not in self.hosts:
             raise DeniedError(f"this server is not called {host!r:.80}; say so with --allow-host")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise DeniedError(f"pages of {origin!r:.80} may not use this server")
-        if not (path in self.free or self.keys.accept(_key(headers)) or self.signer.accepts(path, query)):
+        if query and self.signer.accepts(path, query):
+            return EVERYBODY  # of what lies at this path alone
+        key = _key(headers)
+        if not (path in self.free or self.keys.accept(key)):
             raise UnauthorizedError("no valid API key; send one of the key file as X-API-Key or Authorization: Bearer")
+        return self.keys.owner(key)
 
 
 @dataclass
@@ -144,7 +149,7 @@ async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wan
         raise UnsupportedError(f"content encoding {encoding!r:.80} is not read here; send zstd or none")
     _check_size(_number(headers.get("content-length", "0")), wanted.limit)
     body = bytearray()
-    async for part in Request({"type": "http"}, partial(_patient, receive)).stream():
+    async for part in Request({"type": "http"}, receive).stream():
         take(len(part))
         body += part
         _check_size(len(body), wanted.limit)
@@ -181,14 +186,6 @@ def unpack(body: bytes) -> bytes:
         return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RequestError(f"the body is not one whole frame of zstd ({error})") from error
-
-
-async def _patient(receive: Any) -> Any:
-    try:
-        async with asyncio.timeout(PATIENCE):
-            return await receive()
-    except TimeoutError as error:
-        raise BusyError(f"nothing of the body came for {PATIENCE:.0f} seconds; send it again") from error
 
 
 def _replay(body: bytes, receive: Any) -> Any:
@@ -255,10 +252,10 @@ def _is_address(host: str) -> bool:
 
 @dataclass
 class Requests:
-    """Counts requests by endpoint and status. ASGI middleware, innermost: `route` is known after the call."""
+    """Counts requests by owner, endpoint and status. ASGI middleware, innermost: `route` is known after the call."""
 
     app: Any
-    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    counts: Counter[tuple[str | None, str, int]] = field(default_factory=Counter)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         status = 500
@@ -272,8 +269,9 @@ class Requests:
         try:
             await self.app(scope, receive, noted)
         finally:
-            route = scope.get("route")
-            self.counts[getattr(route, "path", "none"), status] += 1
+            if "owner" in scope:  # not the start and the end of the server
+                route = scope.get("route")
+                self.counts[scope["owner"].name, getattr(route, "path", "none"), status] += 1
 
 
 # API keys
@@ -281,7 +279,8 @@ class Requests:
 
 @dataclass(frozen=True)
 class Keys:
-    """API keys, kept as SHA-256. digests: of those that are accepted; None accepts any key, and none.
+    """API keys, kept as SHA-256. digests: of those that are accepted; None accepts any key, and none. shared: whether
+    each reaches what was made with the others.
 
     A key file has one key a line, as it is or as `sha256:` and the 64 hex digits of its SHA-256; lines that begin with
     # are left out. A key is printable ASCII without spaces, as HTTP headers carry it; the SDK insists on keys that
@@ -289,26 +288,40 @@ class Keys:
     """
 
     digests: tuple[bytes, ...] | None = None
+    shared: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> "Keys":
+    def read(cls, path: Path, *, shared: bool = False) -> "Keys":
         """The keys of a file. Raises InputError where it cannot be read, has none, or has one that is too short."""
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_file(path).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"key file {path} cannot be read ({error}); give one with a key a line") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
         digests = [_digest(path, number, line) for number, line in numbered if line and not line.startswith("#")]
         if not digests:
             raise InputError(f"key file {path} has no key; write one a line, of {SHORTEST} characters or more")
-        return cls(tuple(digests))
+        return cls(tuple(digests), shared)
 
     def accept(self, key: str) -> bool:
         """Whether a key is accepted. Takes as long for a wrong key as for a right one."""
         if self.digests is None:
             return True
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        digest = _sha256(key)
         return sum(hmac.compare_digest(digest, each) for each in self.digests) > 0  # not any(): all are compared
+
+    def owner(self, key: str) -> Owner:
+        """The owner of requests with a key that is accepted; without a key file there is one."""
+        return EVERYBODY if self.digests is None else Owner(owner_name(_sha256(key)), self.shared)
+
+    @property
+    def owners(self) -> frozenset[str | None]:
+        """The names of all owners: of what has another, no key reaches it."""
+        return frozenset([None, *map(owner_name, self.digests or ())])
+
+
+def _sha256(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _digest(path: Path, number: int, line: str) -> bytes:

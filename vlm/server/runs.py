@@ -37,12 +37,14 @@ class Operation(ABC):
 
 @dataclass
 class LiveRun:
-    """A run in memory. settle: called with the answer to each request. steps: optimizer steps. loss, examples: summed
-    since the last step. held: request id and operation by number, of those not started; calls: of those not done."""
+    """A run in memory. settle: called with the answer to each request. owner: its owner's name. steps: optimizer
+    steps. loss, examples: summed since the last step. held: request id and operation by number, of those not started;
+    calls: of those not done."""
 
     id: str
     session: str
     settle: Settle
+    owner: str | None = None
     client: LocalTrainingClient | None = None
     failure: BaseException | None = None
     next_seq: int = 1

@@ -14,16 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models
 from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
 from vlm.server.app import Options, application
-from vlm.server.guard import is_loopback
+from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
+from vlm.server.guard import Keys, is_loopback
 from vlm.server.state import ServerState
-from vlm.server.store import Store
+from vlm.server.store import Checkpoint, Store
 
 log = logging.getLogger("kshot.server")
 SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread
@@ -43,13 +43,12 @@ def engine_registry(
     """The engines of a server; `serve` loads them.
 
     model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
-    arithmetic on a CPU, by default all cores but one, which answers requests meanwhile. The rest: see `vlm.connect`.
+    arithmetic on a CPU, by default as many as are fastest (`vlm.local.threads`). The rest: see `vlm.connect`.
     Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
     devices(device)  # now, not when the first request comes
     folder, torch_dtype, paths = (state or state_folder()).resolve(), dtype_of(dtype), _model_paths(model_arguments)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
-    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths)
+    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths, threads=threads)
 
 
 def serve(
@@ -72,13 +71,19 @@ def serve(
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet
-        state = ServerState(registry, Store(registry.state))
+        state = ServerState(registry, Store(registry.state), keep=options.keep)
+        if options.keys.digests is not None and not options.keys.shared:
+            _say_whose(state.store, options.keys)
+        connections = Connections(most_connections())
         config = uvicorn.Config(
-            application(state, options),
+            application(state, options, connections),
+            http=connections.protocol,  # type: ignore[arg-type]  # which uvicorn calls
+            ws="none",
+            backlog=BACKLOG,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE,
-            timeout_keep_alive=60,
+            timeout_keep_alive=KEEP_ALIVE,
             server_header=False,
             lifespan="on",
         )
@@ -94,6 +99,18 @@ def serve(
                 os._exit(INTERRUPTED)
         if server.interrupted:  # uvicorn raises the signal again, in vain where it is ignored: in a background job
             raise KeyboardInterrupt
+
+
+def _say_whose(store: Store, keys: Keys) -> None:
+    """Say which checkpoints are not reached by one key alone."""
+    counts = store.owners(Checkpoint)
+    if everybodys := counts.get(None, 0):
+        log.warning("%s checkpoints were saved without a key file: all keys see them", f"{everybodys:,}")
+    if strangers := sum(count for name, count in counts.items() if name not in keys.owners):
+        log.warning(
+            "%s checkpoints are of keys that are not in the key file: nobody sees them; --shared shows them",
+            f"{strangers:,}",
+        )
 
 
 def _model_paths(arguments: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints
 from vlm.server.futures import Futures
+from vlm.server.owners import Owner
+from vlm.server.retention import KEEP, Retention, check_reason, check_texts
 from vlm.server.runs import LiveRun
 from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
 
@@ -37,21 +39,24 @@ UNSAVED = 16  # snapshots of a run that are in memory alone: the last that were 
 
 @dataclass
 class ServerState:
-    """One server's state. samplings: the futures of those in progress, by request id. steps, examples: trained since
-    the start. ended: whether the engine had finished when the server was closed."""
+    """One server's state. keep: seconds for which what is over is kept, see `vlm.server.retention`. samplings: the
+    futures of those in progress, by request id. steps, examples: trained since the start, by owner. ended: whether the
+    engine had finished when the server was closed."""
 
     registry: EngineRegistry
     store: Store
+    keep: float = KEEP
     started: float = field(default_factory=time.time)
     runs: dict[str, LiveRun] = field(default_factory=dict)
     samplings: dict[str, Future[types.SampleResponse]] = field(default_factory=dict)
     ended: bool = False
-    steps: int = 0
-    examples: int = 0
+    steps: Counter[str | None] = field(default_factory=Counter)
+    examples: Counter[str | None] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.futures = Futures(self.store)
         self.checkpoints = Checkpoints(self.registry.state, self.store)
+        self.retention = Retention(self.store, self.keep)
         self.samplers = Samplers(self.registry, self.store, self.checkpoints)
         self.checkpoints.reconcile()
         self._tasks = set[asyncio.Task[None]]()
@@ -61,36 +66,40 @@ class ServerState:
         """The models that are served: name → folder or hub id."""
         return self.registry.model_paths or {}
 
-    def create_session(self, request: types.CreateSessionRequest) -> str:
-        """The id of a new session. Raises as `check_project` and `metadata_text`."""
+    def create_session(self, request: types.CreateSessionRequest, owner: Owner) -> str:
+        """The id of a new session. Raises as `check_project`, `check_texts`, `metadata_text` and `Retention.add`."""
         check_project(request.project_id)
+        check_texts(request)
         session = Session(
             str(uuid.uuid4()),
             user_metadata=metadata_text(request.user_metadata),
             tags=request.tags,
             display_name=request.display_name,
             sdk_version=request.sdk_version,
+            owner=owner.name,
         )
-        self.store.add(session)
+        self.retention.add(session)
         return session.id
 
-    def check_session(self, session: str, finished: type[KshotError] = MissingError) -> None:
-        """Raise MissingError for an unknown session, `finished` for one that was finished."""
-        row = self.store.get(Session, session)
+    def check_session(self, session: str, owner: Owner, finished: type[KshotError] = MissingError) -> None:
+        """Raise MissingError for a session that this owner has not, `finished` for one that was finished."""
+        row = self.store.get(Session, session, owner)
         if row is None:
             raise MissingError(f"there is no session {session!r}; create one")
         if row.finished is not None:
             raise finished(f"session {session} was finished; create a new one")
 
-    def heartbeat(self, session: str) -> None:
+    def heartbeat(self, session: str, owner: Owner) -> None:
         """Note that a session's client is there; raises as `check_session`."""
-        self.check_session(session, LostError)  # at which the SDK stops sending heartbeats
+        self.check_session(session, owner, LostError)  # at which the SDK stops sending heartbeats
         self.store.update(Session, session, heartbeat=time.time())
 
-    def finish_session(self, session: str, reason: dict[str, Any]) -> None:
-        """End a session: its runs and unsaved samplers leave the memory; checkpoints stay."""
-        self.check_session(session)
-        self.store.update(Session, session, finished=reason)
+    def finish_session(self, session: str, reason: dict[str, Any], owner: Owner) -> None:
+        """End a session: its runs and unsaved samplers leave the memory; checkpoints stay. Raises as `check_session`
+        and `check_reason`."""
+        self.check_session(session, owner)
+        check_reason(reason)
+        self.store.update(Session, session, finished=reason, heartbeat=time.time())
         self.release(session, f"session {session} was finished")
 
     def release(self, session: str, why: str) -> None:
@@ -101,9 +110,15 @@ class ServerState:
         for row in self.store.of_session(Sampler, session):
             self.samplers.ephemeral.pop(row.id, None)
 
-    def missing_run(self, run: str) -> MissingError:
-        """What to say of a run that is not in memory: there is none of that name, or what was last saved of it."""
-        if self.store.get(Run, run) is None:
+    def live_run(self, run: str, owner: Owner) -> LiveRun | None:
+        """A run of this owner, if it is in memory."""
+        live = self.runs.get(run)
+        return live if live is not None and owner.reaches(live.owner) else None
+
+    def missing_run(self, run: str, owner: Owner) -> MissingError:
+        """What to say of a run that is not in memory: this owner has none of that name, or what was last saved of
+        it."""
+        if self.store.get(Run, run, owner) is None:
             return MissingError(f"there is no run {run!r}; create one")
         return self.lost_run(run, "this server was started again, or its session is over")
 
@@ -134,11 +149,13 @@ class ServerState:
         while True:
             before = time.time()
             await asyncio.sleep(seconds)
+            self.futures.write_again()
             if time.time() - before > 3 * seconds:  # the machine slept or its clock jumped: clients speak first
                 continue
             try:
                 self.tidy(time.time())
-                await asyncio.to_thread(self.store.prune, time.time(), KEPT_RETRIEVED, KEPT, KEPT_BYTES)
+                await asyncio.to_thread(self.store.prune, time.time(), KEPT_RETRIEVED, min(KEPT, self.keep), KEPT_BYTES)
+                await asyncio.to_thread(self.retention.prune, time.time(), STALE, [*self.samplers.ephemeral])
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
 
@@ -159,6 +176,7 @@ class ServerState:
             await asyncio.sleep(0.02)
         self.ended = not ending.is_alive()
         await asyncio.sleep(0.02)  # take the results that were handed over
+        self.futures.write_again()
         await asyncio.to_thread(self.futures.close)
         self.store.close()
 
@@ -180,18 +198,18 @@ class Samplers:
     ephemeral: "OrderedDict[str, tuple[str, LocalSamplingClient]]" = field(default_factory=OrderedDict)
     _loaded: "OrderedDict[str, asyncio.Task[LocalSamplingClient]]" = field(default_factory=OrderedDict)
 
-    def check(self, model_path: str | None, base_model: str | None) -> Checkpoint | None:
+    def check(self, model_path: str | None, base_model: str | None, owner: Owner) -> Checkpoint | None:
         """The row of saved weights, None of a base model. Raises UnknownNameError, MissingError."""
         if model_path is not None:
-            return self.checkpoints.existing(model_path)
+            return self.checkpoints.existing(model_path, owner)
         models = self.registry.model_paths or {}
         if base_model not in models:
             raise UnknownNameError("model", str(base_model), models)
         return None
 
-    async def client(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
+    async def client(self, model_path: str | None, base_model: str | None, owner: Owner) -> LocalSamplingClient:
         """A client on saved weights or a base model; raises as `check`, and ModelError where they cannot be loaded."""
-        saved = self.check(model_path, base_model)
+        saved = self.check(model_path, base_model, owner)
         key = f"{saved.path} {saved.created}" if saved else f"base {base_model}"  # overwritten: loaded again
         if key not in self._loaded:
             client = self.registry.submit(self.registry.sampler, model_path, None if model_path else base_model)
@@ -207,18 +225,18 @@ class Samplers:
                 del self._loaded[key]
             raise
 
-    async def client_of(self, sampler_id: str) -> LocalSamplingClient:
+    async def client_of(self, sampler_id: str, owner: Owner) -> LocalSamplingClient:
         """The client of a sampling session. Raises MissingError, also for weights that were in memory alone."""
+        row = self.row(sampler_id, owner)
         if sampler_id in self.ephemeral:
             self.ephemeral.move_to_end(sampler_id)
             return self.ephemeral[sampler_id][1]
-        row = self.row(sampler_id)
         if row.ephemeral:
             raise MissingError(
                 f"the weights of sampling session {sampler_id} were in memory alone and are gone; save them with "
                 "save_weights_for_sampler"
             )
-        return await self.client(row.model_path, row.base_model)
+        return await self.client(row.model_path, row.base_model, owner)
 
     def keep(self, sampler_id: str, run: str, client: LocalSamplingClient) -> None:
         """Keep weights that are in memory alone; of one run the UNSAVED that were last used."""
@@ -227,9 +245,9 @@ class Samplers:
         for name in snapshots[:-UNSAVED]:
             del self.ephemeral[name]
 
-    def row(self, sampler_id: str) -> Sampler:
-        """A sampling session. Raises MissingError for an unknown one."""
-        row = self.store.get(Sampler, sampler_id)
+    def row(self, sampler_id: str, owner: Owner) -> Sampler:
+        """A sampling session of this owner. Raises MissingError for any other."""
+        row = self.store.get(Sampler, sampler_id, owner)
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
         return row

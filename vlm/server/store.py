@@ -9,7 +9,9 @@ Times are seconds since 1970 (UTC). A column has the name of its field; what SQL
 """
 
 import json
+import logging
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from kshot.errors import InputError, KshotError, RequestError
+from vlm.server.owners import EVERYBODY, Owner
 
+log = logging.getLogger("kshot.server")
 FILE = "server.sqlite3"
 OLDEST = (3, 37, 0)  # of SQLite: strict tables and RETURNING
 SETTINGS = (
@@ -33,7 +37,8 @@ SETTINGS = (
     "wal_autocheckpoint = 4000",  # pages: 16 MB are written to disk at once, in some 40 ms
     "busy_timeout = 5000",
 )
-VERSION = 1  # of the schema
+INCREMENTAL = 2  # auto_vacuum: pages that are free can be taken out of the file
+PIECE = 256  # free pages that are given back at once: 1 MB, in some 10 ms
 
 # A checkpoint's run may be of another process (a folder that was put there), so it is no reference.
 # Losses count from 0 within their run, so that every so manieth is found without reading the others.
@@ -73,6 +78,20 @@ CREATE TABLE losses (
     examples INTEGER NOT NULL, PRIMARY KEY (run, number)
 ) STRICT, WITHOUT ROWID
 """
+MIGRATIONS = (  # what makes the schema of each version that of the next; a new file goes through all of them
+    """
+ALTER TABLE sessions ADD COLUMN owner TEXT;
+ALTER TABLE runs ADD COLUMN owner TEXT;
+ALTER TABLE samplers ADD COLUMN owner TEXT;
+ALTER TABLE checkpoints ADD COLUMN owner TEXT;
+ALTER TABLE futures ADD COLUMN owner TEXT;
+CREATE INDEX sessions_by_heartbeat ON sessions (heartbeat);
+CREATE INDEX sessions_by_owner ON sessions (owner);
+CREATE INDEX runs_by_owner ON runs (owner);
+CREATE INDEX samplers_by_owner ON samplers (owner)
+""",
+)
+VERSION = 1 + len(MIGRATIONS)  # of the schema
 
 Row = TypeVar("Row")
 
@@ -106,6 +125,7 @@ class Session:
     tags: list[str] = field(default_factory=list, metadata=_JSON)
     display_name: str | None = None
     sdk_version: str | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ class Run:
     created: float = field(default_factory=time.time)
     last_request: float = field(default_factory=time.time)
     next_seq: int = 1
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,7 @@ class Sampler:
     ephemeral: bool = field(default=False, metadata=_FLAG)
     created: float = field(default_factory=time.time)
     clones: int = 0
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,7 @@ class Checkpoint:
     base_model: str
     lora: Mapping[str, Any] = field(metadata=_JSON)
     has_optimizer: bool = field(metadata=_FLAG)
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +189,7 @@ class Future:
     content_type: str
     payload: bytes
     retrieved: float | None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +205,9 @@ class Loss:
 TABLES = {Session: "sessions", Run: "runs", Sampler: "samplers", Checkpoint: "checkpoints", Future: "futures"}
 KEYS = {kind: fields(kind)[0].name for kind in TABLES}  # primary keys
 READERS = {kind: [(each.name, each.metadata.get("read")) for each in fields(kind)] for kind in (*TABLES, Loss)}
-CHECKPOINTS = """
-    SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?)
+REACHED = "(? OR owner IS NULL OR owner = ?)"  # by an owner: `Owner.reaches`, for lists
+CHECKPOINTS = f"""
+    SELECT * FROM checkpoints WHERE (? IS NULL OR run = ?) AND (? IS NULL OR kind = ?) AND {REACHED}
     ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?
 """
 ADD_LOSS = """
@@ -197,6 +222,22 @@ FUTURES_BEYOND = """
         FROM futures)
     WHERE total > :most
 """
+OVER = """
+    SELECT id FROM sessions WHERE heartbeat < :until AND (heartbeat < :before OR finished IS NOT NULL)
+        AND (:anyone OR owner IS :owner) AND NOT EXISTS (
+            SELECT 1 FROM runs WHERE session = sessions.id AND (
+                last_request >= :before AND finished IS NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE run = runs.id)))
+    ORDER BY heartbeat LIMIT :limit
+"""
+OF_SESSION = (  # what goes with it, a part at a time: nobody else is served meanwhile
+    """
+    DELETE FROM losses WHERE (run, number) IN (
+        SELECT run, number FROM losses WHERE run IN (SELECT id FROM runs WHERE session = ?) LIMIT 5000)
+    RETURNING 1
+""",
+    "DELETE FROM samplers WHERE id IN (SELECT id FROM samplers WHERE session = ? LIMIT 1000) RETURNING 1",
+    "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE session = ? LIMIT 1000) RETURNING 1",
+)
 
 
 class Store:
@@ -204,7 +245,10 @@ class Store:
 
     Raises InputError where another process holds the folder or it cannot be written to; KshotError where the file is of
     another schema version or no database, and where a statement fails (a full disk, a key that is there already or is
-    missing); RequestError for what SQLite cannot hold. Where there is no row, methods give None.
+    missing); RequestError for what SQLite cannot hold. Where there is no row that `owner` reaches, methods give None.
+
+    The folder is for its user alone (0700): one that is made is, and one of the user's that others can enter becomes
+    so, which is logged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -242,18 +286,24 @@ class Store:
         where = f"WHERE {KEYS[kind]} = :_key"
         self._run(f"UPDATE {TABLES[kind]} SET {assignments} {where}", {**stored, "_key": key})
 
-    def get(self, kind: type[Row], key: str) -> Row | None:
-        """The row with this primary key."""
-        return self._one(kind, f"SELECT * FROM {TABLES[kind]} WHERE {KEYS[kind]} = ?", key)
+    def get(self, kind: type[Row], key: str, owner: Owner = EVERYBODY) -> Row | None:
+        """The row with this primary key, if this owner reaches it."""
+        row: Any = self._one(kind, f"SELECT * FROM {TABLES[kind]} WHERE {KEYS[kind]} = ?", key)
+        return row if row is not None and owner.reaches(row.owner) else None
 
-    def newest(self, kind: type[Row], limit: int, offset: int = 0) -> list[Row]:
-        """Newest first: sessions or runs."""
-        order = f"SELECT * FROM {TABLES[kind]} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
-        return self._all(kind, order, limit, offset)
+    def newest(self, kind: type[Row], limit: int, offset: int = 0, owner: Owner = EVERYBODY) -> list[Row]:
+        """Newest first: sessions or runs that this owner reaches."""
+        order = f"SELECT * FROM {TABLES[kind]} WHERE {REACHED} ORDER BY created DESC, rowid DESC LIMIT ? OFFSET ?"
+        return self._all(kind, order, owner.everything, owner.name, limit, offset)
 
-    def count(self, kind: type) -> int:
-        """The number of rows of a table."""
-        return self._number(f"SELECT count(*) FROM {TABLES[kind]}")
+    def count(self, kind: type, owner: Owner = EVERYBODY) -> int:
+        """The number of rows of a table that this owner reaches."""
+        return self._number(f"SELECT count(*) FROM {TABLES[kind]} WHERE {REACHED}", owner.everything, owner.name)
+
+    def owners(self, kind: type) -> dict[str | None, int]:
+        """How many rows of a table each owner has."""
+        rows = self._run(f"SELECT owner, count(*) FROM {TABLES[kind]} GROUP BY owner")
+        return dict(rows)
 
     def of_session(self, kind: type[Row], session: str) -> list[Row]:
         """The runs or samplers of a session, oldest first."""
@@ -269,10 +319,20 @@ class Store:
         self.add(checkpoint, "INSERT OR REPLACE")
 
     def checkpoints(
-        self, run: str | None = None, limit: int = -1, offset: int = 0, kind: str | None = None
+        self,
+        run: str | None = None,
+        limit: int = -1,
+        offset: int = 0,
+        kind: str | None = None,
+        owner: Owner = EVERYBODY,
     ) -> list[Checkpoint]:
-        """Newest first: all, or those of a run, of a kind, or both. limit: -1 for no limit."""
-        return self._all(Checkpoint, CHECKPOINTS, run, run, kind, kind, limit, offset)
+        """Newest first: all that this owner reaches, or those of a run, of a kind, or both. limit: -1 for no limit."""
+        whose = owner.everything, owner.name
+        return self._all(Checkpoint, CHECKPOINTS, run, run, kind, kind, *whose, limit, offset)
+
+    def count_checkpoints(self, run: str) -> int:
+        """The number of a run's checkpoints."""
+        return self._number("SELECT count(*) FROM checkpoints WHERE run = ?", run)
 
     def last_checkpoint(self, run: str, kind: str) -> Checkpoint | None:
         """The newest of a run of one kind."""
@@ -287,10 +347,19 @@ class Store:
         rows = self._run("SELECT path FROM checkpoints WHERE expires <= ? ORDER BY expires", (now,))
         return [path for (path,) in rows]
 
-    def finish_future(self, request_id: str, key: str, content_type: str, payload: bytes, status: str) -> None:
+    def finish_future(
+        self,
+        request_id: str,
+        key: str,
+        content_type: str,
+        payload: bytes,
+        status: str,
+        owner: str | None = None,
+    ) -> None:
         """The answer to a request. It is written once: a second one to the same key is dropped."""
         now = time.time()
-        self.add(Future(request_id, key, now, now, status, content_type, payload, None), end="ON CONFLICT DO NOTHING")
+        row = Future(request_id, key, now, now, status, content_type, payload, None, owner)
+        self.add(row, end="ON CONFLICT DO NOTHING")
 
     def future_of(self, key: str) -> Future | None:
         """One answer by its key."""
@@ -307,6 +376,35 @@ class Store:
         self._delete_futures(OLD_FUTURES, {"retrieved": now - after_retrieved_s, "finished": now - after_s})
         if self._number("SELECT ifnull(sum(length(payload)), 0) FROM futures") > max_bytes:
             self._delete_futures(FUTURES_BEYOND, {"most": max_bytes})
+
+    def over(self, before: float, owner: Owner = EVERYBODY, limit: int = 1000, *, finished: bool = False) -> list[str]:
+        """Sessions without a sign of life since then or, with `finished`, that were finished, longest ago first. Not
+        those with a checkpoint, nor with a run in use."""
+        until = math.inf if finished else before
+        whose = {"anyone": owner.everything, "owner": owner.name}
+        rows = self._run(OVER, {"before": before, "until": until, "limit": limit, **whose})
+        return [session for (session,) in rows]
+
+    def remove_session(self, session: str) -> None:
+        """Delete a session with its samplers, its runs and their losses. Call it from a thread."""
+        for part in OF_SESSION:
+            while self._run(part, (session,)):
+                pass
+        self.remove(Session, session)
+
+    def unsaved_samplers(self, owner: str | None, limit: int) -> list[str]:
+        """Samplers of an owner whose weights are or were in memory alone, oldest first."""
+        query = "SELECT id FROM samplers WHERE owner IS ? AND ephemeral ORDER BY created, rowid LIMIT ?"
+        return [sampler for (sampler,) in self._run(query, (owner, limit))]
+
+    def shrink(self, spare: int = 4 * PIECE) -> None:
+        """Give pages that are free back to the file system, but for so many. Call it from a thread."""
+        while (free := self._number("PRAGMA freelist_count")) > spare:
+            with self._mutex:  # not `execute`, which frees one page
+                self._connection.executescript(f"PRAGMA incremental_vacuum({min(PIECE, free - spare)})")
+            if self._number("PRAGMA freelist_count") >= free:
+                return  # a file from which SQLite can take none: see `_prepare`
+        self._run("PRAGMA wal_checkpoint(PASSIVE)")  # or the file would be as long as before
 
     def add_loss(self, run: str, step: int, loss: float, examples: int) -> None:
         """One more point of the curve of a run that there is."""
@@ -348,13 +446,24 @@ class Store:
         for setting in SETTINGS:
             self._connection.execute(f"PRAGMA {setting}")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            self._connection.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
+        new = version == 0 and not self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        if not (new or 0 < version <= VERSION):
             raise KshotError(
                 f"{self.path} has schema version {version} and this kshot reads {VERSION}; use the kshot that "
                 "wrote it, or choose another --state"
             )
+        if self._connection.execute("PRAGMA auto_vacuum").fetchone()[0] != INCREMENTAL:
+            self._let_it_shrink()
+        steps = "; ".join([SCHEMA, *MIGRATIONS] if new else MIGRATIONS[version - 1 :])
+        self._connection.executescript(f"BEGIN; {steps}; PRAGMA user_version = {VERSION}; COMMIT;")
+
+    def _let_it_shrink(self) -> None:
+        """What older versions wrote is written once more, in a form from which free pages can be taken."""
+        try:
+            self._connection.execute(f"PRAGMA auto_vacuum = {INCREMENTAL}")
+            self._connection.execute("VACUUM")
+        except sqlite3.OperationalError as error:  # a full disk: a second file of this size is needed for a moment
+            log.warning("%s cannot become smaller yet (%s); the next start tries it again", self.path, error)
 
 
 def _columns(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,7 +475,8 @@ def _columns(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def _locked(folder: Path) -> FileLock:
     """The lock of a folder, which ends with its process."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        _close_to_others(folder)
         lock = FileLock(folder / ".server.lock", blocking=False, thread_local=False)
         lock.acquire()
     except Timeout as error:
@@ -374,3 +484,17 @@ def _locked(folder: Path) -> FileLock:
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --state") from error
     return lock
+
+
+def _close_to_others(folder: Path) -> None:
+    """Let nobody but its user enter a folder, where the system knows users: answers and weights are in it. One that
+    holds other things too, such as /tmp, is left as it is, which is said."""
+    status = folder.stat()
+    if os.name != "posix" or not status.st_mode & 0o077:
+        return
+    names = [path.name for path in folder.iterdir()]
+    if status.st_uid != os.geteuid() or not all(name.startswith((".", FILE)) or "_train_" in name for name in names):
+        log.warning("%s can be read by others and is not kshot's alone; close it, or choose another --state", folder)
+        return
+    folder.chmod(0o700)
+    log.warning("%s could be read by others; it is now for its user alone (0700)", folder)

@@ -4,7 +4,6 @@ What can be wrong is found before a weight is read: the kind of model, missing o
 weights go straight to their devices. No code of a checkpoint is run. Several adapters live over one model.
 """
 
-import json
 import time
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ import transformers
 
 from kshot.errors import ModelError, RequestError
 from kshot.hub import one_line, translated
+from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
@@ -32,6 +32,8 @@ PROCESSED = {  # of the image processor → of the vision tower
     "temporal_patch_size": "temporal_patch_size",
 }
 PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profile
+ATTENTION = "sdpa"  # whatever a configuration says: it may name a kernel of the hub, which is code
+ADAPTER = "adapter_config.json"
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
@@ -76,6 +78,7 @@ def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, de
             local_files_only=True,
             ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
             output_loading_info=True,
+            attn_implementation=ATTENTION,
         )
     _check_whole(name, info)
     return model
@@ -110,12 +113,15 @@ def load_rule(name: str) -> ImageRule:
 def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
     """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
     with _load_errors(name):
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
     if kind not in KINDS:
         raise ModelError(f"model {name} is of type {kind!r}; this engine runs Qwen3-VL ({' and '.join(KINDS)})")
-    if written.get("quantization_config"):
+    parts = (part for part in (written, *written.values()) if isinstance(part, dict))
+    if any(part.get("quantization_config") for part in parts):
         raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
+    if (folder / ADAPTER).exists():  # transformers would put it into the model
+        raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
     stock = getattr(transformers, KINDS[kind])
     with _load_errors(name), _quiet():
         return stock, stock.config_class.from_pretrained(folder)

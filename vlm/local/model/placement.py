@@ -5,7 +5,6 @@ Weight files are read by their headers alone: a safetensors file is 8 bytes with
 nothing is offloaded to disk, or to the CPU beside a GPU.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from kshot.errors import ModelError
+from kshot.untrusted import is_beside, parse_json, read_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -57,9 +57,13 @@ def _files(name: str, folder: Path) -> list[str]:
         reason = f"it has no weights as safetensors ({SINGLE} or {INDEX}), all that is read"
         raise ModelError(f"model {name} cannot be loaded: {reason}")
     try:
-        return sorted({str(file) for file in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = sorted({str(file) for file in parse_json(read_file(folder / INDEX))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{INDEX} of checkpoint {name} is broken ({error!r}); download it again") from error
+    if outside := [file for file in files if not is_beside(folder, file)]:
+        reason = f"names {outside[0]!r}, which is no file of its folder"
+        raise ModelError(f"{INDEX} of checkpoint {name} {reason}; put its weights there, or download it again")
+    return files
 
 
 def _header(name: str, path: Path) -> dict[str, StoredTensor]:
@@ -72,7 +76,7 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
     # the hub's cache keeps the content elsewhere, and takes it for whole as long as it is there
     way_out = f"delete {path.resolve()} and download it again"
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
         entries.pop("__metadata__", None)
         tensors = {
             key: StoredTensor(entry["dtype"], tuple(entry["shape"]), path.name) for key, entry in entries.items()

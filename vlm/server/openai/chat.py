@@ -14,7 +14,7 @@ import binascii
 import json
 import socket
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -46,7 +46,10 @@ ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": "", "%0A": "", "%0D": ""} 
 FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 SECONDS = 20.0  # to fetch one
 PORTS = {"http": 80, "https": 443}
-EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # hold IPv4 addresses
+UNICAST = IPv6Network("2000::/3")  # all that IANA has given to the public internet; no other prefix is
+NOT_PUBLIC = tuple(  # and is_global of Python 3.11 says otherwise, or they hold IPv4 addresses
+    map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/32", "2002::/16", "3fff::/20"))
+)
 Address = IPv4Address | IPv6Address
 
 
@@ -200,12 +203,10 @@ def decode_data_url(url: str) -> bytes:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet."""
-    if isinstance(address, IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if any(address in network for network in EMBEDDING):
-            return False
+    """Whether an address is one of the public internet, by IANA's registries of special-purpose addresses. One of
+    IPv6 that stands for one of IPv4 is not: names have that of IPv4 itself."""
+    if any(address in network for network in NOT_PUBLIC) or (address.version == 6 and address not in UNICAST):
+        return False
     return address.is_global and not address.is_multicast
 
 

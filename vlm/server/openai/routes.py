@@ -35,6 +35,7 @@ from vlm.server.openai import chat, items, tools
 from vlm.server.openai.completions import ChosenCompletion, Completion, EncodedPrompt, SampledCompletion, limit
 from vlm.server.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from vlm.server.openai.responses import Fields
+from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import check_room
 
@@ -60,41 +61,41 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
         return {"object": "list", "data": [model_fields(name) for name in state.models]}
 
     @router.get("/models/{model:path}")
-    async def one_model(model: str) -> Fields:
+    async def one_model(model: str, owner: Owned) -> Fields:
         if model not in state.models:
-            await _sampler(state, model)
+            await _sampler(state, model, owner)
         return model_fields(model)
 
     @router.post("/completions", response_model=None, responses=STREAMED)
-    async def completions(request: CompletionRequest, http_request: Request) -> Response:
-        sampler = await _sampler(state, request.model)
+    async def completions(request: CompletionRequest, http_request: Request, owner: Owned) -> Response:
+        sampler = await _sampler(state, request.model, owner)
         prompts = await asyncio.to_thread(_encode, request, sampler)
         return await _answer(http_request, _completion(request, sampler, prompts))
 
-    async def chat_completion(request: ChatRequest) -> Completion:
-        sampler = await _sampler(state, request.model)
+    async def chat_completion(request: ChatRequest, owner: Owner) -> Completion:
+        sampler = await _sampler(state, request.model, owner)
         grammar = await asyncio.to_thread(_grammar, request, sampler)
         prompt = await chat.prompt(request, sampler, allow_urls=allow_urls)
         encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
         return _completion(request, sampler, [encoded], grammar)
 
     @router.post("/chat/completions", response_model=None, responses=STREAMED)
-    async def chat_completions(request: ChatRequest, http_request: Request) -> Response:
-        return await _answer(http_request, await chat_completion(request))
+    async def chat_completions(request: ChatRequest, http_request: Request, owner: Owned) -> Response:
+        return await _answer(http_request, await chat_completion(request, owner))
 
     @router.post("/responses", response_model=None, responses=STREAMED)
-    async def responses(request: items.ResponseRequest, http_request: Request) -> Response:
-        chat = await chat_completion(items.chat_request(request))
+    async def responses(request: items.ResponseRequest, http_request: Request, owner: Owned) -> Response:
+        chat = await chat_completion(items.chat_request(request), owner)
         return await _answer(http_request, items.Response(request, chat))
 
     return router
 
 
-async def _sampler(state: ServerState, model: str) -> LocalSamplingClient:
+async def _sampler(state: ServerState, model: str, owner: Owner) -> LocalSamplingClient:
     """On a base model, or on the checkpoint of a tinker:// path; raises as `check_room` and `Samplers.client`."""
     check_room(state)
     saved = model.startswith(PATH)
-    return await state.samplers.client(model if saved else None, None if saved else model)
+    return await state.samplers.client(model if saved else None, None if saved else model, owner)
 
 
 def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[EncodedPrompt]:

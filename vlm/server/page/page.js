@@ -274,7 +274,8 @@ function modelRow() {
   const name = element("strong"), about = element("span", { class: "soft" });
   const update = (model) => {
     say(name, model.name);
-    say(about, `context ${whole(model.context)} tokens · ${model.loaded ? "loaded" : "loaded at its first use"}`);
+    const threads = model.threads ? ` · ${model.threads > 1 ? `${whole(model.threads)} threads` : "1 thread"}` : "";
+    say(about, `context ${whole(model.context)} tokens · ${model.loaded ? "loaded" : "loaded at its first use"}${threads}`);
   };
   return { node: element("li", {}, name, " ", about), update };
 }

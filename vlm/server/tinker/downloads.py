@@ -20,6 +20,7 @@ from kshot.checks import folder_of
 from kshot.errors import MissingError
 from vlm.local.registry import ENCRYPTED, OPTIMIZER
 from vlm.server.guard import Signer
+from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
 
 LIFETIME = 3600  # seconds
@@ -33,29 +34,29 @@ CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
 def add(router: APIRouter, state: ServerState, signer: Signer) -> None:
     """The endpoints."""
 
-    def files(run: str, kind: str, name: str) -> dict[str, Path]:
-        return _files(state, f"tinker://{run}/{kind}/{name}")
+    def files(owner: Owner, run: str, kind: str, name: str) -> dict[str, Path]:
+        return _files(state, f"tinker://{run}/{kind}/{name}", owner)
 
     def address(request: Request, *parts: str, expires: int) -> str:
         path = "/".join((f"{router.prefix}/download", *parts))
         return f"{str(request.base_url).rstrip('/')}{quote(path)}?{signer.query(path, expires)}"
 
     @router.get(f"{CHECKPOINT}/external_weights_urls")
-    async def external_weights_urls(request: Request, run: str, kind: str, name: str) -> dict[str, Any]:
-        expires = int(time.time()) + LIFETIME
-        urls = {file: address(request, run, kind, name, file, expires=expires) for file in files(run, kind, name)}
+    async def external_weights_urls(request: Request, owner: Owned, run: str, kind: str, name: str) -> dict[str, Any]:
+        expires, known = int(time.time()) + LIFETIME, files(owner, run, kind, name)
+        urls = {file: address(request, run, kind, name, file, expires=expires) for file in known}
         return {"urls": urls, "expires": datetime.fromtimestamp(expires, UTC).isoformat()}
 
     @router.get(f"{CHECKPOINT}/archive", status_code=302, response_class=Response)
-    async def archive(request: Request, run: str, kind: str, name: str) -> Response:
-        files(run, kind, name)
+    async def archive(request: Request, owner: Owned, run: str, kind: str, name: str) -> Response:
+        files(owner, run, kind, name)
         expires = int(time.time()) + LIFETIME
         location = address(request, run, kind, name, ARCHIVE, expires=expires)
         return Response(status_code=302, headers={"Location": location, "Expires": formatdate(expires, usegmt=True)})
 
     @router.get("/download/{run}/{kind}/{name}/{path}", response_class=Response, responses=CONTENT)
-    async def download(run: str, kind: str, name: str, path: str) -> Response:
-        known = files(run, kind, name)
+    async def download(owner: Owned, run: str, kind: str, name: str, path: str) -> Response:
+        known = files(owner, run, kind, name)
         if path == ARCHIVE:
             return _archive(list(known.values()))
         if path not in known:
@@ -63,10 +64,10 @@ def add(router: APIRouter, state: ServerState, signer: Signer) -> None:
         return FileResponse(known[path], media_type=BINARY)
 
 
-def _files(state: ServerState, path: str) -> dict[str, Path]:
+def _files(state: ServerState, path: str, owner: Owner) -> dict[str, Path]:
     """Name → file of a checkpoint: PEFT's and kshot's record; of an encrypted checkpoint the encrypted ones. Raises as
     `Checkpoints.existing`."""
-    folder = folder_of(state.checkpoints.root, state.checkpoints.existing(path).path)
+    folder = folder_of(state.checkpoints.root, state.checkpoints.existing(path, owner).path)
     if not folder.is_dir():
         raise MissingError(f"the files of checkpoint {path} are gone from this server's state folder")
     files = {file.name: file for file in sorted(folder.iterdir()) if file.name != OPTIMIZER}

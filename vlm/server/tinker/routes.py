@@ -4,8 +4,10 @@ How a training request goes on from here: `vlm.server.tinker.training`.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
@@ -17,6 +19,7 @@ from kshot.errors import LostError, MissingError, RequestError
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import Route, Signer
+from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState, check_project
 from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import downloads, training, wire
@@ -26,6 +29,8 @@ from vlm.server.tinker.training import TrainingService
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
+PAGE = 4 << 20  # characters of a list after which no more rows are added; the cursor's limit says how many there are
+AT_ONCE = 50  # rows of a list that are read at once
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": True}  # on loopback zstd costs more than it saves
 DYNAMIC = {"sample_cancel_enabled": True}
 TYPES = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))  # our folders → the protocol's words
@@ -105,28 +110,33 @@ def _server(router: APIRouter, state: ServerState) -> None:
 
 def _sessions(router: APIRouter, state: ServerState) -> None:
     @router.post("/create_session")
-    async def create_session(request: types.CreateSessionRequest) -> dict[str, Any]:
-        return {"type": "create_session", "session_id": state.create_session(request)}
+    async def create_session(request: types.CreateSessionRequest, owner: Owned) -> dict[str, Any]:
+        return {"type": "create_session", "session_id": state.create_session(request, owner)}
 
     @router.post("/session_heartbeat")
-    async def heartbeat(request: types.SessionHeartbeatRequest) -> dict[str, str]:
-        state.heartbeat(request.session_id)
+    async def heartbeat(request: types.SessionHeartbeatRequest, owner: Owned) -> dict[str, str]:
+        state.heartbeat(request.session_id, owner)
         return {"type": "session_heartbeat"}
 
     @router.post("/sessions/{session_id}/finish", status_code=204)
-    async def finish(session_id: str, request: Finish) -> None:
-        state.finish_session(session_id, {"reason": request.reason, "detail": request.detail})
+    async def finish(session_id: str, request: Finish, owner: Owned) -> None:
+        state.finish_session(session_id, {"reason": request.reason, "detail": request.detail}, owner)
 
     @router.get("/sessions")
     async def sessions(
-        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
+        owner: Owned,
+        limit: Limit = 20,
+        offset: Offset = 0,
+        access_scope: Scope = "owned",
+        project_id: str | None = None,
     ) -> dict[str, Any]:
         check_project(project_id)
-        return {"sessions": [row.id for row in state.store.newest(Session, limit, offset)]}
+        ids, _ = _page(partial(state.store.newest, Session, owner=owner), lambda row: row.id, limit, offset)
+        return {"sessions": ids}
 
     @router.get("/sessions/{session}")
-    async def session(session: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        row = _existing(state, Session, session)
+    async def session(session: str, owner: Owned, access_scope: Scope = "owned") -> dict[str, Any]:
+        row = _existing(state, Session, session, owner)
         return {
             "training_run_ids": [run.id for run in state.store.of_session(Run, session)],
             "sampler_ids": [sampler.id for sampler in state.store.of_session(Sampler, session)],
@@ -140,44 +150,44 @@ def _training(router: APIRouter, state: ServerState, service: TrainingService) -
         return accepted(service.submit(operation, size), operation.request.model_id)
 
     @router.post("/create_model")
-    async def create_model(request: types.CreateModelRequest) -> dict[str, Any]:
-        return accepted(service.create(request))
+    async def create_model(request: types.CreateModelRequest, owner: Owned) -> dict[str, Any]:
+        return accepted(service.create(request, owner))
 
     @router.post("/get_info")
-    async def get_info(request: types.GetInfoRequest) -> dict[str, Any]:
-        return (await service.info(request.model_id)).model_dump(mode="json")
+    async def get_info(request: types.GetInfoRequest, owner: Owned) -> dict[str, Any]:
+        return (await service.info(request.model_id, owner)).model_dump(mode="json")
 
     @router.post("/forward_backward", openapi_extra=BINARY)
-    async def forward_backward(request: Request) -> dict[str, Any]:
+    async def forward_backward(request: Request, owner: Owned) -> dict[str, Any]:
         body = await request.body()
         try:
             parsed = await _parsed(wire.parse_forward_backward, body)
         except RequestError as error:
-            return submit(training.Refused(state, wire.number_of(body), error))
-        return submit(training.ForwardBackward(state, parsed), len(body))
+            return submit(training.Refused(state, wire.number_of(body), owner, error))
+        return submit(training.ForwardBackward(state, parsed, owner), len(body))
 
     @router.post("/optim_step")
-    async def optim_step(request: types.OptimStepRequest) -> dict[str, Any]:
-        return submit(training.OptimStep(state, request))
+    async def optim_step(request: types.OptimStepRequest, owner: Owned) -> dict[str, Any]:
+        return submit(training.OptimStep(state, request, owner))
 
     @router.post("/save_weights")
-    async def save_weights(request: types.SaveWeightsRequest) -> dict[str, Any]:
-        return submit(training.SaveWeights(state, request))
+    async def save_weights(request: types.SaveWeightsRequest, owner: Owned) -> dict[str, Any]:
+        return submit(training.SaveWeights(state, request, owner))
 
     @router.post("/save_weights_for_sampler")
-    async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest) -> dict[str, Any]:
-        named = request.path is not None
-        return submit((training.SaveWeightsForSampler if named else training.SnapshotForSampler)(state, request))
+    async def save_weights_for_sampler(request: types.SaveWeightsForSamplerRequest, owner: Owned) -> dict[str, Any]:
+        kind = training.SnapshotForSampler if request.path is None else training.SaveWeightsForSampler
+        return submit(kind(state, request, owner))
 
     @router.post("/save_weights_external")
-    async def save_weights_external(request: types.SaveWeightsExternalRequest) -> dict[str, Any]:
-        return submit(training.SaveWeightsExternal(state, request))
+    async def save_weights_external(request: types.SaveWeightsExternalRequest, owner: Owned) -> dict[str, Any]:
+        return submit(training.SaveWeightsExternal(state, request, owner))
 
     @router.post("/load_weights")
-    async def load_weights(request: types.LoadWeightsRequest) -> dict[str, Any]:
+    async def load_weights(request: types.LoadWeightsRequest, owner: Owned) -> dict[str, Any]:
         if request.model_id is None:
-            return accepted(service.resume(request))
-        return submit(training.LoadWeights(state, request))
+            return accepted(service.resume(request, owner))
+        return submit(training.LoadWeights(state, request, owner))
 
 
 async def _parsed(parse: Callable[[bytes], T], body: bytes) -> T:
@@ -191,30 +201,32 @@ def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:
 
 def _sampling(router: APIRouter, state: ServerState, service: SamplingService) -> None:
     @router.post("/create_sampling_session")
-    async def create_sampling_session(request: types.CreateSamplingSessionRequest) -> dict[str, str]:
-        return {"type": "create_sampling_session", "sampling_session_id": service.create_sampling_session(request)}
+    async def create_sampling_session(request: types.CreateSamplingSessionRequest, owner: Owned) -> dict[str, str]:
+        name = service.create_sampling_session(request, owner)
+        return {"type": "create_sampling_session", "sampling_session_id": name}
 
     @router.post("/join_sampling_session")
-    async def join_sampling_session(request: types.JoinSamplingSessionRequest) -> dict[str, Any]:
-        state.samplers.row(request.sampling_session_id)
+    async def join_sampling_session(request: types.JoinSamplingSessionRequest, owner: Owned) -> dict[str, Any]:
+        state.samplers.row(request.sampling_session_id, owner)
         number = state.store.next_clone(request.sampling_session_id)
         return {"type": "join_sampling_session", "client_counter": number}
 
     @router.get("/samplers/{sampler}")
-    async def sampler(sampler: str) -> dict[str, Any]:
-        row = _existing(state, Sampler, sampler)
+    async def sampler(sampler: str, owner: Owned) -> dict[str, Any]:
+        row = _existing(state, Sampler, sampler, owner)
         return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
 
     @router.post("/asample", openapi_extra=SAMPLE_BODY)
-    async def asample(request: Request) -> dict[str, Any]:
+    async def asample(request: Request, owner: Owned) -> dict[str, Any]:
         body = await request.body()
         # not by FastAPI: images are large, and JSON is read once
-        request_id, sequence_ids = service.sample(await _parsed(_sample_request, body))
+        request_id, sequence_ids = service.sample(await _parsed(_sample_request, body), owner)
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
 
     @router.post("/cancel_future", status_code=204)
-    async def cancel_future(request: Cancel) -> None:
-        service.cancel(request.request_id)
+    async def cancel_future(request: Cancel, owner: Owned) -> None:
+        if request.request_id in state.futures.pending(owner):
+            service.cancel(request.request_id)
 
 
 def _sample_request(body: bytes) -> types.SampleRequest:
@@ -241,10 +253,12 @@ def first_fault(errors: Any) -> str:
 def _answers(router: APIRouter, state: ServerState) -> None:
     @router.post("/retrieve_future", responses={200: {"content": {PROTOBUF: {}}}})
     async def retrieve_future(
-        request: types.FutureRetrieveRequest, x_tinker_request_type: Annotated[str | None, Header()] = None
+        request: types.FutureRetrieveRequest,
+        owner: Owned,
+        x_tinker_request_type: Annotated[str | None, Header()] = None,
     ) -> Response:
         try:
-            answer = await state.futures.wait(request.request_id, PATIENCE)
+            answer = await state.futures.wait(request.request_id, PATIENCE, owner)
         except LostError as error:
             if x_tinker_request_type in (None, "Sample"):
                 raise  # the SDK then sends the sample again; of a run's requests it would only say that one is broken
@@ -263,56 +277,80 @@ def _response(answer: Answer) -> Response:
 def _lists(router: APIRouter, state: ServerState) -> None:
     @router.get("/training_runs")
     async def training_runs(
-        limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned", project_id: str | None = None
+        owner: Owned,
+        limit: Limit = 20,
+        offset: Offset = 0,
+        access_scope: Scope = "owned",
+        project_id: str | None = None,
     ) -> dict[str, Any]:
         check_project(project_id)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Run)}
-        return {"training_runs": [_run(state, row) for row in state.store.newest(Run, limit, offset)], "cursor": cursor}
+        rows, limit = _page(partial(state.store.newest, Run, owner=owner), partial(_run, state), limit, offset)
+        return {"training_runs": rows, "cursor": _cursor(offset, limit, state.store.count(Run, owner))}
 
     @router.get("/training_runs/{run}")
-    async def training_run(run: str, access_scope: Scope = "owned") -> dict[str, Any]:
-        return _run(state, _existing(state, Run, run))
+    async def training_run(run: str, owner: Owned, access_scope: Scope = "owned") -> dict[str, Any]:
+        return _run(state, _existing(state, Run, run, owner))
 
     @router.get("/training_runs/{run}/checkpoints")
-    async def checkpoints_of(run: str) -> dict[str, Any]:
-        _existing(state, Run, run)
-        return {"checkpoints": [_checkpoint(row) for row in state.store.checkpoints(run)]}
+    async def checkpoints_of(run: str, owner: Owned, limit: Limit = 1000, offset: Offset = 0) -> dict[str, Any]:
+        _existing(state, Run, run, owner)
+        rows, limit = _page(partial(state.store.checkpoints, run, owner=owner), _checkpoint, limit, offset)
+        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count_checkpoints(run))}
 
     @router.post("/weights_info")
-    async def weights_info(request: WeightsInfo) -> dict[str, Any]:
-        row = state.checkpoints.existing(request.tinker_path)
+    async def weights_info(request: WeightsInfo, owner: Owned) -> dict[str, Any]:
+        row = state.checkpoints.existing(request.tinker_path, owner)
         flags = {name: row.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
 
-    def existing(run: str, kind: str, name: str) -> str:
-        return state.checkpoints.existing(f"tinker://{run}/{kind}/{name}").path
+    def own(run: str, kind: str, name: str, owner: Owner) -> str:
+        return state.checkpoints.existing(f"tinker://{run}/{kind}/{name}", owner, change=True).path
 
     @router.get("/checkpoints")
-    async def checkpoints(limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-        rows = state.store.checkpoints(limit=limit, offset=offset)
-        cursor = {"offset": offset, "limit": limit, "total_count": state.store.count(Checkpoint)}
-        return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
+    async def checkpoints(owner: Owned, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+        rows, limit = _page(partial(state.store.checkpoints, None, owner=owner), _checkpoint, limit, offset)
+        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count(Checkpoint, owner))}
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-    async def delete(run: str, kind: str, name: str) -> None:
-        state.checkpoints.remove(existing(run, kind, name))
+    async def delete(run: str, kind: str, name: str, owner: Owned) -> None:
+        state.checkpoints.remove(own(run, kind, name, owner))
 
     @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-    async def set_ttl(run: str, kind: str, name: str, request: Ttl) -> None:
+    async def set_ttl(run: str, kind: str, name: str, request: Ttl, owner: Owned) -> None:
         check_ttl(request.ttl_seconds)
-        state.checkpoints.set_ttl(existing(run, kind, name), request.ttl_seconds)
+        state.checkpoints.set_ttl(own(run, kind, name, owner), request.ttl_seconds)
 
     @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-    async def publish(run: str, kind: str, name: str) -> None:
-        state.store.update(Checkpoint, existing(run, kind, name), public=True)
+    async def publish(run: str, kind: str, name: str, owner: Owned) -> None:
+        state.store.update(Checkpoint, own(run, kind, name, owner), public=True)
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-    async def unpublish(run: str, kind: str, name: str) -> None:
-        state.store.update(Checkpoint, existing(run, kind, name), public=False)
+    async def unpublish(run: str, kind: str, name: str, owner: Owned) -> None:
+        state.store.update(Checkpoint, own(run, kind, name, owner), public=False)
 
 
-def _existing(state: ServerState, kind: type[Row], key: str) -> Row:
-    row = state.store.get(kind, key)
+def _page(
+    read: Callable[[int, int], list[Row]], make: Callable[[Row], Any], limit: int, offset: int
+) -> tuple[list[Any], int]:
+    """At most `limit` rows as JSON has them, and the limit: the number of rows where PAGE is less. read: of rows, so
+    many from a place on."""
+    page, size = list[Any](), 0
+    while len(page) < limit and size < PAGE:
+        asked = min(AT_ONCE, limit - len(page))
+        rows = [make(row) for row in read(asked, offset + len(page))]
+        page += rows
+        size += sum(len(json.dumps(row)) for row in rows)
+        if len(rows) < asked:
+            return page, limit
+    return page, len(page)
+
+
+def _cursor(offset: int, limit: int, total: int) -> dict[str, int]:
+    return {"offset": offset, "limit": limit, "total_count": total}
+
+
+def _existing(state: ServerState, kind: type[Row], key: str, owner: Owner) -> Row:
+    row = state.store.get(kind, key, owner)
     if row is None:
         raise MissingError(f"there is no {kind.__name__.lower()} {key!r}")
     return row

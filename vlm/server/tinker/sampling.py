@@ -15,6 +15,7 @@ from tinker import types
 from kshot.errors import BusyError, RequestError
 from vlm.local.clients import SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer, error_answer
+from vlm.server.owners import Owner
 from vlm.server.state import ServerState, check_number, sampler_id
 from vlm.server.store import Sampler
 from vlm.server.tinker import wire
@@ -32,35 +33,36 @@ class SamplingService:
     state: ServerState
     image_log_probs: float = math.nan
 
-    def create_sampling_session(self, request: types.CreateSamplingSessionRequest) -> str:
+    def create_sampling_session(self, request: types.CreateSamplingSessionRequest, owner: Owner) -> str:
         """The id of a sampling session, the same for the same number. Raises where its weights are not here."""
         check_number("sampling_session_seq_id", request.sampling_session_seq_id)
-        self.state.check_session(request.session_id)
-        saved = self.state.samplers.check(request.model_path, request.base_model)
+        self.state.check_session(request.session_id, owner)
+        saved = self.state.samplers.check(request.model_path, request.base_model, owner)
         base = saved.base_model if saved else request.base_model
         if request.base_model not in (None, base):
             raise RequestError(f"{request.model_path} is of {base!r}, not of {request.base_model!r}")
         name = sampler_id(request.session_id, request.sampling_session_seq_id)
         before = self.state.store.get(Sampler, name)
         if before is None:
-            self.state.store.add(Sampler(name, request.session_id, str(base), request.model_path))
+            row = Sampler(name, request.session_id, str(base), request.model_path, owner=owner.name)
+            self.state.retention.add(row)
         elif before.ephemeral or (before.base_model, before.model_path) != (base, request.model_path):
             raise RequestError(f"sampling session {name} is of other weights; take the next sampling_session_seq_id")
         return name
 
-    def sample(self, request: types.SampleRequest) -> tuple[str, list[str]]:
+    def sample(self, request: types.SampleRequest, owner: Owner) -> tuple[str, list[str]]:
         """The id of a request, and of each of its samples. Raises RequestError, MissingError, BusyError."""
         refuse(record_stability_info=request.record_stability_info)
         _check_size(request)
-        key = self._key(request)
-        request_id = self.state.futures.id_of(key)
+        key = self._key(request, owner)
+        request_id = self.state.futures.id_of(key, owner)
         if request_id is None:
             check_room(self.state)
             targets = request.target_prompt_logprobs
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
-            request_id = self.state.futures.open(key)
+            request_id = self.state.futures.open(key, owner)
             self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
-            self.state.background(self._work(request_id, request, tensor))
+            self.state.background(self._work(request_id, request, tensor, owner))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]
 
     def cancel(self, request_id: str) -> None:
@@ -68,25 +70,27 @@ class SamplingService:
         if (future := self.state.samplings.get(request_id)) is not None:
             future.cancel()
 
-    def _key(self, request: types.SampleRequest) -> str:
+    def _key(self, request: types.SampleRequest, owner: Owner) -> str:
         """The request's key, once its weights were looked up."""
         if (name := request.sampling_session_id) is not None:
             if request.seq_id is None:
                 raise RequestError("a request of a sampling session needs its number, seq_id")
-            self.state.samplers.row(name)
+            self.state.samplers.row(name, owner)
             return f"{name}/{request.seq_id}"
         if request.model_path is None and request.base_model is None:
             raise RequestError("asample names no weights; give sampling_session_id, model_path or base_model")
-        self.state.samplers.check(request.model_path, request.base_model)
+        self.state.samplers.check(request.model_path, request.base_model, owner)
         return uuid.uuid4().hex
 
-    async def _work(self, request_id: str, request: types.SampleRequest, targets: types.TensorData | None) -> None:
+    async def _work(
+        self, request_id: str, request: types.SampleRequest, targets: types.TensorData | None, owner: Owner
+    ) -> None:
         samplers, samplings = self.state.samplers, self.state.samplings
         try:
             if request.sampling_session_id is not None:
-                client = await samplers.client_of(request.sampling_session_id)
+                client = await samplers.client_of(request.sampling_session_id, owner)
             else:
-                client = await samplers.client(request.model_path, request.base_model)
+                client = await samplers.client(request.model_path, request.base_model, owner)
             if not samplings[request_id].cancelled():
                 samplings[request_id] = client.start(_sampling_request(request, targets))
             response = await asyncio.wrap_future(samplings[request_id])

@@ -19,22 +19,24 @@ from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, recipien
 from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
+from vlm.server.owners import Owner
 from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
 from vlm.server.store import Run, Sampler
 from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
-RUNS = 4096  # in memory
+RUNS, OWN_RUNS = 4096, 1024  # in memory, and those of one key
 WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that are their run's next
 
 
 @dataclass(frozen=True)
 class RunOperation(Operation):
-    """A request of a run, by its model_id and seq_id."""
+    """A request of a run, by its model_id and seq_id, and whose it is."""
 
     state: ServerState
     request: Any
+    owner: Owner
 
     def check(self) -> None:
         """Raise a KshotError for what is wrong with the request, before it is queued."""
@@ -53,7 +55,7 @@ class ForwardBackward(RunOperation):
         if not self.request.forward_only and (run := self.state.runs.get(self.request.model_id)):
             run.loss += output.metrics["loss:sum"]
             run.examples += len(self.request.data)
-            self.state.examples += len(self.request.data)
+            self.state.examples[self.owner.name] += len(self.request.data)
         return Answer(wire.forward_backward_output(output), PROTOBUF)
 
 
@@ -68,7 +70,7 @@ class OptimStep(RunOperation):
     def reply(self, response: types.OptimStepResponse) -> Answer:
         if run := self.state.runs.get(self.request.model_id):
             run.steps += 1
-            self.state.steps += 1
+            self.state.steps[self.owner.name] += 1
             try:
                 self.state.store.add_loss(run.id, run.steps, run.loss / max(1, run.examples), run.examples)
             except KshotError:  # the step was made all the same
@@ -107,7 +109,7 @@ class SaveWeights(RunOperation):
         return client.save_state(self.name, overwrite=self.request.overwrite, user_metadata=self.metadata)
 
     def reply(self, _: Any) -> Answer:
-        self.state.checkpoints.register(self.path, self.request.ttl_seconds, self.metadata)
+        self.state.checkpoints.register(self.path, self.request.ttl_seconds, self.metadata, self.owner.name)
         return json_answer({"path": self.path, "type": self.type})
 
 
@@ -159,7 +161,8 @@ class SnapshotForSampler(RunOperation):
         name = sampler_id(session, self.request.sampling_session_seq_id or 0)
         if self.state.store.get(Sampler, name) is not None:
             raise RequestError(f"sampling session {name} was made before; take the next sampling_session_seq_id")
-        self.state.store.add(Sampler(name, session, client.get_base_model(), ephemeral=True))
+        row = Sampler(name, session, client.get_base_model(), ephemeral=True, owner=self.owner.name)
+        self.state.retention.add(row)
         self.state.samplers.keep(name, self.request.model_id, client)
         return json_answer({"sampling_session_id": name, "type": "save_weights_for_sampler"})
 
@@ -172,7 +175,7 @@ class LoadWeights(RunOperation):
     def check(self) -> None:
         refuse(weights_access_token=self.request.weights_access_token)
         check_optimizer(self.request.optimizer_config)
-        self.state.checkpoints.existing(self.request.path)
+        self.state.checkpoints.existing(self.request.path, self.owner)
 
     def run(self, client: LocalTrainingClient) -> Any:
         return (client.load_state_with_optimizer if self.request.optimizer else client.load_state)(self.request.path)
@@ -207,73 +210,78 @@ class TrainingService:
     def submit(self, operation: RunOperation, size: int = 0) -> str:
         """Queue an operation of a run; size: bytes of its body.
 
-        Raises MissingError for a run that is not in memory, RequestError for a number that cannot be, BusyError where
-        too much waits. Any other mistake in a request of a run in memory is its answer: see `Refused`.
+        Raises MissingError for a run that is not in memory or another owner's, RequestError for a number that cannot
+        be, BusyError where too much waits. Any other mistake in a request of a run in memory is its answer: see
+        `Refused`.
         """
-        model_id, seq = operation.request.model_id, operation.request.seq_id
+        model_id, seq, owner = operation.request.model_id, operation.request.seq_id, operation.owner
         try:
             operation.check()
         except KshotError as error:
-            if model_id not in self.state.runs:
+            if self.state.live_run(model_id, owner) is None:
                 raise
-            operation, size = Refused(self.state, operation.request, error), 0
+            operation, size = Refused(self.state, operation.request, owner, error), 0
         if seq is None or seq < 1:
             raise RequestError(f"seq_id {seq} of a request of run {model_id}: a run's requests are numbered from 1")
         key = f"{model_id}/{seq}"
-        if (known := self.state.futures.id_of(key)) is not None:
+        if (known := self.state.futures.id_of(key, owner)) is not None:
             return known
-        run = self._live_run(model_id)
+        run = self._live_run(model_id, owner)
         run.check(seq)
         if size and seq != run.next_seq and sum(self.state.futures.sizes) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
-        request_id = self.state.futures.open(key, size)
+        request_id = self.state.futures.open(key, owner, size)
         run.add(seq, request_id, operation)
         return request_id
 
-    def create(self, request: types.CreateModelRequest) -> str:
+    def create(self, request: types.CreateModelRequest, owner: Owner) -> str:
         """Begin a run with fresh LoRA weights. Raises a KshotError for a mistake in the request."""
         lora, registry = request.lora_config, self.state.registry
         if lora is None:
             raise RequestError("create_model without lora_config: this server trains LoRA adapters alone; give one")
         check_optimizer(request.optimizer_config)
         check_seed(lora.seed)
-        self.state.samplers.check(None, request.base_model)
+        self.state.samplers.check(None, request.base_model, owner)
         flags = {"train_mlp": lora.train_mlp, "train_attn": lora.train_attn, "train_unembed": lora.train_unembed}
         spec = registry.spec(lora.rank, **flags)
         start = partial(registry.start, base_model=request.base_model, spec=spec, seed=lora.seed)
-        return self._begin(request, start, type="create_model")
+        return self._begin(request, owner, start, type="create_model")
 
-    def resume(self, request: types.LoadWeightsRequest) -> str:
+    def resume(self, request: types.LoadWeightsRequest, owner: Owner) -> str:
         """Begin a run with the weights of a checkpoint: load_weights without a model_id. Raises as `create`."""
-        LoadWeights(self.state, request).check()
+        LoadWeights(self.state, request, owner).check()
         if request.session_id is None or request.model_seq_id is None:
             raise RequestError("load_weights needs model_id and seq_id, or session_id and model_seq_id for a new run")
         resume = self.state.registry.resume
         start = partial(resume, path=request.path, base_model=request.base_model, optimizer=request.optimizer)
-        return self._begin(request, start, path=request.path, type="load_weights")
+        return self._begin(request, owner, start, path=request.path, type="load_weights")
 
-    def _begin(self, request: Any, start: Callable[..., LocalTrainingClient], **answer: str) -> str:
+    def _begin(self, request: Any, owner: Owner, start: Callable[..., LocalTrainingClient], **answer: str) -> str:
         """start: makes the run's client on the engine's thread. The run is called as the SDK expects it to be."""
         session, seq = request.session_id or "", request.model_seq_id or 0
         check_number("model_seq_id", seq)
-        self.state.check_session(session)
+        self.state.check_session(session, owner)
         model_id = f"{session}:train:{seq}"
         key = f"{model_id}/0"
-        if (known := self.state.futures.id_of(key)) is not None:
+        if (known := self.state.futures.id_of(key, owner)) is not None:
             return known
         if self.state.store.get(Run, model_id) is not None:
             raise RequestError(f"run {model_id} was made before; take the next model_seq_id")
         if len(self.state.runs) >= RUNS:
             raise BusyError(f"{RUNS} runs are in memory; finish a session")
+        own = sum(run.owner == owner.name for run in self.state.runs.values())
+        if owner.name is not None and own >= OWN_RUNS:
+            raise BusyError(f"{OWN_RUNS} runs of this key are in memory; finish a session")
+        self.state.retention.check(Run, owner.name)
         metadata = metadata_text(request.user_metadata)
-        request_id = self.state.futures.open(key)
-        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.futures.finish)
+        request_id = self.state.futures.open(key, owner)
+        run = self.state.runs[model_id] = LiveRun(model_id, session, self.state.futures.finish, owner.name)
 
         async def begin() -> None:
             try:
                 client = await self.state.registry.submit(start, model_id, user_metadata=metadata)
-                row = Run(model_id, session, client.get_info().model_name, asdict(client.spec), metadata)
-                self.state.store.add(row)
+                base_model, lora = client.get_info().model_name, asdict(client.spec)
+                self.state.retention.add(Run(model_id, session, base_model, lora, metadata, owner=owner.name))
             except Exception as error:
                 self.state.runs.pop(model_id, None)
                 run.end(error)
@@ -286,25 +294,25 @@ class TrainingService:
         self.state.background(begin())
         return request_id
 
-    def refuse_body(self, body: Any, error: RequestError) -> tuple[str, str] | None:
-        """Request id and run of a body that is no request but names a run in memory and a number there: it is answered
-        as `Refused`. None for any other."""
+    def refuse_body(self, body: Any, owner: Owner, error: RequestError) -> tuple[str, str] | None:
+        """Request id and run of a body that is no request but names a run of this owner in memory and a number there:
+        it is answered as `Refused`. None for any other."""
         fields = body if isinstance(body, dict) else {}
         run, seq = fields.get("model_id"), fields.get("seq_id")
-        if not isinstance(run, str) or run not in self.state.runs or type(seq) is not int:
+        if not isinstance(run, str) or self.state.live_run(run, owner) is None or type(seq) is not int:
             return None
-        return self.submit(Refused(self.state, wire.RequestNumber(run, seq), error)), run
+        return self.submit(Refused(self.state, wire.RequestNumber(run, seq), owner, error)), run
 
-    async def info(self, model_id: str) -> types.GetInfoResponse:
+    async def info(self, model_id: str, owner: Owner) -> types.GetInfoResponse:
         """What a run is, as soon as its model is loaded. Raises MissingError for one that is not in memory."""
-        run = self._live_run(model_id)
+        run = self._live_run(model_id, owner)
         await run.started.wait()
         if run.client is None:
             raise run.failure or MissingError(f"there is no run {model_id!r}")
         return run.client.get_info()
 
-    def _live_run(self, model_id: str) -> LiveRun:
+    def _live_run(self, model_id: str, owner: Owner) -> LiveRun:
         """A run in memory. Raises MissingError for another, and says what was last saved of it."""
-        if model_id not in self.state.runs:
-            raise self.state.missing_run(model_id)
-        return self.state.runs[model_id]
+        if (run := self.state.live_run(model_id, owner)) is None:
+            raise self.state.missing_run(model_id, owner)
+        return run
