@@ -189,15 +189,17 @@ class LoraHeadClient:
         write_folder(folder, fill)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "LoraHeadClient":
-        """What `save` wrote, with a fresh optimizer. Raises ModelError where it is missing or damaged."""
+    def load(cls, folder: Path, device: str = "cpu", model: str | None = None) -> "LoraHeadClient":
+        """What `save` wrote, with a fresh optimizer. model: where its backbone is now; None: where it was. Raises
+        ModelError where it is missing or damaged."""
         try:
             record, weights = parse_json(read_file(folder / RECORD)), load_file(folder / WEIGHTS)
+            record["model"] = model or record["model"]
             client = cls(**record, seed=0, device=device)  # the seed is of weights that are replaced
             expected, stored = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (client.parameters, weights))
             if wrong := sorted(n for n in {*expected, *stored} if expected.get(n) != stored.get(n)):
                 raise InputError(f"{len(wrong)} tensors do not fit, first {wrong[0]!r}")
-        except (OSError, ValueError, TypeError, SafetensorError, InputError) as error:
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError, InputError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
         for name, parameter in client.parameters.items():

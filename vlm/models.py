@@ -18,6 +18,7 @@ MODELS = {nano.NAME: nano.folder}
 SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
+FILES = (*SMALL, *WEIGHTS)
 
 
 def full_name(name: str) -> str:
@@ -117,11 +118,11 @@ def _fetch_weights(hub_id: str, commit: str) -> None:
 
     try:
         with _quiet():
-            _snapshot(hub_id, commit, (*SMALL, *WEIGHTS), offline=True)
+            _snapshot(hub_id, commit, FILES, offline=True)
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise
-        _snapshot(hub_id, commit, (*SMALL, *WEIGHTS))
+        _snapshot(hub_id, commit, FILES)
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], offline: bool = False) -> str:

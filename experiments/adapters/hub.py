@@ -66,9 +66,10 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
     if (folder / "sweep.json").exists():
         kind, names = DATASET, _results_files(folder)
     elif (folder / adapters.CARD).exists() or (folder / adapters.RECORD).exists():
-        kind, names, card = MODEL, sorted(adapters.FILES), adapters.read_card(folder)
+        card = adapters.read_card(folder)
+        kind, names = MODEL, sorted(adapters.FILES[card.kind if card else adapters.ADAPTER])
         if missing := [name for name in names if not (folder / name).exists()]:
-            raise InputError(f"{folder} has no {missing[0]}: it is no whole adapter; train it again with kshot train")
+            raise InputError(f"{folder} has no {missing[0]}: it is not whole; train it again with kshot train")
     else:
         raise InputError(f"{folder} is neither an adapter of kshot train nor a results folder; nothing else is sent")
     for name in names:
@@ -77,7 +78,7 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
     sizes = tuple((name, (folder / name).stat().st_size) for name in names)
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     skipped = tuple(sorted(present - {name.split("/")[0] for name in names}))
-    place = loadable(card.base_model) if card else ""
+    place = "" if card is None else loadable(card.base_model) if card.kind == adapters.ADAPTER else card.base_model
     place = place if Path(place).is_absolute() else ""  # an id of the hub is no leak
     records = {name: (folder / name).read_text(encoding="utf-8") for name in names if place and name.endswith(".json")}
     leaks = tuple(name for name, text in records.items() if place in text)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.dataset import Access
     from experiments.report.comparisons import ImageSources
     from experiments.sweep.cells import EncodingJob, Job
+    from experiments.sweep.choice import Choice
     from experiments.sweep.config import RunOptions, Sweep
     from experiments.sweep.grid import Plan
     from experiments.sweep.intervals import Score
@@ -29,7 +30,9 @@ def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoI
 
 @opt.with_access
 def sweep(
-    preset: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Argument(help="A preset's name or a YAML file; without one, a sweep of your data sets.")
+    ] = None,
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
@@ -61,7 +64,9 @@ def sweep(
     loss: opt.Loss = None,
     calibration: opt.Calibration = None,
     service: opt.Service = "local",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda (all GPUs, one a worker) or cuda:N.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
+    ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
@@ -86,10 +91,13 @@ def sweep(
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
-    content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    what: dict[str, Any] = {"service": service, "device": device, "access": access, "track": track}
+    chosen = _choice(preset if service == "local" else "demo", dataset, method, values, compared, settings, device)
+    fields["methods"] = method or list(chosen.methods)
+    options = {**values, "calibration": calibration, **compared, **chosen.settings}
+    content = _sweep_of(preset or "demo", fields, options, settings)
+    what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
-    run(content, output, images=not no_images, only_plan=only_plan, **what, **how)
+    run(content, output, images=not no_images, only_plan=only_plan, said=chosen.lines, **what, **how)
 
 
 @opt.with_access
@@ -141,18 +149,26 @@ def report(
         offer(folder, push_to_hub, yes, public)
 
 
-def run(sweep: "Sweep", output: Path | None, *, images: bool = True, only_plan: bool = False, **options: Any) -> None:
+def run(
+    sweep: "Sweep",
+    output: Path | None,
+    *,
+    images: bool = True,
+    only_plan: bool = False,
+    said: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Run what the folder lacks of the sweep and write its reports; only_plan: only print what that would take.
-    images: whether report.html shows some of the data sets'. options: of RunOptions. Raises as `run_sweep` does: where
-    cells failed, the reports are there and name them."""
+    images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
+    RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if only_plan:
-        _print_plan(sweep, folder, chosen)
+        _print_plan(sweep, folder, chosen, said)
     else:
-        run_sweep(sweep, folder, chosen, _Terminal(chosen, images))
+        run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
 
 
 def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], settings: list[str] | None) -> "Sweep":
@@ -168,15 +184,38 @@ def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], sett
     return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
 
 
+def _choice(
+    preset: str | None,
+    datasets: list[str] | None,
+    methods: list[str] | None,
+    values: dict[str, Any],
+    compared: dict[str, Any],
+    settings: list[str] | None,
+    device: str | None,
+) -> "Choice":
+    """The models of a sweep without a preset, as far as options do not name them."""
+    from experiments.sweep.choice import Choice, choose
+
+    if preset is not None:
+        return Choice(device or "cpu")
+    texts = dict(text.partition("=")[::2] for text in settings or [])
+    model, backbone = values["model"] or texts.get("model"), compared["backbone"] or texts.get("backbone")
+    return choose(datasets or [], methods or [], model, backbone, device or "")
+
+
 class _Terminal:
     """Shows on the terminal how a sweep goes, and reports it at its end."""
 
-    def __init__(self, options: "RunOptions", images: bool) -> None:
-        self._options, self._images = options, images
+    def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
+        self._options, self._images, self._said = options, images, said
         self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
+
+    def planned(self, planned: "Plan") -> None:
+        for line in self._said:
+            err.print(line)
 
     @contextmanager
     def running(self, planned: "Plan", results: "Results", jobs: "Sequence[Job]") -> "Iterator[None]":
@@ -216,7 +255,7 @@ class _Terminal:
         print_paths([results.folder, *paths])
 
 
-def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
+def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Sequence[str]) -> None:
     """What the cells that are missing will take; where data must be fetched first, what all cells will."""
     from data import catalog
     from data.dataset import Access
@@ -238,7 +277,7 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
             datasets = {source: info.dataset for source, info in workload.datasets.items()}
             _, said = adapt(sweep, access, datasets)
         estimated = estimate(workload, folder, options)
-    for line in said:
+    for line in (*before, *said):
         err.print(line)
     print_estimate(estimated)
 

@@ -27,6 +27,7 @@ from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule,
 from kshot.errors import DatasetError, InputError, KshotError, ModelError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
+FEW = 50  # test images, below which a report says so
 # on which depends what images are shown
 IMAGE_SETTINGS = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")
 
@@ -37,6 +38,10 @@ class Observer(Protocol):
     def planning(self) -> AbstractContextManager[Any]:
         """Around the reading of the data and the checks."""
         return nullcontext()
+
+    def planned(self, planned: "Plan") -> None:
+        """Once all is checked that can be before a model is fetched or loaded."""
+        return
 
     def running(self, planned: "Plan", results: Results, jobs: "Sequence[Job]") -> AbstractContextManager[Any]:
         """Around the run of these jobs: none, where the folder has all cells."""
@@ -67,6 +72,7 @@ def run_sweep(
     follower = Tracker(options.track)
     with observer.planning():
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+        observer.planned(planned)
         if options.executor == "local" and planned.missing(results, only_failed=options.only_failed):
             _check_loadable(planned)  # on a cluster the nodes have the models
     with results.writing():
@@ -261,6 +267,8 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
     if in_two := dataset.facts.get("in_two_classes"):
         yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
+    if (count := len(dataset.test)) < FEW:
+        yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
     yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 

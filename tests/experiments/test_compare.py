@@ -267,7 +267,7 @@ def test_a_setting_is_of_one_type_alone_and_among_others() -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_training_an_adapter_takes_none_of_them(name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} is for sweeps, which test; training does not depend on it"):
+    with pytest.raises(InputError, match=f"^{name} is no setting of vlm-lora"):
         plan_training("icons", 1, 0, {name: "x"})
 
 

@@ -1,0 +1,100 @@
+"""Which models a sweep of a user's own images takes where it names none: the nano pair is for the demo, and says
+nothing about photographs. With a GPU Qwen3-VL-2B beside DINOv2-base; on a CPU DINOv2-small with heads on frozen
+features, and the VLM only where one is named; the nano pair where nothing else can be had. What is named explicitly
+always holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from baselines import nano
+from data import catalog
+from experiments.sweep.methods import METHODS
+from kshot import hub
+from vlm import models
+
+GPU_MODEL, GPU_BACKBONE, CPU_BACKBONE = "2B", "vit_base_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"
+TITLES = {GPU_BACKBONE: "DINOv2-base", CPU_BACKBONE: "DINOv2-small"}
+TUNED = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
+FROZEN = ("dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean", "pixel-knn")
+WITH_VLM = ("vlm-zero-shot", "vlm-lora", *FROZEN)
+TIMM_FILES = ("model.safetensors", "config.json")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """device: cpu or cuda. methods: of the sweep; none: the preset's. settings: the models. lines: what was chosen and
+    why, a sentence each."""
+
+    device: str
+    methods: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+def choose(
+    datasets: Sequence[str], methods: Sequence[str] = (), model: Any = None, backbone: Any = None, device: str = ""
+) -> Choice:
+    """For data sets that are all the user's own (folder:, hub:); for others nothing is chosen but the device. methods,
+    model, backbone, device: what is named already. Asks the hub for the size of what must be fetched."""
+    named = [catalog.full_name(name) for name in datasets]
+    if not named or not all(name.startswith(tuple(catalog.USERS)) for name in named):
+        return Choice(device or "cpu")
+    gpu = device.startswith("cuda") or (not device and _has_gpu())
+    where = device or ("cuda" if gpu else "cpu")
+    settings: dict[str, Any] = {}
+    chosen = tuple(methods) or (TUNED if gpu else WITH_VLM if model else FROZEN)
+    if model is None and gpu and any(METHODS[name].uses_vlm for name in chosen if name in METHODS):
+        settings["model"] = GPU_MODEL
+    if backbone is None and any(METHODS[name].uses_backbone for name in chosen if name in METHODS):
+        settings["backbone"] = GPU_BACKBONE if gpu else CPU_BACKBONE
+    if not settings:
+        return Choice(where, chosen)
+    sizes = {name: _download(kind, name) for kind, name in settings.items()}
+    titles = [TITLES.get(name, f"Qwen3-VL-{name}") for name in settings.values()]
+    if absent := [title for title, size in zip(titles, sizes.values(), strict=True) if size is None]:
+        return Choice(where, tuple(methods), {}, (_nothing(absent),))
+    size = sum(each or 0 for each in sizes.values())
+    fetched = f"{size / 1e6:,.0f} MB to download" if size else "nothing to download"
+    why = "there is a GPU" if gpu else "there is no GPU" if not device else "--device cpu"
+    line = f"models: {' and '.join(titles)}, since {why} and none is named ({fetched})"
+    if not gpu and model is None and not methods:
+        line += "; --model 2B lets a vision-language model take part: with --plan it says first how long it takes"
+    return Choice(where, chosen, settings, (line,))
+
+
+def _nothing(absent: Sequence[str]) -> str:
+    return (
+        f"models: the nano pair, since {' and '.join(absent)} cannot be had here (no network, and not in the hub's "
+        "cache). It has learnt from drawings and says nothing about photographs: for real numbers run the same command "
+        "where there is a network, or name folders with --backbone and --model"
+    )
+
+
+def _download(kind: str, name: str) -> int | None:
+    """Bytes to fetch; 0 where it is here; None where it cannot be had."""
+    if kind == "model":
+        hub_id, patterns = models.full_name(name), models.FILES
+    else:
+        hub_id, patterns = hub_id_of(name) or "", TIMM_FILES
+    return 0 if hub.is_cached(hub_id, "", patterns) else hub.size_of(hub_id, "", patterns)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def hub_id_of(backbone: str) -> str | None:
+    """Where the hub has the weights of a backbone; None for a local one."""
+    if backbone == nano.NAME or backbone.startswith("local-dir:") or Path(backbone).exists():
+        return None
+    if backbone.startswith("hf-hub:"):
+        return backbone.removeprefix("hf-hub:")
+    import timm
+
+    config = timm.get_pretrained_cfg(backbone)
+    return config.hf_hub_id if config and config.hf_hub_id else None
