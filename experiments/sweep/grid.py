@@ -109,6 +109,7 @@ class Plan:
             counts = f"{len(dataset.classes):,} classes, {train:,} train and {tested} test images"
             yield f"{dataset.name}: {counts}, protocol {dataset.protocol}"
             yield from dataset_notes(dataset)
+            yield from _few_tests(dataset)
         yield from self.adapted
 
     def describe(self) -> dict[str, Any]:
@@ -118,7 +119,8 @@ class Plan:
         usual = self.sweep.settings.views_per_class
         views = {j.cell.dataset: j.settings.views_per_class for j in self.jobs if j.settings.views_per_class != usual}
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
-        of_datasets = [line for dataset in self.datasets.values() for line in dataset_notes(dataset)]
+        sets = self.datasets.values()
+        of_datasets = [line for each in sets for line in (*dataset_notes(each), *_few_tests(each))]
         return {
             "name": self.sweep.name,
             "datasets": [dataset.name for dataset in self.datasets.values()],
@@ -267,9 +269,12 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
     if in_two := dataset.facts.get("in_two_classes"):
         yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
+    yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
+
+
+def _few_tests(dataset: Dataset) -> Iterator[str]:
     if (count := len(dataset.test)) < FEW:
         yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
-    yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 
 def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:

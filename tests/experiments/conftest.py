@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., b
 def grid(photos: Path) -> list[str]:
     """The arguments of a sweep of 17 cells with every method."""
     methods = [argument for method in METHODS for argument in ("--method", method)]
-    return ["sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1,2", "--seeds", "0,1", *TINY]
+    return ["sweep", "demo", "--dataset", f"folder:{photos}", *methods, "--shots", "1,2", "--seeds", "0,1", *TINY]
 
 
 @pytest.fixture

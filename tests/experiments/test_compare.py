@@ -58,7 +58,7 @@ def sweep(photos: Path, tmp_path: Path, kshot: Any, ran: list[Job]) -> Callable[
     def run(*options: object, methods: tuple[str, ...] = ("dinov2-logreg", "pixel-knn")) -> Any:
         ran.clear()
         named = [word for method in methods for word in ("--method", method)]
-        base = ("sweep", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0")
+        base = ("sweep", "demo", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0")
         return kshot(*base, *options, "--out", tmp_path / "out")
 
     return run

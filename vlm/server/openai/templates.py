@@ -60,6 +60,14 @@ class Renderer:
             raise PromptError(str(found))
         return found
 
+    def close(self) -> None:
+        """End the threads, when they are done, and the process."""
+        self.pool.shutdown()
+        with self._lock:
+            if self._process is not None:
+                self._ending()
+                self._process = None
+
     def _ask(self, line: bytes) -> dict[str, str]:
         if self._process is None:
             command = [sys.executable, "-I", str(PROGRAM), str(SECONDS), str(MEMORY)]
@@ -98,6 +106,15 @@ def renderer(tokenizer: Any) -> Renderer:
         if tokenizer not in _RENDERERS:
             _RENDERERS[tokenizer] = Renderer()
         return _RENDERERS[tokenizer]
+
+
+def close() -> None:
+    """End the threads and processes of all models."""
+    with _MAKING:
+        renderers = [*_RENDERERS.values()]
+        _RENDERERS.clear()
+    for each in renderers:
+        each.close()
 
 
 def written(
