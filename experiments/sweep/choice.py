@@ -75,10 +75,8 @@ def _nothing(absent: Sequence[str]) -> str:
 
 def _download(kind: str, name: str) -> int | None:
     """Bytes to fetch; 0 where it is here; None where it cannot be had."""
-    if kind == "model":
-        hub_id, patterns = models.full_name(name), models.FILES
-    else:
-        hub_id, patterns = hub_id_of(name) or "", TIMM_FILES
+    patterns: tuple[str, ...] = models.FILES if kind == "model" else TIMM_FILES
+    hub_id = models.full_name(name) if kind == "model" else hub_id_of(name) or ""
     return 0 if hub.is_cached(hub_id, "", patterns) else hub.size_of(hub_id, "", patterns)
 
 
