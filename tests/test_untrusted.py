@@ -3,12 +3,12 @@
 import logging
 import os
 import socket
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from kshot.untrusted import DAMAGED, YAML_NODES, is_beside, parse_json, parse_yaml, read_file, set_damaged_aside
+from tests.traced import traced
 
 DEEP = 100_000
 
@@ -42,13 +42,8 @@ def bomb(levels: int) -> str:
 
 def test_aliases_that_make_gigabytes() -> None:
     """9^9 values in half a kilobyte."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=f"its aliases .* more than {YAML_NODES:,} values"):
-            parse_yaml(bomb(9))
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
+    with traced(4 << 20), pytest.raises(ValueError, match=f"its aliases .* more than {YAML_NODES:,} values"):
+        parse_yaml(bomb(9))
     with pytest.raises(ValueError, match="its aliases"):
         parse_yaml("a: &a [*a]")  # without end
     assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}

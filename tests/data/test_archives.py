@@ -6,11 +6,8 @@ import os
 import shutil
 import struct
 import tarfile
-import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from data.preparation import prepare_all
 from kshot.errors import DatasetError
 from tests.data import published
 from tests.data.published import SMALL, load, row
+from tests.traced import traced
 
 
 def test_files_that_are_missing_broken_or_of_another_set(root: Path) -> None:
@@ -75,17 +73,6 @@ def test_a_header_that_would_fill_the_memory(root: Path) -> None:
         load(row("caltech101"), root / "caltech101")
 
 
-@contextmanager
-def little_memory(most: int = 16 << 20) -> Iterator[None]:
-    """Python's own and numpy's allocations."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
-
-
 def sparse(path: Path, size: int) -> None:
     """A file of nothing but a hole, as GNU tar writes it with --sparse: no data, and the size it would unpack to."""
     pax = {"GNU.sparse.map": f"{size},0", "GNU.sparse.size": str(size), "GNU.sparse.numblocks": "1"}
@@ -101,7 +88,7 @@ def test_a_sparse_archive_leaves_nothing_in_the_cache(root: Path, tmp_path: Path
     sparse(path, size)
     assert path.stat().st_size < 400
     with (
-        little_memory(),
+        traced(16 << 20),
         pytest.raises(DatasetError, match=r"is a sparse file|unpacks to more than 10 times its own size"),
     ):
         load(row("caltech101"), root / "caltech101")
@@ -165,7 +152,7 @@ BOMBS = {
 def test_a_mat_file_that_promises_gigabytes(what: str) -> None:
     content, message = BOMBS[what]
     header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
-    with little_memory(3 * matlab.INFLATED), pytest.raises(DatasetError, match=message):
+    with traced(3 * matlab.INFLATED), pytest.raises(DatasetError, match=message):
         matlab.variable(header + content, "labels")
 
 

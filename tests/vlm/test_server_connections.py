@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.vlm.raw import Raw, traced, until
+from tests.traced import traced
+from tests.vlm.raw import Raw, until
 from tests.vlm.serving import Server, listening
 from vlm.server import connections
 from vlm.server.connections import FIELDS, HEAD, PIPELINED, Connections, most_connections

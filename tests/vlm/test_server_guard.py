@@ -16,7 +16,8 @@ import pytest
 import zstandard
 
 from kshot.errors import InputError, RequestError
-from tests.vlm.raw import FORWARD, JSON, PROTOBUF, SESSION, SESSION_BODY, Raw, refused, traced, until
+from tests.traced import traced
+from tests.vlm.raw import FORWARD, JSON, PROTOBUF, SESSION, SESSION_BODY, Raw, refused, until
 from tests.vlm.serving import KEY, Server, served
 from vlm.server import connections, guard, page
 from vlm.server.app import BODIES, HEALTH, LARGE

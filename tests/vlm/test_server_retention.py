@@ -21,7 +21,8 @@ from vlm.server.futures import Answer
 from vlm.server.owners import EVERYBODY, Owner
 from vlm.server.retention import Retention, seconds_of
 from vlm.server.state import METADATA, ServerState
-from vlm.server.store import FILE, VERSION, Future, Run, Sampler, Session, Store
+from vlm.server.store import FILE, Store
+from vlm.server.tables import VERSION, Future, Run, Sampler, Session
 
 MIB, NOW, HOUR = 1 << 20, 1_800_000_000.0, 3600.0
 OLD = NOW - 31 * 86400

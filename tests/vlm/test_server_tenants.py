@@ -20,7 +20,7 @@ from vlm import nano
 from vlm.server import page
 from vlm.server.guard import Keys
 from vlm.server.owners import owner_of
-from vlm.server.store import Checkpoint, Run, Session
+from vlm.server.tables import Checkpoint, Run, Session
 
 OTHER = "tml-a-key-of-another"
 NOBODY = "00000000-0000-4000-8000-000000000000"

@@ -10,7 +10,7 @@ from kshot.errors import KshotError
 from tests.vlm.raw import PROMPT, Raw, accepted, refused, run_of, sample_of
 from tests.vlm.serving import Server
 from vlm.server.checkpoints import Checkpoints
-from vlm.server.store import Checkpoint, Run, Session
+from vlm.server.tables import Checkpoint, Run, Session
 
 HUGE = 10**30
 

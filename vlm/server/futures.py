@@ -28,8 +28,8 @@ from kshot.errors import (
     UnsupportedError,
 )
 from vlm.server.owners import Owner
-from vlm.server.store import Future as FutureRow
 from vlm.server.store import Store
+from vlm.server.tables import Future as FutureRow
 
 log = logging.getLogger("kshot.server")
 

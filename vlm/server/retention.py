@@ -15,7 +15,8 @@ from tinker import types
 
 from kshot.errors import BusyError, InputError, RequestError
 from vlm.server.owners import Owner
-from vlm.server.store import Run, Sampler, Session, Store
+from vlm.server.store import Store
+from vlm.server.tables import Run, Sampler, Session
 
 KEEP = 30 * 86400.0  # seconds
 UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}

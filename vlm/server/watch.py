@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from vlm.server.connections import Connections
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
-from vlm.server.store import Run, Session
+from vlm.server.tables import Run, Session
 
 NEWEST = 50  # runs and checkpoints on the page
 POINTS = 300  # of a curve

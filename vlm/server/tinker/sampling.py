@@ -17,7 +17,7 @@ from vlm.local.clients import SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer, error_answer
 from vlm.server.owners import Owner
 from vlm.server.state import ServerState, check_number, sampler_id
-from vlm.server.store import Sampler
+from vlm.server.tables import Sampler
 from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait

@@ -22,7 +22,7 @@ from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.owners import Owner
 from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
-from vlm.server.store import Run, Sampler
+from vlm.server.tables import Run, Sampler
 from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
