@@ -109,7 +109,7 @@ class Plan:
             counts = f"{len(dataset.classes):,} classes, {train:,} train and {tested} test images"
             yield f"{dataset.name}: {counts}, protocol {dataset.protocol}"
             yield from dataset_notes(dataset)
-            yield from _few_tests(dataset)
+            yield from _few_tests(dataset, most)
         yield from self.adapted
 
     def describe(self) -> dict[str, Any]:
@@ -120,7 +120,8 @@ class Plan:
         views = {j.cell.dataset: j.settings.views_per_class for j in self.jobs if j.settings.views_per_class != usual}
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
         sets = self.datasets.values()
-        of_datasets = [line for each in sets for line in (*dataset_notes(each), *_few_tests(each))]
+        most = self.sweep.settings.limit_test
+        of_datasets = [line for each in sets for line in (*dataset_notes(each), *_few_tests(each, most))]
         return {
             "name": self.sweep.name,
             "datasets": [dataset.name for dataset in self.datasets.values()],
@@ -272,8 +273,10 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
     yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 
-def _few_tests(dataset: Dataset) -> Iterator[str]:
-    if (count := len(dataset.test)) < FEW:
+def _few_tests(dataset: Dataset, limit: int | None) -> Iterator[str]:
+    """limit: most images that are tested; None: all."""
+    count = len(dataset.test) if limit is None else min(limit, len(dataset.test))
+    if count < FEW:
         yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
 
 
