@@ -19,7 +19,7 @@ from kshot.errors import KshotError, RequestError
 from vlm.server import page, watch
 from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
-from vlm.server.guard import Body, Budget, Guard, Keys, Requests, Signer, hosts_of
+from vlm.server.guard import MAX_VALUES, Body, Budget, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
 from vlm.server.openai import templates
 from vlm.server.owners import Owner
@@ -31,7 +31,7 @@ from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService
 
 OPENAI = ("/v1", "/oai/api/v1")
-LARGE = Body(limit=64 << 20)  # images in base64, long prompts
+LARGE = Body(limit=64 << 20, values=MAX_VALUES)  # images in base64, long prompts
 BODIES = {
     "/api/v1/forward_backward": Body(PROTOBUF, 32 << 20),  # the SDK sends parts of 5 MB; one datum may be larger
     "/api/v1/asample": LARGE,

@@ -40,9 +40,10 @@ from kshot.errors import (
 )
 from kshot.untrusted import read_file
 from vlm.server.futures import JSON
-from vlm.server.owners import EVERYBODY, Owner, owner_name
+from vlm.server.owners import EVERYBODY, NOBODY, Owner, owner_name
 
-MAX_VALUES = 1 << 22  # of a JSON body, counted by commas and brackets: each takes some 64 bytes once it is parsed
+MAX_VALUES = 1 << 22  # of a large JSON body, counted by commas and brackets: each takes some 64 bytes when it is parsed
+FEW_VALUES = 1 << 16  # of any other: a wrong one takes up to 1 kB, since the framework notes all that is wrong
 MAX_AT_ONCE = 512 << 20  # bytes of all bodies that are being read
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
 STEP = 1 << 20
@@ -55,10 +56,12 @@ HASHED = "sha256:"
 
 @dataclass(frozen=True)
 class Body:
-    """The body that an endpoint reads: its content type, and the most bytes, compressed and decompressed."""
+    """The body that an endpoint reads: its content type, the most bytes, compressed and decompressed, and of JSON the
+    most values."""
 
     kind: str = JSON
     limit: int = 4 << 20  # what is built from it takes up to 30 times as much from protobuf, 20 times from JSON
+    values: int = FEW_VALUES
 
 
 PLAIN = Body()
@@ -109,7 +112,9 @@ class Guard:
         if query and self.signer.accepts(path, query):
             return EVERYBODY  # of what lies at this path alone
         key = _key(headers)
-        if not (path in self.free or self.keys.accept(key)):
+        if not self.keys.accept(key):
+            if path in self.free:
+                return NOBODY
             raise UnauthorizedError("no valid API key; send one of the key file as X-API-Key or Authorization: Bearer")
         return self.keys.owner(key)
 
@@ -159,8 +164,8 @@ async def _read(headers: Headers, receive: Any, take: Callable[[int], None], wan
         _check_size(size, wanted.limit)
         take(size)
         content = await asyncio.to_thread(unpack, content) if size > STEP else unpack(content)
-    if kind == JSON and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise TooLargeError(f"the body has more than {MAX_VALUES:,} values; send it in smaller parts")
+    if kind == JSON and sum(map(content.count, (b",", b"[", b"{"))) > wanted.values:
+        raise TooLargeError(f"the body has more than {wanted.values:,} values; send it in smaller parts")
     return content
 
 

@@ -213,7 +213,7 @@ class Store:
 
     def mark_retrieved(self, request_id: str) -> None:
         """Note that an answer has been sent; the first time counts."""
-        change = "UPDATE futures SET retrieved = ifnull(retrieved, ?) WHERE request_id = ?"
+        change = "UPDATE futures SET retrieved = ? WHERE request_id = ? AND retrieved IS NULL"
         self._run(change, (time.time(), request_id))
 
     def prune(self, now: float, after_retrieved_s: float, after_s: float, max_bytes: int) -> None:
@@ -245,6 +245,8 @@ class Store:
 
     def shrink(self, spare: int = 4 * PIECE) -> None:
         """Give pages that are free back to the file system, but for so many. Call it from a thread."""
+        if self._number("PRAGMA freelist_count") <= spare:
+            return
         while (free := self._number("PRAGMA freelist_count")) > spare:
             with self._mutex:  # not `execute`, which frees one page
                 self._connection.executescript(f"PRAGMA incremental_vacuum({min(PIECE, free - spare)})")

@@ -27,7 +27,7 @@ from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
 RUNS, OWN_RUNS = 4096, 1024  # in memory, and those of one key
-WAITING_BYTES = 1 << 30  # of bodies of requests that wait, beside those that are their run's next
+WAITING_BYTES = 1 << 30  # of bodies of unfinished requests; beside them, one that all others of its run wait for
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class SnapshotForSampler(RunOperation):
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
         check_number("sampling_session_seq_id", self.request.sampling_session_seq_id)
+        self.state.retention.check(Sampler, self.owner.name)
 
     def run(self, client: LocalTrainingClient) -> Any:
         return client.save_weights_and_get_sampling_client()
@@ -230,7 +231,7 @@ class TrainingService:
             return known
         run = self._live_run(model_id, owner)
         run.check(seq)
-        if size and seq != run.next_seq and sum(self.state.futures.sizes) + size > WAITING_BYTES:
+        if size and not run.needs(seq) and sum(self.state.futures.sizes) + size > WAITING_BYTES:
             raise BusyError("too much data is waiting to be trained on; send it again later")
         request_id = self.state.futures.open(key, owner, size)
         run.add(seq, request_id, operation)
