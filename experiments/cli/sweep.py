@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoImages = False) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
-    run(_sweep_of("demo", {}, {}, None), output, images=not no_images, workers=workers)
+    run(_sweep_of("demo", {}, {}), output, images=not no_images, workers=workers)
 
 
 @opt.with_access
@@ -91,10 +91,10 @@ def sweep(
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
-    chosen = _choice(preset if service == "local" else "demo", dataset, method, values, compared, settings, device)
+    named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
+    chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
     fields["methods"] = method or list(chosen.methods)
-    options = {**values, "calibration": calibration, **compared, **chosen.settings}
-    content = _sweep_of(preset or "demo", fields, options, settings)
+    content = _sweep_of(preset or "demo", fields, {**named, **chosen.settings})
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
     run(content, output, images=not no_images, only_plan=only_plan, said=chosen.lines, **what, **how)
@@ -117,7 +117,7 @@ def zero_shot(
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
-    content = _sweep_of("demo", fields, values, settings)
+    content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, service=service, device=device, access=access)
 
@@ -171,36 +171,37 @@ def run(
         run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
 
 
-def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], settings: list[str] | None) -> "Sweep":
-    """The sweep of a preset or file with the options over it. fields: of the sweep. options: settings with an option of
-    their own; several values are compared. settings: texts of --set."""
+def _settings(options: dict[str, Any], texts: list[str] | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are named. options: those with an option of their own; several values are compared. texts: of
+    --set. fields: of the sweep, which --prompt is one of."""
+    several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
+    values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
+    return opt.settings_of(values, texts, *(["prompt"] if fields.get("prompts") else []))
+
+
+def _sweep_of(preset: str, fields: dict[str, Any], settings: dict[str, Any]) -> "Sweep":
+    """The sweep of a preset or file with the fields and the settings that are named over its own."""
     from experiments.sweep.config import load
 
     overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}
     if "datasets" in overrides and preset == "demo":
         overrides["name"] = opt.sweep_name(overrides["datasets"])
-    several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
-    values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
-    return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
+    return load(preset, overrides, settings)
 
 
 def _choice(
     preset: str | None,
     datasets: list[str] | None,
     methods: list[str] | None,
-    values: dict[str, Any],
-    compared: dict[str, Any],
-    settings: list[str] | None,
+    settings: dict[str, Any],
     device: str | None,
 ) -> "Choice":
-    """The models of a sweep without a preset, as far as options do not name them."""
+    """The models of a sweep without a preset, as far as the settings do not name them."""
     from experiments.sweep.choice import Choice, choose
 
     if preset is not None:
         return Choice(device or "cpu")
-    texts = dict(text.partition("=")[::2] for text in settings or [])
-    model, backbone = values["model"] or texts.get("model"), compared["backbone"] or texts.get("backbone")
-    return choose(datasets or [], methods or [], model, backbone, device or "")
+    return choose(datasets or [], methods or [], settings.get("model"), settings.get("backbone"), device or "")
 
 
 class _Terminal:
@@ -260,7 +261,7 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Seq
     from data import catalog
     from data.dataset import Access
     from experiments.plan.estimate import estimate, print_estimate
-    from experiments.sweep.grid import plan
+    from experiments.sweep.grid import continued, plan
     from experiments.sweep.store import Results
     from experiments.sweep.workload import adapt, is_here, of_jobs, of_sweep
 
@@ -269,8 +270,9 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Seq
     with err.status("counting and measuring"):
         accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
         if all(is_here(*each) for each in accesses.items()):
-            planned = plan(sweep, **where, here=False)
-            jobs = planned.missing(Results(folder), only_failed=options.only_failed)
+            results = Results(folder)
+            planned = plan(continued(sweep, results), **where, here=False)
+            jobs = planned.missing(results, only_failed=options.only_failed)
             workload, said = of_jobs(jobs, planned.datasets), [*planned.about_data()]
         else:
             workload = of_sweep(sweep, **where)

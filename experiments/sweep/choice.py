@@ -4,7 +4,7 @@ features, and the VLM only where one is named; the nano pair where nothing else 
 always holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kshot import hub
 from vlm import models
 
 GPU_MODEL, GPU_BACKBONE, CPU_BACKBONE = "2B", "vit_base_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"
-TITLES = {GPU_BACKBONE: "DINOv2-base", CPU_BACKBONE: "DINOv2-small"}
+TITLES = {GPU_MODEL: f"Qwen3-VL-{GPU_MODEL}", GPU_BACKBONE: "DINOv2-base", CPU_BACKBONE: "DINOv2-small"}
 TUNED = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 FROZEN = ("dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean", "pixel-knn")
 WITH_VLM = ("vlm-zero-shot", "vlm-lora", *FROZEN)
@@ -39,37 +39,45 @@ def choose(
 ) -> Choice:
     """For data sets that are all the user's own (folder:, hub:); for others nothing is chosen but the device. methods,
     model, backbone, device: what is named already. Asks the hub for the size of what must be fetched."""
-    named = [catalog.full_name(name) for name in datasets]
-    if not named or not all(name.startswith(tuple(catalog.USERS)) for name in named):
+    full = [catalog.full_name(name) for name in datasets]
+    if not full or not all(name.startswith(tuple(catalog.USERS)) for name in full):
         return Choice(device or "cpu")
     gpu = device.startswith("cuda") or (not device and _has_gpu())
     where = device or ("cuda" if gpu else "cpu")
-    settings: dict[str, Any] = {}
     chosen = tuple(methods) or (TUNED if gpu else WITH_VLM if model else FROZEN)
-    if model is None and gpu and any(METHODS[name].uses_vlm for name in chosen if name in METHODS):
-        settings["model"] = GPU_MODEL
-    if backbone is None and any(METHODS[name].uses_backbone for name in chosen if name in METHODS):
-        settings["backbone"] = GPU_BACKBONE if gpu else CPU_BACKBONE
-    if not settings:
-        return Choice(where, chosen)
+    used = {setting for name in chosen if name in METHODS for setting in METHODS[name].settings}
+    named = {"model": model, "backbone": backbone}
+    best = {"model": GPU_MODEL, "backbone": GPU_BACKBONE} if gpu else {"backbone": CPU_BACKBONE}
+    settings = {kind: name for kind, name in best.items() if kind in used and named[kind] is None}
+    lines = [] if device or not gpu else ["device: cuda, since there is a GPU and --device names none"]
+    nano_vlm = not gpu and model is None and "model" in used
     sizes = {name: _download(kind, name) for kind, name in settings.items()}
-    titles = [TITLES.get(name, f"Qwen3-VL-{name}") for name in settings.values()]
-    if absent := [title for title, size in zip(titles, sizes.values(), strict=True) if size is None]:
-        return Choice(where, tuple(methods), {}, (_nothing(absent),))
-    size = sum(each or 0 for each in sizes.values())
-    fetched = f"{size / 1e6:,.0f} MB to download" if size else "nothing to download"
-    why = "there is a GPU" if gpu else "there is no GPU" if not device else "--device cpu"
-    line = f"models: {' and '.join(titles)}, since {why} and none is named ({fetched})"
-    if not gpu and model is None and not methods:
-        line += "; --model 2B lets a vision-language model take part: with --plan it says first how long it takes"
-    return Choice(where, chosen, settings, (line,))
+    if absent := [TITLES[name] for name, size in sizes.items() if size is None]:
+        nothing_named = not methods and model is None and backbone is None
+        kinds = {"model", "backbone"} if nothing_named else {*settings, *(["model"] if nano_vlm else [])}
+        return Choice(where, () if nothing_named else chosen, {}, (_nothing(absent, kinds), *lines))
+    if settings:
+        size = sum(each or 0 for each in sizes.values())
+        fetched = f"{size / 1e6:,.0f} MB to download" if size else "nothing to download"
+        why = f"--device {device}" if device else f"there is {'a' if gpu else 'no'} GPU"
+        line = f"models: {' and '.join(TITLES[name] for name in sizes)}, since {why} and none is named ({fetched})"
+        if not gpu and model is None and not methods:
+            line += "; --model 2B lets a vision-language model take part: with --plan it says first how long it takes"
+        lines.insert(0, line)
+    if nano_vlm:
+        nano_line = "the vision-language model is the nano one, which says nothing about photographs"
+        lines.append(f"models: {nano_line}; name one with --model")
+    return Choice(where, chosen, settings, tuple(lines))
 
 
-def _nothing(absent: Sequence[str]) -> str:
+def _nothing(absent: Sequence[str], kinds: Collection[str]) -> str:
+    """absent: what cannot be had. kinds: the settings whose models are the nano ones instead."""
+    title = "the nano pair" if len(kinds) > 1 else "the nano VLM" if "model" in kinds else "the nano DINOv2"
+    options = " and ".join(f"--{kind}" for kind in ("backbone", "model") if kind in kinds)
     return (
-        f"models: the nano pair, since {' and '.join(absent)} cannot be had here (no network, and not in the hub's "
+        f"models: {title}, since {' and '.join(absent)} cannot be had here (no network, and not in the hub's "
         "cache). It has learnt from drawings and says nothing about photographs: for real numbers run the same command "
-        "where there is a network, or name folders with --backbone and --model"
+        f"where there is a network, or name {'folders' if len(kinds) > 1 else 'a folder'} with {options}"
     )
 
 

@@ -11,12 +11,18 @@ from data import catalog
 from experiments.report.figures import value_range
 from experiments.sweep import choice
 from experiments.sweep.choice import CPU_BACKBONE, FROZEN, GPU_BACKBONE, TUNED, WITH_VLM, choose
+from experiments.sweep.config import load
+from experiments.sweep.grid import plan
 from experiments.sweep.intervals import Score
 from experiments.sweep.store import Results
 from kshot import hub
 from vlm import nano
 
 OWN = ["folder:photos"]
+BY_GPU = "device: cuda, since there is a GPU and --device names none"
+NANO_VLM = (
+    "models: the vision-language model is the nano one, which says nothing about photographs; name one with --model"
+)
 
 
 @pytest.fixture
@@ -50,7 +56,16 @@ def test_with_a_gpu_the_blogs_methods(machine: Callable[..., None]) -> None:
     assert (found.device, found.methods) == ("cuda", TUNED)
     assert found.settings == {"model": "2B", "backbone": GPU_BACKBONE}
     assert "Qwen3-VL-2B and DINOv2-base, since there is a GPU and none is named (4,000 MB" in found.lines[0]
+    assert found.lines[1:] == (BY_GPU,)
     assert choose(OWN, device="cpu").settings == {"backbone": CPU_BACKBONE}  # explicit
+    assert "DINOv2-small, since --device cpu and none is named" in choose(OWN, device="cpu").lines[0]
+
+
+def test_a_gpu_that_is_taken_is_announced_whatever_is_named(machine: Callable[..., None]) -> None:
+    machine(gpu=True)
+    assert choose(OWN, ["pixel-knn"]) == choice.Choice("cuda", ("pixel-knn",), {}, (BY_GPU,))
+    assert choose(OWN, ["vlm-lora"], "8B").lines == (BY_GPU,)
+    assert choose(OWN, ["vlm-lora"], "8B", device="cuda").lines == ()
 
 
 def test_what_is_named_holds(machine: Callable[..., None]) -> None:
@@ -62,13 +77,41 @@ def test_what_is_named_holds(machine: Callable[..., None]) -> None:
     assert choose(OWN, ["pixel-knn"]).settings == {}
 
 
+def test_the_nano_vlm_of_a_cpu_is_announced(machine: Callable[..., None]) -> None:
+    machine()
+    assert choose(OWN, ["vlm-lora"]) == choice.Choice("cpu", ("vlm-lora",), {}, (NANO_VLM,))
+    both = choose(OWN, ["vlm-lora", "dinov2-logreg"])
+    assert both.settings == {"backbone": CPU_BACKBONE}
+    assert (both.lines[0].split(",")[0], both.lines[1:]) == ("models: DINOv2-small", (NANO_VLM,))
+
+
 def test_where_nothing_can_be_had_the_nano_pair_is_announced(machine: Callable[..., None]) -> None:
     machine(size=None)
     found = choose(OWN)
     assert (found.methods, found.settings) == ((), {})
     assert found.lines[0].startswith("models: the nano pair, since DINOv2-small cannot be had here")
     assert "says nothing about photographs" in found.lines[0]
-    assert "--backbone and --model" in found.lines[0]
+    assert found.lines[0].endswith("or name folders with --backbone and --model")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "named", "chosen", "said"),
+    [
+        (False, {"model": "8B"}, WITH_VLM, "the nano DINOv2, since DINOv2-small"),
+        (True, {"model": "8B"}, TUNED, "the nano DINOv2, since DINOv2-base"),
+        (True, {"backbone": "vit_x"}, TUNED, "the nano VLM, since Qwen3-VL-2B"),
+        (False, {"methods": ["dinov2-knn"]}, ("dinov2-knn",), "the nano DINOv2, since DINOv2-small"),
+        (False, {"methods": ["vlm-lora", "dinov2-knn"]}, ("vlm-lora", "dinov2-knn"), "the nano pair, since DINOv2"),
+    ],
+)
+def test_where_nothing_can_be_had_what_is_named_holds(
+    machine: Callable[..., None], gpu: bool, named: dict[str, Any], chosen: tuple[str, ...], said: str
+) -> None:
+    machine(gpu=gpu, size=None)
+    found = choose(OWN, **named)
+    assert (found.methods, found.settings, found.lines[1:]) == (chosen, {}, (BY_GPU,) if gpu else ())
+    assert said in found.lines[0]
+    assert ("--backbone" in found.lines[0], "--model" in found.lines[0]) == ("VLM" not in said, "DINOv2, " not in said)
 
 
 @pytest.mark.parametrize("datasets", [[], ["icons"], ["icons", "folder:x"], ["flowers"]])
@@ -88,25 +131,22 @@ def test_a_path_is_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_sweep_of_a_plain_folder(
-    photos: Path, tmp_path: Path, kshot: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("limit", "said"), [(4, "4 test images"), (9, "6 test images"), (None, "6 test images")])
+def test_few_tests_are_those_that_the_limit_leaves(photos: Path, limit: int | None, said: str) -> None:
+    grid = {"datasets": (f"folder:{photos}",), "methods": ("pixel-knn",), "shots": (1,), "seeds": (0,)}
+    planned = plan(load("demo", grid, {"limit_test": limit}))
+    for lines in (planned.about_data(), planned.describe()["notes"]):
+        assert [line.split(": ")[1] for line in lines if "are few" in line] == [f"{said} are few"]
+
+
+@pytest.mark.usefixtures("ran")
+def test_a_sweep_of_a_plain_folder(photos: Path, tmp_path: Path, kshot: Callable[..., Any]) -> None:
     """Offline: the line stands before the run, and the report says that there are few test images."""
-    monkeypatch.setattr(choice, "_has_gpu", lambda: False)
-    asked = [
-        "--method",
-        "dinov2-logreg",
-        "--seeds",
-        "0",
-        "--workers",
-        "1",
-        "--out",
-        tmp_path / "out",
-    ]
+    asked = ("--method", "dinov2-logreg", "--seeds", "0", "--out", tmp_path / "out")
     ended = kshot("sweep", "--dataset", photos, *asked)
     assert ended.status == 0, ended.err
     lines = ended.err.splitlines()
-    assert lines[0].startswith("models: the nano pair, since DINOv2-small cannot be had here")
+    assert lines[0].startswith("models: the nano DINOv2, since DINOv2-small cannot be had here")
     few = f"folder:{photos.name}: 6 test images are few: one of them is 16.7 points of accuracy."
     assert few in lines
     results = Results(tmp_path / "out")
