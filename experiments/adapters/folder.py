@@ -114,9 +114,11 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
     matter leaves out a base model that is a folder of this machine, an unknown licence, a data set without a hub id."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    from experiments.sweep.choice import hub_id_of
+
     hub_id, _, revision = card.base_model.partition("@")
     shipped = card.base_model == SHIPPED[card.setting].NAME
-    base = hub_id if card.kind == ADAPTER or shipped else f"timm/{hub_id.removeprefix('timm/')}"
+    base = hub_id if card.kind == ADAPTER or shipped else hub_id_of(hub_id)
     data = ModelCardData(
         base_model=None if card.base_folder else base,
         library_name="peft" if card.kind == ADAPTER else None,

@@ -1,5 +1,5 @@
-"""Send an adapter or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights and
-cards of an adapter; reports, records and figures of results. Predictions, images and all other files stay here."""
+"""Send a trained model or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights
+and cards of a model; reports, records and figures of results. Predictions, images and all other files stay here."""
 
 import re
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
         if missing := [name for name in names if not (folder / name).exists()]:
             raise InputError(f"{folder} has no {missing[0]}: it is not whole; train it again with kshot train")
     else:
-        raise InputError(f"{folder} is neither an adapter of kshot train nor a results folder; nothing else is sent")
+        raise InputError(f"{folder} is neither a trained model of kshot nor a results folder; nothing else is sent")
     for name in names:
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise InputError(f"{folder / name} is no plain file; only such files are sent")
@@ -107,7 +107,7 @@ def _send(upload: Upload) -> Upload:
         raise InputError(f"{upload.repo} is there and public; give --public, or the name of another repository")
     # not upload_folder, which may make several commits: a repository has all of a folder or nothing of it
     operations = [CommitOperationAdd(name, upload.folder / name) for name, _ in upload.files]
-    message = "An adapter of kshot" if kind == MODEL else "Results of kshot"
+    message = "A trained model of kshot" if kind == MODEL else "Results of kshot"
     commit = api.create_commit(upload.repo, operations, commit_message=message, repo_type=kind)
     return replace(upload, url=str(commit.commit_url))
 

@@ -24,12 +24,8 @@ from kshot.errors import InputError, UnknownNameError
 from kshot.files import remove_stale
 
 DEFAULT = "vlm-lora"
-TESTS = (
-    "limit_test",
-    "shuffle_test",
-    "calibration",
-    "answer_tokens",
-)  # settings of methods that no training depends on
+# settings that methods read for their tests alone: no training depends on them
+TEST_SETTINGS = ("limit_test", "shuffle_test", "calibration", "answer_tokens")
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def plan_training(
     if method not in TRAINERS:
         raise UnknownNameError("method that can be trained and kept", method, TRAINERS)
     read = METHODS[method].settings
-    if tested := [name for name in settings if name in TESTS]:
+    if tested := [name for name in settings if name in TEST_SETTINGS]:
         raise InputError(f"{tested[0]} is for sweeps, which test; training does not depend on it: leave it out")
     if unused := [name for name in settings if name in Settings.model_fields and name not in read]:
         raise InputError(f"{unused[0]} is no setting of {method}, which would not depend on it: leave it out")

@@ -102,7 +102,7 @@ def test_what_belongs_to_an_adapter_and_to_results_is_sent_each_in_one_commit(
     assert raised == [None, None]
     repo = there.repos["o/new"]
     assert (repo.kind, repo.private, repo.files) == ("model", True, plain(adapter, FILES["adapter"]))
-    assert repo.commits == [("An adapter of kshot", sorted(FILES["adapter"]))]
+    assert repo.commits == [("A trained model of kshot", sorted(FILES["adapter"]))]
     assert ("GET", "/api/models/o/new", "") in there.requests  # whether it is private
     assert ("POST", "/api/validate-yaml", "") in there.requests  # of the model card
     assert lines[-1] == f"sent: {there.url}/o/new/commit/{'a' * 40}"
@@ -157,7 +157,7 @@ def test_what_is_no_whole_adapter_and_no_results_is_refused(adapter: Path, resul
     other = tmp_path / "other"
     (other / "photos").mkdir(parents=True)
     for folder in (other, tmp_path / "none"):
-        with pytest.raises(InputError, match=r"neither an adapter of kshot train nor a results folder"):
+        with pytest.raises(InputError, match=r"neither a trained model of kshot nor a results folder"):
             send(folder)
     copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
     (copy / "notes.txt").write_text("mine")
