@@ -249,7 +249,7 @@ def test_a_slow_reader_has_the_whole_answer(dial: Any, kept: Connections, second
     """It takes many times as long as one who reads nothing has."""
     reader = dial(head("/large", "Connection: close"), buffer=4096)
     found = bytearray()
-    for _ in range(5):
+    for _ in range(4):
         until(lambda: paused(kept) == 1)
         seconds(PATIENCE)
         more = len(found) + (len(ANSWER) >> 3)  # a part of it
