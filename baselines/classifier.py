@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from baselines.features import Encoder
 from baselines.heads.inputs import Linear, Scaler
-from baselines.lora import RECORD, WEIGHTS, LoraHeadClient
+from baselines.lora import RECORD, WEIGHTS, LoraHeadClient, read_record
 from kshot.errors import InputError, ModelError
 from kshot.files import write_folder
-from kshot.untrusted import parse_json, read_file
+from kshot.untrusted import check_regular
 
 TENSORS = "mean", "deviation", "weights", "bias"
 
@@ -22,6 +22,7 @@ TENSORS = "mean", "deviation", "weights", "bias"
 class Classifier(Protocol):
     """What gives scores to images. log_probs: whether they are log-probabilities; else they rank the classes."""
 
+    n_classes: int
     log_probs: bool
 
     def scores(self, images: Sequence[bytes]) -> np.ndarray:
@@ -33,7 +34,7 @@ class LinearClassifier:
     model has features of another size."""
 
     def __init__(self, linear: Linear, record: dict[str, Any], device: str = "cpu") -> None:
-        self._linear, self.log_probs = linear, linear.log_probs
+        self._linear, self.log_probs, self.n_classes = linear, linear.log_probs, len(linear.bias)
         self._encoder = Encoder(**record, device=device)
         if self._encoder.dim != len(linear.weights):
             dims = f"has {self._encoder.dim} features, and the head is of {len(linear.weights)}"
@@ -49,7 +50,7 @@ class LoraClassifier:
     log_probs = True
 
     def __init__(self, client: LoraHeadClient) -> None:
-        self.scores = client.class_log_probs
+        self.scores, self.n_classes = client.class_log_probs, client.n_classes
 
 
 def save_linear(folder: Path, linear: Linear, *, model: str, readout: str, size: int | None) -> None:
@@ -75,19 +76,45 @@ def load(folder: Path, model: str | None = None, device: str = "cpu") -> Classif
     Raises ModelError where it is missing or damaged; as `baselines.backbone.load` does.
     """
     try:
-        record = parse_json(read_file(folder / RECORD))
-        if not isinstance(record, dict):
-            raise ValueError(f"{RECORD} holds no record")
+        record = read_record(folder)
         if "rank" in record:
             return LoraClassifier(LoraHeadClient.load(folder, device, model))
-        arrays, log_probs = load_file(folder / WEIGHTS), bool(record.pop("log_probs"))
-        mean, deviation, weights, bias = (arrays[name] for name in TENSORS)
+        log_probs = record.pop("log_probs")
         if {*record} != {"model", "readout", "size"}:
             raise ValueError(f"{RECORD} has other fields")
-        if mean.shape != deviation.shape or weights.shape != (*mean.shape, *bias.shape):
-            raise ValueError("the shapes of its arrays do not fit")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
+        mean, deviation, weights, bias = _arrays(folder)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
     moved = record if model is None else record | {"model": model}
     return LinearClassifier(Linear(Scaler(mean, deviation), weights, bias, log_probs), moved, device)
+
+
+def recorded_backbone(folder: Path) -> str:
+    """The name of the backbone that a folder's classifier was trained on. Raises ModelError as `load` does."""
+    try:
+        return str(read_record(folder)["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _arrays(folder: Path) -> list[np.ndarray]:
+    """The arrays of a linear head, in the order of TENSORS. Raises as `load_file` does, KeyError, and ValueError for
+    those of no head."""
+    check_regular(folder / WEIGHTS)
+    stored = load_file(folder / WEIGHTS)
+    mean, deviation, weights, bias = arrays = [stored[name] for name in TENSORS]
+    if mean.ndim != 1 or bias.ndim != 1 or mean.shape != deviation.shape or weights.shape != (len(mean), len(bias)):
+        raise ValueError("the shapes of its arrays do not fit")
+    if other := next((name for name, each in zip(TENSORS, arrays, strict=True) if each.dtype.kind != "f"), None):
+        raise ValueError(f"{other} has no floating-point numbers")
+    for name, each in zip(TENSORS, (mean, deviation, weights, bias[bias != -np.inf]), strict=True):
+        if not len(each) or not np.isfinite(each).all():  # of the bias -inf is one of a class without an image
+            raise ValueError(f"{name} has numbers that are not finite")
+    if not (deviation > 0).all():
+        raise ValueError("deviation has numbers that are not positive")
+    return arrays
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())
+    return ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again")

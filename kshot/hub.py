@@ -50,16 +50,21 @@ def size_of(hub_id: str, revision: str, patterns: Sequence[str], *, dataset: boo
     return total
 
 
-def is_cached(hub_id: str, revision: str, patterns: Sequence[str]) -> bool:
-    """Whether the hub's cache has all of these files of a model, weights among them. revision: "" for the newest."""
+def cached_commit(hub_id: str, revision: str, patterns: Sequence[str]) -> str | None:
+    """The commit of a model of which the hub's cache has all of these files, weights among them; None where it lacks
+    any. revision: "" for the newest."""
     from huggingface_hub import snapshot_download
 
     snapshot = partial(snapshot_download, hub_id, revision=revision or None, local_files_only=True)
-    try:
-        folder = snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"])
-    except (OSError, ValueError):  # nothing of it, or not all
-        return False
-    return any(Path(folder).glob("*.safetensors"))
+    with suppress(Exception):  # the hub's library has a dozen errors for what its cache lacks
+        folder = Path(snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        return folder.name if any(folder.glob("*.safetensors")) else None
+    return None
+
+
+def is_cached(hub_id: str, revision: str, patterns: Sequence[str]) -> bool:
+    """Whether it has all of these files."""
+    return cached_commit(hub_id, revision, patterns) is not None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from data.dataset import is_system_file
 from data.preparation import prepare
 from experiments.adapters.folder import CARD, HEAD, Card, read_card
 from experiments.sweep.config import Settings
-from kshot.errors import ImageError, InputError, UnknownNameError, shown
+from kshot.errors import ImageError, InputError, ModelError, UnknownNameError, shown
 from kshot.files import decoded_text
 from kshot.images import begins_like_image
 
@@ -270,12 +270,30 @@ def _head(
         raise InputError(f"{folder} tells {len(card.classes)} classes apart, and {len(names)} names are given")
     from baselines.classifier import load
 
+    if model is None:
+        _check_here(folder)
     loaded = load(folder, model, device)
+    if loaded.n_classes != len(card.classes):
+        problem = f"its head tells {loaded.n_classes} classes apart, and its {CARD} names {len(card.classes)}"
+        raise ModelError(f"{folder} is damaged ({problem}); train it again")
 
     def score(images: Sequence[bytes]) -> Scores:
         return loaded.scores(images), [None] * len(images)
 
     return Classifier(names, max_side, score, lambda _: None, loaded.log_probs)
+
+
+def _check_here(folder: Path) -> None:
+    """Raise ModelError for a head whose backbone would have to be fetched: a folder of others may name any."""
+    from baselines.classifier import recorded_backbone
+    from experiments.sweep.choice import TIMM_FILES, hub_id_of
+    from kshot.hub import is_cached
+
+    name = recorded_backbone(folder)
+    hub_id, _, revision = (hub_id_of(name) or "").partition("@")
+    if hub_id and not is_cached(hub_id, revision, TIMM_FILES):
+        what = f"{folder} is a head on {name}, which is not on this machine"
+        raise ModelError(f"{what} and is not fetched unasked; to fetch it, give --model {name}")
 
 
 @contextmanager

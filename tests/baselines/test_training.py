@@ -2,6 +2,7 @@
 complete or not there."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -206,7 +207,28 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return edit
 
 
+def recorded(name: str, value: object) -> Callable[[Path], object]:
+    """Change a value of a saved head's record."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "kshot.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return edit
+
+
+def pipe(folder: Path) -> None:
+    (folder / "head.safetensors").unlink()
+    os.mkfifo(folder / "head.safetensors")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
+    "damaged one .*not a regular file": pipe,
+    r"damaged one \(model in kshot.json is 5\)": recorded("model", 5),
+    r"damaged one \(rank in kshot.json is '4'\)": recorded("rank", "4"),
+    r"damaged one \(size in kshot.json is \[56\]\)": recorded("size", [56]),
+    r"damaged one \(kshot.json holds no record\)": lambda folder: (folder / "kshot.json").write_text("[]"),
+    "head.bias has numbers that are not finite": tensors(lambda s: s["head.bias"][0].fill_(torch.nan)),
     "no trained head": lambda folder: (folder / "head.safetensors").unlink(),
     "damaged one .*header": lambda folder: (folder / "head.safetensors").write_bytes(b"short"),
     "1 tensors do not fit, first 'blocks": tensors(lambda stored: stored.pop(min(stored))),

@@ -170,6 +170,32 @@ def test_mat_files_as_they_are_written() -> None:
         assert [str(name) for name in matlab.variable(file.getvalue(), "names")] == ["x", "yz"]
 
 
+@pytest.mark.parametrize("values", ["", "text"])
+def test_a_mat_file_with_fewer_values_than_it_says(values: str) -> None:
+    """Of a text without bytes scipy makes one of spaces, as long as the file says."""
+    file = io.BytesIO()
+    savemat(file, {"labels": np.array([values or "x"])})
+    content = file.getvalue()
+    dimensions = struct.pack("<IIii", 5, 8, 1, len(values) or 1)
+    assert content.count(dimensions) == 1
+    content = content.replace(dimensions, struct.pack("<IIii", 5, 8, 1, 30_000_000))
+    if not values:
+        content = content.replace(struct.pack("<HH", 16, 1) + b"x\0\0\0", struct.pack("<II", 16, 0))
+    with traced(1 << 20), pytest.raises(DatasetError, match="says that a matrix has 30,000,000 values"):
+        matlab.variable(content, "labels")
+
+
+def test_a_zip_with_a_long_list_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(10):
+            archive.writestr(f"{number}.jpg", b"")
+    files = archives.SourceFiles(tmp_path, {"a": {"a.zip": ""}}, "https://host")
+    assert len([*files.members("a")]) == 10
+    monkeypatch.setattr(archives, "DIRECTORY", 46 * 10)
+    with pytest.raises(DatasetError, match=r"a\.zip has more than 1,048,576 members; get the original archive"):
+        next(files.members("a"))
+
+
 def test_a_name_that_is_not_utf8(root: Path) -> None:
     members = {**published.caltech_members(), "101_ObjectCategories/wild_cat/image_9\udce9.jpg": published.picture(77)}
     published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
@@ -179,7 +205,7 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
 
 @pytest.mark.parametrize("file", ["images.bin", "index.parquet", "facts.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "short"])
-def test_a_damaged_pack_is_set_aside_and_made_anew(
+def test_a_damaged_pack_is_made_anew_and_said(
     root: Path, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = load(row("pets"), root / "pets")
@@ -191,7 +217,8 @@ def test_a_damaged_pack_is_set_aside_and_made_anew(
     after = load(row("pets"), root / "pets")
     assert path.read_bytes() == whole
     assert [e.image for e in after.train] == [e.image for e in before.train]
-    assert f"{path.parent} is damaged; set aside as {path.parent.name}.damaged: its data set is read" in caplog.text
+    assert f"{path.parent} is damaged; its data set is read again" in caplog.text
+    assert not [*path.parents[1].glob(".*"), *path.parents[1].glob("*.damaged")]
 
 
 def test_an_image_that_has_changed_in_the_pack_is_not_used(root: Path, tmp_path: Path) -> None:

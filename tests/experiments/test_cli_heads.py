@@ -1,6 +1,7 @@
 """kshot train with a method on DINOv2: a folder that kshot predict takes, with the numbers of the sweep's cell."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from stored import files
 from trained import TINY
 
 from baselines import nano
+from baselines.classifier import load as load_classifier
 from data.dataset import Images
 from experiments.adapters.folder import FILES, read_card
 from experiments.adapters.predict import classifier, pictures
@@ -120,6 +123,85 @@ def test_a_head_of_another_backbone_is_refused(trained: Callable[[str], Path], t
     (folder / "kshot.json").write_text("[]")
     with pytest.raises(InputError, match="holds no trained head"):
         load(folder)
+
+
+@pytest.fixture
+def logreg(trained: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the folder of a head on frozen features."""
+    return Path(shutil.copytree(trained("dinov2-logreg"), tmp_path / "head"))
+
+
+def with_record(folder: Path, **changes: object) -> Path:
+    record = json.loads((folder / "kshot.json").read_text())
+    (folder / "kshot.json").write_text(json.dumps(record | changes))
+    return folder
+
+
+def with_arrays(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    arrays = {name: each.copy() for name, each in load_file(folder / "head.safetensors").items()}
+    change(arrays)
+    save_file(arrays, folder / "head.safetensors")
+    return folder
+
+
+def fill(name: str, value: float) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda arrays: arrays[name][..., 0].fill(value) if arrays[name].ndim > 1 else arrays[name][:1].fill(value)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    r"\(model in kshot.json is 5\)": lambda folder: with_record(folder, model=5),
+    r"\(size in kshot.json is '40'\)": lambda folder: with_record(folder, size="40"),
+    r"\(log_probs in kshot.json is 1\)": lambda folder: with_record(folder, log_probs=1),
+    r"\(kshot.json has other fields\)": lambda folder: with_record(folder, more=1),
+    "weights has numbers that are not finite": lambda folder: with_arrays(folder, fill("weights", np.nan)),
+    "bias has numbers that are not finite": lambda folder: with_arrays(folder, fill("bias", np.inf)),
+    "bias has numbers that are not finite ": lambda folder: with_arrays(folder, lambda a: a["bias"].fill(-np.inf)),
+    "numbers that are not positive": lambda folder: with_arrays(folder, fill("deviation", 0.0)),
+    "mean has no floating": lambda folder: with_arrays(folder, lambda a: a.update(mean=a["mean"].astype(np.int64))),
+    "shapes of its arrays": lambda folder: with_arrays(folder, lambda a: a.update(bias=a["bias"][None])),
+    "shapes of its arrays ": lambda folder: with_arrays(folder, lambda a: a.update(mean=np.array(1.0))),
+}
+
+
+@pytest.mark.parametrize("says", DAMAGE)
+def test_a_damaged_head_is_named(says: str, logreg: Path) -> None:
+    DAMAGE[says](logreg)
+    with pytest.raises(ModelError, match=rf"holds no trained head, or a damaged one .*{says.strip()}") as caught:
+        load_classifier(logreg)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(logreg: Path) -> None:
+    (logreg / "head.safetensors").unlink()
+    os.mkfifo(logreg / "head.safetensors")
+    with pytest.raises(ModelError, match=r"damaged one .*not a regular file"):
+        load_classifier(logreg)
+
+
+def test_a_class_without_an_image_may_have_a_bias_of_minus_infinity(logreg: Path) -> None:
+    assert load_classifier(with_arrays(logreg, fill("bias", -np.inf))).n_classes == 3
+
+
+def test_a_head_of_other_classes_than_its_card_names(logreg: Path) -> None:
+    card = json.loads((logreg / "classifier.json").read_text())
+    (logreg / "classifier.json").write_text(json.dumps(card | {"classes": ["a", "b"]}))
+    wrong = "head tells 3 classes apart, and its classifier.json names 2"
+    with pytest.raises(ModelError, match=wrong), classifier(logreg):
+        pass
+
+
+def test_a_backbone_of_the_hub_is_not_fetched_unasked(logreg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr("kshot.hub.is_cached", lambda name, revision, patterns: asked.append((name, revision)))
+    with_record(logreg, model="hf-hub:o/n@v1")
+    with pytest.raises(ModelError, match="not fetched unasked; to fetch it, give --model hf-hub:o/n@v1"):
+        classifier(logreg).__enter__()
+    with_record(logreg, model="vit_small_patch14_dinov2.lvd142m")
+    with pytest.raises(ModelError, match=r"a head on vit_small_patch14_dinov2\.lvd142m, which is not on this machine"):
+        classifier(logreg).__enter__()
+    assert asked == [("o/n", "v1"), ("timm/vit_small_patch14_dinov2.lvd142m", "")]
+    with classifier(logreg, model=nano.NAME) as loaded:  # one that is named
+        assert len(loaded.classes) == 3
 
 
 def test_the_card_goes_to_the_hub(trained: Callable[[str], Path], kshot: Callable[..., Any]) -> None:
