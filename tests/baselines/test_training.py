@@ -16,7 +16,7 @@ from tinker import types
 
 from baselines import nano
 from baselines.lora import LoraHeadClient, datum
-from kshot.errors import ImageError, InputError, ModelError, RequestError
+from kshot.errors import ImageError, InputError, ModelError, NotFiniteError, RequestError
 from tests.baselines.plain_lora import data_of, gradients, same, step, trained
 from vlm.classifier import steps
 
@@ -137,6 +137,15 @@ def test_gradients_that_are_not_finite_are_cleared(client: LoraHeadClient, data:
     assert same(before, trained(client))
     with pytest.raises(RequestError, match="forward_backward first"):
         client.optim_step(ADAM).result()
+
+
+def test_a_rate_that_is_too_high_is_said(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    with torch.no_grad():
+        client.parameters["head.weight"].fill_(float("inf"))
+    with pytest.raises(NotFiniteError, match=r"log-probabilities .*; a learning rate was too high, or weights are"):
+        client.forward_backward(data, "cross_entropy").result()
+    with pytest.raises(NotFiniteError, match=r"scores .*: train with a lower one, or restore them"):
+        client.class_log_probs([data[0].model_input.chunks[0].data])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("done", [0, 1])
