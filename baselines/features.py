@@ -74,6 +74,11 @@ class Encoder:
             facts = {"readout": readout, "size": size, "mean": backbone.mean.tolist(), "std": backbone.std.tolist()}
             self._store = FeatureStore(folder, fingerprint(backbone.module, facts, device), backbone.dim)
 
+    @property
+    def dim(self) -> int:
+        """D, of a feature."""
+        return self._backbone.dim
+
     def features(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, D) float32, of N JPEG or PNG files; kept by the SHA-256 of their bytes.
 

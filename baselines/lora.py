@@ -7,6 +7,7 @@ optimizer's step, the step is AdamW. Every random number comes from `seed`, and 
 
 import copy
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,13 +29,21 @@ from kshot.checks import check_adam
 from kshot.errors import ImageError, InputError, ModelError, NotFiniteError, RequestError
 from kshot.files import write_folder
 from kshot.images import JPEG, PNG
-from kshot.untrusted import parse_json, read_file
+from kshot.untrusted import check_regular, parse_json, read_file
 
 ALPHA = 32
 # Images in one forward, at most. Fixed, since the low bits of a batched product depend on the size of the batch.
 CHUNK = 32
 LOSS = "cross_entropy"
 WEIGHTS, RECORD = "head.safetensors", "kshot.json"  # of a saved head
+TYPES: dict[str, tuple[type, ...]] = {  # of the record's values
+    "model": (str,),
+    "readout": (str,),
+    "size": (int, type(None)),
+    "n_classes": (int,),
+    "rank": (int,),
+    "log_probs": (bool,),
+}
 FORMATS: dict[bytes, Literal["png", "jpeg"]] = {PNG: "png", JPEG: "jpeg"}  # by first bytes
 
 
@@ -86,7 +95,7 @@ class LoraHeadClient:
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
         self._record = {"model": model, "n_classes": n_classes, "rank": rank, "readout": readout, "size": size}
-        self._backbone, self._size, self._n_classes = load(model, device, readout), size, n_classes
+        self._backbone, self._size, self.n_classes = load(model, device, readout), size, n_classes
         self._backbone.check_size(size)
         self._adapted = _adapted(self._backbone, rank, seed)
         self._linear = nn.utils.skip_init(nn.Linear, self._backbone.dim, n_classes, device=device)
@@ -105,14 +114,14 @@ class LoraHeadClient:
     def class_log_probs(self, images: Sequence[bytes]) -> np.ndarray:
         """(N, n_classes) float64 log-probabilities of N encoded images, in nats; the same bit for bit for the same
         images in the same order. Raises ImageError for bytes that are no image, NotFiniteError."""
-        result = np.empty((len(images), self._n_classes))
+        result = np.empty((len(images), self.n_classes))
         for start in range(0, len(images), CHUNK):  # pixels of a large set are never in memory together
             rows, chunk = result[start : start + CHUNK], images[start : start + CHUNK]
             pixels = [resized(image, self._backbone.patch, self._size) for image in chunk]
             for members, logits in self._logits(pixels):
                 rows[members] = logits.double().log_softmax(dim=1).cpu().numpy()
         if not np.isfinite(result).all():
-            raise NotFiniteError(self._backbone.name, "scores")
+            raise NotFiniteError(self._backbone.name, "scores", trained=True)
         return result
 
     def forward_backward(
@@ -130,7 +139,7 @@ class LoraHeadClient:
             raise RequestError(f"loss {loss_fn!r} with {loss_fn_config or 'no configuration'}; use {LOSS!r} with none")
         if not data:
             raise RequestError("no data given; a forward pass needs at least one datum")
-        items = [_image_and_label(number, each, self._n_classes) for number, each in enumerate(data)]
+        items = [_image_and_label(number, each, self.n_classes) for number, each in enumerate(data)]
         pixels = [self._decoded(number, image) for number, (image, _) in enumerate(items)]
         total, log_probs = 0.0, np.empty((len(items), 1), np.float32)
         try:
@@ -142,7 +151,7 @@ class LoraHeadClient:
                 total += loss.item()
                 log_probs[members, 0] = -losses.detach().cpu().numpy()
             if not np.isfinite(log_probs).all():
-                raise NotFiniteError(self._backbone.name, "log-probabilities")
+                raise NotFiniteError(self._backbone.name, "log-probabilities", trained=True)
         except BaseException:
             self._clear_gradients()
             raise
@@ -189,15 +198,21 @@ class LoraHeadClient:
         write_folder(folder, fill)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "LoraHeadClient":
-        """What `save` wrote, with a fresh optimizer. Raises ModelError where it is missing or damaged."""
+    def load(cls, folder: Path, device: str = "cpu", model: str | None = None) -> "LoraHeadClient":
+        """What `save` wrote, with a fresh optimizer. model: where its backbone is now; None: where it was. Raises
+        ModelError where it is missing or damaged."""
         try:
-            record, weights = parse_json(read_file(folder / RECORD)), load_file(folder / WEIGHTS)
+            record = read_record(folder)
+            check_regular(folder / WEIGHTS)
+            weights = load_file(folder / WEIGHTS)
+            record["model"] = model or record["model"]
             client = cls(**record, seed=0, device=device)  # the seed is of weights that are replaced
             expected, stored = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (client.parameters, weights))
             if wrong := sorted(n for n in {*expected, *stored} if expected.get(n) != stored.get(n)):
                 raise InputError(f"{len(wrong)} tensors do not fit, first {wrong[0]!r}")
-        except (OSError, ValueError, TypeError, SafetensorError, InputError) as error:
+            if broken := sorted(name for name, each in weights.items() if not each.isfinite().all()):
+                raise ValueError(f"{broken[0]} has numbers that are not finite")
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError, InputError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{folder} holds no trained head, or a damaged one ({reason}); train it again") from error
         for name, parameter in client.parameters.items():
@@ -219,6 +234,17 @@ class LoraHeadClient:
             return self._pixels(image)
         except ImageError as error:
             raise ImageError(f"datum {number}: {error}") from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a saved head. Raises OSError, and ValueError for what is none or has values of other types."""
+    record = parse_json(read_file(folder / RECORD))
+    if not isinstance(record, dict):
+        raise ValueError(f"{RECORD} holds no record")
+    for name, value in record.items():
+        if name in TYPES and type(value) not in TYPES[name]:
+            raise ValueError(f"{name} in {RECORD} is {reprlib.repr(value)}")
+    return record
 
 
 def _adapted(backbone: Backbone, rank: int, seed: int) -> nn.Module:

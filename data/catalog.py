@@ -67,12 +67,20 @@ USERS = {  # the users' own: a name begins with the key, and the rest of it is t
 }
 
 
+def full_name(name: str) -> str:
+    """What a name stands for: one like a path, and that of a folder which is there, are folders of images."""
+    if name in DATASETS or name.startswith(tuple(USERS)):
+        return name
+    return f"{FOLDER}{name}" if name.startswith((".", "/", "~")) or Path(name).is_dir() else name
+
+
 def find(name: str) -> DatasetSpec:
     """The spec of a data set.
 
-    name: a key of DATASETS, "folder:PATH", whose spec has PATH as its location, or "hub:ID" (see `data.hub.HubName`).
-    Raises UnknownNameError.
+    name: a key of DATASETS, "folder:PATH", whose spec has PATH as its location, or "hub:ID" (see `data.hub.HubName`);
+    see `full_name` too. Raises UnknownNameError.
     """
+    name = full_name(name)
     if name in DATASETS:
         return DATASETS[name]
     for kind, spec in USERS.items():

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, Self
 from data.dataset import Item, content_key
 from kshot.errors import LISTED, DatasetError, KshotError, UnknownNameError, listed
 from kshot.hub import access_problem, one_line, translated, unreachable_reason, with_retries
-from kshot.untrusted import parse_yaml, read_file, set_damaged_aside
+from kshot.untrusted import parse_yaml, read_file
+
+log = logging.getLogger("kshot.files")
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # what a set says of its layout and its columns
 FORMATS = ("parquet", "arrow", "imagefolder")  # those that can hold images with class labels
@@ -229,7 +231,8 @@ def _download_file(hub_id: str, commit: str, name: str) -> None:
         path = Path(with_retries(hf_hub_download, hub_id, name, repo_type="dataset", revision=commit))
         if _is_whole(blob := path.resolve()):
             return
-        set_damaged_aside(blob, f"{name} of {hub_id} is downloaded again")
+        log.warning("%s is damaged; %s of %s is downloaded again", blob, name, hub_id)
+        blob.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     raise DatasetError(f"{name} of {hub_id} comes with another content than the hub states; try again later")
 

@@ -5,6 +5,7 @@ needed. `facts` are for the record.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 from data.dataset import Item, Slice, stored_bytes
 from kshot.errors import DatasetError
-from kshot.files import cache_folder, remove_stale, write_folder
-from kshot.untrusted import parse_json, set_damaged_aside
+from kshot.files import cache_folder, remove_stale, replace_folder, write_folder
+from kshot.untrusted import parse_json
 
 VERSION = 2  # raise it when what is in a pack changes
 IMAGES, INDEX, FACTS = "images.bin", "index.parquet", "facts.json"
 COLUMNS = ("path", "split", "label", "key", "offset", "length")
+
+log = logging.getLogger("kshot.files")
 
 Fill = Callable[[dict[str, Any]], Iterator[Item]]
 
@@ -26,7 +29,7 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
     """The items, whose images lie in the pack of that name, and its facts; `fill` yields them where there is no pack.
 
     fill: called with a dictionary to which it adds the facts while it yields. name: must change with the content.
-    A pack that is damaged is set aside and made anew.
+    A pack that is damaged is made anew, and the log says so.
     Raises DatasetError where the cache cannot be written, and whatever fill raises, which is a KshotError: then nothing
     is left behind.
     """
@@ -35,9 +38,9 @@ def open_or_make(name: str, fill: Fill, cache: Path | None = None) -> tuple[list
         if (pack := _open(folder)) is not None:
             return pack
         remove_stale(folder)
-        if folder.exists():
-            set_damaged_aside(folder, "its data set is read again")
-        write_folder(folder, lambda target: _write(target, fill))
+        if damaged := folder.exists():  # it has gigabytes, and another process may just have put a good one there
+            log.warning("%s is damaged; its data set is read again", folder)
+        (replace_folder if damaged else write_folder)(folder, lambda target: _write(target, fill))
         pack = _open(folder)
     except OSError as error:
         raise DatasetError(f"cannot write {folder} ({error.strerror}); set KSHOT_CACHE to another folder") from error

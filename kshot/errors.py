@@ -9,13 +9,14 @@ from difflib import get_close_matches
 from unicodedata import category
 
 INTERRUPTED = 130  # the shells' status of a program that Ctrl-C ended
+KEPT = "\n\u00ad\u200c\u200d"  # the soft hyphen, and what parts and joins letters and emoji
 LISTED = 20  # problems that one message names
 
 
 def shown(text: str) -> str:
     """Text as a terminal or a page can show it: what steers a terminal, turns the direction of writing or is no UTF-8
-    is escaped as in Python; line ends and all kinds of spaces stay."""
-    return "".join(c if c == "\n" or c.isprintable() or category(c) == "Zs" else _escaped(c) for c in text)
+    is escaped as in Python; line ends, all kinds of spaces and what words of some scripts need stay."""
+    return "".join(c if c in KEPT or c.isprintable() or category(c) == "Zs" else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
@@ -85,12 +86,15 @@ class ModelError(InputError):
 
 
 class NotFiniteError(ModelError):
-    """A model that computes NaN or infinite numbers. adapter: the run or checkpoint whose weights are on it, if any."""
+    """A model that computes NaN or infinite numbers. adapter: the run or checkpoint whose weights are on it, if any.
+    trained: whether its weights may be trained ones, whose name is not known."""
 
-    def __init__(self, model: str, what: str, adapter: str = "") -> None:
+    def __init__(self, model: str, what: str, adapter: str = "", *, trained: bool = False) -> None:
         way_out = "its weights are damaged: download them again"
         if adapter:
             way_out = "a learning rate was too high, or weights are damaged: go on from an earlier checkpoint"
+        elif trained:
+            way_out = "a learning rate was too high, or weights are damaged: train with a lower one, or restore them"
         where = f" with {adapter}" if adapter else ""
         super().__init__(f"model {model}{where} gives {what} that are not finite (NaN or Inf); {way_out}")
 

@@ -1,7 +1,11 @@
-"""What all uses of the Hugging Face hub share: another try where a connection drops, and its errors in plain words."""
+"""What all uses of the Hugging Face hub share: another try where a connection drops, sizes of files, what its cache
+has, and its errors in plain words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from kshot.errors import KshotError
@@ -10,6 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TRIES = 3  # of a download whose connection drops in a way that huggingface_hub does not resume
+TIMEOUT = 10.0  # seconds that the hub has to say how large something is
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 
 
@@ -21,6 +26,45 @@ def with_retries(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         with suppress(httpx.TransportError):
             return call(*args, **kwargs)
     return call(*args, **kwargs)
+
+
+def size_of(hub_id: str, revision: str, patterns: Sequence[str], *, dataset: bool = False) -> int | None:
+    """Bytes of the files with such names, of a model those at the top level; None where the hub does not tell, within
+    TIMEOUT seconds. revision: "" for the newest."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    ask = HfApi().dataset_info if dataset else HfApi().model_info
+    try:
+        info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # loading says why
+        return None
+    total = 0
+    for file in info.siblings or ():
+        top, _, name = file.rfilename.rpartition("/")
+        if (dataset or not top) and any(fnmatch(name, pattern) for pattern in patterns):
+            total += file.size or 0
+    return total
+
+
+def cached_commit(hub_id: str, revision: str, patterns: Sequence[str]) -> str | None:
+    """The commit of a model of which the hub's cache has all of these files, weights among them; None where it lacks
+    any. revision: "" for the newest."""
+    from huggingface_hub import snapshot_download
+
+    snapshot = partial(snapshot_download, hub_id, revision=revision or None, local_files_only=True)
+    with suppress(Exception):  # the hub's library has a dozen errors for what its cache lacks
+        folder = Path(snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        return folder.name if any(folder.glob("*.safetensors")) else None
+    return None
+
+
+def is_cached(hub_id: str, revision: str, patterns: Sequence[str]) -> bool:
+    """Whether it has all of these files."""
+    return cached_commit(hub_id, revision, patterns) is not None
 
 
 @contextmanager

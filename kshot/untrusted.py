@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 1 << 30  # of a file that is read whole, unless its reader says less
+PART = 1 << 20  # bytes that are read at a time of a file that has more than its size
 YAML_BYTES = 1 << 22  # of a YAML text, which takes seconds for a megabyte
 YAML_NODES = 1 << 18  # of one, where each alias counts as all that it stands for
 DAMAGED = ".damaged"  # the end of the name of what was set aside
@@ -22,7 +23,10 @@ log = logging.getLogger("kshot.files")
 def check_regular(path: Path | str) -> os.stat_result:
     """The status of a file. Raises OSError where there is none, and for what is no regular file: a pipe, a device or a
     socket would be read for ever, and opening alone can wait or do something."""
-    status = os.stat(path)
+    return _regular(os.stat(path), path)
+
+
+def _regular(status: os.stat_result, path: Path | str) -> os.stat_result:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
@@ -35,7 +39,10 @@ def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
     check_regular(path)
     # It may have become a pipe since: opening does not wait for that.
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-        content = file.read(most + 1)
+        size = _regular(os.fstat(file.fileno()), path).st_size
+        content = file.read(min(most, size) + 1)  # which takes so much memory, whatever is there
+        while size < len(content) <= most and (part := file.read(min(PART, most + 1 - len(content)))):
+            content += part  # it grows, or is one of /proc, whose size is 0
     if len(content) > most:
         raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
     return content
@@ -74,6 +81,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except (AttributeError, LookupError) as error:  # of PyYAML, where a tag such as !!bool is at another value
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
     finally:
         loader.dispose()
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 
 collect_ignore = ["clients"]  # they run in an environment of their own: make test-clients
 
+# before the hub's library is imported: its cache is empty, as on a new machine, and offline nothing is put there
+os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / f"no-hub-cache-{os.getpid()}")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
-
 
 # Files that take longest, most of them by starting processes: first, so that no core waits for one of them at the end.
 LONG = (
-    "test_ray test_sweep test_server_fuzz test_server_restart test_cli test_executors test_cli_serve test_server_load "
-    "test_bench_overheads test_bench_train test_bench_score test_students test_hub test_loading_hub test_server_end "
+    "test_sweep test_server_fuzz test_server_restart test_cli test_executors test_cli_serve test_server_load "
+    "test_bench_overheads test_bench_train test_bench_score test_hub test_loading_hub test_server_end "
     "test_cli_predict test_estimate_features test_compare"
 )
 
@@ -48,6 +50,14 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_gpu_is_chosen() -> Iterator[None]:
+    """A sweep of one's own images is on the CPU unless a test asks for a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.sweep.choice._has_gpu", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@
 import logging
 import os
 import socket
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from kshot.untrusted import DAMAGED, YAML_NODES, is_beside, parse_json, parse_yaml, read_file, set_damaged_aside
+from tests.traced import traced
 
 DEEP = 100_000
 
@@ -33,6 +33,35 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         read_file(tmp_path / "a", 4)
 
 
+def test_reading_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    with traced(1 << 20):
+        assert read_file(tmp_path / "a") == b"12345"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc")
+def test_a_file_of_no_size_is_read_to_its_end() -> None:
+    assert read_file("/proc/self/status").endswith(b"\n")
+    with pytest.raises(OSError, match="more than 9 bytes"):
+        read_file("/proc/self/status", 9)
+
+
+def test_a_file_that_has_become_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("kshot.untrusted.check_regular", lambda path: None)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp foo", "!!int x", "!!binary é", "!!set {[]: 1}"]
+)
+def test_a_value_that_does_not_fit_its_tag(text: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - PyYAML has its own words for some
+        parse_yaml(f"a: {text}")
+    assert "\n" not in str(caught.value)
+
+
 def bomb(levels: int) -> str:
     """Lines of which each repeats the one before nine times."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
@@ -42,13 +71,8 @@ def bomb(levels: int) -> str:
 
 def test_aliases_that_make_gigabytes() -> None:
     """9^9 values in half a kilobyte."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=f"its aliases .* more than {YAML_NODES:,} values"):
-            parse_yaml(bomb(9))
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
+    with traced(4 << 20), pytest.raises(ValueError, match=f"its aliases .* more than {YAML_NODES:,} values"):
+        parse_yaml(bomb(9))
     with pytest.raises(ValueError, match="its aliases"):
         parse_yaml("a: &a [*a]")  # without end
     assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}

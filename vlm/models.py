@@ -4,8 +4,9 @@ A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVIS
 into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
 """
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +19,8 @@ MODELS = {nano.NAME: nano.folder}
 SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
+FILES = (*SMALL, *WEIGHTS)
+COMMIT = re.compile("@[0-9a-f]{40}$")
 
 
 def full_name(name: str) -> str:
@@ -65,16 +68,16 @@ def known(name: str) -> str | None:
     if is_here(name):
         return full_name(name)
     hub_id, _, revision = full_name(name).partition("@")
-    with suppress(Exception), _quiet():  # the hub's library has a dozen errors for what its cache lacks
-        return f"{hub_id}@{Path(_snapshot(hub_id, revision or None, (*SMALL, *WEIGHTS), offline=True)).name}"
-    return None
+    with _quiet():
+        commit = hub.cached_commit(hub_id, revision, FILES)
+    return f"{hub_id}@{commit}" if commit else None
 
 
 def pinned(name: str) -> str:
     """A hub's model by the commit that its name stands for now, ID@COMMIT; any other name as it is. Raises as `source`
-    does."""
-    if is_here(name):
-        return name
+    does, but not for a name with a commit, for which the hub is not asked."""
+    if is_here(name) or COMMIT.search(full_name(name)):
+        return full_name(name)
     return f"{full_name(name).partition('@')[0]}@{Path(source(name)).name}"
 
 
@@ -117,11 +120,11 @@ def _fetch_weights(hub_id: str, commit: str) -> None:
 
     try:
         with _quiet():
-            _snapshot(hub_id, commit, (*SMALL, *WEIGHTS), offline=True)
+            _snapshot(hub_id, commit, FILES, offline=True)
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise
-        _snapshot(hub_id, commit, (*SMALL, *WEIGHTS))
+        _snapshot(hub_id, commit, FILES)
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], offline: bool = False) -> str:

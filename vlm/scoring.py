@@ -61,7 +61,7 @@ def _scored(
         np.add.at(sums.T, choice, edges.T[edge])
         scores = sums.astype(np.float32)  # which may be beyond them, where the edges are not
     if not (np.isfinite(edges).all() and np.isfinite(scores).all()):
-        raise NotFiniteError(sampler.get_base_model(), "scores")
+        raise NotFiniteError(sampler.get_base_model(), "scores", trained=True)
     return scores, edges
 
 

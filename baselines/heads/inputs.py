@@ -1,4 +1,4 @@
-"""What all heads share: checks of features and labels, standardisation and principal directions.
+"""What all heads share: checks of features and labels, standardisation, principal directions, and linear maps.
 
 No head has an argument for test images or their labels when it is fitted: nothing can be chosen on them.
 """
@@ -9,8 +9,54 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from kshot.errors import InputError
+
+
+class Scaler:
+    """Features to zero mean and unit variance: (features - mean) / deviation, mean and deviation (D,) float64."""
+
+    def __init__(self, mean: np.ndarray, deviation: np.ndarray) -> None:
+        self.mean, self.deviation = mean, deviation
+
+    @classmethod
+    def of(cls, train: np.ndarray) -> "Scaler":
+        """That of (N, D) training features; a feature that is constant there becomes its distance from that."""
+        exact = train.astype(np.float64)
+        mean, deviation = exact.mean(axis=0), exact.std(axis=0)
+        # A constant column's deviation is rounding noise of its mean, which must not become a feature.
+        noise = 10 * np.finfo(np.float64).eps * np.abs(mean)
+        return cls(mean, np.where(deviation > noise, deviation, 1.0))
+
+    def __call__(self, features: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
+        """(M, D) of this dtype; float32 is half the work and loses no more than float32 features have lost already."""
+        mean, deviation = self.mean.astype(dtype), self.deviation.astype(dtype)
+        scaled: np.ndarray = (features.astype(dtype, copy=False) - mean) / deviation
+        return scaled
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map of standardised features. weights: (D, n_classes) float32. bias: (n_classes,) float64, -inf for a
+    class without a training image. log_probs: whether its outputs become log-probabilities, by softmax."""
+
+    scaler: Scaler
+    weights: np.ndarray
+    bias: np.ndarray
+    log_probs: bool
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(M, D) features → (M, n_classes) float64."""
+        outputs = (self.scaler(features, np.float32) @ self.weights).astype(np.float64) + self.bias
+        return log_softmax(outputs, axis=1) if self.log_probs else outputs
+
+    def spread(self, present: np.ndarray, n_classes: int) -> "Linear":
+        """The same map with columns for all classes; its own are those of `present`."""
+        weights = np.zeros((len(self.weights), n_classes), self.weights.dtype)
+        bias = np.full(n_classes, -np.inf)
+        weights[:, present], bias[present] = self.weights, self.bias
+        return Linear(self.scaler, weights, bias, self.log_probs)
 
 
 @dataclass(frozen=True)
@@ -20,10 +66,12 @@ class FittedHead:
     scores: (M, D) features → (M, n_classes) scores, higher is better; -inf for classes without a training image.
         Raises InputError for features that do not fit or are not finite.
     chosen: what was chosen on the training images, JSON values; empty where nothing was.
+    linear: the same as arrays, where the head is a linear map.
     """
 
     scores: Callable[[np.ndarray], np.ndarray]
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    linear: Linear | None = None
 
 
 Fit = Callable[[np.ndarray, np.ndarray, int], FittedHead]  # train (N, D), labels (N,), n_classes
@@ -51,7 +99,8 @@ def head(fit: Fit) -> Fit:
                 spread[:, present] = fitted.scores(test)
             return spread
 
-        return FittedHead(scores, fitted.chosen)
+        linear = None if fitted.linear is None else fitted.linear.spread(present, n_classes)
+        return FittedHead(scores, fitted.chosen, linear)
 
     return checked
 
@@ -79,24 +128,6 @@ def _check_finite(name: str, features: np.ndarray) -> None:
     broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if broken.size:
         raise InputError(f"{name} features of image {broken[0]} are not finite; check the encoder and that image")
-
-
-class Scaler:
-    """Features to zero mean and unit variance, those of (N, D) training features; a feature that is constant there
-    becomes its distance from that."""
-
-    def __init__(self, train: np.ndarray) -> None:
-        exact = train.astype(np.float64)
-        self._mean, deviation = exact.mean(axis=0), exact.std(axis=0)
-        # A constant column's deviation is rounding noise of its mean, which must not become a feature.
-        noise = 10 * np.finfo(np.float64).eps * np.abs(self._mean)
-        self._deviation = np.where(deviation > noise, deviation, 1.0)
-
-    def __call__(self, features: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
-        """(M, D) of this dtype; float32 is half the work and loses no more than float32 features have lost already."""
-        mean, deviation = self._mean.astype(dtype), self._deviation.astype(dtype)
-        scaled: np.ndarray = (features.astype(dtype, copy=False) - mean) / deviation
-        return scaled
 
 
 def principal(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

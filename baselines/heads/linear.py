@@ -7,10 +7,9 @@ they do (`kshot bench baseline` has the two side by side).
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
 from torch import Tensor
 
-from baselines.heads.inputs import FittedHead, Scaler, head, principal
+from baselines.heads.inputs import FittedHead, Linear, Scaler, head, principal
 from kshot.errors import KshotError
 
 # Inverse strength of the L2 penalty, fixed a priori: on features of unit variance it is a standard normal prior on
@@ -37,13 +36,13 @@ def fit_logistic_regression(train: np.ndarray, labels: np.ndarray, n_classes: in
     deterministic.
     Raises KshotError where it does not converge.
     """
-    scaler = Scaler(train)
+    scaler = Scaler.of(train)
     scaled = scaler(train)
     directions, squared = principal(scaled)
     basis = directions / np.sqrt(1 + C * CURVATURE * squared)
     point = _solved(scaled @ basis, basis, labels, n_classes)
-    matrix, bias = (basis @ point[:-1]).astype(np.float32), point[-1]
-    return FittedHead(lambda test: log_softmax((scaler(test, np.float32) @ matrix).astype(np.float64) + bias, axis=1))
+    linear = Linear(scaler, (basis @ point[:-1]).astype(np.float32), point[-1], log_probs=True)
+    return FittedHead(linear, linear=linear)
 
 
 def _solved(features: np.ndarray, basis: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:

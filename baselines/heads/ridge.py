@@ -5,7 +5,7 @@ Scores are regression outputs: they rank classes and are no probabilities.
 
 import numpy as np
 
-from baselines.heads.inputs import FittedHead, Scaler, head, principal
+from baselines.heads.inputs import FittedHead, Linear, Scaler, head, principal
 from baselines.heads.selection import choose
 
 # In units of the number of features: on standardised features 1 means that signal and noise are believed equally
@@ -25,11 +25,11 @@ def fit_ridge(train: np.ndarray, labels: np.ndarray, n_classes: int) -> FittedHe
     none: λ is then the first.
     Raises InputError as `choose` does.
     """
-    scaler = Scaler(train)
+    scaler = Scaler.of(train)
     spectrum = _Spectrum(scaler(train), np.eye(n_classes)[labels])
     penalty = choose([float(each * train.shape[1]) for each in PENALTIES], labels, spectrum.held_out)
-    weights = spectrum.weights(penalty).astype(np.float32)
-    return FittedHead(lambda test: scaler(test, np.float32) @ weights + spectrum.mean, {"penalty": penalty})
+    linear = Linear(scaler, spectrum.weights(penalty).astype(np.float32), spectrum.mean, log_probs=False)
+    return FittedHead(linear, {"penalty": penalty}, linear)
 
 
 class _Spectrum:

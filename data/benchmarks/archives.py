@@ -23,6 +23,7 @@ MEMBER = 256 << 20  # bytes; the largest file that is read from an archive
 TARS = (".tar.gz", ".tgz", ".tar")
 HEADER = 1 << 20  # bytes; likewise the longest name
 MEMBERS = 1 << 20  # of an archive; the largest benchmark has 16,185 images
+DIRECTORY = 46 * MEMBERS  # bytes of a zip's list of members, of which each takes 46 and its name
 # Images are compressed already, so an archive of them is as large as they are: it may unpack to so many times its size,
 # and to so many bytes besides, for the lists and labels of small ones.
 TIMES, BESIDES = 10, 64 << 20
@@ -144,6 +145,10 @@ class _Member(tarfile.TarInfo):
 
 def _of_zip(path: Path, room: _Room) -> Iterator[tuple[str, bytes]]:
     """The members; those of an archive in the archive as well."""
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end and end[5] > DIRECTORY:  # the size of the list, all of which zipfile reads first
+        raise DatasetError(f"{path} has more than {MEMBERS:,} members; get the original archive")
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if not info.filename.endswith(TARS):

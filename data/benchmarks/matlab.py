@@ -19,6 +19,7 @@ DEPTH = 16  # of matrices in matrices
 HEADER, TAG = 128, 8  # bytes
 MATRIX, COMPRESSED = 14, 15  # types of elements
 CELL, STRUCT, OBJECT = 1, 2, 3  # classes of matrices whose values are matrices
+VALUES = 3  # elements of another matrix before its values: flags, dimensions, name
 
 
 def variable(content: bytes, name: str) -> Any:
@@ -51,7 +52,7 @@ def _check(content: bytes) -> None:
 
 
 def _check_matrix(body: bytes, order: str, depth: int) -> None:
-    """Raise ValueError for a cell or a struct that has fewer matrices than it says."""
+    """Raise ValueError for a matrix that has fewer values than it says; those of a cell or a struct are matrices."""
     if depth == 0:
         raise ValueError("its matrices are nested too deeply")
     elements = list(_elements(body, order))
@@ -64,6 +65,10 @@ def _check_matrix(body: bytes, order: str, depth: int) -> None:
             promised *= len(described[-1]) // max(1, _integers(described[-2], order)[0])
         if promised > len(matrices):
             raise ValueError(f"it says that a matrix holds {promised:,} others, which has {len(matrices):,}")
+    elif len(described) > 1:
+        promised, size = math.prod(_integers(described[1], order)), len(b"".join(described[VALUES:]))
+        if promised > size:  # a value takes a byte or more
+            raise ValueError(f"it says that a matrix has {promised:,} values, which has {size:,} bytes of them")
     for matrix in matrices:
         _check_matrix(matrix, order, depth - 1)
 

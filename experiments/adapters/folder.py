@@ -1,31 +1,39 @@
-"""An adapter folder: LoRA weights as a checkpoint has them, classifier.json, which records what the adapter answers,
-and the model card, README.md: what it is, how to use it, where it came from. The card states no accuracy, which
-training does not measure, and no path of this machine; the same record gives the same bytes."""
+"""A folder of `kshot train`: weights (LoRA as a checkpoint has it, or a head on DINOv2), classifier.json, which records
+what they answer, and the model card, README.md: what it is, how to use it, where it came from. The card states no
+accuracy, which training does not measure, and no path of this machine; the same record gives the same bytes."""
 
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from experiments.sweep.provenance import SHIPPED
 from kshot.errors import InputError, ModelError
 from kshot.files import replace_folder, write_file
 from kshot.images import MAX_RATIO
 from kshot.untrusted import read_file
-from vlm import nano
 
 CARD, RECORD, README = "classifier.json", "kshot.json", "README.md"
-FILES = {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD, README}
+ADAPTER: Literal["adapter"] = "adapter"
+HEAD: Literal["head"] = "head"
+FILES = {
+    ADAPTER: {"adapter_model.safetensors", "adapter_config.json", RECORD, CARD, README},
+    HEAD: {"head.safetensors", RECORD, CARD, README},
+}
+ALL_FILES = set().union(*FILES.values())
 
 
 class Card(BaseModel):
-    """classifier.json: what a classifier needs besides the weights. prompt: the template in full. trained: where it
-    came from (data set, protocol, shots, seed, settings, versions)."""
+    """classifier.json: what a classifier needs besides the weights. kind: an adapter of the VLM, or a head on DINOv2.
+    prompt: the template in full; "" for a head. trained: where it came from (data set, protocol, method, shots, seed,
+    settings, versions)."""
 
     model_config = ConfigDict(frozen=True)
 
+    kind: Literal["adapter", "head"] = ADAPTER
     classes: tuple[str, ...] = Field(min_length=2)
     prompt: str
     max_side: PositiveInt
@@ -33,8 +41,13 @@ class Card(BaseModel):
     trained: dict[str, Any] = {}
 
     @property
+    def setting(self) -> str:
+        """The setting that names the base model."""
+        return "model" if self.kind == ADAPTER else "backbone"
+
+    @property
     def base_folder(self) -> Path | None:
-        """The base model's folder, where it is one of this machine: kshot train records its full path."""
+        """The base model's folder or file, where it is one of this machine: kshot train records its full path."""
         return Path(self.base_model) if Path(self.base_model).is_absolute() else None
 
 
@@ -57,8 +70,8 @@ def read_card(folder: Path) -> Card | None:
 
 
 def check_target(folder: Path, *, force: bool) -> None:
-    """Raise InputError unless an adapter may be written there: a new or empty folder, or with `force` one that holds
-    nothing but an adapter."""
+    """Raise InputError unless a trained model may be written there: a new or empty folder, or with `force` one that
+    holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give another folder")
     try:
@@ -67,11 +80,11 @@ def check_target(folder: Path, *, force: bool) -> None:
         raise InputError(f"--out {folder} cannot be read ({error.strerror}); give another folder") from error
     if not names:
         return
-    if names - FILES or not names & {RECORD, CARD}:
-        other = min(names - FILES, default=min(names))
+    if names - ALL_FILES or not names & {RECORD, CARD}:
+        other = min(names - ALL_FILES, default=min(names))
         raise InputError(f"--out {folder} holds other things ({other}); give a new or empty folder")
     if not force:
-        raise InputError(f"--out {folder} holds an adapter; give another folder, or --force to replace it")
+        raise InputError(f"--out {folder} holds a trained model; give another folder, or --force to replace it")
 
 
 def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
@@ -89,7 +102,7 @@ def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
 
 # The model card
 
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+TEMPLATES = {ADAPTER: "model_card.md.jinja", HEAD: "head_card.md.jinja"}
 CLASSES_SHOWN = 5
 NANO_LICENCE = "apache-2.0"  # of the models that come with kshot, as of kshot itself
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -101,30 +114,30 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
     matter leaves out a base model that is a folder of this machine, an unknown licence, a data set without a hub id."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from vlm.prompts import IMAGE, template
+    from experiments.sweep.choice import hub_id_of
 
-    shipped, prompt = card.base_model == nano.NAME, template(card.prompt)
     hub_id, _, revision = card.base_model.partition("@")
+    shipped = card.base_model == SHIPPED[card.setting].NAME
+    base = hub_id if card.kind == ADAPTER or shipped else hub_id_of(hub_id)
     data = ModelCardData(
-        base_model=None if card.base_folder else hub_id,
-        library_name="peft",
-        pipeline_tag="image-text-to-text",
+        base_model=None if card.base_folder else base,
+        library_name="peft" if card.kind == ADAPTER else None,
+        pipeline_tag="image-text-to-text" if card.kind == ADAPTER else "image-classification",
         license=NANO_LICENCE if shipped else None,
-        tags=["kshot", "lora", "few-shot", "image-classification"],
+        tags=["kshot", *(["lora"] if card.kind == ADAPTER else []), "few-shot", "image-classification"],
         datasets=[hub] if (hub := card.trained.get("data", {}).get("hub")) else None,
         metrics=["accuracy"],
     )
     settings = card.trained["settings"].items()
     content = ModelCard.from_template(
         data,
-        str(TEMPLATE),
+        str(Path(__file__).with_name(TEMPLATES[card.kind])),
         card=card,
         notes=notes,
         base=card.base_folder.name if card.base_folder else card.base_model,
         facts=_facts(card),
         settings=[(name, "none" if value is None else _code(value)) for name, value in settings],
-        template=prompt,
-        prompt=f"{USER}{prompt.question.replace(IMAGE, IMAGE_TOKENS)}{ASSISTANT}{prompt.prefill}",
+        **(_asking(card) if card.kind == ADAPTER else {}),
         shipped=shipped,
         hub_id=hub_id,
         revision=revision,
@@ -136,22 +149,32 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
     return str(content)
 
 
+def _asking(card: Card) -> dict[str, Any]:
+    """How the VLM is asked: the template, and the text of the whole prompt."""
+    from vlm.prompts import IMAGE, template
+
+    prompt = template(card.prompt)
+    question = prompt.question.replace(IMAGE, IMAGE_TOKENS)
+    return {"template": prompt, "prompt": f"{USER}{question}{ASSISTANT}{prompt.prefill}"}
+
+
 def _facts(card: Card) -> list[tuple[str, str]]:
-    trained, revision = card.trained, _code(card.trained["settings"].get("model_revision"))
+    trained, known = card.trained, card.trained["settings"].get(f"{card.setting}_revision")
+    revision = _code(known)
     names = ", ".join(map(_code, card.classes[:CLASSES_SHOWN]))
     more = f", and {len(card.classes) - CLASSES_SHOWN} more" if len(card.classes) > CLASSES_SHOWN else ""
     if card.base_folder:
         base = f"{_code(card.base_folder.name)}, a folder whose content has the fingerprint {revision}"
-    elif card.base_model == nano.NAME:
+    elif card.base_model == SHIPPED[card.setting].NAME:
         base = f"{_code(card.base_model)}, revision {revision}; it comes with kshot and is on no hub"
     else:
-        known = trained["settings"].get("model_revision")
         of_hub = f"revision {revision}" if known else "the hub's newest revision at the time"
         base = f"{_code(card.base_model)}, {of_hub}"
     return [
         ("base model", base),
         ("data set", f"{_code(trained['dataset'])}, protocol {_code(trained['protocol'])}"),
         *((f"data set: {k}", _code(v)) for k, v in trained.get("data", {}).items() if type(v) in (str, int)),
+        ("method", _code(trained["method"])),
         ("classes", f"{len(card.classes)}: {names}{more} (all are in `classifier.json`)"),
         ("shots", f"{trained['shots']} per class"),
         ("seed", str(trained["seed"])),

@@ -1,5 +1,5 @@
-"""Send an adapter or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights and
-cards of an adapter; reports, records and figures of results. Predictions, images and all other files stay here."""
+"""Send a trained model or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights
+and cards of a model; reports, records and figures of results. Predictions, images and all other files stay here."""
 
 import re
 from dataclasses import dataclass, replace
@@ -66,18 +66,19 @@ def _upload(folder: Path, repo: str, private: bool) -> Upload:
     if (folder / "sweep.json").exists():
         kind, names = DATASET, _results_files(folder)
     elif (folder / adapters.CARD).exists() or (folder / adapters.RECORD).exists():
-        kind, names, card = MODEL, sorted(adapters.FILES), adapters.read_card(folder)
+        card = adapters.read_card(folder)
+        kind, names = MODEL, sorted(adapters.FILES[card.kind if card else adapters.ADAPTER])
         if missing := [name for name in names if not (folder / name).exists()]:
-            raise InputError(f"{folder} has no {missing[0]}: it is no whole adapter; train it again with kshot train")
+            raise InputError(f"{folder} has no {missing[0]}: it is not whole; train it again with kshot train")
     else:
-        raise InputError(f"{folder} is neither an adapter of kshot train nor a results folder; nothing else is sent")
+        raise InputError(f"{folder} is neither a trained model of kshot nor a results folder; nothing else is sent")
     for name in names:
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise InputError(f"{folder / name} is no plain file; only such files are sent")
     sizes = tuple((name, (folder / name).stat().st_size) for name in names)
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     skipped = tuple(sorted(present - {name.split("/")[0] for name in names}))
-    place = loadable(card.base_model) if card else ""
+    place = "" if card is None else loadable(card.base_model) if card.kind == adapters.ADAPTER else card.base_model
     place = place if Path(place).is_absolute() else ""  # an id of the hub is no leak
     records = {name: (folder / name).read_text(encoding="utf-8") for name in names if place and name.endswith(".json")}
     leaks = tuple(name for name, text in records.items() if place in text)
@@ -106,7 +107,7 @@ def _send(upload: Upload) -> Upload:
         raise InputError(f"{upload.repo} is there and public; give --public, or the name of another repository")
     # not upload_folder, which may make several commits: a repository has all of a folder or nothing of it
     operations = [CommitOperationAdd(name, upload.folder / name) for name, _ in upload.files]
-    message = "An adapter of kshot" if kind == MODEL else "Results of kshot"
+    message = "A trained model of kshot" if kind == MODEL else "Results of kshot"
     commit = api.create_commit(upload.repo, operations, commit_message=message, repo_type=kind)
     return replace(upload, url=str(commit.commit_url))
 

@@ -11,28 +11,24 @@ import glob
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import filterfalse, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data.dataset import is_system_file
 from data.preparation import prepare
-from experiments.adapters.folder import CARD, read_card
+from experiments.adapters.folder import CARD, HEAD, Card, read_card
 from experiments.sweep.config import Settings
-from kshot.errors import ImageError, InputError, UnknownNameError, shown
+from kshot.errors import ImageError, InputError, ModelError, UnknownNameError, shown
 from kshot.files import decoded_text
 from kshot.images import begins_like_image
-
-if TYPE_CHECKING:
-    from vlm.prompts import Prompt
-    from vlm.service import SamplingClient
 
 # The images
 
@@ -155,32 +151,35 @@ Prepared = tuple[Picture, "Future[bytes]"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image. probabilities: (classes,) float64 that sum to 1. greedy: the label that constrained decoding
-    generates, token by token, where that was requested; not always the likeliest."""
+    """Of one image. scores: (classes,) float64, higher is better. probabilities: whether they are, and sum to 1.
+    greedy: the label that constrained decoding generates, token by token, where that was requested; not always the
+    likeliest."""
 
     name: str
-    probabilities: np.ndarray
+    scores: np.ndarray
+    probabilities: bool = True
     greedy: int | None = None
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """(label, probability) of the likeliest, ties to the lower label."""
-        order = np.argsort(-self.probabilities, kind="stable")[:count]
-        return [(int(label), float(self.probabilities[label])) for label in order]
+        """(label, score) of the likeliest, ties to the lower label."""
+        order = np.argsort(-self.scores, kind="stable")[:count]
+        return [(int(label), float(self.scores[label])) for label in order]
 
 
 Window = Sequence[Prediction | ImageError]
+Scores = tuple[np.ndarray, Sequence[int | None]]  # (images, classes) float64, and greedy labels
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A loaded model with its prompt. method: "constrained", or "likelihood": that of each whole class name,
-    normalised over the classes by softmax. greedy: whether predictions have theirs."""
+    """A loaded model. score: of prepared images. check: raises ImageError for one that this model alone refuses.
+    log_probs: whether scores are log-probabilities."""
 
-    sampler: "SamplingClient"
-    prompt: "Prompt"
+    classes: tuple[str, ...]
     max_side: int
-    method: str = METHODS[0]
-    greedy: bool = False
+    score: Callable[[Sequence[bytes]], Scores]
+    check: Callable[[bytes], Any]
+    log_probs: bool = True
 
     def predict(self, pictures: Iterator[Picture]) -> Generator[Window, None, None]:
         """The prediction for each image, or what is wrong with it, in order, a batch at a time."""
@@ -198,24 +197,21 @@ class Classifier:
         name = in_line(picture.name)
         image = prepare(picture.read(), max_side=self.max_side, name=name)
         try:
-            self.prompt.question(image)
+            self.check(image)
         except ImageError as error:  # what the processor of this model alone refuses
             raise ImageError(f"{name}: {error}") from error
         return image
 
     def _predict(self, prepared: Sequence[Prepared]) -> list[Prediction]:
-        from vlm.classifier import predict, predict_and_decode
-
-        images, greedy = [each.result() for _, each in prepared], [None] * len(prepared)
-        if self.greedy:
-            scores, labels = predict_and_decode(self.sampler, images, self.prompt)
-            greedy = labels.tolist()
-        if not self.greedy or self.method != METHODS[0]:
-            scores = predict(self.sampler, images, self.prompt, self.method)
-        log_probs = scores.astype(np.float64)
-        log_probs -= np.logaddexp.reduce(log_probs, 1, keepdims=True)
+        if not prepared:
+            return []
+        scores, greedy = self.score([each.result() for _, each in prepared])
+        if self.log_probs:
+            scores = np.exp(scores - np.logaddexp.reduce(scores, 1, keepdims=True))
         names = [picture.name for picture, _ in prepared]
-        return [Prediction(*each) for each in zip(names, np.exp(log_probs), greedy, strict=True)]
+        return [
+            Prediction(name, row, self.log_probs, label) for name, row, label in zip(names, scores, greedy, strict=True)
+        ]
 
 
 @contextmanager
@@ -226,22 +222,19 @@ def classifier(
     prompt: str | None = None,
     max_side: int | None = None,
     device: str = "cpu",
-    method: str = METHODS[0],
+    method: str | None = None,
     *,
     greedy: bool = False,
 ) -> Iterator[Classifier]:
-    """A classifier, loaded once. adapter: a folder, or None for a model as it is, with classes. model, classes, prompt
-    (a preset or a template) and max_side (pixels of an image's longest side) are None for what the folder records.
+    """A classifier, loaded once. adapter: a folder of an adapter or of a head on DINOv2, or None for a model as it is,
+    with classes. model, classes, prompt (a preset or a template) and max_side (pixels of an image's longest side) are
+    None for what the folder records. method: a row of METHODS, of the VLM's scores; None: the first. greedy: whether
+    predictions have theirs; a head has none.
 
     Raises UnknownNameError, InputError, ModelError or PromptError for what does not fit together or cannot be loaded,
     before a weight is read where that can be known.
     """
-    from vlm.inputs import ImageRule
-    from vlm.label_trie import check
-    from vlm.prompts import Prompt, template
-    from vlm.service import connect
-
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
     if adapter is None and model is None:
         raise InputError("no model is given; give --adapter DIR, or --model NAME with class names (--class, --classes)")
@@ -252,6 +245,75 @@ def classifier(
         raise InputError(f"{what}; give them with --class NAME, twice or more, or --classes FILE")
     if len(names) < 2:
         raise InputError(f"there is one class, {names[0]!r}; a choice needs two or more")
+    side = max_side or (card.max_side if card else Settings().max_side)
+    if adapter and card and card.kind == HEAD:
+        yield _head(adapter, card, model, names, side, device, {"--prompt": prompt, "--method": method})
+        return
+    with _vlm(adapter, card, model, names, prompt, side, device, method or METHODS[0], greedy) as loaded:
+        yield loaded
+
+
+def _head(
+    folder: Path,
+    card: Card,
+    model: str | None,
+    names: tuple[str, ...],
+    max_side: int,
+    device: str,
+    unused: Mapping[str, str | None],
+) -> Classifier:
+    """The classifier of a head on DINOv2. names: other words for its classes."""
+    for option, value in unused.items():
+        if value is not None:
+            raise InputError(f"{option} is for vision-language models; {folder} is a head on DINOv2: leave it out")
+    if len(names) != len(card.classes):
+        raise InputError(f"{folder} tells {len(card.classes)} classes apart, and {len(names)} names are given")
+    from baselines.classifier import load
+
+    if model is None:
+        _check_here(folder)
+    loaded = load(folder, model, device)
+    if loaded.n_classes != len(card.classes):
+        problem = f"its head tells {loaded.n_classes} classes apart, and its {CARD} names {len(card.classes)}"
+        raise ModelError(f"{folder} is damaged ({problem}); train it again")
+
+    def score(images: Sequence[bytes]) -> Scores:
+        return loaded.scores(images), [None] * len(images)
+
+    return Classifier(names, max_side, score, lambda _: None, loaded.log_probs)
+
+
+def _check_here(folder: Path) -> None:
+    """Raise ModelError for a head whose backbone would have to be fetched: a folder of others may name any."""
+    from baselines.classifier import recorded_backbone
+    from experiments.sweep.choice import TIMM_FILES, hub_id_of
+    from kshot.hub import is_cached
+
+    name = recorded_backbone(folder)
+    hub_id, _, revision = (hub_id_of(name) or "").partition("@")
+    if hub_id and not is_cached(hub_id, revision, TIMM_FILES):
+        what = f"{folder} is a head on {name}, which is not on this machine"
+        raise ModelError(f"{what} and is not fetched unasked; to fetch it, give --model {name}")
+
+
+@contextmanager
+def _vlm(
+    adapter: Path | None,
+    card: Card | None,
+    model: str | None,
+    names: tuple[str, ...],
+    prompt: str | None,
+    max_side: int,
+    device: str,
+    method: str,
+    greedy: bool,
+) -> Iterator[Classifier]:
+    from vlm.classifier import predict, predict_and_decode
+    from vlm.inputs import ImageRule
+    from vlm.label_trie import check
+    from vlm.prompts import Prompt, template
+    from vlm.service import connect
+
     wording = template(prompt or (card.prompt if card else Settings().prompt))
     service: Any = connect("local", device=device, cache_bytes=CACHE_BYTES)
     try:
@@ -262,8 +324,17 @@ def classifier(
         rule = ImageRule.from_pretrained(sampler.get_base_model())
         loaded = Prompt(sampler.get_tokenizer(), rule, names, wording)
         check(loaded.choices)
-        side = max_side or (card.max_side if card else Settings().max_side)
-        yield Classifier(sampler, loaded, side, method, greedy)
+
+        def score(images: Sequence[bytes]) -> Scores:
+            labels: Sequence[int | None] = [None] * len(images)
+            if greedy:
+                scores, decoded = predict_and_decode(sampler, images, loaded)
+                labels = decoded.tolist()
+            if not greedy or method != METHODS[0]:
+                scores = predict(sampler, images, loaded, method)
+            return scores.astype(np.float64), labels
+
+        yield Classifier(loaded.classes, max_side, score, loaded.question)
     finally:
         service.close()
 

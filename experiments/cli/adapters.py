@@ -34,33 +34,44 @@ BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
 def train(
     dataset: opt.Dataset,
     shots: Annotated[int, typer.Option("--shots", min=1, metavar="K", help="Labelled examples a class.")],
-    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter's folder: new or empty.")],
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="The trained model's folder: new or empty.")],
+    method: Annotated[
+        str, typer.Option("--method", help="vlm-lora, dinov2-lora, dinov2-logreg or dinov2-ridge.")
+    ] = "vlm-lora",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the examples, their order and the adapter.")] = 0,
     model: opt.Model = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", help="DINOv2: a name or a timm name.")] = None,
+    readout: Annotated[str | None, typer.Option("--readout", help="Of DINOv2, as in kshot sweep.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", metavar="own|PIXELS", help="Of DINOv2's input, as in kshot sweep.")
+    ] = None,
     prompt: opt.Prompt = None,
     loss: opt.Loss = None,
     device: opt.Device = "cpu",
     allow_fewer: opt.Fewer = False,
     access: "Access | None" = None,
     settings: opt.Set = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a trained model that is there.")] = False,
     push_to_hub: opt.PushToHub = None,
     yes: opt.Yes = False,
     public: opt.Public = False,
 ) -> None:
-    """Train an adapter as the sweep's vlm-lora does, for kshot predict and for PEFT."""
+    """Train a model as a cell of the sweep does, for kshot predict: an adapter of the VLM, which PEFT loads too, or a
+    head on DINOv2."""
     from experiments.adapters.folder import check_target
     from experiments.adapters.train import plan_training
     from experiments.adapters.train import train as run
     from experiments.sweep.grid import dataset_notes
+    from experiments.sweep.methods import METHODS
     from experiments.sweep.provenance import notes
 
     check_target(output, force=force)
     check_push(push_to_hub, yes, public)
-    options = {"model": model, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
+    dinov2 = {"backbone": backbone, "readout": readout, "image_size": image_size}
+    options = {"model": model, **dinov2, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
     values = opt.settings_of(options, settings)
     with err.status("reading the data"):
-        job, data = plan_training(dataset, shots, seed, values, device=device, access=access)
+        job, data = plan_training(dataset, shots, seed, values, method, device=device, access=access)
     for line in dataset_notes(data):
         err.print(line)
     err.print(f"training {job.cell}")
@@ -68,7 +79,7 @@ def train(
         _show_steps(run(job, data, output, force=force))
     except KeyboardInterrupt:
         fail("stopped; nothing was written", INTERRUPTED)
-    for note in notes(job.settings, {"model"}):
+    for note in notes(job.settings, {*METHODS[method].settings}):
         out.print(note, style="yellow")
     print_paths([output])
     if push_to_hub is not None:
@@ -102,11 +113,11 @@ ClassFile = Annotated[
     Path | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line, in place of --class.")
 ]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--method",
-        help="constrained: the model restricted to the class names, exactly. likelihood: that of each whole name, "
-        "normalised over the classes by softmax.",
+        help="Of a VLM. constrained (the default): the model restricted to the class names, exactly. likelihood: that "
+        "of each whole name, normalised over the classes by softmax.",
     ),
 ]
 
@@ -123,7 +134,7 @@ def predict(
     ] = None,
     classes: ClassNames = None,
     class_file: ClassFile = None,
-    method: Method = "constrained",
+    method: Method = None,
     prompt: opt.Prompt = None,
     top: Annotated[
         int, typer.Option("--top", min=1, metavar="N", help="Classes to show; with --json under the key topN.")
@@ -134,7 +145,8 @@ def predict(
         int | None, typer.Option("--max-side", min=1, help="Longest side in pixels (default: the adapter's, or 480).")
     ] = None,
 ) -> None:
-    """The likeliest classes of images, with probabilities; what is no image is named on stderr, and the status is 1."""
+    """The likeliest classes of images, with probabilities (of dinov2-ridge scores, which rank); what is no image is
+    named on stderr, and the status is 1."""
     from experiments.adapters.predict import classifier, pictures
 
     names, requested = _class_names(classes, class_file), pictures(images, lambda: sys.stdin.buffer)
@@ -143,7 +155,7 @@ def predict(
             classifier(adapter, model, names, prompt, max_side, device, method, greedy=as_json) as loaded,
             closing(loaded.predict(requested)) as windows,
         ):
-            failed = _answer(windows, loaded.prompt.classes, top, as_json=as_json)
+            failed = _answer(windows, loaded.classes, top, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
         raise typer.Exit(BROKEN_PIPE) from None
@@ -174,7 +186,8 @@ def _answer(windows: "Iterable[Window]", names: tuple[str, ...], top: int, *, as
 
 
 def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
-    likeliest = [{"label": names[label], "probability": p} for label, p in answer.top(top)]
+    kind = "probability" if answer.probabilities else "score"
+    likeliest = [{"label": names[label], kind: value} for label, value in answer.top(top)]
     content: dict[str, Any] = {"image": answer.name, f"top{top}": likeliest}
     if answer.greedy is not None:
         content["greedy"] = names[answer.greedy]
@@ -184,7 +197,8 @@ def _json(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
 def _words(answer: "Prediction", names: tuple[str, ...], top: int) -> str:
     from experiments.adapters.predict import in_line
 
-    likeliest = [f"  {probability:.4f}  {in_line(names[label])}" for label, probability in answer.top(top)]
+    unit = "" if answer.probabilities else "score "
+    likeliest = [f"  {unit}{value:.4f}  {in_line(names[label])}" for label, value in answer.top(top)]
     return "\n".join([in_line(answer.name), *likeliest])
 
 
@@ -220,12 +234,15 @@ def export(
     device: Annotated[str, typer.Option("--device", help="Where it is checked: cpu, cuda, cuda:N or auto.")] = "cpu",
 ) -> None:
     """Write an adapter for other programs: a new folder, kept if its logits are kshot's in transformers and PEFT."""
+    from experiments.adapters.folder import HEAD, read_card
     from vlm.service import export as write
 
     targets = {form: path for form, path in (("merged", merged), ("peft", peft), ("vllm", vllm)) if path is not None}
     if len(targets) != 1:
         raise InputError("give one of --merged OUT, --peft OUT and --vllm OUT: what the adapter is for")
     ((form, target),) = targets.items()
+    if (card := read_card(adapter)) and card.kind == HEAD:
+        raise InputError(f"{adapter} is a head on DINOv2, which is used by kshot predict alone; export writes adapters")
     with err.status("writing and checking"):
         proof = write(adapter, target, form, model, device)
     print_paths([target])

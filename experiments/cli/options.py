@@ -19,9 +19,9 @@ PROMPT = "recipe, or '{image}QUESTION => ANSWER {label}'"
 
 # The data
 DatasetName = Annotated[
-    str, typer.Argument(help="A name of `kshot data list`, folder:PATH or hub:ID[@REVISION][#CONFIG].")
+    str, typer.Argument(help="A name of `kshot data list`, a folder, or hub:ID[@REVISION][#CONFIG].")
 ]
-Dataset = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, folder:PATH or hub:ID.")]
+Dataset = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, a folder, or hub:ID.")]
 Datasets = Annotated[list[str], typer.Option("--dataset", help="See kshot data list; repeat.")]
 Source = Annotated[str, typer.Option("--source", help="hub, or archive: the original files in --root.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the original files.")]
@@ -132,6 +132,9 @@ def caps(texts: list[str] | None) -> dict[str, str]:
 
 def sweep_name(datasets: Sequence[str]) -> str:
     """The name of a sweep of these data sets: of a folder the last part of its path, in letters that need no quotes."""
+    from data.catalog import full_name
+
+    datasets = [full_name(name) for name in datasets]
     folders = {name: os.path.basename(os.path.abspath(name.partition(":")[2])) for name in datasets if ":" in name}
     names = (folders.get(name, name) for name in dict.fromkeys(datasets))
     return "-".join(re.sub(r"[^\w.-]", "-", name).lstrip("-.") or "folder" for name in names)

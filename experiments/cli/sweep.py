@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.dataset import Access
     from experiments.report.comparisons import ImageSources
     from experiments.sweep.cells import EncodingJob, Job
+    from experiments.sweep.choice import Choice
     from experiments.sweep.config import RunOptions, Sweep
     from experiments.sweep.grid import Plan
     from experiments.sweep.intervals import Score
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoImages = False) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
-    run(_sweep_of("demo", {}, {}, None), output, images=not no_images, workers=workers)
+    run(_sweep_of("demo", {}, {}), output, images=not no_images, workers=workers)
 
 
 @opt.with_access
 def sweep(
-    preset: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Argument(help="A preset's name or a YAML file; without one, a sweep of your data sets.")
+    ] = None,
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
@@ -61,7 +64,9 @@ def sweep(
     loss: opt.Loss = None,
     calibration: opt.Calibration = None,
     service: opt.Service = "local",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda (all GPUs, one a worker) or cuda:N.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
+    ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
@@ -86,10 +91,13 @@ def sweep(
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
-    content = _sweep_of(preset, fields, {**values, "calibration": calibration, **compared}, settings)
-    what: dict[str, Any] = {"service": service, "device": device, "access": access, "track": track}
+    named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
+    chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
+    fields["methods"] = method or list(chosen.methods)
+    content = _sweep_of(preset or "demo", fields, {**named, **chosen.settings})
+    what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
-    run(content, output, images=not no_images, only_plan=only_plan, **what, **how)
+    run(content, output, images=not no_images, only_plan=only_plan, said=chosen.lines, **what, **how)
 
 
 @opt.with_access
@@ -109,7 +117,7 @@ def zero_shot(
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
-    content = _sweep_of("demo", fields, values, settings)
+    content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, service=service, device=device, access=access)
 
@@ -141,42 +149,74 @@ def report(
         offer(folder, push_to_hub, yes, public)
 
 
-def run(sweep: "Sweep", output: Path | None, *, images: bool = True, only_plan: bool = False, **options: Any) -> None:
+def run(
+    sweep: "Sweep",
+    output: Path | None,
+    *,
+    images: bool = True,
+    only_plan: bool = False,
+    said: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Run what the folder lacks of the sweep and write its reports; only_plan: only print what that would take.
-    images: whether report.html shows some of the data sets'. options: of RunOptions. Raises as `run_sweep` does: where
-    cells failed, the reports are there and name them."""
+    images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
+    RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if only_plan:
-        _print_plan(sweep, folder, chosen)
+        _print_plan(sweep, folder, chosen, said)
     else:
-        run_sweep(sweep, folder, chosen, _Terminal(chosen, images))
+        run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
 
 
-def _sweep_of(preset: str, fields: dict[str, Any], options: dict[str, Any], settings: list[str] | None) -> "Sweep":
-    """The sweep of a preset or file with the options over it. fields: of the sweep. options: settings with an option of
-    their own; several values are compared. settings: texts of --set."""
+def _settings(options: dict[str, Any], texts: list[str] | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are named. options: those with an option of their own; several values are compared. texts: of
+    --set. fields: of the sweep, which --prompt is one of."""
+    several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
+    values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
+    return opt.settings_of(values, texts, *(["prompt"] if fields.get("prompts") else []))
+
+
+def _sweep_of(preset: str, fields: dict[str, Any], settings: dict[str, Any]) -> "Sweep":
+    """The sweep of a preset or file with the fields and the settings that are named over its own."""
     from experiments.sweep.config import load
 
     overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}
     if "datasets" in overrides and preset == "demo":
         overrides["name"] = opt.sweep_name(overrides["datasets"])
-    several = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in options.items()}
-    values = {name: value[0] if len(value) == 1 else value for name, value in several.items()}
-    return load(preset, overrides, opt.settings_of(values, settings, *(["prompt"] if "prompts" in overrides else [])))
+    return load(preset, overrides, settings)
+
+
+def _choice(
+    preset: str | None,
+    datasets: list[str] | None,
+    methods: list[str] | None,
+    settings: dict[str, Any],
+    device: str | None,
+) -> "Choice":
+    """The models of a sweep without a preset, as far as the settings do not name them."""
+    from experiments.sweep.choice import Choice, choose
+
+    if preset is not None:
+        return Choice(device or "cpu")
+    return choose(datasets or [], methods or [], settings.get("model"), settings.get("backbone"), device or "")
 
 
 class _Terminal:
     """Shows on the terminal how a sweep goes, and reports it at its end."""
 
-    def __init__(self, options: "RunOptions", images: bool) -> None:
-        self._options, self._images = options, images
+    def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
+        self._options, self._images, self._said = options, images, said
         self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
+
+    def planned(self, planned: "Plan") -> None:
+        for line in self._said:
+            err.print(line)
 
     @contextmanager
     def running(self, planned: "Plan", results: "Results", jobs: "Sequence[Job]") -> "Iterator[None]":
@@ -216,12 +256,12 @@ class _Terminal:
         print_paths([results.folder, *paths])
 
 
-def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
+def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Sequence[str]) -> None:
     """What the cells that are missing will take; where data must be fetched first, what all cells will."""
     from data import catalog
     from data.dataset import Access
     from experiments.plan.estimate import estimate, print_estimate
-    from experiments.sweep.grid import plan
+    from experiments.sweep.grid import continued, plan
     from experiments.sweep.store import Results
     from experiments.sweep.workload import adapt, is_here, of_jobs, of_sweep
 
@@ -230,15 +270,16 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions") -> None:
     with err.status("counting and measuring"):
         accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
         if all(is_here(*each) for each in accesses.items()):
-            planned = plan(sweep, **where, here=False)
-            jobs = planned.missing(Results(folder), only_failed=options.only_failed)
+            results = Results(folder)
+            planned = plan(continued(sweep, results), **where, here=False)
+            jobs = planned.missing(results, only_failed=options.only_failed)
             workload, said = of_jobs(jobs, planned.datasets), [*planned.about_data()]
         else:
             workload = of_sweep(sweep, **where)
             datasets = {source: info.dataset for source, info in workload.datasets.items()}
             _, said = adapt(sweep, access, datasets)
         estimated = estimate(workload, folder, options)
-    for line in said:
+    for line in (*before, *said):
         err.print(line)
     print_estimate(estimated)
 

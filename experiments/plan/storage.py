@@ -10,20 +10,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 from data import catalog
 from experiments.plan.memory import VitSize, VlmSize, vit_size, vlm_size
+from experiments.sweep.choice import TIMM_FILES, hub_id_of
 from experiments.sweep.workload import Workload, backbone_image_counts, feature_bytes, image_counts, mean_size
+from kshot import hub
 from kshot.files import cache_folder
 from vlm import models
 
 HUB, KNOWN, UNKNOWN = "the hub says", "about", "unknown"
-TIMEOUT = 10.0  # seconds that the hub has to answer
-MODEL_FILES = (*models.SMALL, *models.WEIGHTS)
-TIMM_FILES = ("model.safetensors", "config.json")
 SPLITS = ("*train*", "*test*")  # the files of a data set that are fetched
 # Bytes of the photographs as their authors publish them, about; the hub's copies hold the same files.
 DATASET_BYTES = {"caltech101": 138 << 20, "cars": 1871 << 20, "flowers": 330 << 20, "pets": 757 << 20}
@@ -44,22 +41,22 @@ def downloads(workload: Workload) -> list[Download]:
     fetched, which is small."""
     vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
     backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.spec.uses_backbone))
-    fetched = [_model(n, *n.partition("@")[::2], MODEL_FILES, vlm_size(n)) for n in vlms if not models.is_here(n)]
-    fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := _hub_id(n))]
+    fetched = [_model(n, *n.partition("@")[::2], models.FILES, vlm_size(n)) for n in vlms if not models.is_here(n)]
+    fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := hub_id_of(n))]
     return [each for each in (*fetched, *map(_dataset, workload.missing)) if each]
 
 
 def _model(
     name: str, hub_id: str, revision: str, patterns: tuple[str, ...], size: VlmSize | VitSize | None
 ) -> Download | None:
-    if _is_cached(hub_id, revision, patterns):
+    if hub.is_cached(hub_id, revision, patterns):
         return None
-    return _download(name, _hub_bytes(hub_id, revision, patterns), size.weight_bytes if size else None)
+    return _download(name, hub.size_of(hub_id, revision, patterns), size.weight_bytes if size else None)
 
 
 def _dataset(source: str) -> Download:
     spec = catalog.find(source)
-    size = _hub_bytes(spec.hub, spec.revision, SPLITS, dataset=True)
+    size = hub.size_of(spec.hub, spec.revision, SPLITS, dataset=True)
     return _download(spec.title.partition(":")[0], size, DATASET_BYTES.get(spec.name), dataset=True)
 
 
@@ -67,53 +64,6 @@ def _download(name: str, stated: int | None, known: int | None, *, dataset: bool
     """stated: bytes as the hub says; known: those where the hub cannot be reached or does not tell."""
     source = HUB if stated is not None else KNOWN if known is not None else UNKNOWN
     return Download(name, known if stated is None else stated, source, dataset)
-
-
-def _hub_id(backbone: str) -> str | None:
-    """Where the hub has the weights of a backbone; None for a local one."""
-    from baselines import nano
-
-    if backbone == nano.NAME or backbone.startswith("local-dir:") or Path(backbone).exists():
-        return None
-    if backbone.startswith("hf-hub:"):
-        return backbone.removeprefix("hf-hub:")
-    import timm
-
-    config = timm.get_pretrained_cfg(backbone)
-    return config.hf_hub_id if config and config.hf_hub_id else None
-
-
-def _hub_bytes(hub_id: str, revision: str, patterns: tuple[str, ...], *, dataset: bool = False) -> int | None:
-    """Bytes of the files with such names, of a model those at the top level; None where the hub does not tell."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx
-
-    if constants.HF_HUB_OFFLINE:
-        return None
-    ask = HfApi().dataset_info if dataset else HfApi().model_info
-    try:
-        info = ask(hub_id, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # loading says why
-        return None
-    total = 0
-    for file in info.siblings or ():
-        top, _, name = file.rfilename.rpartition("/")
-        if (dataset or not top) and any(fnmatch(name, pattern) for pattern in patterns):
-            total += file.size or 0
-    return total
-
-
-def _is_cached(hub_id: str, revision: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the hub's cache has all of these files of a model, weights among them."""
-    from huggingface_hub import snapshot_download
-
-    snapshot = partial(snapshot_download, hub_id, revision=revision or None, local_files_only=True)
-    try:
-        folder = snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"])
-    except (OSError, ValueError):  # nothing of it, or not all
-        return False
-    return any(Path(folder).glob(models.WEIGHTS[0]))
 
 
 PREDICTION = 200  # bytes of a stored prediction, about
@@ -144,13 +94,14 @@ def disks(workload: Workload, out: Path, fetched: Sequence[Download], workers: i
 
     from vlm import service
 
-    hub, cache, vlm_features = Path(constants.HF_HUB_CACHE), cache_folder(), sum(feature_bytes(workload).values())
+    downloaded, cache = Path(constants.HF_HUB_CACHE), cache_folder()
+    vlm_features = sum(feature_bytes(workload).values())
     if vlm_features:  # of all data sets: cells keep those too that are not encoded ahead, as far as the cache goes
         vlm_features = min(vlm_features, service.feature_disk_bytes())
     features = _growth(vlm_features, cache / "vision") + _growth(_backbone_features(workload), cache / "features")
     predictions = sum(workload.datasets[cell.source].test_count(cell.settings) for cell in workload.cells)
     needs = [
-        (hub, "downloads", sum(each.bytes or 0 for each in fetched)),
+        (downloaded, "downloads", sum(each.bytes or 0 for each in fetched)),
         (cache, "packed data sets", sum(each.bytes or 0 for each in fetched if each.dataset)),
         (cache, "image features", features),
         (cache, "prepared images", _prepared(workload) * workers),

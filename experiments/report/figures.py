@@ -136,9 +136,14 @@ def _shots_of(table: Scores) -> list[int]:
 
 def value_range(table: Scores, n_classes: int | None) -> Range:
     """Of what is drawn of a data set: means, intervals, chance."""
-    ends = [score.interval or (score.mean, score.mean) for row in table.values() for score in row.values()]
+    ends = [_ends(score) or (score.mean, score.mean) for row in table.values() for score in row.values()]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     return 100 * (min(low, 1 / n_classes) if n_classes else low), 100 * high
+
+
+def _ends(score: Score) -> tuple[float, float] | None:
+    """Of the interval of an accuracy as it is drawn: no accuracy is below 0 or above 1, where Student's t may reach."""
+    return score.interval and (max(0.0, score.interval[0]), min(1.0, score.interval[1]))
 
 
 def _write(draw: Callable[[], Figure], out: Path, stem: str) -> list[Path]:
@@ -262,7 +267,7 @@ def _draw_series(axes: Axes, series: str, row: Mapping[int, Score], positions: M
 
 def _bar(score: Score) -> tuple[float, float]:
     """How far the interval reaches down and up. Without one it is NaN: not drawn, unlike a bar of length 0."""
-    low, high = score.interval or (math.nan, math.nan)
+    low, high = _ends(score) or (math.nan, math.nan)
     return 100 * (score.mean - low), 100 * (high - score.mean)
 
 

@@ -1,5 +1,6 @@
 """Sweeps: their configuration, their cells, who runs them, and their results."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experiments.sweep.store import Results
 
+log = logging.getLogger("kshot.sweep")
+
 
 def sweep(
-    preset: str = "demo",
+    preset: str | None = None,
     folder: Path | str | None = None,
     *,
     datasets: Sequence[str] | None = None,
@@ -21,7 +24,8 @@ def sweep(
 ) -> "Results":
     """Run a sweep as `kshot sweep` does and return its results; cells that the folder has already are not run again.
 
-    preset: a preset's name or a YAML file; datasets, methods, shots and seeds replace its own.
+    preset: a preset's name or a YAML file; datasets, methods, shots and seeds replace its own. None: the demo, and for
+        images of your own the models that `experiments.sweep.choice` finds best for this machine, which is logged.
     folder: where results are kept (default: runs/NAME).
     settings: {name: value}, or a tuple of values to compare; see `experiments.sweep.config.Settings`.
     options: of `experiments.sweep.grid.RunOptions` (device, workers, executor, service, ...).
@@ -30,10 +34,18 @@ def sweep(
     below `if __name__ == "__main__":`. Raises InputError for what is wrong before anything runs, KshotError where cells
     failed.
     """
+    from experiments.sweep.choice import choose
     from experiments.sweep.config import load
     from experiments.sweep.grid import RunOptions, run_sweep
 
+    settings = dict(settings or {})
+    if preset is None and options.get("service", "local") == "local":
+        named = settings.get("model"), settings.get("backbone")
+        chosen = choose(datasets or (), methods or (), *named, options.get("device") or "")
+        methods, settings, options["device"] = chosen.methods or methods, settings | chosen.settings, chosen.device
+        for line in chosen.lines:
+            log.warning(line)
     grid = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
     overrides = {name: tuple(values) for name, values in grid.items() if values is not None}
-    chosen = load(preset, overrides, dict(settings or {}))
-    return run_sweep(chosen, folder or Path("runs") / chosen.name, RunOptions(**options))
+    content = load(preset or "demo", overrides, settings)
+    return run_sweep(content, folder or Path("runs") / content.name, RunOptions(**options))

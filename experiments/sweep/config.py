@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from data import catalog
 from kshot.errors import InputError, UnknownNameError
 from kshot.untrusted import YAML_BYTES, parse_yaml, read_file
 from vlm.models import full_name
@@ -35,6 +36,7 @@ VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
 Shots = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 ModelName = Annotated[str, AfterValidator(full_name)]
+DatasetName = Annotated[str, AfterValidator(catalog.full_name)]
 
 
 class Settings(BaseModel):
@@ -97,11 +99,12 @@ class Sweep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # the default folder is runs/NAME
-    datasets: Several[str]
+    datasets: Several[DatasetName]
     methods: Several[str]
     shots: Several[Shots]
     seeds: Several[Seed]
-    most_shots: Mapping[str, Shots] = {}  # of a data set that has fewer images a class: more shots become these, once
+    # of a data set that has fewer images a class: more shots become these, once
+    most_shots: Mapping[DatasetName, Shots] = {}
     min_steps: Annotated[int, Field(ge=0)] = 0  # of training: a set of few classes has more views of each for it
     cap_shots: bool = False  # whether a data set that has fewer images a class is drawn at what it has
     prompts: Distinct[str] = ()  # prompts to compare; none: that of the settings
@@ -301,7 +304,7 @@ def command(content: Mapping[str, Any]) -> str:
     flags = " --allow-modified" if modified else ""
     if any(facts.get("allow_shared") for facts in content.get("data", {}).values()):
         flags += " --allow-shared"
-    return "kshot sweep " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
+    return "kshot sweep demo " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
 
 
 def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule,
 from kshot.errors import DatasetError, InputError, KshotError, ModelError, TooFewImagesError, UnknownNameError, listed
 from vlm import models
 
+FEW = 50  # test images, below which a report says so
 # on which depends what images are shown
 IMAGE_SETTINGS = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")
 
@@ -37,6 +38,10 @@ class Observer(Protocol):
     def planning(self) -> AbstractContextManager[Any]:
         """Around the reading of the data and the checks."""
         return nullcontext()
+
+    def planned(self, planned: "Plan") -> None:
+        """Once all is checked that can be before a model is fetched or loaded."""
+        return
 
     def running(self, planned: "Plan", results: Results, jobs: "Sequence[Job]") -> AbstractContextManager[Any]:
         """Around the run of these jobs: none, where the folder has all cells."""
@@ -66,12 +71,13 @@ def run_sweep(
         raise UnknownNameError("executor", options.executor, EXECUTORS)
     follower = Tracker(options.track)
     with observer.planning():
+        sweep = continued(sweep, results)
         planned = plan(sweep, service=options.service, device=options.device, access=options.access)
-        if options.executor == "local" and planned.missing(results, only_failed=options.only_failed):
-            _check_loadable(planned)  # on a cluster the nodes have the models
+        observer.planned(planned)
+        _checked_jobs(planned, results, options)
     with results.writing():
         content = results.begin(planned.describe())
-        jobs = planned.missing(results, only_failed=options.only_failed)
+        jobs = _checked_jobs(planned, results, options)  # more than before, where files of cells were set aside
         with observer.running(planned, results, jobs):
             if jobs:
                 follower.start(content, results.folder)
@@ -103,6 +109,7 @@ class Plan:
             counts = f"{len(dataset.classes):,} classes, {train:,} train and {tested} test images"
             yield f"{dataset.name}: {counts}, protocol {dataset.protocol}"
             yield from dataset_notes(dataset)
+            yield from _few_tests(dataset, most)
         yield from self.adapted
 
     def describe(self) -> dict[str, Any]:
@@ -112,7 +119,9 @@ class Plan:
         usual = self.sweep.settings.views_per_class
         views = {j.cell.dataset: j.settings.views_per_class for j in self.jobs if j.settings.views_per_class != usual}
         of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
-        of_datasets = [line for dataset in self.datasets.values() for line in dataset_notes(dataset)]
+        sets = self.datasets.values()
+        most = self.sweep.settings.limit_test
+        of_datasets = [line for each in sets for line in (*dataset_notes(each), *_few_tests(each, most))]
         return {
             "name": self.sweep.name,
             "datasets": [dataset.name for dataset in self.datasets.values()],
@@ -142,7 +151,7 @@ class Plan:
     def missing(self, results: Results, *, only_failed: bool = False) -> list[Job]:
         """The jobs whose cells are not stored yet; of them those that have failed."""
         finished = results.finished()
-        keys = {record["key"] for record in results.failures()} if only_failed else {job.cell.key for job in self.jobs}
+        keys = results.failed_keys() if only_failed else {job.cell.key for job in self.jobs}
         return [job for job in self.jobs if job.cell.key in keys - finished]
 
     def encodings(self, jobs: Sequence[Job]) -> list[EncodingJob]:
@@ -199,6 +208,14 @@ def plan(
         where = source, service, device.partition(":")[0], accesses[source]
         jobs += (Job(cell, settings, *where) for cell, settings in _cells(sweep, source, dataset))
     return Plan(sweep, datasets, jobs, adapted)
+
+
+def continued(sweep: Sweep, results: Results) -> Sweep:
+    """The sweep with a VLM of the hub at the commit of the cells that the folder has: the hub may have a newer one."""
+    model, old = models.full_name(sweep.settings.model), results.sweep()["settings"] if results.has_cells() else {}
+    if models.is_here(model) or old.get("model") != model or not old.get("model_revision"):
+        return sweep
+    return _with_model(sweep, f"{model}@{old['model_revision']}")
 
 
 def _run_jobs(
@@ -264,6 +281,13 @@ def dataset_notes(dataset: Dataset) -> Iterator[str]:
     yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
 
 
+def _few_tests(dataset: Dataset, limit: int | None) -> Iterator[str]:
+    """limit: most images that are tested; None: all."""
+    count = len(dataset.test) if limit is None else min(limit, len(dataset.test))
+    if count < FEW:
+        yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
+
+
 def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second. Raises
     InputError for GPUs that this machine does not have, unless they need not be here: then there are none."""
@@ -318,19 +342,31 @@ def _pinned(sweep: Sweep, service: str) -> Sweep:
     if service != "local" or "model" not in _used(sweep):
         return sweep
     with suppress(ModelError):
-        model = models.pinned(sweep.settings.model)
-        return sweep.model_copy(update={"settings": sweep.settings.model_copy(update={"model": model})})
+        return _with_model(sweep, models.pinned(sweep.settings.model))
     return sweep
 
 
-def _check_loadable(planned: Plan) -> None:
-    """Raise ModelError for a model that no cell could load."""
-    model = planned.sweep.settings.model
+def _with_model(sweep: Sweep, model: str) -> Sweep:
+    return sweep.model_copy(update={"settings": sweep.settings.model_copy(update={"model": model})})
+
+
+def _checked_jobs(planned: Plan, results: Results, options: RunOptions) -> list[Job]:
+    """The jobs that are to be run. Raises ModelError for a model that none of them could load; on a cluster, whose
+    nodes have the models, for one of the hub at no known commit: its nodes could load several."""
+    jobs, model = planned.missing(results, only_failed=options.only_failed), planned.sweep.settings.model
     local = any(job.service == "local" and METHODS[job.cell.method].uses_vlm for job in planned.jobs)
-    if local and model not in models.MODELS:  # that come with kshot, and need no seconds of importing
+    if not jobs or not local or model in models.MODELS:  # that come with kshot, and need no seconds of importing
+        return jobs
+    if options.executor == "local":
         from vlm.service import check_model
 
         check_model(model)
+        return jobs
+    try:
+        models.pinned(model)
+    except ModelError as error:
+        raise ModelError(f"{error}; or name the commit: --set model={model.partition('@')[0]}@COMMIT") from error
+    return jobs
 
 
 def _check_apart(

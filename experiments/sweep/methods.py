@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from baselines.features import Encoder
     from baselines.heads import Head
+    from baselines.heads.inputs import FittedHead
+    from baselines.lora import LoraHeadClient
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
 
@@ -132,8 +134,14 @@ def dinov2_frozen(head: str, task: Task) -> Outcome:
     """Frozen DINOv2 features with a head of `baselines.heads`."""
     from baselines.heads import HEADS
 
-    s = task.settings
-    return _frozen(task, _encoder(s.backbone, s.readout, s.image_size, task.device).features, HEADS[head])
+    return _frozen(task, _dinov2_features(task), HEADS[head])
+
+
+def fit_dinov2_head(head: str, task: Task) -> "FittedHead":
+    """The head that `dinov2_frozen` tests."""
+    from baselines.heads import HEADS
+
+    return _fitted(task, _dinov2_features(task), HEADS[head])
 
 
 def pixel_knn(task: Task) -> Outcome:
@@ -146,11 +154,20 @@ def pixel_knn(task: Task) -> Outcome:
 
 def dinov2_lora(task: Task) -> Outcome:
     """LoRA and a linear head on DINOv2, by the same requests and on the very batches that `vlm_lora` makes."""
-    from baselines.lora import LoraHeadClient, datum
-    from vlm.classifier import steps
+    start, client = time.perf_counter(), lora_head_client(task)
+    for _ in fit_lora_head(client, task):
+        pass
+    fitted = time.perf_counter()
+    scores = client.class_log_probs(task.test)
+    return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
 
-    start, s = time.perf_counter(), task.settings
-    client: Any = LoraHeadClient(
+
+def lora_head_client(task: Task) -> "LoraHeadClient":
+    """A client of the task's backbone, untrained."""
+    from baselines.lora import LoraHeadClient
+
+    s = task.settings
+    return LoraHeadClient(
         s.backbone,
         len(task.classes),
         seed=task.seed,
@@ -159,12 +176,16 @@ def dinov2_lora(task: Task) -> Outcome:
         size=s.image_size,
         device=task.device,
     )
+
+
+def fit_lora_head(client: Any, task: Task) -> Iterator[float]:
+    """Train it on the task's shots; yields the loss of each step, a training image on average."""
+    from baselines.lora import datum
+    from vlm.classifier import steps
+
     data = ([datum(image, label) for image, label in batch] for batch in _batches(task))
-    for _ in steps(client, data, "cross_entropy", _adam(s)):
-        pass
-    fitted = time.perf_counter()
-    scores = client.class_log_probs(task.test)
-    return Outcome(scores, True, {"fit": fitted - start, "predict": time.perf_counter() - fitted})
+    for answer, _ in steps(client, data, "cross_entropy", _adam(task.settings)):
+        yield answer.metrics["loss:sum"] / task.settings.batch_size
 
 
 _TRAINED = ("views_per_class", "hflip", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
@@ -278,15 +299,24 @@ def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.
 
 def _frozen(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: "Head") -> Outcome:
     """A head fitted on the training images alone, then applied; both with the encoding of their images."""
-    if head.chooses:
-        check_left_out(task.classes, task.train)
     start = time.perf_counter()
-    labels = np.array([example.label for example in task.train])
-    fitted = head.fit(features(Images(task.train)), labels, len(task.classes))
+    fitted = _fitted(task, features, head)
     learnt = time.perf_counter()
     scores = fitted.scores(features(task.test))
     seconds = {"fit": learnt - start, "predict": time.perf_counter() - learnt}
     return Outcome(scores, head.probabilities, seconds, chosen=fitted.chosen)
+
+
+def _fitted(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head: "Head") -> "FittedHead":
+    if head.chooses:
+        check_left_out(task.classes, task.train)
+    labels = np.array([example.label for example in task.train])
+    return head.fit(features(Images(task.train)), labels, len(task.classes))
+
+
+def _dinov2_features(task: Task) -> Callable[[Sequence[bytes]], np.ndarray]:
+    s = task.settings
+    return _encoder(s.backbone, s.readout, s.image_size, task.device).features
 
 
 def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:

@@ -27,7 +27,7 @@ def recorded(settings: Settings) -> dict[str, Any]:
     at the time."""
     values = settings.model_dump()
     for kind, shipped in SHIPPED.items():
-        path, revision = _local(kind, values[kind]), f"{kind}_revision"
+        path, revision = local_model(kind, values[kind]), f"{kind}_revision"
         values[revision] = shipped.REVISION if values[kind] == shipped.NAME else None
         if commit := _COMMIT.fullmatch(values[kind]):
             values[kind], values[revision] = commit.groups()
@@ -47,7 +47,7 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     chosen = settings.model_dump()
     shipped = [each.NOTE for kind, each in SHIPPED.items() if kind in used and chosen[kind] == each.NAME]
     others = {
-        LOCAL.format(Path(settings.backbone).name): "backbone" in used and _local("backbone", settings.backbone),
+        LOCAL.format(Path(settings.backbone).name): "backbone" in used and local_model("backbone", settings.backbone),
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
         CLOSED: "loss" in used and settings.loss == "closed-set",
@@ -56,7 +56,7 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
     return [*shipped, *(note for note, due in others.items() if due)]
 
 
-def _local(kind: str, name: str) -> Path | None:
+def local_model(kind: str, name: str) -> Path | None:
     """Where a model lies that is a folder or a file of this machine."""
     path = Path(name.removeprefix("local-dir:"))
     return path if name != SHIPPED[kind].NAME and path.exists() else None

@@ -5,8 +5,9 @@ key. A cell that failed has failed/<key>.json instead. Files are complete or not
 before their record: a cell that has one is complete. A folder has one writer, by a lock that ends with its process.
 """
 
+import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ CELL_FIELDS = (*IDENTITY, "test_images", "metrics", "timings", "versions")
 FAILURE_FIELDS = (*IDENTITY, "error", "exit_status")
 FOLDERS = ("cells", "predictions", "figures")
 PACKED = "cells.jsonl"
+WRONG_FILE = None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.EFBIG  # none: of what a library finds in it
 RUN_AGAIN = "run the sweep again"
 
 
@@ -78,10 +80,18 @@ class Results:
         left = (path for path in self._failed() if path.stem not in finished)
         return _in_order(_records(left, FAILURE_FIELDS).values())
 
+    def failed_keys(self) -> set[str]:
+        """The keys of the cells that `failures` lists; no file is read."""
+        return {path.stem for path in self._failed()} - self.finished()
+
     def finished(self) -> set[str]:
         """The keys of the cells whose record and predictions are both there."""
         records = {path.stem for path in self._paths()} | self._packed().keys()
         return records & {path.stem for path in (self.folder / "predictions").glob("*.parquet")}
+
+    def has_cells(self) -> bool:
+        """Whether the folder has a record of a cell."""
+        return any(self._paths()) or (self.folder / PACKED).exists()
 
     def has_predictions(self) -> bool:
         """Whether any are there; committed results leave all of them out."""
@@ -120,8 +130,7 @@ class Results:
         cell takes any sweep, and forgets the failures of the last one. Files of cells that are damaged are set aside:
         these cells are missing then."""
         joined = dict(sweep)
-        self._set_damaged_aside()
-        if any(self._paths()) or (self.folder / PACKED).exists():
+        if self.has_cells():
             old = self.sweep()
             self._check_same(old, sweep)
             joined.update({field: _union(old[field], sweep[field]) for field in GROWING})
@@ -131,6 +140,7 @@ class Results:
         else:
             for path in self._failed():
                 path.unlink()
+        self._set_damaged_aside()
         self._write_json("sweep.json", joined)
         return joined
 
@@ -181,19 +191,15 @@ class Results:
         return (self.folder / "failed").glob("*.json")
 
     def _set_damaged_aside(self) -> None:
-        for path in (self.folder / "predictions").glob("*.parquet"):
-            try:
-                self.predictions(path.stem)
-            except ResultsError:
-                set_damaged_aside(path)
-        for path, fields in [
-            *((p, CELL_FIELDS) for p in self._paths()),
-            *((p, FAILURE_FIELDS) for p in self._failed()),
-        ]:
-            try:
-                _records([path], fields)
-            except ResultsError:
-                set_damaged_aside(path)
+        kinds: list[tuple[Iterable[Path], Callable[[Path], object]]] = [
+            ((self.folder / "predictions").glob("*.parquet"), _check_parquet),
+            (self._paths(), lambda path: _records([path], CELL_FIELDS)),
+            (self._failed(), lambda path: _records([path], FAILURE_FIELDS)),
+        ]
+        for paths, check in kinds:
+            for path in [*paths]:
+                if _is_damaged(path, check):
+                    set_damaged_aside(path)
 
     def _packed(self) -> dict[str, dict[str, Any]]:
         """The records of cells.jsonl by key; none where it is not there."""
@@ -243,6 +249,26 @@ def _records(paths: Iterable[Path], fields: Sequence[str]) -> dict[str, dict[str
     """The records of files by key."""
     gone, way_out = f"a record is gone; {RUN_AGAIN}", RUN_AGAIN
     return {path.stem: _checked(_read(path, gone), path, fields, way_out) for path in paths}
+
+
+def _check_parquet(path: Path) -> None:
+    """Raise OSError or ArrowException for a file without parquet's end: it is no file, empty, cut off or another."""
+    import pyarrow.parquet as pq
+
+    check_regular(path)
+    pq.read_metadata(path)
+
+
+def _is_damaged(path: Path, check: Callable[[Path], object]) -> bool:
+    """Whether a check fails by what is there; not where the system refuses to read it, which may pass."""
+    import pyarrow as pa
+
+    try:
+        check(path)
+    except (OSError, pa.ArrowException, ResultsError) as error:
+        reason = error.__cause__ if isinstance(error, ResultsError) else error
+        return not isinstance(reason, OSError) or reason.errno in WRONG_FILE
+    return False
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 complete or not there."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from tinker import types
 
 from baselines import nano
 from baselines.lora import LoraHeadClient, datum
-from kshot.errors import ImageError, InputError, ModelError, RequestError
+from kshot.errors import ImageError, InputError, ModelError, NotFiniteError, RequestError
 from tests.baselines.plain_lora import data_of, gradients, same, step, trained
 from vlm.classifier import steps
 
@@ -138,6 +139,15 @@ def test_gradients_that_are_not_finite_are_cleared(client: LoraHeadClient, data:
         client.optim_step(ADAM).result()
 
 
+def test_a_rate_that_is_too_high_is_said(client: LoraHeadClient, data: list[tinker.Datum]) -> None:
+    with torch.no_grad():
+        client.parameters["head.weight"].fill_(float("inf"))
+    with pytest.raises(NotFiniteError, match=r"log-probabilities .*; a learning rate was too high, or weights are"):
+        client.forward_backward(data, "cross_entropy").result()
+    with pytest.raises(NotFiniteError, match=r"scores .*: train with a lower one, or restore them"):
+        client.class_log_probs([data[0].model_input.chunks[0].data])  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("done", [0, 1])
 def test_a_pass_that_fails_leaves_no_part(
     done: int, client: LoraHeadClient, data: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
@@ -206,7 +216,28 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return edit
 
 
+def recorded(name: str, value: object) -> Callable[[Path], object]:
+    """Change a value of a saved head's record."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "kshot.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return edit
+
+
+def pipe(folder: Path) -> None:
+    (folder / "head.safetensors").unlink()
+    os.mkfifo(folder / "head.safetensors")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
+    "damaged one .*not a regular file": pipe,
+    r"damaged one \(model in kshot.json is 5\)": recorded("model", 5),
+    r"damaged one \(rank in kshot.json is '4'\)": recorded("rank", "4"),
+    r"damaged one \(size in kshot.json is \[56\]\)": recorded("size", [56]),
+    r"damaged one \(kshot.json holds no record\)": lambda folder: (folder / "kshot.json").write_text("[]"),
+    "head.bias has numbers that are not finite": tensors(lambda s: s["head.bias"][0].fill_(torch.nan)),
     "no trained head": lambda folder: (folder / "head.safetensors").unlink(),
     "damaged one .*header": lambda folder: (folder / "head.safetensors").write_bytes(b"short"),
     "1 tensors do not fit, first 'blocks": tensors(lambda stored: stored.pop(min(stored))),

@@ -6,11 +6,8 @@ import os
 import shutil
 import struct
 import tarfile
-import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from data.preparation import prepare_all
 from kshot.errors import DatasetError
 from tests.data import published
 from tests.data.published import SMALL, load, row
+from tests.traced import traced
 
 
 def test_files_that_are_missing_broken_or_of_another_set(root: Path) -> None:
@@ -75,17 +73,6 @@ def test_a_header_that_would_fill_the_memory(root: Path) -> None:
         load(row("caltech101"), root / "caltech101")
 
 
-@contextmanager
-def little_memory(most: int = 16 << 20) -> Iterator[None]:
-    """Python's own and numpy's allocations."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
-
-
 def sparse(path: Path, size: int) -> None:
     """A file of nothing but a hole, as GNU tar writes it with --sparse: no data, and the size it would unpack to."""
     pax = {"GNU.sparse.map": f"{size},0", "GNU.sparse.size": str(size), "GNU.sparse.numblocks": "1"}
@@ -101,7 +88,7 @@ def test_a_sparse_archive_leaves_nothing_in_the_cache(root: Path, tmp_path: Path
     sparse(path, size)
     assert path.stat().st_size < 400
     with (
-        little_memory(),
+        traced(16 << 20),
         pytest.raises(DatasetError, match=r"is a sparse file|unpacks to more than 10 times its own size"),
     ):
         load(row("caltech101"), root / "caltech101")
@@ -148,10 +135,9 @@ def matrix(kind: int, rows: int, *parts: bytes) -> bytes:
     return element(14, element(6, flags) + element(5, dimensions) + element(1, b"labels") + b"".join(parts))
 
 
+HEADER = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
 NUMBER = matrix(9, 1, element(2, b"\x01"))
-HUGE = zlib.compress(matrix(9, 64 << 20, element(2, bytes(64 << 20))))
 BOMBS = {
-    "compressed": (struct.pack("<II", 15, len(HUGE)) + HUGE, "unpacks to more than"),
     "cells": (matrix(1, 200_000_000), "says that a matrix holds 200,000,000 others, which has 0"),
     "cells in cells": (matrix(1, 1, matrix(1, 200_000_000)), "says that a matrix holds 200,000,000 others"),
     "fields": (
@@ -164,9 +150,15 @@ BOMBS = {
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_mat_file_that_promises_gigabytes(what: str) -> None:
     content, message = BOMBS[what]
-    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
-    with little_memory(3 * matlab.INFLATED), pytest.raises(DatasetError, match=message):
-        matlab.variable(header + content, "labels")
+    with traced(3 * matlab.INFLATED), pytest.raises(DatasetError, match=message):
+        matlab.variable(HEADER + content, "labels")
+
+
+def test_a_mat_file_that_unpacks_to_more_than_is_allowed() -> None:
+    large = zlib.compress(matrix(9, 64 << 20, element(2, bytes(64 << 20))))
+    content = struct.pack("<II", 15, len(large)) + large
+    with traced(3 * matlab.INFLATED), pytest.raises(DatasetError, match="unpacks to more than"):
+        matlab.variable(HEADER + content, "labels")
 
 
 def test_mat_files_as_they_are_written() -> None:
@@ -178,6 +170,32 @@ def test_mat_files_as_they_are_written() -> None:
         assert [str(name) for name in matlab.variable(file.getvalue(), "names")] == ["x", "yz"]
 
 
+@pytest.mark.parametrize("values", ["", "text"])
+def test_a_mat_file_with_fewer_values_than_it_says(values: str) -> None:
+    """Of a text without bytes scipy makes one of spaces, as long as the file says."""
+    file = io.BytesIO()
+    savemat(file, {"labels": np.array([values or "x"])})
+    content = file.getvalue()
+    dimensions = struct.pack("<IIii", 5, 8, 1, len(values) or 1)
+    assert content.count(dimensions) == 1
+    content = content.replace(dimensions, struct.pack("<IIii", 5, 8, 1, 30_000_000))
+    if not values:
+        content = content.replace(struct.pack("<HH", 16, 1) + b"x\0\0\0", struct.pack("<II", 16, 0))
+    with traced(1 << 20), pytest.raises(DatasetError, match="says that a matrix has 30,000,000 values"):
+        matlab.variable(content, "labels")
+
+
+def test_a_zip_with_a_long_list_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(10):
+            archive.writestr(f"{number}.jpg", b"")
+    files = archives.SourceFiles(tmp_path, {"a": {"a.zip": ""}}, "https://host")
+    assert len([*files.members("a")]) == 10
+    monkeypatch.setattr(archives, "DIRECTORY", 46 * 10)
+    with pytest.raises(DatasetError, match=r"a\.zip has more than 1,048,576 members; get the original archive"):
+        next(files.members("a"))
+
+
 def test_a_name_that_is_not_utf8(root: Path) -> None:
     members = {**published.caltech_members(), "101_ObjectCategories/wild_cat/image_9\udce9.jpg": published.picture(77)}
     published.tar(root / "caltech101/101_ObjectCategories.tar.gz", members)
@@ -187,7 +205,7 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
 
 @pytest.mark.parametrize("file", ["images.bin", "index.parquet", "facts.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "short"])
-def test_a_damaged_pack_is_set_aside_and_made_anew(
+def test_a_damaged_pack_is_made_anew_and_said(
     root: Path, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = load(row("pets"), root / "pets")
@@ -199,7 +217,8 @@ def test_a_damaged_pack_is_set_aside_and_made_anew(
     after = load(row("pets"), root / "pets")
     assert path.read_bytes() == whole
     assert [e.image for e in after.train] == [e.image for e in before.train]
-    assert f"{path.parent} is damaged; set aside as {path.parent.name}.damaged: its data set is read" in caplog.text
+    assert f"{path.parent} is damaged; its data set is read again" in caplog.text
+    assert not [*path.parents[1].glob(".*"), *path.parents[1].glob("*.damaged")]
 
 
 def test_an_image_that_has_changed_in_the_pack_is_not_used(root: Path, tmp_path: Path) -> None:

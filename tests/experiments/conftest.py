@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., b
 def grid(photos: Path) -> list[str]:
     """The arguments of a sweep of 17 cells with every method."""
     methods = [argument for method in METHODS for argument in ("--method", method)]
-    return ["sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1,2", "--seeds", "0,1", *TINY]
+    return ["sweep", "demo", "--dataset", f"folder:{photos}", *methods, "--shots", "1,2", "--seeds", "0,1", *TINY]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def refused(kshot: Callable[..., Any]) -> Callable[..., str]:
 
     def run(*words: object, parts: Sequence[str] = ()) -> str:
         ended = kshot(*words)
-        lines = [line for line in ended.err.splitlines() if not line.startswith("training ")]  # what kshot train begins
+        lines = [line for line in ended.err.splitlines() if not line.startswith("training ")]
         assert (ended.status, ended.out, len(lines), ended.err[-1]) == (2, "", 1, "\n"), ended
         assert lines[0].startswith("kshot: ")
         assert all(part in lines[0] for part in parts), lines[0]

@@ -17,6 +17,7 @@ from stored import CLASSES
 from trained import TRAINING, train
 from transformers import AutoModelForImageTextToText
 
+from baselines import nano as nano_dinov2
 from data.preparation import prepare
 from experiments.adapters import folder as cards
 from experiments.adapters.folder import Card, read_card
@@ -70,6 +71,21 @@ def test_of_a_hubs_model_and_data_set_the_hub_ids_are_named_and_no_licence_is_ma
     fields = front(cards.readme(card(base_model="Qwen/Qwen3-VL-2B-Instruct@v1")))
     assert (fields["base_model"], fields["datasets"]) == ("Qwen/Qwen3-VL-2B-Instruct", ["dpdl-benchmark/caltech101"])
     assert "license" not in fields
+
+
+@pytest.mark.parametrize(
+    ("backbone", "hub_id"),
+    [
+        ("vit_small_patch14_dinov2.lvd142m", "timm/vit_small_patch14_dinov2.lvd142m"),
+        ("vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m"),
+        ("hf-hub:timm/vit_x.me", "timm/vit_x.me"),
+        ("hf-hub:me/mine@v1", "me/mine"),
+        ("/models/vit_x", None),
+        (nano_dinov2.NAME, nano_dinov2.NAME),
+    ],
+)
+def test_a_heads_backbone_has_the_name_that_the_hub_knows(backbone: str, hub_id: str | None) -> None:
+    assert front(cards.readme(card(kind="head", base_model=backbone))).get("base_model") == hub_id
 
 
 def test_the_card_says_what_the_record_says(written: str, adapter: Path, photos: Path) -> None:

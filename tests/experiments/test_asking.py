@@ -21,7 +21,7 @@ OWN = "{image}What is drawn here? => It is a {label}."
 def command(photos: Path) -> list[str]:
     """A sweep of vlm-lora and vlm-zero-shot at one shot and seed."""
     methods = ("--method", "vlm-zero-shot", "--method", "vlm-lora", "--method", "pixel-knn")
-    return ["sweep", "--dataset", f"folder:{photos}", *methods, "--shots", "1", "--seeds", "0", *TINY]
+    return ["sweep", "demo", "--dataset", f"folder:{photos}", *methods, "--shots", "1", "--seeds", "0", *TINY]
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_predict_answers_nothing_of_nan(nan: Path, images: Path, refused: Any, o
 
 def test_train_writes_no_adapter_of_nan(nan: Path, photos: Path, refused: Any, tmp_path: Path) -> None:
     words = "train", "--dataset", f"folder:{photos}", "--model", nan, "--shots", "1", *TINY, "--out", tmp_path / "out"
-    refused(*words, parts=[f"model {nan} gives log-probabilities that are not finite"])
+    refused(*words, parts=[f"model {nan} with run ", " gives log-probabilities that are not finite"])
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +138,8 @@ def test_cells_of_nan_fail_by_name_and_others_go_on(
         assert (noted["trace"], noted["exit_status"]) == ("", 2)
     assert {*failed} == {*methods} - {"pixel-knn"}
     for method, error in failed.items():
-        assert f"model {backbone if 'dinov2' in method else nan} gives" in error
+        whose = f"model {backbone if 'dinov2' in method else nan}"
+        assert (f"{whose} with run " if method == "vlm-lora" else f"{whose} gives") in error
     assert [json.loads(path.read_text())["method"] for path in (tmp_path / "out/cells").glob("*.json")] == ["pixel-knn"]
 
 

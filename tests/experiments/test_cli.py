@@ -44,7 +44,10 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --most-shots flowers", ["--most-shots 'flowers' caps nothing; write it as DATASET=K"]),
         ("sweep --most-shots flowers=4", ["'flowers' is none of the data sets (icons)"]),
         ("sweep --model nope --set model=other", ["model is given twice"]),
-        ("sweep --dataset folder:{photos} --shots 1 --out {photos}", ["holds other things and no results", "--out"]),
+        (
+            "sweep demo --dataset folder:{photos} --shots 1 --out {photos}",
+            ["holds other things and no results", "--out"],
+        ),
         ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
         ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "FILE.yaml"]),
         ("sweep {here}/gone.yaml", ["gone.yaml cannot be read (No such file", "presets are: ", "demo"]),
@@ -60,10 +63,13 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --shotz 1", ["--shotz", "--help"]),
         ("sweep --dataset folder:{photos} --shots 9", ["class '<script>alert(1)' has 8", "9 shots", "--allow-fewer"]),
         ("swep", ["No such command 'swep'", "--help"]),
-        ("sweep --dataset folder:{photos} --shots 1 --out {here}/file/x", ["cannot write to {here}/file/x", "--out"]),
-        ("sweep --dataset folder:{photos} --shots 1 --out /proc/x", ["cannot write to /proc/x", "--out"]),
         (
-            "sweep --dataset folder:{photos} --shots 1 --out {done}",
+            "sweep demo --dataset folder:{photos} --shots 1 --out {here}/file/x",
+            ["cannot write to {here}/file/x", "--out"],
+        ),
+        ("sweep demo --dataset folder:{photos} --shots 1 --out /proc/x", ["cannot write to /proc/x", "--out"]),
+        (
+            "sweep demo --dataset folder:{photos} --shots 1 --out {done}",
             ["configuration (batch_size 4 → 8", "--out"],
         ),
         ("report {here}", ["is no results folder", "sweep.json", "kshot sweep"]),
@@ -88,7 +94,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
 def test_a_second_writer_is_sent_away(photos: Path, tmp_path: Path, refused, ran: list[Job]) -> None:
     held = f"{tmp_path} is being written by another kshot; wait for it or use --out"
     with Results(tmp_path).writing():
-        refused("sweep", "--dataset", f"folder:{photos}", "--shots", "1", "--out", tmp_path, parts=[held])
+        refused("sweep", "demo", "--dataset", f"folder:{photos}", "--shots", "1", "--out", tmp_path, parts=[held])
     assert ran == []
 
 
@@ -118,7 +124,7 @@ def test_a_defect_is_not_hidden(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_sweep_prints_fits_into_80_columns(photos: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
     methods = [word for method in ("vlm-zero-shot", "dinov2-logreg", "pixel-knn") for word in ("--method", method)]
     limits = ("--shots", "1,2,3,4,5", "--seeds", "0,1", "--out", tmp_path / "out")
-    ended = kshot("sweep", "--dataset", f"folder:{photos}", *methods, *limits)
+    ended = kshot("sweep", "demo", "--dataset", f"folder:{photos}", *methods, *limits)
     lines = ended.out.splitlines()
     assert ended.status == 0
     assert max(len(line) for line in lines if line.startswith(("method", "vlm", "dinov2", "pixel"))) <= 80

@@ -104,7 +104,7 @@ def test_long_and_foreign_class_names(tmp_path: Path, kshot, ran, make_image) ->
         for n in range(3):
             (tmp_path / "photos" / name / f"<b>{n}.png").write_bytes(make_image(10 * c + n))
     methods = ("--method", "vlm-zero-shot", "--method", "pixel-knn", "--shots", "1", "--seeds", "0")
-    ended = kshot("sweep", "--dataset", f"folder:{tmp_path / 'photos'}", *methods, "--out", tmp_path / "out")
+    ended = kshot("sweep", "demo", "--dataset", f"folder:{tmp_path / 'photos'}", *methods, "--out", tmp_path / "out")
     assert ended.status == 0, ended.err
     (classes,) = json.loads((tmp_path / "out/sweep.json").read_text())["classes"].values()
     assert set(classes) == {*names[:2], "caf\u00e9", *names[3:]}

@@ -105,7 +105,7 @@ def test_an_empty_folder_is_filled_and_progress_goes_to_stderr(words: list[str],
 def test_an_adapter_is_replaced_only_by_force(adapter: Path, words: list[str], tmp_path: Path, kshot, refused) -> None:
     target = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     before = files(target)
-    refused(*words, "--out", target, parts=["holds an adapter; give another folder, or --force to replace it"])
+    refused(*words, "--out", target, parts=["holds a trained model; give another folder, or --force to replace it"])
     assert files(target) == before
     assert kshot(*words, "--seed", "2", "--out", target, "--force").status == 0
     assert json.loads((target / "classifier.json").read_text(encoding="utf-8"))["trained"]["seed"] == 2

@@ -58,7 +58,7 @@ def sweep(photos: Path, tmp_path: Path, kshot: Any, ran: list[Job]) -> Callable[
     def run(*options: object, methods: tuple[str, ...] = ("dinov2-logreg", "pixel-knn")) -> Any:
         ran.clear()
         named = [word for method in methods for word in ("--method", method)]
-        base = ("sweep", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0")
+        base = ("sweep", "demo", "--dataset", f"folder:{photos}", *named, "--shots", "1,2", "--seeds", "0")
         return kshot(*base, *options, "--out", tmp_path / "out")
 
     return run
@@ -267,7 +267,7 @@ def test_a_setting_is_of_one_type_alone_and_among_others() -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_training_an_adapter_takes_none_of_them(name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} is for sweeps, which test; training does not depend on it"):
+    with pytest.raises(InputError, match=f"^{name} is no setting of vlm-lora"):
         plan_training("icons", 1, 0, {name: "x"})
 
 

@@ -31,6 +31,7 @@ from experiments.sweep.config import RunOptions, Sweep, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Outcome, Task, prompt_of
 from experiments.sweep.workload import Workload, is_here, of_jobs, of_sweep
+from kshot import hub
 from kshot.errors import InputError
 from vlm import models, nano
 
@@ -172,7 +173,7 @@ def test_downloads_as_the_hub_says(blog: Workload, monkeypatch: pytest.MonkeyPat
         return lambda self, hub_id, **_: SimpleNamespace(siblings=named)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(storage, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(hub, "is_cached", lambda *_: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info(data))
     result = downloads(blog)

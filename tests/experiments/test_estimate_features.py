@@ -276,7 +276,7 @@ def test_a_plan_for_a_device_that_is_not_here(
     assert table["memory"][1] == f"1 worker; the memory of {device} is not known here"
     assert table["time"] == ("unknown", f"not known for {device} here: --plan measures it on a machine that has it")
     check(result.requirements)
-    command = ("sweep", "--dataset", f"folder:{photos}", "--shots", "1", "--seeds", "0", "--device", device)
+    command = ("sweep", "demo", "--dataset", f"folder:{photos}", "--shots", "1", "--seeds", "0", "--device", device)
     planned = kshot(*command, "--plan", "--out", tmp_path / "out")
     assert (planned.status, f"not known for {device} here" in " ".join(planned.out.split())) == (0, True)
     refused = kshot(*command, "--out", tmp_path / "out")

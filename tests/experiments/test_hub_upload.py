@@ -82,7 +82,7 @@ def test_a_dry_run_says_all_and_asks_nothing(there: Hub, adapter: Path, results:
     assert raised == [None, None]
     assert there.requests == []
     assert lines[0] == "o/new: a model repository of the hub, made private unless it is there"
-    sizes = {name: (adapter / name).stat().st_size for name in sorted(FILES)}
+    sizes = {name: (adapter / name).stat().st_size for name in sorted(FILES["adapter"])}
     assert [line.split() for line in lines[1:6]] == [[f"{size:,}", name] for name, size in sizes.items()]
     assert lines[6].split() == [f"{sum(sizes.values()):,}", "bytes", "in", "5", "files"]
     assert lines[7] == "the base model's folder on this machine is named in adapter_config.json"
@@ -101,8 +101,8 @@ def test_what_belongs_to_an_adapter_and_to_results_is_sent_each_in_one_commit(
     lines, raised = ask(there.url, (results, "o/r", True, True), (adapter, "o/new", True, False))
     assert raised == [None, None]
     repo = there.repos["o/new"]
-    assert (repo.kind, repo.private, repo.files) == ("model", True, plain(adapter, FILES))
-    assert repo.commits == [("An adapter of kshot", sorted(FILES))]
+    assert (repo.kind, repo.private, repo.files) == ("model", True, plain(adapter, FILES["adapter"]))
+    assert repo.commits == [("A trained model of kshot", sorted(FILES["adapter"]))]
     assert ("GET", "/api/models/o/new", "") in there.requests  # whether it is private
     assert ("POST", "/api/validate-yaml", "") in there.requests  # of the model card
     assert lines[-1] == f"sent: {there.url}/o/new/commit/{'a' * 40}"
@@ -119,7 +119,7 @@ def test_a_repository_that_is_there_keeps_its_doors(there: Hub, adapter: Path) -
     _, raised = ask(there.url, *((adapter, repo, True, public) for repo, public in wanted))
     refused = "o/public is there and public; give --public, or the name of another repository"
     assert raised == [{"error": refused, "status": 2}, None, None]
-    assert [repo.files.keys() == FILES for repo in there.repos.values()] == [True, True]
+    assert [repo.files.keys() == FILES["adapter"] for repo in there.repos.values()] == [True, True]
     assert [len(repo.commits) for repo in there.repos.values()] == [1, 1]
 
 
@@ -157,13 +157,13 @@ def test_what_is_no_whole_adapter_and_no_results_is_refused(adapter: Path, resul
     other = tmp_path / "other"
     (other / "photos").mkdir(parents=True)
     for folder in (other, tmp_path / "none"):
-        with pytest.raises(InputError, match=r"neither an adapter of kshot train nor a results folder"):
+        with pytest.raises(InputError, match=r"neither a trained model of kshot nor a results folder"):
             send(folder)
     copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
     (copy / "notes.txt").write_text("mine")
     assert send(copy).skipped == ("notes.txt",)
     (copy / "README.md").unlink()
-    with pytest.raises(InputError, match=r"has no README\.md: it is no whole adapter; train it again"):
+    with pytest.raises(InputError, match=r"has no README\.md: it is not whole; train it again"):
         send(copy)
     (copy / "README.md").symlink_to(other)
     with pytest.raises(InputError, match=r"README\.md is no plain file"):

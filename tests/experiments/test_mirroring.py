@@ -45,7 +45,9 @@ def arrows(tmp_path_factory: pytest.TempPathFactory) -> str:
 def sweep(arrows: str, tmp_path: Path, kshot: Any, ran: list[Job]) -> Callable[..., tuple[Any, Results]]:
     def run(*options: str) -> tuple[Any, Results]:
         methods, out = ("--method", HEAD, "--method", TRAINED), tmp_path / f"out{len(options)}"
-        ended = kshot("sweep", "--dataset", arrows, *methods, "--shots", "16", "--seeds", "0", *options, "--out", out)
+        ended = kshot(
+            "sweep", "demo", "--dataset", arrows, *methods, "--shots", "16", "--seeds", "0", *options, "--out", out
+        )
         assert ended.status == 0, ended.err
         return ended, Results(out)
 

@@ -1,5 +1,6 @@
 """A results folder: complete files, one writer, growth, and what it refuses."""
 
+import errno
 import json
 import os
 import shutil
@@ -152,6 +153,34 @@ def test_a_damaged_cell_is_set_aside_when_a_sweep_begins(
     assert results.finished() == {"other", "k"} - {path.stem}
     assert [each["key"] for each in results.failures()] == (["f"] if path.stem == "k" else [])
     assert {each["key"] for each in results.cells()} == {"other", "k"} - ({"k"} if name.startswith("cells") else set())
+
+
+def test_what_cannot_be_read_for_now_is_left(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("experiments.sweep.store.check_regular", refuse)
+    with results.writing():
+        results.begin(results.sweep())
+    assert results.finished() == {"k"}
+    monkeypatch.setattr("experiments.sweep.store.read_file", refuse)
+    results._set_damaged_aside()
+    assert results.finished() == {"k"}
+
+
+def test_what_is_no_file_is_set_aside(results: Results) -> None:
+    path = results.folder / "predictions/k.parquet"
+    path.unlink()
+    path.mkdir()
+    results._set_damaged_aside()
+    assert results.finished() == set()
+
+
+def test_another_sweep_sets_nothing_aside(results: Results) -> None:
+    (results.folder / "predictions/k.parquet").write_bytes(b"")
+    with results.writing(), pytest.raises(ResultsError, match="another configuration"):
+        results.begin({**SWEEP, "settings": {"rank": 2}})
+    assert (results.folder / "predictions/k.parquet").exists()
 
 
 def packed(results: Results) -> Results:

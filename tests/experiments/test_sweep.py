@@ -68,7 +68,7 @@ def test_the_command_in_the_report_runs_the_same_cells_and_so_nothing(
 def test_a_folder_grows_by_what_is_new(photos: Path, tmp_path: Path, kshot, ran: list[Job], make_image) -> None:
     def run(*arguments: str) -> list[str]:
         ran.clear()
-        assert kshot("sweep", *QUICK, "--out", tmp_path / "out", *arguments).status == 0
+        assert kshot("sweep", "demo", *QUICK, "--out", tmp_path / "out", *arguments).status == 0
         return sorted(str(job) for job in ran)
 
     name = f"folder:{photos.name}"
@@ -93,11 +93,11 @@ def test_a_folder_grows_by_what_is_new(photos: Path, tmp_path: Path, kshot, ran:
 
 def test_another_folder_of_the_same_name_is_refused(photos: Path, copied: Path, tmp_path: Path, kshot, refused) -> None:
     twin = shutil.copytree(photos, tmp_path / "elsewhere" / photos.name)
-    sweep = ("sweep", "--dataset", f"folder:{twin}", *QUICK, "--seeds", "0", *TINY, "--out", copied)
+    sweep = ("sweep", "demo", "--dataset", f"folder:{twin}", *QUICK, "--seeds", "0", *TINY, "--out", copied)
     assert kshot(*sweep).status == 0  # the same images: the same data set, wherever it lies
     next(twin.rglob("*.png")).unlink()
     assert f"images of folder:{photos.name} 'seeded-split-0-" in refused(*sweep)
-    both = ("sweep", "--dataset", f"folder:{twin}", "--dataset", f"folder:{photos}", "--out", tmp_path / "new")
+    both = ("sweep", "demo", "--dataset", f"folder:{twin}", "--dataset", f"folder:{photos}", "--out", tmp_path / "new")
     assert "would both be called" in refused(*both)
 
 
@@ -137,7 +137,7 @@ def test_the_report_recomputes_the_metrics(two_workers: Path, copied: Path) -> N
 def test_what_is_limited_is_in_the_record(photos: Path, tmp_path: Path, kshot, ran: list[Job]) -> None:
     limits = ("--limit-test", "4", "--allow-fewer", "--shots", "100")
     out = tmp_path / "out"
-    sweep = ("sweep", "--dataset", f"folder:{photos}", *QUICK, "--seeds", "0", *limits)
+    sweep = ("sweep", "demo", "--dataset", f"folder:{photos}", *QUICK, "--seeds", "0", *limits)
     assert kshot(*sweep, "--out", out).status == 0
     (record, table), *_ = numbers(out).values()
     assert (record["shots"], record["settings"]["limit_test"], record["settings"]["allow_fewer"]) == (100, 4, True)

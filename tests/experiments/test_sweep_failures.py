@@ -36,7 +36,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None
 
 @pytest.fixture
 def sweep(photos: Path, tmp_path: Path, kshot: Any) -> Callable[..., Any]:
-    return lambda *more: kshot("sweep", "--dataset", f"folder:{photos}", *QUICK, "--out", tmp_path / "out", *more)
+    return lambda *more: kshot(
+        "sweep", "demo", "--dataset", f"folder:{photos}", *QUICK, "--out", tmp_path / "out", *more
+    )
 
 
 def test_a_failed_cell_is_noted_and_tried_again_and_the_others_run(
@@ -79,6 +81,20 @@ def test_only_failed_runs_those_alone(sweep: Any, broken: Any, ran: list[Job], t
     assert [job.cell.method for job in ran] == ["dinov2-logreg"]
 
 
+def test_a_damaged_note_of_a_failure_is_set_aside(sweep: Any, broken: Any, ran: list[Job], tmp_path: Path) -> None:
+    broken(InputError("no"))
+    assert sweep().status == 2
+    (path,) = (tmp_path / "out/failed").glob("*.json")
+    path.write_bytes(b"")
+    broken(None)
+    ran.clear()
+    assert "no cell has failed" in sweep("--only-failed").err
+    assert not path.exists()
+    assert not ran
+    assert sweep().status == 0
+    assert [job.cell.method for job in ran] == ["pixel-knn"]
+
+
 def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
     photos: Path, tmp_path: Path, kshot: Any, ran: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +102,7 @@ def test_a_second_seed_on_the_same_images_needs_no_vision_forward(
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path / "cache"))
     methods.connected.cache_clear()
     small = ("--set", "views_per_class=4", "--set", "batch_size=4", "--set", "rank=4", "--set", "answer_tokens=4")
-    arguments = ("sweep", "--dataset", f"folder:{photos}", "--method", "vlm-lora", "--shots", "8", *small)
+    arguments = ("sweep", "demo", "--dataset", f"folder:{photos}", "--method", "vlm-lora", "--shots", "8", *small)
     for seeds in ("0", "0,1"):
         before = methods.tower_forwards(ran[0].settings, "cpu") if ran else 0
         assert kshot(*arguments, "--seeds", seeds, "--out", tmp_path / "out").status == 0

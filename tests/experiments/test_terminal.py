@@ -24,6 +24,8 @@ def test_what_steers_a_terminal_is_escaped() -> None:
     assert shown(f"a{ESCAPE}\nb") == f"a{SAID}\nb"
     assert shown(TURNED) == r"\u202egpj.exe"
     assert shown("caf\u00e9 \udcff \u5b57 12\u00a0%") == "caf\u00e9 \\udcff \u5b57 12\u00a0%"
+    joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f33e Donau\u00addampf"
+    assert shown(joined) == joined
 
 
 def test_in_lines_tables_and_waiting() -> None:

@@ -4,7 +4,6 @@ Bodies of training are written by the SDK's converters, and its answers read by 
 """
 
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,17 +165,6 @@ def files(folder: Path, but: Path) -> dict[Path, bytes | None]:
     """All that is below a folder, save below `but`."""
     paths = [path for path in folder.rglob("*") if path != but and but not in path.parents]
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
-
-
-@contextmanager
-def traced(most: int) -> Iterator[None]:
-    """Within: at most so many bytes of memory are taken, by this process, and so by a server on one of its threads."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: training goes on bit for bit; damage is named; no name leads out of the state folder."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tinker import types
 from kshot.checks import folder_of, path_of
 from kshot.errors import ModelError, RequestError
 from tests.vlm.services import close, log_probs, step
+from vlm.local.checkpoint import OPTIMIZER
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
 
@@ -83,6 +85,17 @@ def test_a_checkpoint_that_lacks_tensors_or_is_damaged_is_named_and_changes_noth
             load(path).result()
     assert close(before, log_probs(trained, mixed), 0)
     assert sampler.compute_logprobs(asked).result() == sampled
+
+
+def test_an_optimizer_that_is_a_pipe_is_not_waited_for(
+    trained: LocalTrainingClient, service: LocalServiceClient
+) -> None:
+    path = trained.save_state("piped").result().path
+    file = folder_of(service._registry.state, path) / OPTIMIZER
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ModelError, match=r"is damaged .*not a regular file"):
+        trained.load_state_with_optimizer(path).result()
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(

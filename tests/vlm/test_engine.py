@@ -233,6 +233,15 @@ def test_training_in_bfloat16(engines: tuple[Engine, Engine], mixed: list[tinker
     assert losses[9] < losses[5] / 2
 
 
+def test_scoring_gives_way_between_its_passes(
+    engines: tuple[Engine, Engine], prompt: Prompt, examples: list[Pictured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm.local.scoring.ROWS", 1)
+    asked, given = [prompt.question(e.image) for e in examples[:3]], list[bool]()
+    score_tree(engines[1], None, asked, build(prompt.choices, "constrained"), between=given.append)
+    assert given == [False, False]
+
+
 def test_scoring_and_sampling_in_bfloat16(
     engines: tuple[Engine, Engine], prompt: Prompt, examples: list[Pictured]
 ) -> None:

@@ -16,7 +16,8 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.vlm.raw import JSON, SESSION, SESSION_BODY, Raw, accepted, files, refused, traced
+from tests.traced import traced
+from tests.vlm.raw import JSON, SESSION, SESSION_BODY, Raw, accepted, files, refused
 from tests.vlm.serving import Server, served
 from vlm import nano
 

@@ -17,7 +17,7 @@ from tests.vlm.services import PATIENCE, connected, rest_of, step
 from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.local.registry import EngineRegistry
-from vlm.server.store import Checkpoint, Run, Session
+from vlm.server.tables import Checkpoint, Run, Session
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 

@@ -15,7 +15,7 @@ from tests.vlm.services import PATIENCE, connected, step
 from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.local.registry import EngineRegistry
-from vlm.server.store import Session
+from vlm.server.tables import Session
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 OTHER = "other/nano"

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from kshot.errors import InputError, KshotError, RequestError
-from vlm.server.store import FILE, SCHEMA, VERSION, Checkpoint, Future, Loss, Run, Sampler, Session, Store
+from vlm.server.store import FILE, Store
+from vlm.server.tables import SCHEMA, VERSION, Checkpoint, Future, Loss, Run, Sampler, Session
 
 ROOT = Path(__file__).parents[2]
 LORA = {"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": False, "train_vision": False}
@@ -279,7 +280,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from vlm.server.store import Store
-from vlm.server.store import Session
+from vlm.server.tables import Session
 
 store = Store(Path(sys.argv[1]))
 store.add(Session("s"))

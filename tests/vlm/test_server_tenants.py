@@ -18,9 +18,9 @@ from tests.vlm.services import PATIENCE, rest_of
 from tests.vlm.serving import KEY, Server, served
 from vlm import nano
 from vlm.server import page
-from vlm.server.guard import Keys
+from vlm.server.guard import Keys, Requests
 from vlm.server.owners import owner_of
-from vlm.server.store import Checkpoint, Run, Session
+from vlm.server.tables import Checkpoint, Run, Sampler, Session
 
 OTHER = "tml-a-key-of-another"
 NOBODY = "00000000-0000-4000-8000-000000000000"
@@ -207,6 +207,26 @@ def test_metrics_count_ones_own_alone(mine: Raw, other: Raw, ids: Ids) -> None:
     made = f'kshot_requests_total{{path="{V1}create_model",status="200"}}'
     assert made in counted[mine]
     assert made not in counted[other]
+
+
+def test_wrong_keys_leave_nothing_behind(server: Server) -> None:
+    """At the paths that need no key; what is counted of them is nobody's."""
+    (counts,) = (each.kwargs["counts"] for each in server.app.app.user_middleware if each.cls is Requests)
+    for number in range(20):
+        with httpx.Client(base_url=server.address, headers={"X-API-Key": f"tml-no-such-key-{number:04d}"}) as http:
+            assert http.get("/api/v1/healthz").status_code == 200
+            assert http.get("/api/v1/sessions").status_code == 401
+    assert {owner for owner, _, _ in counts} <= {"", *(name for name in server.app.keys.owners if name)}
+
+
+def test_a_number_of_a_sampler_of_everybody_is_used_once(server: Server, mine: Raw, other: Raw, ids: Ids) -> None:
+    name = f"{ids.session}:sample:77"
+    server.state.store.add(Sampler(name, ids.session, nano.NAME))
+    ask = {**sample_of(PROMPT, max_tokens=1), "base_model": None, "sampling_session_id": name, "seq_id": 5}
+    request_id = accepted(mine.post("asample", **ask))
+    refused(other.post("asample", **ask), 400, "made with another API key; take the next number")
+    assert accepted(mine.post("asample", **ask)) == request_id
+    accepted(other.post("asample", **{**ask, "seq_id": 6}))
 
 
 def test_what_another_sends_is_not_in_a_runs_order(mine: Raw, other: Raw, ids: Ids) -> None:

@@ -21,7 +21,8 @@ from tinker.types.provenance_spans import SampledProvenanceSpan
 from tinker.types.topk_logprobs import TopkLogprobs
 
 from kshot.errors import KshotError, RequestError
-from tests.vlm.raw import body_of, traced
+from tests.traced import traced
+from tests.vlm.raw import body_of
 from vlm.server.tinker.wire import (
     MAX_CHUNKS,
     MAX_DATUMS,

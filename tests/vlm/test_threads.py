@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from kshot.errors import NotFiniteError
 from vlm import nano
 from vlm.local import threads
 from vlm.local.clients import LocalSamplingClient
@@ -69,6 +70,19 @@ def test_it_takes_two_rounds_where_they_are_slow() -> None:
 
     assert fewest(step, 2, lambda: now) == 2
     assert now == 30.0
+
+
+def test_a_model_that_cannot_make_a_step_is_not_measured(
+    engine: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own error is for where it is used."""
+    weight = engine.model.stock.get_parameter("model.language_model.layers.1.mlp.down_proj.weight")
+    with monkeypatch.context() as context, torch.no_grad():
+        context.setattr(weight, "data", torch.full_like(weight, torch.nan))
+        with pytest.raises(NotFiniteError):
+            threads._step(engine, threads.LEAST)()
+        assert choose(engine, 2) == 2
+    assert not cache.exists()
 
 
 def test_a_model_is_measured_once(engine: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

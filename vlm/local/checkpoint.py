@@ -138,6 +138,8 @@ def _read(source: Path, name: str, optimizer: Path | None = None) -> Checkpoint:
     try:
         record = parse_json(read_file(source / RECORD))
         check_regular(source / WEIGHTS)
+        if optimizer and optimizer.exists():
+            check_regular(optimizer)
         if not isinstance(record["base_model"], str):
             raise TypeError(f"{record['base_model']!r} is no name")
         checkpoint = Checkpoint(

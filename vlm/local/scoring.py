@@ -41,9 +41,10 @@ def score_tree(
     scores, size = np.empty((len(prompts), len(trie.edges)), np.float32), len(trie.tokens)
     lengths = [length_of(prompt) + size for prompt in prompts]
     rows = min(ROWS, MASK // (max(1, size) * max(lengths, default=1)))
-    for members in groups(lengths, max(1, rows), POSITIONS):
+    for number, members in enumerate(groups(lengths, max(1, rows), POSITIONS)):
+        if number:
+            between(False)
         scores[members] = _score(engine, snapshot, [prompts[n] for n in members], trie).cpu().numpy()
-        between(False)
     if not np.isfinite(scores).all():
         raise NotFiniteError(engine.model.name, "scores", snapshot.name if snapshot else "")
     return scores

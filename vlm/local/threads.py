@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from kshot.errors import KshotError
 from kshot.files import cache_folder, facts_digest, processor, write_file
 from vlm.inputs import datum, model_input
 from vlm.local.engine import Engine
@@ -34,8 +35,8 @@ OTHERS = 0.25  # cores that other programs may have used meanwhile, for a number
 
 def choose(engine: Engine, most: int) -> int:
     """The number for a model on a CPU, from 1 to `most`: kept in the cache by the model's shape and the machine, or
-    measured now, which takes a second or so. `most` where the environment sets OMP_NUM_THREADS, and for a model whose
-    step of LEAST tokens takes more than WORK."""
+    measured now, which takes a second or so. `most` where the environment sets OMP_NUM_THREADS, for a model whose step
+    of LEAST tokens takes more than WORK, and for one that cannot make a step."""
     shapes = [(name, [*each.shape]) for name, each in engine.model.stock.named_parameters()]
     numbers = sum(math.prod(shape) for _, shape in shapes)
     tokens = min(MOST, int(WORK / 6 / numbers))  # 2 forward, 4 backward
@@ -47,7 +48,10 @@ def choose(engine: Engine, most: int) -> int:
     kept = _read(path)
     if key not in kept:
         before, begun, own = _busy(), time.perf_counter(), time.process_time()
-        kept[key] = fewest(_step(engine, tokens), most)
+        try:
+            kept[key] = fewest(_step(engine, tokens), most)
+        except KshotError:  # such as NaN weights, which is said where the model is used
+            return most
         seconds = time.perf_counter() - begun
         others = _busy() - before - (time.process_time() - own)
         if others < OTHERS * seconds:  # beside other programs it holds for now alone

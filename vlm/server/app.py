@@ -21,6 +21,7 @@ from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.openai import routes as openai_routes
+from vlm.server.openai import templates
 from vlm.server.owners import Owner
 from vlm.server.retention import KEEP
 from vlm.server.state import ServerState
@@ -101,6 +102,7 @@ def _lifespan(state: ServerState) -> Any:
         with suppress(asyncio.CancelledError):
             await tidying
         await state.close()
+        await asyncio.to_thread(templates.close)
 
     return lifespan
 

@@ -18,7 +18,8 @@ from kshot.errors import DeniedError, MissingError, RequestError
 from kshot.files import remove_stale, set_aside
 from vlm.local.registry import OPTIMIZER, RECORD
 from vlm.server.owners import Owner
-from vlm.server.store import Checkpoint, Run, Store
+from vlm.server.store import Store
+from vlm.server.tables import Checkpoint, Run
 
 log = logging.getLogger("kshot.server")
 LONGEST = 10 * 366 * 86400  # seconds: ten years

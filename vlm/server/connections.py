@@ -132,8 +132,11 @@ class Connections:
         self.heads += size - connection.held
         connection.held = size
         while self.heads > HEADS:
-            if not self.close_longest("too many heads"):
+            waiting = (each for others in self._waiting.values() for each in others)
+            other = next((each for each in waiting if each.held and each is not connection), None)
+            if other is None:
                 return False
+            other.end("too many heads")
         return True
 
     @contextmanager
@@ -151,6 +154,7 @@ class Connections:
             self.unread -= self._sending.pop(connection, 0)
 
     def _tick(self) -> None:
+        self._wait()  # first: whatever happens to one, the others' time goes on
         self.now += 1
         for each in [*self.open]:
             each.check(self.now)
@@ -158,7 +162,6 @@ class Connections:
         if self.now % 60 == 0 and total > self._said:
             log.warning("%d connections closed: %s", total - self._said, dict(self.closed))
             self._said = total
-        self._wait()
 
     def _wait(self) -> None:
         self._ticking = bool(self.open)
@@ -218,7 +221,9 @@ class Connection(HttpToolsProtocol):
         else:
             self._reading, self._since, self._unparsed, self._received = Reading.BODY, self.all.now, 0, 0
             self.all.is_served(self)
-            self.all.hold(self, len(self.url) + sum(len(name) + len(value) for name, value in self.headers))
+            if not self.all.hold(self, len(self.url) + sum(len(name) + len(value) for name, value in self.headers)):
+                self._refuse(503, "too many large heads at once; try again later")
+                return
             super().on_headers_complete()
             self._unanswered.append(self.cycle)
 

@@ -23,14 +23,15 @@ from kshot.errors import (
     LostError,
     MissingError,
     NotFiniteError,
+    RequestError,
     TooLargeError,
     UnauthorizedError,
     UnsupportedError,
 )
 from vlm.server.memory import ANSWERS, QUEUES, Reservation
 from vlm.server.owners import Owner
-from vlm.server.store import Future as FutureRow
 from vlm.server.store import Store
+from vlm.server.tables import Future as FutureRow
 
 log = logging.getLogger("kshot.server")
 
@@ -110,18 +111,24 @@ class Futures:
 
     def id_of(self, key: str, owner: Owner) -> str | None:
         """The id of the request that has this key, if there is one that this owner reaches."""
+        known = self._known(key)
+        return known[0] if known and owner.reaches(known[1]) else None
+
+    def _known(self, key: str) -> tuple[str, str | None] | None:
+        """The id and the owner of the request that has this key."""
         if key in self._ids:
-            known, name = self._ids[key], self._kept[self._ids[key]].owner
-        elif (row := self._store.future_of(key)) is not None:
-            known, name = row.request_id, row.owner
-        else:
-            return None
-        return known if owner.reaches(name) else None
+            return self._ids[key], self._kept[self._ids[key]].owner
+        row = self._store.future_of(key)
+        return None if row is None else (row.request_id, row.owner)
 
     def open(self, key: str, owner: Owner, taken: Reservation) -> str:
-        """The id of a new request. taken: what it takes until it is answered; it is the answer's then."""
+        """The id of a new request. taken: what it takes until it is answered, and its answer then; it is handed over.
+        Raises RequestError where the key is used: by another owner of what is everybody's, since `id_of` finds one's
+        own."""
+        if self._known(key) is not None:
+            raise RequestError(f"request {key} was made with another API key; take the next number")
         request_id = self._ids[key] = uuid.uuid4().hex
-        self._kept[request_id] = _Kept(key, taken, owner.name, asyncio.get_running_loop().create_future())
+        self._kept[request_id] = _Kept(key, taken.hand_over(), owner.name, asyncio.get_running_loop().create_future())
         return request_id
 
     def begun(self, request_id: str) -> None:
@@ -162,6 +169,7 @@ class Futures:
                     self._store.finish_future(*row)
                     loop.call_soon_threadsafe(self._forget, left.popleft())
             finally:
+                left.rotate(-1)  # one that is never taken stands in no other's way
                 loop.call_soon_threadsafe(self._unwritten.extend, left)
 
         self._write(write)
@@ -185,7 +193,7 @@ class Futures:
 
     def retrieved(self, request_id: str) -> None:
         """Note in the store that the answer has been sent."""
-        self._write(lambda: self._store.mark_retrieved(request_id))
+        self._write(lambda: self._store.mark_retrieved(request_id), "that an answer was sent is not noted")
 
     def stop(self) -> None:
         """End all waiting."""
@@ -195,14 +203,14 @@ class Futures:
         """Finish writing to the store."""
         self._writer.shutdown()
 
-    def _write(self, call: Callable[[], Any]) -> None:
+    def _write(self, call: Callable[[], Any], failing: str = "answers stay in memory, and are written later") -> None:
         def logged() -> None:
             try:
                 call()
             except KshotError as error:
-                log.error("%s; the answer stays in memory, and that is tried again", str(error))  # it holds the answer
+                log.error("%s; %s", str(error), failing)  # not the error itself, which holds the answer
             except Exception:
-                log.exception("an answer could not be written; it stays in memory, and that is tried again")
+                log.exception(failing)
 
         try:
             self._writer.submit(logged)

@@ -41,7 +41,7 @@ from kshot.untrusted import read_file
 from vlm.server import sizes
 from vlm.server.futures import JSON
 from vlm.server.memory import BODIES, MESSAGES, Memory, Reservation
-from vlm.server.owners import EVERYBODY, Owner, owner_name
+from vlm.server.owners import EVERYBODY, NOBODY, Owner, owner_name
 
 T = TypeVar("T")
 DISCARDED = 256 << 20  # bytes of a refused body that are read to the end
@@ -113,7 +113,9 @@ class Guard:
         if query and self.signer.accepts(path, query):
             return EVERYBODY  # of what lies at this path alone
         key = _key(headers)
-        if not (path in self.free or self.keys.accept(key)):
+        if not self.keys.accept(key):
+            if path in self.free:
+                return NOBODY
             raise UnauthorizedError("no valid API key; send one of the key file as X-API-Key or Authorization: Bearer")
         return self.keys.owner(key)
 

@@ -14,8 +14,10 @@ from typing import Any
 from tinker import types
 
 from kshot.errors import BusyError, InputError, RequestError
+from vlm.server.checkpoints import logged
 from vlm.server.owners import Owner
-from vlm.server.store import Run, Sampler, Session, Store
+from vlm.server.store import Store
+from vlm.server.tables import Run, Sampler, Session
 
 KEEP = 30 * 86400.0  # seconds
 UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -67,16 +69,16 @@ class Retention:
         counts[row.owner] = counts.get(row.owner, 0) + 1
 
     def check(self, kind: type, owner: str | None) -> None:
-        """Raise BusyError where an owner has as many rows as are kept, none of which is over."""
+        """Raise BusyError where an owner has as many rows as are kept."""
         if self._counts[kind].get(owner, 0) >= MOST[kind]:
             kept = f"{MOST[kind]:,} {kind.__name__.lower()}s of this key"
-            raise BusyError(f"{kept} are kept and none is over; finish sessions, delete checkpoints, try again later")
+            raise BusyError(f"{kept} are kept; finish sessions: old ones without checkpoints go within a minute")
 
     def prune(self, now: float, stale: float, in_memory: Collection[str]) -> None:
         """Delete what is over. stale: seconds without a sign of life after which a session is over. in_memory: the
         unsaved samplers that can still be used. Call it from a thread."""
         for session in self.store.over(now - self.keep):
-            self.store.remove_session(session)
+            self._remove(session)
         for kind, most in MOST.items():
             for owner, count in self.store.owners(kind).items():
                 if count > FULL * most:
@@ -90,7 +92,14 @@ class Retention:
             for sampler in set(self.store.unsaved_samplers(owner, excess)).difference(in_memory):
                 self.store.remove(Sampler, sampler)
         left = self.store.owners(kind).get(owner, 0) - int(AIM * MOST[kind])
-        for session in self.store.over(before, Owner(owner, everything=False), max(0, left), finished=True):
+        for session in self.store.over(before, Owner(owner, everything=False), finished=True):
+            rows = 1 if kind is Session else len(self.store.of_session(kind, session))
+            if left > 0 and rows:  # one without such rows would make no room
+                self._remove(session)
+                left -= rows
+
+    def _remove(self, session: str) -> None:
+        with logged(f"session {session}"):  # which may just have come to life
             self.store.remove_session(session)
 
     def _counted(self) -> dict[type, dict[str | None, int]]:

@@ -17,7 +17,7 @@ from kshot.errors import BusyError, RequestError
 from vlm.local.clients import LocalTrainingClient
 from vlm.server.futures import Answer, error_answer
 
-WAITING = 512  # requests of a run that are not finished
+WAITING = 512  # unfinished requests of a run; one more where all others wait for it
 GAP = 300.0  # seconds after which requests fail that wait for a number that does not come
 
 Settle = Callable[[str, Answer], None]  # publishes the answer to a request id
@@ -60,12 +60,16 @@ class LiveRun:
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self, seq: int) -> None:
-        """Raise RequestError for a number that was used, BusyError where too many are not finished. The next in order
-        has room where nothing is in progress: all others wait for it."""
+        """Raise RequestError for a number that was used, BusyError where too many wait. The next in order has room
+        where nothing of the run is at the engine: all others wait for it."""
         if seq < self.next_seq or seq in self.held:
             raise RequestError(f"request {seq} of run {self.id} was made before; its next number is {self.next_seq}")
-        if self.waiting >= WAITING and (self.calls or seq != self.next_seq):
+        if self.waiting >= WAITING and not self.needs(seq):
             raise BusyError(f"{WAITING} requests of run {self.id} are waiting; send this one again later")
+
+    def needs(self, seq: int) -> bool:
+        """Whether nothing goes on before a request of this number comes."""
+        return seq == self.next_seq and not self.calls
 
     def add(self, seq: int, request_id: str, operation: Operation) -> None:
         """Queue an operation; it starts when all before it have started and the run's weights are there."""

@@ -25,7 +25,8 @@ from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connec
 from vlm.server.guard import Keys, is_loopback
 from vlm.server.memory import IMAGES, Memory
 from vlm.server.state import ServerState
-from vlm.server.store import Checkpoint, Store
+from vlm.server.store import Store
+from vlm.server.tables import Checkpoint
 
 log = logging.getLogger("kshot.server")
 SWITCH = 0.0005  # seconds after which Python lets another thread run: requests are answered beside the engine's thread

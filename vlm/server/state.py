@@ -24,7 +24,8 @@ from vlm.server.memory import SAMPLERS, Memory, Reservation
 from vlm.server.owners import Owner
 from vlm.server.retention import KEEP, Retention, check_reason, check_texts
 from vlm.server.runs import LiveRun
-from vlm.server.store import Checkpoint, Run, Sampler, Session, Store
+from vlm.server.store import Store
+from vlm.server.tables import Checkpoint, Run, Sampler, Session
 
 LAST = 999_999_999  # number of a run or sampler in its session
 GRACE = 5.0  # seconds that the engine has to finish its work when the server stops

@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from vlm.server.connections import Connections
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
-from vlm.server.store import Run, Session
+from vlm.server.tables import Run, Session
 
 NEWEST = 50  # runs and checkpoints on the page
 POINTS = 300  # of a curve
@@ -129,7 +129,10 @@ def _metrics(
     for (path, status), count in sorted((+made).items()):
         lines.append(f'kshot_requests_total{{path="{path}",status="{status}"}} {count}')
     lines += _head("kshot_threads", "Threads that a model computes with on a CPU.")
-    lines += [f"kshot_threads{{model={json.dumps(name)}}} {count}" for name, count in state.registry.chosen.items()]
+    lines += [
+        f"kshot_threads{{model={json.dumps(name, ensure_ascii=False)}}} {count}"
+        for name, count in state.registry.chosen.items()
+    ]
     lines += _head("kshot_connections_closed_total", "Connections that were refused or cut off.")
     for reason, count in sorted(connections.closed.items()):
         lines.append(f'kshot_connections_closed_total{{reason="{reason}"}} {count}')

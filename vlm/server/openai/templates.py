@@ -31,39 +31,44 @@ class Renderer:
         self.pool = ThreadPoolExecutor(THREADS, "kshot-prompts")
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._known = dict[str, str | PromptError]()
+        self._known = dict[str, dict[str, str]]()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """What the template writes. Raises ValueError where it fails, PromptError where it goes beyond a limit."""
+        return _text(self._reply(template, variables))
+
+    def known(self, template: str, variables: Mapping[str, Any]) -> str:
+        """The same, nothing where it fails, for variables that are few: what comes out is kept, limits too."""
+        key = json.dumps([template, variables], default=str)
+        reply = self._known.get(key) or self._reply(template, variables)
+        if "ended" not in reply:  # which may go well the next time
+            self._known[key] = reply
+        try:
+            return _text(reply)
+        except ValueError:  # a template of texts alone trips over a list
+            return ""
+
+    def close(self) -> None:
+        """End the threads, when they are done, and the process."""
+        self.pool.shutdown()
+        with self._lock:
+            if self._process is not None:
+                self._ending()
+                self._process = None
+
+    def _reply(self, template: str, variables: Mapping[str, Any]) -> dict[str, str]:
         line = json.dumps({"template": template, "variables": variables}, default=str).encode() + b"\n"
         if len(line) - len(template) > LONGEST:
             raise PromptError(f"the messages have {len(line):,} characters; at most {LONGEST:,} are read")
         with self._lock:
-            reply = self._ask(line)
-        if "limit" in reply:
-            raise PromptError(f"the model's chat template was ended: {reply['limit']}; take another model")
-        if "error" in reply:
-            raise ValueError(reply["error"])
-        return reply["text"]
-
-    def known(self, template: str, variables: Mapping[str, Any]) -> str:
-        """The same, nothing where it fails, for variables that are few: answers and refusals are kept."""
-        key = json.dumps([template, variables], default=str)
-        if key not in self._known:
-            try:
-                self._known[key] = self.render(template, variables)
-            except ValueError:  # a template of texts alone trips over a list
-                self._known[key] = ""
-            except PromptError as error:
-                self._known[key] = error
-        if isinstance(found := self._known[key], PromptError):
-            raise PromptError(str(found))
-        return found
+            return self._ask(line)
 
     def _ask(self, line: bytes) -> dict[str, str]:
         if self._process is None:
             command = [sys.executable, "-I", str(PROGRAM), str(SECONDS), str(MEMORY)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            pipe = subprocess.PIPE
+            # a session of its own: Ctrl-C is for the server, which ends it
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
             self._ending = finalize(self, _end, self._process)
         process: Any = self._process  # its pipes are there
         with suppress(BrokenPipeError):
@@ -75,17 +80,29 @@ class Renderer:
         status, self._process = self._ending(), None
         if status == -signal.SIGPROF:
             return {"limit": f"it computes for more than {SECONDS:g} seconds"}
-        return {"limit": f"its process ended with status {status}"}
+        return {"ended": f"its process ended with status {status}"}
+
+
+def _text(reply: Mapping[str, str]) -> str:
+    """What was written. Raises as `Renderer.render`."""
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    if "text" not in reply:
+        why, way_out = (reply["limit"], "take another model") if "limit" in reply else (reply["ended"], "ask again")
+        raise PromptError(f"the model's chat template was ended: {why}; {way_out}")
+    return reply["text"]
 
 
 def _end(process: "subprocess.Popen[bytes]") -> int:
     """The status of a process that has ended by now, or is ended."""
-    if process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(1)  # its pipe may be closed before it has ended
+    ending: Any = process  # its pipes are there
+    with suppress(BrokenPipeError):
+        ending.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
     process.kill()
-    process.communicate()
-    return process.returncode
+    ending.stdout.close()
+    return process.wait()
 
 
 _RENDERERS: "WeakKeyDictionary[Any, Renderer]" = WeakKeyDictionary()
@@ -98,6 +115,16 @@ def renderer(tokenizer: Any) -> Renderer:
         if tokenizer not in _RENDERERS:
             _RENDERERS[tokenizer] = Renderer()
         return _RENDERERS[tokenizer]
+
+
+def close() -> None:
+    """End the threads and processes of all models."""
+    with _MAKING:
+        renderers = [*_RENDERERS.values()]
+    for each in renderers:
+        each.close()
+    with _MAKING:
+        _RENDERERS.clear()  # now: what was being prepared finds its own
 
 
 def written(

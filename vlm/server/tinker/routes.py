@@ -23,7 +23,7 @@ from vlm.server.guard import PARSED, Route, Signer
 from vlm.server.memory import ANSWERS, Reservation
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState, check_project
-from vlm.server.store import Checkpoint, Row, Run, Sampler, Session
+from vlm.server.tables import Checkpoint, Row, Run, Sampler, Session
 from vlm.server.tinker import downloads, training, wire
 from vlm.server.tinker.sampling import SamplingService
 from vlm.server.tinker.training import TrainingService

@@ -18,7 +18,7 @@ from vlm.server.futures import PROTOBUF, Answer, error_answer
 from vlm.server.memory import QUEUES, Reservation
 from vlm.server.owners import Owner
 from vlm.server.state import ServerState, check_number, sampler_id
-from vlm.server.store import Sampler
+from vlm.server.tables import Sampler
 from vlm.server.tinker import wire
 
 WAITING = 4096  # sampling requests that may wait
@@ -66,7 +66,7 @@ class SamplingService:
             targets = request.target_prompt_logprobs
             tensor = None if targets is None else wire.tensor_from_json(targets, "target_prompt_logprobs")
             parsed.become(QUEUES, parsed.size + ENTRY * entries)
-            request_id = self.state.futures.open(key, owner, parsed.hand_over())
+            request_id = self.state.futures.open(key, owner, parsed)
             self.state.samplings[request_id] = Future()  # until its weights are there; may be cancelled
             self.state.background(self._work(request_id, request, tensor, owner))
         return request_id, [f"{request_id}:{number}" for number in range(request.num_samples)]

@@ -24,7 +24,7 @@ from vlm.server.memory import ADAPTERS, HELD, QUEUES, Reservation
 from vlm.server.owners import Owner
 from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id
-from vlm.server.store import Run, Sampler
+from vlm.server.tables import Run, Sampler
 from vlm.server.tinker import wire
 
 log = logging.getLogger("kshot.server")
@@ -155,6 +155,7 @@ class SnapshotForSampler(RunOperation):
         if self.request.sampling_session_seq_id is None:
             raise RequestError("save_weights_for_sampler needs a path, or sampling_session_seq_id for unsaved weights")
         check_number("sampling_session_seq_id", self.request.sampling_session_seq_id)
+        self.state.retention.check(Sampler, self.owner.name)
 
     def run(self, client: LocalTrainingClient) -> Any:
         taken = self.state.samplers.room(client.snapshot_bytes, self.request.model_id)
@@ -241,9 +242,9 @@ class TrainingService:
             return known
         run = self._live_run(model_id, owner)
         run.check(seq)
-        parsed = parsed or self.state.memory.take(QUEUES, SMALL)
-        parsed.become(QUEUES if seq == run.next_seq else HELD)
-        request_id = self.state.futures.open(key, owner, parsed.hand_over())
+        with parsed or self.state.memory.take(QUEUES, SMALL) as taken:
+            taken.become(QUEUES if seq == run.next_seq else HELD)
+            request_id = self.state.futures.open(key, owner, taken)
         run.add(seq, request_id, operation)
         return request_id
 
@@ -297,7 +298,8 @@ class TrainingService:
         self.state.retention.check(Run, owner.name)
         metadata = metadata_text(request.user_metadata)
         futures, registry, memory = self.state.futures, self.state.registry, self.state.memory
-        request_id = futures.open(key, owner, memory.take(QUEUES, SMALL))
+        with memory.take(QUEUES, SMALL) as taken:
+            request_id = futures.open(key, owner, taken)
         live = LiveRun(model_id, session, futures.finish, futures.begun, owner.name)
         run = self.state.runs[model_id] = live
 
