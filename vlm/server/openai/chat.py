@@ -62,25 +62,24 @@ async def prompt(
     urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
     if len(urls) > MAX_IMAGES:
         raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
+    tokenizer = sampler.get_tokenizer()
+    pool = templates.renderer(tokenizer).pool
+    texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, tokenizer, len(urls))
     read = [await read_image(url, allow_urls=allow_urls) for url in urls]
     if read:
         taken.grow(await images.beside(images.image_bytes, read))
-    chunks = [await images.beside(image_chunk, image, sampler.rule) for image in read]
-    pool = templates.renderer(sampler.get_tokenizer()).pool
-    return await asyncio.get_running_loop().run_in_executor(pool, _prompt, request, sampler, chunks)
-
-
-def _prompt(
-    request: ChatRequest, sampler: LocalSamplingClient, pictures: Sequence[types.ImageChunk]
-) -> tinker.ModelInput:
-    tokenizer = sampler.get_tokenizer()
-    texts = text(request, tokenizer).split(IMAGE_TOKEN)
-    if len(texts) != len(pictures) + 1:
-        raise PromptError(f"the chat template has {len(texts) - 1} places for {len(pictures)} image(s)")
-    chunks: list[types.ModelInputChunk | list[int]] = [encode(tokenizer, texts[0])]
-    for image, after in zip(pictures, texts[1:], strict=True):
-        chunks += [image, encode(tokenizer, after)]
+    chunks: list[types.ModelInputChunk | list[int]] = [texts[0]]
+    for image, after in zip(read, texts[1:], strict=True):
+        chunks += [await images.beside(image_chunk, image, sampler.rule), after]
     return model_input(*chunks)
+
+
+def _texts(request: ChatRequest, tokenizer: Any, images: int) -> list[list[int]]:
+    """The tokens before, between and after so many images. Raises PromptError."""
+    texts = text(request, tokenizer).split(IMAGE_TOKEN)
+    if len(texts) != images + 1:
+        raise PromptError(f"the chat template has {len(texts) - 1} places for {images} image(s)")
+    return [encode(tokenizer, each) for each in texts]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
