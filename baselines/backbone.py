@@ -19,6 +19,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from baselines import nano, weights
+from baselines.hub import COMMIT, HUB, hub_id_of
 from kshot.errors import InputError, ModelError, UnknownNameError
 
 TRANSFORMERS = (VisionTransformer, Eva)  # those that take any number of patches: their position embedding is resampled
@@ -104,7 +105,7 @@ class Backbone:
 def load(model: str, device: str = "cpu", readout: str = "cls") -> Backbone:
     """The backbone `model`: "kshot/nano-dinov2"; a folder in the hub layout of timm (with or without "local-dir:") or
     of transformers; a file of DINOv2 weights (see `baselines.weights`); "hf-hub:OWNER/NAME" or any name of timm, whose
-    weights come from the hub.
+    weights come from the hub, with @COMMIT behind it those of this commit.
 
     Raises:
         UnknownNameError: timm has no model of this name; no such readout.
@@ -124,7 +125,7 @@ def check(model: str, readout: str = "cls", size: int | None = None) -> None:
     source = _source(model)
     if isinstance(source, Path):
         module = _module(source, "cpu")
-    elif source.startswith("hf-hub:"):
+    elif source.startswith(HUB):
         return
     else:
         with torch.device("meta"):
@@ -181,13 +182,16 @@ def _module(source: str | Path, device: str) -> nn.Module:
 
 def _create(name: str, *, pretrained: bool) -> nn.Module:
     """timm's module; a transformer that can resample its position embedding is set to do so."""
+    plain, at = name, dict[str, Any]()
+    if COMMIT.search(name) and not name.startswith((HUB, "local-dir:")):  # of a name of its own timm reads no commit
+        plain, at = name.partition("@")[0], {"pretrained_cfg_overlay": {"hf_hub_id": hub_id_of(name)}}
     # timm draws random weights before it loads the real ones.
     with torch.random.fork_rng(devices=[]):
         try:
             try:
-                return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+                return timm.create_model(plain, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **at)
             except TypeError:  # of another family: its constructor has no such argument
-                return timm.create_model(name, pretrained=pretrained, num_classes=0)
+                return timm.create_model(plain, pretrained=pretrained, num_classes=0, **at)
         except Exception as error:  # timm, safetensors and the hub's client have no common exception
             way_out = (
                 "its config.json and model.safetensors must be of one architecture of timm"
@@ -207,8 +211,8 @@ def _source(model: str) -> str | Path:
         return path.resolve()
     if model.startswith("local-dir:") or path.is_dir():
         return _timm_folder(path)
-    if not model.startswith("hf-hub:"):
-        _check_timm_has(model)
+    if not model.startswith(HUB):
+        _check_timm_has(model.partition("@")[0] if COMMIT.search(model) else model)
     return model
 
 

@@ -114,7 +114,7 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
     matter leaves out a base model that is a folder of this machine, an unknown licence, a data set without a hub id."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from experiments.sweep.choice import hub_id_of
+    from baselines.hub import hub_id_of
 
     hub_id, _, revision = card.base_model.partition("@")
     shipped = card.base_model == SHIPPED[card.setting].NAME

@@ -286,12 +286,12 @@ def _head(
 def _check_here(folder: Path) -> None:
     """Raise ModelError for a head whose backbone would have to be fetched: a folder of others may name any."""
     from baselines.classifier import recorded_backbone
-    from experiments.sweep.choice import TIMM_FILES, hub_id_of
+    from baselines.hub import FILES, hub_id_of
     from kshot.hub import is_cached
 
     name = recorded_backbone(folder)
     hub_id, _, revision = (hub_id_of(name) or "").partition("@")
-    if hub_id and not is_cached(hub_id, revision, TIMM_FILES):
+    if hub_id and not is_cached(hub_id, revision, FILES):
         what = f"{folder} is a head on {name}, which is not on this machine"
         raise ModelError(f"{what} and is not fetched unasked; to fetch it, give --model {name}")
 

@@ -263,7 +263,7 @@ def vit_size(backbone: str) -> VitSize | None:
     folder = nano_dinov2.HERE if backbone == nano_dinov2.NAME else Path(backbone.removeprefix("local-dir:"))
     try:
         if not folder.exists():
-            return None if backbone.startswith("hf-hub:") else _of_timm(backbone)
+            return None if backbone.startswith("hf-hub:") else _of_timm(backbone.partition("@")[0])
         arguments = parse_json(read_file(folder / "config.json"))["model_args"]
         weights = (folder / "model.safetensors").stat().st_size // 4
         return VitSize(weights, arguments["embed_dim"], arguments["depth"], arguments["patch_size"])

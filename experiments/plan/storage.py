@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import hub as hub_backbones
 from data import catalog
 from experiments.plan.memory import VitSize, VlmSize, vit_size, vlm_size
-from experiments.sweep.choice import TIMM_FILES, hub_id_of
 from experiments.sweep.workload import Workload, backbone_image_counts, feature_bytes, image_counts, mean_size
 from kshot import hub
 from kshot.files import cache_folder
@@ -42,7 +42,8 @@ def downloads(workload: Workload) -> list[Download]:
     vlms = dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells)
     backbones = dict.fromkeys(cell.settings.backbone for cell in workload.select(lambda cell: cell.spec.uses_backbone))
     fetched = [_model(n, *n.partition("@")[::2], models.FILES, vlm_size(n)) for n in vlms if not models.is_here(n)]
-    fetched += [_model(n, hub_id, "", TIMM_FILES, vit_size(n)) for n in backbones if (hub_id := hub_id_of(n))]
+    hub_ids = {n: hub_id.partition("@") for n in backbones if (hub_id := hub_backbones.hub_id_of(n))}
+    fetched += [_model(n, i, revision, hub_backbones.FILES, vit_size(n)) for n, (i, _, revision) in hub_ids.items()]
     return [each for each in (*fetched, *map(_dataset, workload.missing)) if each]
 
 

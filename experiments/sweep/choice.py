@@ -6,10 +6,9 @@ always holds.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from baselines import nano
+from baselines import hub as hub_backbones
 from data import catalog
 from experiments.sweep.methods import METHODS
 from kshot import hub
@@ -20,7 +19,6 @@ TITLES = {GPU_MODEL: f"Qwen3-VL-{GPU_MODEL}", GPU_BACKBONE: "DINOv2-base", CPU_B
 TUNED = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 FROZEN = ("dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean", "pixel-knn")
 WITH_VLM = ("vlm-zero-shot", "vlm-lora", *FROZEN)
-TIMM_FILES = ("model.safetensors", "config.json")
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def _nothing(absent: Sequence[str], kinds: Collection[str]) -> str:
 
 def _download(kind: str, name: str) -> int | None:
     """Bytes to fetch; 0 where it is here; None where it cannot be had."""
-    patterns: tuple[str, ...] = models.FILES if kind == "model" else TIMM_FILES
-    hub_id = models.full_name(name) if kind == "model" else hub_id_of(name) or ""
+    patterns: tuple[str, ...] = models.FILES if kind == "model" else hub_backbones.FILES
+    hub_id = models.full_name(name) if kind == "model" else hub_backbones.hub_id_of(name) or ""
     return 0 if hub.is_cached(hub_id, "", patterns) else hub.size_of(hub_id, "", patterns)
 
 
@@ -92,15 +90,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def hub_id_of(backbone: str) -> str | None:
-    """Where the hub has the weights of a backbone; None for a local one."""
-    if backbone == nano.NAME or backbone.startswith("local-dir:") or Path(backbone).exists():
-        return None
-    if backbone.startswith("hf-hub:"):
-        return backbone.removeprefix("hf-hub:")
-    import timm
-
-    config = timm.get_pretrained_cfg(backbone)
-    return config.hf_hub_id if config and config.hf_hub_id else None

@@ -272,10 +272,7 @@ def _explained(preset: str, error: ValidationError) -> InputError:
 def command(content: Mapping[str, Any]) -> str:
     """The command line of a sweep of this content (sweep.json): every setting in which it differs from the demo. Where
     a folder of images lies is not recorded: its path is to be filled in."""
-    recorded = {kind: content["settings"][kind] for kind in MODELS}
-    revision = content["settings"].get("model_revision")
-    if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision):  # a commit of the hub
-        recorded["model"] += f"@{revision}"
+    recorded = {kind: _at_commits(kind, content["settings"]) for kind in MODELS}
     models = {kind: tuple(value) if isinstance(value, list) else value for kind, value in recorded.items()}
     demo = load("demo", {}, models)
     base = demo.settings.model_dump()
@@ -305,6 +302,22 @@ def command(content: Mapping[str, Any]) -> str:
     if any(facts.get("allow_shared") for facts in content.get("data", {}).values()):
         flags += " --allow-shared"
     return "kshot sweep demo " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options) + flags
+
+
+def commits_of(kind: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Models of the hub → their commits, by recorded settings. kind: of MODELS."""
+    names, revisions = settings[kind], settings.get(f"{kind}_revision")
+    several = names if isinstance(names, list) else [names]
+    each = revisions if isinstance(revisions, list) else [revisions] * len(several)
+    return {
+        name: commit for name, commit in zip(several, each, strict=True) if re.fullmatch(r"[0-9a-f]{40}", commit or "")
+    }
+
+
+def _at_commits(kind: str, settings: Mapping[str, Any]) -> Any:
+    commits, names = commits_of(kind, settings), settings[kind]
+    each = [f"{n}@{commits[n]}" if n in commits else n for n in (names if isinstance(names, list) else [names])]
+    return each if isinstance(names, list) else each[0]
 
 
 def _access_options(facts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -4,21 +4,22 @@ they finish."""
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from baselines import hub as hub_backbones
 from baselines import nano as nano_dinov2
 from data import catalog
 from data.check import refuse_broken
 from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
-from experiments.sweep.config import RunOptions, Settings, Sweep
+from experiments.sweep.config import MODELS, RunOptions, Settings, Sweep, commits_of
 from experiments.sweep.methods import METHODS, check_left_out
-from experiments.sweep.provenance import notes, recorded, relevant
+from experiments.sweep.provenance import local_model, notes, recorded, relevant
 from experiments.sweep.run import few_shot, validation, work
 from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker
@@ -211,11 +212,16 @@ def plan(
 
 
 def continued(sweep: Sweep, results: Results) -> Sweep:
-    """The sweep with a VLM of the hub at the commit of the cells that the folder has: the hub may have a newer one."""
-    model, old = models.full_name(sweep.settings.model), results.sweep()["settings"] if results.has_cells() else {}
-    if models.is_here(model) or old.get("model") != model or not old.get("model_revision"):
-        return sweep
-    return _with_model(sweep, f"{model}@{old['model_revision']}")
+    """The sweep with models of the hub at the commits of the cells that the folder has: the hub may have newer ones."""
+    old = results.sweep()["settings"] if results.has_cells() else {}
+    commits = {kind: commits_of(kind, old) for kind in MODELS if kind in old}
+
+    def at_old(kind: str, name: str) -> str:
+        name = models.full_name(name) if kind == "model" else name
+        commit = None if local_model(kind, name) else commits[kind].get(name)
+        return f"{name}@{commit}" if commit else name
+
+    return _with_models(sweep, commits, at_old) if any(commits.values()) else sweep
 
 
 def _run_jobs(
@@ -336,18 +342,25 @@ def _check_settings(sweep: Sweep, service: str) -> None:
 
 
 def _pinned(sweep: Sweep, service: str) -> Sweep:
-    """The sweep with a VLM of the hub at the commit that it has now: all its cells load that one and state it, so a
-    folder never holds cells of two. Where neither the hub nor its cache has the model, it stays as it is, and loading
-    it says why; of a remote service's model no commit is known here."""
-    if service != "local" or "model" not in _used(sweep):
-        return sweep
-    with suppress(ModelError):
-        return _with_model(sweep, models.pinned(sweep.settings.model))
-    return sweep
+    """The sweep with models of the hub at the commits that they have now: all its cells load these and state them, so a
+    folder never holds cells of two. Where neither the hub nor its cache has a model, it stays as it is, and loading it
+    says why; of a remote service's VLM no commit is known here."""
+
+    def now(kind: str, name: str) -> str:
+        with suppress(ModelError):
+            return models.pinned(name) if kind == "model" else hub_backbones.pinned(name)
+        return name
+
+    kinds = [kind for kind in MODELS if kind in _used(sweep) and (kind != "model" or service == "local")]
+    return _with_models(sweep, kinds, now)
 
 
-def _with_model(sweep: Sweep, model: str) -> Sweep:
-    return sweep.model_copy(update={"settings": sweep.settings.model_copy(update={"model": model})})
+def _with_models(sweep: Sweep, kinds: Iterable[str], change: Callable[[str, str], str]) -> Sweep:
+    """The sweep with other models of these kinds. change: kind and name → another name."""
+    settings = {kind: change(kind, getattr(sweep.settings, kind)) for kind in kinds}
+    compared = {kind: tuple(change(kind, name) for name in getattr(sweep.compare, kind, ())) for kind in kinds}
+    compare = sweep.compare.model_copy(update={kind: names for kind, names in compared.items() if names})
+    return sweep.model_copy(update={"settings": sweep.settings.model_copy(update=settings), "compare": compare})
 
 
 def _checked_jobs(planned: Plan, results: Results, options: RunOptions) -> list[Job]:

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
+import timm
+from safetensors.torch import save_file
 
+from baselines import nano as nano_dinov2
+from baselines.backbone import load as load_backbone
 from experiments.sweep import grid
 from experiments.sweep.config import RunOptions, Sweep, command, load
 from experiments.sweep.grid import continued, plan, run_sweep
@@ -86,3 +91,58 @@ def test_a_commit_that_is_named_gives_the_same_cells(tmp_path: Path, monkeypatch
 def test_of_a_model_that_cannot_be_had_no_commit_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_fetch_small", unreachable)
     assert plan(sweep("o/n")).jobs[0].cell.settings["model_revision"] is None
+
+
+SMALL, TINY = "vit_small_patch14_dinov2.lvd142m", "vit_tiny_patch16_224.augreg_in21k"
+
+
+def timm_hub(home: Path, name: str, commit: str) -> Path:
+    """A hub's cache whose `main` of a model of timm is at this commit; where its files lie."""
+    folder = home / f"models--timm--{name}"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs/main").write_text(commit, encoding="utf-8")
+    return snapshot
+
+
+def backbones(*names: str) -> Sweep:
+    fields = {"datasets": ("digits",), "methods": ("dinov2-logreg", "pixel-knn"), "shots": (1,), "seeds": (0,)}
+    return load("demo", fields, {"backbone": names})
+
+
+def test_backbones_of_the_hub_are_at_one_commit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is part of the key and of the folder, which goes on with it; the command of a report names it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home := tmp_path / "cache"))
+    names = SMALL, nano_dinov2.NAME
+    timm_hub(home, SMALL, COMMITS[0])
+    planned, results = plan(backbones(*names)), Results(tmp_path / "out")
+    heads = [job for job in planned.jobs if job.cell.method == "dinov2-logreg"]
+    assert [job.settings.backbone for job in heads] == [f"{names[0]}@{COMMITS[0]}", names[1]]
+    recorded = [(job.cell.settings["backbone"], job.cell.settings["backbone_revision"]) for job in heads]
+    assert recorded == [(names[0], COMMITS[0]), (names[1], nano_dinov2.REVISION)]
+    assert f"--backbone {names[0]}@{COMMITS[0]} --backbone {names[1]}" in command(planned.describe())
+    with results.writing():
+        results.begin(planned.describe())
+        (tmp_path / "out/cells.jsonl").touch()
+    timm_hub(home, SMALL, COMMITS[1])
+    newer, again = plan(backbones(*names)), plan(continued(backbones(*names), results))
+    assert [job.cell.key for job in again.jobs] == [job.cell.key for job in planned.jobs]
+    changed = {a.cell.key for a in newer.jobs} ^ {b.cell.key for b in planned.jobs}
+    assert len(changed) == 2  # the one backbone's cell, at each commit
+    with results.writing(), pytest.raises(ResultsError, match="backbone_revision"):
+        results.begin(newer.describe())
+
+
+def test_a_pinned_backbone_is_loaded_from_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which commit's file timm reads; and a cache that lacks the commit is an error, not another commit's weights."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    module = timm.create_model(TINY, pretrained=False)
+    for number, commit in enumerate(COMMITS):
+        module.cls_token.data.fill_(number)
+        save_file(module.state_dict(), timm_hub(tmp_path, TINY, commit) / "model.safetensors")
+    for number, commit in enumerate(COMMITS):
+        assert float(load_backbone(f"{TINY}@{commit}").module.cls_token.mean()) == number
+    with pytest.raises(ModelError, match="cannot load model"):
+        load_backbone(f"{TINY}@{'c' * 40}")
