@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers.modeling_utils
 
 from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, with_config
-from vlm import models, nano
+from vlm import nano
 from vlm.local.checkpoint import Checkpoint, base_of
 from vlm.local.model.load import check, load
 from vlm.local.model.lora import LoraSpec
@@ -71,13 +72,16 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path, name: str) -> No
 def test_an_adapter_downloads_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def snapshot(hub_id: str, revision: str | None, patterns: object, offline: bool = False) -> str:
-        asked.append(offline)
+    def snapshot(hub_id: str, *, local_files_only: bool = False, **_: object) -> str:
+        asked.append(local_files_only)
         if hub_id != "o/cached":
             raise OSError("not in the cache")
-        return f"snapshots/{'a' * 40}"
+        folder = tmp_path / "snapshots" / ("a" * 40)
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        return str(folder)
 
-    monkeypatch.setattr(models, "_snapshot", snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     adapter = Checkpoint("o/n", LoraSpec(4), {})
     with pytest.raises(ModelError, match=r"of the model o/n, which is not on this machine and is not fetched unasked"):
         base_of(tmp_path, adapter, None)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from tinker import types
 
 from kshot.errors import KshotError, RequestError
-from vlm.server import page, watch
+from vlm.server import images, page, watch
 from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Guard, Keys, Requests, Signer, hosts_of
@@ -102,7 +102,8 @@ def _lifespan(state: ServerState) -> Any:
         with suppress(asyncio.CancelledError):
             await tidying
         await state.close()
-        await asyncio.to_thread(templates.close)
+        for close in (templates.close, images.close):
+            await asyncio.to_thread(close)
 
     return lifespan
 

@@ -7,6 +7,7 @@ decoding takes is a part of the request's reservation. tests/vlm/test_server_ima
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 from kshot.errors import ImageError, TooLargeError
@@ -19,12 +20,24 @@ AT_ONCE = 2  # images of a request that are decoded at the same time
 # Bytes a pixel while it is decoded, turned to RGB and cut to patches; of 16 bits numbers of 64 are made on the way.
 PLAIN, WITH_ALPHA, DEEP = 48, 64, 80
 ENCODED = 4  # bytes a pixel of what is encoded again, since it is no upright RGB
-THREADS = ThreadPoolExecutor(AT_ONCE, "kshot-images")  # beside the event loop's own, of which others have need
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Beside the event loop's own, of which others have need."""
+    return ThreadPoolExecutor(AT_ONCE, "kshot-images")
 
 
 async def beside(call: Callable[..., T], *args: Any) -> T:
     """A call about images, on a thread of their own."""
-    return await asyncio.get_running_loop().run_in_executor(THREADS, call, *args)
+    return await asyncio.get_running_loop().run_in_executor(_threads(), call, *args)
+
+
+def close() -> None:
+    """End the threads, when they are done; a later call has new ones."""
+    threads = _threads()
+    _threads.cache_clear()
+    threads.shutdown()
 
 
 def image_bytes(images: Iterable[bytes]) -> int:
