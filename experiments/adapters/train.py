@@ -36,6 +36,11 @@ class Step:
     steps: int
     loss: float
 
+    @property
+    def left(self) -> int:
+        """Steps after this one."""
+        return self.steps - self.number
+
 
 def plan_training(
     dataset: str,
@@ -63,7 +68,8 @@ def plan_training(
             values[kind] = str(path.resolve())  # wherever the folder is used
     grid = {"name": "train", "datasets": (dataset,), "methods": (method,), "shots": (shots,), "seeds": (seed,)}
     planned = plan(load("demo", grid, values), device=device, access=access)
-    return replace(planned.jobs[0], device=device), planned.datasets[dataset]
+    (data,) = planned.datasets.values()
+    return replace(planned.jobs[0], device=device), data
 
 
 def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> Iterator[Step]:

@@ -22,10 +22,13 @@ from kshot.files import decoded_text
 from kshot.untrusted import read_file
 
 if TYPE_CHECKING:
-    from data.dataset import Access
+    from data.dataset import Access, Dataset
     from experiments.adapters.predict import Prediction, Window
     from experiments.adapters.train import Step
+    from experiments.sweep.cells import Job
 
+MEASURED = 3  # steps after which the time of the others is estimated
+LONG = 60  # seconds: what is shorter is not announced
 INTERVAL = 10  # seconds between two lines of progress, where there is no terminal
 BROKEN_PIPE = 141  # the shells' status of a program whose reader has gone
 
@@ -47,10 +50,11 @@ def train(
     ] = None,
     prompt: opt.Prompt = None,
     loss: opt.Loss = None,
-    device: opt.Device = "cpu",
+    device: Annotated[str | None, typer.Option("--device", help="cpu (usual), cuda or cuda:N.")] = None,
     allow_fewer: opt.Fewer = False,
     access: "Access | None" = None,
     settings: opt.Set = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and train nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a trained model that is there.")] = False,
     push_to_hub: opt.PushToHub = None,
     yes: opt.Yes = False,
@@ -61,6 +65,7 @@ def train(
     from experiments.adapters.folder import check_target
     from experiments.adapters.train import plan_training
     from experiments.adapters.train import train as run
+    from experiments.sweep.choice import choose
     from experiments.sweep.grid import dataset_notes
     from experiments.sweep.methods import METHODS
     from experiments.sweep.provenance import notes
@@ -70,10 +75,16 @@ def train(
     dinov2 = {"backbone": backbone, "readout": readout, "image_size": image_size}
     options = {"model": model, **dinov2, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
     values = opt.settings_of(options, settings)
+    chosen = choose([dataset], [method], values.get("model"), values.get("backbone"), device or "")
+    values |= chosen.settings
     with err.status("reading the data"):
-        job, data = plan_training(dataset, shots, seed, values, method, device=device, access=access)
-    for line in dataset_notes(data):
+        job, data = plan_training(dataset, shots, seed, values, method, device=chosen.device, access=access)
+    for line in (*chosen.lines, *dataset_notes(data)):
         err.print(line)
+    if only_plan:
+        _print_plan(job, data, output)
+        return
+    _check_room(job, data, output)
     err.print(f"training {job.cell}")
     try:
         _show_steps(run(job, data, output, force=force))
@@ -86,11 +97,46 @@ def train(
         offer(output, push_to_hub, yes, public)
 
 
+def _print_plan(job: "Job", data: "Dataset", output: Path) -> None:
+    """What training takes; its time is measured with a few images."""
+    from experiments.plan.estimate import estimate, print_estimate
+    from experiments.sweep.config import RunOptions
+    from experiments.sweep.workload import of_jobs
+
+    with err.status("measuring"):
+        estimated = estimate(of_jobs([job], {job.source: data}), output, RunOptions(device=job.device))
+    print_estimate(estimated)
+
+
+def _check_room(job: "Job", data: "Dataset", output: Path) -> None:
+    """Say what is fetched for a model that is none of ours. Raises InputError where memory or disk are too small."""
+    from experiments.plan.estimate import check, requirements, to_download
+    from experiments.sweep.config import RunOptions
+    from experiments.sweep.methods import METHODS
+    from experiments.sweep.provenance import SHIPPED
+    from experiments.sweep.workload import of_jobs
+
+    used = {kind: getattr(job.settings, kind) for kind in SHIPPED if kind in METHODS[job.cell.method].settings}
+    if all(name == SHIPPED[kind].NAME for kind, name in used.items()):
+        return
+    needed = requirements(of_jobs([job], {job.source: data}), output, RunOptions(device=job.device))
+    for line in to_download(needed):
+        err.print(line)
+    check(needed)
+
+
 def _show_steps(steps: Iterable["Step"]) -> None:
-    """A bar on a terminal; else a line for the first and the last step, and now and then between."""
+    """A bar on a terminal; else a line for the first and the last step, and now and then between. Once two steps were
+    measured (the first loads what it needs), how long the others will take, where that is long."""
+    from experiments.plan.estimate import duration
+
     with progress_bar("step {task.completed}/{task.total}", "{task.description}") as progress:
-        task, printed = progress.add_task("reading the model", total=None), 0.0
+        task, printed, began = progress.add_task("reading the model", total=None), 0.0, 0.0
         for step in steps:
+            if step.number == 1:
+                began = time.monotonic()
+            elif step.number == MEASURED and (left := (time.monotonic() - began) * step.left / (MEASURED - 1)) > LONG:
+                err.print(f"about {duration(left)} for the other {step.left:,} steps, measured on the first")
             text, due = f"loss {step.loss:.3f}", time.monotonic() - printed >= INTERVAL or step.number == step.steps
             progress.update(task, completed=step.number, total=step.steps, description=text)
             if due and not err.is_terminal:

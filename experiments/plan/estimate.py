@@ -160,7 +160,10 @@ def _schedule(schedule: EncodingSchedule) -> str:
     lines = (
         (f"{ahead}: {{}}", schedule.ahead),
         ("once in every worker: {} (their features do not fit beside those of the sets before)", schedule.per_worker),
-        (f"again in every cell: {{}} (their features do not fit into {_size(schedule.capacity)})", schedule.per_cell),
+        (
+            f"again in every cell: {{}} (their features do not fit into {_size(schedule.capacity)})",
+            schedule.per_cell,
+        ),
     )
     return "; ".join(line.format(", ".join(sources)) for line, sources in lines if sources)
 
@@ -173,6 +176,11 @@ def _downloads(needed: Requirements) -> Iterator[Row]:
         yield "download", amount, each.name if each.source == HUB else f"{each.name} ({each.source})"
 
 
+def to_download(needed: Requirements) -> list[str]:
+    """A line on each thing that must be fetched first, with its size."""
+    return [f"to download: {name}, {amount}" for what, amount, name in _downloads(needed) if what == "download"]
+
+
 def _memory(memory: Memory) -> Iterator[Row]:
     yield "memory of a worker", _size(memory.per_worker), _sizes(memory.parts)
     for name in memory.unknown:
@@ -181,7 +189,11 @@ def _memory(memory: Memory) -> Iterator[Row]:
         yield "memory", _size(memory.needed), f"{_workers(memory.workers)}; {memory.location} is not known here"
         return
     fits = "fits" if memory.fits else f"does not fit: there is room for {memory.possible_workers}"
-    yield "memory", _size(memory.needed), f"{_workers(memory.workers)}, of {_size(memory.free)} that are free: {fits}"
+    yield (
+        "memory",
+        _size(memory.needed),
+        f"{_workers(memory.workers)}, of {_size(memory.free)} that are free: {fits}",
+    )
 
 
 def _disks(needed: Requirements) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from trained import TRAINING, train
 
 from data.dataset import Images
 from experiments.adapters import train as training
-from experiments.adapters.train import plan_training
+from experiments.adapters.train import Step, plan_training
+from experiments.cli import adapters
 from experiments.sweep import run
 from experiments.sweep.cells import Job
 from experiments.sweep.config import load
@@ -22,7 +23,7 @@ from experiments.sweep.grid import plan
 from experiments.sweep.run import run as run_cell
 from experiments.sweep.store import Results
 from kshot.errors import InputError
-from vlm import nano
+from vlm import nano, service
 from vlm.classifier import predict
 from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
@@ -96,10 +97,52 @@ def test_an_empty_folder_is_filled_and_progress_goes_to_stderr(words: list[str],
     assert ended.status == 0
     assert ended.out.splitlines()[0].startswith(nano.NAME)
     assert ended.out.splitlines()[1:] == [f"wrote {tmp_path}"]
-    lines = ended.err.splitlines()
+    announced, *lines = ended.err.splitlines()
+    assert announced.startswith("models: the vision-language model is the nano one")
     assert lines[0].startswith("training vlm-lora on folder:")
     assert [line.split(" loss ")[0] for line in lines[1:]] == ["step 1/3", "step 3/3"]
     assert all(float(line.split(" loss ")[1]) > 0 for line in lines[1:])
+
+
+def test_what_it_takes_is_said_and_nothing_trained(photos: Path, tmp_path: Path, kshot) -> None:
+    """A plain path is a folder of images; offline the nano DINOv2 is taken, and that is said first."""
+    words = ["train", "--dataset", photos, "--shots", "2", "--method", "dinov2-ridge"]
+    ended = kshot(*words, "--out", tmp_path / "out", "--plan")
+    assert ended.status == 0, ended.err
+    assert ended.err.startswith("models: the nano DINOv2, since DINOv2-small cannot be had here")
+    rows = {line.split("  ")[0].strip(): line for line in ended.out.splitlines()}
+    assert "1 dinov2-ridge" in rows["cells"]
+    assert "measured here in" in ended.out
+    assert {"memory", "time", "downloads"} <= {*rows}
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_long_the_steps_take_is_said_after_the_first(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Of seconds counted here: the first step, which loads the model, is left out."""
+    now = [0.0]
+
+    def steps() -> Iterator[Step]:
+        for number in range(1, 103):
+            now[0] += 1000 if number == 1 else 40
+            yield Step(number, 102, 1.0)
+
+    monkeypatch.setattr(adapters.time, "monotonic", lambda: now[0])
+    adapters._show_steps(steps())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("about")]
+    assert lines == ["about 66 min for the other 99 steps, measured on the first"]
+
+
+def test_a_model_that_has_no_room_is_refused_before_it_is_read(
+    photos: Path, tmp_path: Path, kshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is none of ours; the message says what it needs."""
+    model = tmp_path / "model"
+    shutil.copytree(nano.folder(), model)
+    monkeypatch.setattr(service, "free_bytes", lambda *_: 1 << 20)
+    ended = kshot("train", "--dataset", photos, "--shots", "2", "--model", model, "--out", tmp_path / "out")
+    assert ended.status == 2
+    assert "a worker needs" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_replaced_only_by_force(adapter: Path, words: list[str], tmp_path: Path, kshot, refused) -> None:
