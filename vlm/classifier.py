@@ -1,6 +1,7 @@
 """The main job: teach a model to answer with the class name, then ask it, on any service.
 
-An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`.
+An example is anything with `image` (encoded bytes), `mirrored` (the flipped image or None) and `label`. What is asked
+about may be texts instead of images everywhere else, with a template that holds {text}.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,8 +37,9 @@ class BatchSampler(Protocol):
     ) -> list[types.SampleResponse]: ...
 
 
-View = tuple[bytes, int]
-LOSSES: dict[str, tuple[str, Callable[[Prompt, bytes, int], tinker.Datum]]] = {
+Subject = bytes | str  # an image, encoded, or a text
+View = tuple[Subject, int]
+LOSSES: dict[str, tuple[str, Callable[[Prompt, Subject, int], tinker.Datum]]] = {
     "text": ("cross_entropy", Prompt.datum),  # write the answer, token by token, as the recipe trains
     "closed-set": ("closed_set", Prompt.closed_datum),  # choose among the class names; of our services alone
 }
@@ -47,7 +49,7 @@ WINDOW = 512  # images whose bytes and prompts are in memory at a time
 
 def batches(
     examples: Sequence[Labelled], batch_size: int, steps: int, rng: np.random.Generator, *, hflip: float = 0.5
-) -> Iterator[list[View]]:
+) -> Iterator[list[tuple[bytes, int]]]:
     """`steps` batches of exactly `batch_size` (image, label) views: shuffled epochs end to end.
 
     An example that has a mirrored image is shown mirrored with probability `hflip`. All choices come from `rng`.
@@ -93,7 +95,7 @@ def steps(
 
 
 def predict(
-    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, method: str = "constrained"
+    sampler: SamplingClient, images: Sequence[Subject], prompt: Prompt, method: str = "constrained"
 ) -> np.ndarray:
     """(images, classes) log-probabilities of the class names as answers (see `vlm.scoring.score_choices`)."""
     windows = questions(images, prompt)
@@ -101,7 +103,7 @@ def predict(
 
 
 def predict_and_decode(
-    sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt
+    sampler: SamplingClient, images: Sequence[Subject], prompt: Prompt
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `predict` gives, and from the same pass (images,) the labels that constrained decoding writes, the likeliest
     token at every step. The likeliest label may be another."""
@@ -110,7 +112,7 @@ def predict_and_decode(
     return np.concatenate(scores), np.concatenate(greedy)
 
 
-def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
+def generate(sampler: SamplingClient, images: Sequence[Subject], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
     responses: list[types.SampleResponse] = []
@@ -122,7 +124,7 @@ def generate(sampler: SamplingClient, images: Sequence[bytes], prompt: Prompt, m
     return [prompt.text(response.sequences[0].tokens) for response in responses]
 
 
-def questions(images: Sequence[bytes], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:
+def questions(images: Sequence[Subject], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:
     """The questions about the images, WINDOW at a time, so that those of a large set are never in memory together;
     one empty window where there are no images."""
     for start in range(0, max(1, len(images)), WINDOW):

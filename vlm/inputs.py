@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from tinker import types
 
 from kshot.errors import ImageError, ModelError, RequestError
 from kshot.images import EncodedImage, is_plain, open_header, open_image
+from kshot.untrusted import parse_json, read_file
 from vlm.label_trie import Branch
 from vlm.models import source
 
@@ -38,11 +40,14 @@ class ImageRule:
 
     @classmethod
     def from_pretrained(cls, model: str) -> "ImageRule":
-        """The rule of a model by name, hub id or folder. Raises ModelError where no image processor is found there."""
+        """The rule of a model by name, hub id or folder. Raises ModelError for a text model, and where no image
+        processor is found."""
         from transformers import AutoImageProcessor
 
         folder = source(model)
         try:
+            if "vision_config" not in parse_json(read_file(Path(folder) / "config.json")):
+                raise ModelError(f"model {model!r} is a text model and takes no images; give a Qwen3-VL")
             rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
             _ = rule.settings, rule.tokens(64, 64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

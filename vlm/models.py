@@ -12,14 +12,15 @@ from pathlib import Path
 
 from kshot import hub
 from kshot.errors import ModelError, UnknownNameError
-from vlm import nano
+from vlm import nano, smollm2
 
-MODELS = {nano.NAME: nano.folder}
+MODELS = {nano.NAME: nano.folder, smollm2.NAME: smollm2.folder}
 # What Qwen3-VL comes in, smallest first: short names of its instruction-tuned models. ./8B is a folder of that name.
 SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
 FILES = (*SMALL, *WEIGHTS)
+GGUF = "kshot reads safetensors in hub layout alone: give the model that the file was made from"
 COMMIT = re.compile("@[0-9a-f]{40}$")
 
 
@@ -29,8 +30,11 @@ def full_name(name: str) -> str:
 
 
 def check(name: str) -> None:
-    """Raise UnknownNameError for what can be no model: neither one of ours, nor a folder, nor like a hub id."""
+    """Raise UnknownNameError for what can be no model: neither one of ours, nor a folder, nor like a hub id; ModelError
+    for a GGUF file."""
     name = full_name(name)
+    if Path(name).suffix == ".gguf" or (any(Path(name).glob("*.gguf")) and not _is_folder(name)):
+        raise ModelError(f"model {name} is a GGUF file, or a folder of one; {GGUF}")
     odd = name.startswith((".", "/", "~", "kshot/")) or " " in name or name.partition("@")[0].count("/") != 1
     if name in MODELS or _is_folder(name) or not (odd or Path(name).exists()):
         return

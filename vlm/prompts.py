@@ -1,4 +1,4 @@
-"""The question, written once: how an image is asked about, what the answer looks like, and how an answer is read.
+"""The question, written once: how an image (or a text) is asked about, what the answer looks like, and how it is read.
 
 A template is two lines of text with a slot each; the preset "recipe" has the words of the official vlm_classifier
 recipe, whose way of reading an answer holds for all. Class names come in as they are to be written (their clean-up
@@ -20,7 +20,7 @@ from vlm.inputs import ImageRule, closed_datum, datum, image_chunk, model_input
 
 QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
-IMAGE, LABEL = "{image}", "{label}"
+IMAGE, TEXT, LABEL = "{image}", "{text}", "{label}"
 BETWEEN = "=>"  # question and answer of a template that is written as one line
 END_OF_TURN = "<|im_end|>"
 SPECIAL = "<|"  # begins the tokens that steer the model: no name may write one
@@ -29,7 +29,8 @@ END = "\n"  # closes the answer: "crocodile" must not be read as the beginning o
 
 @dataclass(frozen=True)
 class Template:
-    """The user's turn, with {image} where the image stands, and the assistant's line, with {label} for the class name.
+    """The user's turn, with {image} where the image stands, or {text} where the text to classify does, and the
+    assistant's line, with {label} for the class name.
 
     Raises PromptError where a slot is missing, stands twice or on the other side, where there is another one, and for
     tokens that steer the model.
@@ -39,7 +40,7 @@ class Template:
     answer: str = f"{PREFILL} {LABEL}"
 
     def __post_init__(self) -> None:
-        for what, text, slot in (("question", self.question, IMAGE), ("answer", self.answer, LABEL)):
+        for what, text, slot in (("question", self.question, self.slot), ("answer", self.answer, LABEL)):
             slots = re.findall(r"\{[^{}]*\}", text)
             if slots != [slot]:
                 has = f"has {', '.join(slots)}" if slots else "has none"
@@ -48,6 +49,11 @@ class Template:
                 raise PromptError(f"the {what} {text!r} of a prompt writes {SPECIAL!r}, which steers the model")
         if END in self.answer:
             raise PromptError(f"the answer {self.answer!r} of a prompt must be one line")
+
+    @property
+    def slot(self) -> str:
+        """What stands in the question: IMAGE or TEXT."""
+        return TEXT if TEXT in self.question else IMAGE
 
     @property
     def prefill(self) -> str:
@@ -81,19 +87,25 @@ def template(text: str) -> Template:
     if not between:
         form = f"'{IMAGE}What is this? {BETWEEN} It is a {LABEL}'"
         raise PromptError(f"prompt {text!r} is neither a preset ({', '.join(PRESETS)}) nor a template such as {form}")
-    return Template(question.strip(), answer.strip())
+    made = Template(question.strip(), answer.strip())
+    if made.slot != IMAGE:
+        raise PromptError(
+            f"the question {made.question!r} of a prompt must hold {IMAGE}; {TEXT} is for `vlm.prompts.Template`"
+        )
+    return made
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about an image with a closed list of answers, bound to a tokenizer and an image rule.
+    """One question about an image or a text with a closed list of answers, bound to a tokenizer and an image rule.
 
-    tokenizer: any with `encode(text) -> ids` that knows Qwen3-VL's chat tokens (<|im_start|>, <|vision_start|>, ...).
+    tokenizer: of transformers. Where it knows ChatML's tokens, as those of Qwen and SmolLM2 do, question and answer are
+    turns of a chat; else they are lines of one text. rule: None for a template with {text}.
     classes: the answers, label → text, each a single line; duplicates raise PromptError.
     """
 
     tokenizer: Any
-    rule: ImageRule
+    rule: ImageRule | None
     classes: tuple[str, ...]
     template: Template = RECIPE
 
@@ -106,30 +118,29 @@ class Prompt:
             if not name.strip() or END in name or SPECIAL in name:
                 raise PromptError(f"class name {name!r} cannot be an answer: one non-empty line without {SPECIAL!r}")
 
-    def question(self, image: bytes) -> tinker.ModelInput:
-        """The prompt up to and with the prefill: the next token is the first of the class name."""
-        before, after = self._around
-        return model_input(before, image_chunk(image, self.rule), [*after, *self._prefill])
+    def question(self, subject: bytes | str) -> tinker.ModelInput:
+        """The prompt about an image's bytes, or a text, up to and with the prefill: the next token is the first of the
+        class name. Raises PromptError for a subject of the other kind, and a text that writes what steers the model."""
+        *before, last = self._asked(subject)
+        return model_input(*before, [*last, *self._prefill])
 
     def without_image(self) -> tinker.ModelInput:
-        """The same question with no image in it: what the model would answer blindly."""
-        question = self.template.question.replace(IMAGE, "").strip()
-        return model_input(self.tokenizer.encode(f"{_USER}{question}{_ASSISTANT}"), self._prefill)
+        """The same question with no image, or text, in it: what the model would answer blindly."""
+        return model_input(self._user_turn(self.template.question.replace(self.template.slot, "")), self._prefill)
 
-    def datum(self, image: bytes, label: int) -> tinker.Datum:
+    def datum(self, subject: bytes | str, label: int) -> tinker.Datum:
         """The training example: the assistant's whole turn is the target, as in the recipe."""
-        before, after = self._around
-        return datum(model_input(before, image_chunk(image, self.rule), after), self._answers[label])
+        return datum(model_input(*self._asked(subject)), self._answers[label])
 
-    def closed_datum(self, image: bytes, label: int) -> tinker.Datum:
+    def closed_datum(self, subject: bytes | str, label: int) -> tinker.Datum:
         """The training example for the loss "closed_set": the choice among the class names alone, token by token."""
-        return closed_datum(self.question(image), self.choices[label], self._branches[label])
+        return closed_datum(self.question(subject), self.choices[label], self._branches[label])
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """label → the token ids that write the class name after the prefill, end of line included."""
         lead, tail = self.template.lead, self.template.tail
-        return tuple(tuple(self.tokenizer.encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
+        return tuple(tuple(self._encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
 
     @cached_property
     def _branches(self) -> tuple[tuple[label_trie.Branch, ...], ...]:
@@ -142,12 +153,12 @@ class Prompt:
 
     @cached_property
     def stops(self) -> list[int]:
-        """The token that ends an answer: that of the turn."""
-        return list(self.tokenizer.encode(END_OF_TURN))
+        """The token that ends an answer: that of the turn, or of a text."""
+        return self._encode(self._end)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens write: what stands before the end of the turn."""
-        return str(self.tokenizer.decode(list(tokens))).split(END_OF_TURN, 1)[0].strip()
+        return str(self.tokenizer.decode(list(tokens))).split(self._end, 1)[0].strip()
 
     def parse(self, answer: str) -> int:
         """The label whose class name the answer is, or -1 where it is none.
@@ -173,15 +184,45 @@ class Prompt:
         lower = [name.lower() for name in self.classes]
         return {name: label for label, name in enumerate(lower) if lower.count(name) == 1}
 
+    def _asked(self, subject: bytes | str) -> list[Any]:
+        """The user's turn, in parts; the last of them are tokens."""
+        if self.template.slot == TEXT:
+            if not isinstance(subject, str):
+                raise PromptError(f"the question {self.template.question!r} is about a text, and got an image")
+            if SPECIAL in subject:
+                raise PromptError(f"the text {subject!r:.60} writes {SPECIAL!r}, which steers the model")
+            return [self._user_turn(self.template.question.replace(TEXT, subject))]
+        if isinstance(subject, str) or self.rule is None:
+            raise PromptError(f"the question {self.template.question!r} is about an image; give {TEXT} for a text")
+        before, after = self._around
+        return [before, image_chunk(subject, self.rule), after]
+
+    def _user_turn(self, question: str) -> list[int]:
+        question = question.strip()
+        if self._chats:
+            return self._encode(f"{_USER}{question}{_ASSISTANT}")
+        return list(self.tokenizer.encode(f"{question}{END}"))  # with what it begins texts with
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    @cached_property
+    def _chats(self) -> bool:
+        """Whether the tokenizer knows ChatML's turns."""
+        return len(self._encode(END_OF_TURN)) == 1
+
+    @property
+    def _end(self) -> str:
+        return END_OF_TURN if self._chats else str(self.tokenizer.eos_token)
+
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         before, after = self.template.question.split(IMAGE)
-        encode = self.tokenizer.encode
-        return encode(f"{_USER}{before}<|vision_start|>"), encode(f"<|vision_end|>{after}{_ASSISTANT}")
+        return self._encode(f"{_USER}{before}<|vision_start|>"), self._encode(f"<|vision_end|>{after}{_ASSISTANT}")
 
     @cached_property
     def _prefill(self) -> Sequence[int]:
-        return self.tokenizer.encode(self.template.prefill)
+        return self._encode(self.template.prefill)
 
 
 _USER, _ASSISTANT = "<|im_start|>user\n", f"{END_OF_TURN}\n<|im_start|>assistant\n"

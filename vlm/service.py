@@ -119,11 +119,13 @@ def tokenizer(model: str) -> Any:
 
 
 def check_model(model: str) -> None:
-    """Raise UnknownNameError or ModelError for a model that the local service could not load, before it reads its
-    weights; of a hub's model these are not fetched."""
+    """Raise UnknownNameError or ModelError for a model that could not classify images in the local service, before its
+    weights are read; of a hub's model these are not fetched."""
+    from vlm.inputs import ImageRule
     from vlm.local.model.load import check
 
     check(model)
+    ImageRule.from_pretrained(model)
 
 
 def devices(name: str) -> "list[torch.device]":

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any
 
 import torch
@@ -77,12 +78,14 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
         return summary(case, seconds, trained, pairs)
 
 
-def train(implementation: Implementation, case: Case) -> Timed[Outcome]:
+def train(implementation: Implementation, case: Any) -> Timed[Outcome]:
     """In this process: load, train, which is timed, and free what was loaded."""
     with implementation(case) as run:
+        begun = process_time()
         trained = timed(run, device=case.device)
+        spent = process_time() - begun
     _free_memory()
-    return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device)))
+    return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device), processor=spent))
 
 
 def _free_memory() -> None:
@@ -123,7 +126,7 @@ def summary(
         raise KshotError(f"the tower encoded {last - first} images again after the first epoch instead of keeping them")
     rows = [
         *(row(name, rate, "examples/s", **facts) for name, rate in rates.items()),
-        *_agreement({name: each.losses for name, each in trained.items()}, exact=case.device == "cpu"),
+        *agreement({name: each.losses for name, each in trained.items()}, exact=case.device == "cpu"),
         row("images through our tower, first epoch", [first], "images"),
         row("images through our tower, all epochs", [last], "images"),
         row("step", [1e3 * each for each in steps], "ms"),
@@ -148,8 +151,8 @@ def summary(
     return made if trl else {**made, "notes": [NO_TRL]}
 
 
-def _agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
-    """How far each peer's losses are from ours."""
+def agreement(losses: Mapping[str, Sequence[float]], *, exact: bool) -> Rows:
+    """How far each peer's losses are from ours. Raises KshotError where that is too far and they must be `exact`."""
     rows = []
     for name in sorted(losses.keys() - {OURS}):
         apart = [abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True)][:COMPARED]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,16 @@ TRL = {f"TRL, {workers} loader processes": workers for workers in (0, 2)}  # if 
 @dataclass(frozen=True)
 class Outcome:
     """What a training gave. losses: the mean over the answers' tokens at each step. tower: images that had gone through
-    the vision tower after each step, where that is counted. peak: bytes of memory, the most so far."""
+    the vision tower after each step, where that is counted. peak: bytes of memory, the most so far. processor: seconds
+    of all threads of the process."""
 
     losses: list[float]
     tower: Sequence[int] = ()
     peak: int = 0
+    processor: float = 0.0
 
 
-Implementation = Callable[[Case], AbstractContextManager[Callable[[], Outcome]]]  # loads; what it gives then trains
+Implementation = Callable[[Any], AbstractContextManager[Callable[[], Outcome]]]  # loads; what it gives then trains
 
 
 def implementations(quick: bool) -> dict[str, Implementation]:
@@ -179,32 +182,36 @@ def _trl(workers: int, case: Case) -> Iterator[Callable[[], Outcome]]:
     from transformers import PrinterCallback
 
     def train() -> Outcome:
-        trainer.train()
-        return Outcome([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        program.train()
+        return Outcome([entry["loss"] for entry in program.state.log_history if "loss" in entry])
 
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # names that transformers has renamed
-        trainer = _trainer(workers, case, *stock_program(case))
-        trainer.remove_callback(PrinterCallback)
-        first = [trainer.train_dataset[number] for number in range(len(case.batches[0]))]
-        check_inputs(case, trainer.data_collator(first), trainer.processing_class.image_token_id)
+        model, processor = stock_program(case)
+        batch, workers_of = len(case.batches[0]), {"dataloader_num_workers": workers}
+        program = trainer(case.state / "trl", model, processor, _dataset(case), batch, LEARNING_RATE, **workers_of)
+        program.remove_callback(PrinterCallback)
+        first = [program.train_dataset[number] for number in range(batch)]
+        check_inputs(case, program.data_collator(first), program.processing_class.image_token_id)
         yield train
 
 
-def _trainer(workers: int, case: Case, model: Any, processor: Any) -> Any:
+def trainer(
+    out: Path, model: Any, processor: Any, dataset: Any, batch: int, learning_rate: float, **options: Any
+) -> Any:
+    """TRL's, for one pass over the data set in its order with the reference recipe's Adam."""
     from trl import SFTConfig, SFTTrainer
 
     config = SFTConfig(
-        output_dir=str(case.state / "trl"),
-        use_cpu=case.device == "cpu",
+        output_dir=str(out),
+        use_cpu=model.device.type == "cpu",
         bf16=model.dtype == torch.bfloat16,
         gradient_checkpointing=False,
-        per_device_train_batch_size=len(case.batches[0]),
+        per_device_train_batch_size=batch,
         num_train_epochs=1,  # all epochs stand in the data set one after another
         train_sampling_strategy="sequential",
         max_length=None,
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=case.device != "cpu",
-        learning_rate=LEARNING_RATE,
+        dataloader_pin_memory=model.device.type != "cpu",
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -215,13 +222,14 @@ def _trainer(workers: int, case: Case, model: Any, processor: Any) -> Any:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        **options,
     )
 
     class Unreported(SFTTrainer):
         def _send_telemetry(self) -> None:
             """A benchmark is not reported."""
 
-    return Unreported(model=model, args=config, train_dataset=_dataset(case), processing_class=processor)
+    return Unreported(model=model, args=config, train_dataset=dataset, processing_class=processor)
 
 
 def _dataset(case: Case) -> Any:

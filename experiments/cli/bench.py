@@ -52,6 +52,11 @@ def score(
     _run("score", json_path, root, quick, tokenizer, device)
 
 
+def text(quick: Quick = False, json_path: Json = None) -> None:
+    """Training tokens a second on instructions of mixed length, against plain transformers + PEFT and TRL."""
+    _run("text", json_path, quick)
+
+
 def baseline(
     quick: Quick = False,
     json_path: Json = None,

@@ -22,7 +22,7 @@ def _named(*functions: Callable[..., None]) -> Commands:
 
 
 COMMANDS = _named(demo, sweep, report, train, push, predict, export, zero_shot, serve)
-MEASURES = _named(bench.data, bench.train, bench.score, bench.baseline, bench.serve, bench.sweep)
+MEASURES = _named(bench.data, bench.train, bench.score, bench.text, bench.baseline, bench.serve, bench.sweep)
 GROUPS = {
     "data": ("The data sets.", {"list": data.list_data, "get": data.get, "check": data.check}),
     "bench": ("How fast the parts are on this machine.", MEASURES),

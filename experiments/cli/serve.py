@@ -66,7 +66,7 @@ def serve(
     from kshot.errors import InputError
     from vlm.server.app import Options
     from vlm.server.guard import Keys
-    from vlm.server.memory import Memory, readable, size_of
+    from vlm.server.limits.memory import Memory, readable, size_of
     from vlm.server.retention import seconds_of
     from vlm.server.serve import engine_registry
     from vlm.server.serve import serve as run

@@ -26,7 +26,7 @@ from experiments.sweep.tracking import Tracker
 from experiments.sweep.workers import EXECUTORS, Failure
 from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule, of_jobs
 from kshot.errors import DatasetError, InputError, KshotError, ModelError, TooFewImagesError, UnknownNameError, listed
-from vlm import models
+from vlm import models, nano
 
 FEW = 50  # test images, below which a report says so
 # on which depends what images are shown
@@ -368,7 +368,7 @@ def _checked_jobs(planned: Plan, results: Results, options: RunOptions) -> list[
     nodes have the models, for one of the hub at no known commit: its nodes could load several."""
     jobs, model = planned.missing(results, only_failed=options.only_failed), planned.sweep.settings.model
     local = any(job.service == "local" and METHODS[job.cell.method].uses_vlm for job in planned.jobs)
-    if not jobs or not local or model in models.MODELS:  # that come with kshot, and need no seconds of importing
+    if not jobs or not local or model == nano.NAME:  # which comes with kshot, and needs no seconds of importing
         return jobs
     if options.executor == "local":
         from vlm.service import check_model

@@ -17,7 +17,7 @@ from trained import TINY
 
 from baselines import nano as nano_dinov2
 from experiments.sweep.cells import Job
-from tests.vlm.checkpoints import copied, with_config, with_weights
+from tests.vlm.checkpoints import copied, text_model, with_config, with_weights
 from vlm import nano
 from vlm.local.model import placement
 
@@ -53,7 +53,6 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no processor": (_without("preprocessor_config.json"), "image processor"),
     "another model's processor": (_other_processor(patch_size=7), "patch_size"),
     "another kind of processor": (_other_processor(image_processor_type="CLIPImageProcessor"), "image processor"),
-    "float16": (lambda folder: with_config(folder, dtype="float16"), "float16"),
 }
 
 
@@ -83,6 +82,31 @@ def test_no_command_begins(
         assert str(folder) in refused(*words, parts=[named]), words
         assert not out.exists(), words
     assert not ran
+
+
+@pytest.mark.usefixtures("never")
+def test_a_text_model_classifies_no_images(photos: Path, refused: Any, images: Path, tmp_path: Path) -> None:
+    folder, out = text_model(tmp_path / "text", "llama"), tmp_path / "out"
+    data = ("--dataset", f"folder:{photos}", "--model", folder, "--out", out)
+    for words in (
+        ("predict", images / "a.png", "--model", folder, "--class", "a", "--class", "b"),
+        ("sweep", *data, "--method", "vlm-zero-shot", "--shots", "1", "--seeds", "0"),
+        ("zero-shot", *data),
+        ("train", *data, "--shots", "1", *TINY),
+    ):
+        assert str(folder) in refused(*words, parts=["is a text model and takes no images; give a Qwen3-VL"]), words
+        assert not out.exists(), words
+
+
+@pytest.mark.usefixtures("never")
+def test_what_is_no_text_model_is_not_served(refused: Any, tmp_path: Path) -> None:
+    other, gguf = text_model(tmp_path / "text", "llama"), tmp_path / "model.gguf"
+    with_config(other, eos_token_id=7)
+    gguf.write_bytes(b"GGUF")
+    serve = ("serve", "--port", "0", "--state", tmp_path / "state", "--model")
+    refused(*serve, other, parts=[str(other), "has another model's tokenizer beside its weights"])
+    refused(*serve, f"mine={gguf}", parts=[str(gguf), "is a GGUF file", "safetensors in hub layout"])
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.usefixtures("never")

@@ -206,7 +206,10 @@ def test_a_size_is_a_models_name(size: str) -> None:
 def test_what_is_no_size_goes_on_as_it_is(tmp_path: Path) -> None:
     assert models.full_name("./8B") == "./8B"
     assert models.full_name("kshot/nano-qwen3-vl") == "kshot/nano-qwen3-vl"
-    with pytest.raises(InputError, match=r"unknown model '3B'.*: kshot.nano-qwen3-vl, 2B, 4B, 8B, 30B-A3B, 235B-A22B"):
+    with pytest.raises(
+        InputError,
+        match=r"unknown model '3B'.*: kshot.nano-qwen3-vl, .*, 2B, 4B, 8B, 30B-A3B, 235B-A22B",
+    ):
         models.check("3B")
 
 

@@ -112,3 +112,35 @@ def with_config(folder: Path, **change: object) -> None:
     """Set entries of config.json, or (None) take them out."""
     written = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+
+
+LLAMA3 = {  # the angles of Llama 3.1, stretched from 16 positions
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+TEXTS: dict[str, tuple[str, dict[str, Any]]] = {  # name → transformers' class without its end, and what is its own
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "moe_intermediate_size": 24}),
+}
+
+
+def text_model(folder: Path, name: str) -> Path:
+    """Write a random text model of TEXTS with the nano model's tokenizer."""
+    import transformers
+
+    kind, own = TEXTS[name]
+    sizes = {"vocab_size": 4096, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 4072}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | own))
+    generator = torch.Generator().manual_seed(0)
+    for key, tensor in model.state_dict().items():
+        if tensor.ndim > 1 or key.endswith(".bias"):
+            torch.nn.init.normal_(tensor, std=0.15, generator=generator)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano.folder() / file, folder / file)
+    return folder

@@ -19,7 +19,7 @@ from vlm.local.sampling.sampler import SamplingRequest
 from vlm.prompts import PREFILL, QUESTION
 from vlm.server.app import handle_errors
 from vlm.server.guard import PARSED
-from vlm.server.memory import MESSAGES, Memory
+from vlm.server.limits.memory import MESSAGES, Memory
 from vlm.server.openai.routes import router
 from vlm.server.owners import EVERYBODY, Owner, owner_of
 

@@ -16,6 +16,7 @@ from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_weights
 from vlm import nano
 from vlm.local.model import placement
+from vlm.local.model.families import HEAD, QWEN3_VL
 from vlm.local.model.load import load
 from vlm.local.model.placement import StoredTensor, stored_tensors
 
@@ -125,7 +126,7 @@ def test_loading_says_nothing(
     [
         ("{", ["JSONDecodeError"]),
         ("[]", ["cannot be loaded"]),
-        ({"model_type": "bert"}, ["'bert'", "qwen3_vl and qwen3_vl_moe"]),
+        ({"model_type": "bert"}, ["'bert'", "llama, qwen2, qwen3", "qwen3_vl"]),
         ({"model_type": None, "auto_map": {"AutoConfig": "code.Config"}}, ["type None"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantised", "the model it was made from"]),
         ({"text_config": {"hidden_size": "large"}}, ["cannot be loaded", "hidden_size"]),
@@ -225,10 +226,10 @@ def test_stored_tensors_say_dtype_and_shape(moe: tuple[Path, Any]) -> None:
 def test_sizes_are_those_in_the_dtype_and_count_a_tied_head_once(parts: Path, stock: Any) -> None:
     tensors = stored_tensors("nano", parts)
     here = sum(p.numel() for p in stock.parameters())
-    assert sum(placement.sizes(tensors, 4, True, F32)) == 4 * here
+    assert sum(placement.sizes(tensors, 4, True, F32, QWEN3_VL)) == 4 * here
     both = {**tensors, "lm_head.weight": tensors[EMBEDDINGS]}
-    assert sum(placement.sizes(both, 4, True, BF16)) == 2 * here
-    untied = placement.sizes(both, 4, False, BF16)
+    assert sum(placement.sizes(both, 4, True, BF16, QWEN3_VL)) == 2 * here
+    untied = placement.sizes(both, 4, False, BF16, QWEN3_VL)
     assert sum(untied) == 2 * (here + 4096 * 128)
     assert untied[-1] == 2 * (4096 * 128 + 128)
     layer = sum(p.numel() for p in stock.model.language_model.layers[0].parameters())
@@ -246,17 +247,17 @@ def test_too_little_memory_is_said_before_any_weight_is_read(monkeypatch: pytest
 def test_too_little_memory_on_one_gpu_points_at_the_others() -> None:
     size = [2 * 10**9, *[10**9] * 10, 2 * 10**9]
     with pytest.raises(ModelError) as caught:
-        placement.device_map("m", BF16, size, False, GPUS[:1], [13 * 10**9])
+        placement.device_map("m", BF16, size, False, GPUS[:1], [13 * 10**9], QWEN3_VL)
     message = "needs 14.0 GB for its weights in bfloat16, but free are 13.0 GB on cuda:0"
     assert message in str(caught.value)
     assert str(caught.value).endswith("use a smaller model, or `auto` to spread it over several GPUs")
-    assert placement.device_map("m", BF16, size, False, GPUS[:1], [14 * 10**9]) == {"": GPUS[0]}
+    assert placement.device_map("m", BF16, size, False, GPUS[:1], [14 * 10**9], QWEN3_VL) == {"": GPUS[0]}
     with pytest.raises(ModelError, match=r"5\.0 GB on cuda:0, 4\.0 GB on cuda:1, 4\.9 GB on cuda:2; use a smaller"):
-        placement.device_map("m", F32, size, False, GPUS, [5 * 10**9, 4 * 10**9, 49 * 10**8])
+        placement.device_map("m", F32, size, False, GPUS, [5 * 10**9, 4 * 10**9, 49 * 10**8], QWEN3_VL)
 
 
 def layers_of(places: dict[str, Any]) -> list[int]:
-    return [device for name, device in places.items() if name.startswith(placement.LAYERS)]
+    return [device for name, device in places.items() if name.startswith(QWEN3_VL.layers)]
 
 
 @pytest.mark.parametrize(
@@ -268,23 +269,23 @@ def layers_of(places: dict[str, Any]) -> list[int]:
 )
 def test_layers_go_over_the_gpus_in_order(size: list[int], tied: bool, free: list[int], layers: list[int]) -> None:
     """A tied head stays with the embeddings."""
-    places = placement.device_map("m", BF16, size, tied, GPUS, free)
+    places = placement.device_map("m", BF16, size, tied, GPUS, free, QWEN3_VL)
     assert layers_of(places) == layers
-    assert {places[name] for name in placement.FIRST} == {0}
-    assert (places[placement.NORM], places[placement.HEAD]) == (2, 0 if tied else 2)
+    assert {places[name] for name in QWEN3_VL.first} == {0}
+    assert (places[QWEN3_VL.norm], places[HEAD]) == (2, 0 if tied else 2)
 
 
 def test_every_free_byte_may_be_used_but_no_more() -> None:
     size = [4, 3, 3, 3, 3]
-    assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3])) == [0, 1, 1]
+    assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3], QWEN3_VL)) == [0, 1, 1]
     with pytest.raises(ModelError):
-        placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3])
+        placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3], QWEN3_VL)
 
 
 def test_the_map_covers_every_weight_of_both_kinds(stock: Any, moe: tuple[Path, Any]) -> None:
     for model in (stock, moe[1]):
         layers = model.config.text_config.num_hidden_layers
-        places = placement.device_map("m", BF16, [1] * (layers + 2), False, GPUS, [9, 9, 9])
+        places = placement.device_map("m", BF16, [1] * (layers + 2), False, GPUS, [9, 9, 9], QWEN3_VL)
         names = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
         assert all(any(name.startswith(f"{module}.") for module in places) for name in names)
 

@@ -16,8 +16,8 @@ from PIL import Image
 from kshot.errors import BusyError, InputError, RequestError, TooLargeError
 from tests.vlm.raw import PROMPT, Raw, refused, sample_of, talking, until
 from tests.vlm.serving import Server, served
-from vlm.server import images, memory, sizes
-from vlm.server.memory import Memory, readable, size_of
+from vlm.server.limits import images, memory, sizes
+from vlm.server.limits.memory import Memory, readable, size_of
 from vlm.server.tinker import wire
 
 MB = 1 << 20

@@ -18,7 +18,7 @@ from tests.vlm.test_server_store import LORA, checkpoint, outside
 from vlm.local.registry import EngineRegistry
 from vlm.server import retention, store
 from vlm.server.futures import Answer
-from vlm.server.memory import QUEUES
+from vlm.server.limits.memory import QUEUES
 from vlm.server.owners import EVERYBODY, Owner
 from vlm.server.retention import Retention, seconds_of
 from vlm.server.state import METADATA, ServerState

@@ -22,8 +22,8 @@ from tests.vlm.serving import MODEL_PATHS, Server, served
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.registry import EngineRegistry
-from vlm.server import memory as server_memory
 from vlm.server import runs
+from vlm.server.limits import memory as server_memory
 from vlm.server.owners import EVERYBODY, Owner
 from vlm.server.tinker import routes, sampling
 

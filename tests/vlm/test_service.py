@@ -17,7 +17,7 @@ from experiments.pretrain.__main__ import prefix
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from tests.vlm import genuine
 from tests.vlm.helpers import Pictured
-from vlm import models, nano
+from vlm import models, nano, smollm2
 from vlm.classifier import batches, fit, steps
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
@@ -87,7 +87,7 @@ def test_a_closed_service_says_so(tmp_path: Path) -> None:
 
 def test_the_service_names_its_models(service: LocalServiceClient) -> None:
     names = [model.model_name for model in service.get_server_capabilities().supported_models]
-    assert names == [nano.NAME]
+    assert names == [nano.NAME, smollm2.NAME]
 
 
 @pytest.mark.parametrize("name", ["kshot/other", "no such", "../x", "/nowhere", "a/b/c", "tests/vlm"])

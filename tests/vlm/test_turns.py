@@ -18,6 +18,7 @@ from tests.vlm.raw import PROMPT, Raw, accepted, sample_of, until
 from tests.vlm.serving import Server
 from vlm import nano
 from vlm.local import engine as engines
+from vlm.local import scheduler as schedulers
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, SamplingRequest
 from vlm.local.registry import LocalServiceClient
 
@@ -68,9 +69,15 @@ def values(output: types.ForwardBackwardOutput) -> list[np.ndarray]:
 
 
 def test_a_pass_among_samples_is_bit_for_bit_the_pass_alone(
-    service: LocalServiceClient, sampler: LocalSamplingClient, client: LocalTrainingClient, long: list[tinker.Datum]
+    service: LocalServiceClient,
+    sampler: LocalSamplingClient,
+    client: LocalTrainingClient,
+    long: list[tinker.Datum],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where samples come of the run's own snapshot, and of another run, whose gradients do not mix with it."""
+    """Also where samples come of the run's own snapshot, and of another run, whose gradients do not mix with it;
+    between packs and within them."""
+    monkeypatch.setattr(schedulers, "REST", 0.0)
     other = service.create_lora_training_client(nano.NAME, rank=2, seed=8).result()
     for run, seed in ((client, 0), (other, 1)):
         disturb(run, seed)
@@ -116,6 +123,45 @@ def test_a_sample_waits_for_packs_and_not_for_the_pass(
     assert seen[0] == 2
     assert seen[-1] <= 5 < PACKS
     assert made == [2]
+
+
+def test_runs_take_turns(service: LocalServiceClient, mixed: list[tinker.Datum], packs: Packs) -> None:
+    """Of one that sends much, a run that sends little waits for one request; each run's are in order."""
+    much, little = (service.create_lora_training_client(nano.NAME, rank=2, seed=n).result() for n in (1, 2))
+    order: list[tuple[str, int]] = []
+
+    def sent(name: str, run: LocalTrainingClient, number: int) -> Any:
+        future = run.forward(mixed[:1], "cross_entropy")
+        future.future().add_done_callback(lambda _: order.append((name, number)))
+        return future
+
+    first = packs.stopped(1, lambda: sent("much", much, 0))
+    waiting = [sent("much", much, n) for n in range(1, 5)] + [sent("little", little, n) for n in range(2)]
+    packs.go_on.set()
+    for each in (first, *waiting):
+        each.result(SOON)
+    assert order[:5] == [("much", 0), ("much", 1), ("little", 0), ("much", 2), ("little", 1)]
+    assert order[5:] == [("much", 3), ("much", 4)]
+
+
+def test_a_sample_waits_for_a_layer_and_not_for_the_pack(
+    sampler: LocalSamplingClient,
+    client: LocalTrainingClient,
+    mixed: list[tinker.Datum],
+    packs: Packs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All its tokens come within the one pack, forwards and backwards, and change none of its numbers."""
+    alone, gradients = client.forward_backward(mixed, "cross_entropy").result(SOON), taken(client)
+    monkeypatch.setattr(schedulers, "REST", 0.0)
+    passed = packs.stopped(1, lambda: client.forward_backward(mixed, "cross_entropy"))
+    seen: list[bool] = []
+    started = sampler.start(SamplingRequest(PROMPT, FEW), lambda _: seen.append(passed.future().done()))
+    packs.go_on.set()
+    assert passed.result(SOON).metrics == alone.metrics
+    started.result(SOON)
+    assert seen == [False] * 4
+    assert all(torch.equal(gradient, gradients[name]) for name, gradient in gradients_of(client).items())
 
 
 def test_a_cancelled_pass_ends_at_the_next_pack_and_leaves_no_gradient(

@@ -39,14 +39,16 @@ MERGING = (
 class Checkpoint:
     """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved.
 
-    experts: whether the base model has experts, which PEFT's configuration must name. place: where transformers finds
-    the base model on this machine, a folder or the hub's id, if its name does not say it.
+    experts: whether the base model has experts, which PEFT's configuration must name. stock: its class in transformers,
+    where that is known. place: where transformers finds the base model on this machine, a folder or the hub's id, if
+    its name does not say it.
     """
 
     base_model: str
     spec: LoraSpec
     weights: Mapping[str, Tensor]
     experts: bool = False
+    stock: str | None = None
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
     place: str | None = None
@@ -183,7 +185,7 @@ def write_peft(
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    config = checkpoint.spec.config(experts=checkpoint.experts)
+    config = checkpoint.spec.config(checkpoint.stock, experts=checkpoint.experts)
     write_peft(folder, checkpoint.weights, config, checkpoint.base_model, checkpoint.place)
     if checkpoint.optimizer is not None:
         save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)

@@ -68,7 +68,7 @@ class _Client:
     ) -> Future[Any]:
         """A call on the scheduler's thread; the images of its inputs are decoded ahead."""
         self._engine.prefetch(inputs)
-        return Future(self._scheduler.submit(call, *args, **kwargs))
+        return Future(self._scheduler.submit(call, *args, of=self, **kwargs))
 
 
 class LocalSamplingClient(_Client):
@@ -134,7 +134,7 @@ class LocalSamplingClient(_Client):
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
         """(prompts, edges) log-probabilities in one pass a prompt; see `vlm.scoring.TreeScorer`."""
         self._engine.prefetch(prompts)
-        call = self._scheduler.submit_passes(scoring.score_tree, self._engine, self._snapshot, prompts, trie)
+        call = self._scheduler.submit_passes(scoring.score_tree, self._engine, self._snapshot, prompts, trie, of=self)
         return call.result()
 
     def embed_prompts(self, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool) -> np.ndarray:
@@ -146,7 +146,7 @@ class LocalSamplingClient(_Client):
         """See `vlm.embedding.ImageEncoder`."""
         new = self._engine.vision.uncached(images)
         self._engine.vision.prefetch(new)
-        self._scheduler.submit(self._engine.vision.features, new).result()
+        self._scheduler.submit(self._engine.vision.features, new, of=self).result()
 
     def get_base_model(self) -> str:
         """The name of the base model."""
@@ -154,8 +154,13 @@ class LocalSamplingClient(_Client):
 
     @property
     def rule(self) -> ImageRule:
-        """How the base model counts an image's tokens."""
+        """How the base model counts an image's tokens. Raises RequestError for a text model."""
         return self._engine.model.rule
+
+    @property
+    def sees(self) -> bool:
+        """Whether the base model takes images."""
+        return self._engine.model.sees
 
     @property
     def context(self) -> int:
@@ -314,7 +319,8 @@ class LocalTrainingClient(_Client):
     def _submit_data(self, call: Callable[..., Any], data: Sequence[tinker.Datum], *args: Any) -> Future[Any]:
         data = list(data)  # the caller's may change before it is read
         self._engine.prefetch([datum.model_input for datum in data])
-        return Future(self._scheduler.submit_passes(call, self._run, data, *args))
+        scheduler = self._scheduler
+        return Future(scheduler.submit_passes(call, self._run, data, *args, of=self, rest=scheduler.rest))
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
@@ -336,6 +342,7 @@ class LocalTrainingClient(_Client):
             spec=self.spec,
             weights={name: tensor.detach().clone() for name, tensor in adapter.named().items()},
             experts=adapter.layout.experts,
+            stock=adapter.layout.family.stock,
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,

@@ -37,9 +37,10 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import Engine
 from vlm.local.model.attention import Causal
 from vlm.local.model.experts import Pair, by_expert
+from vlm.local.model.families import HEAD, Family, family_of
 from vlm.local.model.load import DTYPES, Model, load
 from vlm.local.model.lora import EXPERTS, Adapter
-from vlm.local.model.placement import EMBEDDINGS, HEAD, INDEX, SINGLE, StoredTensor, stored_tensors
+from vlm.local.model.placement import INDEX, SINGLE, StoredTensor, stored_tensors
 
 FORMS = ("merged", "peft", "vllm")
 SHARD = 5 << 30  # bytes of a file of weights, at most, unless one tensor has more
@@ -72,8 +73,9 @@ class _Base(NamedTuple):
     dtype: torch.dtype
     tied: bool
     vocabulary: int
-    rule: ImageRule
+    rule: ImageRule | None
     image: int
+    family: Family
 
 
 def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> Proof:
@@ -138,13 +140,14 @@ def _ours(
             batch = engine.collate([prompt], factors)
             hidden = model.text.hidden(batch.inputs, Causal(batch.rows), factors)
             ours.append(model.text.logits(hidden, factors).cpu())
+    rule, family = model.rule if model.sees else None, family_of(model.stock)
     tied, folder = bool(model.stock.config.tie_word_embeddings), Path(models.weights(name))
-    base = _Base(name, folder, device, model.dtype, tied, model.vocabulary, model.rule, model.image_token)
+    base = _Base(name, folder, device, model.dtype, tied, model.vocabulary, rule, model.image_token, family)
     return base, numbers, prompts, ours
 
 
 def _prompts(model: Model) -> Iterator[tinker.ModelInput]:
-    """Eight: four about an image, one about two, three of text."""
+    """Three of text; of a model that sees also four about an image, and one about two."""
     rng, encode = np.random.default_rng(0), model.tokenizer.encode
 
     def chunk(width: int, height: int) -> types.ImageChunk:
@@ -153,10 +156,11 @@ def _prompts(model: Model) -> Iterator[tinker.ModelInput]:
         pixels.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
         return image_chunk(file.getvalue(), model.rule)
 
-    start, end = encode("<|vision_start|>"), "<|vision_end|>"
-    for size in ((64, 64), (96, 64), (64, 128), (128, 96)):
-        yield model_input(start, chunk(*size), encode(f"{end}{QUESTION}"))
-    yield model_input(start, chunk(64, 64), encode(f"{end} or <|vision_start|>"), chunk(64, 96), encode(f"{end}?"))
+    if model.sees:
+        start, end = encode("<|vision_start|>"), "<|vision_end|>"
+        for size in ((64, 64), (96, 64), (64, 128), (128, 96)):
+            yield model_input(start, chunk(*size), encode(f"{end}{QUESTION}"))
+        yield model_input(start, chunk(64, 64), encode(f"{end} or <|vision_start|>"), chunk(64, 96), encode(f"{end}?"))
     for text in (QUESTION, "The subject in this photo is: a red fox\n", "1 + 1 = 2, 2 + 2 ="):
         yield model_input(encode(text))
 
@@ -194,7 +198,7 @@ def _stock_inputs(base: _Base, prompt: tinker.ModelInput) -> Any:
             ids += [base.image] * chunk.length
         elif isinstance(chunk, types.EncodedTextChunk):
             ids += chunk.tokens
-    processor: Any = base.rule.processor
+    processor: Any = base.rule and base.rule.processor
     inputs = processor(images=images, return_tensors="pt") if images else BatchFeature()
     inputs["input_ids"] = torch.tensor([ids])
     if images:
@@ -218,10 +222,10 @@ def _proof(form: str, base: _Base, ours: Sequence[Tensor], theirs: Sequence[Tens
 def _write_merged(folder: Path, base: _Base, adapter: Adapter) -> None:
     """The model's files with the adapter in the weights: one file of weights in memory at a time."""
     untied = base.tied and adapter.layout.spec.train_unembed
-    stored, changed = stored_tensors(base.name, base.folder), _changes(adapter)
-    head = f"{HEAD}.weight"
+    stored = stored_tensors(base.name, base.folder)
+    changed, head = _changes(adapter, stored), f"{HEAD}.weight"
     if untied and head not in stored:
-        stored[head] = stored[f"{EMBEDDINGS}.weight"]
+        stored[head] = stored[f"{base.family.embeddings}.weight"]
     if missing := sorted(changed.keys() - stored.keys()):
         raise ModelError(f"checkpoint {base.name} has no {missing[0]}, which the adapter changes; give its hub layout")
     shards, index = list(_shards(stored)), dict[str, str]()
@@ -238,7 +242,7 @@ def _write_merged(folder: Path, base: _Base, adapter: Adapter) -> None:
                 shutil.copyfile(path, folder / path.name)
     if untied:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for part in (config, config["text_config"]):
+        for part in (config, config.get("text_config", {})):
             part[TIED] = False
         _write_json(folder / "config.json", config)
 
@@ -247,8 +251,9 @@ FORMAT = {"format": "pt"}  # what transformers writes into a safetensors file, a
 Change = Callable[[Tensor], object]  # adds to a float32 tensor
 
 
-def _changes(adapter: Adapter) -> dict[str, Change]:
-    """By the name of a stored tensor, what is added to it."""
+def _changes(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> dict[str, Change]:
+    """By the name of a stored tensor, what is added to it. The experts of a layer are stored together, or (Qwen3-MoE)
+    each by itself."""
     named, scale, rank = adapter.named(), adapter.layout.spec.scale, adapter.layout.spec.rank
     changes = dict[str, Change]()
     for name, a in named.items():
@@ -258,8 +263,12 @@ def _changes(adapter: Adapter) -> dict[str, Change]:
         pair = a.float().cpu(), named[name.replace(LORA_A, LORA_B)].float().cpu()
         outer, inner, _ = layer.partition(f"{EXPERTS}.base_layer")
         if inner or layer.endswith(EXPERTS):
-            stored = f"{outer}{EXPERTS}.gate_up_proj" if inner else f"{layer}.down_proj"
-            changes[stored] = _to_experts(by_expert(pair, len(a) // rank), scale)
+            together = f"{outer}{EXPERTS}.gate_up_proj" if inner else f"{layer}.down_proj"
+            experts = by_expert(pair, len(a) // rank)
+            if together in stored:
+                changes[together] = _to_experts(experts, scale)
+            else:
+                changes |= _to_each(together, experts, scale)
         else:
             changes[f"{layer}.weight"] = _to_linear(pair, scale)
     return changes
@@ -281,11 +290,20 @@ def _to_experts(pair: Pair, scale: float) -> Change:
     return add
 
 
+def _to_each(together: str, pair: Pair, scale: float) -> Iterator[tuple[str, Change]]:
+    """The same of experts that are stored one by one, gate and up apart."""
+    module, _, projection = together.rpartition(".")
+    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    for number, (a, b) in enumerate(zip(*pair, strict=True)):
+        for name, part in zip(names, b.chunk(len(names)), strict=True):
+            yield f"{module}.{number}.{name}.weight", _to_linear((a, part), scale)
+
+
 def _new(base: _Base, stored: StoredTensor, name: str, change: Change | None) -> Tensor:
     """The tensor of a name: as it is stored, or with what the adapter adds, in float32 and then as it was."""
     with safe_open(base.folder / stored.file, "pt") as file:
         keys = file.keys()
-        tensor: Tensor = file.get_tensor(name if name in keys else f"{EMBEDDINGS}.weight")
+        tensor: Tensor = file.get_tensor(name if name in keys else f"{base.family.embeddings}.weight")
     if change is None:
         return tensor
     sum_ = tensor.to(torch.float32, copy=True)
@@ -316,23 +334,23 @@ def _write_json(path: Path, content: Any) -> None:
 def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For PEFT to load and to merge."""
     spec, weights = adapter.layout.spec, _plain(adapter)
-    config = spec.config(experts=adapter.layout.experts)
+    config = spec.config(base.family.stock, experts=adapter.layout.experts)
     if base.tied and spec.train_unembed:
         try:
             config.target_modules = replace(spec, train_unembed=False).config().target_modules
         except RequestError as error:
             raise ModelError(f"PEFT cannot merge an adapter of a tied head alone; use --merged ({error})") from error
         config.modules_to_save = [HEAD]
-        embeddings = f"{EMBEDDINGS}.weight"
-        stored, head = stored_tensors(base.name, base.folder)[embeddings], f"{HEAD}.weight"
+        embeddings = f"{base.family.embeddings}.weight"
+        stored, head = stored_tensors(base.name, base.folder), f"{HEAD}.weight"
         weights = {name: tensor for name, tensor in weights.items() if f".{HEAD}." not in name}
-        weights[f"{PEFT_PREFIX}{head}"] = _new(base, stored, embeddings, _changes(adapter)[head])
+        weights[f"{PEFT_PREFIX}{head}"] = _new(base, stored[embeddings], embeddings, _changes(adapter, stored)[head])
     checkpoint.write_peft(folder, weights, config, base.name)
 
 
 def _write_vllm(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For vLLM: layers listed by the ends of their names, and an lm_head, which it keeps apart from tied embeddings."""
-    weights, config = _plain(adapter), adapter.layout.spec.config(experts=adapter.layout.experts)
+    config, weights = adapter.layout.spec.config(base.family.stock, experts=adapter.layout.experts), _plain(adapter)
     layers = {name.partition(".lora_")[0] for name in weights if f".{EXPERTS}." not in name}
     config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     checkpoint.write_peft(folder, weights, config, base.name)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kshot.errors import ModelError, RequestError
 from kshot.untrusted import parse_json, read_file
+from vlm.local.model.families import HEAD, QWEN3_VL, Family, family_of
 from vlm.local.model.lora import ALPHA, EXPERTS, MAX_RANK, TARGETS, Layout, LoraSpec
-from vlm.local.model.placement import EMBEDDINGS, HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 1 << 20  # bytes
@@ -35,15 +35,15 @@ HARMLESS = (
 INITIAL = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights that leave the model's weights alone
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _COPY = re.compile(r"(?:base_model\.model\.)?(?:.+\.)?(embed_tokens|lm_head)(?:\.base_layer)?\.weight")
-# The name of a layer in the stock model, whatever the model around it was called.
+# The name of a layer in a stock Qwen3-VL, whatever the model around it was called; `_named` makes it another family's.
 _LAYER = re.compile(r"(?:.+\.)?(?:(layers\.\d+\.(?:self_attn|mlp)\..+)|visual\.(.+)|(lm_head))")
 _EXPERTS = re.compile(rf"model\.language_model\.layers\.\d+\.{re.escape(EXPERTS)}(\.base_layer)?")
 
 
 class Foreign(NamedTuple):
     """base_model: the name that was written down, or "". weights: as PEFT names them, of the layers that are covered,
-    at their own ranks, B times what the scale of `spec` lacks. copies: by their names in the stock model, weights of it
-    that PEFT saves beside LoRA on a head."""
+    at their own ranks, B times what the scale of `spec` lacks. copies: weights of the model that PEFT saves beside LoRA
+    on a head. Both by the names of Qwen3-VL, whatever the family: that is known with the model."""
 
     base_model: str
     spec: LoraSpec
@@ -92,13 +92,13 @@ def read(folder: Path) -> Foreign:
         scale = alpha / (math.sqrt(rank) if settings.root else rank)
         weights[f"base_model.model.{layer}.lora_A.weight"] = a
         weights[f"base_model.model.{layer}.lora_B.weight"] = b * (scale * spec.rank / ALPHA)
-    same = {f"{HEAD if layer == HEAD else EMBEDDINGS}.weight": tensors[key] for key, layer in copies.items()}
+    same = {f"{HEAD if layer == HEAD else QWEN3_VL.embeddings}.weight": tensors[key] for key, layer in copies.items()}
     return Foreign(settings.base_model, spec, weights, same)
 
 
 def check_copies(stock: nn.Module, copies: Mapping[str, Tensor]) -> None:
     """Raise ModelError where weights that an adapter brings are not the model's: a vocabulary that was resized."""
-    for name, tensor in copies.items():
+    for name, tensor in _named(family_of(stock), copies).items():
         own = stock.get_parameter(name)
         if own.shape != tensor.shape or not own.to(tensor).equal(tensor):
             raise ModelError(f"it brings another {name} than the model's; {MERGE}")
@@ -108,7 +108,7 @@ def padded(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A foreign adapter's weights with all the tensors of `layout`: zeros for what it does not cover, and up to the
     rank. Raises ModelError for layers that the model does not have, or has in another size."""
     full = {name: torch.zeros(piece.shape) for name, piece in layout.pieces.items()}
-    for name, tensor in weights.items():
+    for name, tensor in _named(layout.family, weights).items():
         if name not in full:
             raise ModelError(f"the model has no layer for {name}")
         axis = 0 if name.endswith(".lora_A.weight") else 1  # of the ranks, those of all experts together
@@ -119,6 +119,11 @@ def padded(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ModelError(f"{name} is {list(tensor.shape)}, and the model's layer is of another size")
         here[: len(theirs)] = theirs
     return full
+
+
+def _named(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names of a family."""
+    return {name.replace(f"{QWEN3_VL.text}.", f"{family.text}."): tensor for name, tensor in tensors.items()}
 
 
 def _by_rank(tensor: Tensor, axis: int, experts: int) -> Tensor:
@@ -245,7 +250,7 @@ def _kind(key: str) -> str:
 def _canonical(name: str, theirs: str) -> str:
     found = _LAYER.fullmatch(theirs)
     text, vision, head = found.groups() if found else (None, None, None)
-    layer = head or (f"model.language_model.{text}" if text else f"model.visual.{vision}")
+    layer = head or (f"{QWEN3_VL.text}.{text}" if text else f"model.visual.{vision}")
     if found and (_EXPERTS.fullmatch(layer) or any(re.fullmatch(pattern, layer) for pattern in TARGETS.values())):
         return layer
     raise ModelError(f"{name} covers {theirs}, a layer on which kshot computes no LoRA; {MERGE}")

@@ -81,7 +81,8 @@ class EngineRegistry:
                 raise UnknownNameError("model", base_model, self.model_paths)
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
             self._set_threads(model)
-            vision = Vision(model, self.cache_bytes, self.features, threads=self.decoders, pixel_bytes=self.pixel_bytes)
+            options: dict[str, Any] = {"threads": self.decoders, "pixel_bytes": self.pixel_bytes}
+            vision = Vision(model, self.cache_bytes, self.features, **options) if model.sees else None
             self.engines[base_model] = Engine(model, vision)
         return self.engines[base_model]
 
@@ -251,7 +252,7 @@ class LocalServiceClient:
         return self._registry.submit(self._registry.sampler_of_folder, Path(folder), base_model)
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
-        """The models with names of their own; any Qwen3-VL folder or hub id works besides."""
+        """The models with names of their own; any folder or hub id of a known family works besides."""
         models = [types.SupportedModel(model_name=name) for name in MODELS]
         return types.GetServerCapabilitiesResponse(supported_models=models)
 

@@ -1,14 +1,16 @@
-"""The one thread that makes all calls of a service's engines: jobs in order, and sampling steps between them.
+"""The one thread that makes all calls of a service's engines: jobs, those of a client in order and the clients in turn,
+and sampling steps between them.
 
 In a step every sequence that is being sampled gets one token, and requests that have arrived meanwhile join the batch
 of their snapshot. So no job waits for a sampling request to end, and no request waits for all jobs. A job of several
-passes gives way after each of them. While there is something to sample, it gets as much time as the pass before took,
-one step at least. Futures are completed here and nowhere else; they may be cancelled from any thread.
+passes gives way after each of them, and within a pass that takes long, between its layers. While there is something to
+sample, it gets as much time as the job has had before, one step at least. Futures are completed here and nowhere else;
+they may be cancelled from any thread.
 """
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from functools import partial
 from traceback import clear_frames
 from typing import Any, TypeVar
 
+import torch
 from tinker import types
 
 from kshot.errors import RequestError
@@ -24,6 +27,7 @@ from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
 
+REST = 0.05  # seconds of a pass after which others may sample within it
 OnToken = Callable[[TokenSequence], None]
 
 
@@ -169,10 +173,11 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class QueuedJob:
-    """A call, of the job itself, that waits or runs. until_claimed: whether it can be cancelled also while it runs,
-    until `claim`; the future of any other is running from the beginning."""
+    """A call, of the job itself, that waits or runs. of: whose it is. until_claimed: whether it can be cancelled also
+    while it runs, until `claim`; the future of any other is running from the beginning."""
 
     call: Callable[["QueuedJob"], Any]
+    of: int = 0
     until_claimed: bool = False
     future: Future[Any] = field(default_factory=Future)
     _claimed: bool | None = None
@@ -196,6 +201,26 @@ class QueuedJob:
                 self.future.set_result(result)
 
 
+class JobQueue:
+    """Jobs of clients: one's in order, and the clients in turn, so that nobody waits for all that another has sent."""
+
+    def __init__(self) -> None:
+        self._jobs = OrderedDict[int, deque[QueuedJob]]()
+
+    def __len__(self) -> int:
+        return sum(map(len, [*self._jobs.values()]))
+
+    def append(self, job: QueuedJob) -> None:
+        self._jobs.setdefault(job.of, deque()).append(job)
+
+    def popleft(self) -> QueuedJob:
+        of, jobs = self._jobs.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._jobs[of] = jobs  # behind all others
+        return job
+
+
 class Scheduler:
     """One thread, for engines that are not safe to call from several.
 
@@ -208,7 +233,7 @@ class Scheduler:
         self._busy = 0.0  # seconds of the steps that are over
         self._since: float | None = None  # when the present one began
         self._lock = threading.Lock()  # of what other threads put in
-        self._jobs: deque[QueuedJob] = deque()
+        self._jobs = JobQueue()
         self._first: deque[QueuedJob] = deque()
         self._resumed = 0.0  # when the present job began, or went on
         self._new_requests: deque[QueuedRequest] = deque()
@@ -224,14 +249,15 @@ class Scheduler:
         busy, since = self._busy, self._since
         return busy if since is None else busy + time.perf_counter() - since
 
-    def submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
-        """A future of the call's result; jobs run one by one in the order in which they were submitted.
+    def submit(self, call: Callable[..., T], *args: Any, of: object = None, **kwargs: Any) -> Future[T]:
+        """A future of the call's result. of: the client whose job it is; a client's jobs run in the order in which they
+        were submitted, and clients take turns.
 
         Raises RequestError on the scheduler's own thread, and after `close`.
         """
-        return self._queued(self._jobs, QueuedJob(lambda _: call(*args, **kwargs)))
+        return self._queued(self._jobs, QueuedJob(lambda _: call(*args, **kwargs), id(of)))
 
-    def submit_passes(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+    def submit_passes(self, call: Callable[..., T], *args: Any, of: object = None, **kwargs: Any) -> Future[T]:
         """The same for a call of several passes: it gets `between` (see `vlm.local.engine.Between`) and is to call that
         after each. There others sample meanwhile; and a job whose future was cancelled ends there, by CancelledError.
         After the last pass it can no longer be cancelled. Raises as `submit`."""
@@ -239,7 +265,7 @@ class Scheduler:
         def run(job: QueuedJob) -> T:
             return call(*args, **kwargs, between=partial(self._between, job))
 
-        return self._queued(self._jobs, QueuedJob(run, until_claimed=True))
+        return self._queued(self._jobs, QueuedJob(run, id(of), until_claimed=True))
 
     def submit_first(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """The same for a call that depends on no other job, as what loads or makes something: it waits neither for the
@@ -274,11 +300,11 @@ class Scheduler:
     def waiting_samples(self) -> int:
         return len(self._new_requests) + sum(len(batch.waiting) for batch in [*self._batches.values()])
 
-    def _queued(self, queue: deque[QueuedJob], job: QueuedJob) -> Future[Any]:
+    def _queued(self, queue: deque[QueuedJob] | JobQueue, job: QueuedJob) -> Future[Any]:
         self._enqueue(queue, job)
         return job.future
 
-    def _enqueue(self, queue: deque[Any], item: Any) -> None:
+    def _enqueue(self, queue: deque[Any] | JobQueue, item: Any) -> None:
         if self._ident == threading.get_ident():
             raise RequestError("a custom loss cannot ask its own service: the answer would wait for the loss itself")
         with self._lock:
@@ -327,11 +353,17 @@ class Scheduler:
         if (last or job.future.cancelled()) and not job.claim():
             raise CancelledError
 
-    def _give_way(self) -> None:
-        """Let everyone sample for as long as the present job has run since it last gave way, one step at least."""
-        now = time.perf_counter()
+    def rest(self) -> None:
+        """Within a pass that has gone on for REST seconds: let those sample who wait. On the scheduler's thread."""
+        if time.perf_counter() - self._resumed > REST and (self._new_requests or self._batches):
+            with torch.no_grad():
+                self._give_way(self._sample)
+
+    def _give_way(self, turn: Callable[[], bool] | None = None) -> None:
+        """Let everyone have turns for as long as the present job has run since it last gave way, one at least."""
+        turn, now = turn or self._turn, time.perf_counter()
         until = now + (now - self._resumed)
-        while self._turn() and time.perf_counter() < until:
+        while turn() and time.perf_counter() < until:
             pass
         self._resumed = time.perf_counter()
 
@@ -339,18 +371,23 @@ class Scheduler:
         """One of the jobs that go first, if there is any, and one token for everyone; says whether there is more."""
         with self._lock:
             job = self._first.popleft() if self._first else None
+        if job is not None:
+            job.run()
+        return self._sample() or bool(self._first)
+
+    def _sample(self) -> bool:
+        """One token for everyone; says whether there is more."""
+        with self._lock:
             new_requests = [*self._new_requests]
             self._new_requests.clear()
         for request in new_requests:
             self._batch_of(request).add(request)
-        if job is not None:
-            job.run()
         for key, batch in [*self._batches.items()]:
             self.tokens_sampled += batch.step()
             if batch.empty:
                 del self._batches[key]
         self.active_sequences = sum(batch.decoder.active for batch in self._batches.values())
-        return bool(self._first or self._new_requests or self._batches)
+        return bool(self._new_requests or self._batches)
 
     def _batch_of(self, request: QueuedRequest) -> SnapshotBatch:
         key = id(request.engine), id(request.snapshot)  # a batch holds both, so that no other gets their ids

@@ -100,7 +100,7 @@ def embed(
                 f"prompt {number} holds {images} images; features of the vision tower are of exactly one, "
                 "those of other prompts are 'hidden'"
             )
-    width = engine.model.stock.config.text_config.hidden_size
+    width = engine.model.stock.config.get_text_config().hidden_size
     features = np.empty((len(prompts), (tower + hidden) * width), np.float32)
     for members in groups([length_of(prompt) for prompt in prompts], ROWS, POSITIONS):
         batch = engine.collate([prompts[n] for n in members], snapshot)

@@ -311,5 +311,27 @@ class Vision:
         return [ImageFeatures(grid, values) for values in features]
 
 
+class NoVision:
+    """In the place of Vision in a text model, which takes no images."""
+
+    forwards = 0
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def prefetch(self, chunks: Iterable[types.ImageChunk]) -> None:
+        """Nothing; `features` says what is wrong."""
+
+    def features(self, chunks: Sequence[types.ImageChunk], linear: Linear | None = None) -> list[ImageFeatures]:
+        """None, of no chunks. Raises RequestError for any."""
+        if chunks:
+            _ = self._model.rule  # raises
+        return []
+
+    def uncached(self, chunks: Sequence[types.ImageChunk]) -> list[types.ImageChunk]:
+        """All of them, so that `features` says what is wrong."""
+        return list(chunks)
+
+
 def _key(chunk: types.ImageChunk) -> str:
     return image_key(chunk.data)

@@ -28,7 +28,7 @@ from kshot.errors import (
     UnauthorizedError,
     UnsupportedError,
 )
-from vlm.server.memory import ANSWERS, QUEUES, Reservation
+from vlm.server.limits.memory import ANSWERS, QUEUES, Reservation
 from vlm.server.owners import Owner
 from vlm.server.store import Store
 from vlm.server.tables import Future as FutureRow

@@ -38,9 +38,10 @@ from kshot.errors import (
     UnsupportedError,
 )
 from kshot.untrusted import read_file
-from vlm.server import sizes
 from vlm.server.futures import JSON
-from vlm.server.memory import BODIES, MESSAGES, Memory, Reservation
+from vlm.server.limits import sizes
+from vlm.server.limits.memory import BODIES, MESSAGES, Memory, Reservation
+from vlm.server.limits.pace import LONGEST, REFUSAL, REFUSED, Pace, units_of
 from vlm.server.owners import EVERYBODY, NOBODY, Owner, owner_name
 
 T = TypeVar("T")
@@ -82,17 +83,19 @@ class Guard:
     error_response: Callable[[str, Exception], tuple[int, dict[str, Any]]]
     memory: Memory
     signer: "Signer"
+    pace: Pace = field(default_factory=Pace)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a web socket, of which there is none here
             return await send({"type": "websocket.close", "code": 1008})
-        headers = Headers(scope=scope)
+        headers, send = Headers(scope=scope), self._paced(scope, send)
         with self.memory.take(BODIES) as taken, self.memory.take(MESSAGES) as parsed:
             scope[PARSED] = parsed
             try:
                 scope["owner"] = self._owner(scope["path"], scope["query_string"].decode("latin-1"), headers)
+                await self._take_turn(scope)
                 if scope["method"] not in SAFE:
                     wanted = self.bodies.get(scope["path"], PLAIN)
                     receive = _replay(await _read(headers, receive, taken, parsed, wanted), receive)
@@ -102,6 +105,24 @@ class Guard:
                 return await response(scope, receive, send)
             except ClientDisconnect:
                 return None
+
+    def _paced(self, scope: Any, send: Any) -> Any:
+        """A `send` that begins a refusal when its client's turn has come."""
+
+        async def paced(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] in REFUSED:
+                await _sleep(self.pace.wait(_client(scope), REFUSAL))
+            await send(message)
+
+        return paced
+
+    async def _take_turn(self, scope: Any) -> None:
+        """Wait until the client's turn for what is costly. Raises BusyError where too many wait."""
+        if units := units_of(scope["path"]):
+            seconds = self.pace.wait(_client(scope), units)
+            if seconds >= LONGEST:
+                raise BusyError("lists and new things are asked for too often; send this one again later")
+            await _sleep(seconds)
 
     def _owner(self, path: str, query: str, headers: Headers) -> Owner:
         """Whose the request is, once it may be made."""
@@ -194,6 +215,16 @@ def _refusal(status: int, body: dict[str, Any], request_headers: Headers) -> JSO
     if "transfer-encoding" in request_headers or _number(request_headers.get("content-length", "0")) > DISCARDED:
         headers["connection"] = "close"
     return JSONResponse(body, status, headers)
+
+
+async def _sleep(seconds: float) -> None:
+    if seconds:  # one that has sent all it has, and closed its side, is answered at once
+        await asyncio.sleep(seconds)
+
+
+def _client(scope: Any) -> str:
+    """Address and key."""
+    return f"{scope['client'][0] if scope.get('client') else ''} {_key(Headers(scope=scope))}"
 
 
 def _key(headers: Headers) -> str:

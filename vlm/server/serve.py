@@ -17,13 +17,13 @@ from typing import Any
 import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
-from vlm import models
+from vlm import models, nano
 from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
-from vlm.server import images
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
 from vlm.server.guard import Keys, is_loopback
-from vlm.server.memory import IMAGES, Memory
+from vlm.server.limits import images
+from vlm.server.limits.memory import IMAGES, Memory
 from vlm.server.state import ServerState
 from vlm.server.store import Store
 from vlm.server.tables import Checkpoint
@@ -45,7 +45,7 @@ def engine_registry(
 ) -> EngineRegistry:
     """The engines of a server; `serve` loads them.
 
-    model_arguments: NAME or NAME=PATH of each model; none: all models that have a name. threads: of the models'
+    model_arguments: NAME or NAME=PATH of each model; none: the nano model. threads: of the models'
     arithmetic on a CPU, by default as many as are fastest (`vlm.local.threads`). The rest: see `vlm.connect`.
     Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
@@ -62,7 +62,7 @@ def serve(
     memory: Memory | None = None,
 ) -> None:
     """Load the models, then answer requests until SIGINT or SIGTERM. on_start: called with the address once it listens.
-    loading: around the loading. memory: what clients may make it hold; by default `vlm.server.memory.default_limit`.
+    loading: around the loading. memory: what clients may make it hold; by default `default_limit` of it.
 
     Raises KeyboardInterrupt after SIGINT; InputError where the address cannot be listened on or is not loopback without
     keys, or where another server uses the state folder; UnknownNameError and ModelError for a model that cannot be
@@ -123,7 +123,7 @@ def _say_whose(store: Store, keys: Keys) -> None:
 def _model_paths(arguments: list[str]) -> dict[str, str]:
     """Model name → folder or hub id."""
     paths: dict[str, str] = {}
-    for text in arguments or list(models.MODELS):
+    for text in arguments or [nano.NAME]:
         name, equals, path = text.partition("=")
         if not name or (equals and not path):
             raise InputError(f"--model {text!r}: give a name, or NAME=PATH")

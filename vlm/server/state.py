@@ -20,7 +20,7 @@ from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
 from vlm.server.checkpoints import Checkpoints, logged
 from vlm.server.futures import Futures
-from vlm.server.memory import SAMPLERS, Memory, Reservation
+from vlm.server.limits.memory import SAMPLERS, Memory, Reservation
 from vlm.server.owners import Owner
 from vlm.server.retention import KEEP, Retention, check_reason, check_texts
 from vlm.server.runs import LiveRun

@@ -1,9 +1,10 @@
-"""A Qwen3-VL checkpoint in hub layout, dense or mixture-of-experts: loaded by stock transformers, and held in memory.
+"""A checkpoint in hub layout, of a text model or a Qwen3-VL: loaded by stock transformers, and held in memory.
 
 What can be wrong is found before a weight is read: the kind of model, missing or broken files, too little memory. The
 weights go straight to their devices. No code of a checkpoint is run. Several adapters live over one model.
 """
 
+import logging
 import time
 import warnings
 from collections import Counter
@@ -22,9 +23,12 @@ from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
-from vlm.local.model.lora import KINDS, Layout
+from vlm.local.model.families import FAMILIES, Family, difference, family_of
+from vlm.local.model.lora import Layout
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
+
+log = logging.getLogger("kshot")
 
 PROCESSED = {  # of the image processor → of the vision tower
     "patch_size": "patch_size",
@@ -44,31 +48,33 @@ def check(name: str) -> None:
     folder = Path(models.source(name))
     load_tokenizer(name)
     load_rule(name)
-    stock, config = _read_config(name, folder)
+    family, config = _read_config(name, folder)
     if models.is_here(name):
-        tensors = stored_tensors(name, folder)
-        _from_pretrained(name, stock, folder, _computed(name, config, tensors, None), {"": "meta"})
+        _from_pretrained(name, family, folder, _dtype(config, stored_tensors(name, folder)), {"": "meta"})
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The model of a name, folder or hub id, in eval mode and without gradients, on its device or devices.
 
     device: cpu, cuda, cuda:N, mps, or auto, which spreads whole decoder layers over all visible GPUs.
-    dtype: None takes the checkpoint's. Raises UnknownNameError for what can be no model, and ModelError, in one line
+    dtype: None takes the checkpoint's; for float16, in which nothing is trained here, bfloat16, or float32 on a CPU,
+    and says so in the log. Raises UnknownNameError for what can be no model, and ModelError, in one line
     that says the way out, for whatever cannot be loaded whole.
     """
-    stock, config = _read_config(name, Path(models.source(name)))
+    family, config = _read_config(name, Path(models.source(name)))
     devices = placement.devices(device)
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
-    dtype = _computed(name, config, tensors, dtype)
+    dtype = _computed(name, dtype or _dtype(config, tensors), devices)
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
-    size, free = placement.sizes(tensors, layers, tied, dtype), [placement.free_bytes(each) for each in devices]
-    device_map = placement.device_map(name, dtype, size, tied, devices, free)
-    return _from_pretrained(name, stock, folder, dtype, device_map).eval().requires_grad_(False)
+    size = placement.sizes(tensors, layers, tied, dtype, family)
+    free = [placement.free_bytes(each) for each in devices]
+    device_map = placement.device_map(name, dtype, size, tied, devices, free, family)
+    return _from_pretrained(name, family, folder, dtype, device_map).eval().requires_grad_(False)
 
 
-def _from_pretrained(name: str, stock: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
+def _from_pretrained(name: str, family: Family, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
+    stock = getattr(transformers, family.stock)
     with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
             folder,
@@ -88,18 +94,34 @@ def load_tokenizer(name: str) -> Any:
     """The stock tokenizer of a name, folder or hub id. Raises as `load` does, also where its files are missing or are
     those of another kind of model: transformers would make an empty one."""
     folder = Path(models.source(name))
-    _, config = _read_config(name, folder)
+    family, config = _read_config(name, folder)
     with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN or not tokenizer.encode("a"):
+    if not tokenizer.encode("a"):
+        raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
+    if family.vision and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
+    if not family.vision and (why := _another(tokenizer, config)):
+        raise ModelError(f"model {name} has another model's tokenizer beside its weights ({why}); copy its own there")
     return tokenizer
 
 
-def load_rule(name: str) -> ImageRule:
-    """How the images of a name, folder or hub id are cut. Raises as `load` does, also where its image processor is of
-    another model."""
-    rule, (_, config) = ImageRule.from_pretrained(name), _read_config(name, Path(models.source(name)))
+def _another(tokenizer: Any, config: Any) -> str:
+    """Why a tokenizer is not that of a text model's configuration, or "": what ends a text is a special token."""
+    if tokenizer.vocab_size > config.vocab_size:
+        return f"of {tokenizer.vocab_size:,} tokens, where the model knows {config.vocab_size:,}"
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or ()
+    odd = next((token for token in ends if token not in tokenizer.added_tokens_decoder), None)
+    return "" if odd is None else f"{odd} ends the model's texts, and is {tokenizer.convert_ids_to_tokens(odd)!r} there"
+
+
+def load_rule(name: str) -> ImageRule | None:
+    """How the images of a name, folder or hub id are cut; None for a text model. Raises as `load` does, also where its
+    image processor is of another model."""
+    family, config = _read_config(name, Path(models.source(name)))
+    if not family.vision:
+        return None
+    rule = ImageRule.from_pretrained(name)
     for ours, theirs in PROCESSED.items():
         here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs)
         if here != there:
@@ -110,29 +132,33 @@ def load_rule(name: str) -> ImageRule:
     return rule
 
 
-def _read_config(name: str, folder: Path) -> tuple[Any, Any]:
-    """The stock class and its configuration; no other class, and no code of the checkpoint, is ever asked for."""
+def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
+    """The family and its stock configuration; no other class, and no code of the checkpoint, is ever asked for."""
     with _load_errors(name):
         written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
-    if kind not in KINDS:
-        raise ModelError(f"model {name} is of type {kind!r}; this engine runs Qwen3-VL ({' and '.join(KINDS)})")
+    if kind not in FAMILIES:
+        raise ModelError(f"model {name} is of type {kind!r}; this engine runs {', '.join(FAMILIES)}")
     parts = (part for part in (written, *written.values()) if isinstance(part, dict))
     if any(part.get("quantization_config") for part in parts):
         raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
     if (folder / ADAPTER).exists():  # transformers would put it into the model
         raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
-    stock = getattr(transformers, KINDS[kind])
     with _load_errors(name), _quiet():
-        return stock, stock.config_class.from_pretrained(folder)
+        config = getattr(transformers, FAMILIES[kind].stock).config_class.from_pretrained(folder)
+    if other := difference(config.get_text_config()):
+        raise ModelError(f"model {name} has {other}, which this engine does not compute; give another model")
+    return FAMILIES[kind], config
 
 
-def _computed(name: str, config: Any, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
-    """What the model computes in. Raises ModelError for float16."""
-    dtype = dtype or _dtype(config, tensors)
-    if dtype == torch.float16:  # small gradients would be lost without loss scaling, which this engine does not do
-        raise ModelError(f"model {name} is in float16, which this engine does not train; give dtype='bfloat16'")
-    return dtype
+def _computed(name: str, dtype: torch.dtype, devices: Sequence[torch.device]) -> torch.dtype:
+    """What a model of a dtype computes in: in float16 small gradients are lost without loss scaling, which is not done
+    here."""
+    if dtype != torch.float16:
+        return dtype
+    other = "float32" if devices[0].type == "cpu" else "bfloat16"
+    log.warning("model %s is in float16, and is read as %s: nothing is trained in float16 here", name, other)
+    return getattr(torch, other)
 
 
 def _dtype(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
@@ -189,30 +215,39 @@ class Model:
     device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
     path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
-    image_token, placeholders: the id at image positions, and all ids that no text may hold.
+    sees: whether it takes images. image_token, placeholders: the id at image positions, and all ids that no text may
+    hold; -1 and none of a text model.
     """
 
     def __init__(
         self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
     ) -> None:
         self.name, path = name, path or name
-        self.tokenizer, self.rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
+        self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
         self.stock = load(path, device, dtype)
         self.text = Text(self.stock)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
-        self.vocabulary: int = config.text_config.vocab_size
-        self.context: int = config.text_config.max_position_embeddings
-        self.merge: int = config.vision_config.spatial_merge_size
-        self.image_token: int = config.image_token_id
-        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id)
+        self.vocabulary: int = config.get_text_config().vocab_size
+        self.context: int = config.get_text_config().max_position_embeddings
+        self.sees = family_of(self.stock).vision
+        self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
+        self.image_token: int = config.image_token_id if self.sees else -1
+        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.sees else ()
         self.kind: str = config.model_type
-        embeddings = self.stock.model.language_model.embed_tokens.weight
+        embeddings = self.stock.get_input_embeddings().weight
         self.device: torch.device = embeddings.device
         self.dtype: torch.dtype = embeddings.dtype
         # around a part of PROFILED: its seconds are added to the profile, where one is open
         self.timed: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def rule(self) -> ImageRule:
+        """How its images are cut. Raises RequestError for a text model."""
+        if self._rule is None:
+            raise RequestError(f"model {self.name} is a text model and takes no images; ask a model that sees")
+        return self._rule
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:

@@ -18,17 +18,14 @@ from torch.nn import functional
 
 from kshot.errors import ModelError, RequestError
 from vlm.local.model.experts import Pair, by_expert
+from vlm.local.model.families import family_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-KINDS = {  # model_type → the stock class
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-}
 MAX_RANK = 1024  # of what is trained, a rank beyond a layer's width adds nothing but memory
 ALPHA = 32  # at any rank, as the Tinker API fixes it
-_TEXT = r".*language_model\.layers\.\d+\."
+_TEXT = r".*\.layers\.\d+\."
 TARGETS = {  # what each flag trains; the first three are those of create_lora_training_client
     "train_attn": _TEXT + r"self_attn\.(q|k|v|o)_proj",
     "train_mlp": _TEXT + r"mlp\.(gate|up|down)_proj",
@@ -73,17 +70,17 @@ class LoraSpec:
         """Whether the vision tower's features depend on the adapter."""
         return self.train_vision or self.train_merger
 
-    def config(self, *, experts: bool = False) -> "LoraConfig":
-        """PEFT's configuration. experts: whether the model has experts, which `train_mlp` covers.
+    def config(self, stock: str | None = None, *, experts: bool = False) -> "LoraConfig":
+        """PEFT's configuration. stock: the model's class in transformers. experts: whether the model has experts, which
+        `train_mlp` covers.
 
         `auto_mapping` is how PEFT's AutoPeftModel finds the class; none of its task types is a vision-language model's.
         """
         from peft import LoraConfig
 
         parameters = [f"{EXPERTS}.{name}" for name in EXPERT_PARAMETERS] if experts and self.train_mlp else None
-        stock = KINDS["qwen3_vl_moe" if experts else "qwen3_vl"]
         return LoraConfig(
-            auto_mapping={"base_model_class": stock, "parent_library": "transformers"},
+            auto_mapping={"base_model_class": stock, "parent_library": "transformers"} if stock else None,
             r=self.rank,
             lora_alpha=ALPHA,
             lora_dropout=0.0,
@@ -118,7 +115,7 @@ class Layout:
     """Where everything is that an adapter of a spec holds over a stock model."""
 
     def __init__(self, stock: nn.Module, spec: LoraSpec) -> None:
-        self.spec, self.sizes = spec, dict[torch.device, int]()
+        self.spec, self.family, self.sizes = spec, family_of(stock), dict[torch.device, int]()
         self.experts = any(name.endswith(EXPERTS) for name, _ in stock.named_modules())
         self.groups = dict(self._groups(stock))  # by the name of the first layer
 

@@ -34,6 +34,14 @@ def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, ...], eps: float) -
     return _Operation.apply("rotated_norm", eps, x, weight, *rope)
 
 
+def rope_only(x: Tensor, count: int, rope: tuple[Tensor, ...]) -> Tensor:
+    """Rotation of the first `count` heads by position, without a norm; the other heads as they are. x, rope: as there.
+
+    It is linear, so nothing of x is kept for its gradient; on a GPU torch's operations compute it too.
+    """
+    return _Rotation.apply(x, count, *rope)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """(n, 2 x wide) → (n, wide): silu(gate) · up (Shazeer 2020)."""
     return _Operation.apply("gated", None, gate_up)
@@ -54,6 +62,20 @@ class _Operation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         back = getattr(_backend(gradient), f"{ctx.name}_back")
         return None, None, back(gradient, *ctx.saved_tensors), *(None for _ in range(ctx.frozen))
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.count = count
+        return _rotated(x, count, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, ctx.count, cos, sin, -1), None, None, None
 
 
 def _backend(x: Tensor) -> Any:
@@ -125,6 +147,13 @@ def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
     normal = x * inverse
     along = (gradient * normal).mean(-1, keepdim=True)
     return torch.addcmul(gradient.float(), normal, along, value=-1).mul_(inverse).to(x.dtype)
+
+
+def _rotated(x: Tensor, count: int, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    out = torch.empty_like(x)
+    _rotate(x[:, :count], cos, sin, direction, out[:, :count])
+    out[:, count:] = x[:, count:]
+    return out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> Tensor:

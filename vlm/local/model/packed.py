@@ -1,10 +1,10 @@
-"""The text model of Qwen3-VL, dense or with experts, on packed positions: (positions, hidden), no padding.
+"""Text models of the Llama and Qwen layouts on packed positions: (positions, hidden), no padding.
 
 The stock model's weights, computed as the stock model does; layers that read one input are one product, and the last
 layer computes only the positions whose hidden state is wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from vlm.local.model.attention import Attention, gather
 from vlm.local.model.experts import Pair, sparse_mlp
+from vlm.local.model.families import family_of
 from vlm.local.model.lora import Factors, linear
-from vlm.local.model.ops import norm_rope, rms_norm, swiglu
+from vlm.local.model.ops import norm_rope, rms_norm, rope_only, swiglu
 
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """The inputs of a pass. ids: (positions,) tokens. position_ids: (3, positions) M-RoPE (time, height, width).
+    """The inputs of a pass. ids: (positions,) tokens. position_ids: (3, positions) M-RoPE (time, height, width), which
+    are all the same in a text.
 
     image_positions: (image positions,) where `embeds` (image positions, hidden) stand, and each of `deepstack`,
     likewise, is added after its layer.
@@ -33,20 +35,33 @@ class PackedInputs:
 
 
 class Text:
-    """The text model and the head of a stock Qwen3-VL."""
+    """The text model and the head of a stock model of FAMILIES."""
 
     def __init__(self, stock: Any) -> None:
-        text = stock.model.language_model
-        self.layers = [_Layer(number, layer) for number, layer in enumerate(text.layers)]
+        family = family_of(stock)
+        text: Any = stock.get_submodule(family.text)
+        self.layers = [_Layer(f"{family.layers}.{number}", number, layer) for number, layer in enumerate(text.layers)]
+        self._axes = 3 if family.vision else 1  # of positions
         self._embed, self._norm, self._rope, self._head = text.embed_tokens, text.norm, text.rotary_emb, stock.lm_head
 
-    def hidden(self, inputs: PackedInputs, attention: Attention, factors: Factors | None) -> Tensor:
-        """(positions, hidden), or (wanted, hidden) of those that `attention` wants: the last states, after the norm."""
+    def hidden(
+        self,
+        inputs: PackedInputs,
+        attention: Attention,
+        factors: Factors | None,
+        rest: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """(positions, hidden), or (wanted, hidden) of those that `attention` wants: the last states, after the norm.
+
+        rest: called between layers, and again on the way back of a gradient; it may use the model meanwhile.
+        """
         x = self._embed.weight[inputs.ids]
         if inputs.image_positions is not None and inputs.embeds is not None:
             x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
         # cosines and sines, (positions, 1, dim)
-        rope = tuple(each[0][:, None] for each in self._rope(self._embed.weight, inputs.position_ids[:, None]))
+        position_ids = inputs.position_ids[: self._axes]
+        angles = position_ids[:, None] if self._axes > 1 else position_ids
+        rope = tuple(each[0][:, None] for each in self._rope(self._embed.weight, angles))
         final = len(self.layers) - 1
         # the last layer's own features need all positions
         early = len(inputs.deepstack) <= final
@@ -59,6 +74,10 @@ class Text:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
                 positions = inputs.image_positions.to(x.device)
                 x = x.add_(torch.zeros_like(x).index_copy_(0, positions, inputs.deepstack[number].to(x)))
+            if rest is not None and number < final:
+                rest()
+                if x.requires_grad:
+                    x.register_hook(lambda _: rest())
         if attention.wanted is not None and not early:
             x = gather(x, attention.wanted)
         return rms_norm(x.to(self._norm.weight.device), self._norm.weight, self._norm.variance_epsilon)
@@ -85,17 +104,19 @@ class Text:
 class _Layer:
     """One decoder layer. The stock layer's weights become views of the products' weights: nothing is held twice."""
 
-    def __init__(self, number: int, stock: Any) -> None:
+    def __init__(self, name: str, number: int, stock: Any) -> None:
         attention, mlp = stock.self_attn, stock.mlp
         self.device = attention.q_proj.weight.device
-        self._number, self._eps = number, stock.input_layernorm.variance_epsilon
+        self._name, self._number, self._eps = name, number, stock.input_layernorm.variance_epsilon
         self._norm1, self._norm2 = stock.input_layernorm.weight, stock.post_attention_layernorm.weight
         self._qkv = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
         self._o = (attention.o_proj.weight, attention.o_proj.bias)
         self._dim, self._heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
         self._key_heads = attention.k_proj.out_features // attention.head_dim
-        norms = attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._key_heads, -1)
-        self._qk_norm = torch.cat(norms).detach()
+        self._qk_norm: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            norms = attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._key_heads, -1)
+            self._qk_norm = torch.cat(norms).detach()
         self._sparse = mlp if hasattr(mlp, "experts") else None
         if self._sparse is None:
             self._gate_up = _beside(mlp.gate_proj, mlp.up_proj)
@@ -108,10 +129,14 @@ class _Layer:
         scale, number = factors.scale if factors else 1.0, self._number
 
         def pair(name: str) -> Pair | None:
-            return factors.pair(f"model.language_model.layers.{number}.{name}") if factors else None
+            return factors.pair(f"{self._name}.{name}") if factors else None
 
         mixed = linear(rms_norm(x, self._norm1, self._eps), *self._qkv, pair("self_attn.q_proj"), scale)
-        mixed = norm_rope(mixed.view(len(x), -1, self._dim), self._qk_norm, rope, self._eps)
+        mixed = mixed.view(len(x), -1, self._dim)
+        if self._qk_norm is None:
+            mixed = rope_only(mixed, self._heads + self._key_heads, rope)
+        else:
+            mixed = norm_rope(mixed, self._qk_norm, rope, self._eps)
         q, k, v = mixed.split((self._heads, self._key_heads, self._key_heads), 1)
         if wanted is None:
             seen = attention(number, q, k, v)

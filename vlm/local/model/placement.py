@@ -16,6 +16,8 @@ import torch
 
 from kshot.errors import ModelError
 from kshot.untrusted import is_beside, parse_json, read_file
+from vlm.local.model.families import HEAD, Family
+from vlm.models import GGUF
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -54,6 +56,8 @@ def _files(name: str, folder: Path) -> list[str]:
         if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
             reason = f"has pickled weights ({pickles[0]}), but only safetensors are read"
             raise ModelError(f"checkpoint {name} {reason}; load it elsewhere and save it with save_pretrained")
+        if ggufs := sorted(file.name for file in folder.glob("*.gguf")):
+            raise ModelError(f"model {name} has its weights as GGUF ({ggufs[0]}); {GGUF}")
         reason = f"it has no weights as safetensors ({SINGLE} or {INDEX}), all that is read"
         raise ModelError(f"model {name} cannot be loaded: {reason}")
     try:
@@ -91,21 +95,20 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
 
 
 DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
-HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
-FIRST = ("model.visual", EMBEDDINGS, "model.language_model.rotary_emb")
-NORM, LAYERS = "model.language_model.norm", "model.language_model.layers"
 _V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"  # what a control group says where
 _V2 = "memory.max", "memory.current", "inactive_file"
 STEPS = 100  # shares of the free memory that are tried, from the smallest
 
 
-def sizes(tensors: Mapping[str, StoredTensor], layers: int, tied: bool, dtype: torch.dtype) -> list[int]:
+def sizes(
+    tensors: Mapping[str, StoredTensor], layers: int, tied: bool, dtype: torch.dtype, family: Family
+) -> list[int]:
     """Bytes of the weights in memory as `dtype`, by what stays together: vision tower, embeddings and what else there
     is; each decoder layer; final norm and head, unless that is tied to the embeddings."""
     of = [0] * (layers + 2)
     for name, tensor in tensors.items():
-        layer = re.match(rf"{re.escape(LAYERS)}\.(\d+)\.", name)
-        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((HEAD, NORM)) else 0)
+        layer = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
+        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((HEAD, family.norm)) else 0)
         if part <= layers and not (tied and name.startswith(HEAD)):
             of[part] += tensor.elements * dtype.itemsize
     return of
@@ -160,7 +163,13 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> float:
 
 
 def device_map(
-    name: str, dtype: torch.dtype, size: Sequence[int], tied: bool, targets: Sequence[torch.device], free: Sequence[int]
+    name: str,
+    dtype: torch.dtype,
+    size: Sequence[int],
+    tied: bool,
+    targets: Sequence[torch.device],
+    free: Sequence[int],
+    family: Family,
 ) -> dict[str, torch.device | int]:
     """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
     free on them. size: see `sizes`. Raises ModelError where the weights do not fit, before any is read."""
@@ -176,8 +185,8 @@ def device_map(
         return {"": targets[0]}
     # as numbers, because accelerate takes a main device out of a set of them: the order must not vary
     first, *layers, last = (targets[n].index for n in places)
-    modules = dict.fromkeys(FIRST, first) | {f"{LAYERS}.{n}": device for n, device in enumerate(layers)}
-    return {**modules, NORM: last, HEAD: first if tied else last}
+    modules = dict.fromkeys(family.first, first) | {f"{family.layers}.{n}": device for n, device in enumerate(layers)}
+    return {**modules, family.norm: last, HEAD: first if tied else last}
 
 
 def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:

@@ -1,7 +1,8 @@
 """Messages → the model's input: turns as the model's chat template writes them, and images from their URLs.
 
-The template is the tokenizer's own if that supports images; else `chatml.jinja`, the ChatML turns of Qwen3-VL, which
-`vlm.prompts` writes too. The text of a message can end no turn and begin none, nor can a tool or a call.
+The template is the tokenizer's own if that supports images, or the model takes none; else `chatml.jinja`, the ChatML
+turns of Qwen3-VL, which `vlm.prompts` writes too. The text of a message can end no turn and begin none, nor can a tool
+or a call.
 
 A server that fetches the addresses that strangers name can be used to reach what only it can reach. So: public
 addresses alone, looked up once and connected to by number (a name may resolve otherwise the second time), no redirect,
@@ -27,8 +28,8 @@ from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
 from vlm.prompts import END_OF_TURN
-from vlm.server import images
-from vlm.server.memory import Reservation
+from vlm.server.limits import images
+from vlm.server.limits.memory import Reservation
 from vlm.server.openai import templates, tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
 
@@ -62,21 +63,23 @@ async def prompt(
     urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
     if len(urls) > MAX_IMAGES:
         raise ImageError(f"{len(urls)} images are too many; at most {MAX_IMAGES} may be in one request")
+    rule = sampler.rule if urls else None  # which a text model does not have, and says so
     tokenizer = sampler.get_tokenizer()
     pool = templates.renderer(tokenizer).pool
-    texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, tokenizer, len(urls))
+    texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, sampler, len(urls))
     read = [await read_image(url, allow_urls=allow_urls) for url in urls]
     if read:
         taken.grow(await images.beside(images.image_bytes, read))
     chunks: list[types.ModelInputChunk | list[int]] = [texts[0]]
     for image, after in zip(read, texts[1:], strict=True):
-        chunks += [await images.beside(image_chunk, image, sampler.rule), after]
+        chunks += [await images.beside(image_chunk, image, rule), after]
     return model_input(*chunks)
 
 
-def _texts(request: ChatRequest, tokenizer: Any, images: int) -> list[list[int]]:
+def _texts(request: ChatRequest, sampler: LocalSamplingClient, images: int) -> list[list[int]]:
     """The tokens before, between and after so many images. Raises PromptError."""
-    texts = text(request, tokenizer).split(IMAGE_TOKEN)
+    tokenizer = sampler.get_tokenizer()
+    texts = text(request, tokenizer, sees=sampler.sees).split(IMAGE_TOKEN)
     if len(texts) != images + 1:
         raise PromptError(f"the chat template has {len(texts) - 1} places for {images} image(s)")
     return [encode(tokenizer, each) for each in texts]
@@ -87,14 +90,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def text(request: ChatRequest, tokenizer: Any) -> str:
-    """The conversation as one text, IMAGE_TOKEN where an image is."""
+def text(request: ChatRequest, tokenizer: Any, *, sees: bool = True) -> str:
+    """The conversation as one text, IMAGE_TOKEN where an image is. sees: whether the model takes images."""
     special = special_tokens(tokenizer)
     for number, message in enumerate(request.messages):
         _check(f"messages[{number}]", message, special)
     offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
     _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
-    own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
+    own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1 if sees else tokenizer.chat_template
+    if not own and END_OF_TURN not in tokenizer.added_tokens_encoder:
+        raise PromptError("the model has no chat template; ask completions, with the whole prompt")
     template = None if own else CHATML
     if offered:
         probe = templates.probed(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])

@@ -112,7 +112,7 @@ def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[En
     """A completion's prompts. Raises PromptError for image tokens, RequestError for what is too long."""
     tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
     for prompt in request.prompt:
-        tokens = chat.encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt  # with what it begins texts with
         for name in (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN):
             if tokenizer.added_tokens_encoder.get(name) in tokens:
                 raise PromptError(

@@ -16,11 +16,11 @@ from tinker import types
 
 from kshot.checks import KINDS
 from kshot.errors import LostError, MissingError, RequestError
-from vlm.server import images
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import PARSED, Route, Signer
-from vlm.server.memory import ANSWERS, Reservation
+from vlm.server.limits import images
+from vlm.server.limits.memory import ANSWERS, Reservation
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState, check_project
 from vlm.server.tables import Checkpoint, Row, Run, Sampler, Session
@@ -32,7 +32,7 @@ T = TypeVar("T")
 PATIENCE = 20.0  # seconds for which a request for an answer is held; the SDK waits 45
 LARGE = 1 << 20  # bytes of a body that is parsed beside the event loop
 PAGE = 4 << 20  # characters of a list after which no more rows are added; the cursor's limit says how many there are
-AT_ONCE = 50  # rows of a list that are read at once
+AT_ONCE = 50  # rows of a list that are read at once; then others are served
 # On loopback zstd costs more than it saves. In parallel the SDK sends the first part of a batch last, and the others
 # would take memory that the first then lacks.
 FEATURES = {"proto_compress_fwdbwd": False, "parallel_fwdbwd_chunks": False}
@@ -126,6 +126,8 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
     async def finish(session_id: str, request: Finish, owner: Owned) -> None:
         state.finish_session(session_id, {"reason": request.reason, "detail": request.detail}, owner)
 
+    turn = asyncio.Lock()
+
     @router.get("/sessions")
     async def sessions(
         owner: Owned,
@@ -135,7 +137,8 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
         project_id: str | None = None,
     ) -> dict[str, Any]:
         check_project(project_id)
-        ids, _ = _page(partial(state.store.newest, Session, owner=owner), lambda row: row.id, limit, offset)
+        read = partial(state.store.newest, Session, owner=owner)
+        ids, _ = await _page(turn, read, lambda row: row.id, limit, offset)
         return {"sessions": ids}
 
     @router.get("/sessions/{session}")
@@ -293,6 +296,8 @@ def _response(answer: Answer) -> Response:
 
 
 def _lists(router: APIRouter, state: ServerState) -> None:
+    turn = asyncio.Lock()
+
     @router.get("/training_runs")
     async def training_runs(
         owner: Owned,
@@ -300,20 +305,24 @@ def _lists(router: APIRouter, state: ServerState) -> None:
         offset: Offset = 0,
         access_scope: Scope = "owned",
         project_id: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         check_project(project_id)
-        rows, limit = _page(partial(state.store.newest, Run, owner=owner), partial(_run, state), limit, offset)
-        return {"training_runs": rows, "cursor": _cursor(offset, limit, state.store.count(Run, owner))}
+        read = partial(state.store.newest, Run, owner=owner)
+        rows, limit = await _page(turn, read, partial(_run, state), limit, offset)
+        cursor = _cursor(offset, limit, state.store.count(Run, owner))
+        return _response(json_answer({"training_runs": rows, "cursor": cursor}))
 
     @router.get("/training_runs/{run}")
     async def training_run(run: str, owner: Owned, access_scope: Scope = "owned") -> dict[str, Any]:
         return _run(state, _existing(state, Run, run, owner))
 
     @router.get("/training_runs/{run}/checkpoints")
-    async def checkpoints_of(run: str, owner: Owned, limit: Limit = 1000, offset: Offset = 0) -> dict[str, Any]:
+    async def checkpoints_of(run: str, owner: Owned, limit: Limit = 1000, offset: Offset = 0) -> Response:
         _existing(state, Run, run, owner)
-        rows, limit = _page(partial(state.store.checkpoints, run, owner=owner), _checkpoint, limit, offset)
-        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count_checkpoints(run))}
+        read = partial(state.store.checkpoints, run, owner=owner)
+        rows, limit = await _page(turn, read, _checkpoint, limit, offset)
+        cursor = _cursor(offset, limit, state.store.count_checkpoints(run))
+        return _response(json_answer({"checkpoints": rows, "cursor": cursor}))
 
     @router.post("/weights_info")
     async def weights_info(request: WeightsInfo, owner: Owned) -> dict[str, Any]:
@@ -325,9 +334,11 @@ def _lists(router: APIRouter, state: ServerState) -> None:
         return state.checkpoints.existing(f"tinker://{run}/{kind}/{name}", owner, change=True).path
 
     @router.get("/checkpoints")
-    async def checkpoints(owner: Owned, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-        rows, limit = _page(partial(state.store.checkpoints, None, owner=owner), _checkpoint, limit, offset)
-        return {"checkpoints": rows, "cursor": _cursor(offset, limit, state.store.count(Checkpoint, owner))}
+    async def checkpoints(owner: Owned, limit: Limit = 100, offset: Offset = 0) -> Response:
+        read = partial(state.store.checkpoints, None, owner=owner)
+        rows, limit = await _page(turn, read, _checkpoint, limit, offset)
+        cursor = _cursor(offset, limit, state.store.count(Checkpoint, owner))
+        return _response(json_answer({"checkpoints": rows, "cursor": cursor}))
 
     @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
     async def delete(run: str, kind: str, name: str, owner: Owned) -> None:
@@ -347,19 +358,21 @@ def _lists(router: APIRouter, state: ServerState) -> None:
         state.store.update(Checkpoint, own(run, kind, name, owner), public=False)
 
 
-def _page(
-    read: Callable[[int, int], list[Row]], make: Callable[[Row], Any], limit: int, offset: int
+async def _page(
+    turn: asyncio.Lock, read: Callable[[int, int], list[Row]], make: Callable[[Row], Any], limit: int, offset: int
 ) -> tuple[list[Any], int]:
     """At most `limit` rows as JSON has them, and the limit: the number of rows where PAGE is less. read: of rows, so
-    many from a place on."""
+    many from a place on. turn: one list is made at a time, so that many of them hold up nobody else."""
     page, size = list[Any](), 0
-    while len(page) < limit and size < PAGE:
-        asked = min(AT_ONCE, limit - len(page))
-        rows = [make(row) for row in read(asked, offset + len(page))]
-        page += rows
-        size += sum(len(json.dumps(row)) for row in rows)
-        if len(rows) < asked:
-            return page, limit
+    async with turn:
+        while len(page) < limit and size < PAGE:
+            asked = min(AT_ONCE, limit - len(page))
+            rows = [make(row) for row in read(asked, offset + len(page))]
+            page += rows
+            size += sum(len(json.dumps(row)) for row in rows)
+            if len(rows) < asked:
+                return page, limit
+            await asyncio.sleep(0)
     return page, len(page)
 
 

@@ -15,7 +15,7 @@ from tinker import types
 from kshot.errors import BusyError, RequestError
 from vlm.local.clients import SamplingRequest, refuse
 from vlm.server.futures import PROTOBUF, Answer, error_answer
-from vlm.server.memory import QUEUES, Reservation
+from vlm.server.limits.memory import QUEUES, Reservation
 from vlm.server.owners import Owner
 from vlm.server.state import ServerState, check_number, sampler_id
 from vlm.server.tables import Sampler

@@ -20,7 +20,7 @@ from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, recipien
 from vlm.local.registry import check_optimizer, check_seed
 from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
-from vlm.server.memory import ADAPTERS, HELD, QUEUES, Reservation
+from vlm.server.limits.memory import ADAPTERS, HELD, QUEUES, Reservation
 from vlm.server.owners import Owner
 from vlm.server.runs import LiveRun, Operation
 from vlm.server.state import ServerState, check_number, metadata_text, sampler_id

@@ -1,7 +1,7 @@
 """What images of clients may take: fewer pixels than on the command line, and memory by what their headers say.
 
 A few kB may unpack to gigabytes. So sizes and modes are read from the headers before anything is decoded, and what
-decoding takes is a part of the request's reservation. tests/vlm/test_server_images.py compares it with reality.
+decoding takes is a part of the request's reservation. tests/vlm/test_server_memory.py compares it with reality.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """How much memory a body takes once it is parsed: upper bounds from a look at its bytes, before anything is built.
 
 A few kB may unpack to millions of empty messages or wrong values, each of which becomes an object or an error of some
-hundred bytes. So they are counted first, and too many are refused. tests/vlm/test_server_sizes.py compares the bounds
+hundred bytes. So they are counted first, and too many are refused. tests/vlm/test_server_memory.py compares the bounds
 with what is really taken.
 """
 
@@ -15,6 +15,7 @@ from kshot.errors import RequestError, TooLargeError
 # JSON
 
 VALUES = 4096  # of a plain body: of each an error may be made, which takes 0.1 ms
+TEXTS = 16  # times as many commas and brackets, in texts too, are refused unparsed where no list may be long
 VALUE = 4096  # bytes of what is built of a value: an object of a request, or errors that it is wrong
 NUMBER = 128  # of a number in a list: it is parsed twice where there are many
 COPIES = 4  # of the body's bytes: itself, its texts, images out of base64, and what is made of them
@@ -31,8 +32,11 @@ def json_bytes(body: bytes, most: int) -> int:
 def check_json(body: bytes, most: int, lists: frozenset[Path]) -> None:
     """Raise TooLargeError for a JSON body of more than `most` values; a list of whole numbers at one of the paths
     counts as one. What is no JSON is left to whoever reads it."""
-    if body.count(b",") + body.count(b"[") + body.count(b"{") < most:
+    marks = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if marks < most:
         return
+    if not lists and marks > TEXTS * most:
+        raise TooLargeError(f"the body has more than {most:,} values; send it in smaller parts")
     try:
         left: list[tuple[Any, set[Path]]] = [(from_json(body), {*lists})]
     except ValueError:
