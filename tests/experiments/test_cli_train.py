@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_how_long_the_steps_take_is_said_after_the_first(monkeypatch: pytest.Mon
             now[0] += 1000 if number == 1 else 40
             yield Step(number, 102, 1.0)
 
-    monkeypatch.setattr(adapters.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(adapters, "time", SimpleNamespace(monotonic=lambda: now[0]))
     adapters._show_steps(steps())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("about")]
     assert lines == ["about 66 min for the other 99 steps, measured on the first"]

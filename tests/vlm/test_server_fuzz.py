@@ -31,7 +31,6 @@ from tests.vlm.raw import FORWARD, Raw, body_of, files, refused, talking, until
 from tests.vlm.serving import HEADERS, Server, served
 from vlm import nano
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
-from vlm.server.limits.pace import Pace
 from vlm.server.openai.requests import ChatRequest, CompletionRequest
 from vlm.server.tinker import routes
 
@@ -82,7 +81,7 @@ def fuzzed(home: Path, examples: int) -> Iterator[Fuzzed]:
     (home / "others" / "kshot.json").write_text("{}")
     outside, threads = files(home, but=home / "state"), set(threading.enumerate())
     with served(home / "state") as server, talking(server.address) as raw:
-        object.__setattr__(server.app, "pace", Pace(rate=math.inf))  # most of what is generated is refused
+        server.app.rate_limit.rate = math.inf  # most of what is generated is refused
         made = Fuzzed(server, raw, *_known(raw, examples))
         yield made
         for request_id in made.accepted:

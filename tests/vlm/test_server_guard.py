@@ -23,7 +23,6 @@ from tests.vlm.serving import KEY, Server, served
 from vlm.server import connections, guard, page
 from vlm.server.app import BODIES, HEALTH
 from vlm.server.guard import PLAIN, Keys, hosts_of, is_loopback, unpack, unpacked_size
-from vlm.server.limits.pace import Pace
 
 OTHER = "tml-another-key-of-it"
 ZSTD = {**PROTOBUF, "Content-Encoding": "zstd"}
@@ -47,7 +46,7 @@ def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     hashed = "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()
     known = kept_keys(tmp_path_factory.mktemp("keys"), "# ours", "", f"  {KEY}  ", hashed)
     with served(home / "state", keys=known) as running:
-        object.__setattr__(running.app, "pace", Pace(rate=math.inf))  # most of these requests are refused
+        running.app.rate_limit.rate = math.inf  # most of these requests are refused
         yield running
 
 

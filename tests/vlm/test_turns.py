@@ -77,7 +77,7 @@ def test_a_pass_among_samples_is_bit_for_bit_the_pass_alone(
 ) -> None:
     """Also where samples come of the run's own snapshot, and of another run, whose gradients do not mix with it;
     between packs and within them."""
-    monkeypatch.setattr(schedulers, "REST", 0.0)
+    monkeypatch.setattr(schedulers, "GIVE_WAY_AFTER", 0.0)
     other = service.create_lora_training_client(nano.NAME, rank=2, seed=8).result()
     for run, seed in ((client, 0), (other, 1)):
         disturb(run, seed)
@@ -153,7 +153,7 @@ def test_a_sample_waits_for_a_layer_and_not_for_the_pack(
 ) -> None:
     """All its tokens come within the one pack, forwards and backwards, and change none of its numbers."""
     alone, gradients = client.forward_backward(mixed, "cross_entropy").result(SOON), taken(client)
-    monkeypatch.setattr(schedulers, "REST", 0.0)
+    monkeypatch.setattr(schedulers, "GIVE_WAY_AFTER", 0.0)
     passed = packs.stopped(1, lambda: client.forward_backward(mixed, "cross_entropy"))
     seen: list[bool] = []
     started = sampler.start(SamplingRequest(PROMPT, FEW), lambda _: seen.append(passed.future().done()))

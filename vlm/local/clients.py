@@ -320,7 +320,9 @@ class LocalTrainingClient(_Client):
         data = list(data)  # the caller's may change before it is read
         self._engine.prefetch([datum.model_input for datum in data])
         scheduler = self._scheduler
-        return Future(scheduler.submit_passes(call, self._run, data, *args, of=self, rest=scheduler.rest))
+        return Future(
+            scheduler.submit_passes(call, self._run, data, *args, of=self, between_layers=scheduler.between_layers)
+        )
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)

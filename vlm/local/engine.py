@@ -123,7 +123,7 @@ def _mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) 
 Between = Callable[[bool], None]
 """Called after each pass of a request, with whether it was the last. What it raises ends the request as a pass does
 that fails."""
-Rest = Callable[[], None]
+BetweenLayers = Callable[[], None]
 """Called within a pass, between layers, on a CPU: others may use the engine meanwhile, without a gradient."""
 CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
@@ -159,7 +159,7 @@ class Engine:
         *,
         forward_only: bool = False,
         between: Between = lambda last: None,
-        rest: Rest | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> types.ForwardBackwardOutput:
         """The loss of `data` and, unless `forward_only`, its gradient, added to the run's.
 
@@ -183,7 +183,7 @@ class Engine:
                 with torch.set_grad_enabled(not forward_only):  # not while others have their turn
                     batch = batches.pop(number, None) or self._batch(pack, run.factors)
                     with self.model.timed("forward"):
-                        log_probs = self._log_probs(run.factors, pack, batch, rest)
+                        log_probs = self._log_probs(run.factors, pack, batch, between_layers)
                         fields = {name: each.to(log_probs.device) for name, each in pack.fields.items()}
                         value = chosen(log_probs, fields)
                     if not forward_only:
@@ -205,7 +205,7 @@ class Engine:
         loss_fn: CustomLoss,
         *,
         between: Between = lambda last: None,
-        rest: Rest | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> types.ForwardBackwardOutput:
         """The gradient of any function of the data's log-probabilities, added to the run's (see the SDK).
 
@@ -223,7 +223,7 @@ class Engine:
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
         for pack in packs:
             with torch.set_grad_enabled(once):
-                log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), rest)
+                log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), between_layers)
             outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
             if not once:  # else a graph waits
                 between(False)
@@ -233,7 +233,7 @@ class Engine:
             for pack in packs:
                 with torch.enable_grad():
                     if not once:
-                        log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), rest)
+                        log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), between_layers)
                     slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
                     run.add(partial(log_probs.backward, slope))
                 between(pack is packs[-1])
@@ -298,15 +298,16 @@ class Engine:
                 )
         return batch
 
-    def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch, rest: Rest | None) -> Tensor:
+    def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
         """(scored,) or (scored, K) float32 log-probabilities of the targets at the pack's scored positions."""
         if not len(pack.scored_positions):
             shape = pack.fields["target_tokens"].shape
             return torch.zeros(shape, device=self.model.device, requires_grad=torch.is_grad_enabled())
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
-        rest = rest if self.model.device.type == "cpu" else None  # a GPU's gradients are computed on another thread
-        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, rest)
+        if self.model.device.type != "cpu":  # whose gradients are computed on another thread
+            between_layers = None
+        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
         targets = pack.fields["target_tokens"].to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)

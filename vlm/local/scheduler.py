@@ -27,7 +27,7 @@ from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
 
-REST = 0.05  # seconds of a pass after which others may sample within it
+GIVE_WAY_AFTER = 0.05  # seconds of a pass; then others may sample between its layers
 OnToken = Callable[[TokenSequence], None]
 
 
@@ -353,9 +353,9 @@ class Scheduler:
         if (last or job.future.cancelled()) and not job.claim():
             raise CancelledError
 
-    def rest(self) -> None:
-        """Within a pass that has gone on for REST seconds: let those sample who wait. On the scheduler's thread."""
-        if time.perf_counter() - self._resumed > REST and (self._new_requests or self._batches):
+    def between_layers(self) -> None:
+        """Where a pass has gone on for GIVE_WAY_AFTER seconds, let those sample who wait. On the scheduler's thread."""
+        if time.perf_counter() - self._resumed > GIVE_WAY_AFTER and (self._new_requests or self._batches):
             with torch.no_grad():
                 self._give_way(self._sample)
 

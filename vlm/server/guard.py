@@ -41,7 +41,7 @@ from kshot.untrusted import read_file
 from vlm.server.futures import JSON
 from vlm.server.limits import sizes
 from vlm.server.limits.memory import BODIES, MESSAGES, Memory, Reservation
-from vlm.server.limits.pace import LONGEST, REFUSAL, REFUSED, Pace, units_of
+from vlm.server.limits.rate_limit import LONGEST, REFUSAL, REFUSED, RateLimit, cost_of
 from vlm.server.owners import EVERYBODY, NOBODY, Owner, owner_name
 
 T = TypeVar("T")
@@ -83,45 +83,45 @@ class Guard:
     error_response: Callable[[str, Exception], tuple[int, dict[str, Any]]]
     memory: Memory
     signer: "Signer"
-    pace: Pace = field(default_factory=Pace)
+    rate_limit: RateLimit = field(default_factory=RateLimit)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a web socket, of which there is none here
             return await send({"type": "websocket.close", "code": 1008})
-        headers, send = Headers(scope=scope), self._paced(scope, send)
-        with self.memory.take(BODIES) as taken, self.memory.take(MESSAGES) as parsed:
-            scope[PARSED] = parsed
-            try:
+        headers, send = Headers(scope=scope), self._limited(scope, send)
+        try:
+            with self.memory.take(BODIES) as taken, self.memory.take(MESSAGES) as parsed:
+                scope[PARSED] = parsed
                 scope["owner"] = self._owner(scope["path"], scope["query_string"].decode("latin-1"), headers)
-                await self._take_turn(scope)
+                await self._wait_for_rate(scope)
                 if scope["method"] not in SAFE:
                     wanted = self.bodies.get(scope["path"], PLAIN)
                     receive = _replay(await _read(headers, receive, taken, parsed, wanted), receive)
                 return await self.app(scope, receive, send)
-            except (RequestError, BusyError) as error:
-                response = _refusal(*self.error_response(scope["path"], error), headers)
-                return await response(scope, receive, send)
-            except ClientDisconnect:
-                return None
+        except (RequestError, BusyError) as error:
+            response = _refusal(*self.error_response(scope["path"], error), headers)
+        except ClientDisconnect:
+            return None
+        return await response(scope, receive, send)  # which may wait: nothing of the body is in memory any more
 
-    def _paced(self, scope: Any, send: Any) -> Any:
-        """A `send` that begins a refusal when its client's turn has come."""
+    def _limited(self, scope: Any, send: Any) -> Any:
+        """A `send` that begins a refusal when the client's rate allows it."""
 
-        async def paced(message: Any) -> None:
+        async def limited(message: Any) -> None:
             if message["type"] == "http.response.start" and message["status"] in REFUSED:
-                await _sleep(self.pace.wait(_client(scope), REFUSAL))
+                await _sleep(self.rate_limit.wait(_client(scope), REFUSAL))
             await send(message)
 
-        return paced
+        return limited
 
-    async def _take_turn(self, scope: Any) -> None:
-        """Wait until the client's turn for what is costly. Raises BusyError where too many wait."""
-        if units := units_of(scope["path"]):
-            seconds = self.pace.wait(_client(scope), units)
+    async def _wait_for_rate(self, scope: Any) -> None:
+        """Wait until the client's rate allows the request. Raises BusyError where that is too long."""
+        if cost := cost_of(scope["path"]):
+            seconds = self.rate_limit.wait(_client(scope), cost)
             if seconds >= LONGEST:
-                raise BusyError("lists and new things are asked for too often; send this one again later")
+                raise BusyError("lists, or sessions, runs and samplers, are asked for too often; send this again later")
             await _sleep(seconds)
 
     def _owner(self, path: str, query: str, headers: Headers) -> Owner:
@@ -223,8 +223,9 @@ async def _sleep(seconds: float) -> None:
 
 
 def _client(scope: Any) -> str:
-    """Address and key."""
-    return f"{scope['client'][0] if scope.get('client') else ''} {_key(Headers(scope=scope))}"
+    """Address, and owner where there are keys; a key that is not accepted makes no client of its own."""
+    owner = scope.get("owner")
+    return f"{scope['client'][0] if scope.get('client') else ''} {owner.name if owner and owner.name else ''}"
 
 
 def _key(headers: Headers) -> str:

@@ -49,11 +49,11 @@ class Text:
         inputs: PackedInputs,
         attention: Attention,
         factors: Factors | None,
-        rest: Callable[[], None] | None = None,
+        between_layers: Callable[[], None] | None = None,
     ) -> Tensor:
         """(positions, hidden), or (wanted, hidden) of those that `attention` wants: the last states, after the norm.
 
-        rest: called between layers, and again on the way back of a gradient; it may use the model meanwhile.
+        between_layers: called there, forwards and again backwards; it may use the model.
         """
         x = self._embed.weight[inputs.ids]
         if inputs.image_positions is not None and inputs.embeds is not None:
@@ -74,10 +74,10 @@ class Text:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
                 positions = inputs.image_positions.to(x.device)
                 x = x.add_(torch.zeros_like(x).index_copy_(0, positions, inputs.deepstack[number].to(x)))
-            if rest is not None and number < final:
-                rest()
+            if between_layers is not None and number < final:
+                between_layers()
                 if x.requires_grad:
-                    x.register_hook(lambda _: rest())
+                    x.register_hook(lambda _: between_layers())
         if attention.wanted is not None and not early:
             x = gather(x, attention.wanted)
         return rms_norm(x.to(self._norm.weight.device), self._norm.weight, self._norm.variance_epsilon)

@@ -1,1 +1,1 @@
-"""What clients may make a server hold and do: memory, sizes of bodies and images, and how soon they are answered."""
+"""What clients may make a server hold and do: memory, sizes of bodies and images, rates."""

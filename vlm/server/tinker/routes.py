@@ -77,11 +77,12 @@ def routes(
     """The router of one server."""
     router = APIRouter(prefix="/api/v1", route_class=Route)
     _server(router, state)
-    _sessions(router, state)
+    one_list = asyncio.Lock()
+    _sessions(router, state, one_list)
     _training(router, state, training_service)
     _sampling(router, state, sampling_service)
     _answers(router, state)
-    _lists(router, state)
+    _lists(router, state, one_list)
     downloads.add(router, state, signer)
     return router
 
@@ -112,7 +113,7 @@ def _server(router: APIRouter, state: ServerState) -> None:
         return {"status": "accepted"}  # nothing of it is kept
 
 
-def _sessions(router: APIRouter, state: ServerState) -> None:
+def _sessions(router: APIRouter, state: ServerState, turn: asyncio.Lock) -> None:
     @router.post("/create_session")
     async def create_session(request: types.CreateSessionRequest, owner: Owned) -> dict[str, Any]:
         return {"type": "create_session", "session_id": state.create_session(request, owner)}
@@ -125,8 +126,6 @@ def _sessions(router: APIRouter, state: ServerState) -> None:
     @router.post("/sessions/{session_id}/finish", status_code=204)
     async def finish(session_id: str, request: Finish, owner: Owned) -> None:
         state.finish_session(session_id, {"reason": request.reason, "detail": request.detail}, owner)
-
-    turn = asyncio.Lock()
 
     @router.get("/sessions")
     async def sessions(
@@ -295,9 +294,7 @@ def _response(answer: Answer) -> Response:
     return Response(answer.content, media_type=answer.content_type)
 
 
-def _lists(router: APIRouter, state: ServerState) -> None:
-    turn = asyncio.Lock()
-
+def _lists(router: APIRouter, state: ServerState, turn: asyncio.Lock) -> None:
     @router.get("/training_runs")
     async def training_runs(
         owner: Owned,
