@@ -12,7 +12,7 @@ from kshot.errors import ModelError
 
 FILES = ("model.safetensors", "config.json")  # what timm reads
 HUB = "hf-hub:"
-COMMIT = re.compile("@[0-9a-f]{40}$")
+COMMIT = re.compile(f"@{hub.COMMIT}$")
 
 
 def hub_id_of(backbone: str) -> str | None:

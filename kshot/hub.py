@@ -13,6 +13,7 @@ from kshot.errors import KshotError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+COMMIT = "[0-9a-f]{40}"  # a regular expression
 TRIES = 3  # of a download whose connection drops in a way that huggingface_hub does not resume
 TIMEOUT = 10.0  # seconds that the hub has to say how large something is
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
@@ -54,9 +55,10 @@ def cached_commit(hub_id: str, revision: str, patterns: Sequence[str]) -> str | 
     """The commit of a model of which the hub's cache has all of these files, weights among them; None where it lacks
     any. revision: "" for the newest."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     snapshot = partial(snapshot_download, hub_id, revision=revision or None, local_files_only=True)
-    with suppress(Exception):  # the hub's library has a dozen errors for what its cache lacks
+    with suppress(OSError, ValueError, CachedRepoTreeNotFoundError):
         folder = Path(snapshot(allow_patterns=list(patterns), ignore_patterns=["*/*"]))
         return folder.name if any(folder.glob("*.safetensors")) else None
     return None

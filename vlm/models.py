@@ -21,7 +21,7 @@ SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, a
 WEIGHTS = ("*.safetensors",)  # never pickles
 FILES = (*SMALL, *WEIGHTS)
 GGUF = "kshot reads safetensors in hub layout alone: give the model that the file was made from"
-COMMIT = re.compile("@[0-9a-f]{40}$")
+COMMIT = re.compile(f"@{hub.COMMIT}$")
 
 
 def full_name(name: str) -> str:

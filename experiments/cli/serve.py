@@ -11,7 +11,11 @@ from experiments.terminal import err, out
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", metavar="NAME[=PATH]", help="A model's name, and where it is; repeat for several."),
+        typer.Option(
+            "--model",
+            metavar="NAME[=PATH]",
+            help="A model's name, and where it is; repeat for several (default: the nano VLM).",
+        ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from data import catalog
+from kshot import hub
 from kshot.errors import InputError, UnknownNameError
 from kshot.untrusted import YAML_BYTES, parse_yaml, read_file
 from vlm.models import full_name
@@ -309,9 +310,7 @@ def commits_of(kind: str, settings: Mapping[str, Any]) -> dict[str, str]:
     names, revisions = settings[kind], settings.get(f"{kind}_revision")
     several = names if isinstance(names, list) else [names]
     each = revisions if isinstance(revisions, list) else [revisions] * len(several)
-    return {
-        name: commit for name, commit in zip(several, each, strict=True) if re.fullmatch(r"[0-9a-f]{40}", commit or "")
-    }
+    return {name: commit for name, commit in zip(several, each, strict=True) if re.fullmatch(hub.COMMIT, commit or "")}
 
 
 def _at_commits(kind: str, settings: Mapping[str, Any]) -> Any:

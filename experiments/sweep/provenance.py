@@ -8,6 +8,7 @@ from typing import Any
 
 from baselines import nano as nano_dinov2
 from experiments.sweep.config import Settings
+from kshot import hub
 from kshot.files import fingerprint
 from vlm import nano
 
@@ -62,7 +63,7 @@ def local_model(kind: str, name: str) -> Path | None:
     return path if name != SHIPPED[kind].NAME and path.exists() else None
 
 
-_COMMIT = re.compile(r"(.+)@([0-9a-f]{40})")  # a model of the hub, at a commit
+_COMMIT = re.compile(f"(.+)@({hub.COMMIT})")  # a model of the hub, at a commit
 
 # A slash that begins a path: not after a word (Qwen/Qwen3), a dot (./runs), a tilde, a closing bracket or a scheme's ://
 _PATH = re.compile(r"""(?:(?<![\w./~…)}\]])|(?<=file://))/(?:[^\s/'"]+/)*([^\s/'"]+)/?""")

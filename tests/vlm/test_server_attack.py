@@ -162,6 +162,7 @@ def attacked(folder: Path, seconds: float, clients: int, report: Callable[[str],
         answers = sum((list(each.answers.items()) for each in attackers), list[tuple[int, int]]())
         total = {status: sum(count for own, count in answers if own == status) for status, _ in answers}
         report(f"answers by status: {total}")
+        assert {200, 400, 413, 429} <= {*total}  # each kind of attack has been answered
         assert process.is_running()
         service.close("success").result(60)
         return peak, median(beside) / alone

@@ -67,9 +67,11 @@ def test_small_requests_find_room_beside_large_ones_and_kinds_that_stay_have_sha
         budget.take(kind, int(800 * MB * share))
         with pytest.raises(BusyError):
             budget.take(kind, 1)
-        with pytest.raises(TooLargeError):
+        with pytest.raises(BusyError if kind == memory.HELD else TooLargeError):  # its turn comes, and then it fits
             budget.take(kind, int(800 * MB * share) + 1)
-    budget.take("bodies", 100 * MB)
+    budget.take("queues", 99 * MB)  # what those wait for that are held
+    with pytest.raises(ValueError, match="-1 bytes of queues"):
+        budget.take("queues", -1)
 
 
 def test_what_nobody_has_any_more_is_given_back() -> None:
@@ -192,12 +194,31 @@ def test_long_prompts_are_no_wrong_values() -> None:
     sizes.check_json(b'{"text":"' + b"," * 1000 + b'"}', 100, lists)
 
 
+def test_nested_lists_are_refused_before_they_are_built() -> None:
+    body = b'{"prompt":[' + b",".join([b"[" * 100 + b"]" * 100] * 10_000) + b"]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLargeError, match="more than 8,192 values"):
+            sizes.check_json(body, 1 << 13, frozenset({("prompt",), ("prompt", "*")}))
+        assert tracemalloc.get_traced_memory()[1] < MB
+    finally:
+        tracemalloc.stop()
+
+
 # Answers, images, adapters
 
 
 def test_more_log_probabilities_than_are_built_are_refused(raw: Raw) -> None:
     body = sample_of(PROMPT, max_tokens=500) | {"num_samples": 16, "topk_sample_logprobs": 4096}
     refused(raw.post("asample", **body), 400, "topk_sample_logprobs: more than 1,048,576")
+
+
+@pytest.mark.parametrize("name", ["topk_prompt_logprobs", "prompt_alt_tokens_k", "topk_sample_logprobs", "max_tokens"])
+def test_negative_counts_give_no_memory(server: Server, raw: Raw, name: str) -> None:
+    many = {"max_tokens": -(10**9)} if name == "max_tokens" else {"max_tokens": 1}
+    body = sample_of(PROMPT, **many) | {"topk_sample_logprobs": 1} | ({} if name == "max_tokens" else {name: -(10**9)})
+    refused(raw.post("asample", **body), 400, "negative")
+    assert min(server.state.memory.taken.values()) >= 0
 
 
 def test_waiting_samples_are_bounded_by_their_bytes(server: Server, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.vlm.raw import JSON, SESSION, refused, talking
 from tests.vlm.serving import served
+from vlm.server import guard
 from vlm.server.limits import rate_limit
 from vlm.server.limits.rate_limit import BURST, LONGEST, MOST, RATE, RateLimit, cost_of
 
@@ -38,6 +39,7 @@ def test_nobody_waits_for_long_and_few_are_remembered() -> None:
 def test_what_is_limited() -> None:
     assert cost_of("/api/v1/training_runs") == cost_of("/api/v1/training_runs/x/checkpoints") == rate_limit.LIST
     assert cost_of("/api/v1/create_model") == rate_limit.CREATION
+    assert cost_of("/api/v1/sessions/x") == rate_limit.LIST
     for path in ("forward_backward", "asample", "retrieve_future", "session_heartbeat", "training_runs/x"):
         assert not cost_of(f"/api/v1/{path}")
 
@@ -48,7 +50,12 @@ def test_lists_and_refusals_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
 
     def wait(client: str, cost: float) -> float:
         noted.append((client, limit.wait(client, cost)))
-        return noted[-1][1] if noted[-1][1] >= LONGEST and cost != rate_limit.REFUSAL else 0.0
+        return noted[-1][1] if noted[-1][1] >= LONGEST else 0.0
+
+    async def no_sleep(_: float) -> None:
+        pass
+
+    monkeypatch.setattr(guard, "_sleep", no_sleep)
 
     with served(tmp_path) as server, talking(server.address) as raw:
         run = raw.run(raw.session())
@@ -61,7 +68,8 @@ def test_lists_and_refusals_on_a_server(tmp_path: Path, monkeypatch: pytest.Monk
         assert raw.http.get(f"/api/v1/training_runs/{run}").status_code == 200
         assert len(noted) == count
         refused(raw.http.post(SESSION, content=b"{", headers=JSON), 429, "too often")
-        refused(raw.http.post("/api/v1/session_heartbeat", content=b"{", headers=JSON), words="no JSON")
-        assert noted[-1][1] == LONGEST
+        broken = raw.http.post("/api/v1/session_heartbeat", content=b"{", headers=JSON)
+        refused(broken, words="no JSON")
+        assert (noted[-1][1], broken.headers["connection"]) == (LONGEST, "close")
         raw.http.post(SESSION, content=b"{", headers=JSON | {"X-API-Key": "another"})
         assert len({client for client, _ in noted}) == 1  # a key that nobody has checked makes no other client

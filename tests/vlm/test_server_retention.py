@@ -94,6 +94,17 @@ def test_an_owner_has_so_many_rows_and_old_ones_go_first(kept: Store, monkeypatc
     assert kept.owners(Session) == {"one": 17, "other": 1}
 
 
+def test_room_is_made_behind_many_sessions_that_make_none(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(retention.MOST, Run, 20)
+    for n in range(1100):
+        kept.add(Session(f"s{n:04}", NOW + n, NOW + n, finished={"reason": "done"}))
+    for n in range(20):
+        kept.add(Run(f"r{n}", f"s{1060 + n}", "m", {}))
+    Retention(kept).prune(NOW + HOUR, HOUR, [])
+    assert kept.count(Run) == 16
+    assert kept.count(Session) == 1100 - 4
+
+
 def test_unsaved_samplers_that_are_gone_make_room(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that samples at each step makes one a step; its session is not over."""
     monkeypatch.setitem(retention.MOST, Sampler, 20)

@@ -202,7 +202,8 @@ class QueuedJob:
 
 
 class JobQueue:
-    """Jobs of clients: one's in order, and the clients in turn, so that nobody waits for all that another has sent."""
+    """Jobs of training and sampling clients: those of one client in order, and the clients in turn, so that nobody
+    waits for all that another has sent."""
 
     def __init__(self) -> None:
         self._jobs = OrderedDict[int, deque[QueuedJob]]()

@@ -111,7 +111,10 @@ class Guard:
 
         async def limited(message: Any) -> None:
             if message["type"] == "http.response.start" and message["status"] in REFUSED:
-                await _sleep(self.rate_limit.wait(_client(scope), REFUSAL))
+                seconds = self.rate_limit.wait(_client(scope), REFUSAL)
+                if seconds >= LONGEST:  # the next one is to need a new connection
+                    message = message | {"headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                await _sleep(seconds)
             await send(message)
 
         return limited
@@ -161,17 +164,17 @@ async def _read(headers: Headers, receive: Any, taken: Reservation, parsed: Rese
         size = unpacked_size(content)
         _check_size(size, wanted.limit)
         taken.grow(size)
-        content = await _beside(size, unpack, content)
+        content = await _in_thread_if_large(size, unpack, content)
     if kind == JSON:
         parsed.grow(sizes.json_bytes(content, wanted.values))
-        await _beside(len(content), sizes.check_json, content, wanted.values, wanted.lists)
+        await _in_thread_if_large(len(content), sizes.check_json, content, wanted.values, wanted.lists)
     elif content:
-        parsed.grow(await _beside(len(content), sizes.protobuf_bytes, content))
+        parsed.grow(await _in_thread_if_large(len(content), sizes.protobuf_bytes, content))
     return content
 
 
-async def _beside(size: int, call: Callable[..., T], *args: Any) -> T:
-    """A call that takes long for many bytes: then beside the event loop."""
+async def _in_thread_if_large(size: int, call: Callable[..., T], *args: Any) -> T:
+    """A call that takes long for many bytes."""
     return await asyncio.to_thread(call, *args) if size > STEP else call(*args)
 
 

@@ -22,6 +22,7 @@ from vlm.server.tables import Run, Sampler, Session
 KEEP = 30 * 86400.0  # seconds
 UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 MOST = {Session: 10_000, Run: 10_000, Sampler: 100_000}  # rows of one owner
+ALL = -1  # rows: no limit of SQLite's
 FULL, AIM = 0.9, 0.8  # of these: beyond it old ones go early, until so many are left
 TAGS, TEXT = 64, 1024  # tags of a session; characters of a tag, a display name and an SDK's version
 REASON = 1 << 16  # characters of the JSON of why a session was finished
@@ -92,9 +93,10 @@ class Retention:
             for sampler in set(self.store.unsaved_samplers(owner, excess)).difference(in_memory):
                 self.store.remove(Sampler, sampler)
         left = self.store.owners(kind).get(owner, 0) - int(AIM * MOST[kind])
-        for session in self.store.over(before, Owner(owner, everything=False), finished=True):
-            rows = 1 if kind is Session else len(self.store.of_session(kind, session))
-            if left > 0 and rows:  # one without such rows would make no room
+        for session in self.store.over(before, Owner(owner, everything=False), ALL, finished=True):
+            if left <= 0:
+                return
+            if rows := 1 if kind is Session else len(self.store.of_session(kind, session)):  # else it makes no room
                 self._remove(session)
                 left -= rows
 

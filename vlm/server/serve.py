@@ -73,8 +73,9 @@ def serve(
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     memory = memory or Memory()
-    registry.pixel_bytes, registry.decoders = memory.limit // 8, images.AT_ONCE
-    _ = memory.take(IMAGES, registry.pixel_bytes)  # for good: images are decoded ahead while there is room in it
+    ahead = memory.limit // 8  # for good: images are decoded ahead while there is room in it, for each model
+    _ = memory.take(IMAGES, ahead)
+    registry.pixel_bytes, registry.decoders = ahead // max(1, len(registry.model_paths or ())), images.AT_ONCE
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet

@@ -249,8 +249,9 @@ class Samplers:
                 return self.memory.take(SAMPLERS, size)
             except BusyError:
                 own = next((name for name, (of, _) in self.ephemeral.items() if of == run), None)
-                if self._loaded:
-                    self._loaded.popitem(last=False)
+                loaded = (key for key, task in self._loaded.items() if task.done() and not key.startswith("base "))
+                if (key := next(loaded, None)) is not None:
+                    del self._loaded[key]
                 elif own is not None:
                     del self.ephemeral[own]
                 else:

@@ -16,7 +16,7 @@ from kshot.images import open_header
 T = TypeVar("T")
 MAX_PIXELS = 1 << 25  # of one image: 33 megapixels, more than most cameras make
 MAX_REQUEST = 1 << 28  # of all images of a request: seconds to decode
-AT_ONCE = 2  # images of a request that are decoded at the same time
+AT_ONCE = 2  # threads that decode images ahead; beside them the engine's own decodes one
 # Bytes a pixel while it is decoded, turned to RGB and cut to patches; of 16 bits numbers of 64 are made on the way.
 PLAIN, WITH_ALPHA, DEEP = 48, 64, 80
 ENCODED = 4  # bytes a pixel of what is encoded again, since it is no upright RGB
@@ -28,7 +28,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_ONCE, "kshot-images")
 
 
-async def beside(call: Callable[..., T], *args: Any) -> T:
+async def in_thread(call: Callable[..., T], *args: Any) -> T:
     """A call about images, on a thread of their own."""
     return await asyncio.get_running_loop().run_in_executor(_threads(), call, *args)
 
@@ -59,4 +59,4 @@ def image_bytes(images: Iterable[bytes]) -> int:
             count = pixels if pixels > MAX_PIXELS else total
             raise TooLargeError(f"{what} {number} of the request: {count:,} pixels, at most {most:,}; make it smaller")
         sizes.append(pixels * (DEEP if mode[0] in "IF" else WITH_ALPHA if alpha else PLAIN))
-    return sum(sorted(sizes)[-AT_ONCE:]) + ENCODED * total
+    return sum(sorted(sizes)[-AT_ONCE - 1 :]) + ENCODED * total

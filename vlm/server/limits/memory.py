@@ -22,7 +22,7 @@ ADAPTERS, SAMPLERS, ANSWERS = "adapters", "samplers", "answers"  # runs with the
 KINDS = BODIES, MESSAGES, IMAGES, HELD, QUEUES, ADAPTERS, SAMPLERS, ANSWERS
 # The most of the limit that may be taken by a kind that does not go away by itself. Together they leave a quarter to
 # all others: so that what is held can be followed by the request that it waits for.
-SHARES: Mapping[str, float] = {ADAPTERS: 3 / 8, SAMPLERS: 1 / 4, HELD: 1 / 8}
+SHARES: Mapping[str, float] = {ADAPTERS: 3 / 8, SAMPLERS: 1 / 8, HELD: 1 / 8, IMAGES: 1 / 8}
 SMALL = 1 << 20  # bytes of a request that may take the last eighth too: small ones are answered beside large ones
 LAST = 1 / 8
 DEFAULT = 1 / 4  # of the machine's memory, or of what the process's control groups leave
@@ -57,6 +57,8 @@ class Memory:
         """Put the second (kind, bytes) in place of the first; `Reservation` calls it. Raises as `Reservation.grow`."""
         self._collect()
         (kind, size), more = new, new[1] - old[1]
+        if size < 0:
+            raise ValueError(f"{size} bytes of {kind}")
         with self._lock:
             if not forced and size > (0 if old[0] != kind else old[1]):
                 self._check(kind, size, more, self._taken[kind] + size - (old[1] if old[0] == kind else 0))
@@ -69,7 +71,8 @@ class Memory:
 
     def _check(self, kind: str, size: int, more: int, of_kind: int) -> None:
         share = SHARES.get(kind, 1.0)
-        if size > self.limit * share * (1 if kind in SHARES else 1 - LAST):
+        never = 1 - LAST if kind == HELD else min(share, 1 - LAST)  # what is held fits later, when its turn comes
+        if size > self.limit * never:
             raise TooLargeError(
                 f"{kind} of {size:,} bytes are more than this server takes (its --memory is {self.limit:,} bytes); "
                 "ask for less at once"

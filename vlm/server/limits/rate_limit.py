@@ -1,7 +1,7 @@
 """The rate limit of a client: refusals, lists, and requests that create something cost; all others are free.
 
-A client that sends more of them than its rate waits for the answers, and takes no more of the server than that. The
-generic cell rate algorithm (ITU-T I.371): a client may spend a burst at once, then a rate a second.
+A client that sends more of them than its rate waits for the answers, and beyond that is refused or loses its
+connection. The generic cell rate algorithm (ITU-T I.371): a client may spend a burst at once, then a rate a second.
 """
 
 import time
@@ -40,4 +40,5 @@ def cost_of(path: str) -> float:
     """Of a request, whatever its answer is."""
     if path in CREATIONS:
         return CREATION
-    return LIST if path in LISTS or path.endswith("/checkpoints") else 0.0
+    of_session = path.startswith("/api/v1/sessions/") and path.count("/") == 4  # it lists runs and samplers
+    return LIST if path in LISTS or of_session or path.endswith("/checkpoints") else 0.0

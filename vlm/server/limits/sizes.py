@@ -15,7 +15,7 @@ from kshot.errors import RequestError, TooLargeError
 # JSON
 
 VALUES = 4096  # of a plain body: of each an error may be made, which takes 0.1 ms
-TEXTS = 16  # times as many commas and brackets, in texts too, are refused unparsed where no list may be long
+TEXTS = 16  # times as many brackets, and commas where no list may be long, are refused unparsed: a text has few
 VALUE = 4096  # bytes of what is built of a value: an object of a request, or errors that it is wrong
 NUMBER = 128  # of a number in a list: it is parsed twice where there are many
 COPIES = 4  # of the body's bytes: itself, its texts, images out of base64, and what is made of them
@@ -24,18 +24,18 @@ Path = tuple[str, ...]  # names of fields from the outermost in; "*" for each it
 
 def json_bytes(body: bytes, most: int) -> int:
     """Of a JSON body of at most so many values, beside long lists of whole numbers."""
-    commas = body.count(b",")
-    values = commas + body.count(b"[") + body.count(b"{") + 1
-    return COPIES * len(body) + VALUE * min(values, most) + NUMBER * commas
+    commas, brackets = body.count(b","), body.count(b"[") + body.count(b"{")
+    return COPIES * len(body) + VALUE * min(commas + brackets + 1, most) + NUMBER * (commas + brackets)
 
 
 def check_json(body: bytes, most: int, lists: frozenset[Path]) -> None:
     """Raise TooLargeError for a JSON body of more than `most` values; a list of whole numbers at one of the paths
     counts as one. What is no JSON is left to whoever reads it."""
-    marks = body.count(b",") + body.count(b"[") + body.count(b"{")
+    brackets = body.count(b"[") + body.count(b"{")
+    marks = body.count(b",") + brackets
     if marks < most:
         return
-    if not lists and marks > TEXTS * most:
+    if (brackets if lists else marks) > TEXTS * most:
         raise TooLargeError(f"the body has more than {most:,} values; send it in smaller parts")
     try:
         left: list[tuple[Any, set[Path]]] = [(from_json(body), {*lists})]

@@ -140,7 +140,7 @@ def _sampling_request(request: types.SampleRequest, targets: types.TensorData | 
 
 def _entries(request: types.SampleRequest, longest: int) -> int:
     """How many tokens with log-probabilities an answer may hold beside the sampled ones, which are few beside the
-    model's own memory of them. Raises RequestError for more than TOP of a kind."""
+    model's own memory of them. Raises RequestError for more than TOP of a kind, and for fewer than none."""
     check_number("num_samples", request.num_samples, 1, SAMPLES)
     shape = request.target_prompt_logprobs.shape if request.target_prompt_logprobs else None
     tokens = request.num_samples * min(request.sampling_params.max_tokens or longest, longest)
@@ -152,6 +152,8 @@ def _entries(request: types.SampleRequest, longest: int) -> int:
         "target_prompt_logprobs": math.prod(shape or [0]),
     }
     for name, number in kinds.items():
+        if number < 0 or length < 0:  # which would give memory back that was never taken
+            raise RequestError(f"{name}, max_tokens and the lengths of images are counts; give no negative ones")
         if number > TOP:
             what = f"{name}: more than {TOP:,} log-probabilities are asked for (positions x tokens)"
             raise RequestError(f"{what}, {number:,}; ask for fewer, or set max_tokens")
