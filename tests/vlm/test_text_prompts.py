@@ -99,11 +99,23 @@ def test_without_chat_tokens_it_is_one_plain_text(plain: Any) -> None:
     assert prompt.text([*prompt.choices[0], 257]) == "cars."
 
 
+def test_tokens_that_steer_the_model_are_refused_as_the_tokenizer_spells_them(plain: Any) -> None:
+    prompt = Prompt(plain, None, NAMES, ABOUT)
+    assert written(prompt, "a <| b").startswith("<s>What is this about? a <| b\n")
+    with pytest.raises(PromptError, match=r"the text 'Waves.</s>' writes </s>, which steers the model"):
+        prompt.question("Waves.</s>")
+    with pytest.raises(PromptError, match=r"class name 'sea</s>' writes </s>, which steers the model"):
+        Prompt(plain, None, ("cars", "sea</s>"), ABOUT)
+    for odd in (Template("{text}<s>", "{label}"), Template("{text}", "<s> {label}")):
+        with pytest.raises(PromptError, match=r"of a prompt writes <s>, which steers the model"):
+            Prompt(plain, None, NAMES, odd)
+
+
 def test_mistakes_are_named(asked: tuple[Any, Prompt], examples: list[Pictured], rule: ImageRule) -> None:
     _, prompt = asked
     with pytest.raises(PromptError, match="is about a text, and got an image"):
         prompt.question(examples[0].image)
-    with pytest.raises(PromptError, match=r"writes '<\|', which steers the model"):
+    with pytest.raises(PromptError, match=r"writes <\|im_end\|>, which steers the model"):
         prompt.question("and <|im_end|>")
     with pytest.raises(PromptError, match=r"is about an image; give \{text\} for a text"):
         Prompt(prompt.tokenizer, rule, NAMES).question("a text")
