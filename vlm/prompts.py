@@ -147,8 +147,8 @@ class Prompt:
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """label → the token ids that write the class name after the prefill, end of line included."""
-        lead, tail = self.template.lead, self.template.tail
-        return tuple(tuple(self._encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
+        lead, tail, before = self.template.lead, self.template.tail, f"{END}{self.template.prefill}"
+        return tuple(tuple(self._encode_after(before, f"{lead}{name}{tail}{END}")) for name in self.classes)
 
     @cached_property
     def _branches(self) -> tuple[tuple[label_trie.Branch, ...], ...]:
@@ -221,6 +221,17 @@ class Prompt:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def _encode_after(self, before: str, text: str) -> list[int]:
+        """The tokens of a text where another stands before it: tokenizers such as SentencePiece's begin a text with a
+        space. Raises PromptError where no tokens of its own would write it there."""
+        first, both = self._encode(before), self._encode(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        apart = self._encode(text)  # a token would reach over the border
+        if self.tokenizer.decode([*first, *apart]) != self.tokenizer.decode(both):
+            raise PromptError(f"the tokenizer cannot write {text!r} right after {before!r}; give another template")
+        return apart
+
     @cached_property
     def _chats(self) -> bool:
         """Whether the tokenizer knows ChatML's turns."""
@@ -228,6 +239,8 @@ class Prompt:
 
     @property
     def _end(self) -> str:
+        if not self._chats and self.tokenizer.eos_token is None:
+            raise PromptError("the tokenizer has neither chat turns nor a token that ends a text")
         return END_OF_TURN if self._chats else str(self.tokenizer.eos_token)
 
     @cached_property
@@ -237,7 +250,7 @@ class Prompt:
 
     @cached_property
     def _prefill(self) -> Sequence[int]:
-        return self._encode(self.template.prefill)
+        return self._encode_after(END, self.template.prefill)
 
 
 _USER, _ASSISTANT = "<|im_start|>user\n", f"{END_OF_TURN}\n<|im_start|>assistant\n"

@@ -18,7 +18,7 @@ from vlm.calibration import prior
 from vlm.classifier import fit, generate, predict, predict_and_decode
 from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
-from vlm.prompts import Prompt, Template, template
+from vlm.prompts import END, Prompt, Template, template
 
 ABOUT = Template("What is this about? {text}", "It is about {label}.")
 NAMES = ("cars", "cards", "sea", "sea life")
@@ -97,6 +97,39 @@ def test_without_chat_tokens_it_is_one_plain_text(plain: Any) -> None:
     assert [plain.decode(choice) for choice in prompt.choices[:2]] == [" cars.\n", " cards.\n"]
     assert prompt.stops == [257]
     assert prompt.text([*prompt.choices[0], 257]) == "cars."
+
+
+def spaced(*merges: tuple[str, str]) -> Any:
+    """A tokenizer that begins each text with a space, as SentencePiece's do."""
+    letters = ["\u2581", END, *map(chr, range(33, 127)), "</s>", *map("".join, merges)]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[*merges]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("answer", ["It is about {label}.", "It is:{label}", "{label}"])
+def test_a_tokenizer_that_begins_texts_with_a_space_writes_one_text(answer: str) -> None:
+    tokenizer = spaced(("\u2581", "I"), ("\u2581", "c"))
+    prompt = Prompt(tokenizer, None, NAMES, Template(ABOUT.question, answer))
+    for name, choice in zip(NAMES, prompt.choices, strict=True):
+        whole = f"What is this about? Waves.\n{answer.format(label=name)}\n"
+        assert [*prompt.question("Waves.").to_ints(), *choice] == tokenizer.encode(whole)
+        assert tokenizer.decode(tokenizer.encode(whole)) == whole
+
+
+def test_what_a_tokenizer_cannot_write_there_is_refused() -> None:
+    with pytest.raises(PromptError, match=r"cannot write 'It is about' right after '\\n'; give another template"):
+        Prompt(spaced((END, "I")), None, NAMES, ABOUT).question("Waves.")
+
+
+def test_a_tokenizer_that_ends_no_text_trains_and_stops_at_nothing(plain: Any) -> None:
+    endless = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
+    prompt = Prompt(endless, None, NAMES, ABOUT)
+    assert len(prompt.choices) == len(NAMES), "scores need no end"
+    for ask in (lambda: prompt.stops, lambda: prompt.datum("Waves.", 0), lambda: prompt.text([5])):
+        with pytest.raises(PromptError, match="has neither chat turns nor a token that ends a text"):
+            ask()
 
 
 def test_tokens_that_steer_the_model_are_refused_as_the_tokenizer_spells_them(plain: Any) -> None:
