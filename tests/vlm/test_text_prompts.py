@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tinker import types
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,12 +15,13 @@ from tests.vlm.checkpoints import text_model
 from tests.vlm.helpers import Pictured
 from vlm.calibration import prior
 from vlm.classifier import fit, generate, predict, predict_and_decode
-from vlm.inputs import ImageRule
+from vlm.inputs import ImageRule, model_input
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import END, Prompt, Template, template
 
 ABOUT = Template("What is this about? {text}", "It is about {label}.")
 NAMES = ("cars", "cards", "sea", "sea life")
+BLIND = "<|im_start|>user\nWhat is this about?<|im_end|>\n<|im_start|>assistant\nIt is about"  # without a text
 TEXTS = ["An engine with four wheels.", "The queen of hearts.", "Waves and salt.", "A whale\nand a {label}"]
 
 
@@ -61,9 +61,11 @@ def test_scores_equal_each_labels_own_forward_pass(asked: tuple[Any, Prompt], fo
         for row, text in zip(predict(sampler, TEXTS, prompt, method), TEXTS, strict=True):
             expected = brute_force.scores(stock, prompt.question(text), prompt.choices, no_rule, -1)
             assert row == pytest.approx(expected[method], abs=1e-4)
-    _, greedy = predict_and_decode(sampler, TEXTS, prompt)
-    assert greedy.shape == (4,)
-    assert np.exp(prior("pmi", sampler, prompt)).sum() == pytest.approx(1.0, rel=1e-5)
+    _, decoded = predict_and_decode(sampler, TEXTS, prompt)
+    assert decoded.tolist() == [brute_force.decoded(stock, prompt.question(text), prompt.choices) for text in TEXTS]
+    blind = model_input(prompt.tokenizer.encode(BLIND))
+    expected = brute_force.scores(stock, blind, prompt.choices, no_rule, -1)["constrained"]
+    assert prior("pmi", sampler, prompt) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["text", "closed-set"])
