@@ -1,5 +1,6 @@
 """SmolLM2 from its package: the checkpoint that is made of it, what it says on a server, and what it learns."""
 
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 from kshot.errors import ModelError
+from kshot.files import TEMPORARY
 from tests.vlm import brute_force
 from tests.vlm.openai_served import connected
 from tests.vlm.services import PATIENCE, step
@@ -31,6 +33,9 @@ WORDS = ["river", "stone", "cloud", "green", "window", "paper", "silver", "apple
 
 def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    killed = tmp_path / "models" / f".smollm2-135m-{smollm2.VERSION}.0123{TEMPORARY}"  # what a killed maker left
+    killed.mkdir(parents=True)
+    os.utime(killed, (0, 0))
 
     def missing(name: str) -> Any:
         raise metadata.PackageNotFoundError(name)
