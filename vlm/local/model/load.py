@@ -57,15 +57,15 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     """The model of a name, folder or hub id, in eval mode and without gradients, on its device or devices.
 
     device: cpu, cuda, cuda:N, mps, or auto, which spreads whole decoder layers over all visible GPUs.
-    dtype: None takes the checkpoint's; for float16, in which nothing is trained here, bfloat16, or float32 on a CPU,
-    and says so in the log. Raises UnknownNameError for what can be no model, and ModelError, in one line
+    dtype: None takes the checkpoint's; for its float16, in which nothing is trained here, bfloat16, or float32 on a
+    CPU, and says so in the log. Raises UnknownNameError for what can be no model, and ModelError, in one line
     that says the way out, for whatever cannot be loaded whole.
     """
     family, config = _read_config(name, Path(models.source(name)))
     devices = placement.devices(device)
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
-    dtype = _computed(name, dtype or _dtype(config, tensors), devices)
+    dtype = _compute_dtype(name, dtype, _dtype(config, tensors), devices)
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size = placement.sizes(tensors, layers, tied, dtype, family)
     free = [placement.free_bytes(each) for each in devices]
@@ -97,7 +97,7 @@ def load_tokenizer(name: str) -> Any:
     family, config = _read_config(name, folder)
     with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.encode("a"):
+    if not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
     if family.vision and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
@@ -151,11 +151,15 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
     return FAMILIES[kind], config
 
 
-def _computed(name: str, dtype: torch.dtype, devices: Sequence[torch.device]) -> torch.dtype:
-    """What a model of a dtype computes in: in float16 small gradients are lost without loss scaling, which is not done
-    here."""
-    if dtype != torch.float16:
-        return dtype
+def _compute_dtype(
+    name: str, asked: torch.dtype | None, stored: torch.dtype, devices: Sequence[torch.device]
+) -> torch.dtype:
+    """What a model computes in: in float16 small gradients are lost without loss scaling, which is not done here.
+    Raises ModelError where that is asked for."""
+    if asked == torch.float16:
+        raise ModelError(f"model {name}: nothing is trained in float16 here; give dtype='bfloat16'")
+    if asked or stored != torch.float16:
+        return asked or stored
     other = "float32" if devices[0].type == "cpu" else "bfloat16"
     log.warning("model %s is in float16, and is read as %s: nothing is trained in float16 here", name, other)
     return getattr(torch, other)

@@ -27,7 +27,7 @@ from tinker import types
 from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
-from vlm.prompts import END_OF_TURN
+from vlm.prompts import END_OF_TURN, special_tokens
 from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
 from vlm.server.openai import templates, tools
@@ -110,11 +110,6 @@ def text(request: ChatRequest, tokenizer: Any, *, sees: bool = True) -> str:
         return templates.written(tokenizer, _messages(request), offered or None, template, **turns)
     except ValueError as error:
         raise PromptError(f"the model's chat template cannot write these messages: {error}") from error
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that steer the model: no message may contain one."""
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
