@@ -133,7 +133,7 @@ def scheme_of(name: str, written: Mapping[str, Any]) -> Scheme | None:
 def _block_fp8(name: str, settings: Mapping[str, Any]) -> Scheme:
     block = settings.get("weight_block_size")
     if block is None:
-        raise ModelError(f"model {name} is FP8 without blocks (weight_block_size), which is not read here; {WAY_OUT}")
+        raise ModelError(f"model {name} is quantised to FP8 without blocks (weight_block_size), not read here; {WAY_OUT}")
     rows, columns = map(int, block)
     if min(rows, columns) < 1:
         raise ValueError(f"weight_block_size {block}")
@@ -170,13 +170,14 @@ def forget(config: Any) -> None:
 class Weights:
     """The weights of a checkpoint as its model has them, dequantised where they are quantised.
 
-    tensors: by the names that the model knows; one that is quantised with the type that the configuration says.
-    Raises ModelError for a checkpoint that is not whole.
+    quantised: whether any are. tensors: by the names that the model knows; one that is quantised with the type that the
+    configuration says. Raises ModelError for a checkpoint that is not whole.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
         written = parse_json(read_file(folder / "config.json"))
         self._folder, self._scheme, self._stored = folder, scheme_of(name, written), stored_tensors(name, folder)
+        self.quantised = self._scheme is not None
         self._parts = self._scheme.parts(self._stored) if self._scheme else {}
         self._opened = cache(self._open)
         self.tensors = self._plain(name, self._scheme, _dtype(written)) if self._scheme else self._stored
