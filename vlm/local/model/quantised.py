@@ -133,7 +133,9 @@ def scheme_of(name: str, written: Mapping[str, Any]) -> Scheme | None:
 def _block_fp8(name: str, settings: Mapping[str, Any]) -> Scheme:
     block = settings.get("weight_block_size")
     if block is None:
-        raise ModelError(f"model {name} is quantised to FP8 without blocks (weight_block_size), not read here; {WAY_OUT}")
+        raise ModelError(
+            f"model {name} is quantised to FP8 without blocks (weight_block_size), not read here; {WAY_OUT}"
+        )
     rows, columns = map(int, block)
     if min(rows, columns) < 1:
         raise ValueError(f"weight_block_size {block}")
