@@ -241,6 +241,7 @@ def test_a_broken_fp8_checkpoint(fp8: Path, tmp_path: Path, change: dict[str, Te
         ({f"{UP}_shape": None}, f"lacks 1 tensors of its quantised weights, first {UP}_shape; download"),
         ({f"{UP}_scale": torch.ones(64, 5)}, f"has {UP} of [64, 6] and scales [64, 5] as F32, which do not go"),
         ({f"{UP}_shape": torch.tensor([1 << 40, 48])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not"),
+        ({f"{UP}_shape": torch.tensor([64, 47])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not"),
         ({f"{UP}_shape": torch.tensor([64])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not go"),
     ],
 )

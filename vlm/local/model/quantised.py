@@ -90,15 +90,15 @@ class GroupInt4:
         return {name: (f"{name}_packed", f"{name}_scale", f"{name}_shape") for name in names}
 
     def shape(self, parts: Parts, stored: Stored, read: Read) -> tuple[int, ...] | None:
-        """As it is stored, if there are so many numbers; a row is packed into whole words of 32 bits."""
+        """As it is stored, if there are so many numbers, in whole groups; a row is packed into words of 32 bits."""
         if stored[parts[2]].shape != (2,):
             return None
-        rows, columns = read(parts[2]).tolist()
-        words = -(-columns * BITS // 32)
-        return (rows, columns) if stored[parts[0]].shape == (rows, words) and columns > 0 else None
+        rows, columns = map(int, read(parts[2]))
+        packed = stored[parts[0]].shape == (rows, -(-columns * BITS // 32))
+        return (rows, columns) if packed and columns % self.group == 0 else None
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[0], -(-shape[1] // self.group)
+        return shape[0], shape[1] // self.group
 
     def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read) -> Tensor:
         from compressed_tensors.compressors import BaseCompressor
