@@ -127,18 +127,30 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {  # name → transformers' class
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "moe_intermediate_size": 24}),
 }
 
+DEEPSEEK = {  # a dense layer and one of experts, latent queries and keys
+    **{"rope_parameters": YARN, "first_k_dense_replace": 1, "moe_intermediate_size": 24, "num_key_value_heads": 4},
+    **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2},
+}
+SLIDING = {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+STOCKS: dict[str, tuple[str, dict[str, Any]]] = {  # of no row of FAMILIES
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "gemma3": ("Gemma3", {**SLIDING, "query_pre_attn_scalar": 16, "final_logit_softcapping": 20.0}),
+}
+
 
 def text_model(folder: Path, name: str) -> Path:
-    """Write a random text model of TEXTS with the nano model's tokenizer."""
+    """Write a random text model of TEXTS or STOCKS with the nano model's tokenizer."""
     import transformers
 
-    kind, own = TEXTS[name]
+    kind, own = (TEXTS | STOCKS)[name]
     sizes = {"vocab_size": 4096, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 4072}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | own))
+    found = getattr(transformers, f"{kind}ForCausalLM")
+    model = found(found.config_class(**sizes | own))
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
-        if tensor.ndim > 1 or key.endswith(".bias"):
+        if tensor.ndim > 1 or key.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.15, generator=generator)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -99,7 +99,7 @@ class Causal:
     """Every position sees its row up to itself. cache: keeps keys and values, if given."""
 
     def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "Cache | None" = None) -> None:
-        self.rows, self.wanted, self._cache = rows, wanted, cache
+        self.rows, self.wanted, self.cache = rows, wanted, cache
         if wanted is not None:
             counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
             self._queries = Rows(counts, wanted.device)
@@ -120,13 +120,13 @@ class Causal:
         if device == self.rows.device:
             return self
         wanted = None if self.wanted is None else self.wanted.to(device)
-        return Causal(Rows(self.rows.lengths, device), wanted, self._cache)
+        return Causal(Rows(self.rows.lengths, device), wanted, self.cache)
 
     def _keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Padded keys and values, (rows, key heads, longest, dim)."""
         k, v = self.rows.pad(k), self.rows.pad(v)
-        if self._cache is not None:
-            self._cache.put(layer, k, v)
+        if self.cache is not None:
+            self.cache.put(layer, k, v)
         return k, v
 
 
@@ -174,19 +174,19 @@ class DecodeStep:
     wanted: Tensor | None = None
 
     def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
-        self._cache = cache
+        self.cache = cache
         lengths = cache.lengths.to(device or cache.lengths.device)
         columns = torch.arange(cache.capacity, device=lengths.device)
         self._mask = (columns <= lengths[:, None])[:, None, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self._cache.append(layer, k, v)
+        k, v = self.cache.append(layer, k, v)
         return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self._mask, enable_gqa=True).flatten(1)
 
     last = __call__
 
     def to(self, device: torch.device) -> "DecodeStep":
-        return self if device == self._mask.device else DecodeStep(self._cache, device)
+        return self if device == self._mask.device else DecodeStep(self.cache, device)
 
 
 class Tree:
@@ -197,7 +197,7 @@ class Tree:
     """
 
     def __init__(self, rows: Rows, parents: Sequence[int], nodes: Sequence[int]) -> None:
-        self._causal, self._parents, self._nodes, self._size = Causal(rows), parents, nodes, len(parents)
+        self._causal, self.parents, self.nodes, self._size = Causal(rows), parents, nodes, len(parents)
         sees = ancestors(parents).to(rows.device)
         lengths = torch.tensor(rows.lengths, device=rows.device)
         ends, firsts = lengths.cumsum(0) - 1, len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
@@ -208,12 +208,16 @@ class Tree:
         none = sees.new_zeros(1, self._size)
         self._last = self._masks(prompt, torch.cat([none if n == ROOT else sees[n : n + 1] for n in nodes]))
 
+    @property
+    def rows(self) -> Rows:
+        return self._causal.rows
+
     def to(self, device: torch.device) -> "Tree":
-        rows = self._causal.rows
-        return self if device == rows.device else Tree(Rows(rows.lengths, device), self._parents, self._nodes)
+        rows = self.rows
+        return self if device == rows.device else Tree(Rows(rows.lengths, device), self.parents, self.nodes)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = self._causal.rows
+        rows = self.rows
         prompt = len(rows.row)
         first = self._causal(layer, q[:prompt], k[:prompt], v[:prompt])
         return torch.cat([first, self._seen(q[prompt:], k, v, self._mask)]) if self._size else first
@@ -223,14 +227,14 @@ class Tree:
 
     def _seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """The output of (rows x queries) queries that see what `mask` says of (row's positions, nodes)."""
-        rows = self._causal.rows
+        rows = self.rows
         k, v = self._side_by_side(k), self._side_by_side(v)
         q = q.view(rows.count, -1, *q.shape[1:]).transpose(1, 2)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1)
 
     def _side_by_side(self, x: Tensor) -> Tensor:
-        rows = self._causal.rows
+        rows = self.rows
         nodes = x[len(rows.row) :].view(rows.count, self._size, *x.shape[1:]).transpose(1, 2)
         return torch.cat([rows.pad(x[: len(rows.row)]), nodes], 2)
 

@@ -23,10 +23,11 @@ from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement
-from vlm.local.model.families import FAMILIES, Family, difference, family_of
+from vlm.local.model.families import FAMILIES, READ_AS, Family, difference, family_of, stock_class, stock_family
 from vlm.local.model.lora import Layout
 from vlm.local.model.packed import Text
 from vlm.local.model.placement import StoredTensor, stored_tensors
+from vlm.local.model.stock import StockText
 
 log = logging.getLogger("kshot")
 
@@ -39,6 +40,7 @@ PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profi
 ATTENTION = "sdpa"  # whatever a configuration says: it may name a kernel of the hub, which is code
 ADAPTER = "adapter_config.json"
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
+UNBOUNDED = 1 << 20  # positions of a model whose configuration names no limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -50,7 +52,7 @@ def check(name: str) -> None:
     load_rule(name)
     family, config = _read_config(name, folder)
     if models.is_here(name):
-        _from_pretrained(name, family, folder, _dtype(config, stored_tensors(name, folder)), {"": "meta"})
+        _from_pretrained(name, family, config, folder, _dtype(config, stored_tensors(name, folder)), {"": "meta"})
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -70,21 +72,24 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     size = placement.sizes(tensors, layers, tied, dtype, family)
     free = [placement.free_bytes(each) for each in devices]
     device_map = placement.device_map(name, dtype, size, tied, devices, free, family)
-    return _from_pretrained(name, family, folder, dtype, device_map).eval().requires_grad_(False)
+    return _from_pretrained(name, family, config, folder, dtype, device_map).eval().requires_grad_(False)
 
 
-def _from_pretrained(name: str, family: Family, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
+def _from_pretrained(
+    name: str, family: Family, config: Any, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]
+) -> Any:
     stock = getattr(transformers, family.stock)
     with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
             output_loading_info=True,
-            attn_implementation=ATTENTION,
+            attn_implementation=ATTENTION if stock._supports_sdpa else "eager",
         )
     _check_whole(name, info)
     return model
@@ -137,18 +142,20 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
     with _load_errors(name):
         written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
-    if kind not in FAMILIES:
-        raise ModelError(f"model {name} is of type {kind!r}; this engine runs {', '.join(FAMILIES)}")
+    family = FAMILIES.get(kind)
+    found = family.stock if family else stock_class(name, written)
     parts = (part for part in (written, *written.values()) if isinstance(part, dict))
     if any(part.get("quantization_config") for part in parts):
         raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
     if (folder / ADAPTER).exists():  # transformers would put it into the model
         raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
     with _load_errors(name), _quiet():
-        config = getattr(transformers, FAMILIES[kind].stock).config_class.from_pretrained(folder)
-    if other := difference(config.get_text_config()):
+        config = getattr(transformers, found).config_class.from_pretrained(folder)
+        config.model_type = READ_AS.get(kind, kind)
+        family = family or stock_family(name, config, found)
+    if family.packed and (other := difference(config.get_text_config())):
         raise ModelError(f"model {name} has {other}, which this engine does not compute; give another model")
-    return FAMILIES[kind], config
+    return family, config
 
 
 def _compute_dtype(
@@ -229,13 +236,14 @@ class Model:
         self.name, path = name, path or name
         self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
         self.stock = load(path, device, dtype)
-        self.text = Text(self.stock)
+        family = family_of(self.stock)
+        self.text: Text | StockText = Text(self.stock) if family.packed else StockText(self.stock)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
-        self.context: int = config.get_text_config().max_position_embeddings
-        self.sees = family_of(self.stock).vision
+        self.context: int = getattr(config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
+        self.sees = family.vision
         self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
         self.image_token: int = config.image_token_id if self.sees else -1
         self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.sees else ()

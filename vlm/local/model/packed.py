@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.local.model.attention import Attention, gather
+from vlm.local.model.attention import Attention, Cache, gather
 from vlm.local.model.experts import Pair, sparse_mlp
 from vlm.local.model.families import family_of
 from vlm.local.model.lora import Factors, linear
@@ -36,6 +36,8 @@ class PackedInputs:
 
 class Text:
     """The text model and the head of a stock model of FAMILIES."""
+
+    Cache = Cache
 
     def __init__(self, stock: Any) -> None:
         family = family_of(stock)

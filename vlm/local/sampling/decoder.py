@@ -208,7 +208,8 @@ class Decoder:
     def _gather(self, capacity: int) -> None:
         """Bring the rows of all that are running into one cache."""
         parts = [list(part) for _, part in groupby(self._running, lambda each: id(each.cache))]
-        self._cache = Cache.joined([(part[0].cache, [each.row for each in part]) for part in parts], capacity)
+        joined = self.engine.model.text.Cache.joined
+        self._cache = joined([(part[0].cache, [each.row for each in part]) for part in parts], capacity)
         for row, each in enumerate(self._running):
             each.cache, each.row = self._cache, row
 
