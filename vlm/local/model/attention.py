@@ -6,7 +6,7 @@ scaled_dot_product_attention, behind their end, where no real position looks and
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 class Causal:
     """Every position sees its row up to itself. cache: keeps keys and values, if given."""
 
-    def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "Cache | None" = None) -> None:
+    def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "RowCache | None" = None) -> None:
         self.rows, self.wanted, self.cache = rows, wanted, cache
         if wanted is not None:
             counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
@@ -125,9 +125,23 @@ class Causal:
     def _keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Padded keys and values, (rows, key heads, longest, dim)."""
         k, v = self.rows.pad(k), self.rows.pad(v)
-        if self.cache is not None:
+        if isinstance(self.cache, Cache):
             self.cache.put(layer, k, v)
         return k, v
+
+
+class RowCache(Protocol):
+    """What a text model keeps of rows. lengths: (rows,) positions that are filled. capacity: for how many there is room
+    in each."""
+
+    lengths: Tensor
+
+    @property
+    def capacity(self) -> int: ...
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Any, Sequence[int]]], capacity: int) -> Self:
+        """A cache for `capacity` positions of these rows of each cache, in order (repeated where they stand twice)."""
 
 
 class Cache:
@@ -173,14 +187,14 @@ class DecodeStep:
 
     wanted: Tensor | None = None
 
-    def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
+    def __init__(self, cache: RowCache, device: torch.device | None = None) -> None:
         self.cache = cache
         lengths = cache.lengths.to(device or cache.lengths.device)
         columns = torch.arange(cache.capacity, device=lengths.device)
         self._mask = (columns <= lengths[:, None])[:, None, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self.cache.append(layer, k, v)
+        k, v = cast(Cache, self.cache).append(layer, k, v)
         return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self._mask, enable_gqa=True).flatten(1)
 
     last = __call__

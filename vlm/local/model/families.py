@@ -23,8 +23,8 @@ class Family:
     """stock: the class of transformers. text: where the text model is in it. vision: whether there is a vision tower,
     and with it positions on three axes (M-RoPE). packed: whether the packed forward computes it.
 
-    blocks, last: the decoder layers, and the norm behind them, in the text model. head: in the whole model. others: of a
-    family without a row, all other modules.
+    blocks, last: the decoder layers, and the norm behind them, in the text model. head: in the whole model. others: all
+    other modules, of a family without a row.
     """
 
     stock: str

@@ -25,7 +25,7 @@ from vlm.inputs import ImageRule
 from vlm.local.model import placement
 from vlm.local.model.families import FAMILIES, READ_AS, Family, difference, family_of, stock_class, stock_family
 from vlm.local.model.lora import Layout
-from vlm.local.model.packed import Text
+from vlm.local.model.packed import Text, TextModel
 from vlm.local.model.placement import StoredTensor, stored_tensors
 from vlm.local.model.stock import StockText
 
@@ -104,8 +104,11 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
-    if family.vision and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
+    if family.vision and family.packed and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
+    if family.vision and config.image_token_id not in tokenizer.added_tokens_decoder:
+        why = f"{config.image_token_id} stands for images, and is no special token there"
+        raise ModelError(f"model {name} has another model's tokenizer beside its weights ({why}); copy its own there")
     if not family.vision and (why := _another(tokenizer, config)):
         raise ModelError(f"model {name} has another model's tokenizer beside its weights ({why}); copy its own there")
     return tokenizer
@@ -128,7 +131,7 @@ def load_rule(name: str) -> ImageRule | None:
         return None
     rule = ImageRule.from_pretrained(name)
     for ours, theirs in PROCESSED.items():
-        here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs)
+        here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs, None)
         if here != there:
             raise ModelError(
                 f"model {name} is of {theirs} {there}, its image processor of {ours} {here}; copy the "
@@ -237,7 +240,7 @@ class Model:
         self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
         self.stock = load(path, device, dtype)
         family = family_of(self.stock)
-        self.text: Text | StockText = Text(self.stock) if family.packed else StockText(self.stock)
+        self.text: TextModel = Text(self.stock) if family.packed else StockText(self.stock, name)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
@@ -246,7 +249,8 @@ class Model:
         self.sees = family.vision
         self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
         self.image_token: int = config.image_token_id if self.sees else -1
-        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.sees else ()
+        ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.sees)
+        self.placeholders: tuple[int, ...] = tuple(each for each in ids if each is not None)
         self.kind: str = config.model_type
         embeddings = self.stock.get_input_embeddings().weight
         self.device: torch.device = embeddings.device

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from vlm.local.model.attention import Attention, Causal, DecodeStep, Rows, Tree
 from vlm.local.model.experts import Pair, routed
 from vlm.local.model.families import EXPERTS, PROJECTIONS, STATIC_ROPE, family_of
 from vlm.local.model.lora import Factors
-from vlm.local.model.packed import PackedInputs
+from vlm.local.model.packed import PackedInputs, mrope_positions
 
 BRANCHED = 1 << 15  # positions of the caches that branches of a trie take together
 
@@ -71,9 +72,11 @@ def _selected(states: Any, rows: Sequence[int]) -> Any:
 class StockText:
     """The text model and the head of a stock model, with the tower's features where it has one."""
 
-    Cache = StockCache
+    Cache: Any = StockCache
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, name: str = "") -> None:
+        """name: of the model, for errors. Raises ModelError for a model whose positions see what comes behind them, and
+        one whose images come into the text in another way than here."""
         self._stock, self._core, family = stock, stock.base_model, family_of(stock)
         self.layers = [*stock.get_submodule(family.layers)]
         self._head, self._head_name = stock.get_output_embeddings(), family.head
@@ -84,14 +87,29 @@ class StockText:
         kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # some have one a type of layer
         # angles of other kinds depend on the longest row of a pass
         self._pads = all(each.get("rope_type", "default") in STATIC_ROPE for each in kinds)
-        self._device = stock.get_input_embeddings().weight.device
+        if family.vision and not self._takes_images():
+            kind = stock.config.model_type
+            raise ModelError(
+                f"model {name} is of type {kind!r}, whose images cannot be given as features; give another"
+            )
+        if not self._is_causal():
+            raise ModelError(f"model {name} looks ahead in its text, and is no decoder; give one that is")
 
-    def check(self, name: str) -> None:
-        """Raise ModelError for a model whose positions see what comes behind them."""
+    def _is_causal(self) -> bool:
+        device = self._stock.get_input_embeddings().weight.device
         with torch.inference_mode():
-            one, other = (self._hidden(torch.tensor([ids], device=self._device)) for ids in ([1, 2], [1, 2, 3]))
-        if not torch.allclose(one.float(), other[:, :2].float(), rtol=0.05, atol=0.05):
-            raise ModelError(f"model {name} looks ahead in its text: it is no decoder; give one that is")
+            rows = (torch.tensor([ids], device=device) for ids in ([1, 2], [1, 2, 3]))
+            one, other = (self._run(ids, torch.arange(ids.shape[1]).expand(3, 1, -1).to(device))[0] for ids in rows)
+        return torch.allclose(one.float(), other[:, :2].float(), rtol=0.05, atol=0.05)
+
+    def _takes_images(self) -> bool:
+        """Whether it takes the tower's features, and has an image's positions where the engine puts them."""
+        if "mm_encoder_outputs" not in signature(self._core.forward).parameters or not self._three_axes:
+            return False
+        merge = self._stock.config.vision_config.spatial_merge_size
+        grid, kinds = (1, 2 * merge, 3 * merge), torch.tensor([[0] * 2 + [1] * 6 + [0] * 2])
+        theirs, _ = self._core.get_rope_index(kinds, mm_token_type_ids=kinds, image_grid_thw=torch.tensor([grid]))
+        return bool((theirs[:, 0].numpy() == mrope_positions((2, grid, 2), merge)[0]).all())
 
     def hidden(
         self,
@@ -158,8 +176,9 @@ class StockText:
         chosen = chosen[chosen >= 0]
         if not len(chosen):
             return {}
-        features = BaseModelOutputWithPooling(pooler_output=(inputs.embeds[chosen],))
-        features["deepstack_features"] = [level[chosen] for level in inputs.deepstack]
+        features: Any = BaseModelOutputWithPooling()
+        features.pooler_output = (inputs.embeds[chosen],)
+        features.deepstack_features = [level[chosen] for level in inputs.deepstack]
         return {"mm_encoder_outputs": {"image": features}}
 
     def _decode(self, inputs: PackedInputs, step: DecodeStep) -> Tensor:
@@ -213,9 +232,6 @@ class StockText:
         use_cache = keep or states is not None
         out = self._core(input_ids=ids, past_key_values=states, use_cache=use_cache, **options, **(images or {}))
         return out.last_hidden_state, out.past_key_values if use_cache else None
-
-    def _hidden(self, ids: Tensor) -> Tensor:
-        return self._run(ids, torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape))[0]
 
 
 class _Given:
@@ -278,13 +294,13 @@ class _Adapted:
 def _calling(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """While it is open, the module's forward is another function."""
     before = vars(module).get("forward")  # of accelerate, where a model is on several devices
-    module.forward = function  # type: ignore[method-assign]
+    module.forward = function
     try:
         yield
     finally:
         del module.forward
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def _add(pair: Pair, scale: float, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -297,7 +313,8 @@ def _routed(
     experts: nn.Module, pairs: Sequence[Pair | None], scale: float, hidden: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
     """The experts' forward by the grouped product."""
-    return routed(hidden, chosen, weights, experts, *pairs, scale)
+    gate_up, down = pairs
+    return routed(hidden, chosen, weights, experts, gate_up, down, scale)
 
 
 def _some(head: Any, pair: Pair | None, scale: float, tokens: Tensor, hidden: Tensor) -> Tensor:
