@@ -52,11 +52,12 @@ def mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) -
 
 
 class TextModel(Protocol):
-    """The text model and the head of a model, whichever way they are computed. Cache: what it keeps of rows. layers: in
-    order."""
+    """The text model and the head of a model, whichever way they are computed. Cache: what it keeps of rows."""
 
     Cache: Any
-    layers: Sequence[Any]
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
 
     def hidden(
         self,

@@ -193,7 +193,7 @@ class StockText:
     def _branches(self, inputs: PackedInputs, tree: Tree) -> Tensor:
         """(rows x nodes, hidden) of the tree's wanted nodes behind each row."""
         rows, prompt = tree.rows, len(tree.rows.row)
-        found = dict[int, list[Tensor]]()
+        found = dict[int, Tensor]()
         for group in _of_one_length(rows.lengths):
             x, states = self._rows(inputs, rows, group, keep=True)
             some = torch.tensor(group, device=inputs.ids.device)
