@@ -246,7 +246,11 @@ class Prompt:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         before, after = self.template.question.split(IMAGE)
-        return self._encode(f"{_USER}{before}<|vision_start|>"), self._encode(f"<|vision_end|>{after}{_ASSISTANT}")
+        marks = self.rule.marks if self.rule else None
+        first, last = marks or (self._encode(mark) for mark in ("<|vision_start|>", "<|vision_end|>"))
+        user, assistant = (_USER, _ASSISTANT) if self._chats else ("", END)
+        start, end = ([mark] if isinstance(mark, int) else mark for mark in (first, last))
+        return [*self._encode(f"{user}{before}"), *start], [*end, *self._encode(f"{after}{assistant}")]
 
     @cached_property
     def _prefill(self) -> Sequence[int]:

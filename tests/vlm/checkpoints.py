@@ -114,6 +114,10 @@ def with_config(folder: Path, **change: object) -> None:
     (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
 
 
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 4096, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "eos_token_id": 4072},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+}
 LLAMA3 = {  # the angles of Llama 3.1, stretched from 16 positions
     **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 16,
@@ -127,18 +131,67 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {  # name → transformers' class
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "moe_intermediate_size": 24}),
 }
 
+DEEPSEEK = {  # a dense layer and one of experts, latent queries and keys
+    **{"rope_parameters": YARN, "first_k_dense_replace": 1, "moe_intermediate_size": 24, "num_key_value_heads": 4},
+    **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2},
+}
+SLIDING = {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+RECURRENT = {  # a layer that keeps a state, and one that keeps keys
+    **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 32, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 8},
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+}
+STOCKS: dict[str, tuple[str, dict[str, Any]]] = {  # of no row of FAMILIES
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "gemma3": ("Gemma3", {**SLIDING, "query_pre_attn_scalar": 16, "final_logit_softcapping": 20.0}),
+    "qwen3_5_text": ("Qwen3_5", RECURRENT),
+}
+TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "out_hidden_size": 48}
+SPARSE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
+}
+SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # and what is its text model's and its tower's own
+    "qwen3_5": ("Qwen3_5", RECURRENT, {"num_position_embeddings": 64}),
+    "qwen3_5_moe": ("Qwen3_5Moe", RECURRENT | SPARSE, {"num_position_embeddings": 64}),
+    "glm4v": (
+        "Glm4v",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
+        {"image_size": 64},
+    ),
+}
+
 
 def text_model(folder: Path, name: str) -> Path:
-    """Write a random text model of TEXTS with the nano model's tokenizer."""
+    """Write a random text model of TEXTS or STOCKS with the nano model's tokenizer."""
     import transformers
 
-    kind, own = TEXTS[name]
-    sizes = {"vocab_size": 4096, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 4072}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | own))
+    kind, own = (TEXTS | STOCKS)[name]
+    found = getattr(transformers, f"{kind}ForCausalLM")
+    return _saved(found(found.config_class(**SIZES | own)), folder)
+
+
+def seeing_model(folder: Path, name: str) -> Path:
+    """Write a random model of SEEING with the nano model's tokenizer and image processor."""
+    import transformers
+
+    kind, text, vision = SEEING[name]
+    found = getattr(transformers, f"{kind}ForConditionalGeneration")
+    marks = ("image_start", "image_end") if name == "glm4v" else ("vision_start", "vision_end")
+    ids = dict(zip((f"{mark}_token_id" for mark in (*marks, "image", "video")), (4079, 4080, 4082, 4083), strict=True))
+    config = found.config_class(text_config={**SIZES, **text}, vision_config=TOWER | vision, **ids)
+    _saved(found(config), folder)
+    shutil.copyfile(nano.folder() / "preprocessor_config.json", folder / "preprocessor_config.json")
+    return folder
+
+
+def _saved(model: Any, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
-        if tensor.ndim > 1 or key.endswith(".bias"):
+        if tensor.ndim > 1 or key.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.15, generator=generator)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -117,7 +117,7 @@ def plain_peft(client: LocalTrainingClient, stock: Any) -> Any:
     """A stock model under stock PEFT with this run's adapter, loaded from what the client would save."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = get_peft_model(copy.deepcopy(stock), client.spec.config(experts=client._run.adapter.layout.experts))
+        plain = get_peft_model(copy.deepcopy(stock), client._run.adapter.layout.config())
     found = set_peft_model_state_dict(plain, adapter_of(client))
     assert not found.unexpected_keys
     return plain

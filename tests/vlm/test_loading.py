@@ -126,8 +126,8 @@ def test_loading_says_nothing(
     [
         ("{", ["JSONDecodeError"]),
         ("[]", ["cannot be loaded"]),
-        ({"model_type": "bert"}, ["'bert'", "llama, qwen2, qwen3", "qwen3_vl"]),
-        ({"model_type": None, "auto_map": {"AutoConfig": "code.Config"}}, ["type None"]),
+        ({"model_type": "bert"}, ["'bert'", "no decoder"]),
+        ({"model_type": None, "auto_map": {"AutoConfig": "code.Config"}}, ["type None", "its own code"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantised", "the model it was made from"]),
         ({"text_config": {"hidden_size": "large"}}, ["cannot be loaded", "hidden_size"]),
     ],

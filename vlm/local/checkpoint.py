@@ -21,7 +21,7 @@ from kshot.files import replace_folder
 from kshot.untrusted import check_regular, parse_json, read_file
 from vlm.local import age, foreign
 from vlm.local.model.load import Model
-from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.model.lora import Adapter, Layout, LoraSpec
 from vlm.models import full_name, known, loadable
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ MERGING = (
 class Checkpoint:
     """What a checkpoint holds. optimizer: the optimizer's tensors, or None where only weights were saved.
 
-    experts: whether the base model has experts, which PEFT's configuration must name. stock: its class in transformers,
-    where that is known. place: where transformers finds the base model on this machine, a folder or the hub's id, if
-    its name does not say it.
+    experts: whether the base model has experts, which PEFT's configuration must name. layout: of the adapter, where it
+    is known. place: where transformers finds the base model on this machine, a folder or the hub's id, if its name does
+    not say it.
     """
 
     base_model: str
     spec: LoraSpec
     weights: Mapping[str, Tensor]
     experts: bool = False
-    stock: str | None = None
+    layout: Layout | None = None
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
     place: str | None = None
@@ -185,7 +185,8 @@ def write_peft(
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    config = checkpoint.spec.config(checkpoint.stock, experts=checkpoint.experts)
+    layout = checkpoint.layout
+    config = layout.config() if layout else checkpoint.spec.config(experts=checkpoint.experts)
     write_peft(folder, checkpoint.weights, config, checkpoint.base_model, checkpoint.place)
     if checkpoint.optimizer is not None:
         save_file(dict(checkpoint.optimizer), folder / OPTIMIZER)

@@ -344,7 +344,7 @@ class LocalTrainingClient(_Client):
             spec=self.spec,
             weights={name: tensor.detach().clone() for name, tensor in adapter.named().items()},
             experts=adapter.layout.experts,
-            stock=adapter.layout.family.stock,
+            layout=adapter.layout,
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,

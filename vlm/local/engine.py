@@ -11,7 +11,7 @@ largest.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of
 from vlm.local.model.attention import Causal, Rows
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Factors, LoraSpec, linear
-from vlm.local.model.packed import PackedInputs
+from vlm.local.model.packed import PackedInputs, mrope_positions
 from vlm.local.training_run import TrainingRun
 from vlm.local.vision import ImageFeatures, NoVision, Vision
 
@@ -100,22 +100,7 @@ def _packed_row(
             image, after_image = next(images), True
             ids += [model.image_token] * image.tokens
             shape.append(image.grid)
-    return ids, *_mrope_positions(tuple(shape), model.merge)
-
-
-@lru_cache(maxsize=4096)  # most prompts have one of few shapes
-def _mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) -> tuple[np.ndarray, int]:
-    """M-RoPE positions (3, length) and the one after them. shape: of each chunk, a text's length or an image's grid."""
-    positions, start = [np.zeros((3, 0), np.int64)], 0
-    for chunk in shape:
-        if isinstance(chunk, int):  # text counts up on all three axes
-            positions.append(np.arange(start, start + chunk)[None].repeat(3, 0))
-            start += chunk
-        else:  # an image's tokens spread by time, row and column
-            size = chunk[0], chunk[1] // merge, chunk[2] // merge
-            positions.append(start + np.indices(size).reshape(3, -1))
-            start += max(size)
-    return np.concatenate(positions, 1), start
+    return ids, *mrope_positions(tuple(shape), model.merge)
 
 
 # The engine

@@ -36,9 +36,9 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import Engine
 from vlm.local.model.attention import Causal
 from vlm.local.model.experts import Pair, by_expert
-from vlm.local.model.families import HEAD, Family, family_of
+from vlm.local.model.families import EXPERTS, HEAD, Family, family_of
 from vlm.local.model.load import DTYPES, Model, load
-from vlm.local.model.lora import EXPERTS, Adapter
+from vlm.local.model.lora import Adapter
 from vlm.local.model.placement import INDEX, SINGLE, StoredTensor
 from vlm.local.model.quantised import ENTRY, Weights
 
@@ -336,10 +336,10 @@ def _write_json(path: Path, content: Any) -> None:
 def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For PEFT to load and to merge."""
     spec, weights = adapter.layout.spec, _plain(adapter)
-    config = spec.config(base.family.stock, experts=adapter.layout.experts)
+    config = adapter.layout.config()
     if base.tied and spec.train_unembed:
         try:
-            config.target_modules = replace(spec, train_unembed=False).config().target_modules
+            config = adapter.layout.config(replace(spec, train_unembed=False))
         except RequestError as error:
             raise ModelError(f"PEFT cannot merge an adapter of a tied head alone; use --merged ({error})") from error
         config.modules_to_save = [HEAD]
@@ -353,7 +353,7 @@ def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
 
 def _write_vllm(folder: Path, base: _Base, adapter: Adapter) -> None:
     """For vLLM: layers listed by the ends of their names, and an lm_head, which it keeps apart from tied embeddings."""
-    config, weights = adapter.layout.spec.config(base.family.stock, experts=adapter.layout.experts), _plain(adapter)
+    config, weights = adapter.layout.config(), _plain(adapter)
     layers = {name.partition(".lora_")[0] for name in weights if f".{EXPERTS}." not in name}
     config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     checkpoint.write_peft(folder, weights, config, base.name)

@@ -116,7 +116,7 @@ class DiskCache:
 def fingerprint(visual: Any, processor: Any) -> str:
     """32 hex digits for all that an image's features depend on: the tower's weights and configuration, the processor's
     settings, the number format, the device, and the libraries between the bytes of an image and its features."""
-    weight = visual.pos_embed.weight
+    weight = next(visual.parameters())
     cuda = weight.device.type == "cuda"
     facts = {
         "format": FORMAT,

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kshot.errors import ModelError, RequestError
 from kshot.untrusted import parse_json, read_file
-from vlm.local.model.families import HEAD, QWEN3_VL, Family, family_of
-from vlm.local.model.lora import ALPHA, EXPERTS, MAX_RANK, TARGETS, Layout, LoraSpec
+from vlm.local.model.families import EXPERTS, HEAD, QWEN3_VL, Family, family_of
+from vlm.local.model.lora import ALPHA, MAX_RANK, TARGETS, Layout, LoraSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 1 << 20  # bytes

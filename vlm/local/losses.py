@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kshot.errors import RequestError, UnknownNameError
 from vlm.local.model.lora import Factors
-from vlm.local.model.packed import Text
+from vlm.local.model.packed import TextModel
 
 log = logging.getLogger("kshot")
 Fields = Mapping[str, Tensor]
@@ -287,7 +287,9 @@ def candidates_of(data: tinker.TensorData, targets: np.ndarray, scored: np.ndarr
     return Candidates(rows, tokens)
 
 
-def log_probs(text: Text, hidden: Tensor, targets: Tensor, candidates: Candidates, factors: Factors | None) -> Tensor:
+def log_probs(
+    text: TextModel, hidden: Tensor, targets: Tensor, candidates: Candidates, factors: Factors | None
+) -> Tensor:
     """(n,) float32 log-probabilities of the targets at n states (n, hidden), each among its candidates alone."""
     tokens, columns = np.unique(candidates.tokens, return_inverse=True)
     logits = text.logits(hidden, factors, torch.from_numpy(tokens))

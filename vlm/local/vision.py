@@ -28,9 +28,10 @@ from kshot.errors import ImageError, RequestError
 from kshot.images import image_key, open_header, open_image
 from vlm.inputs import ImageRule
 from vlm.local.features import DiskCache, fingerprint
+from vlm.local.model.families import family_of
 from vlm.local.model.load import Model
 from vlm.local.model.placement import group_free_bytes
-from vlm.local.model.tower import GRIDS, ImageFeatures, Linear, grid_tables, plain, tower
+from vlm.local.model.tower import GRIDS, ImageFeatures, Linear, grid_tables, plain, stock_features, tower
 
 PIXEL_BYTES = 1 << 30
 MOST_THREADS = 4
@@ -206,6 +207,7 @@ class Vision:
         pixel_bytes: int = PIXEL_BYTES,
     ) -> None:
         self._model = model
+        self._packed = family_of(model.stock).packed
         self._tables = lru_cache(GRIDS)(partial(grid_tables, self._visual))
         self._memory = MemoryCache(memory_limit() if cache_bytes is None else cache_bytes)
         self._device_memory = MemoryCache(device_limit(model.device) if device_bytes is None else device_bytes)
@@ -260,7 +262,7 @@ class Vision:
 
     @property
     def _visual(self) -> Any:
-        return self._model.stock.model.visual
+        return self._model.stock.get_encoder("image")
 
     def _is_cached(self, key: str) -> bool:
         return key in self._device_memory or key in self._memory or bool(self._disk and key in self._disk)
@@ -306,7 +308,10 @@ class Vision:
         grid = images[0].grid
         pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
         with self._model.timed("tower"):
-            features = tower(self._visual, pixels, self._tables(grid), len(images), linear)
+            if self._packed:
+                features = tower(self._visual, pixels, self._tables(grid), len(images), linear)
+            else:
+                features = stock_features(self._model.stock.base_model, pixels, grid, len(images))
         self.forwards += len(images)
         return [ImageFeatures(grid, values) for values in features]
 

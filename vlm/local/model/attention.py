@@ -6,7 +6,7 @@ scaled_dot_product_attention, behind their end, where no real position looks and
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 class Causal:
     """Every position sees its row up to itself. cache: keeps keys and values, if given."""
 
-    def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "Cache | None" = None) -> None:
-        self.rows, self.wanted, self._cache = rows, wanted, cache
+    def __init__(self, rows: Rows, wanted: Tensor | None = None, cache: "RowCache | None" = None) -> None:
+        self.rows, self.wanted, self.cache = rows, wanted, cache
         if wanted is not None:
             counts = torch.bincount(rows.row[wanted], minlength=rows.count).tolist()
             self._queries = Rows(counts, wanted.device)
@@ -120,14 +120,28 @@ class Causal:
         if device == self.rows.device:
             return self
         wanted = None if self.wanted is None else self.wanted.to(device)
-        return Causal(Rows(self.rows.lengths, device), wanted, self._cache)
+        return Causal(Rows(self.rows.lengths, device), wanted, self.cache)
 
     def _keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Padded keys and values, (rows, key heads, longest, dim)."""
         k, v = self.rows.pad(k), self.rows.pad(v)
-        if self._cache is not None:
-            self._cache.put(layer, k, v)
+        if isinstance(self.cache, Cache):
+            self.cache.put(layer, k, v)
         return k, v
+
+
+class RowCache(Protocol):
+    """What a text model keeps of rows. lengths: (rows,) positions that are filled. capacity: for how many there is room
+    in each."""
+
+    lengths: Tensor
+
+    @property
+    def capacity(self) -> int: ...
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Any, Sequence[int]]], capacity: int) -> Self:
+        """A cache for `capacity` positions of these rows of each cache, in order (repeated where they stand twice)."""
 
 
 class Cache:
@@ -173,20 +187,20 @@ class DecodeStep:
 
     wanted: Tensor | None = None
 
-    def __init__(self, cache: Cache, device: torch.device | None = None) -> None:
-        self._cache = cache
+    def __init__(self, cache: RowCache, device: torch.device | None = None) -> None:
+        self.cache = cache
         lengths = cache.lengths.to(device or cache.lengths.device)
         columns = torch.arange(cache.capacity, device=lengths.device)
         self._mask = (columns <= lengths[:, None])[:, None, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self._cache.append(layer, k, v)
+        k, v = cast(Cache, self.cache).append(layer, k, v)
         return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self._mask, enable_gqa=True).flatten(1)
 
     last = __call__
 
     def to(self, device: torch.device) -> "DecodeStep":
-        return self if device == self._mask.device else DecodeStep(self._cache, device)
+        return self if device == self._mask.device else DecodeStep(self.cache, device)
 
 
 class Tree:
@@ -197,7 +211,7 @@ class Tree:
     """
 
     def __init__(self, rows: Rows, parents: Sequence[int], nodes: Sequence[int]) -> None:
-        self._causal, self._parents, self._nodes, self._size = Causal(rows), parents, nodes, len(parents)
+        self._causal, self.parents, self.nodes, self._size = Causal(rows), parents, nodes, len(parents)
         sees = ancestors(parents).to(rows.device)
         lengths = torch.tensor(rows.lengths, device=rows.device)
         ends, firsts = lengths.cumsum(0) - 1, len(rows.row) + self._size * torch.arange(rows.count, device=rows.device)
@@ -208,12 +222,16 @@ class Tree:
         none = sees.new_zeros(1, self._size)
         self._last = self._masks(prompt, torch.cat([none if n == ROOT else sees[n : n + 1] for n in nodes]))
 
+    @property
+    def rows(self) -> Rows:
+        return self._causal.rows
+
     def to(self, device: torch.device) -> "Tree":
-        rows = self._causal.rows
-        return self if device == rows.device else Tree(Rows(rows.lengths, device), self._parents, self._nodes)
+        rows = self.rows
+        return self if device == rows.device else Tree(Rows(rows.lengths, device), self.parents, self.nodes)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = self._causal.rows
+        rows = self.rows
         prompt = len(rows.row)
         first = self._causal(layer, q[:prompt], k[:prompt], v[:prompt])
         return torch.cat([first, self._seen(q[prompt:], k, v, self._mask)]) if self._size else first
@@ -223,14 +241,14 @@ class Tree:
 
     def _seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """The output of (rows x queries) queries that see what `mask` says of (row's positions, nodes)."""
-        rows = self._causal.rows
+        rows = self.rows
         k, v = self._side_by_side(k), self._side_by_side(v)
         q = q.view(rows.count, -1, *q.shape[1:]).transpose(1, 2)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1)
 
     def _side_by_side(self, x: Tensor) -> Tensor:
-        rows = self._causal.rows
+        rows = self.rows
         nodes = x[len(rows.row) :].view(rows.count, self._size, *x.shape[1:]).transpose(1, 2)
         return torch.cat([rows.pad(x[: len(rows.row)]), nodes], 2)
 

@@ -29,9 +29,16 @@ def sparse_mlp(x: Tensor, block: nn.Module, gate_up: Pair | None, down: Pair | N
     x gets its gradient through the experts and through the router.
     """
     router: Any = block.gate
-    experts: Any = block.experts
     _, weights, chosen = router(x)
+    return routed(x, chosen, weights, block.experts, gate_up, down, scale)
+
+
+def routed(
+    x: Tensor, chosen: Tensor, weights: Tensor, experts: Any, gate_up: Pair | None, down: Pair | None, scale: float
+) -> Tensor:
+    """The same behind a router, whichever that is. chosen, weights: (N, k), each row's experts and what they count."""
     groups = Groups.of(chosen, experts.num_experts)
+    weights = weights.to(x.dtype)  # some routers give float32
     return _Experts.apply(x, weights, groups, experts, scale, *(gate_up or (None, None)), *(down or (None, None)))
 
 

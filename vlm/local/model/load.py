@@ -23,11 +23,12 @@ from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement, quantised
-from vlm.local.model.families import FAMILIES, Family, difference, family_of
+from vlm.local.model.families import FAMILIES, READ_AS, Family, difference, family_of, stock_class, stock_family
 from vlm.local.model.lora import Layout
-from vlm.local.model.packed import Text
+from vlm.local.model.packed import Text, TextModel
 from vlm.local.model.placement import StoredTensor
 from vlm.local.model.quantised import Weights
+from vlm.local.model.stock import StockText
 
 log = logging.getLogger("kshot")
 
@@ -40,6 +41,7 @@ PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profi
 ATTENTION = "sdpa"  # whatever a configuration says: it may name a kernel of the hub, which is code
 ADAPTER = "adapter_config.json"
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
+UNBOUNDED = 1 << 20  # positions of a model whose configuration names no limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -87,7 +89,7 @@ def _from_pretrained(
             local_files_only=True,
             ignore_mismatched_sizes=True,  # these are in `info` too, and refused here
             output_loading_info=True,
-            attn_implementation=ATTENTION,
+            attn_implementation=ATTENTION if stock._supports_sdpa else "eager",
         )
     _check_whole(name, info)
     return model
@@ -102,8 +104,11 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
-    if family.vision and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
+    if family.vision and family.packed and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
+    if family.vision and config.image_token_id not in tokenizer.added_tokens_decoder:
+        why = f"{config.image_token_id} stands for images, and is no special token there"
+        raise ModelError(f"model {name} has another model's tokenizer beside its weights ({why}); copy its own there")
     if not family.vision and (why := _another(tokenizer, config)):
         raise ModelError(f"model {name} has another model's tokenizer beside its weights ({why}); copy its own there")
     return tokenizer
@@ -126,7 +131,7 @@ def load_rule(name: str) -> ImageRule | None:
         return None
     rule = ImageRule.from_pretrained(name)
     for ours, theirs in PROCESSED.items():
-        here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs)
+        here, there = getattr(rule.processor, ours), getattr(config.vision_config, theirs, None)
         if here != there:
             raise ModelError(
                 f"model {name} is of {theirs} {there}, its image processor of {ours} {here}; copy the "
@@ -140,17 +145,19 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
     with _load_errors(name):
         written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
-    if kind not in FAMILIES:
-        raise ModelError(f"model {name} is of type {kind!r}; this engine runs {', '.join(FAMILIES)}")
+    family = FAMILIES.get(kind)
+    found = family.stock if family else stock_class(name, written)
     quantised.scheme_of(name, written)
     if (folder / ADAPTER).exists():  # transformers would put it into the model
         raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
     with _load_errors(name), _quiet():
-        config = getattr(transformers, FAMILIES[kind].stock).config_class.from_pretrained(folder)
-    quantised.forget(config)
-    if other := difference(config.get_text_config()):
+        config = getattr(transformers, found).config_class.from_pretrained(folder)
+        config.model_type = READ_AS.get(kind, kind)
+        quantised.forget(config)
+        family = family or stock_family(name, config, found)
+    if family.packed and (other := difference(config.get_text_config())):
         raise ModelError(f"model {name} has {other}, which this engine does not compute; give another model")
-    return FAMILIES[kind], config
+    return family, config
 
 
 def _compute_dtype(
@@ -231,16 +238,18 @@ class Model:
         self.name, path = name, path or name
         self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
         self.stock = load(path, device, dtype)
-        self.text = Text(self.stock)
+        family = family_of(self.stock)
+        self.text: TextModel = Text(self.stock) if family.packed else StockText(self.stock, name)
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
         self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
-        self.context: int = config.get_text_config().max_position_embeddings
-        self.sees = family_of(self.stock).vision
+        self.context: int = getattr(config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
+        self.sees = family.vision
         self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
         self.image_token: int = config.image_token_id if self.sees else -1
-        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.sees else ()
+        ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.sees)
+        self.placeholders: tuple[int, ...] = tuple(each for each in ids if each is not None)
         self.kind: str = config.model_type
         embeddings = self.stock.get_input_embeddings().weight
         self.device: torch.device = embeddings.device

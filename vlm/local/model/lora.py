@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kshot.errors import ModelError, RequestError
 from vlm.local.model.experts import Pair, by_expert
-from vlm.local.model.families import family_of
+from vlm.local.model.families import EXPERTS, family_of, targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +33,6 @@ TARGETS = {  # what each flag trains; the first three are those of create_lora_t
     "train_vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
     "train_merger": r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
 }
-EXPERTS = "mlp.experts"  # the module whose parameters hold all experts of a layer
 EXPERT_PARAMETERS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # PEFT nests one wrapper a parameter, last outside
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -52,13 +51,12 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank > MAX_RANK:
             raise RequestError(f"LoRA of rank {self.rank} is beyond {MAX_RANK}; take a smaller one")
-        if self.rank < 1 or not self.patterns:
-            raise RequestError(f"LoRA of rank {self.rank} on {len(self.patterns)} kinds of layers trains nothing")
+        if self.rank < 1 or not self.patterns_of():
+            raise RequestError(f"LoRA of rank {self.rank} on {len(self.patterns_of())} kinds of layers trains nothing")
 
-    @property
-    def patterns(self) -> list[str]:
+    def patterns_of(self, targets: Mapping[str, str] = TARGETS) -> list[str]:
         """Regular expressions of the linear layers that are covered, by their names in the stock model."""
-        return [pattern for flag, pattern in TARGETS.items() if getattr(self, flag)]
+        return [pattern for flag, pattern in targets.items() if getattr(self, flag)]
 
     @property
     def scale(self) -> float:
@@ -70,9 +68,11 @@ class LoraSpec:
         """Whether the vision tower's features depend on the adapter."""
         return self.train_vision or self.train_merger
 
-    def config(self, stock: str | None = None, *, experts: bool = False) -> "LoraConfig":
+    def config(
+        self, stock: str | None = None, *, experts: bool = False, targets: Mapping[str, str] = TARGETS
+    ) -> "LoraConfig":
         """PEFT's configuration. stock: the model's class in transformers. experts: whether the model has experts, which
-        `train_mlp` covers.
+        `train_mlp` covers. targets: of the model's layout.
 
         `auto_mapping` is how PEFT's AutoPeftModel finds the class; none of its task types is a vision-language model's.
         """
@@ -85,7 +85,7 @@ class LoraSpec:
             lora_alpha=ALPHA,
             lora_dropout=0.0,
             bias="none",
-            target_modules="|".join(self.patterns),
+            target_modules="|".join(self.patterns_of(targets)),
             target_parameters=parameters,
         )
 
@@ -112,17 +112,43 @@ Group = tuple[tuple[Piece, ...], ...]  # of layers that read one input: their As
 
 
 class Layout:
-    """Where everything is that an adapter of a spec holds over a stock model."""
+    """Where everything is that an adapter of a spec holds over a stock model.
 
-    def __init__(self, stock: nn.Module, spec: LoraSpec) -> None:
+    together: whether layers that read the same input are one group; the stock forward computes each by itself. targets:
+    regular expressions of what each flag trains. Raises RequestError for a spec that covers nothing of the model, or
+    its vision tower where only the stock forward has that.
+    """
+
+    def __init__(self, stock: nn.Module, spec: LoraSpec, together: bool | None = None) -> None:
         self.spec, self.family, self.sizes = spec, family_of(stock), dict[torch.device, int]()
+        self.targets = TARGETS if self.family.packed else targets(stock, self.family)
+        self._together = self.family.packed if together is None else together
         self.experts = any(name.endswith(EXPERTS) for name, _ in stock.named_modules())
+        if spec.in_tower and not self.family.packed:
+            raise RequestError(f"no LoRA is computed on the vision tower of a {self.family.stock}; leave it frozen")
         self.groups = dict(self._groups(stock))  # by the name of the first layer
+        if not self.groups:
+            raise RequestError(f"a {self.family.stock} has none of the layers that {spec} covers; train others too")
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:
         """All tensors by PEFT's names."""
         return {piece.name: piece for group in self.groups.values() for part in group for piece in part}
+
+    def config(self, spec: LoraSpec | None = None) -> "LoraConfig":
+        """PEFT's configuration of an adapter of this layout, or of what another spec covers of it.
+
+        In a model with experts PEFT takes a layer called gate_proj for theirs, as older transformers had them: there
+        the layers beside experts are named as parameters.
+        """
+        spec = spec or self.spec
+        config = spec.config(self.family.stock, experts=self.experts, targets=self.targets)
+        if self.experts and spec.train_mlp and not self.family.packed:
+            beside = [name for name in self.groups if re.fullmatch(self.targets["train_mlp"], name)]
+            others = {flag: pattern for flag, pattern in self.targets.items() if flag != "train_mlp"}
+            config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in beside)]
+            config.target_modules = "|".join(spec.patterns_of(others)) or []
+        return config
 
     def run_bytes(self, dtype: torch.dtype) -> int:
         """Of memory that training takes: weights, their gradients and Adam's two moments in float32, and weights and
@@ -142,9 +168,9 @@ class Layout:
         return flats
 
     def _groups(self, stock: nn.Module) -> Iterator[tuple[str, Group]]:
-        pattern = re.compile("|".join(self.spec.patterns))
+        pattern = re.compile("|".join(self.spec.patterns_of(self.targets)))
         chosen = {name: layer for name, layer in stock.named_modules() if pattern.fullmatch(name)}
-        for names in _sharing_input(list(chosen)):
+        for names in _sharing_input(list(chosen)) if self._together else ([name] for name in chosen):
             shapes = [(chosen[n].in_features, chosen[n].out_features) for n in names]
             yield names[0], self._group(names, shapes, chosen[names[0]].weight.device, 1)
         experts = [(n, m) for n, m in stock.named_modules() if self.spec.train_mlp and n.endswith(EXPERTS)]

@@ -6,12 +6,14 @@ layer computes only the positions whose hidden state is wanted.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlm.local.model.attention import Attention, gather
+from vlm.local.model.attention import Attention, Cache, gather
 from vlm.local.model.experts import Pair, sparse_mlp
 from vlm.local.model.families import family_of
 from vlm.local.model.lora import Factors, linear
@@ -34,8 +36,44 @@ class PackedInputs:
     deepstack: Sequence[Tensor] | Tensor = ()
 
 
+@lru_cache(maxsize=4096)  # most prompts have one of few shapes
+def mrope_positions(shape: tuple[int | tuple[int, int, int], ...], merge: int) -> tuple[np.ndarray, int]:
+    """M-RoPE positions (3, length) and the one after them. shape: of each chunk, a text's length or an image's grid."""
+    positions, start = [np.zeros((3, 0), np.int64)], 0
+    for chunk in shape:
+        if isinstance(chunk, int):  # text counts up on all three axes
+            positions.append(np.arange(start, start + chunk)[None].repeat(3, 0))
+            start += chunk
+        else:  # an image's tokens spread by time, row and column
+            size = chunk[0], chunk[1] // merge, chunk[2] // merge
+            positions.append(start + np.indices(size).reshape(3, -1))
+            start += max(size)
+    return np.concatenate(positions, 1), start
+
+
+class TextModel(Protocol):
+    """The text model and the head of a model, whichever way they are computed. Cache: what it keeps of rows."""
+
+    Cache: Any
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    def hidden(
+        self,
+        inputs: PackedInputs,
+        attention: Attention,
+        factors: Factors | None,
+        between_layers: Callable[[], None] | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, factors: Factors | None, tokens: Tensor | None = None) -> Tensor: ...
+
+
 class Text:
     """The text model and the head of a stock model of FAMILIES."""
+
+    Cache: Any = Cache
 
     def __init__(self, stock: Any) -> None:
         family = family_of(stock)

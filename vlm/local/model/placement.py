@@ -16,7 +16,7 @@ import torch
 
 from kshot.errors import ModelError
 from kshot.untrusted import is_beside, parse_json, read_file
-from vlm.local.model.families import HEAD, Family
+from vlm.local.model.families import Family
 from vlm.models import GGUF
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -108,8 +108,8 @@ def sizes(
     of = [0] * (layers + 2)
     for name, tensor in tensors.items():
         layer = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
-        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((HEAD, family.norm)) else 0)
-        if part <= layers and not (tied and name.startswith(HEAD)):
+        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((family.head, family.norm)) else 0)
+        if part <= layers and not (tied and name.startswith(family.head)):
             of[part] += tensor.elements * dtype.itemsize
     return of
 
@@ -186,7 +186,7 @@ def device_map(
     # as numbers, because accelerate takes a main device out of a set of them: the order must not vary
     first, *layers, last = (targets[n].index for n in places)
     modules = dict.fromkeys(family.first, first) | {f"{family.layers}.{n}": device for n, device in enumerate(layers)}
-    return {**modules, family.norm: last, HEAD: first if tied else last}
+    return {**modules, family.norm: last, family.head: first if tied else last}
 
 
 def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:

@@ -194,7 +194,7 @@ class Weights:
         """What `from_pretrained` of transformers reads the model from: its folder, or where it is quantised tensor by
         tensor, so that none of transformers' own quantisers take it. empty: by the shapes alone."""
         if self._scheme is None:
-            return {"pretrained_model_name_or_path": self._folder}
+            return {"pretrained_model_name_or_path": self._folder, "config": config}
         state: dict[str, Unread | Tensor] = {name: Unread(partial(self.read, name, dtype)) for name in self.tensors}
         if empty:
             state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self.tensors.items()}

@@ -50,6 +50,14 @@ def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linea
     return torch.stack([embeds, *(merged[level] for level in sorted(merged))], 1)
 
 
+def stock_features(core: Any, pixels: Tensor, grid: Grid, count: int) -> Tensor:
+    """The same of any model whose images are cut into such patches, by its stock forward. core: with text and tower."""
+    grids = torch.tensor([grid] * count, device=pixels.device)
+    out = core.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
+    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+    return torch.stack([torch.cat([*level]).unflatten(0, (count, -1)) for level in levels], 1)
+
+
 def _patches(convolution: Any, pixels: Tensor) -> Tensor:
     weight = convolution.weight
     return functional.linear(pixels.to(weight.dtype), weight.flatten(1), convolution.bias)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kshot.errors import RequestError
 from vlm.local.engine import Engine, Snapshot
-from vlm.local.model.attention import Cache, DecodeStep
+from vlm.local.model.attention import DecodeStep, RowCache
 from vlm.local.model.packed import PackedInputs
 from vlm.local.sampling.grammar import Grammar
 from vlm.local.sampling.stops import TokenStops
@@ -102,7 +102,7 @@ class _Entry:
     of its last token, which is not in the cache yet."""
 
     sequence: TokenSequence
-    cache: Cache
+    cache: RowCache
     row: int
     length: int
     position: int
@@ -116,7 +116,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, snapshot: Snapshot, rows: int) -> None:
         self.engine, self.snapshot, self.rows = engine, snapshot, rows
-        self._cache: Cache | None = None
+        self._cache: RowCache | None = None
         self._running: list[_Entry] = []
         self._waiting: deque[_Entry] = deque()
 
@@ -132,7 +132,7 @@ class Decoder:
 
     @torch.no_grad()
     def add(
-        self, cache: Cache, logits: Tensor, positions: Tensor, sequences: Sequence[Sequence[TokenSequence]]
+        self, cache: RowCache, logits: Tensor, positions: Tensor, sequences: Sequence[Sequence[TokenSequence]]
     ) -> None:
         """Append the first token to the sequences of each prompt; from the next step on they run with the others.
 
@@ -208,7 +208,8 @@ class Decoder:
     def _gather(self, capacity: int) -> None:
         """Bring the rows of all that are running into one cache."""
         parts = [list(part) for _, part in groupby(self._running, lambda each: id(each.cache))]
-        self._cache = Cache.joined([(part[0].cache, [each.row for each in part]) for part in parts], capacity)
+        joined = self.engine.model.text.Cache.joined
+        self._cache = joined([(part[0].cache, [each.row for each in part]) for part in parts], capacity)
         for row, each in enumerate(self._running):
             each.cache, each.row = self._cache, row
 

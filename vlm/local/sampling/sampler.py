@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kshot.errors import NotFiniteError, RequestError
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
-from vlm.local.model.attention import Cache, Causal
+from vlm.local.model.attention import Causal
 from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
 from vlm.local.sampling.grammar import Grammar
 from vlm.local.sampling.stops import check_stops
@@ -126,7 +126,7 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
     """
     engine, factors = decoder.engine, decoder.snapshot
     batch = engine.collate([request.prompt for request in requests], factors)
-    cache = Cache(batch.rows.lengths, engine.model.device)
+    cache = engine.model.text.Cache(batch.rows.lengths, engine.model.device)
     any_fields = any(request.prompt_fields for request in requests)
     wanted = None if any_fields else batch.ends
     with engine.model.timed("forward"):

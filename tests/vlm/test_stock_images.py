@@ -1,0 +1,103 @@
+"""Models that see and have no row of their own, by the stock forward: against transformers and PEFT alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinker
+from tinker import types
+from transformers import AutoModelForImageTextToText
+
+from kshot.errors import RequestError
+from tests.vlm import brute_force
+from tests.vlm.checkpoints import SEEING, seeing_model
+from tests.vlm.helpers import IMAGE, Pictured, assert_gradients_equal, greedy, plain_loss, plain_peft
+from tests.vlm.services import stock_log_probs
+from tests.vlm.test_text_models import Side, params
+from vlm.inputs import ImageRule, datum, image_chunk, model_input
+from vlm.local.registry import LocalServiceClient
+from vlm.scoring import score_choices
+
+CHOICES = [[5, 6, 9], [5, 7, 9], [5, 7, 8, 9], [11, 9], [12, 5, 6, 9]]
+
+
+@pytest.fixture(scope="module", params=SEEING)
+def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    kind = request.param
+    folder, state = seeing_model(tmp_path_factory.mktemp(kind), kind), tmp_path_factory.mktemp("state")
+    service = LocalServiceClient(state)
+    yield Side(service, folder, state, AutoModelForImageTextToText.from_pretrained(folder).eval())
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def asked(examples: list[Pictured], rule: ImageRule) -> list[tinker.ModelInput]:
+    """About one image, two, one of another size, and none."""
+    one, two, three = (image_chunk(each.image, rule) for each in examples[:3])
+    mixed = [[[300, 301], one, [302, 303]], [[4079], two, [4080, 7, 4079], three, [4080, 9]], [[8], three, [9, 10, 11]]]
+    return [model_input(*parts) for parts in (*mixed, [[300, 301, 302]])]
+
+
+def test_loss_and_gradients_equal_stock_peft(side: Side, asked: list[tinker.ModelInput], rule: ImageRule) -> None:
+    client, data = side.start(), [datum(each, [20 + n, 30, 40 + n]) for n, each in enumerate(asked)]
+    plain = plain_peft(client, side.stock)
+    expected = plain_loss(plain, data, rule)
+    expected.backward()
+    got = client.forward_backward(data, "cross_entropy").result().metrics["loss:sum"]
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients_equal(client, plain)
+
+
+def test_samples_log_probs_and_scores_are_the_stock_models(
+    side: Side, asked: list[tinker.ModelInput], rule: ImageRule
+) -> None:
+    sampler = side.base()
+    together = sampler.sample_batch(asked, params(6))
+    for each, response in zip(asked, together, strict=True):
+        expected = stock_log_probs(side.stock, each, rule)[:-1]
+        got = sampler.compute_logprobs(each).result()
+        ids = _ids(each)
+        own = [None if token == IMAGE else float(expected[n, token]) for n, token in enumerate(ids[1:])]
+        assert [value is None for value in got[1:]] == [value is None for value in own]
+        assert [v for v in got[1:] if v is not None] == pytest.approx([v for v in own if v is not None], abs=1e-4)
+        assert response.sequences[0].tokens == greedy(side.stock, each, rule, 6)
+    for method in ("constrained", "likelihood"):
+        scores = score_choices(sampler, asked, CHOICES, method)
+        for row, each in zip(scores, asked, strict=True):
+            assert row == pytest.approx(brute_force.scores(side.stock, each, CHOICES, rule, IMAGE)[method], abs=1e-4)
+
+
+def test_an_image_goes_through_a_frozen_tower_once(side: Side, asked: list[tinker.ModelInput]) -> None:
+    service = LocalServiceClient(side.state)
+    client = service.create_lora_training_client(str(side.folder), rank=2, seed=0).result()
+    data = [datum(each, [5, 6]) for each in asked]
+    losses = [client.forward_backward(data, "cross_entropy").result().metrics["loss:sum"] for _ in range(2)]
+    sampler = client.save_weights_and_get_sampling_client().result()
+    sampler.sample_batch(asked, params(2))
+    assert client.tower_forwards == sampler.tower_forwards == 3
+    assert losses[0] == losses[1]
+    service.close()
+
+
+def test_an_image_that_was_counted_otherwise_is_refused(side: Side, asked: list[tinker.ModelInput]) -> None:
+    chunk: Any = asked[0].chunks[1]
+    wrong = types.ImageChunk(data=chunk.data, format=chunk.format, expected_tokens=chunk.expected_tokens + 1)
+    with pytest.raises(
+        RequestError, match=f"Expected {wrong.expected_tokens} tokens, got {chunk.expected_tokens} from"
+    ):
+        side.base().compute_logprobs(model_input([5], wrong, [6])).result()
+    with pytest.raises(RequestError, match=f"token {IMAGE} stands for image features"):
+        side.base().compute_logprobs(model_input([5, IMAGE, 6])).result()
+
+
+def test_lora_on_a_tower_is_refused_where_the_packed_way_has_none(side: Side, tmp_path: Path) -> None:
+    service = LocalServiceClient(tmp_path, train_vision=True)
+    with pytest.raises(RequestError, match=r"no LoRA is computed on the vision tower of a \w+; leave it frozen"):
+        service.create_lora_training_client(str(side.folder), rank=2).result()
+    service.close()
+
+
+def _ids(each: tinker.ModelInput) -> list[int]:
+    parts = ([IMAGE] * chunk.length if isinstance(chunk, types.ImageChunk) else chunk.tokens for chunk in each.chunks)
+    return [token for part in parts for token in part]
