@@ -178,7 +178,7 @@ class StockText:
             return {}
         features: Any = BaseModelOutputWithPooling()
         features.pooler_output = (inputs.embeds[chosen],)
-        features.deepstack_features = [level[chosen] for level in inputs.deepstack]
+        features.deepstack_features = [(level[chosen],) for level in inputs.deepstack]
         return {"mm_encoder_outputs": {"image": features}}
 
     def _decode(self, inputs: PackedInputs, step: DecodeStep) -> Tensor:
