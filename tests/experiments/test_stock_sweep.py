@@ -13,7 +13,7 @@ def test_a_sweep_of_a_qwen3_5_from_end_to_end(kshot, tmp_path: Path, monkeypatch
     (tmp_path / "tiny-qwen3.5").mkdir()
     seeing_model(tmp_path / "tiny-qwen3.5", "qwen3_5")
     monkeypatch.chdir(tmp_path)
-    methods = [word for name in ("vlm-zero-shot", "vlm-lora", "vlm-linear") for word in ("--method", name)]
+    methods = [word for name in ("vlm-zero-shot", "vlm-lora", "vlm-vision-linear") for word in ("--method", name)]
     few = ("--limit-test", "12", "--seeds", "0,1", *TINY, "--workers", "1", "--out", "out")
     ended = kshot("sweep", "--dataset", "icons", "--model", "./tiny-qwen3.5", "--shots", "1,4", *methods, *few)
     assert ended.status == 0, ended.err

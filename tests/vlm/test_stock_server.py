@@ -24,7 +24,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _train_all(models: dict[str, str], state: Path, chunks: list[types.ImageChunk]) -> None:
-    with served(state, EngineRegistry(state, model_paths=models)) as server, connected(server.address) as service:
+    registry = EngineRegistry(state, model_paths=models)
+    registry.load()  # which takes SmolLM2 longer than the SDK waits
+    with served(state, registry) as server, connected(server.address) as service:
         runs = {name: service.create_lora_training_client(name, rank=2, seed=0).result(PATIENCE) for name in models}
         seen = {name: [chunks[0]] if name == SEES else [] for name in models}
         data = {name: [datum(model_input([5, 6], *seen[name], [7, 8]), [9, 10])] for name in models}
