@@ -31,8 +31,10 @@ from tests.vlm.test_text_models import (  # noqa: F401 - what holds of every tex
 )
 from vlm.inputs import model_input
 from vlm.local.clients import SamplingRequest
+from vlm.local.model import stock
 from vlm.local.model.load import check
 from vlm.local.registry import LocalServiceClient
+from vlm.scoring import score_choices
 
 
 @pytest.fixture(scope="module", params=STOCKS)
@@ -80,6 +82,17 @@ def test_kimi_k2_is_read_as_deepseek_v3(deepseek: Path, data: list[tinker.Datum]
     assert all(gradients[1][name].equal(gradient) for name, gradient in gradients[0].items())
     assert runs[1].get_info().model_data.arch == "deepseek_v3"
     service.close()
+
+
+def test_branches_one_by_one_are_those_side_by_side(
+    side: Side,
+    texts: list[tinker.ModelInput],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices, sampler = [[5, 6, 9], [5, 7, 9], [5, 7, 8, 9], [11, 9], [12, 5, 6, 9]], side.base()
+    together = score_choices(sampler, texts, choices, "likelihood")
+    monkeypatch.setattr(stock, "BRANCHED", 1)
+    assert score_choices(sampler, texts, choices, "likelihood") == pytest.approx(together, abs=1e-4)
 
 
 @pytest.mark.parametrize(
