@@ -1,6 +1,7 @@
 """Models that see and have no row of their own, by the stock forward: against transformers and PEFT alone."""
 
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from transformers import AutoModelForImageTextToText
 
 from kshot.errors import RequestError
 from tests.vlm import brute_force
-from tests.vlm.checkpoints import SEEING, seeing_model
-from tests.vlm.helpers import IMAGE, Pictured, assert_gradients_equal, greedy, plain_loss, plain_peft
+from tests.vlm.checkpoints import SEEING, RandomModel, seeing_model
+from tests.vlm.helpers import IMAGE, Pictured, assert_gradients_equal, disturb, greedy, plain_loss, plain_peft, taken
 from tests.vlm.services import stock_log_probs
 from tests.vlm.test_text_models import Side, params
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
+from vlm.local.engine import Engine
+from vlm.local.model.load import Model
+from vlm.local.model.lora import Layout
+from vlm.local.model.stock import StockText
 from vlm.local.registry import LocalServiceClient
 from vlm.scoring import score_choices
 
@@ -101,3 +106,45 @@ def test_lora_on_a_tower_is_refused_where_the_packed_way_has_none(side: Side, tm
 def _ids(each: tinker.ModelInput) -> list[int]:
     parts = ([IMAGE] * chunk.length if isinstance(chunk, types.ImageChunk) else chunk.tokens for chunk in each.chunks)
     return [token for part in parts for token in part]
+
+
+# Qwen3-VL by both ways
+
+
+def _both(folder: Path, tmp_path: Path) -> list[LocalServiceClient]:
+    """A service that computes a family with a row as packed, and one that has the stock forward compute it."""
+    services = [LocalServiceClient(tmp_path / way) for way in ("packed", "stock")]
+    for service, model in zip(services, (Model(str(folder)), Model(str(folder))), strict=True):
+        if service is services[1]:
+            model.text = StockText(model.stock)
+            model.layout = cache(partial(Layout, model.stock, together=False))
+        service._registry.engines[str(folder)] = Engine(model)
+    return services
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_the_stock_way_on_qwen3_vl_equals_the_packed_one(
+    kind: str, random_model: RandomModel, asked: list[tinker.ModelInput], tmp_path: Path
+) -> None:
+    folder = random_model(kind, tied=True)
+    data = [datum(each, [20 + n, 30, 40 + n]) for n, each in enumerate(asked)]
+    found = []
+    for service in _both(folder, tmp_path):
+        client = service.create_lora_training_client(str(folder), rank=4, seed=0).result()
+        disturb(client)
+        loss = client.forward_backward(data, "cross_entropy").result().metrics["loss:sum"]
+        gradients, sampler = taken(client), client.save_weights_and_get_sampling_client().result()
+        written = [each.sequences[0].tokens for each in sampler.sample_batch(asked, params(5))]
+        scores = score_choices(sampler, asked, CHOICES, "likelihood")
+        features = sampler.embed_prompts(asked[:1], tower=True, hidden=True)
+        found.append((loss, gradients, written, scores, features, type(client._engine.model.text).__name__))
+        service.close()
+    packed, stock = found
+    assert (packed[-1], stock[-1]) == ("Text", "StockText")
+    assert stock[0] == pytest.approx(packed[0], rel=1e-5)
+    assert packed[1].keys() == stock[1].keys()
+    for name, gradient in packed[1].items():
+        assert (stock[1][name] - gradient).norm() <= 1e-5 * gradient.norm().clamp(min=1e-3), name
+    assert stock[2] == packed[2]
+    assert stock[3] == pytest.approx(packed[3], abs=1e-4)
+    assert stock[4] == pytest.approx(packed[4], abs=1e-4)

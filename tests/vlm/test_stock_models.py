@@ -1,5 +1,6 @@
 """Models without a row of their own, tiny and random, by the stock forward: against transformers and PEFT alone."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 import tinker
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from kshot.errors import ModelError
 from tests.vlm.checkpoints import STOCKS, copied, text_model, with_config
-from tests.vlm.helpers import adapter_of, disturb, taken
+from tests.vlm.helpers import adapter_of, disturb, logits_of, stock_logits, taken
 from tests.vlm.test_text_models import (  # noqa: F401 - what holds of every text model holds of these
+    NO_RULE,
     Side,
     data,
     params,
@@ -28,8 +31,10 @@ from tests.vlm.test_text_models import (  # noqa: F401 - what holds of every tex
 )
 from vlm.inputs import model_input
 from vlm.local.clients import SamplingRequest
+from vlm.local.model import stock
 from vlm.local.model.load import check
 from vlm.local.registry import LocalServiceClient
+from vlm.scoring import score_choices
 
 
 @pytest.fixture(scope="module", params=STOCKS)
@@ -76,6 +81,47 @@ def test_kimi_k2_is_read_as_deepseek_v3(deepseek: Path, data: list[tinker.Datum]
     assert gradients[0].keys() == gradients[1].keys()
     assert all(gradients[1][name].equal(gradient) for name, gradient in gradients[0].items())
     assert runs[1].get_info().model_data.arch == "deepseek_v3"
+    service.close()
+
+
+def test_branches_one_by_one_are_those_side_by_side(
+    side: Side,
+    texts: list[tinker.ModelInput],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices, sampler = [[5, 6, 9], [5, 7, 9], [5, 7, 8, 9], [11, 9], [12, 5, 6, 9]], side.base()
+    together = score_choices(sampler, texts, choices, "likelihood")
+    monkeypatch.setattr(stock, "BRANCHED", 1)
+    assert score_choices(sampler, texts, choices, "likelihood") == pytest.approx(together, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("deepseek_v3", ["q_a_proj", "kv_a_proj_with_mqa", "o_proj"]),
+        ("qwen3_5_text", ["q_proj", "in_proj_qkv", "out_proj", "down_proj"]),
+    ],
+)
+def test_an_adapter_that_peft_wrote(
+    kind: str,
+    modules: list[str],
+    texts: list[tinker.ModelInput],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / kind).mkdir()
+    folder = text_model(tmp_path / kind, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=3, lora_alpha=7, target_modules=modules, task_type="CAUSAL_LM")
+        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "adapter")
+    service = LocalServiceClient(tmp_path / "state")
+    sampler = service.create_sampling_client_from_folder(tmp_path / "adapter").result()
+    for text in texts:
+        assert (logits_of(sampler, text) - stock_logits(model, text, NO_RULE)).abs().max() < 1e-3
     service.close()
 
 

@@ -36,7 +36,13 @@ INITIAL = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weigh
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _COPY = re.compile(r"(?:base_model\.model\.)?(?:.+\.)?(embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 # The name of a layer in a stock Qwen3-VL, whatever the model around it was called; `_named` makes it another family's.
-_LAYER = re.compile(r"(?:.+\.)?(?:(layers\.\d+\.(?:self_attn|mlp)\..+)|visual\.(.+)|(lm_head))")
+_LAYER = re.compile(r"(?:.+\.)?(?:(layers\.\d+\.(?:self_attn|linear_attn|mlp)\..+)|visual\.(.+)|(lm_head))")
+# The same flags in families without a row; whether a model has such a layer is seen with the model.
+_OTHERS = {
+    "train_attn": r".*\.(self_attn\.\w+_proj\w*|linear_attn\.(in_proj_\w+|out_proj))",
+    "train_mlp": r".*\.mlp\.(gate_up_proj|shared_experts?\.\w+_proj)",
+}
+_PATTERNS = {flag: f"{pattern}|{_OTHERS[flag]}" if flag in _OTHERS else pattern for flag, pattern in TARGETS.items()}
 _EXPERTS = re.compile(rf"model\.language_model\.layers\.\d+\.{re.escape(EXPERTS)}(\.base_layer)?")
 
 
@@ -74,7 +80,7 @@ def read(folder: Path) -> Foreign:
     settings, tensors = _settings(name, folder / CONFIG), _tensors(name, folder)
     copies = {key: found[1] for key in tensors if (found := _COPY.fullmatch(key))}
     pairs = _pairs(name, {key: t for key, t in tensors.items() if key not in copies}, settings.parameters)
-    flags = {flag: any(re.fullmatch(p, layer) for layer in pairs) for flag, p in TARGETS.items()}
+    flags = {flag: any(re.fullmatch(p, layer) for layer in pairs) for flag, p in _PATTERNS.items()}
     flags["train_mlp"] |= any(_EXPERTS.fullmatch(layer) for layer in pairs)
     ranks = {layer: _pattern(settings.ranks, layer, theirs, settings.rank) for layer, (theirs, _) in pairs.items()}
     try:
@@ -251,6 +257,6 @@ def _canonical(name: str, theirs: str) -> str:
     found = _LAYER.fullmatch(theirs)
     text, vision, head = found.groups() if found else (None, None, None)
     layer = head or (f"{QWEN3_VL.text}.{text}" if text else f"model.visual.{vision}")
-    if found and (_EXPERTS.fullmatch(layer) or any(re.fullmatch(pattern, layer) for pattern in TARGETS.values())):
+    if found and (_EXPERTS.fullmatch(layer) or any(re.fullmatch(pattern, layer) for pattern in _PATTERNS.values())):
         return layer
     raise ModelError(f"{name} covers {theirs}, a layer on which kshot computes no LoRA; {MERGE}")

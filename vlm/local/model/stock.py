@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from kshot.errors import ModelError
+from kshot.hub import one_line, translated
 from vlm.label_trie import ROOT
 from vlm.local.model.attention import Attention, Causal, DecodeStep, Rows, Tree
 from vlm.local.model.experts import Pair, routed
@@ -75,32 +76,37 @@ class StockText:
     Cache: Any = StockCache
 
     def __init__(self, stock: Any, name: str = "") -> None:
-        """name: of the model, for errors. Raises ModelError for a model whose positions see what comes behind them, and
-        one whose images come into the text in another way than here."""
+        """name: of the model, for errors. Raises ModelError for a model that cannot be run in this way."""
         self._stock, self._core, family = stock, stock.base_model, family_of(stock)
         self.layers = [*stock.get_submodule(family.layers)]
         self._head, self._head_name = stock.get_output_embeddings(), family.head
         self.linears = {n: m for n, m in stock.named_modules() if isinstance(m, nn.Linear) and m is not self._head}
         self.experts = {n: m for n, m in stock.named_modules() if n.endswith(EXPERTS)}
         self._three_axes = hasattr(self._core, "get_rope_index")
-        rope = stock.config.get_text_config().rope_parameters or {}
+        rope = getattr(stock.config.get_text_config(), "rope_parameters", None) or {}
         kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # some have one a type of layer
         # angles of other kinds depend on the longest row of a pass
         self._pads = all(each.get("rope_type", "default") in STATIC_ROPE for each in kinds)
-        if family.vision and not self._takes_images():
-            kind = stock.config.model_type
-            raise ModelError(
-                f"model {name} is of type {kind!r}, whose images cannot be given as features; give another"
-            )
-        if not self._is_causal():
-            raise ModelError(f"model {name} looks ahead in its text, and is no decoder; give one that is")
+        with translated(lambda error: ModelError(f"model {name} cannot be run ({one_line(error)}); give another")):
+            problem = self._problem(family.vision)
+        if problem:
+            raise ModelError(f"model {name} is of type {stock.config.model_type!r}, which {problem}; give another")
 
-    def _is_causal(self) -> bool:
-        device = self._stock.get_input_embeddings().weight.device
+    def _problem(self, vision: bool) -> str:
+        """What the model does otherwise than the decoders that are run here, found by trying; or ""."""
+        if vision and not self._takes_images():
+            return "takes images in another way than as features of patches"
+        if "past_key_values" not in signature(self._core.forward).parameters:
+            return "keeps no cache that is known here"
+        ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self._stock.get_input_embeddings().weight.device)
+        positions = torch.arange(3, device=ids.device).expand(3, 2, 3)
         with torch.inference_mode():
-            rows = (torch.tensor([ids], device=device) for ids in ([1, 2], [1, 2, 3]))
-            one, other = (self._run(ids, torch.arange(ids.shape[1]).expand(3, 1, -1).to(device))[0] for ids in rows)
-        return torch.allclose(one.float(), other[:, :2].float(), rtol=0.05, atol=0.05)
+            x, _ = self._run(ids, positions)
+            _, states = self._run(ids[:1, :2], positions[:, :1, :2], keep=True)
+            last, _ = self._run(ids[:, 2:], positions[:, :, 2:], states=_selected(states, [0, 0]))
+        if _far(*x[:, :2]):
+            return "looks ahead in its text"
+        return "writes another text from its cache than without" if _far(last, x[:, 2:]) else ""
 
     def _takes_images(self) -> bool:
         """Whether it takes the tower's features, and has an image's positions where the engine puts them."""
@@ -178,7 +184,7 @@ class StockText:
             return {}
         features: Any = BaseModelOutputWithPooling()
         features.pooler_output = (inputs.embeds[chosen],)
-        features.deepstack_features = [level[chosen] for level in inputs.deepstack]
+        features.deepstack_features = [(level[chosen],) for level in inputs.deepstack]
         return {"mm_encoder_outputs": {"image": features}}
 
     def _decode(self, inputs: PackedInputs, step: DecodeStep) -> Tensor:
@@ -199,24 +205,24 @@ class StockText:
             some = torch.tensor(group, device=inputs.ids.device)
             nodes = inputs.ids[prompt:].view(rows.count, -1)[some]
             positions = inputs.position_ids[:, prompt:].view(3, rows.count, -1)[:, some]
-            at = {ROOT: x[:, -1]} | dict(self._grown(tree.parents, [ROOT], states, nodes, positions))
+            room = max(1, BRANCHED // (len(group) * (x.shape[1] + 1)))
+            at = {ROOT: x[:, -1]} | dict(self._grown(tree.parents, [ROOT], states, nodes, positions, room))
             found |= zip(group, torch.stack([at[node] for node in tree.nodes], 1), strict=True)
         return torch.cat([found[number] for number in range(rows.count)])
 
     def _grown(
-        self, parents: Sequence[int], grown: Sequence[int], states: Any, ids: Tensor, positions: Tensor
+        self, parents: Sequence[int], grown: Sequence[int], states: Any, ids: Tensor, positions: Tensor, room: int
     ) -> Iterator[tuple[int, Tensor]]:
         """The states (rows, hidden) of all nodes below those in `grown`, whose caches are `states`: of the first node's
-        rows, then of the next one's. ids, positions: (rows, nodes), (3, rows, nodes)."""
+        rows, then of the next one's. ids, positions: (rows, nodes), (3, rows, nodes). room: for how many at once."""
         count, children = len(ids), [node for node, parent in enumerate(parents) if parent in grown]
-        room = max(1, BRANCHED // (count * (states.get_seq_length() + 1)))
         for start in range(0, len(children), room):
             some = children[start : start + room]
             chosen = [grown.index(parents[node]) * count + row for node in some for row in range(count)]
             branches, at = _selected(states, chosen), torch.tensor(some, device=ids.device)
             x, _ = self._run(ids[:, at].t().reshape(-1, 1), positions[:, :, at].mT.reshape(3, -1, 1), states=branches)
             yield from zip(some, x[:, -1].view(len(some), count, -1), strict=True)
-            yield from self._grown(parents, some, branches, ids, positions)
+            yield from self._grown(parents, some, branches, ids, positions, room)
 
     def _run(
         self,
@@ -324,6 +330,12 @@ def _some(head: Any, pair: Pair | None, scale: float, tokens: Tensor, hidden: Te
     if head.bias is not None:
         out = out + head.bias[rows].float()
     return out if pair is None else out + scale * (x @ pair[0].float().t()) @ pair[1].float().index_select(0, rows).t()
+
+
+def _far(one: Tensor, other: Tensor) -> bool:
+    """Whether two states differ by more than rounding in bfloat16. What is not finite is said where it is used."""
+    one, other = one.float().nan_to_num(), other.float().nan_to_num()
+    return bool((one - other).norm() > 0.25 * one.norm())
 
 
 def _of_one_length(lengths: Sequence[int]) -> list[list[int]]:
