@@ -69,7 +69,7 @@ async def prompt(
     texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, sampler, len(urls))
     read = [await read_image(url, allow_urls=allow_urls) for url in urls]
     if read:
-        taken.grow(await images.in_thread(images.image_bytes, read))
+        taken.grow(await images.decoding_bytes(read))
     chunks: list[types.ModelInputChunk | list[int]] = [texts[0]]
     for image, after in zip(read, texts[1:], strict=True):
         chunks += [await images.in_thread(image_chunk, image, rule), after]

@@ -205,7 +205,7 @@ async def _take_images(taken: Reservation, inputs: Sequence[types.ModelInput]) -
     """Take what the images of a request need as well. Raises TooLargeError, BusyError."""
     chunks = [chunk.data for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
     if chunks:
-        taken.grow(await images.in_thread(images.image_bytes, chunks))
+        taken.grow(await images.decoding_bytes(chunks))
 
 
 def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:
