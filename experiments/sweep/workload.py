@@ -288,7 +288,8 @@ def feature_bytes(workload: Workload) -> dict[str, int]:
     """Source → bytes of the features of all its images, mirrored ones too, that the local service's model sees; 0 for
     a model whose configuration is not known."""
     cells = workload.local_vlm_cells
-    features = image_features(model_config(cells[0].settings.model)) if cells else None  # a sweep has one model
+    config = model_config(cells[0].settings.model) if cells else None  # a sweep has one model
+    features = image_features(config, on_cpu=workload.device == "cpu")
     sizes = {}
     for source, counts in image_counts(cells, workload).items():
         width, height = mean_size(workload.datasets[source], cells[0].settings.max_side)
@@ -308,22 +309,24 @@ class ImageFeatures(NamedTuple):
         return max(1, width * height / self.side**2)
 
 
-def image_features(config: dict[str, Any] | None) -> ImageFeatures | None:
+def image_features(config: dict[str, Any] | None, *, on_cpu: bool = False) -> ImageFeatures | None:
     """Those of a Qwen3-VL by its config.json; None for other models. For each token the cache keeps its embedding and
-    one more for every DeepStack layer."""
+    one more for every DeepStack layer. on_cpu: see `item_bytes`."""
     try:
         text, vision = (config or {})["text_config"], (config or {})["vision_config"]
         embeddings = 1 + len(vision["deepstack_visual_indexes"])
         side = vision["patch_size"] * vision.get("spatial_merge_size", 2)
-        return ImageFeatures(side, embeddings * text["hidden_size"] * item_bytes(config or {}))
+        return ImageFeatures(side, embeddings * text["hidden_size"] * item_bytes(config or {}, on_cpu=on_cpu))
     except KeyError:
         return None
 
 
-def item_bytes(config: dict[str, Any]) -> int:
-    """Bytes of a weight. Raises KeyError for a type that is not in the table."""
+def item_bytes(config: dict[str, Any], *, on_cpu: bool = False) -> int:
+    """Bytes of a weight: as stored and on a GPU, or in a CPU's memory. Raises KeyError for a type that is not in the
+    table."""
     declared = (each.get(name) for each in (config, config["text_config"]) for name in ("dtype", "torch_dtype"))
-    return ITEM_BYTES[str(next(filter(None, declared), "float32"))]  # some configurations state it of the text alone
+    dtype = str(next(filter(None, declared), "float32"))  # some configurations state it of the text alone
+    return ITEM_BYTES["float32" if on_cpu and dtype == "float16" else dtype]  # as the engine reads it there
 
 
 def model_config(name: str) -> dict[str, Any] | None:

@@ -92,6 +92,20 @@ def test_bytes_by_hand(sweep: Callable[..., Sweep], sets: tuple[str, ...]) -> No
     assert [*feature_bytes(of_sweep(sweep(model="somebody/a-model"))).values()] == [0, 0, 0]
 
 
+def test_a_float16_model_is_counted_as_what_computes(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    """In float32 on a CPU, in two bytes a number on a GPU."""
+    config = json.loads((nano.folder() / "config.json").read_text())
+    config["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    half, full = of_sweep(sweep(model=str(tmp_path))), of_sweep(sweep())
+    on_gpu = replace(half, device="cuda")
+    assert feature_bytes(half) == feature_bytes(full)
+    assert feature_bytes(on_gpu) == {source: size // 2 for source, size in feature_bytes(full).items()}
+    weights = memory(full, 1).parts["weights"]
+    assert memory(half, 1).parts["weights"] == weights
+    assert memory(on_gpu, 1, "cuda").parts["weights"] == weights // 2
+
+
 def test_the_first_that_fit_together_are_shared(
     sweep: Callable[..., Sweep], sets: tuple[str, ...], limit: Callable[[int], None]
 ) -> None:

@@ -34,6 +34,19 @@ def scores(
     return {method: np.array(each) for method, each in totals.items()}
 
 
+def decoded(stock: Any, asked: tinker.ModelInput, choices: Sequence[Sequence[int]]) -> int:
+    """The choice that is written after a prompt of text by the likeliest token at each step, of those that go on as a
+    choice does: a forward pass for each."""
+    written: list[int] = []
+    while written not in [list(choice) for choice in choices]:
+        begun = [choice for choice in choices if list(choice[: len(written)]) == written]
+        allowed = sorted({choice[len(written)] for choice in begun})
+        with torch.no_grad():
+            logits = stock(torch.tensor([[*asked.to_ints(), *written]])).logits[0, -1]
+        written.append(allowed[int(logits[allowed].argmax())])
+    return [list(choice) for choice in choices].index(written)
+
+
 def _logits(
     stock: Any, asked: tinker.ModelInput, choices: Sequence[Sequence[int]], rule: ImageRule, longest: int, image: int
 ) -> torch.Tensor:

@@ -21,7 +21,7 @@ from vlm import models, nano, smollm2
 from vlm.classifier import batches, fit, steps
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
-from vlm.service import check
+from vlm.service import check, check_model
 
 
 def test_connect_says_who_can_be_asked(tmp_path: Path) -> None:
@@ -115,6 +115,21 @@ def test_models_that_are_nowhere_or_without_a_tokenizer_are_named(service: Local
 def test_a_folder_in_hub_layout_is_a_model(service: LocalServiceClient) -> None:
     client = service.create_sampling_client(base_model=str(nano.folder())).result()
     assert client.get_tokenizer().decode(client.get_tokenizer().encode("star")) == "star"
+
+
+def test_a_check_reads_tokenizer_and_image_processor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    read: list[str] = []
+    for each in (AutoImageProcessor, AutoTokenizer):
+
+        def watched(*args: Any, real: Any = each.from_pretrained, kind: str = each.__name__, **options: Any) -> Any:
+            read.append(kind)
+            return real(*args, **options)
+
+        monkeypatch.setattr(each, "from_pretrained", watched)
+    check_model(nano.NAME)
+    assert sorted(read) == ["AutoImageProcessor", "AutoTokenizer"]
 
 
 def test_the_nano_configuration_fits_its_tokenizer() -> None:

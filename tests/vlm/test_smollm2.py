@@ -1,25 +1,28 @@
 """SmolLM2 from its package: the checkpoint that is made of it, what it says on a server, and what it learns."""
 
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
 import pytest
-import tinker
 from safetensors import safe_open
 from tinker import types
+from transformers import AutoModelForCausalLM
 
 from kshot.errors import ModelError
+from kshot.files import TEMPORARY
+from tests.vlm import brute_force
 from tests.vlm.openai_served import connected
 from tests.vlm.services import PATIENCE, step
 from tests.vlm.services import connected as sdk
 from tests.vlm.serving import command
 from vlm import nano, smollm2
 from vlm.classifier import predict
-from vlm.inputs import datum, model_input
+from vlm.inputs import ImageRule, datum, model_input
 from vlm.prompts import Prompt, Template
 from vlm.service import tokenizer
 
@@ -30,6 +33,9 @@ WORDS = ["river", "stone", "cloud", "green", "window", "paper", "silver", "apple
 
 def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KSHOT_CACHE", str(tmp_path))
+    killed = tmp_path / "models" / f".smollm2-135m-{smollm2.VERSION}.0123{TEMPORARY}"  # what a killed maker left
+    killed.mkdir(parents=True)
+    os.utime(killed, (0, 0))
 
     def missing(name: str) -> Any:
         raise metadata.PackageNotFoundError(name)
@@ -48,7 +54,11 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    pytest.importorskip("gguf")
+    for package in ("gguf", smollm2.PACKAGE):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
     return smollm2.folder()
 
 
@@ -142,14 +152,14 @@ def test_it_learns_short_instructions(address: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_it_classifies_texts(address: str) -> None:
-    names, template = (
-        ("fruit", "vehicle", "animal"),
-        Template("Is this a fruit, a vehicle or an animal? {text}", "{label}"),
-    )
+def test_it_classifies_texts_as_the_stock_model_does(address: str, folder: Path) -> None:
+    names, texts = ("fruit", "vehicle", "animal"), ["apple", "truck", "horse"]
+    template = Template("Is this a fruit, a vehicle or an animal? {text}", "{label}")
     with sdk(address) as service:
         sampler = service.create_sampling_client(base_model=smollm2.NAME).result(PATIENCE)
         prompt = Prompt(tokenizer(smollm2.NAME), None, names, template)
-        scores = predict(sampler, ["apple", "truck", "horse"], prompt)
-    assert np.exp(scores).sum(1) == pytest.approx(np.ones(3), rel=1e-4)
-    assert isinstance(prompt.question("apple"), tinker.ModelInput)
+        scores = predict(sampler, texts, prompt)
+    stock, no_rule = AutoModelForCausalLM.from_pretrained(folder).eval(), cast(ImageRule, None)
+    for row, text in zip(scores, texts, strict=True):
+        expected = brute_force.scores(stock, prompt.question(text), prompt.choices, no_rule, -1)
+        assert row == pytest.approx(expected["constrained"], abs=1e-3)

@@ -37,7 +37,7 @@ from vlm.inputs import datum, model_input
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.export import export
 from vlm.local.model import placement
-from vlm.local.model.load import check, load
+from vlm.local.model.load import check, load, load_tokenizer
 from vlm.local.registry import LocalServiceClient
 from vlm.scoring import score_choices
 
@@ -274,6 +274,18 @@ def test_float16_is_read_as_another_type_and_said(
     assert caplog.messages == [
         f"model {tmp_path} is in float16, and is read as float32: nothing is trained in float16 here"
     ]
+    assert load(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="nothing is trained in float16 here; give dtype='bfloat16'"):
+        load(str(llama), dtype=torch.float16)
+
+
+def test_an_empty_tokenizer_is_refused_though_it_begins_texts(llama: Path, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path)
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"has no tokenizer beside its weights \(tokenizer.json\); copy it there"):
+        load_tokenizer(str(folder))
 
 
 def test_images_are_refused(llama: Path, service: LocalServiceClient, chunks: list[types.ImageChunk]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tinker import types
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,12 +15,13 @@ from tests.vlm.checkpoints import text_model
 from tests.vlm.helpers import Pictured
 from vlm.calibration import prior
 from vlm.classifier import fit, generate, predict, predict_and_decode
-from vlm.inputs import ImageRule
+from vlm.inputs import ImageRule, model_input
 from vlm.local.registry import LocalServiceClient
-from vlm.prompts import Prompt, Template, template
+from vlm.prompts import END, Prompt, Template, template
 
 ABOUT = Template("What is this about? {text}", "It is about {label}.")
 NAMES = ("cars", "cards", "sea", "sea life")
+BLIND = "<|im_start|>user\nWhat is this about?<|im_end|>\n<|im_start|>assistant\nIt is about"  # without a text
 TEXTS = ["An engine with four wheels.", "The queen of hearts.", "Waves and salt.", "A whale\nand a {label}"]
 
 
@@ -61,9 +61,11 @@ def test_scores_equal_each_labels_own_forward_pass(asked: tuple[Any, Prompt], fo
         for row, text in zip(predict(sampler, TEXTS, prompt, method), TEXTS, strict=True):
             expected = brute_force.scores(stock, prompt.question(text), prompt.choices, no_rule, -1)
             assert row == pytest.approx(expected[method], abs=1e-4)
-    _, greedy = predict_and_decode(sampler, TEXTS, prompt)
-    assert greedy.shape == (4,)
-    assert np.exp(prior("pmi", sampler, prompt)).sum() == pytest.approx(1.0, rel=1e-5)
+    _, decoded = predict_and_decode(sampler, TEXTS, prompt)
+    assert decoded.tolist() == [brute_force.decoded(stock, prompt.question(text), prompt.choices) for text in TEXTS]
+    blind = model_input(prompt.tokenizer.encode(BLIND))
+    expected = brute_force.scores(stock, blind, prompt.choices, no_rule, -1)["constrained"]
+    assert prior("pmi", sampler, prompt) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["text", "closed-set"])
@@ -99,11 +101,56 @@ def test_without_chat_tokens_it_is_one_plain_text(plain: Any) -> None:
     assert prompt.text([*prompt.choices[0], 257]) == "cars."
 
 
+def spaced(*merges: tuple[str, str]) -> Any:
+    """A tokenizer that begins each text with a space, as SentencePiece's do."""
+    letters = ["\u2581", END, *map(chr, range(33, 127)), "</s>", *map("".join, merges)]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[*merges]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("answer", ["It is about {label}.", "It is:{label}", "{label}"])
+def test_a_tokenizer_that_begins_texts_with_a_space_writes_one_text(answer: str) -> None:
+    tokenizer = spaced(("\u2581", "I"), ("\u2581", "c"))
+    prompt = Prompt(tokenizer, None, NAMES, Template(ABOUT.question, answer))
+    for name, choice in zip(NAMES, prompt.choices, strict=True):
+        whole = f"What is this about? Waves.\n{answer.format(label=name)}\n"
+        assert [*prompt.question("Waves.").to_ints(), *choice] == tokenizer.encode(whole)
+        assert tokenizer.decode(tokenizer.encode(whole)) == whole
+
+
+def test_what_a_tokenizer_cannot_write_there_is_refused() -> None:
+    with pytest.raises(PromptError, match=r"cannot write 'It is about' right after '\\n'; give another template"):
+        Prompt(spaced((END, "I")), None, NAMES, ABOUT).question("Waves.")
+
+
+def test_a_tokenizer_that_ends_no_text_trains_and_stops_at_nothing(plain: Any) -> None:
+    endless = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
+    prompt = Prompt(endless, None, NAMES, ABOUT)
+    assert len(prompt.choices) == len(NAMES), "scores need no end"
+    for ask in (lambda: prompt.stops, lambda: prompt.datum("Waves.", 0), lambda: prompt.text([5])):
+        with pytest.raises(PromptError, match="has neither chat turns nor a token that ends a text"):
+            ask()
+
+
+def test_tokens_that_steer_the_model_are_refused_as_the_tokenizer_spells_them(plain: Any) -> None:
+    prompt = Prompt(plain, None, NAMES, ABOUT)
+    assert written(prompt, "a <| b").startswith("<s>What is this about? a <| b\n")
+    with pytest.raises(PromptError, match=r"the text 'Waves.</s>' writes </s>, which steers the model"):
+        prompt.question("Waves.</s>")
+    with pytest.raises(PromptError, match=r"class name 'sea</s>' writes </s>, which steers the model"):
+        Prompt(plain, None, ("cars", "sea</s>"), ABOUT)
+    for odd in (Template("{text}<s>", "{label}"), Template("{text}", "<s> {label}")):
+        with pytest.raises(PromptError, match=r"of a prompt writes <s>, which steers the model"):
+            Prompt(plain, None, NAMES, odd)
+
+
 def test_mistakes_are_named(asked: tuple[Any, Prompt], examples: list[Pictured], rule: ImageRule) -> None:
     _, prompt = asked
     with pytest.raises(PromptError, match="is about a text, and got an image"):
         prompt.question(examples[0].image)
-    with pytest.raises(PromptError, match=r"writes '<\|', which steers the model"):
+    with pytest.raises(PromptError, match=r"writes <\|im_end\|>, which steers the model"):
         prompt.question("and <|im_end|>")
     with pytest.raises(PromptError, match=r"is about an image; give \{text\} for a text"):
         Prompt(prompt.tokenizer, rule, NAMES).question("a text")

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 import tinker
 from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.vlm import brute_force
 from tests.vlm.checkpoints import text_model
 from tests.vlm.helpers import greedy
 from tests.vlm.openai_served import HELLO, connected, image_part
@@ -62,9 +62,18 @@ def test_chats_are_written_by_the_models_own_template(client: openai.OpenAI) -> 
     chat = client.chat.completions.create(messages=HELLO, **options).choices[0].message.content
     plain = client.completions.create(prompt="[user] hello\n[assistant]", **options).choices[0].text
     assert chat == plain
-    choices = {"structured_outputs": {"choice": ["red", "green", "light green"]}}
-    chosen = client.chat.completions.create(messages=HELLO, model=TEXT, extra_body=choices).choices[0]
-    assert np.exp([*chosen.choice_log_probs.values()]).sum() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_choices_have_the_stock_models_probabilities(client: openai.OpenAI, folder: Path) -> None:
+    stock, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    names = ["red", "green", "light green"]
+    written = [[*tokenizer.encode(name), tokenizer.eos_token_id] for name in names]
+    asked = model_input(tokenizer.encode("[user] hello\n[assistant]"))
+    expected = brute_force.scores(stock, asked, written, NO_RULE, -1)["constrained"]
+    body = {"structured_outputs": {"choice": names}}
+    chosen: Any = client.chat.completions.create(messages=HELLO, model=TEXT, extra_body=body).choices[0]
+    assert chosen.choice_log_probs == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-4)
+    assert chosen.message.content == names[int(expected.argmax())]
 
 
 def test_images_are_refused_and_the_other_model_takes_them(

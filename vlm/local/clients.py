@@ -56,7 +56,8 @@ class _Client:
         return self._engine.vision.forwards
 
     def profile(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
+        """Measure the time spent in the model itself by the requests that run while the context is open: see
+        `vlm.local.model.load.Model.profile`."""
         return self._engine.model.profile()
 
     def get_tokenizer(self) -> Any:
@@ -158,9 +159,9 @@ class LocalSamplingClient(_Client):
         return self._engine.model.rule
 
     @property
-    def sees(self) -> bool:
+    def takes_images(self) -> bool:
         """Whether the base model takes images."""
-        return self._engine.model.sees
+        return self._engine.model.takes_images
 
     @property
     def context(self) -> int:
@@ -295,7 +296,7 @@ class LocalTrainingClient(_Client):
 
     @property
     def snapshot_bytes(self) -> int:
-        """Of memory that a snapshot of the weights takes, as `save_weights_and_get_sampling_client` makes one."""
+        """Bytes of memory for a snapshot of the weights, as `save_weights_and_get_sampling_client` makes one."""
         return self._run.adapter.layout.snapshot_bytes(self._engine.model.dtype)
 
     @property

@@ -140,7 +140,7 @@ class Engine:
 
     def __init__(self, model: Model, vision: Vision | None = None) -> None:
         self.model = model
-        self.vision: Vision | NoVision = vision or (Vision(model) if model.sees else NoVision(model))
+        self.vision: Vision | NoVision = vision or (Vision(model) if model.takes_images else NoVision(model))
 
     def start(self, spec: LoraSpec, seed: int) -> TrainingRun:
         """A new run: a LoRA adapter initialised from `seed`."""

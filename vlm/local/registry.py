@@ -82,7 +82,7 @@ class EngineRegistry:
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
             self._set_threads(model)
             options: dict[str, Any] = {"threads": self.decoders, "pixel_bytes": self.pixel_bytes}
-            vision = Vision(model, self.cache_bytes, self.features, **options) if model.sees else None
+            vision = Vision(model, self.cache_bytes, self.features, **options) if model.takes_images else None
             self.engines[base_model] = Engine(model, vision)
         return self.engines[base_model]
 
@@ -98,8 +98,8 @@ class EngineRegistry:
             self.engine(name)
 
     def run_bytes(self, base_model: str, lora: Mapping[str, Any]) -> int:
-        """Of memory that a run takes, by the shapes of its adapter; lora: the fields of its LoraSpec. Raises as
-        `engine` and LoraSpec."""
+        """Bytes of memory that a run needs, from the shapes of its adapter. lora: the fields of its LoraSpec. Raises
+        as `engine` and LoraSpec do."""
         model = self.engine(base_model).model
         return model.layout(LoraSpec(**lora)).run_bytes(model.dtype)
 

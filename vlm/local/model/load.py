@@ -42,12 +42,13 @@ IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
-def check(name: str) -> None:
-    """Raise what `Model` would, before a weight is read; what is free on devices is not looked at. Of a hub's model the
-    weights are not fetched, and only what stands beside them is checked."""
+def check(name: str, *, images: bool = False) -> None:
+    """Raise what `Model` would, before any weights are read, and ModelError where a model that must take images takes
+    none. Free memory is not checked. The weights of a hub's model are not fetched: only the files beside them are
+    checked."""
     folder = Path(models.source(name))
     load_tokenizer(name)
-    load_rule(name)
+    load_rule(name, required=images)
     family, config = _read_config(name, folder)
     if models.is_here(name):
         _from_pretrained(name, family, folder, _dtype(config, stored_tensors(name, folder)), {"": "meta"})
@@ -57,15 +58,15 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     """The model of a name, folder or hub id, in eval mode and without gradients, on its device or devices.
 
     device: cpu, cuda, cuda:N, mps, or auto, which spreads whole decoder layers over all visible GPUs.
-    dtype: None takes the checkpoint's; for float16, in which nothing is trained here, bfloat16, or float32 on a CPU,
-    and says so in the log. Raises UnknownNameError for what can be no model, and ModelError, in one line
+    dtype: None takes the checkpoint's; for its float16, in which nothing is trained here, bfloat16, or float32 on a
+    CPU, and says so in the log. Raises UnknownNameError for what can be no model, and ModelError, in one line
     that says the way out, for whatever cannot be loaded whole.
     """
     family, config = _read_config(name, Path(models.source(name)))
     devices = placement.devices(device)
     folder = Path(models.weights(name))
     tensors = stored_tensors(name, folder)
-    dtype = _computed(name, dtype or _dtype(config, tensors), devices)
+    dtype = _compute_dtype(name, dtype, _dtype(config, tensors), devices)
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size = placement.sizes(tensors, layers, tied, dtype, family)
     free = [placement.free_bytes(each) for each in devices]
@@ -97,7 +98,7 @@ def load_tokenizer(name: str) -> Any:
     family, config = _read_config(name, folder)
     with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.encode("a"):
+    if not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
     if family.vision and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
@@ -115,11 +116,11 @@ def _another(tokenizer: Any, config: Any) -> str:
     return "" if odd is None else f"{odd} ends the model's texts, and is {tokenizer.convert_ids_to_tokens(odd)!r} there"
 
 
-def load_rule(name: str) -> ImageRule | None:
-    """How the images of a name, folder or hub id are cut; None for a text model. Raises as `load` does, also where its
-    image processor is of another model."""
+def load_rule(name: str, *, required: bool = False) -> ImageRule | None:
+    """How the images of a name, folder or hub id are cut; None for a text model, or ModelError where it is required.
+    Raises as `load` does, also where its image processor is of another model."""
     family, config = _read_config(name, Path(models.source(name)))
-    if not family.vision:
+    if not family.vision and not required:
         return None
     rule = ImageRule.from_pretrained(name)
     for ours, theirs in PROCESSED.items():
@@ -151,11 +152,15 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
     return FAMILIES[kind], config
 
 
-def _computed(name: str, dtype: torch.dtype, devices: Sequence[torch.device]) -> torch.dtype:
-    """What a model of a dtype computes in: in float16 small gradients are lost without loss scaling, which is not done
-    here."""
-    if dtype != torch.float16:
-        return dtype
+def _compute_dtype(
+    name: str, asked: torch.dtype | None, stored: torch.dtype, devices: Sequence[torch.device]
+) -> torch.dtype:
+    """What a model computes in: in float16 small gradients are lost without loss scaling, which is not done here.
+    Raises ModelError where that is asked for."""
+    if asked == torch.float16:
+        raise ModelError(f"model {name}: nothing is trained in float16 here; give dtype='bfloat16'")
+    if asked or stored != torch.float16:
+        return asked or stored
     other = "float32" if devices[0].type == "cpu" else "bfloat16"
     log.warning("model %s is in float16, and is read as %s: nothing is trained in float16 here", name, other)
     return getattr(torch, other)
@@ -215,8 +220,8 @@ class Model:
     device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
     path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
-    sees: whether it takes images. image_token, placeholders: the id at image positions, and all ids that no text may
-    hold; -1 and none of a text model.
+    takes_images: False for a text model. image_token, placeholders: the id at image positions, and all ids that no
+    text may hold; -1 and none for a text model.
     """
 
     def __init__(
@@ -231,10 +236,10 @@ class Model:
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
         self.context: int = config.get_text_config().max_position_embeddings
-        self.sees = family_of(self.stock).vision
-        self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
-        self.image_token: int = config.image_token_id if self.sees else -1
-        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.sees else ()
+        self.takes_images = family_of(self.stock).vision
+        self.merge: int = config.vision_config.spatial_merge_size if self.takes_images else 1
+        self.image_token: int = config.image_token_id if self.takes_images else -1
+        self.placeholders: tuple[int, ...] = (config.image_token_id, config.video_token_id) if self.takes_images else ()
         self.kind: str = config.model_type
         embeddings = self.stock.get_input_embeddings().weight
         self.device: torch.device = embeddings.device
@@ -246,15 +251,16 @@ class Model:
     def rule(self) -> ImageRule:
         """How its images are cut. Raises RequestError for a text model."""
         if self._rule is None:
-            raise RequestError(f"model {self.name} is a text model and takes no images; ask a model that sees")
+            raise RequestError(f"model {self.name} is a text model and takes no images; ask one that does")
         return self._rule
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
-        """Seconds spent in the model's own arithmetic while the context is open, one entry for each of PROFILED.
+        """Measure the time spent in the model itself while the context is open. The context yields a dictionary: for
+        each part in PROFILED its seconds so far.
 
-        "tower": the vision tower, where no cache has an image's features. "forward": the text model, its head and the
-        loss. Each part waits for the device, so on a GPU a profiled request may take longer than others.
+        "tower" is the vision tower, for images whose features are not in a cache. "forward" is the text model with its
+        head and the loss. Each part waits for the device, so a profiled request may take longer on a GPU.
         """
         before, seconds = self.timed, dict.fromkeys(PROFILED, 0.0)
         self.timed = partial(_timed, seconds, self.device)

@@ -27,7 +27,7 @@ from tinker import types
 from kshot.errors import ImageError, PromptError
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
-from vlm.prompts import END_OF_TURN
+from vlm.prompts import END_OF_TURN, special_tokens
 from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
 from vlm.server.openai import templates, tools
@@ -79,7 +79,7 @@ async def prompt(
 def _texts(request: ChatRequest, sampler: LocalSamplingClient, images: int) -> list[list[int]]:
     """The tokens before, between and after so many images. Raises PromptError."""
     tokenizer = sampler.get_tokenizer()
-    texts = text(request, tokenizer, sees=sampler.sees).split(IMAGE_TOKEN)
+    texts = text(request, tokenizer, takes_images=sampler.takes_images).split(IMAGE_TOKEN)
     if len(texts) != images + 1:
         raise PromptError(f"the chat template has {len(texts) - 1} places for {images} image(s)")
     return [encode(tokenizer, each) for each in texts]
@@ -90,14 +90,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def text(request: ChatRequest, tokenizer: Any, *, sees: bool = True) -> str:
-    """The conversation as one text, IMAGE_TOKEN where an image is. sees: whether the model takes images."""
+def text(request: ChatRequest, tokenizer: Any, *, takes_images: bool = True) -> str:
+    """The conversation as one text, IMAGE_TOKEN where an image is. takes_images: whether the model does."""
     special = special_tokens(tokenizer)
     for number, message in enumerate(request.messages):
         _check(f"messages[{number}]", message, special)
     offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
     _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
-    own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1 if sees else tokenizer.chat_template
+    own = tokenizer.chat_template
+    if takes_images:
+        own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
     if not own and END_OF_TURN not in tokenizer.added_tokens_encoder:
         raise PromptError("the model has no chat template; ask completions, with the whole prompt")
     template = None if own else CHATML
@@ -110,11 +112,6 @@ def text(request: ChatRequest, tokenizer: Any, *, sees: bool = True) -> str:
         return templates.written(tokenizer, _messages(request), offered or None, template, **turns)
     except ValueError as error:
         raise PromptError(f"the model's chat template cannot write these messages: {error}") from error
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that steer the model: no message may contain one."""
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
