@@ -11,7 +11,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot.errors import UnknownNameError
+from kshot.errors import RequestError, UnknownNameError
 from vlm.prompts import Prompt
 from vlm.scoring import score_and_decode, score_choices
 from vlm.service import SamplingClient, TrainingClient
@@ -69,26 +69,36 @@ def fit(
     prompt: Prompt,
     adam: types.AdamParams,
     loss: str = "text",
+    power: float = 0.0,
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
     """One optimizer step a batch of (image, label) views; yields the responses of each step. loss: a row of LOSSES.
+    power: of "closed-set": (1 - p^power) / power of the exact posterior p of the right class; 0 is -log p, 1 the
+    expected reward (see `vlm.local.losses.closed_set`).
 
-    Raises UnknownNameError for another loss.
+    Raises UnknownNameError for another loss, RequestError for a power of the loss "text".
     """
     if loss not in LOSSES:
         raise UnknownNameError("loss", loss, LOSSES)
+    if power and loss == "text":
+        raise RequestError(f"power {power} is of the loss closed-set; the loss text has none")
     loss_fn, example = LOSSES[loss]
     made = ([example(prompt, image, label) for image, label in batch] for batch in batches)
-    return steps(client, made, loss_fn, adam)
+    return steps(client, made, loss_fn, adam, {"power": power} if power else None)
 
 
 def steps(
-    client: TrainingClient, data: Iterable[list[tinker.Datum]], loss_fn: str, adam: types.AdamParams
+    client: TrainingClient,
+    data: Iterable[list[tinker.Datum]],
+    loss_fn: str,
+    adam: types.AdamParams,
+    config: dict[str, float] | None = None,
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
-    """One optimizer step on each list of data, of any training client; yields the responses of each step."""
+    """One optimizer step on each list of data, of any training client; yields the responses of each step. config: of
+    the loss, as the SDK's `loss_fn_config`."""
     batches = iter(data)
     batch = next(batches, None)
     while batch is not None:
-        loss = client.forward_backward(batch, loss_fn)
+        loss = client.forward_backward(batch, loss_fn, *([config] if config else []))
         step = client.optim_step(adam)  # both submitted before either is awaited
         batch = next(batches, None)  # the next data are made while the service works on these
         yield loss.result(), step.result()

@@ -42,7 +42,9 @@ class SamplingClient(Protocol):
 class TrainingClient(Protocol):
     """One training run: LoRA weights, their gradients and their optimizer. Requests run in the order they are made."""
 
-    def forward_backward(self, data: list[tinker.Datum], loss_fn: Any) -> Future[types.ForwardBackwardOutput]: ...
+    def forward_backward(
+        self, data: list[tinker.Datum], loss_fn: Any, loss_fn_config: dict[str, float] | None = None
+    ) -> Future[types.ForwardBackwardOutput]: ...
     def optim_step(self, optim_params: Any) -> Future[types.OptimStepResponse]: ...
 
 

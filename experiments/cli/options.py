@@ -43,6 +43,17 @@ Model = Annotated[
 Prompt = Annotated[str | None, typer.Option("--prompt", help=f"{PROMPT}.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help=f"{PROMPT}; repeat to compare.")]
 Loss = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text or closed-set.")]
+Losses = Annotated[
+    list[str] | None, typer.Option("--loss", help="What LoRA learns: text or closed-set; repeat to compare.")
+]
+LossPowers = Annotated[
+    list[str] | None,
+    typer.Option("--loss-power", metavar="Q", help="Of closed-set: 0 (-log p) to 1 (the reward); repeat to compare."),
+]
+Starts = Annotated[
+    list[str] | None,
+    typer.Option("--start", metavar="N", help="First steps with loss text: a share or number; repeat to compare."),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
 ]

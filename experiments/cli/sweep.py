@@ -61,7 +61,9 @@ def sweep(
         typer.Option("--vlm-features", help="For a head on the VLM: tower, hidden or tower+hidden; repeat to compare."),
     ] = None,
     prompt: opt.Prompts = None,
-    loss: opt.Loss = None,
+    loss: opt.Losses = None,
+    loss_power: opt.LossPowers = None,
+    start: opt.Starts = None,
     calibration: opt.Calibration = None,
     service: opt.Service = "local",
     device: Annotated[
@@ -89,8 +91,9 @@ def sweep(
         "most_shots": opt.caps(most_shots),
     }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
+    values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
+    compared |= {"loss": loss, "loss_power": loss_power, "start": start}
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
     chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
     fields["methods"] = method or list(chosen.methods)

@@ -136,7 +136,7 @@ def headline(cells: Sequence[Record], dataset: str) -> str:
 def _compared(table: Iterable[str]) -> list[str]:
     """How many values of each setting are compared: `2 prompts`."""
     values: dict[str, set[Any]] = defaultdict(set)
-    for choice in (choice for series in table for choice in choices_of(series)):
+    for choice in (choice for series in table for choice in choices_of(series) if not choice.idle):
         values[choice.setting].add(choice.value)
     return [_count(len(each), COUNTED.get(setting, setting)) for setting, each in values.items()]
 

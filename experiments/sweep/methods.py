@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,9 +116,13 @@ def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
     """Train a new run on the task's shots; yields the loss of each step, a training image on average."""
     from vlm.classifier import fit
 
-    s = task.settings
-    for answer, _ in fit(client, _batches(task), prompt_of(client, task), _adam(s), s.loss):
-        yield answer.metrics["loss:sum"] / s.batch_size
+    s, views, prompt = task.settings, _batches(task), prompt_of(client, task)
+    for batches, loss, power in (
+        (islice(views, s.start_steps(task.steps)), "text", 0.0),
+        (views, s.loss, s.loss_power),
+    ):
+        for answer, _ in fit(client, batches, prompt, _adam(s), loss, power):
+            yield answer.metrics["loss:sum"] / s.batch_size
 
 
 def vlm_vision_linear(task: Task) -> Outcome:
@@ -189,12 +194,13 @@ def fit_lora_head(client: Any, task: Task) -> Iterator[float]:
 
 
 _TRAINED = ("views_per_class", "hflip", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
+_LOSS = ("loss", "loss_power", "start")
 _FROZEN = (*DATA_SETTINGS, "backbone", "readout", "image_size")
 _PROMPTED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
 _EMBEDDED = (*DATA_SETTINGS, "model", "prompt", "vlm_features")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, _PROMPTED, learns=False),
-    "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, "loss"), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, *_LOSS), cost=10.0, zero_shot="vlm-zero-shot"),
     "vlm-vision-linear": Method(vlm_vision_linear, _EMBEDDED, cost=2.0, local=True),
     "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), _FROZEN),
     "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), _FROZEN, leaves_out=True),

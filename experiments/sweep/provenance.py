@@ -51,7 +51,7 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
         LOCAL.format(Path(settings.backbone).name): "backbone" in used and local_model("backbone", settings.backbone),
         FEWER: settings.allow_fewer,
         SHUFFLED: settings.shuffle_test,
-        CLOSED: "loss" in used and settings.loss == "closed-set",
+        CLOSED: "loss" in used and settings.loss == "closed-set" and not settings.start,
         VALIDATED: "calibration" in used and settings.calibration == "validated",
     }
     return [*shipped, *(note for note, due in others.items() if due)]
