@@ -81,6 +81,10 @@ class Settings(BaseModel):
     loss_power: LossPower = 0.0  # q of closed-set: (1 - p^q) / q of the right class; 0: -log p, 1: the expected reward
     start: Start = 0.0  # of the steps, the first ones train with the loss text: a share below 1, or their number
     calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
+    group_size: Annotated[int, Field(ge=2)] = 8  # answers that vlm-rl samples to a training image
+    temperature: PositiveFloat = 1.0  # of this sampling
+    policy_loss: Literal["importance_sampling", "ppo"] = "importance_sampling"  # of the API, of vlm-rl
+    kl: Annotated[float, Field(ge=0)] = 0.0  # reward that a nat away from the base model costs, a token
 
     def steps(self, classes: int) -> int:
         """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
@@ -112,7 +116,7 @@ class Compare(BaseModel):
 
 COMPARED = tuple(Compare.model_fields)
 # Settings that came later than results: at their defaults they are no part of a cell's key.
-LATER = ("loss_power", "start")
+LATER = ("loss_power", "start", "group_size", "temperature", "policy_loss", "kl")
 
 
 def idle(read: Collection[str], values: Mapping[str, Any]) -> set[str]:

@@ -3,7 +3,7 @@ them sees a test label."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -104,12 +104,8 @@ def vlm_zero_shot(task: Task) -> Outcome:
 
 def vlm_lora(task: Task) -> Outcome:
     """LoRA-tune the vision-language model to answer with the class name, then evaluate it."""
-    start, s, service = time.perf_counter(), task.settings, connected(task.service, task.device)
-    client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
-    for _ in fit_lora(client, task):
-        pass
-    sampler = client.save_weights_and_get_sampling_client().result()
-    return _evaluate(sampler, task, fit_seconds=time.perf_counter() - start)
+    start = time.perf_counter()
+    return _evaluate(_tuned(task, fit_lora), task, fit_seconds=time.perf_counter() - start)
 
 
 def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
@@ -117,12 +113,51 @@ def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
     from vlm.classifier import fit
 
     s, views, prompt = task.settings, _batches(task), prompt_of(client, task)
-    for batches, loss, power in (
-        (islice(views, s.start_steps(task.steps)), "text", 0.0),
-        (views, s.loss, s.loss_power),
-    ):
+    first = islice(views, s.start_steps(task.steps))
+    for batches, loss, power in ((first, "text", 0.0), (views, s.loss, s.loss_power)):
         for answer, _ in fit(client, batches, prompt, _adam(s), loss, power):
             yield answer.metrics["loss:sum"] / s.batch_size
+
+
+def vlm_tuned_linear(task: Task) -> Outcome:
+    """Logistic regression on the last hidden state of the VLM that `vlm_lora` tunes, instead of its answer in text
+    (Zhang et al. 2024, arXiv:2405.18415)."""
+    from baselines.heads import HEADS
+    from vlm.embedding import embed_images
+
+    start, sampler = time.perf_counter(), _tuned(task, fit_lora)
+    tuning, prompt = time.perf_counter() - start, prompt_of(sampler, task)
+    outcome = _frozen(task, lambda images: embed_images(sampler, images, prompt, "hidden"), HEADS["logreg"])
+    return replace(outcome, seconds={**outcome.seconds, "fit": tuning + outcome.seconds["fit"]})
+
+
+def vlm_rl(task: Task) -> Outcome:
+    """LoRA-tune the vision-language model by reward for answers of its own, then evaluate it."""
+    start = time.perf_counter()
+    return _evaluate(_tuned(task, fit_rl), task, fit_seconds=time.perf_counter() - start)
+
+
+def fit_rl(client: "TrainingClient", task: Task) -> Iterator[float]:
+    """Train a new run on the task's shots, after the start with the loss text by reward; yields the mean loss of a
+    training image, then the mean reward of an answer."""
+    from vlm.classifier import fit
+    from vlm.reward import Policy, reinforce
+
+    s, views, prompt = task.settings, _batches(task), prompt_of(client, task)
+    for answer, _ in fit(client, islice(views, s.start_steps(task.steps)), prompt, _adam(s)):
+        yield answer.metrics["loss:sum"] / s.batch_size
+    policy = Policy(s.group_size, s.temperature, s.answer_tokens, s.policy_loss, s.kl)
+    base = base_sampler(task.service, task.device, s.model) if s.kl else None
+    yield from reinforce(client, views, prompt, _adam(s), policy, seed=task.seed, base=base)
+
+
+def _tuned(task: Task, fit: Callable[["TrainingClient", Task], Iterator[float]]) -> Any:
+    """A sampling client of a new run after it was trained."""
+    s, service = task.settings, connected(task.service, task.device)
+    client = service.create_lora_training_client(s.model, rank=s.rank, seed=task.seed).result()
+    for _ in fit(client, task):
+        pass
+    return client.save_weights_and_get_sampling_client().result()
 
 
 def vlm_vision_linear(task: Task) -> Outcome:
@@ -195,12 +230,16 @@ def fit_lora_head(client: Any, task: Task) -> Iterator[float]:
 
 _TRAINED = ("views_per_class", "hflip", "batch_size", "rank", "learning_rate", "beta1", "beta2", "eps")
 _LOSS = ("loss", "loss_power", "start")
+_POLICY = ("start", "group_size", "temperature", "policy_loss", "kl")
 _FROZEN = (*DATA_SETTINGS, "backbone", "readout", "image_size")
 _PROMPTED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
+_TUNED_HEAD = (*DATA_SETTINGS, "model", "prompt")
 _EMBEDDED = (*DATA_SETTINGS, "model", "prompt", "vlm_features")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, _PROMPTED, learns=False),
     "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, *_LOSS), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-rl": Method(vlm_rl, (*_PROMPTED, *_TRAINED, *_POLICY), cost=100.0, zero_shot="vlm-zero-shot"),
+    "vlm-tuned-linear": Method(vlm_tuned_linear, (*_TUNED_HEAD, *_TRAINED, *_LOSS), cost=9.0, local=True),
     "vlm-vision-linear": Method(vlm_vision_linear, _EMBEDDED, cost=2.0, local=True),
     "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), _FROZEN),
     "dinov2-ridge": Method(partial(dinov2_frozen, "ridge"), _FROZEN, leaves_out=True),

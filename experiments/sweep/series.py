@@ -174,6 +174,8 @@ class Style(NamedTuple):
 STYLES = {
     "vlm-zero-shot": Style("VLM zero-shot", "#E69F00", "*"),
     "vlm-lora": Style("VLM + LoRA", "#D55E00", "o"),
+    "vlm-rl": Style("VLM + LoRA by reward", "#661100", "H"),
+    "vlm-tuned-linear": Style("VLM + LoRA, linear head", "#CC6677", "d"),
     "vlm-vision-linear": Style("VLM features + linear", "#CC79A7", "D"),
     "dinov2-logreg": Style("DINOv2 + logistic regression", "#0072B2", "s", "--"),
     "dinov2-ridge": Style("DINOv2 + ridge", "#56B4E9", "^", "--"),

@@ -26,6 +26,7 @@ OTHER: dict[str, Any] = {
     **{"beta1": 0.7, "beta2": 0.7, "eps": 0.7, "shuffle_test": True},
     **{"prompt": "{image}What? => {label}", "loss": "closed-set", "calibration": "pmi", "answer_tokens": 7},
     **{"readout": "last4", "image_size": 56, "vlm_features": "hidden", "loss_power": 0.5, "start": 7},
+    **{"group_size": 7, "temperature": 0.7, "policy_loss": "ppo", "kl": 0.7},
 }
 
 
