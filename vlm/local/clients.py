@@ -30,6 +30,7 @@ from vlm.local.sampling.stops import StopSearch as StopSearch
 from vlm.local.sampling.stops import check_stops as check_stops
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
+from vlm.local.twins import with_async_twins
 
 WAYS_OUT = {
     "record_stability_info": f"the loss stable_reinforce, which reads it, is not built here: {SAMPLED_INSTEAD}",
@@ -72,6 +73,7 @@ class _Client:
         return Future(self._scheduler.submit(call, *args, of=self, **kwargs))
 
 
+@with_async_twins(awaited=("sample", "compute_logprobs", "get_base_model"))
 class LocalSamplingClient(_Client):
     """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
 
@@ -172,6 +174,19 @@ class LocalSamplingClient(_Client):
         return sample(self._engine, self._snapshot, requests)
 
 
+def sampler_of(engine: Engine, saved: Checkpoint, name: str, scheduler: Scheduler) -> LocalSamplingClient:
+    """A client on a loaded checkpoint, called `name` in errors; to be called on the scheduler's thread. Raises
+    ModelError where it does not fit the engine's model."""
+    adapter = saved.adapter(engine.model)
+    adapter.name = name
+    return LocalSamplingClient(engine, engine.snapshot(adapter), scheduler)
+
+
+@with_async_twins(
+    *("forward", "forward_backward", "forward_backward_custom", "optim_step", "save_state", "load_state"),
+    *("load_state_with_optimizer", "save_weights_for_sampler", "save_weights_external"),
+    awaited=("create_sampling_client", "save_weights_and_get_sampling_client", "get_info"),
+)
 class LocalTrainingClient(_Client):
     """One training run; meets `vlm.service.TrainingClient`. Requests run in the order they are made."""
 
@@ -269,6 +284,13 @@ class LocalTrainingClient(_Client):
         to = recipients(age_encryption_recipients or ())
         return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, encrypt_to=to)
 
+    def create_sampling_client(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> Future[LocalSamplingClient]:
+        """A future of a client on saved weights of the run's base model."""
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
+        return self._submit((), self._sampler, model_path)
+
     def save_weights_and_get_sampling_client(
         self,
         name: str | None = None,
@@ -324,6 +346,15 @@ class LocalTrainingClient(_Client):
         return Future(
             scheduler.submit_passes(call, self._run, data, *args, of=self, between_layers=scheduler.between_layers)
         )
+
+    def _sampler(self, path: str) -> LocalSamplingClient:
+        saved, name = checkpoint.load(self._state, path), self._engine.model.name
+        if saved.base_model != name:
+            raise RequestError(
+                f"checkpoint {path} is of {saved.base_model!r}, this run of {name!r}; use the service's "
+                "create_sampling_client"
+            )
+        return sampler_of(self._engine, saved, f"checkpoint {path}", self._scheduler)
 
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)

@@ -23,7 +23,7 @@ from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
-from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse, sampler_of
 from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
@@ -31,6 +31,7 @@ from vlm.local.model.placement import devices as devices
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import choose
+from vlm.local.twins import with_async_twins
 from vlm.local.vision import PIXEL_BYTES, Vision
 from vlm.models import MODELS
 
@@ -153,10 +154,7 @@ class EngineRegistry:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
     def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
-        engine = self.engine(saved.base_model)
-        adapter = saved.adapter(engine.model)
-        adapter.name = name
-        return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
+        return sampler_of(self.engine(saved.base_model), saved, name, self.scheduler)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -177,6 +175,12 @@ def check_optimizer(optimizer: Any) -> None:
     refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
 
 
+@with_async_twins(
+    awaited=(
+        *("create_lora_training_client", "create_training_client_from_state", "create_sampling_client"),
+        *("create_training_client_from_state_with_optimizer", "get_server_capabilities"),
+    )
+)
 class LocalServiceClient:
     """Training and sampling on models of this process; meets `vlm.service.ServiceClient`.
 
