@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from kshot.errors import PromptError
-from vlm import nano
+from vlm import nano, templates
 from vlm.local.model.load import load_tokenizer
-from vlm.server.openai import chat, templates
+from vlm.server.openai import chat
 from vlm.server.openai.requests import ChatRequest
 
 NANO = load_tokenizer(nano.NAME)
@@ -64,7 +64,7 @@ def test_a_failing_template_is_named_in_one_line() -> None:
     request = ChatRequest(model="any", messages=MESSAGES)
     own = with_template(None)
     for template in ("{{ 1 / 0 }}", "{{ raise_exception('no\nmore') }}", "{{ none.x.y }}"):
-        own.chat_template = chat.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}"
+        own.chat_template = templates.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}"
         with pytest.raises(PromptError, match="chat template cannot write these messages") as caught:
             chat.text(request, own)
         assert "\n" not in str(caught.value)
@@ -73,7 +73,7 @@ def test_a_failing_template_is_named_in_one_line() -> None:
 def test_a_model_that_never_ends_is_asked_once_and_others_go_on() -> None:
     """Its template computes for ever already on the question whether it knows images."""
     request, hostile = ChatRequest(model="any", messages=MESSAGES), with_template(HOSTILE["nested loops"][0])
-    expected = chat.text(request, with_template(chat.CHATML))
+    expected = chat.text(request, with_template(templates.CHATML))
     failures = list[str]()
 
     def ask() -> None:
@@ -84,7 +84,7 @@ def test_a_model_that_never_ends_is_asked_once_and_others_go_on() -> None:
 
     asking = threading.Thread(target=ask)
     asking.start()
-    other = with_template(chat.CHATML)
+    other = with_template(templates.CHATML)
     assert [chat.text(request, other) for _ in range(3)] == [expected] * 3
     asking.join(60)
     assert len(failures) == 20

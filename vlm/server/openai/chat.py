@@ -1,8 +1,7 @@
 """Messages → the model's input: turns as the model's chat template writes them, and images from their URLs.
 
-The template is the tokenizer's own if that supports images, or the model takes none; else `chatml.jinja`, the ChatML
-turns of Qwen3-VL, which `vlm.prompts` writes too. The text of a message can end no turn and begin none, nor can a tool
-or a call.
+Which template that is, `vlm.templates` says, for `vlm.prompts` too. The text of a message can end no turn and begin
+none, nor can a tool or a call.
 
 A server that fetches the addresses that strangers name can be used to reach what only it can reach. So: public
 addresses alone, looked up once and connected to by number (a name may resolve otherwise the second time), no redirect,
@@ -16,7 +15,6 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -25,20 +23,18 @@ import tinker
 from tinker import types
 
 from kshot.errors import ImageError, PromptError
+from vlm import templates
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
-from vlm.prompts import END_OF_TURN, special_tokens
+from vlm.prompts import special_tokens
 from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
-from vlm.server.openai import templates, tools
+from vlm.server.openai import tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
+from vlm.templates import END_OF_TURN, IMAGE_TOKEN, PROBE
 
 MAX_IMAGES = 64  # of one request
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 END_TOKENS = (END_OF_TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
-CHATML = (Path(__file__).parent / "chatml.jinja").read_text()
-PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
 PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "probes it", "parameters": {}}}
 PROBE_CALL = {"type": "function", "function": {"name": "probe", "arguments": {"a": 1}}}
 PROBE_TURN = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
@@ -97,12 +93,9 @@ def text(request: ChatRequest, tokenizer: Any, *, takes_images: bool = True) -> 
         _check(f"messages[{number}]", message, special)
     offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
     _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
-    own = tokenizer.chat_template
-    if takes_images:
-        own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
-    if not own and END_OF_TURN not in tokenizer.added_tokens_encoder:
+    template = templates.chosen(tokenizer, takes_images=takes_images, tools=offered or None)
+    if template is None:
         raise PromptError("the model has no chat template; ask completions, with the whole prompt")
-    template = None if own else CHATML
     if offered:
         probe = templates.probed(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])
         if PROBE_WRITTEN not in probe or "probes it" not in probe:

@@ -24,12 +24,12 @@ from tinker import types
 
 from kshot.errors import PromptError, RequestError
 from vlm.local.clients import Grammar, LocalSamplingClient, SamplingRequest, TokenSequence
-from vlm.prompts import END_OF_TURN
 from vlm.scoring import score_choices
 from vlm.server.openai import chat, tools
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
 from vlm.server.openai.responses import CHAT, COMPLETION, TOOL_CHAT, Fields
 from vlm.server.openai.text import DecodedText, Token, TopTokens, Vocabulary
+from vlm.templates import END_OF_TURN
 
 MAX_CHOICES = 4096
 WAITERS = ThreadPoolExecutor(64, "kshot-choices")  # threads that wait for the engine, beside those of the event loop
