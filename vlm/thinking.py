@@ -183,6 +183,13 @@ def closed_at(tokenizer: Any, tokens: Sequence[int], end: str) -> int | None:
     return low
 
 
+def thought_length(tokenizer: Any, tokens: Sequence[int], marks: Marks, *, within: bool) -> int:
+    """How many tokens of a sample are of its thought, marks included. within: see `ThoughtReader`."""
+    if not within and split(str(tokenizer.decode(list(tokens))), marks).thought is None:
+        return 0
+    return closed_at(tokenizer, tokens, marks.end) or len(tokens)
+
+
 # What a template says of thoughts
 
 _MARKS: "WeakKeyDictionary[Any, dict[str, Marks | None]]" = WeakKeyDictionary()

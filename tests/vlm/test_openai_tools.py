@@ -48,7 +48,7 @@ PAST: list[dict[str, Any]] = [
 
 
 def rendered(tokenizer: Any, messages: Any, **options: Any) -> str:
-    return chat.text(ChatRequest(model="any", messages=messages, **options), tokenizer)
+    return chat.conversation(ChatRequest(model="any", messages=messages, **options), tokenizer).text
 
 
 def genuinely(tokenizer: Any, messages: Any, offered: Any, **options: Any) -> str:
