@@ -145,6 +145,10 @@ class Prompt:
         and with the prefill."""
         return model_input(*asked.chunks, [*self._closed(thought), *self._prefill_after_thought])
 
+    def read_thought(self, sampled: Sequence[int]) -> Thought:
+        """What was sampled after a prompt of `thinking`."""
+        return Thought.read(self.tokenizer, sampled, needed(self.marks), self.stops)
+
     def thought(self, text: str) -> Thought:
         """A thought in words, for training."""
         tokens = self._encode_after(END, text)
@@ -169,8 +173,13 @@ class Prompt:
             return datum(asked, [*before, *answer])
         return datum(model_input(*asked.chunks, before), answer)
 
-    def closed_datum(self, subject: bytes | str, label: int, thought: Thought | None = None) -> tinker.Datum:
-        """The training example for the loss "closed_set": the choice among the class names alone, token by token."""
+    def closed_datum(
+        self, subject: bytes | str, label: int, thought: Thought | None = None, train_on: str = TRAIN_ON[0]
+    ) -> tinker.Datum:
+        """The training example for the loss "closed_set": the choice among the class names alone, token by token.
+        Raises PromptError for another `train_on` than "answer"."""
+        if train_on != TRAIN_ON[0]:
+            raise PromptError(f"a choice among class names learns no thought; train_on must be {TRAIN_ON[0]}")
         asked = self.question(subject) if thought is None else self.after(self.thinking(subject), thought)
         return closed_datum(asked, self.choices[label], self._branches[label])
 
@@ -192,7 +201,7 @@ class Prompt:
     @cached_property
     def stops(self) -> list[int]:
         """The token that ends an answer: that of the turn, or of a text."""
-        return self._encode(self._end)
+        return self._encode(self.end)
 
     @cached_property
     def marks(self) -> Marks | None:
@@ -201,7 +210,7 @@ class Prompt:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens write: what stands before the end of the turn."""
-        return str(self.tokenizer.decode(list(tokens))).split(self._end, 1)[0].strip()
+        return str(self.tokenizer.decode(list(tokens))).split(self.end, 1)[0].strip()
 
     def parse(self, answer: str) -> int:
         """The label whose class name the answer is, or -1 where it is none.
@@ -293,7 +302,7 @@ class Prompt:
         return templates.chosen(self.tokenizer, takes_images=self.template.slot == IMAGE)
 
     @cached_property
-    def _end(self) -> str:
+    def end(self) -> str:
         """What ends the assistant's turn, as the template writes it, if that is one token; else what ends texts."""
         if self._chat is not None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
