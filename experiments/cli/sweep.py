@@ -63,6 +63,9 @@ def sweep(
     prompt: opt.Prompts = None,
     loss: opt.Loss = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
+    train_on: opt.TrainOn = None,
     service: opt.Service = "local",
     device: Annotated[
         str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
@@ -90,6 +93,7 @@ def sweep(
     }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
+    values |= {"thinking": thinking, "thoughts": thoughts, "train_on": train_on}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
     chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
@@ -106,6 +110,8 @@ def zero_shot(
     model: opt.Model = None,
     prompt: opt.Prompts = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
     service: opt.Service = "local",
     device: opt.Device = "cpu",
     limit_test: opt.LimitTest = None,
@@ -117,6 +123,7 @@ def zero_shot(
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
     values = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values |= {"thinking": thinking, "thoughts": thoughts}
     content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, service=service, device=device, access=access)

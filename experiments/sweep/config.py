@@ -68,6 +68,11 @@ class Settings(BaseModel):
     answer_tokens: PositiveInt = 128  # of a free answer, at most
     loss: Literal["text", "closed-set"] = "text"
     calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
+    thinking: Annotated[int, Field(ge=0)] = 0  # tokens of a thought before the answer, at most; 0: no thought
+    thoughts: PositiveInt = 1  # about a test image
+    thinking_temperature: Annotated[float, Field(ge=0)] = 1.0
+    thinking_seed: Seed = 0
+    train_on: Literal["answer", "all"] = "answer"  # what the loss is on, where there is a thought
 
     def steps(self, classes: int) -> int:
         """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
@@ -175,6 +180,8 @@ class RunOptions:
 
 
 MODELS = ("model", "backbone")  # the settings that name one
+# those that are stated only where they are not the usual ones: cells that are older than they are keep their keys
+LATER = ("thinking", "thoughts", "thinking_temperature", "thinking_seed", "train_on")
 # those of what models are shown
 DATA_SETTINGS = ("max_side", "limit_test", "split_seed", "allow_fewer", "shuffle_test")
 
