@@ -87,4 +87,4 @@ if __name__ == "__main__":
     parser.add_argument("--service", default="local")
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
-    main(options.service, 20, options.steps, 200)
+    main(options.service, 40, options.steps, 200)
