@@ -6,6 +6,7 @@ deviation (GRPO, Shao et al. 2024, arXiv:2402.03300).
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,10 @@ def sample_groups(
 ) -> list[list[Answer]]:
     """`policy.group_size` answers to each question, which its own seed decides whatever the others are. stops: token
     ids that end an answer."""
-    params = {"max_tokens": policy.max_tokens, "temperature": policy.temperature, "stop": list(stops)}
-    pairs = zip(questions, seeds, strict=True)
+    shared = partial(types.SamplingParams, max_tokens=policy.max_tokens, temperature=policy.temperature)
     futures = [
-        sampler.sample(question, policy.group_size, types.SamplingParams(**params, seed=seed))
-        for question, seed in pairs
+        sampler.sample(question, policy.group_size, shared(stop=list(stops), seed=seed))
+        for question, seed in zip(questions, seeds, strict=True)
     ]
     return [
         [Answer(question, list(each.tokens), list(each.logprobs)) for each in future.result().sequences]

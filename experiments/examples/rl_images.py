@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tinker import types
+from tinker import TensorData, types
 
 import vlm
 from data import catalog
@@ -66,11 +66,12 @@ def main(address: str, first: int, steps: int, tested: int) -> dict[str, Any]:
             before_answer = [0.0] * (question.length - 1)
             for each, gain in zip(samples, (got - got.mean()) / got.std(), strict=True):
                 plain = datum(question, each.tokens)
-                fields = {
-                    "target_tokens": plain.loss_fn_inputs["target_tokens"],
-                    "logprobs": np.array([*before_answer, *each.logprobs], np.float32),
-                    "advantages": np.array([*before_answer, *[gain] * len(each.tokens)], np.float32),
+                sampled = {
+                    "logprobs": [*before_answer, *each.logprobs],
+                    "advantages": [*before_answer, *[gain] * len(each.tokens)],
                 }
+                fields = {name: TensorData.from_numpy(np.array(row, np.float32)) for name, row in sampled.items()}
+                fields["target_tokens"] = plain.loss_fn_inputs["target_tokens"]
                 data.append(types.Datum(model_input=plain.model_input, loss_fn_inputs=fields))
         if data:
             loss, step = client.forward_backward(data, "importance_sampling"), client.optim_step(ADAM)
@@ -87,4 +88,4 @@ if __name__ == "__main__":
     parser.add_argument("--service", default="local")
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
-    main(options.service, 20, options.steps, 200)
+    main(options.service, 40, options.steps, 200)

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 import numpy as np
-from tinker import Datum, ModelInput, types
+from tinker import Datum, ModelInput, TensorData, types
 
 import vlm
 from vlm.service import tokenizer
@@ -44,7 +44,8 @@ def datum(chat: Chat, encoder: Any) -> Datum:
         for text, weight in zip(turns(*pair), (0.0, 1.0), strict=True):
             new = encoder.encode(text, add_special_tokens=False)
             tokens, weights = tokens + new, weights + [weight] * len(new)
-    fields = {"target_tokens": np.array(tokens[1:]), "weights": np.array(weights[1:], np.float32)}
+    arrays = {"target_tokens": np.array(tokens[1:]), "weights": np.array(weights[1:], np.float32)}
+    fields = {name: TensorData.from_numpy(array) for name, array in arrays.items()}
     return Datum(model_input=ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=fields)
 
 

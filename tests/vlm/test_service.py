@@ -85,7 +85,7 @@ def test_async_methods_do_what_their_twins_do(service: LocalServiceClient, mixed
         metrics = (await loss.result_async()).metrics, (await step).metrics
         path = (await (await run.save_weights_for_sampler_async("twin"))).path
         samplers = await run.save_weights_and_get_sampling_client_async(), await run.create_sampling_client_async(path)
-        samples = [(await each.sample_async(text, 2, params)).sequences for each in samplers]
+        samples = [written(await each.sample_async(text, 2, params)) for each in samplers]
         assert samples[0] == samples[1]
         assert (await run.get_info_async()).model_name == await samplers[0].get_base_model_async() == nano.NAME
         return *metrics, samples[0], await samplers[0].compute_logprobs_async(text)
@@ -93,8 +93,13 @@ def test_async_methods_do_what_their_twins_do(service: LocalServiceClient, mixed
     run = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
     loss, step = run.forward_backward(mixed, "cross_entropy"), run.optim_step(ADAM)
     sampler = run.save_weights_and_get_sampling_client().result()
-    sequences, log_probs = sampler.sample(text, 2, params).result().sequences, sampler.compute_logprobs(text).result()
+    sequences, log_probs = written(sampler.sample(text, 2, params).result()), sampler.compute_logprobs(text).result()
     assert asyncio.run(awaited()) == (loss.result().metrics, step.result().metrics, sequences, log_probs)
+
+
+def written(response: types.SampleResponse) -> list[tuple[Any, Any]]:
+    """Tokens and log-probabilities of samples: each has an id of its own besides."""
+    return [(each.tokens, each.logprobs) for each in response.sequences]
 
 
 def test_a_run_makes_sampling_clients_of_its_own_model_alone(service: LocalServiceClient, tmp_path: Path) -> None:
@@ -114,8 +119,6 @@ def test_a_run_makes_sampling_clients_of_its_own_model_alone(service: LocalServi
 def test_options_that_only_the_hosted_service_has_are_refused(service: LocalServiceClient) -> None:
     client = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
     for call in (
-        lambda: client.save_state("x", 3600),
-        lambda: client.save_weights_for_sampler("x", ttl_seconds=3600),
         lambda: client.load_state("x", "token"),
         lambda: service.create_sampling_client(base_model=nano.NAME, record_stability_info=True),
     ):

@@ -1,6 +1,7 @@
 """The SDK's `SamplingClient` and `TrainingClient` over an engine of this process."""
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +13,7 @@ import tinker
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
-from kshot.checks import path_of
+from kshot.checks import check_ttl, path_of
 from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
@@ -255,10 +256,11 @@ class LocalTrainingClient(_Client):
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> Future[types.SaveWeightsResponse]:
-        """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
-        refuse(ttl_seconds=ttl_seconds)
+        """Write weights and optimizer; the response holds the checkpoint's tinker:// path. ttl_seconds: after which it
+        is no longer there; None: never."""
+        check_ttl(ttl_seconds)
         path, options = path_of(self.model_id, "weights", name), {"optimizer": True, "overwrite": overwrite}
-        return self._submit((), self._save, types.SaveWeightsResponse, path, user_metadata, **options)
+        return self._submit((), self._save, types.SaveWeightsResponse, path, user_metadata, ttl_seconds, **options)
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> Future[types.LoadWeightsResponse]:
         """Take the weights of a checkpoint; the optimizer starts anew."""
@@ -276,19 +278,19 @@ class LocalTrainingClient(_Client):
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> Future[types.SaveWeightsForSamplerResponse]:
         """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
-        refuse(ttl_seconds=ttl_seconds)
+        check_ttl(ttl_seconds)
         path = path_of(self.model_id, "sampler_weights", name)
-        return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata)
+        return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata, ttl_seconds)
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
     ) -> Future[types.SaveWeightsExternalResponse]:
         """Write the weights alone, for use elsewhere: the folder of the path is PEFT's, each of its files encrypted to
         these recipients, if any are given (see `vlm.local.age`)."""
-        refuse(ttl_seconds=ttl_seconds)
+        check_ttl(ttl_seconds)
         path = path_of(self.model_id, "external_weights", name)
         to = recipients(age_encryption_recipients or ())
-        return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, encrypt_to=to)
+        return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, ttl_seconds, encrypt_to=to)
 
     def create_sampling_client(
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
@@ -371,6 +373,7 @@ class LocalTrainingClient(_Client):
         response: Callable[..., Any],
         path: str,
         metadata: Mapping[str, str] | None,
+        ttl: int | None,
         *,
         optimizer: bool = False,
         overwrite: bool = False,
@@ -386,6 +389,7 @@ class LocalTrainingClient(_Client):
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,
+            expires=None if ttl is None else time.time() + ttl,
         )
         checkpoint.save(self._state, path, saved, overwrite=overwrite, encrypt_to=encrypt_to)
         return response(path=path)

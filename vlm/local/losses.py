@@ -90,8 +90,8 @@ def gspo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_h
     mask = (fields[RATIO_MASK] if RATIO_MASK in fields else fields["advantages"]) != 0
     log_ratio = torch.where(mask, log_probs - fields["logprobs"], 0.0)
     lengths = _sums(mask.to(log_probs), fields).clamp(min=1)
-    means = (_sums(each, fields) / lengths for each in (log_ratio, torch.where(mask, fields["advantages"], 0.0)))
-    return _clipped(*means, clip_low_threshold, clip_high_threshold)
+    advantages = _sums(torch.where(mask, fields["advantages"], 0.0), fields) / lengths
+    return _clipped(_sums(log_ratio, fields) / lengths, advantages, clip_low_threshold, clip_high_threshold)
 
 
 def dro(log_probs: Tensor, fields: Fields, *, beta: float) -> Tensor:

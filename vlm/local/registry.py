@@ -29,6 +29,7 @@ from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import devices as devices
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
+from vlm.local.rest import LocalRestClient
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import choose
 from vlm.local.twins import with_async_twins
@@ -259,6 +260,10 @@ class LocalServiceClient:
         """The models with names of their own; any folder or hub id of a known family works besides."""
         models = [types.SupportedModel(model_name=name) for name in MODELS]
         return types.GetServerCapabilitiesResponse(supported_models=models)
+
+    def create_rest_client(self) -> LocalRestClient:
+        """A client of what is saved in the state folder."""
+        return LocalRestClient(self._registry.state, self._registry.submit)
 
     def close(self) -> None:
         """Finish what was requested and stop the scheduler."""

@@ -14,9 +14,8 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from tinker import types
 
-from kshot.checks import KINDS
+from kshot.checks import KINDS, check_ttl
 from kshot.errors import LostError, MissingError, RequestError
-from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import PARSED, Route, Signer
 from vlm.server.limits import images
