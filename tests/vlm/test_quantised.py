@@ -144,6 +144,13 @@ def test_log_probs_are_those_of_the_plain_model(pair: tuple[Path, Path, Path], t
     service.close()
 
 
+def test_in_bfloat16_it_is_rounded_once(pair: tuple[Path, Path, Path]) -> None:
+    _, packed, plain = pair
+    theirs = load(str(plain)).state_dict()
+    for name, tensor in load(str(packed), dtype=torch.bfloat16).state_dict().items():
+        assert torch.equal(tensor, theirs[name].bfloat16()), name
+
+
 def test_its_memory_is_that_of_the_plain_model(pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, packed, plain = pair
     family = family_of(load(str(plain)))
@@ -159,7 +166,7 @@ def test_no_tensor_is_read_twice_and_none_to_check(
     pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, names = Weights.read, list[str]()
-    monkeypatch.setattr(Weights, "read", lambda self, name: names.append(name) or read(self, name))
+    monkeypatch.setattr(Weights, "read", lambda self, name, dtype: names.append(name) or read(self, name, dtype))
     check(str(pair[1]))
     assert names == []
     load(str(pair[1]))
@@ -241,6 +248,7 @@ def test_a_broken_fp8_checkpoint(fp8: Path, tmp_path: Path, change: dict[str, Te
         ({f"{UP}_shape": None}, f"lacks 1 tensors of its quantised weights, first {UP}_shape; download"),
         ({f"{UP}_scale": torch.ones(64, 5)}, f"has {UP} of [64, 6] and scales [64, 5] as F32, which do not go"),
         ({f"{UP}_shape": torch.tensor([1 << 40, 48])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not"),
+        ({f"{UP}_shape": torch.tensor([64, 47])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not"),
         ({f"{UP}_shape": torch.tensor([64])}, f"has {UP} of [64, 6] and scales [64, 6] as BF16, which do not go"),
     ],
 )

@@ -305,12 +305,12 @@ def _to_each(together: str, pair: Pair, scale: float) -> Iterator[tuple[str, Cha
 
 def _new(weights: Weights, name: str, change: Change | None) -> Tensor:
     """A tensor as it is stored, or with what the adapter adds, in float32 and then as it was."""
-    tensor = weights.read(name)
-    dtype = DTYPES.get(weights.tensors[name].dtype, tensor.dtype)
+    dtype = DTYPES.get(weights.tensors[name].dtype)
+    tensor = weights.read(name, torch.float32 if change else dtype or torch.float32)
     if change is not None:
         tensor = tensor.to(torch.float32, copy=True)
         change(tensor)
-    return tensor.to(dtype)
+    return tensor.to(dtype or tensor.dtype)
 
 
 def _shards(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:

@@ -81,7 +81,7 @@ def _from_pretrained(
     stock = getattr(transformers, family.stock)
     with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
-            **weights.source(config, empty=device_map == {"": "meta"}),
+            **weights.source(config, dtype, empty=device_map == {"": "meta"}),
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,

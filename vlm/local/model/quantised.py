@@ -47,8 +47,8 @@ class Scheme(Protocol):
         """The shape of the scales of such a tensor."""
         ...
 
-    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read) -> Tensor:
-        """In float32."""
+    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> Tensor:
+        """Computed in float32, and rounded once."""
         ...
 
 
@@ -70,11 +70,11 @@ class BlockFp8:
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-2], -(-shape[-2] // self.rows), -(-shape[-1] // self.columns))
 
-    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read) -> Tensor:
-        weight, scales = (read(name).float() for name in parts)
-        for n, row in enumerate(scales.unbind(-2)):  # of blocks, one at a time: no second matrix in memory
-            spread = row.repeat_interleave(self.columns, -1)[..., None, : shape[-1]]
-            weight[..., n * self.rows : (n + 1) * self.rows, :] *= spread
+    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> Tensor:
+        numbers, weight = read(parts[0]), torch.empty(shape, dtype=dtype)
+        for n, row in enumerate(read(parts[1]).float().unbind(-2)):  # of blocks: no whole matrix is in float32
+            band = (..., slice(n * self.rows, (n + 1) * self.rows), slice(None))
+            weight[band] = numbers[band].float() * row.repeat_interleave(self.columns, -1)[..., None, : shape[-1]]
         return weight
 
 
@@ -90,17 +90,17 @@ class GroupInt4:
         return {name: (f"{name}_packed", f"{name}_scale", f"{name}_shape") for name in names}
 
     def shape(self, parts: Parts, stored: Stored, read: Read) -> tuple[int, ...] | None:
-        """As it is stored, if there are so many numbers; a row is packed into whole words of 32 bits."""
+        """As it is stored, if there are so many numbers, in whole groups; a row is packed into words of 32 bits."""
         if stored[parts[2]].shape != (2,):
             return None
-        rows, columns = read(parts[2]).tolist()
-        words = -(-columns * BITS // 32)
-        return (rows, columns) if stored[parts[0]].shape == (rows, words) and columns > 0 else None
+        rows, columns = map(int, read(parts[2]))
+        packed = stored[parts[0]].shape == (rows, -(-columns * BITS // 32))
+        return (rows, columns) if packed and columns % self.group == 0 else None
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[0], -(-shape[1] // self.group)
+        return shape[0], shape[1] // self.group
 
-    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read) -> Tensor:
+    def tensor(self, parts: Parts, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> Tensor:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -108,7 +108,7 @@ class GroupInt4:
         state = {"weight_packed": read(parts[0]), "weight_scale": read(parts[1]).float()}
         state["weight_shape"] = torch.tensor(shape)
         weight: Tensor = BaseCompressor.get_value_from_registry(PACKED).decompress(state, scheme)["weight"]
-        return weight
+        return weight.to(dtype)
 
 
 def scheme_of(name: str, written: Mapping[str, Any]) -> Scheme | None:
@@ -184,18 +184,18 @@ class Weights:
         self._opened = cache(self._open)
         self.tensors = self._plain(name, self._scheme, _dtype(written)) if self._scheme else self._stored
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored, or dequantised, in float32."""
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor as it is stored; one that is quantised as `dtype`."""
         if self._scheme is None or name not in self._parts:
             return self._read(name)
-        return self._scheme.tensor(self._parts[name], self.tensors[name].shape, self._read)
+        return self._scheme.tensor(self._parts[name], self.tensors[name].shape, self._read, dtype)
 
-    def source(self, config: Any, *, empty: bool) -> dict[str, Any]:
+    def source(self, config: Any, dtype: torch.dtype, *, empty: bool) -> dict[str, Any]:
         """What `from_pretrained` of transformers reads the model from: its folder, or where it is quantised tensor by
         tensor, so that none of transformers' own quantisers take it. empty: by the shapes alone."""
         if self._scheme is None:
             return {"pretrained_model_name_or_path": self._folder}
-        state: dict[str, Unread | Tensor] = {name: Unread(partial(self.read, name)) for name in self.tensors}
+        state: dict[str, Unread | Tensor] = {name: Unread(partial(self.read, name, dtype)) for name in self.tensors}
         if empty:
             state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self.tensors.items()}
         return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
