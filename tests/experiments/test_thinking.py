@@ -109,6 +109,12 @@ def test_a_resumed_sweep_equals_an_uninterrupted_one(
         assert "another configuration (" in ended.err
 
 
+def test_a_plan_states_no_time_for_thoughts(command: list[str], kshot: Any, tmp_path: Path) -> None:
+    ended = kshot(*command, *THINK, "--plan", "--out", tmp_path / "out")
+    assert ended.status == 0, ended.err
+    assert "not measured with --thinking" in " ".join(ended.out.split())
+
+
 def test_settings_of_thoughts_are_stated_only_where_they_are_used() -> None:
     names = {"thinking", "thoughts", "thinking_temperature", "thinking_seed", "train_on"}
     assert not names & recorded(Settings()).keys()
