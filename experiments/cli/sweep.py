@@ -94,7 +94,7 @@ def sweep(
         "most_shots": opt.caps(most_shots),
     }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
     values |= {"thinking": thinking, "thoughts": thoughts, "train_on": train_on}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     compared |= {"loss": loss, "loss_power": loss_power, "start": start}
@@ -125,7 +125,7 @@ def zero_shot(
     """Accuracy of the model as it is, without any labelled example: a sweep of vlm-zero-shot alone."""
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "calibration": calibration}
     values |= {"thinking": thinking, "thoughts": thoughts}
     content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
