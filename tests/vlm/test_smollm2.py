@@ -184,7 +184,7 @@ KINDS = {
     "animal": ["horse", "dog", "cat", "lion", "tiger", "sheep", "goat", "mouse", "bear", "wolf"],
 }
 MOST = Template("Are most of these words fruit or animal? {text}", "{label}")
-TAUGHT, ASKED = 160, 24
+TAUGHT, ASKED = 120, 16
 
 
 def lists() -> list[tuple[str, int, str]]:
@@ -212,7 +212,7 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
     thoughts = {words: prompt.thought(thought) for words, _, thought in every}
     views = [(words, label) for words, label, _ in every]
     texts, labels = [words for words, _ in views[TAUGHT:]], [label for _, label in views[TAUGHT:]]
-    batches = [[views[n % TAUGHT] for n in range(start, start + 16)] for start in range(0, 16 * 30, 16)]
+    batches = [[views[n % TAUGHT] for n in range(start, start + 12)] for start in range(0, 12 * 25, 12)]
     with served(tmp_path / "state", registry) as server, sdk(server.address) as service:
         run = service.create_lora_training_client(THINKER, rank=16, seed=0).result(PATIENCE)
 
@@ -225,8 +225,8 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
             return float(np.mean(chosen == labels)), float(np.mean(plain == labels)), firsts, chosen.tolist()
 
         before = accuracy(run.save_weights_and_get_sampling_client().result(PATIENCE))
-        for _ in fit(run, batches, prompt, ADAM, "text", thoughts, "all"):
-            pass
+        for loss, _ in fit(run, batches, prompt, ADAM, "text", thoughts, "all"):
+            print(f"loss {loss.metrics['loss:sum']:.2f}", flush=True)  # shown by -s
         path = run.save_weights_for_sampler("thinker").result(PATIENCE).path
         after = accuracy(service.create_sampling_client(model_path=path))
         lengths = [thought.length for thought in after[2]]
