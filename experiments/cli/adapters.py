@@ -75,7 +75,13 @@ def train(
     check_target(output, force=force)
     check_push(push_to_hub, yes, public)
     dinov2 = {"backbone": backbone, "readout": readout, "image_size": image_size}
-    options: dict[str, Any] = {"model": model, **dinov2, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
+    options: dict[str, Any] = {
+        "model": model,
+        **dinov2,
+        "prompt": prompt,
+        "loss": loss,
+        "allow_fewer": allow_fewer or None,
+    }
     options |= {"thinking": thinking, "train_on": train_on}
     values = opt.settings_of(options, settings)
     chosen = choose([dataset], [method], values.get("model"), values.get("backbone"), device or "")

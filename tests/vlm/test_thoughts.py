@@ -139,7 +139,8 @@ def test_it_learns_behind_its_thoughts(side: Side, tmp_path: Path, train_on: str
     thoughts = {text: side.prompt.thought(f"I see {text[:5]}") for text in TEXTS}
     views = [list(zip(TEXTS, range(3), strict=True))] * 40
     adam = types.AdamParams(learning_rate=1e-2)
-    losses = [each.metrics["loss:sum"] for each, _ in fit(client, views, side.prompt, adam, "text", thoughts, train_on)]
+    steps = fit(client, views, side.prompt, adam, "text", thoughts=thoughts, train_on=train_on)
+    losses = [each.metrics["loss:sum"] for each, _ in steps]
     assert losses[-1] < losses[0] / 10
     sampler = client.save_weights_and_get_sampling_client().result()
     considered = all_of(consider(sampler, TEXTS, side.prompt, Thinking(16, temperature=0.0)))

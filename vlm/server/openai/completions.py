@@ -266,7 +266,9 @@ class _Stream:
         self._first, self._opened = number * request.n, False
         self._samples = [DecodedText(completion.vocabulary, request.stop, completion.ends) for _ in range(request.n)]
         self._readers = [tools.CallReader() if completion.calls else None for _ in range(request.n)]
-        self._thoughts = [ThoughtReader(prompt.marks, within=prompt.within) if prompt.marks else None for _ in range(request.n)]
+        self._thoughts = [
+            ThoughtReader(prompt.marks, within=prompt.within) if prompt.marks else None for _ in range(request.n)
+        ]
         self._numbers = dict[TokenSequence, int]()
 
     def add(self, new: _NewToken) -> Iterator[Fields]:
