@@ -85,7 +85,7 @@ def test_a_data_sets_own_hflip_is_in_no_key_but_recorded(photos: Path, usual: di
 def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, str]) -> None:
     elsewhere = keys(photos, {}, service="tinker")
     assert elsewhere == {method: usual[method] for method in elsewhere}
-    assert usual.keys() - elsewhere.keys() == {"vlm-vision-linear"}
+    assert usual.keys() - elsewhere.keys() == {"vlm-tuned-linear", "vlm-vision-linear"}
 
 
 def test_an_image_that_stands_in_two_classes_keeps_both_labels(photos: Path, make_image) -> None:
