@@ -11,6 +11,7 @@ from kshot.errors import InputError, RequestError
 PACKAGES = ("data", "vlm", "baselines", "experiments")
 
 KINDS = ("weights", "sampler_weights", "external_weights")
+LONGEST = 10 * 366 * 86400  # seconds that a checkpoint may be kept, if not for ever: ten years
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[0-9a-f-]{36}:train:[0-9]{1,9}")
 
@@ -39,6 +40,12 @@ def path_in(state: Path, folder: Path) -> str | None:
         return path if folder_of(state, path) == folder else None
     except RequestError:
         return None
+
+
+def check_ttl(seconds: int | None) -> None:
+    """Raise RequestError for a time to live that is none."""
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise RequestError(f"ttl_seconds = {seconds} is out of range: it must be from 1 to {LONGEST}, or null for ever")
 
 
 def check_adam(params: Any) -> None:

@@ -42,8 +42,11 @@ class SamplingClient(Protocol):
 class TrainingClient(Protocol):
     """One training run: LoRA weights, their gradients and their optimizer. Requests run in the order they are made."""
 
-    def forward_backward(self, data: list[tinker.Datum], loss_fn: Any) -> Future[types.ForwardBackwardOutput]: ...
+    def forward_backward(
+        self, data: list[tinker.Datum], loss_fn: Any, loss_fn_config: dict[str, float] | None = None
+    ) -> Future[types.ForwardBackwardOutput]: ...
     def optim_step(self, optim_params: Any) -> Future[types.OptimStepResponse]: ...
+    def save_weights_and_get_sampling_client(self) -> Any: ...
 
 
 class ServiceClient(Protocol):
@@ -120,12 +123,10 @@ def tokenizer(model: str) -> Any:
 
 def check_model(model: str) -> None:
     """Raise UnknownNameError or ModelError for a model that could not classify images in the local service, before its
-    weights are read; of a hub's model these are not fetched."""
-    from vlm.inputs import ImageRule
+    weights are read. Those of a hub's model are not fetched."""
     from vlm.local.model.load import check
 
-    check(model)
-    ImageRule.from_pretrained(model)
+    check(model, images=True)
 
 
 def devices(name: str) -> "list[torch.device]":

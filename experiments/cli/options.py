@@ -43,8 +43,29 @@ Model = Annotated[
 Prompt = Annotated[str | None, typer.Option("--prompt", help=f"{PROMPT}.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help=f"{PROMPT}; repeat to compare.")]
 Loss = Annotated[str | None, typer.Option("--loss", help="What LoRA learns: text or closed-set.")]
+Losses = Annotated[
+    list[str] | None, typer.Option("--loss", help="What LoRA learns: text or closed-set; repeat to compare.")
+]
+LossPowers = Annotated[
+    list[str] | None,
+    typer.Option("--loss-power", metavar="Q", help="Of closed-set: 0 (-log p) to 1 (the reward); repeat to compare."),
+]
+Starts = Annotated[
+    list[str] | None,
+    typer.Option("--start", metavar="N", help="First steps with loss text: a share or number; repeat to compare."),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
+]
+Thinking = Annotated[
+    int | None,
+    typer.Option("--thinking", min=0, metavar="N", help="Let the VLM think before it answers, for N tokens at most."),
+]
+Thoughts = Annotated[
+    int | None, typer.Option("--thoughts", min=1, metavar="M", help="About an image; probabilities are their mean.")
+]
+TrainOn = Annotated[
+    str | None, typer.Option("--train-on", help="With --thinking: the answer alone, or all: the thought too.")
 ]
 Set = Annotated[
     list[str] | None,

@@ -61,8 +61,13 @@ def sweep(
         typer.Option("--vlm-features", help="For a head on the VLM: tower, hidden or tower+hidden; repeat to compare."),
     ] = None,
     prompt: opt.Prompts = None,
-    loss: opt.Loss = None,
+    loss: opt.Losses = None,
+    loss_power: opt.LossPowers = None,
+    start: opt.Starts = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
+    train_on: opt.TrainOn = None,
     service: opt.Service = "local",
     device: Annotated[
         str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
@@ -89,8 +94,10 @@ def sweep(
         "most_shots": opt.caps(most_shots),
     }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None, "loss": loss}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    values |= {"thinking": thinking, "thoughts": thoughts, "train_on": train_on}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
+    compared |= {"loss": loss, "loss_power": loss_power, "start": start}
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
     chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
     fields["methods"] = method or list(chosen.methods)
@@ -106,6 +113,8 @@ def zero_shot(
     model: opt.Model = None,
     prompt: opt.Prompts = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
     service: opt.Service = "local",
     device: opt.Device = "cpu",
     limit_test: opt.LimitTest = None,
@@ -116,7 +125,8 @@ def zero_shot(
     """Accuracy of the model as it is, without any labelled example: a sweep of vlm-zero-shot alone."""
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values |= {"thinking": thinking, "thoughts": thoughts}
     content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, service=service, device=device, access=access)

@@ -99,6 +99,7 @@ def _dataset(
     yield from _section("Published elsewhere", published_table(dataset))
     yield from _section("Examples needed", comparisons.efficiency_table(cells, dataset))
     yield from _section("Answers in text", tables.text_table(cells, dataset))
+    yield from _section("Thoughts", tables.thoughts_table(cells, dataset))
     yield from _section("All metrics", tables.metrics_table(cells, dataset))
     yield from _section("Paired differences", *comparisons.difference_tables(folder, cells, dataset))
     if classes := sweep.get("classes", {}).get(dataset):
@@ -136,7 +137,7 @@ def headline(cells: Sequence[Record], dataset: str) -> str:
 def _compared(table: Iterable[str]) -> list[str]:
     """How many values of each setting are compared: `2 prompts`."""
     values: dict[str, set[Any]] = defaultdict(set)
-    for choice in (choice for series in table for choice in choices_of(series)):
+    for choice in (choice for series in table for choice in choices_of(series) if not choice.idle):
         values[choice.setting].add(choice.value)
     return [_count(len(each), COUNTED.get(setting, setting)) for setting, each in values.items()]
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -30,10 +31,20 @@ from vlm.models import full_name
 if TYPE_CHECKING:
     from data.dataset import Access
 
+
+def _share_or_count(start: float) -> float:
+    if start > 1 and not start.is_integer():
+        raise ValueError("it must be a share below 1, or a whole number of steps")
+    return start
+
+
 OWN = "own"  # each image's own size, where text is needed; in settings it is None
 Readout = Literal["cls", "cls+mean", "last4", "last4+mean", "pooled"]
 ImageSize = Annotated[PositiveInt | None, BeforeValidator(lambda size: None if size == OWN else size)]
 VlmFeatures = Literal["tower", "hidden", "tower+hidden"]
+LossName = Literal["text", "closed-set"]
+LossPower = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Start = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_count)]
 Shots = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 ModelName = Annotated[str, AfterValidator(full_name)]
@@ -66,12 +77,27 @@ class Settings(BaseModel):
     eps: PositiveFloat = 1e-8
     prompt: str = "recipe"  # a preset or a template, see vlm.prompts
     answer_tokens: PositiveInt = 128  # of a free answer, at most
-    loss: Literal["text", "closed-set"] = "text"
+    loss: LossName = "text"
+    loss_power: LossPower = 0.0  # q of closed-set: (1 - p^q) / q of the right class; 0: -log p, 1: the expected reward
+    start: Start = 0.0  # of the steps, the first ones train with the loss text: a share below 1, or their number
     calibration: Literal["none", "contextual", "pmi", "validated"] = "none"
+    group_size: Annotated[int, Field(ge=2)] = 8  # answers that vlm-rl samples to a training image
+    temperature: PositiveFloat = 1.0  # of this sampling
+    policy_loss: Literal["importance_sampling", "ppo"] = "importance_sampling"  # of the API, of vlm-rl
+    kl: Annotated[float, Field(ge=0)] = 0.0  # reward that a nat away from the base model costs, a token
+    thinking: Annotated[int, Field(ge=0)] = 0  # tokens of a thought before the answer, at most; 0: no thought
+    thoughts: PositiveInt = 1  # about a test image
+    thinking_temperature: Annotated[float, Field(ge=0)] = 1.0
+    thinking_seed: Seed = 0
+    train_on: Literal["answer", "all"] = "answer"  # what the loss is on, where there is a thought
 
     def steps(self, classes: int) -> int:
         """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
         return -(-self.views_per_class * classes // self.batch_size)
+
+    def start_steps(self, steps: int) -> int:
+        """How many of so many steps `start` is; all at most."""
+        return min(steps, ceil(self.start * steps) if self.start < 1 else int(self.start))
 
 
 T = TypeVar("T")
@@ -88,9 +114,22 @@ class Compare(BaseModel):
     image_size: Several[ImageSize] = ()
     readout: Several[Readout] = ()
     vlm_features: Several[VlmFeatures] = ()
+    loss: Several[LossName] = ()
+    loss_power: Several[LossPower] = ()
+    start: Several[Start] = ()
 
 
 COMPARED = tuple(Compare.model_fields)
+# Settings of models that think: results state them only where they are not the usual ones.
+THINKING = ("thinking", "thoughts", "thinking_temperature", "thinking_seed", "train_on")
+# Settings that came later than results: at their defaults they are no part of a cell's key.
+LATER = ("loss_power", "start", "group_size", "temperature", "policy_loss", "kl", *THINKING)
+
+
+def idle(read: Collection[str], values: Mapping[str, Any]) -> set[str]:
+    """Settings of `values` that change nothing for a method that reads `read`: with the loss text, those of the other
+    loss, and a start with the loss text."""
+    return {"loss_power", "start"} if "loss" in read and values.get("loss") == "text" else set()
 
 
 class Sweep(BaseModel):
@@ -138,12 +177,16 @@ class Sweep(BaseModel):
 
     def points(self, dataset: str, read: Collection[str], *, learns: bool) -> Iterator[tuple[Settings, int, int]]:
         """(settings, shots, seed) of each cell of a method on a data set. read: the settings its numbers depend on;
-        where others change, the cells are the same. A method that does not learn has one: 0 shots and seed 0."""
+        where others change, the cells are the same; what is idle has its default. A method that does not learn has one:
+        0 shots and seed 0."""
+        usual = Settings()
         for settings in self.variants:
+            unread = idle(read, {"loss": settings.loss})
             changed = {name for name, values in self.axes.items() if getattr(settings, name) != values[0]}
-            if changed <= set(read):
+            if changed <= set(read) - unread:
+                chosen = settings.model_copy(update={name: getattr(usual, name) for name in unread})
                 grid = product(self.shots_of(dataset), self.seeds) if learns else [(0, 0)]
-                yield from ((settings, shots, seed) for shots, seed in grid)
+                yield from ((chosen, shots, seed) for shots, seed in grid)
 
     @model_validator(mode="after")
     def _caps_are_of_its_sets(self) -> Self:

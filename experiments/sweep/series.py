@@ -2,13 +2,13 @@
 of each of them that it reads; and how each is named and drawn. A series stands where a method's name stands, in the
 content of sweep.json and in cell records; its text is never parsed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
-from experiments.sweep.config import MODELS
+from experiments.sweep.config import MODELS, idle
 from experiments.sweep.methods import METHODS
 from kshot.errors import ResultsError
 
@@ -20,12 +20,14 @@ MAIN = ("vlm-lora", "dinov2-lora")  # the main comparison: both are tuned on the
 
 
 class Choice(NamedTuple):
-    """One value of several that a setting has in a sweep. number: among them, from 0. total: how many there are."""
+    """One value of several that a setting has in a sweep. number: among them, from 0. total: how many there are. idle:
+    whether none of them changes anything under the series' other choices."""
 
     setting: str
     value: Any
     number: int
     total: int
+    idle: bool = False
 
 
 class Series(str):
@@ -35,7 +37,7 @@ class Series(str):
     choices: tuple[Choice, ...]
 
     def __new__(cls, method: str, choices: Sequence[Choice]) -> "Series":
-        series = super().__new__(cls, ", ".join([method, *map(_text, choices)]))
+        series = super().__new__(cls, ", ".join([method, *(_text(choice) for choice in choices if not choice.idle)]))
         series.method, series.choices = method, tuple(choices)
         return series
 
@@ -48,7 +50,8 @@ def by_series(sweep: Record, cells: Sequence[Record]) -> tuple[Record, list[Reco
     axes = {setting: values for setting, values in settings.items() if len(values) > 1}
     if not axes:
         return sweep, list(cells)
-    methods = [series for method in sweep["methods"] for series in _series(method, axes)]
+    alone = {"loss": sweep.get("settings", {}).get("loss")}  # where it is not compared
+    methods = [series for method in sweep["methods"] for series in _series(method, axes, alone)]
     return {**sweep, "methods": methods}, [{**cell, "method": _of_cell(cell, axes)} for cell in cells]
 
 
@@ -118,22 +121,35 @@ def _read(method: str, axes: Axes) -> Axes:
     return {setting: values for setting, values in axes.items() if setting in settings}
 
 
-def _series(method: str, axes: Axes) -> list[str]:
-    read = _read(method, axes).items()
-    each = ([Choice(setting, v, n, len(values)) for n, v in enumerate(values)] for setting, values in read)
-    return [_named(method, choices) for choices in product(*each)]
+def _series(method: str, axes: Axes, alone: Mapping[str, Any]) -> list[str]:
+    read, made = _read(method, axes), list[str]()
+    for values in product(*read.values()):
+        chosen = {**alone, **dict(zip(read, values, strict=True))}
+        unread = _idle(method, chosen)
+        made.append(_named(method, [_choice(setting, read, chosen, unread) for setting in read]))
+    return [*dict.fromkeys(made)]
+
+
+def _idle(method: str, values: Mapping[str, Any]) -> set[str]:
+    return idle(METHODS[method].settings, values) if method in METHODS else set()
+
+
+def _choice(setting: str, read: Axes, chosen: Mapping[str, Any], unread: Collection[str]) -> Choice:
+    values = read[setting]
+    if setting in unread:
+        return Choice(setting, None, 0, len(values), idle=True)
+    return Choice(setting, chosen[setting], values.index(chosen[setting]), len(values))
 
 
 def _of_cell(cell: Record, axes: Axes) -> str:
-    choices = []
-    for setting, values in _read(cell["method"], axes).items():
-        settings = cell["settings"]
-        value = settings.get(setting)  # which may be None
+    settings, read = cell["settings"], _read(cell["method"], axes)
+    unread = _idle(cell["method"], settings)
+    for setting in [setting for setting in read if setting not in unread]:
+        values, value = read[setting], settings.get(setting)  # which may be None
         if setting not in settings or value not in values:
             has = f"{setting} {value!r}" if setting in settings else f"no {setting}"
             raise ResultsError(f"cell {cell['key']} has {has}; the sweep's are: {list(values)}")
-        choices.append(Choice(setting, value, values.index(value), len(values)))
-    return _named(cell["method"], choices)
+    return _named(cell["method"], [_choice(setting, read, settings, unread) for setting in read])
 
 
 def _named(method: str, choices: Sequence[Choice]) -> str:
@@ -158,6 +174,8 @@ class Style(NamedTuple):
 STYLES = {
     "vlm-zero-shot": Style("VLM zero-shot", "#E69F00", "*"),
     "vlm-lora": Style("VLM + LoRA", "#D55E00", "o"),
+    "vlm-rl": Style("VLM + LoRA by reward", "#661100", "H"),
+    "vlm-tuned-linear": Style("VLM + LoRA, linear head", "#CC6677", "d"),
     "vlm-vision-linear": Style("VLM features + linear", "#CC79A7", "D"),
     "dinov2-logreg": Style("DINOv2 + logistic regression", "#0072B2", "s", "--"),
     "dinov2-ridge": Style("DINOv2 + ridge", "#56B4E9", "^", "--"),
@@ -172,7 +190,14 @@ SPARE = (("#332288", ">"), ("#882255", "<"), ("#44AA99", "p"), ("#AA4499", "d"),
 SHADES = ((0, 0.0, False), (0, 0.45, True), (255, 0.45, False), (0, 0.7, False), (255, 0.3, True))
 LINES = ("-", "--", "-.", ":")
 # What a setting is called where its values are counted.
-COUNTED = {"image_size": "image size", "vlm_features": "VLM feature set"}
+COUNTED = {
+    "image_size": "image size",
+    "vlm_features": "VLM feature set",
+    "loss": "loss function",
+    "loss_power": "loss power",
+}
+
+NAMED = {"loss_power": "q", "start": "start"}  # numbers that a title must name
 
 
 def style(series: str) -> Style:
@@ -186,7 +211,7 @@ def style(series: str) -> Style:
     line, index = divmod(number_of(series), _shades(choices))
     shade, amount, hollow = SHADES[index]
     return Style(
-        title=f"{base.title} ({', '.join(map(choice_text, choices))})",
+        title=f"{base.title} ({', '.join(choice_text(choice) for choice in choices if not choice.idle)})",
         colour=_mixed(base.colour, shade, amount),
         marker=base.marker,
         line=lines[line % len(lines)],
@@ -208,6 +233,8 @@ def choice_text(choice: Choice) -> str:
         return f"prompt {choice.number + 1}"
     if choice.setting == "image_size":
         return "own size" if choice.value is None else f"{choice.value} px"
+    if choice.setting in NAMED:
+        return f"{NAMED[choice.setting]} {choice.value:g}"
     return str(choice.value)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from experiments.sweep.config import LATER, Settings
 from kshot.errors import KshotError, ResultsError
 from kshot.files import remove_unfinished, write_file
 from kshot.untrusted import check_regular, parse_json, read_file, set_damaged_aside
@@ -32,6 +33,7 @@ FOLDERS = ("cells", "predictions", "figures")
 PACKED = "cells.jsonl"
 WRONG_FILE = None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.EFBIG  # none: of what a library finds in it
 RUN_AGAIN = "run the sweep again"
+_LATER = {name: getattr(Settings(), name) for name in LATER}  # which a folder need not have
 
 
 class Results:
@@ -216,7 +218,7 @@ class Results:
         self._write(PACKED, "".join(f"{line}\n" for line in lines).encode())
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = _changes(old["settings"], new["settings"])
+        changed = _changes(*({**_LATER, **each["settings"]} for each in (old, new)))
         changed += _changes(*({f: each[f] for f in COMPUTED if f in old and f in new} for each in (old, new)))
         caps = [{f"most shots of {d}": k for d, k in each.get("most_shots", {}).items()} for each in (old, new)]
         changed += _changes(*({name: each[name] for name in caps[0].keys() & caps[1].keys()} for each in caps))

@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 
 from baselines import nano
 from experiments.adapters.train import plan_training
+from experiments.report.tables import full_grid
 from experiments.sweep.cells import Job
 from experiments.sweep.config import COMPARED, OWN, Compare, Settings, command, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.series import by_series, style
 from experiments.sweep.store import Results
 from kshot.errors import InputError
 
@@ -30,6 +32,7 @@ YAML = "name: mine\ndatasets: [icons]\nmethods: [dinov2-logreg]\nshots: [1]\nsee
 BOTH = ("--image-size", "own", "--image-size", "128", "--readout", "cls", "--readout", "last4")
 PAIRS = [(size, readout) for size in (None, 128) for readout in ("cls", "last4")]
 LORA = ("--method", "vlm-lora")  # which reads a prompt
+LOSS = ("loss", "loss_power", "start")  # of what trains
 LOGREG = METHODS["dinov2-logreg"]
 
 
@@ -151,6 +154,35 @@ def test_a_command_names_the_values_of_any_sweep(photos: Path) -> None:
     assert "learning_rate" not in text  # another model brings the reference protocol's
 
 
+def test_losses_powers_and_starts_are_compared_where_they_mean_something(photos: Path) -> None:
+    """The loss text has neither; it is one cell whatever they are, with the key it has alone."""
+    grid = {"datasets": [f"folder:{photos}"], "methods": ["vlm-lora", "pixel-knn"], "shots": [1], "seeds": [0]}
+    settings = {"loss": ("text", "closed-set"), "loss_power": ("0.5", "0", "1"), "start": ("0", "0.1")}
+    planned = plan(load("demo", grid, settings))
+    jobs = [job for job in planned.jobs if job.cell.method == "vlm-lora"]
+    seen = [tuple(job.cell.settings[name] for name in LOSS) for job in jobs]
+    assert seen == [("text", 0, 0), *product(["closed-set"], [0.5, 0, 1], [0, 0.1])]
+    assert len({job.cell.key for job in planned.jobs}) == len(planned.jobs) == 7 + 1
+    text, plain = (plan(load("demo", grid, {"loss": loss})).jobs[0].cell.key for loss in ("text", "closed-set"))
+    assert [job.cell.key for job in jobs if job.settings.loss_power == job.settings.start == 0] == [text, plain]
+    content = planned.describe()
+    assert content["compare"] == {"loss": ["text", "closed-set"], "loss_power": [0.5, 0, 1], "start": [0, 0.1]}
+    words = "--loss text --loss closed-set --loss-power 0.5 --loss-power 0.0 --loss-power 1.0 --start 0.0 --start 0.1"
+    assert words in command(content)
+    sweep, cells = by_series(content, [{**job.cell.identity, "key": job.cell.key} for job in planned.jobs])
+    assert sweep["methods"] == [cell["method"] for cell in cells]
+    titles = [style(series).title for series in sweep["methods"]]
+    closed = [f"VLM + LoRA (closed-set, q {q}, start {start})" for q in ("0.5", "0", "1") for start in ("0", "0.1")]
+    assert titles == ["VLM + LoRA (text)", *closed, "pixel kNN"]
+    assert len({style(series) for series in sweep["methods"]}) == 8
+    assert sorted({s for _, s, _, _ in full_grid(content, [])}) == sorted(sweep["methods"])
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, 0), (0.1, 1), (0.11, 2), (0.99, 10), (1, 1), (3, 3), (40, 10)])
+def test_a_start_is_a_share_or_a_number_of_steps(start: float, steps: int) -> None:
+    assert Settings(start=start).start_steps(10) == steps
+
+
 def test_a_comparing_sweep_grows_in_shots_and_refuses_other_values(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
     assert sweep(*BOTH).status == 0
     assert sweep(*BOTH).err == "all 10 cells are there: nothing to compute\n"
@@ -204,6 +236,10 @@ def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, name: str, value: st
         (("--loss", "closed"), "loss = 'closed'"),
         (("--calibration", "auto"), "calibration = 'auto'"),
         (("--loss", "closed-set", "--set", "loss=text"), "loss is given twice"),
+        ((*LORA, "--loss-power", "1.5", "--loss", "closed-set"), "settings.loss_power = '1.5': Input should be less"),
+        ((*LORA, "--loss-power", "0.5", "--loss-power", "0"), "loss_power 0.5 is of the loss closed-set"),
+        ((*LORA, "--start", "1.5"), "settings.start = '1.5': Value error, it must be a share below 1, or a whole"),
+        ((*LORA, "--start", "-1"), "settings.start = '-1': Input should be greater than or equal to 0"),
         (("--calibration", "validated", "--method", "vlm-zero-shot"), "zero-shot has none; give contextual, pmi"),
     ],
 )
@@ -257,7 +293,7 @@ def test_a_file_compares_and_options_go_over_it(tmp_path: Path) -> None:
 
 
 def test_a_setting_is_of_one_type_alone_and_among_others() -> None:
-    assert set(COMPARED) == {"backbone", "readout", "image_size", "vlm_features"}
+    assert set(COMPARED) == {"backbone", "readout", "image_size", "vlm_features", *LOSS}
     for name in COMPARED:
         alone = Settings.model_json_schema()["properties"][name]
         among = Compare.model_json_schema()["properties"][name]["items"]
@@ -265,7 +301,7 @@ def test_a_setting_is_of_one_type_alone_and_among_others() -> None:
         assert {key: alone[key] for key in facts if key in alone} == {key: among[key] for key in facts if key in among}
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", sorted({*COMPARED} - {*LOSS}))
 def test_training_an_adapter_takes_none_of_them(name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} is no setting of vlm-lora"):
         plan_training("icons", 1, 0, {name: "x"})

@@ -9,9 +9,19 @@ import torch
 from tinker import types
 
 from kshot.errors import RequestError
-from tests.vlm.helpers import CLASSES, Pictured, adapter_of, assert_gradients_equal, disturb, plain_peft, stock_inputs
+from tests.vlm.helpers import (
+    CLASSES,
+    Pictured,
+    adapter_of,
+    assert_gradients_equal,
+    disturb,
+    gradients_of,
+    plain_peft,
+    stock_inputs,
+)
+from tests.vlm.services import PATIENCE, Service
 from vlm.classifier import fit, predict
-from vlm.inputs import ImageRule
+from vlm.inputs import ImageRule, model_input
 from vlm.label_trie import branches
 from vlm.local.clients import LocalTrainingClient
 from vlm.prompts import Prompt
@@ -83,6 +93,56 @@ def test_gradients_equal_plain_autograd(
     assert_gradients_equal(client, plain)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
+def test_powers_are_those_of_the_brute_force_posterior(
+    power: float,
+    client: LocalTrainingClient,
+    stock: Any,
+    prompt: Prompt,
+    examples: list[Pictured],
+    rule: ImageRule,
+) -> None:
+    """Of names that begin alike (car, cart; crocodile, crocodile head), and of classes that stand twice in a batch."""
+    disturb(client)
+    plain, shown = plain_peft(client, stock).double(), examples[1:9]  # whose own rounding does not count
+    chances = [brute_force_chance(plain, prompt, each, rule) for each in shown]
+    terms = [(1 - chance**power) / power if power else -chance.log() for chance in chances]
+    total = torch.stack(terms).sum()
+    total.backward()
+    data = [prompt.closed_datum(each.image, each.label) for each in shown]
+    config = {"power": power} if power else None
+    loss = client.forward_backward(data, "closed_set", config).result()
+    assert loss.metrics["loss:sum"] == pytest.approx(float(total.detach()), rel=1e-5)
+    theirs = {n.replace(".default.", "."): p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    ours = gradients_of(client)
+    assert ours.keys() == theirs.keys()
+    whole = torch.cat([gradient.flatten().double() for gradient in theirs.values()])
+    gap = torch.cat([ours[name].flatten() for name in theirs]) - whole
+    assert gap.norm() <= 1e-5 * whole.norm()
+
+
+def brute_force_chance(plain: Any, prompt: Prompt, example: Pictured, rule: ImageRule) -> torch.Tensor:
+    """The posterior of the right class under the model restricted to the names, token by token, by a pass over the
+    whole name; the differentiable twin of `brute_force.scores`."""
+    choice, asked = prompt.choices[example.label], prompt.question(example.image)
+    whole = model_input(*asked.chunks, choice)
+    logits = plain(**stock_inputs(whole, rule)).logits[0, asked.length - 1 :]
+    chance = torch.ones((), dtype=torch.float64)
+    for place, token in enumerate(choice):
+        allowed = sorted({each[place] for each in prompt.choices if each[:place] == choice[:place]})
+        chance = chance * logits[place, allowed].softmax(-1)[allowed.index(token)]
+    return chance
+
+
+def test_a_small_power_is_nearly_the_logarithm(client: LocalTrainingClient, data: list[tinker.Datum]) -> None:
+    plain, small, reward = (
+        client.forward(data, "closed_set", config).result().metrics["loss:sum"]
+        for config in (None, {"power": 1e-4}, {"power": 1.0})
+    )
+    assert small == pytest.approx(plain, rel=1e-3)
+    assert 0 < reward < len(data)  # each is 1 - p
+
+
 def test_dense_and_sparse_candidates_are_the_same(client: LocalTrainingClient, data: list[tinker.Datum]) -> None:
     disturb(client)
     sparse = client.forward(data, "closed_set").result().metrics["loss:sum"]
@@ -101,6 +161,33 @@ def test_training_on_it_separates_the_classes(
     assert losses[-1] < 0.05 * losses[0]
     sampler = client.save_weights_and_get_sampling_client().result()
     assert predict(sampler, [e.image for e in examples[:6]], prompt).argmax(1).tolist() == list(range(len(CLASSES)))
+
+
+def test_powers_over_http_are_those_in_process(both: Service, prompt: Prompt, examples: list[Pictured]) -> None:
+    """Both services train the same run: its loss before and after a step is pinned to the engine's own posterior."""
+    data, run = [prompt.closed_datum(each.image, each.label) for each in examples[:6]], both.start()
+    chances = [np.exp(row[e.label]) for row, e in zip(scored(both, run, prompt, examples[:6]), examples, strict=False)]
+    loss = run.forward_backward(data, "closed_set", {"power": 0.5})
+    run.optim_step(ADAM).result(PATIENCE)
+    expected = sum((1 - chance**0.5) / 0.5 for chance in chances)
+    assert loss.result(PATIENCE).metrics["loss:sum"] == pytest.approx(expected, rel=1e-4)
+    after = [np.exp(row[e.label]) for row, e in zip(scored(both, run, prompt, examples[:6]), examples, strict=False)]
+    assert sum(after) > sum(chances)
+
+
+def scored(service: Service, run: Any, prompt: Prompt, examples: list[Pictured]) -> np.ndarray:
+    sampler = run.save_weights_and_get_sampling_client().result(PATIENCE)
+    return predict(sampler, [each.image for each in examples], prompt)
+
+
+def test_fit_takes_a_power_of_the_closed_set_alone(
+    client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
+) -> None:
+    views = [[(e.image, e.label) for e in examples[:6]]] * 2
+    first, second = (out.metrics["loss:sum"] for out, _ in fit(client, views, prompt, ADAM, "closed-set", 1.0))
+    assert second < first < len(views[0])
+    with pytest.raises(RequestError, match=r"power 0\.5 is of the loss closed-set"):
+        next(fit(client, views, prompt, ADAM, "text", 0.5))
 
 
 def candidates(rows: int, tokens: list[int]) -> tinker.TensorData:

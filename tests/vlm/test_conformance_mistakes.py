@@ -34,7 +34,7 @@ def targets(question: tinker.ModelInput, tokens: Any, **more: Any) -> tinker.Dat
 
 Change = Callable[[Any, list[tinker.Datum], bytes], Any]
 WRONG: dict[str, tuple[Change, str]] = {  # what is done with a run, good data and an image of 16 tokens
-    "gspo": (lambda run, good, _: run.forward_backward(good, "gspo"), "unknown loss function 'gspo'"),
+    "stable_reinforce": (lambda run, good, _: run.forward_backward(good, "stable_reinforce"), "unknown loss function"),
     "a loss that is none": (lambda run, good, _: run.forward(good, "nll"), "choose from: cross_entropy"),
     "a configuration": (
         lambda run, good, _: run.forward_backward(good, "ppo", {"clip": 0.1}),

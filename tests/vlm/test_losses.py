@@ -31,6 +31,13 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("cispo", {}),
     ("cispo", NARROW),
     ("cispo", {"clip_low_threshold": 0.0}),
+    ("closed_set", {}),
+    ("closed_set", {"power": 0.01}),
+    ("closed_set", {"power": 0.5}),
+    ("closed_set", {"power": 1}),
+    ("gspo", {}),
+    ("gspo", NARROW),
+    ("gspo", WIDE),
     ("dro", {"beta": 0.05}),
     ("dro", {"beta": 2}),
     ("dro", {"beta": 0.0}),
@@ -42,8 +49,17 @@ def published(
     name: str, log_probs: np.ndarray, fields: Arrays, config: Mapping[str, float], still: np.ndarray
 ) -> float:
     """The documentation's formulas; `still` are the log-probabilities where a gradient is stopped."""
-    if name == "cross_entropy":
+    if name == "cross_entropy" or (name == "closed_set" and not config.get("power")):
         return float((-log_probs * fields["weights"]).sum())
+    if name == "closed_set":
+        power = config["power"]
+        chances = [np.prod(np.exp(log_probs) ** fields["weights"], where=at) for at in data(fields)]
+        return float(sum((1 - chance**power) / power for chance in chances))
+    if name == "gspo":
+        low, high = config.get("clip_low_threshold", 1 - 3e-4), config.get("clip_high_threshold", 1 + 4e-4)
+        pairs = zip(sequence_ratios(log_probs, fields), masks(fields), strict=True)
+        terms = [(ratio, fields["advantages"][mask].mean()) for ratio, mask in pairs]
+        return float(-sum(min(ratio * a, np.clip(ratio, low, high) * a) for ratio, a in terms))
     sampled, advantages = fields["logprobs"], fields["advantages"]
     low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
     ratio = np.exp(log_probs - sampled)
@@ -56,6 +72,23 @@ def published(
     else:
         objective = log_probs * advantages - 0.5 * config["beta"] * (log_probs - sampled) ** 2
     return float(-objective.sum())
+
+
+def data(fields: Arrays) -> list[np.ndarray]:
+    """Where the positions of each datum are."""
+    return [fields["datum"] == number for number in dict.fromkeys(fields["datum"].tolist())]
+
+
+def masks(fields: Arrays) -> list[np.ndarray]:
+    """The positions of each datum over which gspo takes its ratio; none of a datum without any."""
+    mask = fields.get("sequence_ratio_mask", fields["advantages"]) != 0
+    return [at & mask for at in data(fields) if (at & mask).any()]
+
+
+def sequence_ratios(log_probs: np.ndarray, fields: Arrays) -> list[float]:
+    """The geometric means of p/q of gspo's sequences."""
+    ratios = np.exp(log_probs - fields["logprobs"])
+    return [float(np.prod(ratios[mask]) ** (1 / mask.sum())) for mask in masks(fields)]
 
 
 def slopes(name: str, log_probs: np.ndarray, fields: Arrays, config: Mapping[str, float]) -> np.ndarray:
@@ -86,9 +119,14 @@ def problems(draw: st.DrawFn) -> Problem:
     nats, signed = st.floats(-3.0, 0.0), st.sampled_from([0.0, -2.0, -0.3, 0.7, 1.0, 3.0])
     log_probs, sampled = (np.array(draw(st.lists(nats, min_size=n, max_size=n))) for _ in range(2))
     weights, advantages = (np.array(draw(st.lists(signed, min_size=n, max_size=n))) for _ in range(2))
-    thresholds = np.array([value for _, config in CASES for value in config.values()] + [0.8, 1.2])
-    assume(np.abs(np.exp(log_probs - sampled)[:, None] - thresholds).min() > 1e-3)
-    return log_probs, {"weights": weights, "logprobs": sampled, "advantages": advantages}
+    datum = np.sort(np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))))
+    fields = {"weights": weights, "logprobs": sampled, "advantages": advantages, "datum": datum}
+    if draw(st.booleans()):
+        fields["sequence_ratio_mask"] = np.array(draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=n, max_size=n)))
+    thresholds = np.array([value for _, config in CASES for value in config.values()] + [0.8, 1.2, 1 - 3e-4, 1 + 4e-4])
+    ratios = np.array([*np.exp(log_probs - sampled), *sequence_ratios(log_probs, fields)])
+    assume(np.abs(ratios[:, None] - thresholds).min() > 1e-3)
+    return log_probs, fields
 
 
 @each_case
@@ -135,6 +173,10 @@ def test_scored_positions() -> None:
     assert loss("cross_entropy", None).scored(fields).tolist() == [False, True, True]
     for name in ("importance_sampling", "ppo", "cispo"):
         assert loss(name, None).scored(fields).tolist() == [True, False, True]
+    masked = {**fields, "sequence_ratio_mask": torch.tensor([0.0, 1.0, 0.0])}
+    assert loss("gspo", None).scored(fields).tolist() == [True, False, True]
+    assert loss("gspo", None).scored(masked).tolist() == [True, True, True]
+    assert loss("closed_set", {"power": 0.5}).scored(fields).tolist() == [False, True, True]
     assert loss("dro", {"beta": 0.05}).scored(fields).tolist() == [True, True, True]
     assert loss("dro", {"beta": 0.0}).scored(fields).tolist() == [True, False, True]
 
@@ -164,6 +206,8 @@ BAD_CONFIGS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     "low above high": ("ppo", {"clip_low_threshold": 1.3, "clip_high_threshold": 1.2}, "above clip_high_threshold"),
     "low above the default": ("cispo", {"clip_low_threshold": 1.3}, "above clip_high_threshold.*1.2"),
     "an offset for a threshold": ("ppo", {"clip_high_threshold": 0.2}, "above clip_high_threshold"),
+    "a negative power": ("closed_set", {"power": -1}, "power of loss 'closed_set' must be .* got -1"),
+    "low above gspo's high": ("gspo", {"clip_low_threshold": 1.1}, "above clip_high_threshold"),
     "no beta": ("dro", None, "no default beta.*loss_fn_config"),
 }
 
@@ -177,7 +221,7 @@ def test_bad_configurations_are_named(kind: str) -> None:
 
 @pytest.mark.parametrize("name", [*get_args(types.LossFnType), "closed_set", "nll", "PPO", ""])
 def test_other_names_are_never_another_loss(name: str) -> None:
-    known = ("cross_entropy", "closed_set", "importance_sampling", "ppo", "cispo", "dro")
+    known = ("cross_entropy", "closed_set", "importance_sampling", "ppo", "cispo", "gspo", "dro")
     if name in known:
         assert LOSSES[name].name == name
     else:
@@ -209,6 +253,15 @@ def test_fields_have_one_length_and_the_dtypes_of_the_losses() -> None:
 
 
 GOOD = {"target_tokens": [6, 7, 2], "logprobs": [0.0, -0.5, -2.0], "advantages": [0.0, 1.0, -1.0]}
+
+
+def test_gspo_reads_its_mask_where_a_datum_has_one() -> None:
+    assert "sequence_ratio_mask" not in fields_of(datum(**GOOD), LOSSES["gspo"])
+    fields = fields_of(datum(**GOOD, sequence_ratio_mask=[0.0, 1.0, 1.0]), LOSSES["gspo"])
+    assert fields["sequence_ratio_mask"].tolist() == [0.0, 1.0, 1.0]
+    assert fields.keys().isdisjoint({"clip_low_threshold", "clip_high_threshold"})
+
+
 BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no targets": ("cross_entropy", {"weights": [1.0]}, "lacks target_tokens, .* it has \\['weights'\\]"),
     "no logprobs, no advantages": ("ppo", {"target_tokens": [1]}, "lacks logprobs, advantages, which ppo reads"),

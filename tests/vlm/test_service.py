@@ -1,5 +1,6 @@
 """connect: who answers the training API; the nano model's files; batches, and the loop of training on any service."""
 
+import asyncio
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ from tinker import types
 
 import vlm
 from experiments.pretrain.__main__ import prefix
+from kshot.checks import folder_of
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from tests.vlm import genuine
 from tests.vlm.helpers import Pictured
@@ -21,7 +23,7 @@ from vlm import models, nano, smollm2
 from vlm.classifier import batches, fit, steps
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
-from vlm.service import check
+from vlm.service import check, check_model
 
 
 def test_connect_says_who_can_be_asked(tmp_path: Path) -> None:
@@ -66,11 +68,57 @@ def test_methods_take_what_the_sdks_take_in_its_order(ours: type) -> None:
         assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in theirs], name
 
 
+@pytest.mark.parametrize("ours", SDK)
+def test_every_async_method_of_the_sdk_is_there(ours: type) -> None:
+    theirs = {name for name in dir(SDK[ours]) if name.endswith("_async") and not name.startswith("_")}
+    assert theirs == {name for name in dir(ours) if name.endswith("_async") and not name.startswith("_")}
+    assert all(inspect.iscoroutinefunction(getattr(ours, name)) for name in theirs)
+
+
+def test_async_methods_do_what_their_twins_do(service: LocalServiceClient, mixed: list[tinker.Datum]) -> None:
+    """Those of requests give a future once it is made, as the SDK's do; the others give the result."""
+    text, params = mixed[2].model_input, types.SamplingParams(max_tokens=4, seed=3)
+
+    async def awaited() -> tuple[Any, ...]:
+        run = await service.create_lora_training_client_async(nano.NAME, rank=2, seed=0)
+        loss, step = await run.forward_backward_async(mixed, "cross_entropy"), await run.optim_step_async(ADAM)
+        metrics = (await loss.result_async()).metrics, (await step).metrics
+        path = (await (await run.save_weights_for_sampler_async("twin"))).path
+        samplers = await run.save_weights_and_get_sampling_client_async(), await run.create_sampling_client_async(path)
+        samples = [written(await each.sample_async(text, 2, params)) for each in samplers]
+        assert samples[0] == samples[1]
+        assert (await run.get_info_async()).model_name == await samplers[0].get_base_model_async() == nano.NAME
+        return *metrics, samples[0], await samplers[0].compute_logprobs_async(text)
+
+    run = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    loss, step = run.forward_backward(mixed, "cross_entropy"), run.optim_step(ADAM)
+    sampler = run.save_weights_and_get_sampling_client().result()
+    sequences, log_probs = written(sampler.sample(text, 2, params).result()), sampler.compute_logprobs(text).result()
+    assert asyncio.run(awaited()) == (loss.result().metrics, step.result().metrics, sequences, log_probs)
+
+
+def written(response: types.SampleResponse) -> list[tuple[Any, Any]]:
+    """Tokens and log-probabilities of samples: each has an id of its own besides."""
+    return [(each.tokens, each.logprobs) for each in response.sequences]
+
+
+def test_a_run_makes_sampling_clients_of_its_own_model_alone(service: LocalServiceClient, tmp_path: Path) -> None:
+    run = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    path = run.save_weights_for_sampler("mine").result().path
+    assert run.create_sampling_client(path).result().get_base_model() == nano.NAME
+    with pytest.raises(ModelError, match="does not exist"):
+        run.create_sampling_client(f"{path}-not").result()
+    with pytest.raises(RequestError, match="not supported by the local service"):
+        run.create_sampling_client(path, record_stability_info=True)
+    record = folder_of(service._registry.state, path) / "kshot.json"
+    record.write_text(record.read_text().replace(nano.NAME, "kshot/another"))
+    with pytest.raises(RequestError, match=r"is of 'kshot/another', this run of .* use the service's"):
+        run.create_sampling_client(path).result()
+
+
 def test_options_that_only_the_hosted_service_has_are_refused(service: LocalServiceClient) -> None:
     client = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
     for call in (
-        lambda: client.save_state("x", 3600),
-        lambda: client.save_weights_for_sampler("x", ttl_seconds=3600),
         lambda: client.load_state("x", "token"),
         lambda: service.create_sampling_client(base_model=nano.NAME, record_stability_info=True),
     ):
@@ -115,6 +163,21 @@ def test_models_that_are_nowhere_or_without_a_tokenizer_are_named(service: Local
 def test_a_folder_in_hub_layout_is_a_model(service: LocalServiceClient) -> None:
     client = service.create_sampling_client(base_model=str(nano.folder())).result()
     assert client.get_tokenizer().decode(client.get_tokenizer().encode("star")) == "star"
+
+
+def test_a_check_reads_tokenizer_and_image_processor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    read: list[str] = []
+    for each in (AutoImageProcessor, AutoTokenizer):
+
+        def watched(*args: Any, real: Any = each.from_pretrained, kind: str = each.__name__, **options: Any) -> Any:
+            read.append(kind)
+            return real(*args, **options)
+
+        monkeypatch.setattr(each, "from_pretrained", watched)
+    check_model(nano.NAME)
+    assert sorted(read) == ["AutoImageProcessor", "AutoTokenizer"]
 
 
 def test_the_nano_configuration_fits_its_tokenizer() -> None:

@@ -244,18 +244,18 @@ def test_fields_that_a_loss_does_not_read_are_left_out_and_said_once(
     ]
 
 
-@pytest.mark.parametrize("name", ["stable_reinforce", "gspo", "custom"])
+@pytest.mark.parametrize("name", ["stable_reinforce", "custom"])
 def test_losses_that_are_not_built_say_what_to_use(
     both: Service, top: Any, mixed: list[tinker.Datum], name: str
 ) -> None:
-    named = "forward_backward_custom" if name == "custom" else "loss_fn=importance_sampling, ppo or cispo"
+    named = "forward_backward_custom" if name == "custom" else "loss_fn=importance_sampling, ppo, cispo or gspo"
     with both.refuses(rf"unknown loss function '{name}' \(.*{named}"):
         top.forward_backward(mixed[2:3], name).result(PATIENCE)
 
 
 def test_what_stable_reinforce_records_names_the_loss_to_use(both: Service, mixed: list[tinker.Datum]) -> None:
     """At the latest at the first sample: the SDK says nothing of it before."""
-    with both.refuses("record_stability_info=True.*loss_fn=importance_sampling, ppo or cispo"):
+    with both.refuses("record_stability_info=True.*loss_fn=importance_sampling, ppo, cispo or gspo"):
         made = both.client.create_sampling_client(base_model=nano.NAME, record_stability_info=True)
         sampler = made.result(PATIENCE) if hasattr(made, "result") else made
         sampler.sample(mixed[2].model_input, 1, types.SamplingParams(max_tokens=1)).result(PATIENCE)

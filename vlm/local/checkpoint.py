@@ -6,6 +6,7 @@ it. Written to a temporary folder, then renamed. A folder of this layout can be 
 
 import json
 import os
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kshot.checks import KINDS, folder_of
+from kshot.checks import KINDS, check_ttl, folder_of
 from kshot.errors import ModelError, RequestError, UnknownNameError
-from kshot.files import replace_folder
+from kshot.files import replace_folder, write_file
 from kshot.untrusted import check_regular, parse_json, read_file
 from vlm.local import age, foreign
 from vlm.local.model.load import Model
@@ -52,6 +53,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
     place: str | None = None
+    expires: float | None = None  # seconds of the clock, when it is to be deleted; None: never
     origin: foreign.Foreign | None = None  # where others wrote it
 
     def adapter(self, model: Model) -> Adapter:
@@ -74,7 +76,7 @@ def save(
     """Write a checkpoint. encrypt_to: see `vlm.local.age`; its record stays readable. Raises RequestError where one of
     this name exists and `overwrite` is not set, and for weights that are not finite."""
     target = folder_of(state, path)
-    if target.exists() and not overwrite:
+    if target.exists() and not overwrite and not is_expired(target):
         or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""
         raise RequestError(f"checkpoint {path} exists; give another name{or_so}")
     if not _is_finite(checkpoint):
@@ -92,11 +94,36 @@ def save(
 def load(state: Path, path: str) -> Checkpoint:
     """Read a checkpoint. Raises ModelError where there is none or it is damaged."""
     source = folder_of(state, path)
-    if not source.is_dir():
+    if not source.is_dir() or is_expired(source):
         raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
     if (source / f"{WEIGHTS}{age.ENCRYPTED}").is_file():
         raise ModelError(f"checkpoint {path} is encrypted, for those who fetch it; save_state makes one to go on from")
     return _read(source, f"checkpoint {path}", source / OPTIMIZER)
+
+
+def expires_at(record: Mapping[str, Any]) -> float | None:
+    """When a checkpoint is to be deleted, by its record, in seconds of the clock; None: never."""
+    value = record.get("expires")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def is_expired(folder: Path) -> bool:
+    """Whether the time of a checkpoint's folder is over; one without a readable record has none."""
+    try:
+        ends = expires_at(parse_json(read_file(folder / RECORD)))
+    except (OSError, ValueError, AttributeError):
+        return False
+    return ends is not None and ends <= time.time()
+
+
+def set_ttl(folder: Path, seconds: int | None) -> None:
+    """Let a checkpoint's folder expire in so many seconds, or never. Raises RequestError for a time out of range."""
+    check_ttl(seconds)
+    record = parse_json(read_file(folder / RECORD))
+    record.pop("expires", None)
+    if seconds is not None:
+        record["expires"] = time.time() + seconds
+    write_file(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
 def load_folder(folder: Path) -> Checkpoint:
@@ -196,6 +223,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
     }
+    if checkpoint.expires is not None:
+        record["expires"] = checkpoint.expires
     if checkpoint.spec.train_unembed:
         record["note"] = MERGING
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The SDK's `SamplingClient` and `TrainingClient` over an engine of this process."""
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +13,7 @@ import tinker
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
-from kshot.checks import path_of
+from kshot.checks import check_ttl, path_of
 from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
@@ -22,6 +23,7 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.sampling.decoder import ThoughtLimit as ThoughtLimit
 from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.grammar import Grammar as Grammar
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
@@ -30,6 +32,7 @@ from vlm.local.sampling.stops import StopSearch as StopSearch
 from vlm.local.sampling.stops import check_stops as check_stops
 from vlm.local.scheduler import Scheduler
 from vlm.local.training_run import TrainingRun
+from vlm.local.twins import with_async_twins
 
 WAYS_OUT = {
     "record_stability_info": f"the loss stable_reinforce, which reads it, is not built here: {SAMPLED_INSTEAD}",
@@ -56,7 +59,8 @@ class _Client:
         return self._engine.vision.forwards
 
     def profile(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds of the model's own arithmetic in requests that run meanwhile: see `vlm.local.model.load.Model`."""
+        """Measure the time spent in the model itself by the requests that run while the context is open: see
+        `vlm.local.model.load.Model.profile`."""
         return self._engine.model.profile()
 
     def get_tokenizer(self) -> Any:
@@ -71,6 +75,7 @@ class _Client:
         return Future(self._scheduler.submit(call, *args, of=self, **kwargs))
 
 
+@with_async_twins(awaited=("sample", "compute_logprobs", "get_base_model"))
 class LocalSamplingClient(_Client):
     """Fixed weights to sample from and to score with; meets `vlm.service.SamplingClient`."""
 
@@ -125,10 +130,15 @@ class LocalSamplingClient(_Client):
         return self._submit([prompt], lambda: self._sample([request])[0].prompt_logprobs)
 
     def sample_batch(
-        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+        self,
+        prompts: Sequence[tinker.ModelInput],
+        params: types.SamplingParams | Sequence[types.SamplingParams],
+        num_samples: int = 1,
     ) -> list[types.SampleResponse]:
-        """One sample after each prompt, in shared passes: the same results as one by one, sooner."""
-        requests = [SamplingRequest(prompt, params) for prompt in prompts]
+        """Samples after each prompt, in shared passes: the same results as one by one, sooner. params: of all prompts,
+        or of each."""
+        each = [params] * len(prompts) if isinstance(params, types.SamplingParams) else params
+        requests = [SamplingRequest(prompt, own, num_samples) for prompt, own in zip(prompts, each, strict=True)]
         return self._submit(prompts, self._sample, requests).result()
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:
@@ -158,9 +168,9 @@ class LocalSamplingClient(_Client):
         return self._engine.model.rule
 
     @property
-    def sees(self) -> bool:
+    def takes_images(self) -> bool:
         """Whether the base model takes images."""
-        return self._engine.model.sees
+        return self._engine.model.takes_images
 
     @property
     def context(self) -> int:
@@ -171,6 +181,19 @@ class LocalSamplingClient(_Client):
         return sample(self._engine, self._snapshot, requests)
 
 
+def sampler_of(engine: Engine, saved: Checkpoint, name: str, scheduler: Scheduler) -> LocalSamplingClient:
+    """A client on a loaded checkpoint, called `name` in errors; to be called on the scheduler's thread. Raises
+    ModelError where it does not fit the engine's model."""
+    adapter = saved.adapter(engine.model)
+    adapter.name = name
+    return LocalSamplingClient(engine, engine.snapshot(adapter), scheduler)
+
+
+@with_async_twins(
+    *("forward", "forward_backward", "forward_backward_custom", "optim_step", "save_state", "load_state"),
+    *("load_state_with_optimizer", "save_weights_for_sampler", "save_weights_external"),
+    awaited=("create_sampling_client", "save_weights_and_get_sampling_client", "get_info"),
+)
 class LocalTrainingClient(_Client):
     """One training run; meets `vlm.service.TrainingClient`. Requests run in the order they are made."""
 
@@ -233,10 +256,11 @@ class LocalTrainingClient(_Client):
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> Future[types.SaveWeightsResponse]:
-        """Write weights and optimizer; the response holds the checkpoint's tinker:// path."""
-        refuse(ttl_seconds=ttl_seconds)
+        """Write weights and optimizer; the response holds the checkpoint's tinker:// path. ttl_seconds: after which it
+        is no longer there; None: never."""
+        check_ttl(ttl_seconds)
         path, options = path_of(self.model_id, "weights", name), {"optimizer": True, "overwrite": overwrite}
-        return self._submit((), self._save, types.SaveWeightsResponse, path, user_metadata, **options)
+        return self._submit((), self._save, types.SaveWeightsResponse, path, user_metadata, ttl_seconds, **options)
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> Future[types.LoadWeightsResponse]:
         """Take the weights of a checkpoint; the optimizer starts anew."""
@@ -254,19 +278,26 @@ class LocalTrainingClient(_Client):
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> Future[types.SaveWeightsForSamplerResponse]:
         """Write the weights alone, for `ServiceClient.create_sampling_client(model_path=...)`."""
-        refuse(ttl_seconds=ttl_seconds)
+        check_ttl(ttl_seconds)
         path = path_of(self.model_id, "sampler_weights", name)
-        return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata)
+        return self._submit((), self._save, types.SaveWeightsForSamplerResponse, path, user_metadata, ttl_seconds)
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
     ) -> Future[types.SaveWeightsExternalResponse]:
         """Write the weights alone, for use elsewhere: the folder of the path is PEFT's, each of its files encrypted to
         these recipients, if any are given (see `vlm.local.age`)."""
-        refuse(ttl_seconds=ttl_seconds)
+        check_ttl(ttl_seconds)
         path = path_of(self.model_id, "external_weights", name)
         to = recipients(age_encryption_recipients or ())
-        return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, encrypt_to=to)
+        return self._submit((), self._save, types.SaveWeightsExternalResponse, path, None, ttl_seconds, encrypt_to=to)
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> Future[LocalSamplingClient]:
+        """A future of a client on saved weights of the run's base model."""
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
+        return self._submit((), self._sampler, model_path)
 
     def save_weights_and_get_sampling_client(
         self,
@@ -295,7 +326,7 @@ class LocalTrainingClient(_Client):
 
     @property
     def snapshot_bytes(self) -> int:
-        """Of memory that a snapshot of the weights takes, as `save_weights_and_get_sampling_client` makes one."""
+        """Bytes of memory for a snapshot of the weights, as `save_weights_and_get_sampling_client` makes one."""
         return self._run.adapter.layout.snapshot_bytes(self._engine.model.dtype)
 
     @property
@@ -324,6 +355,15 @@ class LocalTrainingClient(_Client):
             scheduler.submit_passes(call, self._run, data, *args, of=self, between_layers=scheduler.between_layers)
         )
 
+    def _sampler(self, path: str) -> LocalSamplingClient:
+        saved, name = checkpoint.load(self._state, path), self._engine.model.name
+        if saved.base_model != name:
+            raise RequestError(
+                f"checkpoint {path} is of {saved.base_model!r}, this run of {name!r}; use the service's "
+                "create_sampling_client"
+            )
+        return sampler_of(self._engine, saved, f"checkpoint {path}", self._scheduler)
+
     def _load(self, path: str, *, optimizer: bool) -> types.LoadWeightsResponse:
         self.restore(checkpoint.load(self._state, path), path, optimizer=optimizer)
         return types.LoadWeightsResponse(path=path)
@@ -333,6 +373,7 @@ class LocalTrainingClient(_Client):
         response: Callable[..., Any],
         path: str,
         metadata: Mapping[str, str] | None,
+        ttl: int | None,
         *,
         optimizer: bool = False,
         overwrite: bool = False,
@@ -348,6 +389,7 @@ class LocalTrainingClient(_Client):
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,
+            expires=None if ttl is None else time.time() + ttl,
         )
         checkpoint.save(self._state, path, saved, overwrite=overwrite, encrypt_to=encrypt_to)
         return response(path=path)

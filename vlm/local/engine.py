@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kshot.errors import NotFiniteError, RequestError
 from vlm.local import losses
-from vlm.local.losses import CANDIDATES, Candidates, Fields, Loss, candidates_of, fields_of, loss
+from vlm.local.losses import CANDIDATES, DATUM, Candidates, Fields, Loss, candidates_of, fields_of, loss
 from vlm.local.model.attention import Causal, Rows
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Factors, LoraSpec, linear
@@ -125,7 +125,7 @@ class Engine:
 
     def __init__(self, model: Model, vision: Vision | None = None) -> None:
         self.model = model
-        self.vision: Vision | NoVision = vision or (Vision(model) if model.sees else NoVision(model))
+        self.vision: Vision | NoVision = vision or (Vision(model) if model.takes_images else NoVision(model))
 
     def start(self, spec: LoraSpec, seed: int) -> TrainingRun:
         """A new run: a LoRA adapter initialised from `seed`."""
@@ -353,9 +353,11 @@ class _Pack:
 
     @cached_property
     def fields(self) -> dict[str, Tensor]:
-        """(scored,) or (scored, K) each field at these positions."""
+        """(scored,) or (scored, K) each field at these positions; and of which datum of the pack each is."""
         every = {name: torch.cat([item.fields[name] for item in self.items]) for name in self.items[0].fields}
-        return {name: values[self.scored_positions] for name, values in every.items()}
+        scored = torch.tensor([int(item.scored.sum()) for item in self.items])
+        datum = torch.arange(len(scored)).repeat_interleave(scored)
+        return {**{name: values[self.scored_positions] for name, values in every.items()}, DATUM: datum}
 
     @property
     def candidates(self) -> Candidates | None:

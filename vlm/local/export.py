@@ -140,14 +140,14 @@ def _ours(
             batch = engine.collate([prompt], factors)
             hidden = model.text.hidden(batch.inputs, Causal(batch.rows), factors)
             ours.append(model.text.logits(hidden, factors).cpu())
-    rule, family = model.rule if model.sees else None, family_of(model.stock)
+    rule, family = model.rule if model.takes_images else None, family_of(model.stock)
     tied, folder = bool(model.stock.config.tie_word_embeddings), Path(models.weights(name))
     base = _Base(name, folder, device, model.dtype, tied, model.vocabulary, rule, model.image_token, family)
     return base, numbers, prompts, ours
 
 
 def _prompts(model: Model) -> Iterator[tinker.ModelInput]:
-    """Three of text; of a model that sees also four about an image, and one about two."""
+    """Three of text; of a model that takes images also four about an image, and one about two."""
     rng, encode = np.random.default_rng(0), model.tokenizer.encode
 
     def chunk(width: int, height: int) -> types.ImageChunk:
@@ -156,7 +156,7 @@ def _prompts(model: Model) -> Iterator[tinker.ModelInput]:
         pixels.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
         return image_chunk(file.getvalue(), model.rule)
 
-    if model.sees:
+    if model.takes_images:
         start, end = encode("<|vision_start|>"), "<|vision_end|>"
         for size in ((64, 64), (96, 64), (64, 128), (128, 96)):
             yield model_input(start, chunk(*size), encode(f"{end}{QUESTION}"))

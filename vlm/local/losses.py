@@ -1,12 +1,13 @@
 """Loss functions of the Tinker API on log-probabilities of target tokens, and the choice among candidate tokens.
 
-A loss is a sum over positions of a function of the position's log-probability and of the datum's fields there; LOSSES
-is the table. Definitions, names and defaults are those of the Tinker API's documentation
-(https://tinker-docs.thinkingmachines.ai/tinker/losses), but for `closed_set`, which is ours. Other names of the SDK are
-a named error, never another loss.
+A loss is a sum over positions, or over data (`closed_set` with a power, `gspo`), of a function of log-probabilities and
+of the datum's fields there; LOSSES is the table. Definitions, names and defaults are those of the Tinker API's
+documentation (https://tinker-docs.thinkingmachines.ai/tinker/losses), but for `closed_set`, which is ours, and `gspo`,
+of which it says nothing: that is the paper's. Other names of the SDK are a named error, never another loss.
 
 `log_probs` below are log p of the target tokens under the model that is trained, `logprobs` log q under the model that
-sampled them, in nats; log_probs and fields are vectors over the same positions.
+sampled them, in nats; log_probs and fields are vectors over the same positions. The field `datum` says of each which
+datum of the pass it belongs to, from 0, rising.
 
 `candidates` is a field of a datum for `closed_set`, beside those of the Tinker API: (positions, most) int64, the tokens
 that may stand at each position, sparse (CSR) or dense with -1 where there is none.
@@ -36,13 +37,25 @@ from vlm.local.model.packed import TextModel
 log = logging.getLogger("kshot")
 Fields = Mapping[str, Tensor]
 Bound = float | Tensor
-CANDIDATES = "candidates"
+CANDIDATES, DATUM, RATIO_MASK = "candidates", "datum", "sequence_ratio_mask"
 MOST_TARGETS = 1 << 24  # positions x K of one request: each has a log-probability in the answer
 
 
 def cross_entropy(log_probs: Tensor, fields: Fields) -> Tensor:
     """Σ −log p · weight: a sum, not a mean (Tinker API). Weights may be negative."""
     return -(log_probs * fields["weights"]).sum()
+
+
+def closed_set(log_probs: Tensor, fields: Fields, *, power: float) -> Tensor:
+    """Σ (1 − p^power) / power over the data, p the exact posterior of a datum's choice (L_q of Zhang & Sabuncu 2018,
+    arXiv:1805.07836).
+
+    log p = Σ log_probs · weight over the datum's positions. Power 0 is the limit −log p, cross-entropy; power 1 is
+    1 − p, the expected reward of answering, whose gradient is the policy gradient without sampling.
+    """
+    if power == 0:
+        return cross_entropy(log_probs, fields)
+    return -torch.expm1(power * _sums(log_probs * fields["weights"], fields)).sum() / power
 
 
 def importance_sampling(log_probs: Tensor, fields: Fields) -> Tensor:
@@ -55,11 +68,7 @@ def ppo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: Bound, clip_hi
 
     The thresholds bound the ratio itself: 0.8 and 1.2, not 0.2 twice. They are numbers, or (n,) one a position.
     """
-    # The minimum is the ratio cut above where the advantage is positive, below where it is negative. It is cut before
-    # exp: cut after it, a ratio that overflows would have the gradient 0 · ∞ in place of 0.
-    log_ratio, advantages = _log_ratio(log_probs, fields), fields["advantages"]
-    above, below = log_ratio.clamp(max=_log(clip_high_threshold)), log_ratio.clamp(min=_log(clip_low_threshold))
-    return -(torch.where(advantages > 0, above, below).exp() * advantages).sum()
+    return _clipped(_log_ratio(log_probs, fields), fields["advantages"], clip_low_threshold, clip_high_threshold)
 
 
 def cispo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: Bound, clip_high_threshold: Bound) -> Tensor:
@@ -71,13 +80,44 @@ def cispo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: Bound, clip_
     return -(coefficients * log_probs * fields["advantages"]).sum()
 
 
+def gspo(log_probs: Tensor, fields: Fields, *, clip_low_threshold: float, clip_high_threshold: float) -> Tensor:
+    """Σ −min(s · A, clip(s, low, high) · A) over the data, s = (Π p/q)^(1/n) (Zheng et al. 2025, arXiv:2507.18071,
+    equations 5 and 7, without their mean over a group).
+
+    The n positions of a datum are those where its field `sequence_ratio_mask` is not 0, or where it gives none those
+    with an advantage; A is the mean of their advantages. The paper's thresholds are the defaults.
+    """
+    mask = (fields[RATIO_MASK] if RATIO_MASK in fields else fields["advantages"]) != 0
+    log_ratio = torch.where(mask, log_probs - fields["logprobs"], 0.0)
+    lengths = _sums(mask.to(log_probs), fields).clamp(min=1)
+    advantages = _sums(torch.where(mask, fields["advantages"], 0.0), fields) / lengths
+    return _clipped(_sums(log_ratio, fields) / lengths, advantages, clip_low_threshold, clip_high_threshold)
+
+
 def dro(log_probs: Tensor, fields: Fields, *, beta: float) -> Tensor:
     """Σ −(log p · advantage − ½ · beta · (log p − log q)²) (Richemond et al. 2024; Tinker API).
 
-    The penalty counts at every position, whatever its advantage, as published.
+    The penalty counts at every position, whatever its advantage, as published: also at those of the prompt and of its
+    images. So log q there must be the sampling policy's log-probability of target_tokens too, at image positions of
+    target 0; a 0 in its place would pull p towards 1. Samples hold log q of the answer alone:
+    `vlm.reward.with_log_probs` fills all of it from `forward`.
     """
     penalty = 0.5 * beta * (log_probs - fields["logprobs"]).square()
     return -(log_probs * fields["advantages"] - penalty).sum()
+
+
+def _clipped(log_ratio: Tensor, advantages: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Σ −min(r · advantage, clip(r, low, high) · advantage)."""
+    # The minimum is the ratio cut above where the advantage is positive, below where it is negative. It is cut before
+    # exp: cut after it, a ratio that overflows would have the gradient 0 · ∞ in place of 0.
+    above, below = log_ratio.clamp(max=_log(high)), log_ratio.clamp(min=_log(low))
+    return -(torch.where(advantages > 0, above, below).exp() * advantages).sum()
+
+
+def _sums(values: Tensor, fields: Fields) -> Tensor:
+    """(data,) the sum of the values over the positions of each datum."""
+    datum = fields[DATUM].to(values.device)
+    return values.new_zeros(int(datum[-1]) + 1 if len(datum) else 1).index_add(0, datum, values)
 
 
 def _log_ratio(log_probs: Tensor, fields: Fields) -> Tensor:
@@ -98,10 +138,12 @@ class Loss:
     name: str
     function: Callable[..., Tensor]
     required: tuple[str, ...] = ()
-    optional: Mapping[str, float] = field(default_factory=dict)  # a field and its value where the datum lacks it
+    # a field and its value where the datum lacks it; None: then there is no such field
+    optional: Mapping[str, float | None] = field(default_factory=dict)
     config: Mapping[str, float] = field(default_factory=dict)  # a key and its default; NaN: there is none
     closed: bool = False  # whether log-probabilities are among the candidates that a datum names, not all tokens
     top: bool = False  # whether a position may have several targets
+    by_datum: bool = False  # whether its terms are those of data, not of positions
 
     @property
     def uses_sampled(self) -> bool:
@@ -111,7 +153,7 @@ class Loss:
     @property
     def thresholds(self) -> Sequence[str]:
         """Those of its configuration that a datum may give for each position."""
-        return [name for name in self.config if name in _CLIP]
+        return [name for name in self.config if name in _CLIP and not self.by_datum]
 
     def __call__(self, log_probs: Tensor, fields: Fields) -> Tensor:
         """The sum (0-d) over the positions given, differentiable in log_probs: (n,) nats, or (n, K), as every field
@@ -122,29 +164,32 @@ class Loss:
         """(n,) bool: the positions whose log-probability the value or the gradient depends on."""
         everywhere = self.config.get("beta", 0.0) != 0  # dro's penalty
         counts = fields["advantages" if self.uses_sampled else "weights"] != 0
+        if RATIO_MASK in fields:
+            counts = counts | (fields[RATIO_MASK] != 0)
         return (counts if counts.ndim == 1 else counts.any(1)) | everywhere
 
 
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+_GSPO_CLIP = {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4}  # section 5.1 of the paper
 LOSSES: dict[str, Loss] = {
     each.name: each
     for each in (
         Loss("cross_entropy", cross_entropy, optional={"weights": 1.0}, top=True),
-        Loss("closed_set", cross_entropy, optional={"weights": 1.0}, closed=True),
+        Loss("closed_set", closed_set, optional={"weights": 1.0}, config={"power": 0.0}, closed=True),
         Loss("importance_sampling", importance_sampling, _SAMPLED),
         Loss("ppo", ppo, _SAMPLED, config=_CLIP),
         Loss("cispo", cispo, _SAMPLED, config=_CLIP),
+        Loss("gspo", gspo, _SAMPLED, optional={RATIO_MASK: None}, config=_GSPO_CLIP, by_datum=True),
         # The documentation names no default for beta, and implementations differ by two orders of magnitude.
         Loss("dro", dro, _SAMPLED, config={"beta": math.nan}),
     )
 }
 
 
-SAMPLED_INSTEAD = "loss_fn=importance_sampling, ppo or cispo train on the same samples"
+SAMPLED_INSTEAD = "loss_fn=importance_sampling, ppo, cispo or gspo train on the same samples"
 ELSEWHERE = {  # losses of the SDK that are not built
     "stable_reinforce": f"it is not built here; {SAMPLED_INSTEAD}, without record_stability_info",
-    "gspo": f"it is not built here; {SAMPLED_INSTEAD}",
     "custom": "losses by handle are not built here; give forward_backward_custom a function",
 }
 
@@ -196,8 +241,8 @@ def fields_of(datum: tinker.Datum, chosen: Loss = LOSSES["cross_entropy"]) -> di
         if name in inputs:
             fields[name] = _tensor(name, inputs[name], top=chosen.top, targets=targets).float()
             _check_finite(name, fields[name])
-        elif name in chosen.optional:
-            fields[name] = torch.full(targets.shape, chosen.optional[name])
+        elif (usual := chosen.optional.get(name)) is not None:
+            fields[name] = torch.full(targets.shape, usual)
     if chosen.thresholds:
         low, high = (fields.get(name, torch.tensor(chosen.config[name])) for name in _CLIP)
         if ((low < 0) | (low > high)).any():

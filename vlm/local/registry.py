@@ -23,14 +23,16 @@ from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
-from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse
+from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse, sampler_of
 from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import devices as devices
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
+from vlm.local.rest import LocalRestClient
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import choose
+from vlm.local.twins import with_async_twins
 from vlm.local.vision import PIXEL_BYTES, Vision
 from vlm.models import MODELS
 
@@ -82,7 +84,7 @@ class EngineRegistry:
             model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
             self._set_threads(model)
             options: dict[str, Any] = {"threads": self.decoders, "pixel_bytes": self.pixel_bytes}
-            vision = Vision(model, self.cache_bytes, self.features, **options) if model.sees else None
+            vision = Vision(model, self.cache_bytes, self.features, **options) if model.takes_images else None
             self.engines[base_model] = Engine(model, vision)
         return self.engines[base_model]
 
@@ -98,8 +100,8 @@ class EngineRegistry:
             self.engine(name)
 
     def run_bytes(self, base_model: str, lora: Mapping[str, Any]) -> int:
-        """Of memory that a run takes, by the shapes of its adapter; lora: the fields of its LoraSpec. Raises as
-        `engine` and LoraSpec."""
+        """Bytes of memory that a run needs, from the shapes of its adapter. lora: the fields of its LoraSpec. Raises
+        as `engine` and LoraSpec do."""
         model = self.engine(base_model).model
         return model.layout(LoraSpec(**lora)).run_bytes(model.dtype)
 
@@ -153,10 +155,7 @@ class EngineRegistry:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
     def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
-        engine = self.engine(saved.base_model)
-        adapter = saved.adapter(engine.model)
-        adapter.name = name
-        return LocalSamplingClient(engine, engine.snapshot(adapter), self.scheduler)
+        return sampler_of(self.engine(saved.base_model), saved, name, self.scheduler)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -177,6 +176,12 @@ def check_optimizer(optimizer: Any) -> None:
     refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
 
 
+@with_async_twins(
+    awaited=(
+        *("create_lora_training_client", "create_training_client_from_state", "create_sampling_client"),
+        *("create_training_client_from_state_with_optimizer", "get_server_capabilities"),
+    )
+)
 class LocalServiceClient:
     """Training and sampling on models of this process; meets `vlm.service.ServiceClient`.
 
@@ -255,6 +260,10 @@ class LocalServiceClient:
         """The models with names of their own; any folder or hub id of a known family works besides."""
         models = [types.SupportedModel(model_name=name) for name in MODELS]
         return types.GetServerCapabilitiesResponse(supported_models=models)
+
+    def create_rest_client(self) -> LocalRestClient:
+        """A client of what is saved in the state folder."""
+        return LocalRestClient(self._registry.state, self._registry.submit)
 
     def close(self) -> None:
         """Finish what was requested and stop the scheduler."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 from kshot.checks import KINDS, folder_of, path_in
-from kshot.errors import DeniedError, MissingError, RequestError
+from kshot.errors import DeniedError, MissingError
 from kshot.files import remove_stale, set_aside
 from vlm.local.registry import OPTIMIZER, RECORD
 from vlm.server.owners import Owner
@@ -22,7 +22,6 @@ from vlm.server.store import Store
 from vlm.server.tables import Checkpoint, Run
 
 log = logging.getLogger("kshot.server")
-LONGEST = 10 * 366 * 86400  # seconds: ten years
 
 
 @contextmanager
@@ -32,12 +31,6 @@ def logged(what: str) -> Iterator[None]:
         yield
     except Exception:
         log.exception("housekeeping of %s failed; it is tried again", what)
-
-
-def check_ttl(seconds: int | None) -> None:
-    """Raise RequestError for a time to live that is none."""
-    if seconds is not None and not 0 < seconds <= LONGEST:
-        raise RequestError(f"ttl_seconds = {seconds} is out of range: it must be from 1 to {LONGEST}, or null for ever")
 
 
 @dataclass(frozen=True)

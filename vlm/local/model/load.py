@@ -45,12 +45,13 @@ UNBOUNDED = 1 << 20  # positions of a model whose configuration names no limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
-def check(name: str) -> None:
-    """Raise what `Model` would, before a weight is read; what is free on devices is not looked at. Of a hub's model the
-    weights are not fetched, and only what stands beside them is checked."""
+def check(name: str, *, images: bool = False) -> None:
+    """Raise what `Model` would, before any weights are read, and ModelError where a model that must take images takes
+    none. Free memory is not checked. The weights of a hub's model are not fetched: only the files beside them are
+    checked."""
     folder = Path(models.source(name))
     load_tokenizer(name)
-    load_rule(name)
+    load_rule(name, required=images)
     family, config = _read_config(name, folder)
     if models.is_here(name):
         weights = Weights(name, folder)
@@ -123,11 +124,11 @@ def _another(tokenizer: Any, config: Any) -> str:
     return "" if odd is None else f"{odd} ends the model's texts, and is {tokenizer.convert_ids_to_tokens(odd)!r} there"
 
 
-def load_rule(name: str) -> ImageRule | None:
-    """How the images of a name, folder or hub id are cut; None for a text model. Raises as `load` does, also where its
-    image processor is of another model."""
+def load_rule(name: str, *, required: bool = False) -> ImageRule | None:
+    """How the images of a name, folder or hub id are cut; None for a text model, or ModelError where it is required.
+    Raises as `load` does, also where its image processor is of another model."""
     family, config = _read_config(name, Path(models.source(name)))
-    if not family.vision:
+    if not family.vision and not required:
         return None
     rule = ImageRule.from_pretrained(name)
     for ours, theirs in PROCESSED.items():
@@ -228,8 +229,8 @@ class Model:
     device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
     path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
-    sees: whether it takes images. image_token, placeholders: the id at image positions, and all ids that no text may
-    hold; -1 and none of a text model.
+    takes_images: False for a text model. image_token, placeholders: the id at image positions, and all ids that no
+    text may hold; -1 and none for a text model.
     """
 
     def __init__(
@@ -245,10 +246,10 @@ class Model:
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
         self.context: int = getattr(config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
-        self.sees = family.vision
-        self.merge: int = config.vision_config.spatial_merge_size if self.sees else 1
-        self.image_token: int = config.image_token_id if self.sees else -1
-        ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.sees)
+        self.takes_images = family.vision
+        self.merge: int = config.vision_config.spatial_merge_size if self.takes_images else 1
+        self.image_token: int = config.image_token_id if self.takes_images else -1
+        ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.takes_images)
         self.placeholders: tuple[int, ...] = tuple(each for each in ids if each is not None)
         self.kind: str = config.model_type
         embeddings = self.stock.get_input_embeddings().weight
@@ -261,15 +262,16 @@ class Model:
     def rule(self) -> ImageRule:
         """How its images are cut. Raises RequestError for a text model."""
         if self._rule is None:
-            raise RequestError(f"model {self.name} is a text model and takes no images; ask a model that sees")
+            raise RequestError(f"model {self.name} is a text model and takes no images; ask one that does")
         return self._rule
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
-        """Seconds spent in the model's own arithmetic while the context is open, one entry for each of PROFILED.
+        """Measure the time spent in the model itself while the context is open. The context yields a dictionary: for
+        each part in PROFILED its seconds so far.
 
-        "tower": the vision tower, where no cache has an image's features. "forward": the text model, its head and the
-        loss. Each part waits for the device, so on a GPU a profiled request may take longer than others.
+        "tower" is the vision tower, for images whose features are not in a cache. "forward" is the text model with its
+        head and the loss. Each part waits for the device, so a profiled request may take longer on a GPU.
         """
         before, seconds = self.timed, dict.fromkeys(PROFILED, 0.0)
         self.timed = partial(_timed, seconds, self.device)

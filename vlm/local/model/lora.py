@@ -151,13 +151,14 @@ class Layout:
         return config
 
     def run_bytes(self, dtype: torch.dtype) -> int:
-        """Of memory that training takes: weights, their gradients and Adam's two moments in float32, and weights and
-        gradients again in the model's `dtype` where that is another."""
+        """Bytes of memory that training needs: weights, gradients and Adam's two moments in float32. If the model's
+        `dtype` is another, weights and gradients are held in it as well."""
         copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize
         return sum(self.sizes.values()) * (4 * 4 + copies)
 
     def snapshot_bytes(self, dtype: torch.dtype) -> int:
-        """Of memory that fixed weights take in the model's `dtype`; experts' are put in order, and so twice there."""
+        """Bytes of memory for fixed weights in the model's `dtype`. With experts they are held twice: as they are, and
+        sorted by expert."""
         return sum(self.sizes.values()) * dtype.itemsize * (2 if self.experts else 1)
 
     def flats(self, tensors: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:

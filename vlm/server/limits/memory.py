@@ -38,7 +38,7 @@ class Memory:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = default_limit() if limit is None else limit
-        self._taken, self._lock = Counter[str](), Lock()
+        self._taken, self._total, self._lock = Counter[str](), 0, Lock()
         self._freed = deque["Reservation"]()  # by the garbage collector, which may come while the lock is held
 
     def take(self, kind: str, size: int = 0) -> "Reservation":
@@ -64,6 +64,7 @@ class Memory:
                 self._check(kind, size, more, self._taken[kind] + size - (old[1] if old[0] == kind else 0))
             self._taken[old[0]] -= old[1]
             self._taken[kind] += size
+            self._total += more
 
     def free(self, reservation: "Reservation") -> None:
         """Release a reservation later; for what may be called at any moment."""
@@ -78,7 +79,7 @@ class Memory:
                 "ask for less at once"
             )
         room = self.limit * (1.0 if size <= SMALL else 1 - LAST)
-        if of_kind > self.limit * share or (more > 0 and self._taken.total() + more > room):
+        if of_kind > self.limit * share or (more > 0 and self._total + more > room):
             busy = ", ".join(f"{name} {taken >> 20:,} MB" for name, taken in self._taken.most_common(3) if taken)
             raise BusyError(f"no memory for {kind} of {size:,} bytes more ({busy}); send it again later")
 
@@ -109,6 +110,8 @@ class Reservation:
     def become(self, kind: str, size: int | None = None, *, forced: bool = False) -> None:
         """Be of another kind and, where it is given, of another size; raises as `grow`, and is then as it was."""
         size = self.size if size is None else size
+        if kind == self.kind and size == self.size:
+            return
         self._memory.change((self.kind, self.size), (kind, size), forced=forced)
         self.kind, self.size = kind, size
 

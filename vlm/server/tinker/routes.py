@@ -14,9 +14,8 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from tinker import types
 
-from kshot.checks import KINDS
+from kshot.checks import KINDS, check_ttl
 from kshot.errors import LostError, MissingError, RequestError
-from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import JSON, PROTOBUF, Answer, error_body, json_answer
 from vlm.server.guard import PARSED, Route, Signer
 from vlm.server.limits import images
@@ -205,7 +204,7 @@ async def _take_images(taken: Reservation, inputs: Sequence[types.ModelInput]) -
     """Take what the images of a request need as well. Raises TooLargeError, BusyError."""
     chunks = [chunk.data for each in inputs for chunk in each.chunks if isinstance(chunk, types.ImageChunk)]
     if chunks:
-        taken.grow(await images.in_thread(images.image_bytes, chunks))
+        taken.grow(await images.decoding_bytes(chunks))
 
 
 def accepted(request_id: str, model_id: str | None = None) -> dict[str, Any]:

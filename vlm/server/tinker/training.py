@@ -14,11 +14,10 @@ from typing import Any, NoReturn
 
 from tinker import types
 
-from kshot.checks import path_of
+from kshot.checks import check_ttl, path_of
 from kshot.errors import BusyError, KshotError, MissingError, RequestError
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, recipients, refuse
 from vlm.local.registry import check_optimizer, check_seed
-from vlm.server.checkpoints import check_ttl
 from vlm.server.futures import PROTOBUF, Answer, error_answer, json_answer
 from vlm.server.limits.memory import ADAPTERS, HELD, QUEUES, Reservation
 from vlm.server.owners import Owner
