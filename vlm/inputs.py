@@ -26,20 +26,16 @@ if TYPE_CHECKING:
 Format = Literal["png", "jpeg"]
 CACHED_HEADERS = 1 << 16  # headers that a rule remembers: training shows the same images again and again
 CHUNK_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg"}  # what an ImageChunk may hold
-# of a configuration: before and after an image
-MARKS = ("vision_start_token_id", "vision_end_token_id"), ("image_start_token_id", "image_end_token_id")
 
 
 @dataclass(frozen=True)
 class ImageRule:
     """How a model's image processor turns sizes into tokens. `processor` is the stock one of the checkpoint.
 
-    headers: key of an image that travels as it is → its format and tokens. marks: the tokens of the checkpoint that
-    stand before and after an image in a text, where it names them.
+    headers: key of an image that travels as it is → its format and tokens.
     """
 
     processor: "BaseImageProcessor"
-    marks: tuple[int, int] | None = None
     headers: dict[str, tuple[Format, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -50,12 +46,9 @@ class ImageRule:
 
         folder = source(model)
         try:
-            config = parse_json(read_file(Path(folder) / "config.json"))
-            if "vision_config" not in config:
+            if "vision_config" not in parse_json(read_file(Path(folder) / "config.json")):
                 raise ModelError(f"model {model!r} is a text model and takes no images; give a Qwen3-VL")
-            named = (tuple(config.get(key) for key in keys) for keys in MARKS)
-            marks = next((pair for pair in named if None not in pair), None)
-            rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), marks)
+            rule = cls(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
             _ = rule.settings, rule.tokens(64, 64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]

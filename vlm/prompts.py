@@ -17,7 +17,6 @@ import tinker
 from kshot.errors import PromptError, UnknownNameError
 from vlm import label_trie, templates
 from vlm.inputs import ImageRule, closed_datum, datum, image_chunk, model_input
-from vlm.templates import IMAGE_TOKEN
 from vlm.thinking import ANSWER, Marks, Thought, marks_of, needed, without_thought
 
 QUESTION = "What is the name of the subject in this photo?"
@@ -153,6 +152,11 @@ class Prompt:
         """A thought in words, for training."""
         tokens = self._encode_after(END, text)
         return Thought(tokens, True, len(tokens))
+
+    def as_text(self) -> str:
+        """The prompt about an image as one text, as processors of transformers read it with the image beside it."""
+        mark = templates.image_marks(self.tokenizer).image
+        return f"{self._image_turns(mark, thinking=False)}{self.template.prefill}"
 
     def without_image(self) -> tinker.ModelInput:
         """The same question with no image, or text, in it: what the model would answer blindly."""
@@ -323,16 +327,21 @@ class Prompt:
 
     def _around_image(self, *, thinking: bool) -> tuple[list[int], list[int]]:
         """The tokens before and after the image."""
+        mark = templates.image_marks(self.tokenizer).image
+        first, last = self._image_turns(mark, thinking=thinking).split(mark)
+        return self._encode(first), self._encode(last)
+
+    def _image_turns(self, mark: str, *, thinking: bool) -> str:
+        """The user's turn with this mark at the image, and the beginning of the assistant's."""
         if self._chat is None:
-            raise PromptError("the model has no chat template that writes images; give a Qwen3-VL")
+            raise PromptError("the model has no chat template that writes images; give another model")
         before, after = (
             [{"type": "text", "text": text}] if text else [] for text in self.template.question.split(IMAGE)
         )
         text = self._turns([*before, {"type": "image"}, *after], thinking=thinking)
-        if text.count(IMAGE_TOKEN) != 1:
-            raise PromptError(f"the model's chat template has {text.count(IMAGE_TOKEN)} places for one image")
-        first, last = text.split(IMAGE_TOKEN)
-        return self._encode(first), self._encode(last)
+        if text.count(mark) != 1:
+            raise PromptError(f"the model's chat template has {text.count(mark)} places for one image")
+        return text
 
     @cached_property
     def _prefill(self) -> Sequence[int]:

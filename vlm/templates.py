@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
 from kshot.errors import PromptError
@@ -26,10 +26,31 @@ THREADS = 2  # a model, that prepare its prompts
 PROGRAM = Path(__file__).with_name("rendering.py")
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers writes it
 END_OF_TURN = "<|im_end|>"
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 CHATML = Path(__file__).with_name("chatml.jinja").read_text()  # ours: the turns of Qwen3-VL
 PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+
+
+class ImageMarks(NamedTuple):
+    """What stands for an image in a text, before and behind it, and what stands for a video."""
+
+    start: str
+    image: str
+    end: str
+    video: str
+
+    @property
+    def block(self) -> str:
+        """An image in a text."""
+        return f"{self.start}{self.image}{self.end}"
+
+
+QWEN = ImageMarks("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+GLM = ImageMarks("<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>")
+
+
+def image_marks(tokenizer: Any) -> ImageMarks:
+    """Those that a tokenizer knows; Qwen's where it knows none."""
+    return next((each for each in (QWEN, GLM) if each.image in tokenizer.added_tokens_encoder), QWEN)
 
 
 class Renderer:
@@ -145,7 +166,7 @@ def chosen(tokenizer: Any, *, takes_images: bool, tools: Sequence[Any] | None = 
         own = str(tokenizer.get_chat_template(tools=tools))
     except ValueError:  # it has none
         own = ""
-    if own and (not takes_images or probed(tokenizer, own, [PROBE]).count(IMAGE_BLOCK) == 1):
+    if own and (not takes_images or probed(tokenizer, own, [PROBE]).count(image_marks(tokenizer).block) == 1):
         return own
     return CHATML if END_OF_TURN in tokenizer.added_tokens_encoder else None
 

@@ -105,16 +105,16 @@ def write(folder: Path, weights: Path, card: Card, readme: str) -> Path:
 TEMPLATES = {ADAPTER: "model_card.md.jinja", HEAD: "head_card.md.jinja"}
 CLASSES_SHOWN = 5
 NANO_LICENCE = "apache-2.0"  # of the models that come with kshot, as of kshot itself
-USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def readme(card: Card, notes: Sequence[str] = ()) -> str:
-    """The text of the model card. notes: sentences about the models and the shots that it has to state. The front
-    matter leaves out a base model that is a folder of this machine, an unknown licence, a data set without a hub id."""
+def readme(card: Card, notes: Sequence[str] = (), asked: str = "") -> str:
+    """The text of the model card. notes: sentences about the models and the shots that it has to state. asked: of an
+    adapter, the whole prompt as one text. The front matter leaves out a base model that is a folder of this machine, an
+    unknown licence, a data set without a hub id."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from baselines.hub import hub_id_of
+    from vlm.prompts import template
 
     hub_id, _, revision = card.base_model.partition("@")
     shipped = card.base_model == SHIPPED[card.setting].NAME
@@ -137,7 +137,7 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         base=card.base_folder.name if card.base_folder else card.base_model,
         facts=_facts(card),
         settings=[(name, "none" if value is None else _code(value)) for name, value in settings],
-        **(_asking(card) if card.kind == ADAPTER else {}),
+        **({"template": template(card.prompt), "prompt": asked} if card.kind == ADAPTER else {}),
         shipped=shipped,
         hub_id=hub_id,
         revision=revision,
@@ -147,15 +147,6 @@ def readme(card: Card, notes: Sequence[str] = ()) -> str:
         python=repr,
     )
     return str(content)
-
-
-def _asking(card: Card) -> dict[str, Any]:
-    """How the VLM is asked: the template, and the text of the whole prompt."""
-    from vlm.prompts import IMAGE, template
-
-    prompt = template(card.prompt)
-    question = prompt.question.replace(IMAGE, IMAGE_TOKENS)
-    return {"template": prompt, "prompt": f"{USER}{question}{ASSISTANT}{prompt.prefill}"}
 
 
 def _facts(card: Card) -> list[tuple[str, str]]:

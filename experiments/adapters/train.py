@@ -2,7 +2,7 @@
 Images, their order and flips, settings and number of threads are the cell's: on a CPU it is the cell's own, bit for
 bit. Nothing is tested, so settings that only a test depends on are refused."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,7 +99,8 @@ def train(job: Job, dataset: Dataset, target: Path, *, force: bool = False) -> I
             base_model=s.model if method.uses_vlm else s.backbone,
             trained=trained,
         )
-        write(target, weights, card, readme(card, notes(s, set(method.settings))))
+        asked = _asked(s, dataset.classes) if method.uses_vlm else ""
+        write(target, weights, card, readme(card, notes(s, set(method.settings)), asked))
 
 
 def prompt_text(settings: Settings) -> str:
@@ -107,6 +108,16 @@ def prompt_text(settings: Settings) -> str:
     from vlm.prompts import template
 
     return str(template(settings.prompt))
+
+
+def _asked(settings: Settings, classes: Sequence[str]) -> str:
+    """The whole prompt as one text."""
+    from vlm.inputs import ImageRule
+    from vlm.prompts import Prompt, template
+    from vlm.service import tokenizer
+
+    name = settings.model
+    return Prompt(tokenizer(name), ImageRule.from_pretrained(name), classes, template(settings.prompt)).as_text()
 
 
 # The methods: each yields the loss of a step, a training image on average, and returns the folder of its weights.

@@ -62,7 +62,7 @@ def _logits(
         inputs["pixel_values"] = prompt["pixel_values"].repeat(count, 1)
         inputs["image_grid_thw"] = prompt["image_grid_thw"].repeat(count, 1)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).int()
-    stock.model.rope_deltas = None
+    stock.base_model.rope_deltas = None
     with torch.no_grad():
         found: torch.Tensor = stock(**inputs, logits_to_keep=longest + 1).logits
     return found

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm import nano
+from vlm.templates import GLM, QWEN
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
 TEXT = {
@@ -123,6 +124,10 @@ LLAMA3 = {  # the angles of Llama 3.1, stretched from 16 positions
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+LONGROPE = {  # the angles of longer texts are other ones
+    **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64},
+    **{"short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]},
+}
 TEXTS: dict[str, tuple[str, dict[str, Any]]] = {  # name → transformers' class without its end, and what is its own
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -147,6 +152,20 @@ STOCKS: dict[str, tuple[str, dict[str, Any]]] = {  # of no row of FAMILIES
     "gemma3": ("Gemma3", {**SLIDING, "query_pre_attn_scalar": 16, "final_logit_softcapping": 20.0}),
     "qwen3_5_text": ("Qwen3_5", RECURRENT),
 }
+UNPACKED: dict[str, tuple[str, dict[str, Any]]] = {  # beyond what the row of the type computes; one without a row
+    "windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "windows of experts": (
+        "Qwen3Moe",
+        {"head_dim": 16, **EXPERTS, "moe_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 24},
+    ),
+    "long angles": ("Llama", {"rope_parameters": LONGROPE}),
+    "dynamic angles": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "gelu": ("Llama", {"hidden_act": "gelu"}),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+}
 TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "out_hidden_size": 48}
 SPARSE = {
     "num_experts": 6,
@@ -165,17 +184,25 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # and what is
 }
 
 
+GLM_TEMPLATE = """[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>
+{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'image' %}\
+<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
 def text_model(folder: Path, name: str) -> Path:
-    """Write a random text model of TEXTS or STOCKS with the nano model's tokenizer."""
+    """Write a random text model of TEXTS, STOCKS or UNPACKED with the nano model's tokenizer."""
     import transformers
 
-    kind, own = (TEXTS | STOCKS)[name]
+    kind, own = (TEXTS | STOCKS | UNPACKED)[name]
     found = getattr(transformers, f"{kind}ForCausalLM")
     return _saved(found(found.config_class(**SIZES | own)), folder)
 
 
 def seeing_model(folder: Path, name: str) -> Path:
-    """Write a random model of SEEING with the nano model's tokenizer and image processor."""
+    """Write a random model of SEEING with the nano model's tokenizer and image processor; GLM's with its own marks of
+    images and its own turns."""
     import transformers
 
     kind, text, vision = SEEING[name]
@@ -185,6 +212,13 @@ def seeing_model(folder: Path, name: str) -> Path:
     config = found.config_class(text_config={**SIZES, **text}, vision_config=TOWER | vision, **ids)
     _saved(found(config), folder)
     shutil.copyfile(nano.folder() / "preprocessor_config.json", folder / "preprocessor_config.json")
+    if name == "glm4v":
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            text = (folder / file).read_text(encoding="utf-8")
+            for ours, theirs in zip(QWEN, GLM, strict=True):
+                text = text.replace(ours, theirs)
+            (folder / file).write_text(text, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(GLM_TEMPLATE)
     return folder
 
 

@@ -10,19 +10,35 @@ import tinker
 from tinker import types
 from transformers import AutoModelForImageTextToText
 
+from kshot.checks import folder_of
 from kshot.errors import RequestError
 from tests.vlm import brute_force
 from tests.vlm.checkpoints import SEEING, RandomModel, seeing_model
-from tests.vlm.helpers import IMAGE, Pictured, assert_gradients_equal, disturb, greedy, plain_loss, plain_peft, taken
+from tests.vlm.helpers import (
+    IMAGE,
+    Pictured,
+    assert_gradients_equal,
+    disturb,
+    greedy,
+    logits_of,
+    plain_loss,
+    plain_peft,
+    stock_logits,
+    taken,
+)
 from tests.vlm.services import stock_log_probs
 from tests.vlm.test_text_models import Side, params
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
 from vlm.local.engine import Engine
+from vlm.local.export import export
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Layout
 from vlm.local.model.stock import StockText
 from vlm.local.registry import LocalServiceClient
+from vlm.prompts import PREFILL, QUESTION, Prompt
 from vlm.scoring import score_choices
+from vlm.server.openai.chat import conversation
+from vlm.server.openai.requests import ChatRequest
 
 CHOICES = [[5, 6, 9], [5, 7, 9], [5, 7, 8, 9], [11, 9], [12, 5, 6, 9]]
 
@@ -94,6 +110,36 @@ def test_an_image_that_was_counted_otherwise_is_refused(side: Side, asked: list[
         side.base().compute_logprobs(model_input([5], wrong, [6])).result()
     with pytest.raises(RequestError, match=f"token {IMAGE} stands for image features"):
         side.base().compute_logprobs(model_input([5, IMAGE, 6])).result()
+
+
+TURNS = {
+    "glm4v": "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>{}<|assistant|>\n{}",
+    "qwen": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n{}",
+}
+
+
+def test_a_prompt_has_the_models_own_marks_around_an_image(side: Side, examples: list[Pictured]) -> None:
+    sampler = side.base()
+    prompt, encode = Prompt(sampler.get_tokenizer(), sampler.rule, ("a", "b")), sampler.get_tokenizer().encode
+    expected = TURNS.get(side.stock.config.model_type, TURNS["qwen"]).format(QUESTION, PREFILL)
+    assert prompt.as_text() == expected
+    whole, image = encode(expected), image_chunk(examples[0].image, sampler.rule)
+    at = whole.index(IMAGE)
+    assert prompt.question(examples[0].image).chunks == model_input(whole[:at], image, whole[at + 1 :]).chunks
+    content = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": QUESTION}]
+    request = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": content}]})
+    assert f"{conversation(request, sampler.get_tokenizer()).text}{PREFILL}" == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and of what it calls in transformers
+def test_merged_it_is_the_adapter_over_the_model(side: Side, asked: list[tinker.ModelInput], tmp_path: Path) -> None:
+    client = side.start()
+    folder = folder_of(side.state, client.save_weights_for_sampler("merged").result().path)
+    assert export(folder, tmp_path / "merged", "merged").prompts == 8
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    sampler, rule = client.save_weights_and_get_sampling_client().result(), side.base().rule
+    for each in asked:
+        assert (logits_of(sampler, each) - stock_logits(merged, each, rule)).abs().max() < 1e-3
 
 
 def test_lora_on_a_tower_is_refused_where_the_packed_way_has_none(side: Side, tmp_path: Path) -> None:

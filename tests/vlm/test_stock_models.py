@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from kshot.errors import ModelError
-from tests.vlm.checkpoints import STOCKS, copied, text_model, with_config
+from tests.vlm.checkpoints import STOCKS, UNPACKED, copied, text_model, with_config
 from tests.vlm.helpers import adapter_of, disturb, logits_of, stock_logits, taken
 from tests.vlm.test_text_models import (  # noqa: F401 - what holds of every text model holds of these
     NO_RULE,
@@ -42,6 +42,25 @@ def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, state = text_model(tmp_path_factory.mktemp(request.param), request.param), tmp_path_factory.mktemp("state")
     service = LocalServiceClient(state)
     yield Side(service, folder, state, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+    service.close()
+
+
+@pytest.mark.parametrize("kind", UNPACKED)
+def test_what_the_packed_way_does_not_compute_goes_the_stock_way(
+    kind: str,
+    texts: list[tinker.ModelInput],  # noqa: F811
+    data: list[tinker.Datum],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    service, plain = LocalServiceClient(tmp_path / "state"), transformers.AutoModelForCausalLM
+    (tmp_path / "model").mkdir()
+    folder = text_model(tmp_path / "model", kind)
+    unpacked = Side(service, folder, tmp_path / "state", plain.from_pretrained(folder).eval())
+    assert isinstance(unpacked.base()._engine.model.text, stock.StockText)
+    for flags in ("all", "mlp"):
+        test_loss_and_gradients_equal_stock_peft(unpacked, data[1:3], flags)
+    test_samples_and_log_probs_are_those_of_the_stock_model(unpacked, texts[1:3])
+    test_scores_equal_each_choices_own_forward_pass(unpacked, texts[1:3])
     service.close()
 
 

@@ -257,13 +257,6 @@ def refused(llama: Path, tmp_path: Path) -> Refuse:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_act": "gelu"}, "has hidden_act 'gelu' (known: silu, swish), which this engine does not compute"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "has rope_type 'dynamic'"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            "has sliding-window attention (use_sliding_window)",
-        ),
-        ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 8}, "has sliding-window attention"),
         (
             {"vocab_size": 100},
             "has another model's tokenizer beside its weights (of 4,070 tokens, where the model",

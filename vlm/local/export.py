@@ -36,11 +36,12 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import Engine
 from vlm.local.model.attention import Causal
 from vlm.local.model.experts import Pair, by_expert
-from vlm.local.model.families import EXPERTS, HEAD, Family, family_of
+from vlm.local.model.families import EXPERTS, Family, family_of
 from vlm.local.model.load import DTYPES, Model, load
 from vlm.local.model.lora import Adapter
 from vlm.local.model.placement import INDEX, SINGLE, StoredTensor
 from vlm.local.model.quantised import ENTRY, Weights
+from vlm.templates import image_marks
 
 FORMS = ("merged", "peft", "vllm")
 SHARD = 5 << 30  # bytes of a file of weights, at most, unless one tensor has more
@@ -157,10 +158,11 @@ def _prompts(model: Model) -> Iterator[tinker.ModelInput]:
         return image_chunk(file.getvalue(), model.rule)
 
     if model.takes_images:
-        start, end = encode("<|vision_start|>"), "<|vision_end|>"
+        start, _, end, _ = image_marks(model.tokenizer)
         for size in ((64, 64), (96, 64), (64, 128), (128, 96)):
-            yield model_input(start, chunk(*size), encode(f"{end}{QUESTION}"))
-        yield model_input(start, chunk(64, 64), encode(f"{end} or <|vision_start|>"), chunk(64, 96), encode(f"{end}?"))
+            yield model_input(encode(start), chunk(*size), encode(f"{end}{QUESTION}"))
+        pair = chunk(64, 64), encode(f"{end} or {start}"), chunk(64, 96)
+        yield model_input(encode(start), *pair, encode(f"{end}?"))
     for text in (QUESTION, "The subject in this photo is: a red fox\n", "1 + 1 = 2, 2 + 2 ="):
         yield model_input(encode(text))
 
@@ -224,11 +226,11 @@ def _write_merged(folder: Path, base: _Base, adapter: Adapter) -> None:
     untied = base.tied and adapter.layout.spec.train_unembed
     weights = Weights(base.name, base.folder)
     stored, embeddings = {**weights.tensors}, f"{base.family.embeddings}.weight"
-    changed, head = _changes(adapter, stored), f"{HEAD}.weight"
+    changed, head = _changes(adapter, stored), f"{base.family.head}.weight"
     if untied and head not in stored:
         stored[head] = stored[embeddings]
     if missing := sorted(changed.keys() - stored.keys()):
-        raise ModelError(f"checkpoint {base.name} has no {missing[0]}, which the adapter changes; give its hub layout")
+        raise ModelError(f"checkpoint {base.name} has no {missing[0]}, which the adapter changes; use --peft")
     shards, index = list(_shards(stored)), dict[str, str]()
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -342,10 +344,10 @@ def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
             config = adapter.layout.config(replace(spec, train_unembed=False))
         except RequestError as error:
             raise ModelError(f"PEFT cannot merge an adapter of a tied head alone; use --merged ({error})") from error
-        config.modules_to_save = [HEAD]
+        config.modules_to_save = [base.family.head]
         embeddings = f"{base.family.embeddings}.weight"
-        stored, head = Weights(base.name, base.folder), f"{HEAD}.weight"
-        weights = {name: tensor for name, tensor in weights.items() if f".{HEAD}." not in name}
+        stored, head = Weights(base.name, base.folder), f"{base.family.head}.weight"
+        weights = {name: tensor for name, tensor in weights.items() if f".{base.family.head}." not in name}
         change = _changes(adapter, stored.tensors)[head]
         weights[f"{PEFT_PREFIX}{head}"] = _new(stored, embeddings, change)
     checkpoint.write_peft(folder, weights, config, base.name)

@@ -15,6 +15,7 @@ from kshot.errors import ModelError
 
 HEAD = "lm_head"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+EMBEDDINGS = "embed_tokens"
 SILU = ("silu", "swish")
 
 
@@ -23,14 +24,15 @@ class Family:
     """stock: the class of transformers. text: where the text model is in it. vision: whether there is a vision tower,
     and with it positions on three axes (M-RoPE). packed: whether the packed forward computes it.
 
-    blocks, last: the decoder layers, and the norm behind them, in the text model. head: in the whole model. others: all
-    other modules, of a family without a row.
+    embed, blocks, last: the embeddings, the decoder layers, and the norm behind them, in the text model. head: in the
+    whole model. others: all other modules, where the stock forward computes the family.
     """
 
     stock: str
     text: str = "model"
     vision: bool = False
     packed: bool = True
+    embed: str = EMBEDDINGS
     blocks: str = "layers"
     last: str = "norm"
     head: str = HEAD
@@ -38,7 +40,7 @@ class Family:
 
     @property
     def embeddings(self) -> str:
-        return f"{self.text}.embed_tokens"
+        return f"{self.text}.{self.embed}"
 
     @property
     def layers(self) -> str:
@@ -68,22 +70,26 @@ FAMILIES = {  # by model_type
 
 def family_of(stock: Any) -> Family:
     """The row of a stock model, or what its modules say. Raises ModelError for what is no decoder of layers."""
-    return FAMILIES.get(stock.config.model_type) or _of_modules(stock)
+    return row_of(stock.config) or _of_modules(stock)
 
 
-def difference(config: Any) -> str:
-    """What a text model's configuration asks for that the packed forward does not compute; "" for nothing."""
+def row_of(config: Any) -> Family | None:
+    """The row of a model's configuration; None where the packed forward does not compute the model."""
+    row = FAMILIES.get(config.model_type)
+    return None if row is None or _differs(config.get_text_config()) else row
+
+
+def _differs(config: Any) -> bool:
+    """Whether a text model's configuration asks for what the packed forward does not compute: sliding windows, angles
+    that depend on the length of a text, another activation."""
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if layer_types is None else None
-    if window or {*(layer_types or ())} - {"full_attention"}:
-        return "sliding-window attention (use_sliding_window)"
-    if rope not in STATIC_ROPE:
-        return f"rope_type {rope!r} (known: {', '.join(STATIC_ROPE)})"
-    return "" if config.hidden_act in SILU else f"hidden_act {config.hidden_act!r} (known: {', '.join(SILU)})"
+    sliding = bool(window) or bool({*(layer_types or ())} - {"full_attention"})
+    return sliding or rope not in STATIC_ROPE or config.hidden_act not in SILU
 
 
-# Families without a row
+# Models without a row
 
 READ_AS = {"kimi_k2": "deepseek_v3"}  # types that transformers has under another name
 PROJECTIONS = "gate_up_proj", "down_proj"  # of all experts of a layer, each a tensor of three dimensions
@@ -117,8 +123,10 @@ def stock_family(name: str, config: Any, found: str) -> Family:
     and for one with modules on which LoRA cannot sit."""
     import torch
     import transformers
+    from transformers.models.auto import modeling_auto as auto
 
-    if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
+    encodes = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # unless told otherwise, as BERT
+    if config.is_encoder_decoder or (encodes and getattr(config, "is_decoder", True) is False):
         raise ModelError(f"model {name} is of type {config.model_type!r}, which is no decoder; give one that is")
     with torch.device("meta"):
         empty = getattr(transformers, found)(config)
@@ -138,11 +146,13 @@ def _of_modules(stock: Any) -> Family:
     norms = [n for n, m in text.named_children() if "norm" in n.lower() and m is not None]
     if len(kinds) != 1 or not norms or not isinstance(stock.get_output_embeddings(), nn.Linear):
         raise ModelError(f"is of type {stock.config.model_type!r}, whose layers, norm and head are not told apart")
+    at = names[id(text)]
     family = Family(
         type(stock).__name__,
-        names[id(text)],
+        at,
         hasattr(stock.config, "vision_config"),
         packed=False,
+        embed=names[id(stock.get_input_embeddings())].removeprefix(f"{at}."),
         blocks=kinds[0][0],
         last=norms[-1],
         head=names[id(stock.get_output_embeddings())],

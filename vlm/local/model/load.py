@@ -23,12 +23,13 @@ from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement, quantised
-from vlm.local.model.families import FAMILIES, READ_AS, Family, difference, family_of, stock_class, stock_family
+from vlm.local.model.families import FAMILIES, READ_AS, Family, family_of, row_of, stock_class, stock_family
 from vlm.local.model.lora import Layout
 from vlm.local.model.packed import Text, TextModel
 from vlm.local.model.placement import StoredTensor
 from vlm.local.model.quantised import Weights
 from vlm.local.model.stock import StockText
+from vlm.templates import QWEN
 
 log = logging.getLogger("kshot")
 
@@ -40,7 +41,6 @@ PROCESSED = {  # of the image processor → of the vision tower
 PROFILED = ("tower", "forward", "backward", "optimizer")  # the parts of a profile
 ATTENTION = "sdpa"  # whatever a configuration says: it may name a kernel of the hub, which is code
 ADAPTER = "adapter_config.json"
-IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105 - not a password
 UNBOUNDED = 1 << 20  # positions of a model whose configuration names no limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"model {name} has no tokenizer beside its weights (tokenizer.json); copy it there")
-    if family.vision and family.packed and tokenizer.convert_ids_to_tokens(config.image_token_id) != IMAGE_TOKEN:
+    if family.vision and family.packed and tokenizer.convert_ids_to_tokens(config.image_token_id) != QWEN.image:
         raise ModelError(f"model {name} has no Qwen3-VL tokenizer beside its weights (tokenizer.json); copy it there")
     if family.vision and config.image_token_id not in tokenizer.added_tokens_decoder:
         why = f"{config.image_token_id} stands for images, and is no special token there"
@@ -146,8 +146,8 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
     with _load_errors(name):
         written = parse_json(read_file(folder / "config.json"))
         kind = written.get("model_type")
-    family = FAMILIES.get(kind)
-    found = family.stock if family else stock_class(name, written)
+    row = FAMILIES.get(kind)
+    found = row.stock if row else stock_class(name, written)
     quantised.scheme_of(name, written)
     if (folder / ADAPTER).exists():  # transformers would put it into the model
         raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
@@ -155,10 +155,7 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
         config = getattr(transformers, found).config_class.from_pretrained(folder)
         config.model_type = READ_AS.get(kind, kind)
         quantised.forget(config)
-        family = family or stock_family(name, config, found)
-    if family.packed and (other := difference(config.get_text_config())):
-        raise ModelError(f"model {name} has {other}, which this engine does not compute; give another model")
-    return family, config
+        return row_of(config) or stock_family(name, config, found), config
 
 
 def _compute_dtype(

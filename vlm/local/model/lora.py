@@ -34,6 +34,7 @@ TARGETS = {  # what each flag trains; the first three are those of create_lora_t
     "train_merger": r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
 }
 EXPERT_PARAMETERS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # PEFT nests one wrapper a parameter, last outside
+NOTHING = "(?!)"  # a regular expression that no name matches
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -144,7 +145,8 @@ class Layout:
         spec = spec or self.spec
         config = spec.config(self.family.stock, experts=self.experts, targets=self.targets)
         if self.experts and spec.train_mlp and not self.family.packed:
-            beside = [name for name in self.groups if re.fullmatch(self.targets["train_mlp"], name)]
+            mlp = re.compile(self.targets.get("train_mlp", NOTHING))  # where experts are all there is
+            beside = [name for name in self.groups if mlp.fullmatch(name)]
             others = {flag: pattern for flag, pattern in self.targets.items() if flag != "train_mlp"}
             config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in beside)]
             config.target_modules = "|".join(spec.patterns_of(others)) or []
@@ -169,7 +171,7 @@ class Layout:
         return flats
 
     def _groups(self, stock: nn.Module) -> Iterator[tuple[str, Group]]:
-        pattern = re.compile("|".join(self.spec.patterns_of(self.targets)))
+        pattern = re.compile("|".join(self.spec.patterns_of(self.targets)) or NOTHING)
         chosen = {name: layer for name, layer in stock.named_modules() if pattern.fullmatch(name)}
         for names in _sharing_input(list(chosen)) if self._together else ([name] for name in chosen):
             shapes = [(chosen[n].in_features, chosen[n].out_features) for n in names]

@@ -31,7 +31,7 @@ from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
 from vlm.server.openai import tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
-from vlm.templates import END_OF_TURN, IMAGE_TOKEN, PROBE
+from vlm.templates import END_OF_TURN, PROBE, image_marks
 from vlm.thinking import Marks, marks_of
 
 MAX_IMAGES = 64  # of one request
@@ -53,7 +53,7 @@ Address = IPv4Address | IPv6Address
 
 
 class Conversation(NamedTuple):
-    """A conversation as one text, IMAGE_TOKEN where an image is. marks: how its answer may think; None: it will not.
+    """A conversation as one text, with a mark where an image is. marks: how its answer may think; None: it will not.
     within: whether the text ends within a thought."""
 
     text: str
@@ -86,7 +86,7 @@ def _texts(request: ChatRequest, sampler: LocalSamplingClient, images: int) -> t
     """The conversation, and the tokens before, between and after so many images. Raises PromptError."""
     tokenizer = sampler.get_tokenizer()
     written = conversation(request, tokenizer, takes_images=sampler.takes_images)
-    texts = written.text.split(IMAGE_TOKEN)
+    texts = written.text.split(image_marks(tokenizer).image)
     if len(texts) != images + 1:
         raise PromptError(f"the chat template has {len(texts) - 1} places for {images} image(s)")
     return written, [encode(tokenizer, each) for each in texts]

@@ -29,7 +29,7 @@ from vlm.server.openai import chat, tools
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
 from vlm.server.openai.responses import CHAT, COMPLETION, TOOL_CHAT, Fields
 from vlm.server.openai.text import DecodedText, Token, TopTokens, Vocabulary
-from vlm.templates import END_OF_TURN, IMAGE_TOKEN, VIDEO_TOKEN
+from vlm.templates import END_OF_TURN, image_marks
 from vlm.thinking import Marks, ThoughtReader, split, thought_length
 
 MAX_CHOICES = 4096
@@ -355,8 +355,8 @@ class ChosenCompletion(Completion):
         texts, tokenizer = self.request.choice or [], self.sampler.get_tokenizer()
         if len(texts) > MAX_CHOICES:
             raise RequestError(f"{len(texts)} choices are too many; at most {MAX_CHOICES:,} may be given")
-        is_chat = isinstance(self.request, ChatRequest)
-        special = chat.special_tokens(tokenizer) if is_chat else (IMAGE_TOKEN, VIDEO_TOKEN)
+        is_chat, marks = isinstance(self.request, ChatRequest), image_marks(tokenizer)
+        special = chat.special_tokens(tokenizer) if is_chat else (marks.image, marks.video)
         for text in texts:
             if token := next((token for token in special if token in text), None):
                 raise PromptError(f"choice {text!r:.60} writes {token}, which steers the model; leave it out")

@@ -38,7 +38,7 @@ from vlm.server.openai.responses import Fields
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import check_room
-from vlm.templates import IMAGE_TOKEN, VIDEO_TOKEN
+from vlm.templates import image_marks
 
 log = logging.getLogger("kshot.server")
 T = TypeVar("T")
@@ -113,9 +113,10 @@ async def _sampler(state: ServerState, model: str, owner: Owner) -> LocalSamplin
 def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[EncodedPrompt]:
     """A completion's prompts. Raises PromptError for image tokens, RequestError for what is too long."""
     tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
+    marks = image_marks(tokenizer)
     for prompt in request.prompt:
         tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt  # with what it begins texts with
-        for name in (IMAGE_TOKEN, VIDEO_TOKEN):
+        for name in (marks.image, marks.video):
             if tokenizer.added_tokens_encoder.get(name) in tokens:
                 raise PromptError(
                     f"the prompt writes {name}, which stands for an image; ask chat/completions, with the image"
