@@ -52,7 +52,7 @@ class ImageRule:
             _ = rule.settings, rule.tokens(64, 64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-            way_out = "copy the preprocessor_config.json of a Qwen3-VL there"
+            way_out = "copy its preprocessor_config.json there, or give a model that cuts images as Qwen3-VL does"
             raise ModelError(f"model {model!r} has no image processor of Qwen3-VL's ({reason}); {way_out}") from error
         return rule
 

@@ -64,6 +64,30 @@ def test_what_the_packed_way_does_not_compute_goes_the_stock_way(
     service.close()
 
 
+def test_angles_that_turn_with_the_length_of_a_text_turn_in_the_cache_too(tmp_path: Path) -> None:
+    folder = text_model(tmp_path, "long angles")
+    service, plain = LocalServiceClient(tmp_path / "state"), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    sampler = service.create_sampling_client(base_model=str(folder)).result()
+
+    def log_probs(ids: list[int]) -> torch.Tensor:
+        """What follows these, by a pass of its own."""
+        with torch.inference_mode():
+            return plain.eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+    prompts = [tokens(length, length) for length in (62, 63, 64, 65)]  # the angles turn behind 64
+    written = sampler.sample_batch([model_input(prompt) for prompt in prompts], params(6))
+    for prompt, response in zip(prompts, written, strict=True):
+        for token in response.sequences[0].tokens:
+            assert token == int(log_probs(prompt).argmax())
+            prompt = [*prompt, token]
+    choices = [[5, 6, 9], [5, 7, 9], [5, 7, 8, 9], [11, 9]]
+    scores = score_choices(sampler, [model_input(prompt) for prompt in prompts], choices, "likelihood")
+    for prompt, row in zip(prompts, scores, strict=True):
+        steps = [[log_probs([*prompt, *each[:n]])[token] for n, token in enumerate(each)] for each in choices]
+        assert row == pytest.approx([float(sum(each)) for each in steps], abs=1e-4)
+    service.close()
+
+
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_model(tmp_path_factory.mktemp("deepseek"), "deepseek_v3")

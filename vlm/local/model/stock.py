@@ -29,15 +29,18 @@ from vlm.local.model.families import EXPERTS, PROJECTIONS, STATIC_ROPE, family_o
 from vlm.local.model.lora import Factors
 from vlm.local.model.packed import PackedInputs, mrope_positions
 
+TURN = "original_max_position_embeddings"
 BRANCHED = 1 << 15  # positions of the caches that branches of a trie take together
 
 
 @dataclass
 class _Group:
-    """Rows of one length. rows: their numbers. states: the stock cache of all of them."""
+    """Rows of one length. rows: their numbers. states: the stock cache of all of them. ids: (rows, length), kept where
+    the cache may have to be made again."""
 
     rows: list[int]
     states: Any
+    ids: Tensor | None = None
 
 
 class StockCache:
@@ -58,7 +61,8 @@ class StockCache:
                 members = [(start + n, group.rows.index(row)) for n, row in enumerate(rows) if row in group.rows]
                 if members:
                     numbers, chosen = zip(*members, strict=True)
-                    other.groups.append(_Group([*numbers], _selected(group.states, chosen)))
+                    ids = None if group.ids is None else group.ids[[*chosen]]
+                    other.groups.append(_Group([*numbers], _selected(group.states, chosen), ids))
             start += len(rows)
         return other
 
@@ -87,6 +91,8 @@ class StockText:
         kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # some have one a type of layer
         # angles of other kinds depend on the longest row of a pass
         self._pads = all(each.get("rope_type", "default") in STATIC_ROPE for each in kinds)
+        # behind it all positions of a text have other angles
+        self._turn = max((each[TURN] for each in kinds if each.get("rope_type") == "longrope"), default=None)
         with translated(lambda error: ModelError(f"model {name} cannot be run ({one_line(error)}); give another")):
             problem = self._problem(family.vision)
         if problem:
@@ -98,14 +104,19 @@ class StockText:
             return "takes images in another way than as features of patches"
         if "past_key_values" not in signature(self._core.forward).parameters:
             return "keeps no cache that is known here"
+        if self._three_axes and self._turn is not None:
+            return "has longrope angles on three axes"
         ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self._stock.get_input_embeddings().weight.device)
         positions = torch.arange(3, device=ids.device).expand(3, 2, 3)
         with torch.inference_mode():
             x, _ = self._run(ids, positions)
             _, states = self._run(ids[:1, :2], positions[:, :1, :2], keep=True)
             last, _ = self._run(ids[:, 2:], positions[:, :, 2:], states=_selected(states, [0, 0]))
-        if _far(*x[:, :2]):
+            logits, whole = self.logits(x[0], None), self._stock(input_ids=ids[:1], use_cache=False).logits[0]
+        if _far(*x[:, :2], at_most=0.05):  # the same numbers, but for their order in sums
             return "looks ahead in its text"
+        if _far(logits, whole.to(logits.device)):
+            return "computes its logits not from the last states alone"
         return "writes another text from its cache than without" if _far(last, x[:, 2:]) else ""
 
     def _takes_images(self) -> bool:
@@ -154,7 +165,8 @@ class StockText:
         for group in groups:
             x, states = self._rows(inputs, rows, group, keep=cache is not None)
             if isinstance(cache, StockCache):
-                cache.groups.append(_Group(group, states))
+                ids = None if self._turn is None else _tokens(inputs.ids, rows, group)
+                cache.groups.append(_Group(group, states, ids))
             parts += [row[: rows.lengths[number]] for number, row in zip(group, x, strict=True)]
         order = {number: n for n, number in enumerate(number for group in groups for number in group)}
         packed = torch.cat([parts[order[number]] for number in range(rows.count)])
@@ -192,7 +204,13 @@ class StockText:
         found = dict[int, Tensor]()
         for group in cache.groups:
             some = torch.tensor(group.rows, device=inputs.ids.device)
-            x, _ = self._run(inputs.ids[some, None], inputs.position_ids[:, some, None], states=group.states)
+            ids, position_ids = inputs.ids[some, None], inputs.position_ids[:, some, None]
+            if group.ids is not None:
+                group.ids = torch.cat([group.ids, ids], 1)
+            if group.ids is not None and group.ids.shape[1] - 1 == self._turn:
+                x, group.states = self._run(group.ids, position_ids, keep=True)
+            else:
+                x, _ = self._run(ids, position_ids, states=group.states)
             found |= zip(group.rows, x[:, -1], strict=True)
         return torch.stack([found[number] for number in range(len(found))])
 
@@ -205,10 +223,20 @@ class StockText:
             some = torch.tensor(group, device=inputs.ids.device)
             nodes = inputs.ids[prompt:].view(rows.count, -1)[some]
             positions = inputs.position_ids[:, prompt:].view(3, rows.count, -1)[:, some]
-            room = max(1, BRANCHED // (len(group) * (x.shape[1] + 1)))
-            at = {ROOT: x[:, -1]} | dict(self._grown(tree.parents, [ROOT], states, nodes, positions, room))
+            at = {ROOT: x[:, -1]}
+            if self._turn is not None and x.shape[1] <= self._turn < x.shape[1] + len(tree.parents):
+                tokens = _tokens(inputs.ids[:prompt], rows, group)
+                at |= {node: self._whole(tokens, nodes[:, _path(tree.parents, node)]) for node in tree.nodes}
+            else:
+                room = max(1, BRANCHED // (len(group) * (x.shape[1] + 1)))
+                at |= self._grown(tree.parents, [ROOT], states, nodes, positions, room)
             found |= zip(group, torch.stack([at[node] for node in tree.nodes], 1), strict=True)
         return torch.cat([found[number] for number in range(rows.count)])
+
+    def _whole(self, tokens: Tensor, path: Tensor) -> Tensor:
+        """(rows, hidden) of the last node of a path behind rows, read from their beginning."""
+        x, _ = self._run(torch.cat([tokens, path], 1), tokens)  # no model with positions on three axes
+        return x[:, -1]
 
     def _grown(
         self, parents: Sequence[int], grown: Sequence[int], states: Any, ids: Tensor, positions: Tensor, room: int
@@ -332,10 +360,25 @@ def _some(head: Any, pair: Pair | None, scale: float, tokens: Tensor, hidden: Te
     return out if pair is None else out + scale * (x @ pair[0].float().t()) @ pair[1].float().index_select(0, rows).t()
 
 
-def _far(one: Tensor, other: Tensor) -> bool:
-    """Whether two states differ by more than rounding in bfloat16. What is not finite is said where it is used."""
+def _tokens(ids: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:
+    """(rows, length) of rows of one length."""
+    parts = ids.split(rows.lengths)
+    return torch.stack([parts[number] for number in group])
+
+
+def _path(parents: Sequence[int], node: int) -> list[int]:
+    """The nodes from the first one to this."""
+    path = list[int]()
+    while node != ROOT:
+        path.insert(0, node)
+        node = parents[node]
+    return path
+
+
+def _far(one: Tensor, other: Tensor, at_most: float = 0.25) -> bool:
+    """Whether two tensors differ by more than rounding in bfloat16. What is not finite is said where it is used."""
     one, other = one.float().nan_to_num(), other.float().nan_to_num()
-    return bool((one - other).norm() > 0.25 * one.norm())
+    return bool((one - other).norm() > at_most * one.norm())
 
 
 def _of_one_length(lengths: Sequence[int]) -> list[list[int]]:
