@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import tinker
+import torch
 from tinker import types
 from transformers import AutoModelForImageTextToText
 
 from kshot.checks import folder_of
-from kshot.errors import RequestError
+from kshot.errors import ModelError, RequestError
 from tests.vlm import brute_force
-from tests.vlm.checkpoints import SEEING, RandomModel, seeing_model
+from tests.vlm.checkpoints import SEEING, RandomModel, seeing_model, with_weights
 from tests.vlm.helpers import (
     IMAGE,
     Pictured,
@@ -31,7 +32,7 @@ from tests.vlm.test_text_models import Side, params
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
 from vlm.local.engine import Engine
 from vlm.local.export import export
-from vlm.local.model.load import Model
+from vlm.local.model.load import Model, check
 from vlm.local.model.lora import Layout
 from vlm.local.model.stock import StockText
 from vlm.local.registry import LocalServiceClient
@@ -140,6 +141,16 @@ def test_merged_it_is_the_adapter_over_the_model(side: Side, asked: list[tinker.
     sampler, rule = client.save_weights_and_get_sampling_client().result(), side.base().rule
     for each in asked:
         assert (logits_of(sampler, each) - stock_logits(merged, each, rule)).abs().max() < 1e-3
+
+
+def test_heads_that_predict_several_tokens_are_left_out(tmp_path: Path) -> None:
+    """Those of published Qwen3.5 checkpoints, which transformers does not compute."""
+    folder = seeing_model(tmp_path, "qwen3_5")
+    with_weights(folder, {"mtp.fc.weight": torch.zeros(3, 3)})
+    check(str(folder), images=True)
+    with_weights(folder, {"other.fc.weight": torch.zeros(3, 3)})
+    with pytest.raises(ModelError, match="has 1 tensors that the model does not know, first other"):
+        check(str(folder), images=True)
 
 
 def test_lora_on_a_tower_is_refused_where_the_packed_way_has_none(side: Side, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class StockText:
             return "has longrope angles on three axes"
         ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self._stock.get_input_embeddings().weight.device)
         positions = torch.arange(3, device=ids.device).expand(3, 2, 3)
-        with torch.inference_mode():
+        with torch.no_grad():  # what modules keep from here is of use to a backward pass too
             x, _ = self._run(ids, positions)
             _, states = self._run(ids[:1, :2], positions[:, :1, :2], keep=True)
             last, _ = self._run(ids[:, 2:], positions[:, :, 2:], states=_selected(states, [0, 0]))
