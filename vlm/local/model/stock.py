@@ -92,7 +92,7 @@ class StockText:
         # angles of other kinds depend on the longest row of a pass
         self._pads = all(each.get("rope_type", "default") in STATIC_ROPE for each in kinds)
         # behind it all positions of a text have other angles
-        self._turn = max((each[TURN] for each in kinds if each.get("rope_type") == "longrope"), default=None)
+        self._turn = next((each.get(TURN) for each in kinds if each.get("rope_type") == "longrope"), None)
         with translated(lambda error: ModelError(f"model {name} cannot be run ({one_line(error)}); give another")):
             problem = self._problem(family.vision)
         if problem:
