@@ -2,7 +2,7 @@
 Images, their order and flips, settings and number of threads are the cell's: on a CPU it is the cell's own, bit for
 bit. Nothing is tested, so settings that only a test depends on are refused."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,7 +110,7 @@ def prompt_text(settings: Settings) -> str:
     return str(template(settings.prompt))
 
 
-def _asked(settings: Settings, classes: Sequence[str]) -> str:
+def _asked(settings: Settings, classes: tuple[str, ...]) -> str:
     """The whole prompt as one text."""
     from vlm.inputs import ImageRule
     from vlm.prompts import Prompt, template

@@ -113,7 +113,7 @@ class StockText:
             _, states = self._run(ids[:1, :2], positions[:, :1, :2], keep=True)
             last, _ = self._run(ids[:, 2:], positions[:, :, 2:], states=_selected(states, [0, 0]))
             logits, whole = self.logits(x[0], None), self._stock(input_ids=ids[:1], use_cache=False).logits[0]
-        if _far(*x[:, :2], at_most=0.05):  # the same numbers, but for their order in sums
+        if _far(x[0, :2], x[1, :2], at_most=0.05):  # the same numbers, but for their order in sums
             return "looks ahead in its text"
         if _far(logits, whole.to(logits.device)):
             return "computes its logits not from the last states alone"
