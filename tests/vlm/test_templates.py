@@ -104,7 +104,7 @@ def test_asking_a_template_for_its_thoughts_has_an_end(monkeypatch: pytest.Monke
     own = with_template(slow + "".join(f"{{{{ n{number} }}}}" for number in range(60)))
     for _ in range(2):
         start = time.monotonic()
-        with pytest.raises(PromptError, match="ended: the questions about it take more than 0.5 seconds"):
+        with pytest.raises(PromptError, match="ended: the questions about it take more than"):
             marks_of(own, own.chat_template)
         assert time.monotonic() - start < 30
     assert templates.written(own, MESSAGES) == "", "conversations are still written"
@@ -112,7 +112,9 @@ def test_asking_a_template_for_its_thoughts_has_an_end(monkeypatch: pytest.Monke
 
 def test_names_that_a_template_sets_itself_are_no_variables_of_it() -> None:
     own = with_template("")
-    text = "{% if a is not defined %}{% set a = 1 %}{% endif %}{% set b = c %}{% for d in b %}{{ d }}{{ a }}{% endfor %}"
+    text = (
+        "{% if a is not defined %}{% set a = 1 %}{% endif %}{% set b = c %}{% for d in b %}{{ d }}{{ a }}{% endfor %}"
+    )
     assert templates.names(own, text) == ["a", "c"]
 
 

@@ -34,7 +34,10 @@ SELF, TO_USER = "to=self<|message|>", "<|eom|><|start|>assistant to=user<|messag
         (genuine.template("glm4moe"), Marks("<think>", "</think>", "\n<think>", "</think>\n", ON, OFF)),
         (genuine.template("gptoss"), Marks(ANALYSIS, FINAL, ANALYSIS, FINAL, plain="<|channel|>final<|message|>")),
         (genuine.template("muse_glimmer"), Marks(SELF, TO_USER, f" {SELF}", TO_USER, plain=" to=user<|message|>")),
-        (genuine.template("gemma4_v5"), Marks("<|channel>thought", "<channel|>", "<|channel>thought\n", "\n<channel|>")),
+        (
+            genuine.template("gemma4_v5"),
+            Marks("<|channel>thought", "<channel|>", "<|channel>thought\n", "\n<channel|>"),
+        ),
         (thinkers.KIMI, Marks("<think>", "</think>", "<think>", "</think>", plain="<think></think>")),
         (genuine.template("deepseek_r1_distill"), CUT),
         (thinkers.DEEPSEEK, CUT),
