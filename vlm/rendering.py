@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -60,9 +60,8 @@ def _compiled(template: str) -> Template:
 
 
 def _names(template: str) -> list[str]:
-    """Names that the template reads, but functions."""
-    found = {name.name for name in _environment().parse(template).find_all(nodes.Name) if name.ctx == "load"}
-    return sorted(found - _environment().globals.keys())
+    """Names that the template reads before it sets them, but functions."""
+    return sorted(meta.find_undeclared_variables(_environment().parse(template)))
 
 
 def answer(template: str, variables: Mapping[str, Any] | None) -> dict[str, str]:

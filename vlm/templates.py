@@ -8,6 +8,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +22,7 @@ from kshot.errors import PromptError
 from vlm import rendering
 
 SECONDS = 2.0  # of computing that one conversation may take
+PROBING = 30.0  # of waiting for the answers to all that is asked about one template itself
 MEMORY = 1 << 29  # bytes of address space of the process
 LONGEST = 1 << 22  # characters of a conversation, in JSON: far beyond any model's context
 THREADS = 2  # a model, that prepare its prompts
@@ -61,6 +64,7 @@ class Renderer:
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._known = dict[str, dict[str, str]]()
+        self._seconds = defaultdict[str, float](float)  # that questions about a template took
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """What the template writes. Raises ValueError where it fails, PromptError where it goes beyond a limit."""
@@ -70,7 +74,7 @@ class Renderer:
         """The same, nothing where it fails, for variables that are few: what comes out is kept, limits too. Without
         variables: the names that the template reads, in JSON."""
         key = json.dumps([template, variables], default=str)
-        reply = self._known.get(key) or self._reply(template, variables)
+        reply = self._known.get(key) or self._probe(template, variables)
         if "ended" not in reply:  # which may go well the next time
             self._known[key] = reply
         try:
@@ -85,6 +89,14 @@ class Renderer:
             if self._process is not None:
                 self._ending()
                 self._process = None
+
+    def _probe(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, str]:
+        if self._seconds[template] > PROBING:
+            return {"limit": f"the questions about it take more than {PROBING:g} seconds"}
+        start = time.monotonic()
+        reply = self._reply(template, variables)
+        self._seconds[template] += time.monotonic() - start
+        return reply
 
     def _reply(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, str]:
         line = json.dumps({"template": template, "variables": variables}, default=str).encode() + b"\n"
@@ -210,7 +222,7 @@ def probed(
 
 
 def names(tokenizer: Any, template: str) -> list[str]:
-    """The names that a template reads, beyond those that every conversation has."""
+    """The names that a template reads and does not set, beyond those that every conversation has."""
     found: list[str] = json.loads(renderer(tokenizer).known(template, None) or "[]")
     return [name for name in found if name not in _variables(tokenizer, (), None, None, begin_answer=False)]
 

@@ -13,6 +13,8 @@ from kshot.errors import PromptError
 from vlm import templates
 
 ASKED, THOUGHT, ANSWER = "kshot-question", "kshot-thought", "kshot-answer"  # what is in the probes
+CALLED = "kshot-function"
+CALL = {"id": "kshot-call", "type": "function", "function": {"name": CALLED, "arguments": {}}}
 MOST_NAMES = 64  # of a template's variables, that are tried as switches
 Variables = Mapping[str, bool]
 
@@ -22,7 +24,8 @@ class Marks:
     """How a template writes a thought. begin, end: the marks around it; begin is "" where the template does not show
     it. opening: what follows the prompt where that has not begun the thought. closing: what stands between the last
     word of a thought and the answer. on, off: the template's variables with and without a thought; empty where it has
-    no switch."""
+    no switch. plain: what follows a prompt that leaves it to the model whether it thinks, before an answer without a
+    thought."""
 
     begin: str
     end: str
@@ -30,6 +33,7 @@ class Marks:
     closing: str
     on: Variables = field(default_factory=dict)
     off: Variables = field(default_factory=dict)
+    plain: str = ""
 
     def begun(self, prompt: str) -> bool:
         """Whether the text of a prompt ends within a thought."""
@@ -45,7 +49,9 @@ class Marks:
 
     def answering(self, prompt: str) -> str:
         """A prompt that was written with `off`, so far that the answer follows: a thought that it begins is closed."""
-        return prompt + self.closing if self.begun(prompt) else prompt
+        if self.begun(prompt):
+            return prompt + self.closing
+        return prompt if self.ended(prompt) else prompt + self.plain
 
     @property
     def after(self) -> str:
@@ -227,7 +233,7 @@ class _Probe:
         text = self._written([self._user], variables, begin_answer=True)
         return self._turn(text, variables)
 
-    def answer(self, variables: Variables, content: str = ANSWER, **fields: str) -> str:
+    def answer(self, variables: Variables, content: str = ANSWER, **fields: Any) -> str:
         """The assistant's turn."""
         message = {"role": "assistant", "content": self._content(content), **fields}
         return self._turn(self._written([self._user, message], variables), variables)
@@ -255,28 +261,38 @@ class _Probe:
 
 
 def _read(probe: _Probe) -> Marks | None:
-    found = _shown(probe) or _dropped(probe)
+    found = _shown(probe) or _dropped(probe) or _shown(probe, tool_calls=[CALL])
     if found is None:
         return None
     begin, end, opening, closing = found
     plain = Marks(begin, end, opening, closing)
     on, off = _switch(probe, plain)
     # what opens a thought is what the prompt with a thought lacks
-    return Marks(begin, end, "" if plain.begun(probe.prompt(on)) else opening, closing, on, off)
+    opening = "" if plain.begun(probe.prompt(on)) else opening
+    return Marks(begin, end, opening, closing, on, off, _plain(probe, plain, off))
 
 
-def _shown(probe: _Probe) -> tuple[str, str, str, str] | None:
-    """Marks and what surrounds a thought, where the template writes that of an assistant's last turn."""
+def _shown(probe: _Probe, **fields: Any) -> tuple[str, str, str, str] | None:
+    """Marks and what surrounds a thought, where the template writes that of an assistant's last turn. fields: what else
+    that turn has; some write thoughts only where a tool is called."""
     for variables in probe.switches():
-        head, thought, rest = probe.answer(variables, reasoning_content=THOUGHT).partition(THOUGHT)
+        head, thought, rest = probe.answer(variables, reasoning_content=THOUGHT, **fields).partition(THOUGHT)
         closing, answer, _ = rest.partition(ANSWER)
-        if not (thought and answer and closing.strip()):
+        if not (thought and answer and closing.strip()) or CALLED in closing:
             continue
         prompt = probe.prompt(variables)
         opening = head.removeprefix(prompt) if head.startswith(prompt) else ""
         begin = opening.strip() or _last_mark(probe.tokenizer, head)
-        return begin, closing.strip(), head[head.rindex(begin) :] if begin else "", closing
+        return begin, closing.strip(), opening or (head[head.rindex(begin) :] if begin else ""), closing
     return None
+
+
+def _plain(probe: _Probe, marks: Marks, off: Variables) -> str:
+    """What stands between a prompt that neither begins nor ends a thought, and an answer without one."""
+    prompt, (head, answer, _) = probe.prompt(off), probe.answer(off).partition(ANSWER)
+    if not answer or marks.begun(prompt) or marks.ended(prompt) or not head.startswith(prompt):
+        return ""
+    return head[len(prompt) :]
 
 
 def _dropped(probe: _Probe) -> tuple[str, str, str, str] | None:

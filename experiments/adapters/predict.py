@@ -30,6 +30,9 @@ from kshot.errors import ImageError, InputError, ModelError, UnknownNameError, s
 from kshot.files import decoded_text
 from kshot.images import begins_like_image
 
+# settings of a training → those of `vlm.thoughts.Thinking`
+LEARNT = {"thinking": "tokens", "thinking_temperature": "temperature", "thinking_seed": "seed"}
+
 # The images
 
 STDIN = "-"
@@ -238,6 +241,7 @@ def classifier(
     """
     if method is not None and method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
+    given = thinking or {}
     if adapter is None and model is None:
         raise InputError("no model is given; give --adapter DIR, or --model NAME with class names (--class, --classes)")
     card = read_card(adapter) if adapter else None
@@ -249,12 +253,12 @@ def classifier(
         raise InputError(f"there is one class, {names[0]!r}; a choice needs two or more")
     side = max_side or (card.max_side if card else Settings().max_side)
     if adapter and card and card.kind == HEAD:
-        unused = {"--prompt": prompt, "--method": method, "--thinking": (thinking or {}).get("tokens")}
-        yield _head(adapter, card, model, names, side, device, unused)
+        of_thoughts = {f"--{'thinking' if name == 'tokens' else name}": value for name, value in given.items()}
+        yield _head(adapter, card, model, names, side, device, {"--prompt": prompt, "--method": method, **of_thoughts})
         return
-    learnt = card.trained.get("settings", {}).get("thinking", 0) if card else 0
-    thought = {"tokens": learnt, **(thinking or {})}
-    if not thought["tokens"] and len(thought) > 1:
+    learnt = card.trained.get("settings", {}) if card else {}
+    thought = {"tokens": 0, **{name: learnt[key] for key, name in LEARNT.items() if key in learnt}, **given}
+    if not thought["tokens"] and given.keys() - {"tokens"}:
         raise InputError("thoughts need --thinking N, the tokens that one may have at most; give it too")
     with _vlm(adapter, card, model, names, prompt, side, device, method or METHODS[0], greedy, thought) as loaded:
         yield loaded

@@ -95,6 +95,8 @@ def test_what_does_not_fit_is_one_line(
     asked = ("predict", picture, "--adapter", head)
     refused(*asked, "--prompt", "recipe", parts=["--prompt is for vision-language models", "is a head on DINOv2"])
     refused(*asked, "--method", "likelihood", parts=["--method is for vision-language models"])
+    for option in ("--thinking", "--thoughts", "--temperature", "--seed"):
+        refused(*asked, option, "2", parts=[f"{option} is for vision-language models"])
     refused(*asked, "--class", "a", "--class", "b", parts=["tells 3 classes apart, and 2 names are given"])
     refused("export", head, "--merged", tmp_path / "merged", parts=["is a head on DINOv2"])
     new = tmp_path / "new"

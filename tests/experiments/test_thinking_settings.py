@@ -153,15 +153,22 @@ def test_a_template_without_a_thinking_mode_is_refused(
 def test_an_adapter_that_learnt_with_thoughts_predicts_with_them(
     photos: Path, model: Path, images: Path, tmp_path: Path, kshot: Any
 ) -> None:
+    """At the same temperature, too."""
     out, data = tmp_path / "adapter", ("--dataset", f"folder:{photos}", "--set", "max_side=40")
-    made = kshot("train", *data, "--model", model, "--shots", "1", "--thinking", "3", *TINY, "--out", out)
+    learnt = ("--thinking", "3", "--set", "thinking_temperature=0.5", *TINY)
+    made = kshot("train", *data, "--model", model, "--shots", "1", *learnt, "--out", out)
     assert made.status == 0, made.err
     assert json.loads((out / "classifier.json").read_text())["trained"]["settings"]["thinking"] == 3
-    first, same, other = (
+    first, same, hotter, other = (
         kshot("predict", images / "a.png", "--adapter", out, "--json", *more)
-        for more in ((), ("--thinking", "3", "--seed", "0"), ("--thinking", "0"))
+        for more in (
+            (),
+            ("--thinking", "3", "--temperature", "0.5", "--seed", "0"),
+            ("--temperature", "3"),
+            ("--thinking", "0"),
+        )
     )
-    assert first.status == same.status == other.status == 0, first.err
-    assert first.out == same.out != other.out
+    assert first.status == same.status == hotter.status == other.status == 0, first.err
+    assert first.out == same.out != hotter.out != other.out
     assert "greedy" in other.out
     assert "greedy" not in first.out

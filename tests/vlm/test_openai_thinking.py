@@ -16,16 +16,18 @@ from tests.vlm.openai_served import HELLO, connected
 from tests.vlm.serving import served
 from vlm.inputs import model_input
 from vlm.local.registry import EngineRegistry
-from vlm.server.openai import chat, requests
+from vlm.server.openai import chat, completions, requests
 from vlm.server.openai.requests import ChatRequest
 
-QWEN, DEEPSEEK = "mine/qwen", "mine/deepseek"
+QWEN, DEEPSEEK, MUSE = "mine/qwen", "mine/deepseek", "mine/muse"  # the last one's marks are several tokens each
 TEMPLATES = {QWEN: genuine.template("qwen3"), DEEPSEEK: thinkers.DEEPSEEK}
+TEMPLATES[MUSE] = TEMPLATES[QWEN].replace("think>", "muse>")
 OPENED = {
     QWEN: "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n",
     DEEPSEEK: "[User]hello[Assistant]<think>\n",
+    MUSE: "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<muse>\n",
 }
-CLOSING = {QWEN: "\n</think>\n\n", DEEPSEEK: "</think>"}
+CLOSING = {QWEN: "\n</think>\n\n", DEEPSEEK: "</think>", MUSE: "\n</muse>\n\n"}
 NO_RULE: Any = None
 FEW = 5  # tokens of a thought, at low effort
 
@@ -59,10 +61,12 @@ def by_hand(folder: Path, model: str) -> tuple[str, str, int]:
     opened, closing = tokenizer.encode(OPENED[model]), tokenizer.encode(CLOSING[model])
     thought = greedy(stock, model_input(opened), NO_RULE, FEW)
     answer = greedy(stock, model_input([*opened, *thought, *closing]), NO_RULE, 16 - FEW - len(closing))
-    mark = tokenizer.convert_tokens_to_ids("</think>")
-    ends = {tokenizer.eos_token_id, mark}
-    assert not ends & {*thought, *answer}, "another seed"
-    return tokenizer.decode(thought).strip(), tokenizer.decode(answer).lstrip(), FEW + closing.index(mark) + 1
+    mark, both = CLOSING[model].strip(), tokenizer.decode([*thought, *answer])
+    assert mark not in both, "another seed"
+    assert tokenizer.eos_token not in both, "another seed"
+    count = next(n for n in range(1, len(closing) + 1) if mark in tokenizer.decode(closing[:n]))
+    assert (count > 2) == (model == MUSE)
+    return tokenizer.decode(thought).strip(), tokenizer.decode(answer).lstrip(), FEW + count
 
 
 @pytest.mark.parametrize("model", TEMPLATES)
@@ -83,6 +87,16 @@ def test_a_thought_is_closed_at_its_limit_and_the_answer_follows(
     kinds = ["reasoning_content" if getattr(each, "reasoning_content", None) else "content" for each in deltas[1:-1]]
     assert kinds == sorted(kinds, reverse=True), "first the thought, then the answer"
     assert kinds.count("reasoning_content") > 1
+
+
+@pytest.mark.parametrize(("effort", "tokens"), [("none", 0), ("low", 512), ("medium", 2048), ("high", 8192)])
+def test_efforts_are_tokens_of_a_thought_beyond_the_answers(
+    effort: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    request = ChatRequest.model_validate({"model": "any", "messages": HELLO, "reasoning_effort": effort})
+    assert (request.thought_limit or 0) == tokens
+    assert completions.limit(request, model_input([1]), 1 << 20) == 1024 + tokens
 
 
 def test_an_unfinished_thought_is_no_content(client: openai.OpenAI) -> None:
@@ -139,6 +153,15 @@ PAST: list[dict[str, Any]] = [
     {"role": "user", "content": "c"},
     {"role": "assistant", "content": "d", "reasoning_content": "second"},
 ]
+
+
+@pytest.mark.parametrize("template", [thinkers.KIMI, genuine.template("gptoss")])
+def test_no_effort_is_an_answer_as_the_template_writes_past_ones(template: str) -> None:
+    own = thinkers.with_template(template)
+    turns: Any = [*HELLO, {"role": "assistant", "content": "an answer"}]
+    past = own.apply_chat_template(turns, tokenize=False)
+    request = ChatRequest(model="any", messages=copy.deepcopy(HELLO), reasoning_effort="none")
+    assert chat.conversation(request, own, takes_images=False).text == past[: past.index("an answer")]
 
 
 @pytest.mark.parametrize("turns", [PAST, [*PAST, *HELLO]])

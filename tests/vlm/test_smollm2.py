@@ -184,7 +184,6 @@ KINDS = {
     "animal": ["horse", "dog", "cat", "lion", "tiger", "sheep", "goat", "mouse", "bear", "wolf"],
 }
 MOST = Template("Are most of these words fruit or animal? {text}", "{label}")
-FASTER = types.AdamParams(learning_rate=2e-3, eps=1e-8)
 TAUGHT, ASKED = 120, 16
 
 
@@ -213,7 +212,7 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
     thoughts = {words: prompt.thought(thought) for words, _, thought in every}
     views = [(words, label) for words, label, _ in every]
     texts, labels = [words for words, _ in views[TAUGHT:]], [label for _, label in views[TAUGHT:]]
-    batches = [[views[n % TAUGHT] for n in range(start, start + 8)] for start in range(0, 8 * 20, 8)]
+    batches = [[views[n % TAUGHT] for n in range(start, start + 8)] for start in range(0, 8 * 48, 8)]
     with served(tmp_path / "state", registry) as server, sdk(server.address) as service:
         run = service.create_lora_training_client(THINKER, rank=16, seed=0).result(PATIENCE)
 
@@ -226,7 +225,7 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
             return float(np.mean(chosen == labels)), float(np.mean(plain == labels)), firsts, chosen.tolist()
 
         before = accuracy(run.save_weights_and_get_sampling_client().result(PATIENCE))
-        for loss, _ in fit(run, batches, prompt, FASTER, "text", thoughts, "all"):
+        for loss, _ in fit(run, batches, prompt, ADAM, thoughts=thoughts, train_on="all"):
             print(f"loss {loss.metrics['loss:sum']:.2f}", flush=True)  # shown by -s
         path = run.save_weights_for_sampler("thinker").result(PATIENCE).path
         after = accuracy(service.create_sampling_client(model_path=path).result(PATIENCE))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ from vlm import nano, templates
 from vlm.local.model.load import load_tokenizer
 from vlm.server.openai import chat
 from vlm.server.openai.requests import ChatRequest
+from vlm.thinking import marks_of
 
 NANO = load_tokenizer(nano.NAME)
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -92,6 +94,28 @@ def test_a_model_that_never_ends_is_asked_once_and_others_go_on() -> None:
         "the model's chat template was ended: it computes for more than 0.3 seconds; take another model"
     }
     assert templates.renderer(other).pool is not templates.renderer(hostile).pool
+
+
+def test_asking_a_template_for_its_thoughts_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that reads many names and computes nearly as long as it may, whatever is asked."""
+    monkeypatch.setattr(templates, "SECONDS", 5.0)
+    monkeypatch.setattr(templates, "PROBING", 0.5)
+    slow = "{% for _ in range(400) %}{% for _ in range(999) %}{% endfor %}{% endfor %}"
+    own = with_template(slow + "".join(f"{{{{ n{number} }}}}" for number in range(60)))
+    for _ in range(2):
+        start = time.monotonic()
+        with pytest.raises(PromptError, match="ended: the questions about it take more than"):
+            marks_of(own, own.chat_template)
+        assert time.monotonic() - start < 30
+    assert templates.written(own, MESSAGES) == "", "conversations are still written"
+
+
+def test_names_that_a_template_sets_itself_are_no_variables_of_it() -> None:
+    own = with_template("")
+    text = (
+        "{% if a is not defined %}{% set a = 1 %}{% endif %}{% set b = c %}{% for d in b %}{{ d }}{{ a }}{% endfor %}"
+    )
+    assert templates.names(own, text) == ["a", "c"]
 
 
 def test_a_conversation_beyond_any_context_is_refused() -> None:

@@ -23,6 +23,7 @@ CUT = Marks("<think>", "</think>", "", "</think>")
 SWITCH = Marks("<think>", "</think>", "", "</think>", {"thinking": True}, {"thinking": False})
 FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>"
+SELF, TO_USER = "to=self<|message|>", "<|eom|><|start|>assistant to=user<|message|>"
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,14 @@ ANALYSIS = "<|channel|>analysis<|message|>"
     [
         (genuine.template("qwen3"), QWEN),
         (genuine.template("qwen3_5_think"), Marks("<think>", "</think>", "", "\n</think>\n\n", ON, OFF)),
-        (genuine.template("glm4moe"), Marks("<think>", "</think>", "<think>", "</think>\n", ON, OFF)),
-        (genuine.template("gptoss"), Marks(ANALYSIS, FINAL, ANALYSIS, FINAL)),
+        (genuine.template("glm4moe"), Marks("<think>", "</think>", "\n<think>", "</think>\n", ON, OFF)),
+        (genuine.template("gptoss"), Marks(ANALYSIS, FINAL, ANALYSIS, FINAL, plain="<|channel|>final<|message|>")),
+        (genuine.template("muse_glimmer"), Marks(SELF, TO_USER, f" {SELF}", TO_USER, plain=" to=user<|message|>")),
+        (
+            genuine.template("gemma4_v5"),
+            Marks("<|channel>thought", "<channel|>", "<|channel>thought\n", "\n<channel|>"),
+        ),
+        (thinkers.KIMI, Marks("<think>", "</think>", "<think>", "</think>", plain="<think></think>")),
         (genuine.template("deepseek_r1_distill"), CUT),
         (thinkers.DEEPSEEK, CUT),
         (thinkers.DEEPSEEK_SWITCH, SWITCH),
@@ -69,6 +76,26 @@ def test_prompts_are_those_of_apply_chat_template(template: str, switches: Any, 
     encode = prompt.tokenizer.encode
     assert prompt.thinking("Waves.").to_ints() == encode(on + opening)
     assert prompt.question("Waves.").to_ints() == encode(off + closing + "It is about")
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (thinkers.KIMI, "<think>"),
+        (genuine.template("gptoss"), ANALYSIS),
+        (genuine.template("muse_glimmer"), f" {SELF}"),
+    ],
+)
+def test_an_answer_without_a_thought_stands_where_the_template_writes_those_of_the_past(
+    template: str, opening: str
+) -> None:
+    """Of templates without a switch whose prompt leaves it to the model whether it thinks."""
+    prompt = Prompt(thinkers.with_template(template), None, ("cars", "sea"), ABOUT)
+    turns, apply = [{"role": "user", "content": "What is this about? Waves."}], prompt.tokenizer.apply_chat_template
+    past = apply([*turns, {"role": "assistant", "content": "It is about"}], tokenize=False)
+    assert written(prompt, prompt.question("Waves.")) == past[: past.rindex("about") + len("about")]
+    begun = apply(turns, tokenize=False, add_generation_prompt=True)
+    assert written(prompt, prompt.thinking("Waves.")) == begun + opening
 
 
 @pytest.mark.parametrize("question", ["{image}What is it?", "Look: {image} What is it? "])

@@ -22,6 +22,13 @@ DEEPSEEK = (
 DEEPSEEK_SWITCH = "{% if not thinking is defined %}{% set thinking = false %}{% endif %}" + DEEPSEEK.replace(
     "[Assistant]{{", "[Assistant]</think>{{"
 ).replace("<think>\n{% endif %}", "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}")
+# As Kimi-K2-Thinking's: thoughts stand in turns that call tools alone; past answers have empty ones; no switch.
+KIMI = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+    "<think>{% if m.tool_calls %}{{ m.reasoning_content }}{% endif %}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}[call]{{ call.function.name }}{{ call.function.arguments|tojson }}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def vision() -> str:
