@@ -48,7 +48,7 @@ def test_figure_of_a_name_in_another_script_and_of_nothing(tmp_path):
 
 
 def test_styles_can_be_told_apart():
-    assert len({look.colour for look in STYLES.values()}) == len({look.marker for look in STYLES.values()}) == 9
+    assert len({look.colour for look in STYLES.values()}) == len({look.marker for look in STYLES.values()}) == 11
     assert style("made-up").title == "made-up"
     assert ordered(["zz", "pixel-knn", "aa", "vlm-lora"]) == ["vlm-lora", "pixel-knn", "aa", "zz"]
 
