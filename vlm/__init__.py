@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlm.prompts import template as template
     from vlm.scoring import score_choices as score_choices
     from vlm.service import connect as connect
+    from vlm.thinking import split_tokens as split_tokens
 
 _PUBLIC = {
     "connect": "vlm.service",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "datum": "vlm.inputs",
     "image_chunk": "vlm.inputs",
     "model_input": "vlm.inputs",
+    "split_tokens": "vlm.thinking",
 }
 __all__ = sorted(_PUBLIC)
 

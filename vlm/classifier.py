@@ -4,7 +4,7 @@ An example is anything with `image` (encoded bytes), `mirrored` (the flipped ima
 about may be texts instead of images everywhere else, with a template that holds {text}.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,9 +12,10 @@ import tinker
 from tinker import types
 
 from kshot.errors import RequestError, UnknownNameError
-from vlm.prompts import Prompt
+from vlm.prompts import TRAIN_ON, Prompt
 from vlm.scoring import score_and_decode, score_choices
 from vlm.service import SamplingClient, TrainingClient
+from vlm.thinking import Thought
 
 
 class Labelled(Protocol):
@@ -30,16 +31,19 @@ class Labelled(Protocol):
 
 @runtime_checkable
 class BatchSampler(Protocol):
-    """A sampling client that answers many prompts in shared passes."""
+    """A sampling client that answers many prompts in shared passes. params: of all prompts, or of each."""
 
     def sample_batch(
-        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+        self,
+        prompts: Sequence[tinker.ModelInput],
+        params: types.SamplingParams | Sequence[types.SamplingParams],
+        num_samples: int = 1,
     ) -> list[types.SampleResponse]: ...
 
 
 Subject = bytes | str  # an image, encoded, or a text
 View = tuple[Subject, int]
-LOSSES: dict[str, tuple[str, Callable[[Prompt, Subject, int], tinker.Datum]]] = {
+LOSSES: dict[str, tuple[str, Callable[[Prompt, Subject, int, Thought | None, str], tinker.Datum]]] = {
     "text": ("cross_entropy", Prompt.datum),  # write the answer, token by token, as the recipe trains
     "closed-set": ("closed_set", Prompt.closed_datum),  # choose among the class names; of our services alone
 }
@@ -70,10 +74,13 @@ def fit(
     adam: types.AdamParams,
     loss: str = "text",
     power: float = 0.0,
+    thoughts: Mapping[Subject, Thought] | None = None,
+    train_on: str = TRAIN_ON[0],
 ) -> Iterator[tuple[types.ForwardBackwardOutput, types.OptimStepResponse]]:
     """One optimizer step a batch of (image, label) views; yields the responses of each step. loss: a row of LOSSES.
     power: of "closed-set": (1 - p^power) / power of the exact posterior p of the right class; 0 is -log p, 1 the
     expected reward (see `vlm.local.losses.closed_set`).
+    thoughts: what stands before the answer about each image, if anything does. train_on: see `Prompt.datum`.
 
     Raises UnknownNameError for another loss, RequestError for a power of the loss "text".
     """
@@ -82,7 +89,11 @@ def fit(
     if power and loss == "text":
         raise RequestError(f"power {power} is of the loss closed-set; the loss text has none")
     loss_fn, example = LOSSES[loss]
-    made = ([example(prompt, image, label) for image, label in batch] for batch in batches)
+
+    def datum(image: Subject, label: int) -> tinker.Datum:
+        return example(prompt, image, label, None if thoughts is None else thoughts[image], train_on)
+
+    made = ([datum(image, label) for image, label in batch] for batch in batches)
     return steps(client, made, loss_fn, adam, {"power": power} if power else None)
 
 
@@ -124,13 +135,18 @@ def predict_and_decode(
 
 def generate(sampler: SamplingClient, images: Sequence[Subject], prompt: Prompt, max_tokens: int = ANSWER) -> list[str]:
     """The model's free answers after the prefill, greedily, to the end of its turn. `Prompt.parse` reads them."""
+    return [text for window in questions(images, prompt) for text in answers(sampler, window, prompt, max_tokens)]
+
+
+def answers(
+    sampler: SamplingClient, asked: Sequence[tinker.ModelInput], prompt: Prompt, max_tokens: int = ANSWER
+) -> list[str]:
+    """The same to questions."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
-    responses: list[types.SampleResponse] = []
-    for window in questions(images, prompt):
-        if isinstance(sampler, BatchSampler):
-            responses += sampler.sample_batch(window, params)
-        else:
-            responses += [future.result() for future in [sampler.sample(each, 1, params) for each in window]]
+    if isinstance(sampler, BatchSampler):
+        responses = sampler.sample_batch(asked, params)
+    else:
+        responses = [future.result() for future in [sampler.sample(each, 1, params) for each in asked]]
     return [prompt.text(response.sequences[0].tokens) for response in responses]
 
 

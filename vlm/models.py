@@ -1,6 +1,6 @@
 """Names of models, and the folder that has a name's files.
 
-A name is one of ours, a size of Qwen3-VL, a folder, or a hub id (ID or ID@REVISION). The hub's files are fetched once,
+A name is one of ours, a short one, a folder, or a hub id (ID or ID@REVISION). The hub's files are fetched once,
 into its own cache (HF_HOME), which alone answers where there is no network. Only files that hold no code are fetched.
 """
 
@@ -17,6 +17,10 @@ from vlm import nano, smollm2
 MODELS = {nano.NAME: nano.folder, smollm2.NAME: smollm2.folder}
 # What Qwen3-VL comes in, smallest first: short names of its instruction-tuned models. ./8B is a folder of that name.
 SIZES = {size: f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "30B-A3B", "235B-A22B")}
+# Qwen3.5 and 3.6, tuned to follow instructions, by their names without the publisher's.
+QWEN35 = ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
+NEWER = [*(f"Qwen3.5-{size}" for size in QWEN35), "Qwen3.6-27B", "Qwen3.6-35B-A3B"]
+SHORT = {**SIZES, **{name: f"Qwen/{name}" for name in NEWER}}  # short name → hub id
 SMALL = ("*.json", "*.jinja", "*.txt")  # configuration, processor, tokenizer, and the list of the weight files
 WEIGHTS = ("*.safetensors",)  # never pickles
 FILES = (*SMALL, *WEIGHTS)
@@ -26,7 +30,7 @@ COMMIT = re.compile(f"@{hub.COMMIT}$")
 
 def full_name(name: str) -> str:
     """What a short name stands for; any other name as it is."""
-    return SIZES.get(name, name)
+    return SHORT.get(name, name)
 
 
 def check(name: str) -> None:
@@ -39,7 +43,7 @@ def check(name: str) -> None:
     if name in MODELS or _is_folder(name) or not (odd or Path(name).exists()):
         return
     others = "a folder with config.json", "a hub id such as Qwen/Qwen3-VL-2B-Instruct"
-    raise UnknownNameError("model", name, [*MODELS, *SIZES, *others])
+    raise UnknownNameError("model", name, [*MODELS, *SHORT, *others])
 
 
 def source(name: str) -> str:

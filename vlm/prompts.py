@@ -14,16 +14,18 @@ from typing import Any
 
 import tinker
 
-from kshot.errors import PromptError
-from vlm import label_trie
+from kshot.errors import PromptError, UnknownNameError
+from vlm import label_trie, templates
 from vlm.inputs import ImageRule, closed_datum, datum, image_chunk, model_input
+from vlm.templates import IMAGE_TOKEN
+from vlm.thinking import ANSWER, Marks, Thought, marks_of, needed, without_thought
 
 QUESTION = "What is the name of the subject in this photo?"
 PREFILL = "The subject in this photo is:"
 IMAGE, TEXT, LABEL = "{image}", "{text}", "{label}"
 BETWEEN = "=>"  # question and answer of a template that is written as one line
-END_OF_TURN = "<|im_end|>"
 SPECIAL = "<|"  # begins most tokens that steer models: for a template, which knows no tokenizer yet
+TRAIN_ON = ("answer", "all")  # where a thought stands before the answer: what the loss is on
 END = "\n"  # closes the answer: "crocodile" must not be read as the beginning of "crocodile head"
 
 
@@ -104,8 +106,8 @@ def special_tokens(tokenizer: Any) -> list[str]:
 class Prompt:
     """One question about an image or a text with a closed list of answers, bound to a tokenizer and an image rule.
 
-    tokenizer: of transformers. Where it knows ChatML's tokens, as those of Qwen and SmolLM2 do, question and answer are
-    turns of a chat; else they are lines of one text. rule: None for a template with {text}.
+    tokenizer: of transformers. Where it has a chat template, or knows ChatML's tokens, question and answer are turns of
+    a chat (see `templates.chosen`); else they are lines of one text. rule: None for a template with {text}.
     classes: the answers, label → text, each a single line; duplicates raise PromptError.
     """
 
@@ -132,17 +134,54 @@ class Prompt:
         *before, last = self._asked(subject)
         return model_input(*before, [*last, *self._prefill])
 
+    def thinking(self, subject: bytes | str) -> tinker.ModelInput:
+        """The prompt up to the place where a thought begins. Raises as `question`, and PromptError for a chat template
+        without a thinking mode."""
+        needed(self.marks)
+        return model_input(*self._asked(subject, thinking=True))
+
+    def after(self, asked: tinker.ModelInput, thought: Thought) -> tinker.ModelInput:
+        """The prompt `asked` of `thinking` with this thought, which is closed by force where it is not finished, up to
+        and with the prefill."""
+        return model_input(*asked.chunks, [*self._closed(thought), *self._prefill_after_thought])
+
+    def read_thought(self, sampled: Sequence[int]) -> Thought:
+        """What was sampled after a prompt of `thinking`."""
+        return Thought.read(self.tokenizer, sampled, needed(self.marks), self.stops)
+
+    def thought(self, text: str) -> Thought:
+        """A thought in words, for training."""
+        tokens = self._encode_after(END, text)
+        return Thought(tokens, True, len(tokens))
+
     def without_image(self) -> tinker.ModelInput:
         """The same question with no image, or text, in it: what the model would answer blindly."""
         return model_input(self._user_turn(self.template.question.replace(self.template.slot, "")), self._prefill)
 
-    def datum(self, subject: bytes | str, label: int) -> tinker.Datum:
-        """The training example: the assistant's whole turn is the target, as in the recipe."""
-        return datum(model_input(*self._asked(subject)), self._answers[label])
+    def datum(
+        self, subject: bytes | str, label: int, thought: Thought | None = None, train_on: str = TRAIN_ON[0]
+    ) -> tinker.Datum:
+        """The training example: the assistant's whole turn is the target, as in the recipe. thought: what stands before
+        the answer; train_on: whether it is a part of the target ("all") or of what is given ("answer")."""
+        if train_on not in TRAIN_ON:
+            raise UnknownNameError("train_on", train_on, TRAIN_ON)
+        if thought is None:
+            return datum(model_input(*self._asked(subject)), [*self._prefill, *self._ending[label]])
+        asked, before = self.thinking(subject), self._closed(thought)
+        answer = [*self._prefill_after_thought, *self._ending[label]]
+        if train_on == "all":
+            return datum(asked, [*before, *answer])
+        return datum(model_input(*asked.chunks, before), answer)
 
-    def closed_datum(self, subject: bytes | str, label: int) -> tinker.Datum:
-        """The training example for the loss "closed_set": the choice among the class names alone, token by token."""
-        return closed_datum(self.question(subject), self.choices[label], self._branches[label])
+    def closed_datum(
+        self, subject: bytes | str, label: int, thought: Thought | None = None, train_on: str = TRAIN_ON[0]
+    ) -> tinker.Datum:
+        """The training example for the loss "closed_set": the choice among the class names alone, token by token.
+        Raises PromptError for another `train_on` than "answer"."""
+        if train_on != TRAIN_ON[0]:
+            raise PromptError(f"a choice among class names learns no thought; train_on must be {TRAIN_ON[0]}")
+        asked = self.question(subject) if thought is None else self.after(self.thinking(subject), thought)
+        return closed_datum(asked, self.choices[label], self._branches[label])
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
@@ -155,25 +194,32 @@ class Prompt:
         return label_trie.branches(self.choices)
 
     @cached_property
-    def _answers(self) -> tuple[list[int], ...]:
-        """label → the assistant's whole turn."""
-        return tuple([*self._prefill, *choice, *self.stops] for choice in self.choices)
+    def _ending(self) -> tuple[list[int], ...]:
+        """label → the class name and the end of the turn."""
+        return tuple([*choice, *self.stops] for choice in self.choices)
 
     @cached_property
     def stops(self) -> list[int]:
         """The token that ends an answer: that of the turn, or of a text."""
-        return self._encode(self._end)
+        return self._encode(self.end)
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """How the model writes thoughts; None where its chat template has no thinking mode."""
+        return marks_of(self.tokenizer, self._chat)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens write: what stands before the end of the turn."""
-        return str(self.tokenizer.decode(list(tokens))).split(self._end, 1)[0].strip()
+        return str(self.tokenizer.decode(list(tokens))).split(self.end, 1)[0].strip()
 
     def parse(self, answer: str) -> int:
         """The label whose class name the answer is, or -1 where it is none.
 
         The recipe's rule: what follows the last colon, in lower case, equals the class name. Besides, an answer may be
-        a class name that holds a colon; and names that differ in case alone are told apart by it.
+        a class name that holds a colon; and names that differ in case alone are told apart by it. A thought before an
+        answer is no part of it.
         """
+        answer = without_thought(answer, self.marks)
         whole = answer.strip().removeprefix(self.template.prefill).strip()
         for read in (whole, answer.rpartition(":")[2].strip()):
             name = read.removesuffix(self.template.tail).strip()
@@ -200,23 +246,41 @@ class Prompt:
     def _special(self) -> list[str]:
         return special_tokens(self.tokenizer)
 
-    def _asked(self, subject: bytes | str) -> list[Any]:
-        """The user's turn, in parts; the last of them are tokens."""
+    def _asked(self, subject: bytes | str, *, thinking: bool = False) -> list[Any]:
+        """The user's turn and the beginning of the assistant's, in parts; the last of them are tokens."""
         if self.template.slot == TEXT:
             if not isinstance(subject, str):
                 raise PromptError(f"the question {self.template.question!r} is about a text, and got an image")
             self._check(f"the text {subject!r:.60}", subject)
-            return [self._user_turn(self.template.question.replace(TEXT, subject))]
+            return [self._user_turn(self.template.question.replace(TEXT, subject), thinking=thinking)]
         if isinstance(subject, str) or self.rule is None:
             raise PromptError(f"the question {self.template.question!r} is about an image; give {TEXT} for a text")
-        before, after = self._around
+        before, after = self._around_thinking if thinking else self._around
         return [before, image_chunk(subject, self.rule), after]
 
-    def _user_turn(self, question: str) -> list[int]:
+    def _user_turn(self, question: str, *, thinking: bool = False) -> list[int]:
         question = question.strip()
-        if self._chats:
-            return self._encode(f"{_USER}{question}{_ASSISTANT}")
+        if self._chat is not None:
+            return self._encode(self._turns(question, thinking=thinking))
         return list(self.tokenizer.encode(f"{question}{END}"))  # with what it begins texts with
+
+    def _turns(self, content: Any, *, thinking: bool) -> str:
+        """The user's turn, and the assistant's up to the thought, or without one up to the answer."""
+        marks, message = self.marks, {"role": "user", "content": content}
+        variables = None if marks is None else marks.on if thinking else marks.off
+        try:
+            text = templates.written(self.tokenizer, [message], None, self._chat, variables, begin_answer=True)
+        except ValueError as error:
+            raise PromptError(f"the model's chat template cannot write the question: {error}") from error
+        if marks is None:
+            return text
+        return marks.thinking(text) if thinking else marks.answering(text)
+
+    def _closed(self, thought: Thought) -> list[int]:
+        """The tokens of a thought, and of what stands between it and the answer."""
+        marks = needed(self.marks)
+        closing = marks.closing if thought.rest is None else f"{thought.rest}{marks.end}{marks.after}"
+        return [*thought.tokens, *self._encode_after("a", closing)]  # after a letter as after any word
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -233,24 +297,48 @@ class Prompt:
         return apart
 
     @cached_property
-    def _chats(self) -> bool:
-        """Whether the tokenizer knows ChatML's turns."""
-        return len(self._encode(END_OF_TURN)) == 1
+    def _chat(self) -> str | None:
+        """The chat template; None where a prompt is one plain text."""
+        return templates.chosen(self.tokenizer, takes_images=self.template.slot == IMAGE)
 
-    @property
-    def _end(self) -> str:
-        if not self._chats and self.tokenizer.eos_token is None:
+    @cached_property
+    def end(self) -> str:
+        """What ends the assistant's turn, as the template writes it, if that is one token; else what ends texts."""
+        if self._chat is not None:
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+            end = templates.probed(self.tokenizer, self._chat, turns).rpartition(ANSWER)[2].strip()
+            if end and len(self._encode(end)) == 1:
+                return end
+        if self.tokenizer.eos_token is None:
             raise PromptError("the tokenizer has neither chat turns nor a token that ends a text")
-        return END_OF_TURN if self._chats else str(self.tokenizer.eos_token)
+        return str(self.tokenizer.eos_token)
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        before, after = self.template.question.split(IMAGE)
-        return self._encode(f"{_USER}{before}<|vision_start|>"), self._encode(f"<|vision_end|>{after}{_ASSISTANT}")
+        return self._around_image(thinking=False)
+
+    @cached_property
+    def _around_thinking(self) -> tuple[list[int], list[int]]:
+        return self._around_image(thinking=True)
+
+    def _around_image(self, *, thinking: bool) -> tuple[list[int], list[int]]:
+        """The tokens before and after the image."""
+        if self._chat is None:
+            raise PromptError("the model has no chat template that writes images; give a Qwen3-VL")
+        before, after = (
+            [{"type": "text", "text": text}] if text else [] for text in self.template.question.split(IMAGE)
+        )
+        text = self._turns([*before, {"type": "image"}, *after], thinking=thinking)
+        if text.count(IMAGE_TOKEN) != 1:
+            raise PromptError(f"the model's chat template has {text.count(IMAGE_TOKEN)} places for one image")
+        first, last = text.split(IMAGE_TOKEN)
+        return self._encode(first), self._encode(last)
 
     @cached_property
     def _prefill(self) -> Sequence[int]:
-        return self._encode_after(END, self.template.prefill)
+        before = END if self._chat is None else self._turns("a", thinking=False)[-1:]
+        return self._encode_after(before, self.template.prefill)
 
-
-_USER, _ASSISTANT = "<|im_start|>user\n", f"{END_OF_TURN}\n<|im_start|>assistant\n"
+    @cached_property
+    def _prefill_after_thought(self) -> Sequence[int]:
+        return self._encode_after(needed(self.marks).closing[-1:], self.template.prefill)

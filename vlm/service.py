@@ -4,6 +4,7 @@ Names, arguments and futures are those of the official SDK (`tinker`, Apache-2.0
 official client itself; "local" runs the engine in this process. The engine is imported only when it is used.
 """
 
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -160,11 +161,19 @@ def feature_disk_bytes(*, kept: bool = False) -> int:
 
 
 def adapter_parameters(model: Any, rank: int) -> int:
-    """Numbers of a LoRA adapter on attention, MLP and head of a stock model of transformers; it may be on the meta
-    device. Raises ModelError for a model without such layers."""
-    from vlm.local.model.lora import Layout, LoraSpec
+    """Numbers of a LoRA adapter on attention (linear attention too), MLP (experts and shared ones, never the router)
+    and head of a stock model of transformers; it may be on the meta device."""
+    from torch import nn
 
-    return sum(Layout(model, LoraSpec(rank)).sizes.values())
+    layers, count = re.compile(r".*\.layers\.\d+\."), 0
+    for name, module in model.named_modules():
+        if name != "lm_head" and (not layers.match(name) or name.endswith("gate")):
+            continue
+        if isinstance(module, nn.Linear):
+            count += module.in_features + module.out_features
+        elif name.endswith(".experts"):
+            count += sum(each.shape[0] * (each.shape[1] + each.shape[2]) for each in module.parameters(recurse=False))
+    return count * rank
 
 
 def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> "Proof":

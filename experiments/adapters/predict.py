@@ -225,11 +225,13 @@ def classifier(
     method: str | None = None,
     *,
     greedy: bool = False,
+    thinking: Mapping[str, Any] | None = None,
 ) -> Iterator[Classifier]:
     """A classifier, loaded once. adapter: a folder of an adapter or of a head on DINOv2, or None for a model as it is,
     with classes. model, classes, prompt (a preset or a template) and max_side (pixels of an image's longest side) are
     None for what the folder records. method: a row of METHODS, of the VLM's scores; None: the first. greedy: whether
-    predictions have theirs; a head has none.
+    predictions have theirs; a head has none, nor has a model that thinks. thinking: of `vlm.thoughts.Thinking` what is
+    given; None where nothing is; an adapter that learnt with thoughts thinks as it did, unless told otherwise.
 
     Raises UnknownNameError, InputError, ModelError or PromptError for what does not fit together or cannot be loaded,
     before a weight is read where that can be known.
@@ -247,9 +249,14 @@ def classifier(
         raise InputError(f"there is one class, {names[0]!r}; a choice needs two or more")
     side = max_side or (card.max_side if card else Settings().max_side)
     if adapter and card and card.kind == HEAD:
-        yield _head(adapter, card, model, names, side, device, {"--prompt": prompt, "--method": method})
+        unused = {"--prompt": prompt, "--method": method, "--thinking": (thinking or {}).get("tokens")}
+        yield _head(adapter, card, model, names, side, device, unused)
         return
-    with _vlm(adapter, card, model, names, prompt, side, device, method or METHODS[0], greedy) as loaded:
+    learnt = card.trained.get("settings", {}).get("thinking", 0) if card else 0
+    thought = {"tokens": learnt, **(thinking or {})}
+    if not thought["tokens"] and len(thought) > 1:
+        raise InputError("thoughts need --thinking N, the tokens that one may have at most; give it too")
+    with _vlm(adapter, card, model, names, prompt, side, device, method or METHODS[0], greedy, thought) as loaded:
         yield loaded
 
 
@@ -260,7 +267,7 @@ def _head(
     names: tuple[str, ...],
     max_side: int,
     device: str,
-    unused: Mapping[str, str | None],
+    unused: Mapping[str, Any],
 ) -> Classifier:
     """The classifier of a head on DINOv2. names: other words for its classes."""
     for option, value in unused.items():
@@ -307,12 +314,15 @@ def _vlm(
     device: str,
     method: str,
     greedy: bool,
+    thought: Mapping[str, Any],
 ) -> Iterator[Classifier]:
     from vlm.classifier import predict, predict_and_decode
     from vlm.inputs import ImageRule
     from vlm.label_trie import check
     from vlm.prompts import Prompt, template
     from vlm.service import connect
+    from vlm.thinking import needed
+    from vlm.thoughts import Thinking, consider, posteriors
 
     wording = template(prompt or (card.prompt if card else Settings().prompt))
     service: Any = connect("local", device=device, cache_bytes=CACHE_BYTES)
@@ -324,6 +334,14 @@ def _vlm(
         rule = ImageRule.from_pretrained(sampler.get_base_model())
         loaded = Prompt(sampler.get_tokenizer(), rule, names, wording)
         check(loaded.choices)
+        seen = 0
+
+        def think(images: Sequence[bytes]) -> Scores:
+            nonlocal seen
+            windows = consider(sampler, images, loaded, Thinking(**thought), seen)
+            scores = [posteriors(sampler, window, loaded, method) for window in windows]
+            seen += len(images)
+            return np.concatenate(scores).astype(np.float64), [None] * len(images)
 
         def score(images: Sequence[bytes]) -> Scores:
             labels: Sequence[int | None] = [None] * len(images)
@@ -334,7 +352,9 @@ def _vlm(
                 scores = predict(sampler, images, loaded, method)
             return scores.astype(np.float64), labels
 
-        yield Classifier(loaded.classes, max_side, score, loaded.question)
+        if thought["tokens"]:
+            needed(loaded.marks)  # before an image is read
+        yield Classifier(loaded.classes, max_side, think if thought["tokens"] else score, loaded.question)
     finally:
         service.close()
 

@@ -25,7 +25,7 @@ from kshot.files import remove_stale
 
 DEFAULT = "vlm-lora"
 # settings that methods read for their tests alone: no training depends on them
-TEST_SETTINGS = ("limit_test", "shuffle_test", "calibration", "answer_tokens")
+TEST_SETTINGS = ("limit_test", "shuffle_test", "calibration", "answer_tokens", "thoughts")
 
 
 @dataclass(frozen=True)

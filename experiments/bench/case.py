@@ -23,7 +23,8 @@ from kshot.hub import one_line
 from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.models import source
-from vlm.prompts import END_OF_TURN, PREFILL, QUESTION, Prompt
+from vlm.prompts import PREFILL, QUESTION, Prompt
+from vlm.templates import END_OF_TURN
 
 RANK = 32
 BETAS, EPS = (0.9, 0.95), 1e-8

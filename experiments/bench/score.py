@@ -39,9 +39,10 @@ from vlm.classifier import ANSWER, fit
 from vlm.embedding import embed
 from vlm.inputs import closed_datum
 from vlm.models import source
-from vlm.prompts import END_OF_TURN, PREFILL
+from vlm.prompts import PREFILL
 from vlm.scoring import score_choices
 from vlm.service import connect
+from vlm.templates import END_OF_TURN
 
 FULL = Plan(classes=16, shots=4, batch=8, epochs=40, rounds=7, few=4, labels=200)
 QUICK = Plan(classes=8, shots=2, batch=4, epochs=40, rounds=3, few=1, labels=10)

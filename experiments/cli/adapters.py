@@ -50,6 +50,8 @@ def train(
     ] = None,
     prompt: opt.Prompt = None,
     loss: opt.Loss = None,
+    thinking: opt.Thinking = None,
+    train_on: opt.TrainOn = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu (usual), cuda or cuda:N.")] = None,
     allow_fewer: opt.Fewer = False,
     access: "Access | None" = None,
@@ -73,7 +75,14 @@ def train(
     check_target(output, force=force)
     check_push(push_to_hub, yes, public)
     dinov2 = {"backbone": backbone, "readout": readout, "image_size": image_size}
-    options = {"model": model, **dinov2, "prompt": prompt, "loss": loss, "allow_fewer": allow_fewer or None}
+    options: dict[str, Any] = {
+        "model": model,
+        **dinov2,
+        "prompt": prompt,
+        "loss": loss,
+        "allow_fewer": allow_fewer or None,
+    }
+    options |= {"thinking": thinking, "train_on": train_on}
     values = opt.settings_of(options, settings)
     chosen = choose([dataset], [method], values.get("model"), values.get("backbone"), device or "")
     values |= chosen.settings
@@ -182,6 +191,10 @@ def predict(
     class_file: ClassFile = None,
     method: Method = None,
     prompt: opt.Prompt = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Of thoughts; usually 1.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Draws thoughts; usually 0.")] = None,
     top: Annotated[
         int, typer.Option("--top", min=1, metavar="N", help="Classes to show; with --json under the key topN.")
     ] = 5,
@@ -196,9 +209,12 @@ def predict(
     from experiments.adapters.predict import classifier, pictures
 
     names, requested = _class_names(classes, class_file), pictures(images, lambda: sys.stdin.buffer)
+    given = {"tokens": thinking, "thoughts": thoughts, "temperature": temperature, "seed": seed}
+    thought = {name: value for name, value in given.items() if value is not None}
+    fitted = adapter, model, names, prompt, max_side, device, method
     try:
         with (
-            classifier(adapter, model, names, prompt, max_side, device, method, greedy=as_json) as loaded,
+            classifier(*fitted, greedy=as_json, thinking=thought) as loaded,
             closing(loaded.predict(requested)) as windows,
         ):
             failed = _answer(windows, loaded.classes, top, as_json=as_json)

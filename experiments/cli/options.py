@@ -57,6 +57,16 @@ Starts = Annotated[
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Of the VLM's scores: none, contextual, pmi or validated.")
 ]
+Thinking = Annotated[
+    int | None,
+    typer.Option("--thinking", min=0, metavar="N", help="Let the VLM think before it answers, for N tokens at most."),
+]
+Thoughts = Annotated[
+    int | None, typer.Option("--thoughts", min=1, metavar="M", help="About an image; probabilities are their mean.")
+]
+TrainOn = Annotated[
+    str | None, typer.Option("--train-on", help="With --thinking: the answer alone, or all: the thought too.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat. hflip=0: mirror no image."),

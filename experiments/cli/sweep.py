@@ -65,6 +65,9 @@ def sweep(
     loss_power: opt.LossPowers = None,
     start: opt.Starts = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
+    train_on: opt.TrainOn = None,
     service: opt.Service = "local",
     device: Annotated[
         str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
@@ -91,7 +94,8 @@ def sweep(
         "most_shots": opt.caps(most_shots),
     }
     fields = {"datasets": dataset, "methods": method, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "allow_fewer": allow_fewer or None}
+    values |= {"thinking": thinking, "thoughts": thoughts, "train_on": train_on}
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     compared |= {"loss": loss, "loss_power": loss_power, "start": start}
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
@@ -109,6 +113,8 @@ def zero_shot(
     model: opt.Model = None,
     prompt: opt.Prompts = None,
     calibration: opt.Calibration = None,
+    thinking: opt.Thinking = None,
+    thoughts: opt.Thoughts = None,
     service: opt.Service = "local",
     device: opt.Device = "cpu",
     limit_test: opt.LimitTest = None,
@@ -119,7 +125,8 @@ def zero_shot(
     """Accuracy of the model as it is, without any labelled example: a sweep of vlm-zero-shot alone."""
     grid = {"methods": ["vlm-zero-shot"], "shots": [1], "seeds": [0]}  # shots and seeds: this method has none
     fields = {"datasets": dataset, "prompts": prompt, **grid}
-    values = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values: dict[str, Any] = {"model": model, "limit_test": limit_test, "calibration": calibration}
+    values |= {"thinking": thinking, "thoughts": thoughts}
     content = _sweep_of("demo", fields, _settings(values, settings, fields))
     folder = output or Path("runs") / f"zero-shot-{content.name}"
     run(content, folder, service=service, device=device, access=access)

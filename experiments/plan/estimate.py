@@ -83,6 +83,8 @@ def _unmeasured(workload: Workload, needed: Requirements) -> str:
         return "nothing is left to compute"
     if workload.service != "local":
         return f"the time of the service {workload.service} is not measured: its use may cost"
+    if any(cell.spec.uses_vlm and cell.settings.thinking for cell in workload.cells):
+        return "not measured with --thinking: how long the model thinks is not known before"
     if needed.memory.free is None:
         where = needed.memory.location.removeprefix("the memory of ")
         return f"not known for {where} here: --plan measures it on a machine that has it"

@@ -39,6 +39,7 @@ PASS = "a training or scoring pass"  # noqa: S105 - not a password
 SLACK = 1.1  # more than what is kept: what an allocator holds on to, and the gradients under way; see the tests
 ADAM = 16  # bytes of a trained number: itself, its gradient and two moments, in float32
 SNAPSHOT = 4  # bytes of it in the snapshot that is sampled from
+ATTENTION, CHUNK = "full_attention", 64  # of layers, in transformers' words; of its code for Gated DeltaNet
 ACTIVATIONS = 17  # vectors that a block of a vision transformer keeps of each token for its gradient
 
 
@@ -123,7 +124,7 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") 
             yield "adapter and optimizer", model.adapter_bytes(trained[0].rank)
             positions = min(trained[0].batch_size * longest, max(training, longest))
             yield PASS, model.training_bytes(positions, ANSWER * positions // longest)
-        yield PASS, model.scoring_bytes(min(scoring, prompts * longest))
+        yield PASS, model.scoring_bytes(min(scoring, prompts * longest), prompts)
         if device is None:
             continue
         images = {source: each.train_views + each.test for source, each in image_counts(cells, workload).items()}
@@ -166,18 +167,24 @@ def _images_of_a_pass(cell: CellSpec, workload: Workload) -> tuple[int, float, f
 
 @dataclass(frozen=True)
 class VlmSize:
-    """A Qwen3-VL. weights, adapter: numbers; of LoRA on attention, MLP and head, of rank 1. item: bytes of a weight.
-    features: of its images. text: the configuration of its text model."""
+    """A Qwen3-VL or Qwen3.5. weights, adapter: numbers; of LoRA on attention, MLP and head, of rank 1. item: bytes of a
+    weight. features: of its images. text: the configuration of its text model. unused: numbers that are in its files
+    alone, of the layers that predict more than one token ahead."""
 
     weights: int
     adapter: int
     item: int
     features: ImageFeatures
     text: Any
+    unused: int = 0
 
     @property
     def weight_bytes(self) -> int:
         return self.weights * self.item
+
+    @property
+    def file_bytes(self) -> int:
+        return (self.weights + self.unused) * self.item
 
     def adapter_bytes(self, rank: int) -> int:
         """Of a run in training with its snapshot; both have a copy in the model's type where that is no float32, and
@@ -185,16 +192,38 @@ class VlmSize:
         return rank * self.adapter * (ADAM + SNAPSHOT + (3 * self.item if self.item < 4 else 0))
 
     def training_bytes(self, positions: int, labelled: int) -> int:
-        """Of a training pass: at each position and layer the inputs of every product and norm; at each labelled
-        position the logits and their gradient, in float32."""
-        t, (q, kv) = self.text, self._widths
-        layer = 4 * t.hidden_size + 2 * (q + 2 * kv) + 2 * q + self._mlp
-        return int(SLACK * (positions * t.num_hidden_layers * layer * self.item + 3 * labelled * t.vocab_size * 4))
+        """Of a training pass: what each layer keeps at each position; at each labelled position the logits and their
+        gradient, in float32."""
+        layers = sum(map(self._layer, self._mixers))
+        return int(SLACK * (positions * layers + 3 * labelled * self.text.vocab_size * 4))
 
-    def scoring_bytes(self, positions: int) -> int:
-        """Of a pass without a gradient: one layer, and all keys and values."""
+    def scoring_bytes(self, positions: int, prompts: int) -> int:
+        """Of a pass without a gradient: one layer, all keys and values, and the states of linear attention."""
         t, (q, kv) = self.text, self._widths
-        return positions * (4 * t.hidden_size + 4 * q + self._mlp + 2 * t.num_hidden_layers * kv) * self.item
+        attending = self._mixers.count(ATTENTION)
+        pass_ = positions * (4 * t.hidden_size + 4 * q + self._mlp + 2 * attending * kv) * self.item
+        if attending == t.num_hidden_layers:
+            return pass_
+        state = t.linear_num_value_heads * t.linear_key_head_dim * t.linear_value_head_dim * 4
+        return pass_ + prompts * (t.num_hidden_layers - attending) * state
+
+    @property
+    def _mixers(self) -> list[str]:
+        """What each layer mixes positions by."""
+        return list(getattr(self.text, "layer_types", None) or [ATTENTION] * self.text.num_hidden_layers)
+
+    def _layer(self, mixer: str) -> int:
+        """Bytes that a layer keeps at a position: the inputs of every product and norm. Of a linear attention also what
+        transformers' own code of it keeps, in float32, in chunks of CHUNK positions; its factors are measured."""
+        t, (q, kv) = self.text, self._widths
+        around = 4 * t.hidden_size + self._mlp
+        if mixer == ATTENTION:
+            gate = 3 * q if t.model_type.startswith("qwen3_5") else 0
+            return int((around + 2 * (q + 2 * kv) + 2 * q + gate) * self.item)
+        heads, values = t.linear_num_value_heads, t.linear_num_value_heads * t.linear_value_head_dim
+        keys = t.linear_num_key_heads * t.linear_key_head_dim
+        recurrent = 11 * heads * t.linear_key_head_dim + 5 * heads * CHUNK
+        return int((around + 5.5 * keys + 11.5 * values) * self.item) + 4 * recurrent
 
     @property
     def _widths(self) -> tuple[int, int]:
@@ -205,11 +234,14 @@ class VlmSize:
         """Numbers that the MLP keeps at a position, of the experts that it goes through."""
         if not getattr(self.text, "num_experts", 0):
             return 3 * int(self.text.intermediate_size)
-        return int(self.text.num_experts_per_tok * (3 * self.text.moe_intermediate_size + 2 * self.text.hidden_size))
+        shared = 3 * int(getattr(self.text, "shared_expert_intermediate_size", 0) or 0)
+        expert = 3 * self.text.moe_intermediate_size + 2 * self.text.hidden_size
+        return int(self.text.num_experts_per_tok * expert) + shared
 
 
 def vlm_size(name: str, *, on_cpu: bool = False) -> VlmSize | None:
-    """The size of a Qwen3-VL that is here, on the hub or published; None for other models. on_cpu: see `item_bytes`."""
+    """The size of a Qwen3-VL or Qwen3.5 that is here, on the hub or published; None for other models. on_cpu: see
+    `item_bytes`."""
     config = model_config(name)
     features = image_features(config, on_cpu=on_cpu)
     if config is None or features is None:
@@ -232,7 +264,14 @@ def _counted(config_json: str, item: int, features: ImageFeatures) -> VlmSize:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     adapter = service.adapter_parameters(model, rank=1)
-    return VlmSize(parameters(model), adapter, item, features, config.text_config)
+    return VlmSize(parameters(model), adapter, item, features, config.text_config, _ahead(model, config.text_config))
+
+
+def _ahead(model: Any, text: Any) -> int:
+    """Numbers of the layers that predict tokens further ahead (MTP), which transformers leaves out: an attention layer
+    each, a product of two hidden states to one, and three norms."""
+    count, width = getattr(text, "mtp_num_hidden_layers", 0), text.hidden_size
+    return (count * parameters(model.model.language_model.layers[-1]) + 2 * width**2 + 3 * width) if count else 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +286,10 @@ class VitSize:
     @property
     def weight_bytes(self) -> int:
         return 4 * self.weights
+
+    @property
+    def file_bytes(self) -> int:
+        return self.weight_bytes
 
     def adapter_bytes(self, rank: int, classes: int) -> int:
         """LoRA on every linear layer of its blocks and a linear head, in training, with its snapshot."""

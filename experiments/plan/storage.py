@@ -52,7 +52,7 @@ def _model(
 ) -> Download | None:
     if hub.is_cached(hub_id, revision, patterns):
         return None
-    return _download(name, hub.size_of(hub_id, revision, patterns), size.weight_bytes if size else None)
+    return _download(name, hub.size_of(hub_id, revision, patterns), size.file_bytes if size else None)
 
 
 def _dataset(source: str) -> Download:

@@ -99,6 +99,7 @@ def _dataset(
     yield from _section("Published elsewhere", published_table(dataset))
     yield from _section("Examples needed", comparisons.efficiency_table(cells, dataset))
     yield from _section("Answers in text", tables.text_table(cells, dataset))
+    yield from _section("Thoughts", tables.thoughts_table(cells, dataset))
     yield from _section("All metrics", tables.metrics_table(cells, dataset))
     yield from _section("Paired differences", *comparisons.difference_tables(folder, cells, dataset))
     if classes := sweep.get("classes", {}).get(dataset):

@@ -13,7 +13,7 @@ from experiments.report.document import Best, Table
 from experiments.sweep.config import MODELS, capped
 from experiments.sweep.intervals import Score
 from experiments.sweep.methods import METHODS
-from experiments.sweep.metrics import scores, seeds_of
+from experiments.sweep.metrics import SHARES, scores, seeds_of
 from experiments.sweep.provenance import name
 from experiments.sweep.series import by_series, from_zero, method_of, ordered, style, zero_shot_of
 
@@ -40,6 +40,13 @@ METRICS = {
     "nll": Metric("NLL, nats", 1, 2, False),
     "ece": Metric("ECE %", 100, 1, False),
     "unparseable": Metric("unparseable %", 100, 1, False),
+}
+THOUGHT_METRICS = {
+    "accuracy": Metric("with %", 100, 1, True),
+    "accuracy_without_thought": Metric("without %", 100, 1, True),
+    "thoughts_closed": Metric("closed %", 100, 1, True),
+    "thoughts_unfinished": Metric("unfinished %", 100, 1, False),
+    "thought_tokens": Metric("tokens", 1, 1, False),
 }
 TEXT_METRICS = ("accuracy_constrained", "accuracy_strict", "unparseable")  # of answers in text
 PHASES = ("fit", "predict", "answer")
@@ -101,6 +108,33 @@ def text_table(cells: Sequence[Record], dataset: str) -> Table | None:
     )
     caption += _untuned(measured["accuracy_constrained"])
     return Table(caption, ("method", "k", *(METRICS[metric].header for metric in TEXT_METRICS)), tuple(rows))
+
+
+def thoughts_table(cells: Sequence[Record], dataset: str) -> Table | None:
+    """Of methods that thought before they answered: accuracy with and without, and how thoughts ended, at every shots;
+    None where there is none."""
+    measured = {metric: scores(cells, dataset, metric) for metric in THOUGHT_METRICS}
+    without = measured["accuracy_without_thought"]
+
+    def field(metric: str, series: str, k: int) -> str:
+        score, shown = measured[metric].get(series, {}).get(k), THOUGHT_METRICS[metric]
+        return percent(score) if metric in SHARES else _number(score, shown)
+
+    rows = [
+        (style(series).title, str(k), *(field(metric, series, k) for metric in THOUGHT_METRICS))
+        for series in ordered(without)
+        for k in sorted(without[series])
+    ]
+    if not rows:
+        return None
+    limits = {cell["settings"]["thinking"] for cell in cells if "thinking" in cell["settings"]}
+    most = " or ".join(map(str, sorted(limits)))
+    caption = (
+        f"Thoughts of at most {most} tokens before the answer, by labelled examples per class (k): accuracy with and "
+        "without them, the share that the model itself ended and the share that ran out and was closed by force, and "
+        "their mean length. The classes are scored exactly after each thought, and an image's thoughts are averaged."
+    )
+    return Table(caption, ("method", "k", *(shown.header for shown in THOUGHT_METRICS.values())), tuple(rows))
 
 
 def metrics_table(cells: Sequence[Record], dataset: str) -> Table:

@@ -85,7 +85,8 @@ def service_kind(service: str) -> str:
 
 def predictions(test: Sequence[Example], outcome: "Outcome") -> "pa.Table":
     """One row a test image: key, label, prediction, the five best classes, log-probabilities and free answers. Ties
-    between scores go to the lower class index."""
+    between scores go to the lower class index. Where it was thought before, also the tokens of a thought, the share of
+    closed ones, and the prediction without."""
     import pyarrow as pa
 
     scores = outcome.scores
@@ -107,5 +108,9 @@ def predictions(test: Sequence[Example], outcome: "Outcome") -> "pa.Table":
     if outcome.answers is not None:
         columns["answer"] = ([text for text, _ in outcome.answers], pa.string())
         columns["answer_label"] = ([label for _, label in outcome.answers], pa.int32())
+    if outcome.thoughts is not None:
+        columns["thought_tokens"] = (outcome.thoughts.tokens, pa.float32())
+        columns["thoughts_closed"] = (outcome.thoughts.closed, pa.float32())
+        columns["prediction_without_thought"] = (outcome.thoughts.without, pa.int32())
     arrays = {n: pa.nulls(len(labels), t) if v is None else pa.array(v, t) for n, (v, t) in columns.items()}
     return pa.table(arrays)

@@ -85,6 +85,11 @@ class Settings(BaseModel):
     temperature: PositiveFloat = 1.0  # of this sampling
     policy_loss: Literal["importance_sampling", "ppo"] = "importance_sampling"  # of the API, of vlm-rl
     kl: Annotated[float, Field(ge=0)] = 0.0  # reward that a nat away from the base model costs, a token
+    thinking: Annotated[int, Field(ge=0)] = 0  # tokens of a thought before the answer, at most; 0: no thought
+    thoughts: PositiveInt = 1  # about a test image
+    thinking_temperature: Annotated[float, Field(ge=0)] = 1.0
+    thinking_seed: Seed = 0
+    train_on: Literal["answer", "all"] = "answer"  # what the loss is on, where there is a thought
 
     def steps(self, classes: int) -> int:
         """Optimizer steps of constant compute: `views_per_class` views of each class whatever the shots."""
@@ -115,8 +120,10 @@ class Compare(BaseModel):
 
 
 COMPARED = tuple(Compare.model_fields)
+# Settings of models that think: results state them only where they are not the usual ones.
+THINKING = ("thinking", "thoughts", "thinking_temperature", "thinking_seed", "train_on")
 # Settings that came later than results: at their defaults they are no part of a cell's key.
-LATER = ("loss_power", "start", "group_size", "temperature", "policy_loss", "kl")
+LATER = ("loss_power", "start", "group_size", "temperature", "policy_loss", "kl", *THINKING)
 
 
 def idle(read: Collection[str], values: Mapping[str, Any]) -> set[str]:

@@ -18,7 +18,7 @@ from data.check import refuse_broken
 from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
-from experiments.sweep.config import LATER, MODELS, RunOptions, Settings, Sweep, commits_of
+from experiments.sweep.config import LATER, MODELS, THINKING, RunOptions, Settings, Sweep, commits_of
 from experiments.sweep.methods import METHODS, check_left_out
 from experiments.sweep.provenance import local_model, notes, recorded, relevant
 from experiments.sweep.run import few_shot, validation, work
@@ -26,7 +26,16 @@ from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker
 from experiments.sweep.workers import EXECUTORS, Failure
 from experiments.sweep.workload import adapt, encoding_parts, encoding_schedule, of_jobs
-from kshot.errors import DatasetError, InputError, KshotError, ModelError, TooFewImagesError, UnknownNameError, listed
+from kshot.errors import (
+    DatasetError,
+    InputError,
+    KshotError,
+    ModelError,
+    PromptError,
+    TooFewImagesError,
+    UnknownNameError,
+    listed,
+)
 from vlm import models, nano
 
 FEW = 50  # test images, below which a report says so
@@ -336,6 +345,8 @@ def _check_settings(sweep: Sweep, service: str) -> None:
             template(text)
     if "loss" in used:
         _check_losses({settings.loss for settings in sweep.variants}, sweep, service)
+    if "thinking" in used:
+        _check_thinking(sweep, service)
     calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
     if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
         choice = "calibration validated chooses on labelled images, and zero-shot has none"
@@ -348,6 +359,32 @@ def _check_losses(losses: set[str], sweep: Sweep, service: str) -> None:
     powers = {settings.loss_power for settings in sweep.variants} - {0}
     if powers and losses == {"text"}:
         raise InputError(f"loss_power {min(powers)} is of the loss closed-set, and the sweep has text; give both")
+
+
+def _check_thinking(sweep: Sweep, service: str) -> None:
+    """Raise InputError for settings of thoughts that do not fit together, or not the model."""
+    s = sweep.settings
+    if not s.thinking:
+        others = (name for name in THINKING if getattr(s, name) != Settings.model_fields[name].default)
+        if lone := next(others, None):
+            raise InputError(f"{lone} = {getattr(s, lone)} is for models that think; give --thinking N too")
+        return
+    tuned = [name for name in sweep.methods if {"prompt", "learning_rate"} <= {*METHODS[name].settings}]
+    if silent := [name for name in tuned if "thinking" not in METHODS[name].settings]:
+        raise InputError(f"{', '.join(silent)} is tuned without thoughts; leave it or --thinking out")
+    if s.calibration != "none":
+        raise InputError(f"calibration {s.calibration} is of scores without a thought; leave it or --thinking out")
+    if s.train_on == "all" and any(each.loss == "closed-set" for each in sweep.variants):
+        raise InputError("the loss closed-set is on the answer alone; give --train-on answer or --loss text")
+    from vlm.service import tokenizer
+    from vlm.templates import chosen
+    from vlm.thinking import marks_of, needed
+
+    words = tokenizer(s.model)
+    try:
+        needed(marks_of(words, chosen(words, takes_images=True)))
+    except PromptError as error:
+        raise PromptError(f"--thinking {s.thinking} with model {s.model}: {error}") from error
 
 
 def _pinned(sweep: Sweep, service: str) -> Sweep:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from baselines.lora import LoraHeadClient
     from vlm.prompts import Prompt
     from vlm.service import SamplingClient, ServiceClient, TrainingClient
+    from vlm.thinking import Thought
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,24 @@ class Outcome:
     seconds: "fit" (learning), "predict" (scoring), "answer" (writing free answers); what an earlier cell of the process
     has encoded or loaded costs nothing again. answers: the free-text answer to each image and the label it reads as
     (-1: none), for methods that write. chosen: what was chosen on labelled images that are no test images, by setting.
-    """
+    thoughts: of a method that thinks before it answers."""
 
     scores: np.ndarray
     probabilities: bool
     seconds: Mapping[str, float]
     answers: Sequence[tuple[str, int]] | None = None
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    thoughts: "Thoughts | None" = None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What was thought about each image, (images,) each. tokens: of a thought on average. closed: the share of the
+    thoughts that the model itself ended. without: the class that is likeliest without a thought."""
+
+    tokens: np.ndarray
+    closed: np.ndarray
+    without: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,10 @@ def fit_lora(client: "TrainingClient", task: Task) -> Iterator[float]:
     from vlm.classifier import fit
 
     s, views, prompt = task.settings, _batches(task), prompt_of(client, task)
+    thoughts = _thoughts_of_training(client, task, prompt) if s.thinking else None
     first = islice(views, s.start_steps(task.steps))
     for batches, loss, power in ((first, "text", 0.0), (views, s.loss, s.loss_power)):
-        for answer, _ in fit(client, batches, prompt, _adam(s), loss, power):
+        for answer, _ in fit(client, batches, prompt, _adam(s), loss, power, thoughts, s.train_on):
             yield answer.metrics["loss:sum"] / s.batch_size
 
 
@@ -158,6 +171,19 @@ def _tuned(task: Task, fit: Callable[["TrainingClient", Task], Iterator[float]])
     for _ in fit(client, task):
         pass
     return client.save_weights_and_get_sampling_client().result()
+
+
+def _thoughts_of_training(client: Any, task: Task, prompt: "Prompt") -> "dict[bytes | str, Thought]":
+    """What the model thinks, before it is tuned, about each training image, mirrored ones too."""
+    from vlm.thoughts import Thinking, consider
+
+    s = task.settings
+    images = dict.fromkeys(image for each in task.train for image in (each.image, each.mirrored) if image)
+    sampler = client.save_weights_and_get_sampling_client().result()
+    thinking = Thinking(s.thinking, 1, s.thinking_temperature, s.thinking_seed)
+    windows = consider(sampler, [*images], prompt, thinking)
+    thoughts = [own[0] for window in windows for own in window.thoughts]
+    return dict(zip(images, thoughts, strict=True))
 
 
 def vlm_vision_linear(task: Task) -> Outcome:
@@ -232,13 +258,15 @@ _TRAINED = ("views_per_class", "hflip", "batch_size", "rank", "learning_rate", "
 _LOSS = ("loss", "loss_power", "start")
 _POLICY = ("start", "group_size", "temperature", "policy_loss", "kl")
 _FROZEN = (*DATA_SETTINGS, "backbone", "readout", "image_size")
-_PROMPTED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
+_THINKING = ("thinking", "thoughts", "thinking_temperature", "thinking_seed")
+_ANSWERED = (*DATA_SETTINGS, "model", "prompt", "answer_tokens", "calibration")
+_PROMPTED = (*_ANSWERED, *_THINKING)
 _TUNED_HEAD = (*DATA_SETTINGS, "model", "prompt")
 _EMBEDDED = (*DATA_SETTINGS, "model", "prompt", "vlm_features")
 METHODS = {
     "vlm-zero-shot": Method(vlm_zero_shot, _PROMPTED, learns=False),
-    "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, *_LOSS), cost=10.0, zero_shot="vlm-zero-shot"),
-    "vlm-rl": Method(vlm_rl, (*_PROMPTED, *_TRAINED, *_POLICY), cost=100.0, zero_shot="vlm-zero-shot"),
+    "vlm-lora": Method(vlm_lora, (*_PROMPTED, *_TRAINED, *_LOSS, "train_on"), cost=10.0, zero_shot="vlm-zero-shot"),
+    "vlm-rl": Method(vlm_rl, (*_ANSWERED, *_TRAINED, *_POLICY), cost=100.0, zero_shot="vlm-zero-shot"),
     "vlm-tuned-linear": Method(vlm_tuned_linear, (*_TUNED_HEAD, *_TRAINED, *_LOSS), cost=9.0, local=True),
     "vlm-vision-linear": Method(vlm_vision_linear, _EMBEDDED, cost=2.0, local=True),
     "dinov2-logreg": Method(partial(dinov2_frozen, "logreg"), _FROZEN),
@@ -319,12 +347,38 @@ def _evaluate(sampler: "SamplingClient", task: Task, fit_seconds: float) -> Outc
     from vlm.classifier import generate, predict
 
     start, prompt = time.perf_counter(), prompt_of(sampler, task)
+    if task.settings.thinking:
+        return _evaluate_thinking(sampler, task, prompt, fit_seconds)
     prior, chosen = _prior(sampler, task, prompt)
     scores = calibrated(predict(sampler, task.test, prompt), prior)
     scored = time.perf_counter()
     answers = [(text, prompt.parse(text)) for text in generate(sampler, task.test, prompt, task.settings.answer_tokens)]
     seconds = {"fit": fit_seconds, "predict": scored - start, "answer": time.perf_counter() - scored}
     return Outcome(scores, True, seconds, answers, chosen)
+
+
+def _evaluate_thinking(sampler: "SamplingClient", task: Task, prompt: "Prompt", fit_seconds: float) -> Outcome:
+    """Scores after thoughts, and without them; the free answer is that after an image's first thought."""
+    from vlm.classifier import answers, predict
+    from vlm.thoughts import Thinking, consider, posteriors
+
+    s, seconds, start = task.settings, {"fit": fit_seconds, "answer": 0.0}, time.perf_counter()
+    scores, thoughts, written = list[np.ndarray](), list[list[Any]](), list[str]()
+    thinking = Thinking(s.thinking, s.thoughts, s.thinking_temperature, s.thinking_seed)
+    for window in consider(sampler, task.test, prompt, thinking):
+        scores.append(posteriors(sampler, window, prompt))
+        thoughts += window.thoughts
+        before = time.perf_counter()
+        written += answers(sampler, [own[0] for own in window.asked], prompt, s.answer_tokens)
+        seconds["answer"] += time.perf_counter() - before
+    without = predict(sampler, task.test, prompt).argmax(1)
+    seconds["predict"] = time.perf_counter() - start - seconds["answer"]
+    tokens, closed = (
+        np.array([np.mean([getattr(each, name) for each in own]) for own in thoughts], np.float32)
+        for name in ("length", "closed")
+    )
+    read = [(text, prompt.parse(text)) for text in written]
+    return Outcome(np.concatenate(scores), True, seconds, read, thoughts=Thoughts(tokens, closed, without))
 
 
 def _prior(sampler: "SamplingClient", task: Task, prompt: "Prompt") -> tuple[np.ndarray, dict[str, str]]:

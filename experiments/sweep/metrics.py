@@ -16,7 +16,7 @@ from kshot.errors import ResultsError
 COLUMNS = ("key", "label", "prediction", "top5", "top5_log_probs", "label_log_prob", "answer", "answer_label")
 ECE_BINS = 15
 # the metrics that are a share of the test images; the others have no Wilson interval
-SHARES = {"accuracy", "accuracy_strict", "accuracy_constrained", "top5", "unparseable"}
+SHARES = {"accuracy", "accuracy_strict", "accuracy_constrained", "top5", "unparseable", "accuracy_without_thought"}
 
 
 class Confusion(NamedTuple):
@@ -33,7 +33,9 @@ def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
 
     `accuracy_strict` and `unparseable` need text answers; `nll` and `ece` need probabilities; `top5` needs more than
     five classes (below that, every answer is in the top five). `nll` is in nats and None when a label has probability 0
-    (the mean is infinite). `mean_per_class` is over the classes that occur in the table.
+    (the mean is infinite). `mean_per_class` is over the classes that occur in the table. Of a cell that thought before
+    it answered also `accuracy_without_thought`, the shares of thoughts that were closed and that were unfinished, and
+    the mean tokens of one.
     Raises ResultsError for a table that is empty, lacks a column, or mixes rows with and without values.
     """
     _check(table, n_classes)
@@ -50,6 +52,18 @@ def metrics(table: pa.Table, n_classes: int) -> dict[str, float | None]:
         "nll": _nll(table),
         "ece": _ece(table, label),
         "unparseable": None if answers is None else float(np.mean(answers < 0)),
+        **(_thoughts(table, label) if "thought_tokens" in table.column_names else {}),
+    }
+
+
+def _thoughts(table: pa.Table, label: NDArray[Any]) -> dict[str, float | None]:
+    names = "thought_tokens", "thoughts_closed", "prediction_without_thought"
+    tokens, closed, without = (table[name].to_numpy().astype(np.float64) for name in names)
+    return {
+        "accuracy_without_thought": float(np.mean(without == label)),
+        "thoughts_closed": float(np.mean(closed)),
+        "thoughts_unfinished": float(np.mean(1 - closed)),
+        "thought_tokens": float(np.mean(tokens)),
     }
 
 

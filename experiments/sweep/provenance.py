@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import nano as nano_dinov2
-from experiments.sweep.config import Settings
+from experiments.sweep.config import THINKING, Settings
 from kshot import hub
 from kshot.files import fingerprint
 from vlm import nano
@@ -25,8 +25,11 @@ SHIPPED: dict[str, Any] = {"model": nano, "backbone": nano_dinov2}
 def recorded(settings: Settings) -> dict[str, Any]:
     """The settings as results state them, with `model_revision` and `backbone_revision`: of a model in a folder or a
     file its name, wherever it lies, and a fingerprint of its content; of a hub's model its commit, or null: the newest
-    at the time."""
-    values = settings.model_dump()
+    at the time. Settings of THINKING are stated where they are not the usual ones."""
+    usual = {name: Settings.model_fields[name].default for name in THINKING}
+    values = {
+        name: value for name, value in settings.model_dump().items() if name not in THINKING or value != usual[name]
+    }
     for kind, shipped in SHIPPED.items():
         path, revision = local_model(kind, values[kind]), f"{kind}_revision"
         values[revision] = shipped.REVISION if values[kind] == shipped.NAME else None

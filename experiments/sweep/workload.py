@@ -33,7 +33,8 @@ from vlm import models
 SAMPLE = 32  # images of a data set that are measured, at most
 PHOTOGRAPH = 480, 360  # pixels, width and height, of every image of a data set that is not here
 BATCH = 64  # images that one job encodes
-CONFIGS = Path(__file__).with_name("qwen3_vl_configs.json")  # of Qwen3-VL's sizes, as published: what sizes follow from
+CONFIGS = ("qwen3_vl_configs.json", "qwen3_5_configs.json")  # by short name, as published: what sizes follow from
+KINDS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # whose images become tokens alike
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -310,11 +311,13 @@ class ImageFeatures(NamedTuple):
 
 
 def image_features(config: dict[str, Any] | None, *, on_cpu: bool = False) -> ImageFeatures | None:
-    """Those of a Qwen3-VL by its config.json; None for other models. For each token the cache keeps its embedding and
-    one more for every DeepStack layer. on_cpu: see `item_bytes`."""
+    """Those of a Qwen3-VL or Qwen3.5 by its config.json; None for other models. For each token the cache keeps its
+    embedding and one more for every DeepStack layer. on_cpu: see `item_bytes`."""
+    if (config or {}).get("model_type") not in KINDS:
+        return None
     try:
         text, vision = (config or {})["text_config"], (config or {})["vision_config"]
-        embeddings = 1 + len(vision["deepstack_visual_indexes"])
+        embeddings = 1 + len(vision.get("deepstack_visual_indexes", ()))
         side = vision["patch_size"] * vision.get("spatial_merge_size", 2)
         return ImageFeatures(side, embeddings * text["hidden_size"] * item_bytes(config or {}, on_cpu=on_cpu))
     except KeyError:
@@ -330,8 +333,8 @@ def item_bytes(config: dict[str, Any], *, on_cpu: bool = False) -> int:
 
 
 def model_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a model: as published for Qwen3-VL, else from its folder or the hub; None where it cannot be
-    read: loading the model says why."""
+    """The config.json of a model: as published for one with a short name, else from its folder or the hub; None where
+    it cannot be read: loading the model says why."""
     name = models.full_name(name)
     if not models.is_here(name) and (published := published_configs().get(name.partition("@")[0])):
         return published
@@ -343,6 +346,6 @@ def model_config(name: str) -> dict[str, Any] | None:
 
 @cache
 def published_configs() -> dict[str, dict[str, Any]]:
-    """Hub id → configuration, of every size of Qwen3-VL."""
-    configs = json.loads(CONFIGS.read_text(encoding="utf-8"))
-    return {hub_id: configs[size] for size, hub_id in models.SIZES.items()}
+    """Hub id → configuration, of every model with a short name."""
+    texts = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CONFIGS)
+    return {models.SHORT[name]: config for text in texts for name, config in json.loads(text).items()}

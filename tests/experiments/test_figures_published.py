@@ -95,13 +95,13 @@ def test_what_is_beyond_the_axis_is_named_with_its_numbers() -> None:
 
 
 def test_only_what_the_axis_shows_of_a_row_counts() -> None:
-    row = Reference("cars", "m", "p", "s", {1: 20.0, 4: 40.0, 16: 80.0})
+    row = Reference("cars", "m", "p", "s", {1: 20.0, 4: 40.0, 16: 80.0}, 1)
     assert visible_values(row, [1, 16]) == pytest.approx([20, 40, 80])
     assert visible_values(row, [0, 2, 8]) == pytest.approx([30, 40, 60])  # straight in log2
     assert visible_values(row, [10]) == pytest.approx([np.interp(np.log2(10), (0, 2, 4), (20, 40, 80))])
     assert visible_values(row, [32]) == visible_values(row, [0]) == []
     assert fit_to_axis([row], (10, 90), [32]) == ([], [])
-    assert visible_values(Reference("cars", "m", "p", "s", {ALL: 90.0}), [0]) == [90.0]
+    assert visible_values(Reference("cars", "m", "p", "s", {ALL: 90.0}, 1), [0]) == [90.0]
     assert published_note([], [], [1]) == ""
 
 

@@ -203,6 +203,12 @@ def test_a_size_is_a_models_name(size: str) -> None:
     assert models.loadable(size) == models.SIZES[size]
 
 
+@pytest.mark.parametrize("name", ["Qwen3.5-0.8B", "Qwen3.5-397B-A17B", "Qwen3.6-27B"])
+def test_a_newer_models_name_needs_no_publisher(name: str) -> None:
+    assert load("blog", {}, {"model": name}).settings.model == f"Qwen/{name}" == models.loadable(name)
+    models.check(name)
+
+
 def test_what_is_no_size_goes_on_as_it_is(tmp_path: Path) -> None:
     assert models.full_name("./8B") == "./8B"
     assert models.full_name("kshot/nano-qwen3-vl") == "kshot/nano-qwen3-vl"

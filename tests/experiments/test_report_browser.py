@@ -143,9 +143,9 @@ def test_the_first_link_skips_the_contents_and_the_others_lead_to_their_chapter(
 
 def test_a_region_scrolls_by_arrow_keys(tab: Tab, report: Path) -> None:
     opened(tab, report, 360)
-    tab.js(
-        "(window.box = [...document.querySelectorAll('.scroll')].find((it) => it.scrollWidth > it.clientWidth)).focus()"
-    )
+    wide = "[...document.querySelectorAll('.scroll')].find((it) => it.scrollWidth > it.clientWidth)"
+    tab.until(f"(window.box = {wide}) !== undefined")  # the page may be laid out at its new width a moment later
+    tab.js("box.focus()")
     tab.press("ArrowRight")
     tab.until("box.scrollLeft > 0")
 

@@ -1,5 +1,7 @@
-"""The genuine Qwen3 tokenizer, where it lies beside the checkout, and a tiny random model that has its vocabulary."""
+"""The genuine Qwen3 tokenizer, where it lies beside the checkout, and a tiny random model that has its vocabulary; and
+models' own chat templates."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +21,12 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(FOLDER)
+
+
+def template(name: str) -> str:
+    """A model's own chat template, as TRL carries it."""
+    place = importlib.util.find_spec("trl")
+    return (Path(str(place.origin)).parent / f"chat_templates/{name}.jinja").read_text()
 
 
 def model(folder: Path) -> Path:

@@ -33,7 +33,7 @@ def streamed(api: openai.OpenAI, messages: Any = HELLO, **options: Any) -> list[
 
 def rendered(tokenizer: Any, messages: Any, **options: Any) -> str:
     request = ChatRequest(model="any", messages=messages, **options)
-    return chat.text(request, tokenizer)
+    return chat.conversation(request, tokenizer).text
 
 
 def flat(prompt: tinker.ModelInput) -> list[Any]:
@@ -225,7 +225,10 @@ def test_an_answer_may_have_1024_tokens_unless_told_otherwise(api: openai.OpenAI
         ({"functions": [{}]}, "functions", "not supported"),
         ({"audio": {"voice": "x"}}, "audio", "not supported"),
         ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "not known"),
+        ({"reasoning_effort": "high"}, None, "chat template has no thinking mode"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'low', 'medium' or 'high'"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "sets messages, which a request has"),
+        ({"chat_template_kwargs": {"a": ["<|im_end|>"]}}, None, "chat_template_kwargs writes <|im_end|>"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "function", "content": "a", "name": "x"}]}, "messages", "'function'"),
         ({"messages": [{"role": "user", "content": "a", "nick": "x"}]}, "messages", "messages[0].nick is not known"),

@@ -105,7 +105,7 @@ def test_a_stream_adds_up_to_the_whole(api: openai.OpenAI, options: dict[str, An
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id", "not known"),
         ({"store": True}, "store", "not supported"),
-        ({"reasoning": {"effort": "high"}}, "reasoning", "not known"),
+        ({"reasoning": {"effort": "high"}}, None, "has no thinking mode"),
         ({"input": []}, "input", "at least 1"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "input[0] is of type 'reasoning'"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input", "input_file"),

@@ -1,9 +1,7 @@
 """Tools and JSON by a schema through the official client; turns as Qwen3-VL's own template writes them."""
 
-import importlib.util
 import json
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,8 +10,9 @@ from jsonschema import validate
 from openai import NOT_GIVEN
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
+from tests.vlm import genuine
 from tests.vlm.openai_served import HELLO, Models, checked, image_part, refusal
-from vlm import nano
+from vlm import nano, templates
 from vlm.server.openai import chat, tools
 from vlm.server.openai.requests import ChatRequest
 
@@ -48,14 +47,8 @@ PAST: list[dict[str, Any]] = [
 ]
 
 
-def qwen3_vl() -> str:
-    """Qwen3-VL's own template, as TRL carries it."""
-    place = importlib.util.find_spec("trl")
-    return (Path(str(place.origin)).parent / "chat_templates/qwen3_vl.jinja").read_text()
-
-
 def rendered(tokenizer: Any, messages: Any, **options: Any) -> str:
-    return chat.text(ChatRequest(model="any", messages=messages, **options), tokenizer)
+    return chat.conversation(ChatRequest(model="any", messages=messages, **options), tokenizer).text
 
 
 def genuinely(tokenizer: Any, messages: Any, offered: Any, **options: Any) -> str:
@@ -69,13 +62,15 @@ def genuinely(tokenizer: Any, messages: Any, offered: Any, **options: Any) -> st
             parts = [p if p["type"] == "text" else {"type": "image"} for p in message["content"]]
             message["content"] = parts
     fields = {"tokenize": False, "add_generation_prompt": True, **options}
-    return str(tokenizer.apply_chat_template(plain, tools=offered, chat_template=qwen3_vl(), **fields))
+    return str(
+        tokenizer.apply_chat_template(plain, tools=offered, chat_template=genuine.template("qwen3_vl"), **fields)
+    )
 
 
 @pytest.mark.parametrize("offered", [None, [WEATHER, CLOCK]])
 def test_turns_are_those_of_qwens_own_template(tokenizer: Any, offered: Any) -> None:
     own = copy(tokenizer)
-    own.chat_template = qwen3_vl()
+    own.chat_template = genuine.template("qwen3_vl")
     for messages in (PAST, PAST[1:], PAST[:5], HELLO):
         expected = genuinely(tokenizer, messages, offered)
         for each in (tokenizer, own):
@@ -97,13 +92,13 @@ def test_thoughts_of_the_past_go_to_the_template(tokenizer: Any) -> None:
     thought = [*HELLO, {"role": "assistant", "content": "b", "reasoning_content": "hm"}, *HELLO]
     assert "hm" not in rendered(tokenizer, thought)
     other = copy(tokenizer)
-    other.chat_template = chat.CHATML + "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}"
+    other.chat_template = templates.CHATML + "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}"
     assert rendered(other, thought).endswith("hm")
 
 
 def test_a_template_without_tools_says_so(tokenizer: Any) -> None:
     other = copy(tokenizer)
-    other.chat_template = qwen3_vl().replace("{%- if tools %}", "{%- if false %}")
+    other.chat_template = genuine.template("qwen3_vl").replace("{%- if tools %}", "{%- if false %}")
     with pytest.raises(chat.PromptError, match="chat template writes no tools"):
         rendered(other, HELLO, tools=[WEATHER])
 

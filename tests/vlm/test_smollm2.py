@@ -1,6 +1,8 @@
 """SmolLM2 from its package: the checkpoint that is made of it, what it says on a server, and what it learns."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +21,15 @@ from tests.vlm import brute_force
 from tests.vlm.openai_served import connected
 from tests.vlm.services import PATIENCE, step
 from tests.vlm.services import connected as sdk
-from tests.vlm.serving import command
+from tests.vlm.serving import command, served
 from vlm import nano, smollm2
-from vlm.classifier import predict
+from vlm.classifier import fit, predict
 from vlm.inputs import ImageRule, datum, model_input
+from vlm.local.registry import EngineRegistry
 from vlm.prompts import Prompt, Template
 from vlm.service import tokenizer
+from vlm.thinking import Thought
+from vlm.thoughts import Thinking, consider, posteriors
 
 ADAM = types.AdamParams(learning_rate=1e-3, eps=1e-8)
 PAIRS, HELD_OUT, BATCH, STEPS = 200, 40, 20, 20
@@ -163,3 +168,110 @@ def test_it_classifies_texts_as_the_stock_model_does(address: str, folder: Path)
     for row, text in zip(scores, texts, strict=True):
         expected = brute_force.scores(stock, prompt.question(text), prompt.choices, no_rule, -1)
         assert row == pytest.approx(expected["constrained"], abs=1e-3)
+
+
+# Thoughts
+
+THINKER = "mine/thinker"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+KINDS = {
+    "fruit": ["apple", "pear", "banana", "cherry", "grape", "lemon", "peach", "plum", "mango", "melon"],
+    "animal": ["horse", "dog", "cat", "lion", "tiger", "sheep", "goat", "mouse", "bear", "wolf"],
+}
+MOST = Template("Are most of these words fruit or animal? {text}", "{label}")
+FASTER = types.AdamParams(learning_rate=2e-3, eps=1e-8)
+TAUGHT, ASKED = 120, 16
+
+
+def lists() -> list[tuple[str, int, str]]:
+    """Three words, the label of most of them, and the thought: the kind of each."""
+    rng, made = np.random.default_rng(0), dict[str, tuple[str, int, str]]()
+    while len(made) < TAUGHT + ASKED:
+        kinds = rng.choice([*KINDS], 3).tolist()
+        words = " ".join(str(rng.choice(KINDS[kind])) for kind in kinds)
+        label = [*KINDS].index(max(KINDS, key=kinds.count))
+        made[words] = words, label, " ".join(kinds)
+    return list(made.values())
+
+
+@pytest.mark.slow
+def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A thought is written, counted, scored behind and split off by the server. Its marks are no tokens."""
+    thinker = tmp_path / "thinker"
+    shutil.copytree(folder, thinker)
+    settings = json.loads((thinker / "tokenizer_config.json").read_text())
+    (thinker / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    (thinker / "chat_template.jinja").unlink(missing_ok=True)
+    registry = EngineRegistry(tmp_path / "state", model_paths={THINKER: str(thinker)})
+    prompt = Prompt(tokenizer(str(thinker)), None, (*KINDS,), MOST)
+    every = lists()
+    thoughts = {words: prompt.thought(thought) for words, _, thought in every}
+    views = [(words, label) for words, label, _ in every]
+    texts, labels = [words for words, _ in views[TAUGHT:]], [label for _, label in views[TAUGHT:]]
+    batches = [[views[n % TAUGHT] for n in range(start, start + 8)] for start in range(0, 8 * 20, 8)]
+    with served(tmp_path / "state", registry) as server, sdk(server.address) as service:
+        run = service.create_lora_training_client(THINKER, rank=16, seed=0).result(PATIENCE)
+
+        def accuracy(sampler: Any) -> tuple[float, float, list[Thought], list[int]]:
+            """After a thought and without one; the thoughts, and what was chosen."""
+            (window,) = consider(sampler, texts, prompt, Thinking(16, temperature=0.0))
+            chosen = posteriors(sampler, window, prompt).argmax(1)
+            plain = predict(sampler, texts, prompt).argmax(1)
+            firsts = [own[0] for own in window.thoughts]
+            return float(np.mean(chosen == labels)), float(np.mean(plain == labels)), firsts, chosen.tolist()
+
+        before = accuracy(run.save_weights_and_get_sampling_client().result(PATIENCE))
+        for loss, _ in fit(run, batches, prompt, FASTER, "text", thoughts, "all"):
+            print(f"loss {loss.metrics['loss:sum']:.2f}", flush=True)  # shown by -s
+        path = run.save_weights_for_sampler("thinker").result(PATIENCE).path
+        after = accuracy(service.create_sampling_client(model_path=path).result(PATIENCE))
+        lengths = [thought.length for thought in after[2]]
+        closed = np.mean([thought.closed for thought in after[2]])
+        said = [prompt.tokenizer.decode(thought.tokens) + (thought.rest or "") for thought in after[2]]
+        with connected(server.address) as client:
+            answers = [_converse(client, path, prompt, text) for text in texts[:4]]
+            _goes_on(client, path, texts[0], answers[0])
+    with capsys.disabled():
+        print(f"\naccuracy after a thought {before[0]:.2f} → {after[0]:.2f}, without {before[1]:.2f} → {after[1]:.2f}")
+        print(f"{closed:.0%} of the thoughts closed, {np.mean(lengths):.1f} tokens; {texts[0]!r} → {said[0]!r}")
+    assert before[0] < after[0] >= 0.9
+    assert closed == 1
+    assert max(lengths) < 16
+    assert np.mean([a == thought for a, (_, _, thought) in zip(said, every[TAUGHT:], strict=True)]) >= 0.75
+    for (thought, answer), chosen, own in zip(answers, after[3], said, strict=False):
+        assert (thought, answer) == (own, [*KINDS][chosen]), "the server splits what the SDK samples"
+
+
+def _converse(client: openai.OpenAI, model: str, prompt: Prompt, text: str) -> tuple[str, str]:
+    """Thought and answer by the server, whole and streamed."""
+    turns: Any = [{"role": "user", "content": MOST.question.replace("{text}", text)}]
+    options: Any = {"model": model, "messages": turns, "temperature": 0, "max_tokens": 40, "reasoning_effort": "low"}
+    whole: Any = client.chat.completions.create(**options)
+    message = whole.choices[0].message
+    deltas: list[Any] = [piece.choices[0].delta for piece in client.chat.completions.create(**options, stream=True)]
+    assert "".join(getattr(each, "reasoning_content", None) or "" for each in deltas) == message.reasoning_content
+    assert "".join(each.content or "" for each in deltas) == message.content
+    assert 0 < whole.usage.completion_tokens_details.reasoning_tokens < whole.usage.completion_tokens
+    return message.reasoning_content, message.content.strip()
+
+
+def _goes_on(client: openai.OpenAI, model: str, text: str, first: tuple[str, str]) -> None:
+    """A conversation goes on with its thought, which the template writes again."""
+    turns: Any = [
+        {"role": "user", "content": MOST.question.replace("{text}", text)},
+        {"role": "assistant", "reasoning_content": first[0], "content": first[1]},
+        {"role": "user", "content": MOST.question.replace("{text}", "dog cat pear")},
+    ]
+    bare: Any = [turns[0], {"role": "assistant", "content": first[1]}, turns[2]]
+    lengths = []
+    for messages in (turns, bare):
+        options: Any = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 30}
+        answer: Any = client.chat.completions.create(**options, reasoning_effort="low")
+        assert answer.choices[0].message.reasoning_content
+        lengths.append(answer.usage.prompt_tokens)
+    assert lengths[0] > lengths[1]

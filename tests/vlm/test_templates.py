@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from kshot.errors import PromptError
-from vlm import nano
+from vlm import nano, templates
 from vlm.local.model.load import load_tokenizer
-from vlm.server.openai import chat, templates
+from vlm.server.openai import chat
 from vlm.server.openai.requests import ChatRequest
 
 NANO = load_tokenizer(nano.NAME)
@@ -64,28 +64,28 @@ def test_a_failing_template_is_named_in_one_line() -> None:
     request = ChatRequest(model="any", messages=MESSAGES)
     own = with_template(None)
     for template in ("{{ 1 / 0 }}", "{{ raise_exception('no\nmore') }}", "{{ none.x.y }}"):
-        own.chat_template = chat.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}"
+        own.chat_template = templates.CHATML + "{% if messages[0].content == 'hello' %}" + template + "{% endif %}"
         with pytest.raises(PromptError, match="chat template cannot write these messages") as caught:
-            chat.text(request, own)
+            chat.conversation(request, own)
         assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_never_ends_is_asked_once_and_others_go_on() -> None:
     """Its template computes for ever already on the question whether it knows images."""
     request, hostile = ChatRequest(model="any", messages=MESSAGES), with_template(HOSTILE["nested loops"][0])
-    expected = chat.text(request, with_template(chat.CHATML))
+    expected = chat.conversation(request, with_template(templates.CHATML)).text
     failures = list[str]()
 
     def ask() -> None:
         for _ in range(20):
             with pytest.raises(PromptError) as caught:
-                chat.text(request, hostile)
+                chat.conversation(request, hostile)
             failures.append(str(caught.value))
 
     asking = threading.Thread(target=ask)
     asking.start()
-    other = with_template(chat.CHATML)
-    assert [chat.text(request, other) for _ in range(3)] == [expected] * 3
+    other = with_template(templates.CHATML)
+    assert [chat.conversation(request, other).text for _ in range(3)] == [expected] * 3
     asking.join(60)
     assert len(failures) == 20
     assert set(failures) == {
@@ -97,7 +97,7 @@ def test_a_model_that_never_ends_is_asked_once_and_others_go_on() -> None:
 def test_a_conversation_beyond_any_context_is_refused() -> None:
     messages = [{"role": "user", "content": "a" * (templates.LONGEST + 1)}]
     with pytest.raises(PromptError, match="characters; at most"):
-        chat.text(ChatRequest(model="any", messages=messages), with_template(None))
+        chat.conversation(ChatRequest(model="any", messages=messages), with_template(None))
 
 
 def test_a_process_ends_with_its_model() -> None:

@@ -108,6 +108,18 @@ def test_loss_and_gradients_equal_stock_peft(side: Side, data: list[tinker.Datum
     assert not any(".mlp.gate." in name for name in adapter_of(client))  # the router
 
 
+def test_a_loss_of_ones_own_has_the_gradients_of_stock_peft(side: Side, data: list[tinker.Datum]) -> None:
+    def squared(data: list[tinker.Datum], log_probs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        weights = [each.loss_fn_inputs["weights"].to_torch() for each in data]
+        return torch.stack([(p * w).sum() for p, w in zip(log_probs, weights, strict=True)]).square().sum(), {}
+
+    client = side.start()
+    plain = plain_peft(client, side.stock)
+    torch.stack([plain_loss(plain, [each], NO_RULE).square() for each in data]).sum().backward()
+    client.forward_backward_custom(data, squared).result()
+    assert_gradients_equal(client, plain)
+
+
 def test_samples_and_log_probs_are_those_of_the_stock_model(side: Side, texts: list[tinker.ModelInput]) -> None:
     sampler = side.base()
     together = sampler.sample_batch(texts, params())

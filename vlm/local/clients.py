@@ -23,6 +23,7 @@ from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
 from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.sampling.decoder import ThoughtLimit as ThoughtLimit
 from vlm.local.sampling.decoder import TokenSequence as TokenSequence
 from vlm.local.sampling.grammar import Grammar as Grammar
 from vlm.local.sampling.sampler import SamplingRequest as SamplingRequest
@@ -129,10 +130,15 @@ class LocalSamplingClient(_Client):
         return self._submit([prompt], lambda: self._sample([request])[0].prompt_logprobs)
 
     def sample_batch(
-        self, prompts: Sequence[tinker.ModelInput], params: types.SamplingParams
+        self,
+        prompts: Sequence[tinker.ModelInput],
+        params: types.SamplingParams | Sequence[types.SamplingParams],
+        num_samples: int = 1,
     ) -> list[types.SampleResponse]:
-        """One sample after each prompt, in shared passes: the same results as one by one, sooner."""
-        requests = [SamplingRequest(prompt, params) for prompt in prompts]
+        """Samples after each prompt, in shared passes: the same results as one by one, sooner. params: of all prompts,
+        or of each."""
+        each = [params] * len(prompts) if isinstance(params, types.SamplingParams) else params
+        requests = [SamplingRequest(prompt, own, num_samples) for prompt, own in zip(prompts, each, strict=True)]
         return self._submit(prompts, self._sample, requests).result()
 
     def score_tree(self, prompts: Sequence[tinker.ModelInput], trie: Trie) -> np.ndarray:

@@ -21,7 +21,6 @@ import numpy as np
 import tinker
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tinker import types
 from torch import Tensor
@@ -40,7 +39,8 @@ from vlm.local.model.experts import Pair, by_expert
 from vlm.local.model.families import HEAD, Family, family_of
 from vlm.local.model.load import DTYPES, Model, load
 from vlm.local.model.lora import EXPERTS, Adapter
-from vlm.local.model.placement import INDEX, SINGLE, StoredTensor, stored_tensors
+from vlm.local.model.placement import INDEX, SINGLE, StoredTensor
+from vlm.local.model.quantised import ENTRY, Weights
 
 FORMS = ("merged", "peft", "vllm")
 SHARD = 5 << 30  # bytes of a file of weights, at most, unless one tensor has more
@@ -222,17 +222,20 @@ def _proof(form: str, base: _Base, ours: Sequence[Tensor], theirs: Sequence[Tens
 def _write_merged(folder: Path, base: _Base, adapter: Adapter) -> None:
     """The model's files with the adapter in the weights: one file of weights in memory at a time."""
     untied = base.tied and adapter.layout.spec.train_unembed
-    stored = stored_tensors(base.name, base.folder)
+    weights = Weights(base.name, base.folder)
+    stored, embeddings = {**weights.tensors}, f"{base.family.embeddings}.weight"
     changed, head = _changes(adapter, stored), f"{HEAD}.weight"
     if untied and head not in stored:
-        stored[head] = stored[f"{base.family.embeddings}.weight"]
+        stored[head] = stored[embeddings]
     if missing := sorted(changed.keys() - stored.keys()):
         raise ModelError(f"checkpoint {base.name} has no {missing[0]}, which the adapter changes; give its hub layout")
     shards, index = list(_shards(stored)), dict[str, str]()
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         index |= dict.fromkeys(names, file)
-        save_file({name: _new(base, stored[name], name, changed.get(name)) for name in names}, folder / file, FORMAT)
+        sources = {name: name if name in weights.tensors else embeddings for name in names}
+        tensors = {name: _new(weights, source, changed.get(name)) for name, source in sources.items()}
+        save_file(tensors, folder / file, FORMAT)
     if len(shards) > 1:
         size = sum(_bytes(tensor) for tensor in stored.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
@@ -240,10 +243,11 @@ def _write_merged(folder: Path, base: _Base, adapter: Adapter) -> None:
         for path in base.folder.glob(pattern):
             if path.name != INDEX:
                 shutil.copyfile(path, folder / path.name)
-    if untied:
+    if untied or weights.quantised:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for part in (config, config.get("text_config", {})):
-            part[TIED] = False
+            part.pop(ENTRY, None)  # what is written is dequantised
+            part[TIED] = base.tied and not untied
         _write_json(folder / "config.json", config)
 
 
@@ -299,16 +303,14 @@ def _to_each(together: str, pair: Pair, scale: float) -> Iterator[tuple[str, Cha
             yield f"{module}.{number}.{name}.weight", _to_linear((a, part), scale)
 
 
-def _new(base: _Base, stored: StoredTensor, name: str, change: Change | None) -> Tensor:
-    """The tensor of a name: as it is stored, or with what the adapter adds, in float32 and then as it was."""
-    with safe_open(base.folder / stored.file, "pt") as file:
-        keys = file.keys()
-        tensor: Tensor = file.get_tensor(name if name in keys else f"{base.family.embeddings}.weight")
-    if change is None:
-        return tensor
-    sum_ = tensor.to(torch.float32, copy=True)
-    change(sum_)
-    return sum_.to(tensor.dtype)
+def _new(weights: Weights, name: str, change: Change | None) -> Tensor:
+    """A tensor as it is stored, or with what the adapter adds, in float32 and then as it was."""
+    dtype = DTYPES.get(weights.tensors[name].dtype)
+    tensor = weights.read(name, torch.float32 if change else dtype or torch.float32)
+    if change is not None:
+        tensor = tensor.to(torch.float32, copy=True)
+        change(tensor)
+    return tensor.to(dtype or tensor.dtype)
 
 
 def _shards(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
@@ -342,9 +344,10 @@ def _write_peft(folder: Path, base: _Base, adapter: Adapter) -> None:
             raise ModelError(f"PEFT cannot merge an adapter of a tied head alone; use --merged ({error})") from error
         config.modules_to_save = [HEAD]
         embeddings = f"{base.family.embeddings}.weight"
-        stored, head = stored_tensors(base.name, base.folder), f"{HEAD}.weight"
+        stored, head = Weights(base.name, base.folder), f"{HEAD}.weight"
         weights = {name: tensor for name, tensor in weights.items() if f".{HEAD}." not in name}
-        weights[f"{PEFT_PREFIX}{head}"] = _new(base, stored[embeddings], embeddings, _changes(adapter, stored)[head])
+        change = _changes(adapter, stored.tensors)[head]
+        weights[f"{PEFT_PREFIX}{head}"] = _new(stored, embeddings, change)
     checkpoint.write_peft(folder, weights, config, base.name)
 
 

@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from tinker import types
 
 from kshot.errors import KshotError, RequestError
+from vlm import templates
 from vlm.server import page, watch
 from vlm.server.connections import Connections
 from vlm.server.futures import PROTOBUF, error_body, status_of
 from vlm.server.guard import Body, Guard, Keys, Requests, Signer, hosts_of
 from vlm.server.limits import images
 from vlm.server.openai import routes as openai_routes
-from vlm.server.openai import templates
 from vlm.server.owners import Owner
 from vlm.server.retention import KEEP
 from vlm.server.state import ServerState

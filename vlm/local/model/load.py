@@ -22,11 +22,12 @@ from kshot.hub import one_line, translated
 from kshot.untrusted import parse_json, read_file
 from vlm import models
 from vlm.inputs import ImageRule
-from vlm.local.model import placement
+from vlm.local.model import placement, quantised
 from vlm.local.model.families import FAMILIES, Family, difference, family_of
 from vlm.local.model.lora import Layout
 from vlm.local.model.packed import Text
-from vlm.local.model.placement import StoredTensor, stored_tensors
+from vlm.local.model.placement import StoredTensor
+from vlm.local.model.quantised import Weights
 
 log = logging.getLogger("kshot")
 
@@ -51,7 +52,8 @@ def check(name: str, *, images: bool = False) -> None:
     load_rule(name, required=images)
     family, config = _read_config(name, folder)
     if models.is_here(name):
-        _from_pretrained(name, family, folder, _dtype(config, stored_tensors(name, folder)), {"": "meta"})
+        weights = Weights(name, folder)
+        _from_pretrained(name, family, config, weights, _dtype(config, weights.tensors), {"": "meta"})
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -64,21 +66,22 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     """
     family, config = _read_config(name, Path(models.source(name)))
     devices = placement.devices(device)
-    folder = Path(models.weights(name))
-    tensors = stored_tensors(name, folder)
-    dtype = _compute_dtype(name, dtype, _dtype(config, tensors), devices)
+    weights = Weights(name, Path(models.weights(name)))
+    dtype = _compute_dtype(name, dtype, _dtype(config, weights.tensors), devices)
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
-    size = placement.sizes(tensors, layers, tied, dtype, family)
+    size = placement.sizes(weights.tensors, layers, tied, dtype, family)
     free = [placement.free_bytes(each) for each in devices]
     device_map = placement.device_map(name, dtype, size, tied, devices, free, family)
-    return _from_pretrained(name, family, folder, dtype, device_map).eval().requires_grad_(False)
+    return _from_pretrained(name, family, config, weights, dtype, device_map).eval().requires_grad_(False)
 
 
-def _from_pretrained(name: str, family: Family, folder: Path, dtype: torch.dtype, device_map: Mapping[str, Any]) -> Any:
+def _from_pretrained(
+    name: str, family: Family, config: Any, weights: Weights, dtype: torch.dtype, device_map: Mapping[str, Any]
+) -> Any:
     stock = getattr(transformers, family.stock)
     with _load_errors(name), _quiet():
         model, info = stock.from_pretrained(
-            folder,
+            **weights.source(config, dtype, empty=device_map == {"": "meta"}),
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
@@ -140,13 +143,12 @@ def _read_config(name: str, folder: Path) -> tuple[Family, Any]:
         kind = written.get("model_type")
     if kind not in FAMILIES:
         raise ModelError(f"model {name} is of type {kind!r}; this engine runs {', '.join(FAMILIES)}")
-    parts = (part for part in (written, *written.values()) if isinstance(part, dict))
-    if any(part.get("quantization_config") for part in parts):
-        raise ModelError(f"model {name} is quantised, which this engine does not run; give the model it was made from")
+    quantised.scheme_of(name, written)
     if (folder / ADAPTER).exists():  # transformers would put it into the model
         raise ModelError(f"model {name} has an adapter beside its weights ({ADAPTER}); move it to a folder of its own")
     with _load_errors(name), _quiet():
         config = getattr(transformers, FAMILIES[kind].stock).config_class.from_pretrained(folder)
+    quantised.forget(config)
     if other := difference(config.get_text_config()):
         raise ModelError(f"model {name} has {other}, which this engine does not compute; give another model")
     return FAMILIES[kind], config

@@ -32,10 +32,20 @@ LIKELY = 1024  # tokens that are sorted before the whole vocabulary is
 DRAWN = 64  # distributions in float64 that are in memory together
 
 
+@dataclass(frozen=True)
+class ThoughtLimit:
+    """Of samples that begin within a thought. end: the text that ends it. tokens: after so many without that, if any
+    number is given, the tokens `closing`, which hold it, are written whatever the model would write."""
+
+    end: str
+    closing: Sequence[int]
+    tokens: int | None = None
+
+
 class TokenSequence:
     """One sample as it grows. number: of the sample in its request. top: how many of the likeliest tokens are kept
     at each position. tops: these and their log-probabilities. reason: why it has ended, or None. walk: through the
-    grammar that it follows, if there is one."""
+    grammar that it follows, if there is one; what is thought follows none. forced: tokens that come next."""
 
     def __init__(
         self,
@@ -44,8 +54,11 @@ class TokenSequence:
         number: int,
         top: int = 0,
         grammar: Grammar | None = None,
+        thought: ThoughtLimit | None = None,
     ) -> None:
         self.walk = None if grammar is None else grammar.walk()
+        self._thought, self.forced = thought, deque[int]()
+        self._end_of_thought = None if thought is None else TokenStops(tokenizer, [thought.end])  # None: it is there
         self.params, self.tokens, self.log_probs, self.top = params, list[int](), list[float](), top
         self.reason: types.StopReason | None = None
         self.tops: list[tuple[Sequence[int], Sequence[float]]] = []
@@ -61,13 +74,31 @@ class TokenSequence:
         not finite ends the sequence."""
         self.tokens.append(token)
         self.log_probs.append(log_prob)
-        if self.walk is not None:
+        if self.thinks:
+            self._think()
+        elif self.walk is not None:
             self.walk.append(token)
         ended = not self.finite or (self.walk is not None and (self.walk.ended or bool(self.walk.error)))
         if ended or token in self._ids or (self._stops is not None and self._stops.found(self.tokens)):
             self.reason = "stop"
         elif self.params.max_tokens is not None and len(self.tokens) >= self.params.max_tokens:
             self.reason = "length"
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the next token belongs to a thought, or to what closes it."""
+        return self._end_of_thought is not None or bool(self.forced)
+
+    def _think(self) -> None:
+        """After another token of the thought, or of what closes it."""
+        if self.forced:
+            self.forced.popleft()
+        if self._end_of_thought is None or self._thought is None:
+            return
+        if self._end_of_thought.found(self.tokens):
+            self._end_of_thought = None
+        elif not self.forced and self._thought.tokens is not None and len(self.tokens) >= self._thought.tokens:
+            self.forced.extend(self._thought.closing)
 
     @property
     def finite(self) -> bool:
@@ -221,6 +252,7 @@ def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> N
     drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
     for n, row in zip(drawn, allowed[drawn].cpu() if drawn else (), strict=True):
         tokens[n] = sample_token(row, sequences[n].params, sequences[n].generator)
+    tokens = [each.forced[0] if each.forced else token for each, token in zip(sequences, tokens, strict=True)]
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     totals = logits.logsumexp(-1)
     if with_top := [n for n, sequence in enumerate(sequences) if sequence.top]:
@@ -234,7 +266,7 @@ def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> N
 
 def _allowed(sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
     """The logits, -inf at tokens that a sequence's grammar forbids."""
-    walks = {n: sequence.walk for n, sequence in enumerate(sequences) if sequence.walk is not None}
+    walks = {n: each.walk for n, each in enumerate(sequences) if each.walk is not None and not each.thinks}
     if not walks:
         return logits
     forbidden = torch.zeros(logits.shape, dtype=torch.bool)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kshot.errors import NotFiniteError, RequestError
 from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
 from vlm.local.model.attention import Cache, Causal
-from vlm.local.sampling.decoder import Decoder, TokenSequence, generator_of, sample_tokens
+from vlm.local.sampling.decoder import Decoder, ThoughtLimit, TokenSequence, generator_of, sample_tokens
 from vlm.local.sampling.grammar import Grammar
 from vlm.local.sampling.stops import check_stops
 
@@ -37,6 +37,7 @@ class SamplingRequest:
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
     grammar: Grammar | None = None
+    thought: ThoughtLimit | None = None
 
     @property
     def prompt_fields(self) -> bool:
@@ -136,7 +137,7 @@ def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[Sampl
     for request, end, length in zip(requests, batch.ends.tolist(), batch.rows.lengths, strict=True):
         top, row = request.topk_sample_logprobs, slice(end + 1 - length, end + 1)
         sequences = [
-            TokenSequence(tokenizer, request.params, number, top, request.grammar)
+            TokenSequence(tokenizer, request.params, number, top, request.grammar, request.thought)
             for number in range(request.num_samples)
         ]
         values = _prompt_values(decoder, batch, hidden, row, request) if request.prompt_fields else {}

@@ -1,8 +1,7 @@
 """Messages → the model's input: turns as the model's chat template writes them, and images from their URLs.
 
-The template is the tokenizer's own if that supports images, or the model takes none; else `chatml.jinja`, the ChatML
-turns of Qwen3-VL, which `vlm.prompts` writes too. The text of a message can end no turn and begin none, nor can a tool
-or a call.
+Which template that is, `vlm.templates` says, for `vlm.prompts` too. The text of a message can end no turn and begin
+none, nor can a tool or a call.
 
 A server that fetches the addresses that strangers name can be used to reach what only it can reach. So: public
 addresses alone, looked up once and connected to by number (a name may resolve otherwise the second time), no redirect,
@@ -16,8 +15,7 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
@@ -25,20 +23,19 @@ import tinker
 from tinker import types
 
 from kshot.errors import ImageError, PromptError
+from vlm import templates
 from vlm.inputs import image_chunk, model_input
 from vlm.local.clients import LocalSamplingClient
-from vlm.prompts import END_OF_TURN, special_tokens
+from vlm.prompts import special_tokens
 from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
-from vlm.server.openai import templates, tools
+from vlm.server.openai import tools
 from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
+from vlm.templates import END_OF_TURN, IMAGE_TOKEN, PROBE
+from vlm.thinking import Marks, marks_of
 
 MAX_IMAGES = 64  # of one request
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 END_TOKENS = (END_OF_TURN, "<|endoftext|>")  # tokens that end an answer, as Qwen3-VL's generation settings name them
-CHATML = (Path(__file__).parent / "chatml.jinja").read_text()
-PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
 PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "probes it", "parameters": {}}}
 PROBE_CALL = {"type": "function", "function": {"name": "probe", "arguments": {"a": 1}}}
 PROBE_TURN = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
@@ -55,9 +52,18 @@ NOT_PUBLIC = tuple(  # and is_global of Python 3.11 says otherwise, or they hold
 Address = IPv4Address | IPv6Address
 
 
+class Conversation(NamedTuple):
+    """A conversation as one text, IMAGE_TOKEN where an image is. marks: how its answer may think; None: it will not.
+    within: whether the text ends within a thought."""
+
+    text: str
+    marks: Marks | None = None
+    within: bool = False
+
+
 async def prompt(
     request: ChatRequest, sampler: LocalSamplingClient, taken: Reservation, *, allow_urls: bool
-) -> tinker.ModelInput:
+) -> tuple[tinker.ModelInput, Conversation]:
     """The input of a conversation. taken: grows by what the images need. Raises ImageError for images, PromptError for
     texts that cannot be given, TooLargeError and BusyError for images that take too much."""
     urls = [p.image_url.url for m in request.messages for p in m.content if isinstance(p, ImagePart)]
@@ -66,23 +72,24 @@ async def prompt(
     rule = sampler.rule if urls else None  # which a text model does not have, and says so
     tokenizer = sampler.get_tokenizer()
     pool = templates.renderer(tokenizer).pool
-    texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, sampler, len(urls))
+    written, texts = await asyncio.get_running_loop().run_in_executor(pool, _texts, request, sampler, len(urls))
     read = [await read_image(url, allow_urls=allow_urls) for url in urls]
     if read:
         taken.grow(await images.decoding_bytes(read))
     chunks: list[types.ModelInputChunk | list[int]] = [texts[0]]
     for image, after in zip(read, texts[1:], strict=True):
         chunks += [await images.in_thread(image_chunk, image, rule), after]
-    return model_input(*chunks)
+    return model_input(*chunks), written
 
 
-def _texts(request: ChatRequest, sampler: LocalSamplingClient, images: int) -> list[list[int]]:
-    """The tokens before, between and after so many images. Raises PromptError."""
+def _texts(request: ChatRequest, sampler: LocalSamplingClient, images: int) -> tuple[Conversation, list[list[int]]]:
+    """The conversation, and the tokens before, between and after so many images. Raises PromptError."""
     tokenizer = sampler.get_tokenizer()
-    texts = text(request, tokenizer, takes_images=sampler.takes_images).split(IMAGE_TOKEN)
+    written = conversation(request, tokenizer, takes_images=sampler.takes_images)
+    texts = written.text.split(IMAGE_TOKEN)
     if len(texts) != images + 1:
         raise PromptError(f"the chat template has {len(texts) - 1} places for {images} image(s)")
-    return [encode(tokenizer, each) for each in texts]
+    return written, [encode(tokenizer, each) for each in texts]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -90,28 +97,50 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def text(request: ChatRequest, tokenizer: Any, *, takes_images: bool = True) -> str:
-    """The conversation as one text, IMAGE_TOKEN where an image is. takes_images: whether the model does."""
+def conversation(request: ChatRequest, tokenizer: Any, *, takes_images: bool = True) -> Conversation:
+    """What a request asks. takes_images: whether the model does. Raises PromptError."""
     special = special_tokens(tokenizer)
     for number, message in enumerate(request.messages):
         _check(f"messages[{number}]", message, special)
     offered = [] if request.tool_choice == "none" else tools.for_template(request.tools)
-    _check_text("tools", json.dumps(offered, ensure_ascii=False), special)
-    own = tokenizer.chat_template
-    if takes_images:
-        own = templates.probed(tokenizer, None, [PROBE]).count(IMAGE_BLOCK) == 1
-    if not own and END_OF_TURN not in tokenizer.added_tokens_encoder:
+    for name, given in (("tools", offered), ("chat_template_kwargs", request.chat_template_kwargs)):
+        _check_text(name, json.dumps(given, ensure_ascii=False), special)
+    template = templates.chosen(tokenizer, takes_images=takes_images, tools=offered or None)
+    if template is None:
         raise PromptError("the model has no chat template; ask completions, with the whole prompt")
-    template = None if own else CHATML
     if offered:
         probe = templates.probed(tokenizer, template, [PROBE, PROBE_TURN], [PROBE_TOOL])
         if PROBE_WRITTEN not in probe or "probes it" not in probe:
             raise PromptError(f"the model's chat template writes no tools with calls in {tools.OPEN}; leave tools out")
+    marks = marks_of(tokenizer, template)
+    variables = {**_thinking_variables(request, marks), **request.chat_template_kwargs}
     turns = {"begin_answer": request.begins_answer, "go_on": request.continue_final_message}
     try:
-        return templates.written(tokenizer, _messages(request), offered or None, template, **turns)
+        text = templates.written(tokenizer, _messages(request), offered or None, template, variables, **turns)
     except ValueError as error:
         raise PromptError(f"the model's chat template cannot write these messages: {error}") from error
+    return Conversation(text) if marks is None or not request.begins_answer else _begun(request, text, marks)
+
+
+def _thinking_variables(request: ChatRequest, marks: Marks | None) -> dict[str, Any]:
+    """The template's variables for what a request says of thoughts. Raises PromptError for a model without them."""
+    if not request.thinks:
+        return dict(marks.off) if marks and request.thinks is False else {}
+    if marks is None:
+        effort = f"reasoning_effort = {request.reasoning_effort!r}"
+        raise PromptError(f"{effort}: the model's chat template has no thinking mode; leave it out")
+    return {**marks.on, "reasoning_effort": request.reasoning_effort}  # which some templates write
+
+
+def _begun(request: ChatRequest, text: str, marks: Marks) -> Conversation:
+    """With the assistant's turn begun, as far as what a request says of thoughts needs it."""
+    if request.thinks is False:
+        text = marks.answering(text)
+    if marks.ended(text):
+        return Conversation(text)
+    if request.thinks:
+        text = marks.thinking(text)
+    return Conversation(text, marks, marks.begun(text) or not marks.begin)
 
 
 def end_tokens(tokenizer: Any) -> list[int]:

@@ -23,13 +23,14 @@ import tinker
 from tinker import types
 
 from kshot.errors import PromptError, RequestError
-from vlm.local.clients import Grammar, LocalSamplingClient, SamplingRequest, TokenSequence
-from vlm.prompts import END_OF_TURN
+from vlm.local.clients import Grammar, LocalSamplingClient, SamplingRequest, ThoughtLimit, TokenSequence
 from vlm.scoring import score_choices
 from vlm.server.openai import chat, tools
 from vlm.server.openai.requests import ChatRequest, GenerationRequest
 from vlm.server.openai.responses import CHAT, COMPLETION, TOOL_CHAT, Fields
 from vlm.server.openai.text import DecodedText, Token, TopTokens, Vocabulary
+from vlm.templates import END_OF_TURN, IMAGE_TOKEN, VIDEO_TOKEN
+from vlm.thinking import Marks, ThoughtReader, split, thought_length
 
 MAX_CHOICES = 4096
 WAITERS = ThreadPoolExecutor(64, "kshot-choices")  # threads that wait for the engine, beside those of the event loop
@@ -38,12 +39,14 @@ WAITERS = ThreadPoolExecutor(64, "kshot-choices")  # threads that wait for the e
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt and the most tokens of its completions (0: none is wanted). echo, echo_tokens: the prompt itself, where
-    the response repeats it."""
+    the response repeats it. marks, within: see `chat.Conversation`."""
 
     input: tinker.ModelInput
     limit: int
     echo: str = ""
     echo_tokens: Sequence[int] = ()
+    marks: Marks | None = None
+    within: bool = False
 
 
 def limit(request: GenerationRequest, prompt: tinker.ModelInput, context: int) -> int:
@@ -54,7 +57,8 @@ def limit(request: GenerationRequest, prompt: tinker.ModelInput, context: int) -
         raise RequestError(
             f"a prompt of {prompt.length} positions{wanted} is too long: this model takes {context} in all"
         )
-    return min(request.default_limit, room) if request.limit is None else request.limit
+    usual = request.default_limit + (request.thought_limit or 0)
+    return min(usual, room) if request.limit is None else request.limit
 
 
 @dataclass
@@ -89,10 +93,13 @@ class Completion(ABC):
         more = {"usage": usage} if self.request.with_usage else {}
         return {**self._head(self.format.chunk), "choices": choices, **more}
 
-    def usage(self, tokens: int) -> Fields:
-        """Positions of the prompts, images included, and tokens of the completions, those that end one included."""
+    def usage(self, tokens: int, thought: int = 0) -> Fields:
+        """Positions of the prompts, images included, and tokens of the completions, those that end one included.
+        thought: how many of them are of thoughts."""
         prompt = sum(each.input.length for each in self.prompts)
-        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        fields = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        thinks = any(each.marks for each in self.prompts)
+        return {**fields, **({"completion_tokens_details": {"reasoning_tokens": thought}} if thinks else {})}
 
     def _head(self, kind: str) -> Fields:
         model = self.request.model
@@ -133,7 +140,8 @@ class SampledCompletion(Completion):
     async def response(self) -> Fields:
         with self._started() as samplings:
             results = await asyncio.gather(*(asyncio.wrap_future(each) for each in samplings))
-        return self.body(await asyncio.to_thread(self._choices, results), self._usage(results))
+        choices = await asyncio.to_thread(self._choices, results)
+        return self.body(choices, await asyncio.to_thread(self._usage, results))
 
     async def chunks(self) -> AsyncGenerator[Fields]:
         events, results = Events(), dict[int, types.SampleResponse]()
@@ -149,7 +157,8 @@ class SampledCompletion(Completion):
                 for choice in choices:
                     yield self.chunk(choice)
         if self.request.with_usage:
-            yield self.chunk(usage=self._usage([results[n] for n in range(len(results))]))
+            ordered = [results[n] for n in range(len(results))]
+            yield self.chunk(usage=await asyncio.to_thread(self._usage, ordered))
 
     def log_probs(self, tokens: Sequence[Token]) -> Fields | None:
         """Of these tokens, where the client wants them."""
@@ -196,7 +205,15 @@ class SampledCompletion(Completion):
             topk_prompt_logprobs=top if of_prompt else 0,
             topk_sample_logprobs=top,
             grammar=self.grammar,
+            thought=self._thought(prompt),
         )
+
+    def _thought(self, prompt: EncodedPrompt) -> ThoughtLimit | None:
+        """Where the completions begin within a thought."""
+        if prompt.marks is None or not prompt.within:
+            return None
+        closing = chat.encode(self.vocabulary.tokenizer, prompt.marks.closing)
+        return ThoughtLimit(prompt.marks.end, closing, self.request.thought_limit)
 
     def _choices(self, results: Sequence[types.SampleResponse]) -> list[Fields]:
         """Work for every token: not for the event loop."""
@@ -214,7 +231,11 @@ class SampledCompletion(Completion):
         text, tokens = sample.take()
         shifted = (replace(token, start=token.start + len(prompt.echo)) for token in tokens)
         log_probs = self.log_probs([*self._echo(prompt, result), *shifted])
-        return self.format.choice(number * self.request.n + n, prompt.echo + text, sample.reason, log_probs)
+        thought, answer, _ = split(text, prompt.marks, within=prompt.within)
+        choice = self.format.choice(number * self.request.n + n, prompt.echo + answer, sample.reason, log_probs)
+        if thought is not None:
+            choice["message"]["reasoning_content"] = thought
+        return choice
 
     def _echo(self, prompt: EncodedPrompt, result: types.SampleResponse) -> list[Token]:
         """The prompt's tokens; a model gives no log-probability of the first."""
@@ -226,12 +247,14 @@ class SampledCompletion(Completion):
         return text.take()[1]
 
     def _usage(self, results: Sequence[types.SampleResponse]) -> Fields:
-        lengths = (
-            len(sequence.tokens)
-            for prompt, result in zip(self.prompts, results, strict=True)
-            for sequence in (result.sequences if prompt.limit else ())
-        )
-        return self.usage(sum(lengths))
+        count = thought = 0
+        for prompt, result in zip(self.prompts, results, strict=True):
+            for tokens in [sequence.tokens for sequence in result.sequences] if prompt.limit else []:
+                count += len(tokens)
+                if prompt.marks is not None:
+                    tokenizer, within = self.vocabulary.tokenizer, prompt.within
+                    thought += thought_length(tokenizer, tokens, prompt.marks, within=within)
+        return self.usage(count, thought)
 
 
 class _Stream:
@@ -243,6 +266,9 @@ class _Stream:
         self._first, self._opened = number * request.n, False
         self._samples = [DecodedText(completion.vocabulary, request.stop, completion.ends) for _ in range(request.n)]
         self._readers = [tools.CallReader() if completion.calls else None for _ in range(request.n)]
+        self._thoughts = [
+            ThoughtReader(prompt.marks, within=prompt.within) if prompt.marks else None for _ in range(request.n)
+        ]
         self._numbers = dict[TokenSequence, int]()
 
     def add(self, new: _NewToken) -> Iterator[Fields]:
@@ -275,7 +301,13 @@ class _Stream:
         sample, index = self._samples[n], self._first + n
         text, tokens = sample.take()
         log_probs = self._completion.log_probs(tokens) if tokens else None
-        reader, reason = self._readers[n], cast(str | None, sample.reason)
+        reader, thoughts, reason = self._readers[n], self._thoughts[n], cast(str | None, sample.reason)
+        if thoughts is not None:
+            thought, text = thoughts.add(text, last=reason is not None)
+            if thought:
+                delta = {"reasoning_content": thought}
+                yield {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": None}
+                log_probs = None
         if reader is not None:
             for delta in reader.add(text, last=reason is not None):
                 yield {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": None}
@@ -324,7 +356,7 @@ class ChosenCompletion(Completion):
         if len(texts) > MAX_CHOICES:
             raise RequestError(f"{len(texts)} choices are too many; at most {MAX_CHOICES:,} may be given")
         is_chat = isinstance(self.request, ChatRequest)
-        special = chat.special_tokens(tokenizer) if is_chat else (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN)
+        special = chat.special_tokens(tokenizer) if is_chat else (IMAGE_TOKEN, VIDEO_TOKEN)
         for text in texts:
             if token := next((token for token in special if token in text), None):
                 raise PromptError(f"choice {text!r:.60} writes {token}, which steers the model; leave it out")

@@ -16,7 +16,12 @@ from vlm.server.openai.completions import Completion
 from vlm.server.openai.requests import HARMLESS, ChatRequest, Message, Model, Neutral, StreamOptions
 from vlm.server.openai.responses import Fields
 
-NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}  # chat's → ours
+NAMES = {  # chat's → ours
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}
 UNUSED = {"id", "status", "phase"}  # of the items of answers, as they come back
 
 
@@ -26,6 +31,14 @@ class TextOptions(Model):
     NEUTRAL: ClassVar[Neutral] = {"verbosity": ("medium",)}
 
     format: dict[str, Any] | None = None
+
+
+class Reasoning(Model):
+    """How long may be thought, as a chat's reasoning_effort. What is thought is no part of the output."""
+
+    NEUTRAL: ClassVar[Neutral] = {"summary": ("auto",), "generate_summary": ("auto",)}
+
+    effort: str | None = None
 
 
 class ResponseRequest(Model):
@@ -51,6 +64,7 @@ class ResponseRequest(Model):
     tools: list[dict[str, Any]] = Field([])
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    reasoning: Reasoning = Reasoning()
 
 
 def chat_request(request: ResponseRequest) -> ChatRequest:
@@ -60,6 +74,7 @@ def chat_request(request: ResponseRequest) -> ChatRequest:
     fields |= {"max_completion_tokens": request.max_output_tokens, "stream": True}
     fields |= {"stream_options": {"include_usage": True}, "messages": _messages(request.input)}
     fields |= {"tools": [_nested(tool, "function") for tool in request.tools]}
+    fields["reasoning_effort"] = request.reasoning.effort
     choice = request.tool_choice
     fields["tool_choice"] = _nested(choice, "function") if isinstance(choice, dict) else choice
     fields["response_format"] = request.text.format and _nested(request.text.format, "json_schema")
@@ -242,6 +257,6 @@ def _usage(usage: Fields) -> Fields:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage.get("completion_tokens_details", {"reasoning_tokens": 0}),
         "total_tokens": usage["total_tokens"],
     }

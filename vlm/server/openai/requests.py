@@ -142,7 +142,12 @@ class GenerationRequest(Model, ABC):
         """The closed list of answers, if there is one."""
         return self.structured_outputs.choice if self.structured_outputs else self.guided_choice
 
-    default_limit: ClassVar[int]  # tokens of an answer where the client says nothing
+    default_limit: ClassVar[int]  # tokens of an answer, beyond a limited thought, where the client says nothing
+
+    @property
+    def thought_limit(self) -> int | None:
+        """The most tokens of a thought, where the client says so."""
+        return None
 
     @property
     def limit(self) -> int | None:
@@ -336,6 +341,8 @@ class SchemaFormat(Model):
     json_schema: NamedSchema
 
 
+EFFORTS = {"none": 0, "low": 512, "medium": 2048, "high": 8192}  # the most tokens of a thought
+OF_TEMPLATES = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that other fields give
 AnyFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 MAX_TOOLS = 128
 
@@ -357,6 +364,19 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the answer is to begin with a thought; None: as the template does where nothing is said."""
+        if self.choice is not None:  # scored without one
+            return False
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
+
+    @property
+    def thought_limit(self) -> int | None:
+        return EFFORTS[self.reasoning_effort] if self.reasoning_effort and self.thinks else None
 
     @property
     def limit(self) -> int | None:
@@ -404,6 +424,10 @@ class ChatRequest(GenerationRequest):
             raise wrong("add_generation_prompt", "add_generation_prompt and continue_final_message exclude each other")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise wrong("continue_final_message", "continue_final_message needs a last message of the assistant")
+        if taken := sorted(OF_TEMPLATES & self.chat_template_kwargs.keys()):
+            raise wrong("chat_template_kwargs", f"chat_template_kwargs sets {taken[0]}, which a request has as a field")
+        if self.choice is not None and self.reasoning_effort not in (None, "none"):
+            raise wrong("reasoning_effort", "reasoning_effort does not go with choices, scored without a thought")
         for number, message in enumerate(self.messages):
             _check_message(f"messages[{number}]", message, begun=number >= self.instructions)
         return self

@@ -38,6 +38,7 @@ from vlm.server.openai.responses import Fields
 from vlm.server.owners import Owned, Owner
 from vlm.server.state import ServerState
 from vlm.server.tinker.sampling import check_room
+from vlm.templates import IMAGE_TOKEN, VIDEO_TOKEN
 
 log = logging.getLogger("kshot.server")
 T = TypeVar("T")
@@ -77,8 +78,9 @@ def router(state: ServerState, allow_urls: bool) -> APIRouter:
     async def chat_completion(request: ChatRequest, http_request: Request, owner: Owner) -> Completion:
         sampler = await _sampler(state, request.model, owner)
         grammar = await asyncio.to_thread(_grammar, request, sampler)
-        prompt = await chat.prompt(request, sampler, http_request.scope[PARSED], allow_urls=allow_urls)
-        encoded = EncodedPrompt(prompt, limit(request, prompt, sampler.context))
+        prompt, written = await chat.prompt(request, sampler, http_request.scope[PARSED], allow_urls=allow_urls)
+        length = limit(request, prompt, sampler.context)
+        encoded = EncodedPrompt(prompt, length, marks=written.marks, within=written.within)
         _take_answer(http_request, request, [encoded])
         return _completion(request, sampler, [encoded], grammar)
 
@@ -113,7 +115,7 @@ def _encode(request: CompletionRequest, sampler: LocalSamplingClient) -> list[En
     tokenizer, prompts = sampler.get_tokenizer(), list[EncodedPrompt]()
     for prompt in request.prompt:
         tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt  # with what it begins texts with
-        for name in (chat.IMAGE_TOKEN, chat.VIDEO_TOKEN):
+        for name in (IMAGE_TOKEN, VIDEO_TOKEN):
             if tokenizer.added_tokens_encoder.get(name) in tokens:
                 raise PromptError(
                     f"the prompt writes {name}, which stands for an image; ask chat/completions, with the image"

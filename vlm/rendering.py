@@ -2,7 +2,8 @@
 
 A template is a program of strangers. Jinja's sandbox keeps it from files and from Python; this process keeps it from
 all the time and memory, also where one operation takes them ('a' * 10**9): past the limits the system ends the process.
-Each line of stdin is a request {template, variables}, each line of stdout its answer, {text} or {error}.
+Each line of stdin is a request {template, variables}, each line of stdout its answer, {text} or {error}. Without
+variables the text is the names that the template reads, in JSON.
 """
 
 import json
@@ -42,20 +43,32 @@ def _json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Template:
-    """As `transformers.utils.chat_template_utils` compiles it."""
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As `transformers.utils.chat_template_utils` makes it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _json
     environment.globals |= {"raise_exception": _fail, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return environment.from_string(template)
+    return environment
 
 
-def _answer(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
+
+
+def _names(template: str) -> list[str]:
+    """Names that the template reads, but functions."""
+    found = {name.name for name in _environment().parse(template).find_all(nodes.Name) if name.ctx == "load"}
+    return sorted(found - _environment().globals.keys())
+
+
+def answer(template: str, variables: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the template writes, or why it writes nothing. variables: None for the names that it reads."""
     try:
-        text = _compiled(template).render(variables)
+        text = json.dumps(_names(template)) if variables is None else _compiled(template).render(variables)
     except MemoryError:
         return {"limit": "it takes too much memory"}
     except RecursionError:
@@ -73,7 +86,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # of computing: at its end the system ends the process
-        reply = json.dumps(_answer(**json.loads(line)))
+        reply = json.dumps(answer(**json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(reply.encode() + b"\n")
         sys.stdout.buffer.flush()

@@ -1,5 +1,7 @@
-"""Chats as the model's template writes them. The template runs in a process of its own, one a model, which is ended
-where it takes too much time or memory (see `rendering`), so that no model's template holds up others.
+"""Chats as the model's template writes them: which template that is, and what it writes.
+
+The template runs in a process of its own, one a model, which is ended where it takes too much time or memory (see
+`rendering`), so that no model's template holds up others.
 """
 
 import json
@@ -15,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 from kshot.errors import PromptError
+from vlm import rendering
 
 SECONDS = 2.0  # of computing that one conversation may take
 MEMORY = 1 << 29  # bytes of address space of the process
@@ -22,6 +25,11 @@ LONGEST = 1 << 22  # characters of a conversation, in JSON: far beyond any model
 THREADS = 2  # a model, that prepare its prompts
 PROGRAM = Path(__file__).with_name("rendering.py")
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers writes it
+END_OF_TURN = "<|im_end|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+IMAGE_BLOCK = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+CHATML = Path(__file__).with_name("chatml.jinja").read_text()  # ours: the turns of Qwen3-VL
+PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
 
 
 class Renderer:
@@ -37,8 +45,9 @@ class Renderer:
         """What the template writes. Raises ValueError where it fails, PromptError where it goes beyond a limit."""
         return _text(self._reply(template, variables))
 
-    def known(self, template: str, variables: Mapping[str, Any]) -> str:
-        """The same, nothing where it fails, for variables that are few: what comes out is kept, limits too."""
+    def known(self, template: str, variables: Mapping[str, Any] | None) -> str:
+        """The same, nothing where it fails, for variables that are few: what comes out is kept, limits too. Without
+        variables: the names that the template reads, in JSON."""
         key = json.dumps([template, variables], default=str)
         reply = self._known.get(key) or self._reply(template, variables)
         if "ended" not in reply:  # which may go well the next time
@@ -56,10 +65,12 @@ class Renderer:
                 self._ending()
                 self._process = None
 
-    def _reply(self, template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+    def _reply(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, str]:
         line = json.dumps({"template": template, "variables": variables}, default=str).encode() + b"\n"
         if len(line) - len(template) > LONGEST:
             raise PromptError(f"the messages have {len(line):,} characters; at most {LONGEST:,} are read")
+        if template == CHATML:  # ours: it needs no process
+            return rendering.answer(template, variables)
         with self._lock:
             return self._ask(line)
 
@@ -127,39 +138,67 @@ def close() -> None:
         _RENDERERS.clear()  # now: what was being prepared finds its own
 
 
+def chosen(tokenizer: Any, *, takes_images: bool, tools: Sequence[Any] | None = None) -> str | None:
+    """The template of a model: its tokenizer's own if that writes images, or the model takes none; else CHATML where
+    the tokenizer knows its tokens; else None. Raises PromptError for an own one that goes beyond a limit."""
+    try:
+        own = str(tokenizer.get_chat_template(tools=tools))
+    except ValueError:  # it has none
+        own = ""
+    if own and (not takes_images or probed(tokenizer, own, [PROBE]).count(IMAGE_BLOCK) == 1):
+        return own
+    return CHATML if END_OF_TURN in tokenizer.added_tokens_encoder else None
+
+
 def written(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
     template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
     *,
     begin_answer: bool = False,
     go_on: bool = False,
 ) -> str:
     """What `tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False,
-    add_generation_prompt=begin_answer, continue_final_message=go_on)` of transformers gives.
+    add_generation_prompt=begin_answer, continue_final_message=go_on, **variables)` of transformers gives.
 
     Raises ValueError for what the template cannot write, PromptError where it goes beyond a limit.
     """
-    chosen = tokenizer.get_chat_template(template, tools)
+    own = tokenizer.get_chat_template(template, tools)
     chat = [_aliased({key: value for key, value in each.items() if value is not None}) for each in messages]
     last = _marked(chat[-1]) if go_on else ""
-    text = renderer(tokenizer).render(chosen, _variables(tokenizer, chat, tools, begin_answer=begin_answer))
+    values = _variables(tokenizer, chat, tools, variables, begin_answer=begin_answer)
+    text = renderer(tokenizer).render(own, values)
     return _until_mark(text, last) if go_on else text
 
 
-def probed(tokenizer: Any, template: str | None, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> str:
+def probed(
+    tokenizer: Any,
+    template: str,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    begin_answer: bool = False,
+) -> str:
     """The same of a conversation that is always the same, computed once; nothing where it cannot be written."""
-    try:
-        chosen = tokenizer.get_chat_template(template, tools)
-    except ValueError:  # it has none
-        return ""
-    return renderer(tokenizer).known(chosen, _variables(tokenizer, messages, tools, begin_answer=False))
+    chat = [_aliased(each) for each in messages]
+    values = _variables(tokenizer, chat, tools, variables, begin_answer=begin_answer)
+    return renderer(tokenizer).known(template, values)
 
 
-def _variables(tokenizer: Any, chat: Any, tools: Any, *, begin_answer: bool) -> dict[str, Any]:
+def names(tokenizer: Any, template: str) -> list[str]:
+    """The names that a template reads, beyond those that every conversation has."""
+    found: list[str] = json.loads(renderer(tokenizer).known(template, None) or "[]")
+    return [name for name in found if name not in _variables(tokenizer, (), None, None, begin_answer=False)]
+
+
+def _variables(
+    tokenizer: Any, chat: Any, tools: Any, more: Mapping[str, Any] | None, *, begin_answer: bool
+) -> dict[str, Any]:
     of_chat = {"messages": chat, "tools": tools, "documents": None, "add_generation_prompt": begin_answer}
-    return {**tokenizer.special_tokens_map, **of_chat}
+    return {**tokenizer.special_tokens_map, **(more or {}), **of_chat}
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:
