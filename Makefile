@@ -16,9 +16,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"
 
-# The official recipe, unmodified, against kshot serve: it installs an environment of its own; ten minutes or more.
+# Official recipes, unmodified, against kshot serve: they have an environment of their own; half an hour or more.
 test-recipe: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and network" -s tests/vlm/test_recipe.py
+	$(BIN)/python -m pytest -m "slow and network" -s tests/vlm/test_recipe.py tests/vlm/test_text_recipes.py
 
 # Other people's clients, unmodified, against kshot serve, in an environment of their own that has no torch.
 test-clients: $(STAMP) $(CLIENTS)/.installed

@@ -143,11 +143,22 @@ def answers(
 ) -> list[str]:
     """The same to questions."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=prompt.stops)
-    if isinstance(sampler, BatchSampler):
-        responses = sampler.sample_batch(asked, params)
-    else:
-        responses = [future.result() for future in [sampler.sample(each, 1, params) for each in asked]]
+    responses = sample_together(sampler, asked, [params] * len(asked))
     return [prompt.text(response.sequences[0].tokens) for response in responses]
+
+
+def sample_together(
+    sampler: SamplingClient,
+    asked: Sequence[tinker.ModelInput],
+    params: Sequence[types.SamplingParams],
+    num_samples: int = 1,
+) -> list[types.SampleResponse]:
+    """`num_samples` answers to each question, all of which are requested before any is waited for, so that a service
+    reads and writes them in shared passes. params: of each question."""
+    if isinstance(sampler, BatchSampler):
+        return sampler.sample_batch(asked, params, num_samples)
+    futures = [sampler.sample(each, num_samples, own) for each, own in zip(asked, params, strict=True)]
+    return [future.result() for future in futures]
 
 
 def questions(images: Sequence[Subject], prompt: Prompt) -> Iterator[list[tinker.ModelInput]]:

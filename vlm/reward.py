@@ -14,7 +14,7 @@ import tinker
 from tinker import types
 
 from kshot.errors import RequestError
-from vlm.classifier import Subject, View
+from vlm.classifier import Subject, View, sample_together
 from vlm.inputs import datum, model_input
 from vlm.prompts import Prompt
 from vlm.service import TrainingClient
@@ -103,16 +103,14 @@ def gains(rewards: np.ndarray) -> np.ndarray:
 def sample_groups(
     sampler: Any, questions: Sequence[tinker.ModelInput], stops: Sequence[int], policy: Policy, seeds: Sequence[int]
 ) -> list[list[Answer]]:
-    """`policy.group_size` answers to each question, which its own seed decides whatever the others are. stops: token
-    ids that end an answer."""
+    """`policy.group_size` answers to each question, all sampled together; its own seed decides them, whatever the other
+    questions are. stops: token ids that end an answer."""
     shared = partial(types.SamplingParams, max_tokens=policy.max_tokens, temperature=policy.temperature)
-    futures = [
-        sampler.sample(question, policy.group_size, shared(stop=list(stops), seed=seed))
-        for question, seed in zip(questions, seeds, strict=True)
-    ]
+    params = [shared(stop=list(stops), seed=seed) for seed in seeds]
+    responses = sample_together(sampler, questions, params, policy.group_size)
     return [
-        [Answer(question, list(each.tokens), list(each.logprobs)) for each in future.result().sequences]
-        for question, future in zip(questions, futures, strict=True)
+        [Answer(question, list(each.tokens), list(each.logprobs or ())) for each in response.sequences]
+        for question, response in zip(questions, responses, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from vlm.classifier import WINDOW, BatchSampler, Subject
+from vlm.classifier import WINDOW, Subject, sample_together
 from vlm.prompts import Prompt
 from vlm.scoring import score_choices
 from vlm.service import SamplingClient
@@ -51,7 +51,7 @@ def consider(
         params = [thinking.params(prompt, first + start + n) for n in range(len(asked))]
         thoughts = [
             [prompt.read_thought(sequence.tokens) for sequence in response.sequences]
-            for response in _sampled(sampler, asked, params, thinking.thoughts)
+            for response in sample_together(sampler, asked, params, thinking.thoughts)
         ]
         yield Considered(
             thoughts,
@@ -69,12 +69,3 @@ def posteriors(
     rows = score_choices(sampler, flat, prompt.choices, method).astype(np.float64)
     mean: np.ndarray = np.logaddexp.reduce(rows.reshape(len(considered.asked), count, -1), 1) - np.log(count)
     return mean.astype(np.float32)
-
-
-def _sampled(
-    sampler: SamplingClient, asked: Sequence[tinker.ModelInput], params: Sequence[types.SamplingParams], count: int
-) -> list[types.SampleResponse]:
-    if isinstance(sampler, BatchSampler):
-        return sampler.sample_batch(asked, params, count)
-    futures = [sampler.sample(each, count, own) for each, own in zip(asked, params, strict=True)]
-    return [future.result() for future in futures]

@@ -14,6 +14,7 @@ from tinker import types
 from tests.vlm import brute_force
 from tests.vlm.helpers import IMAGE, Pictured, greedy, stock_inputs
 from tests.vlm.services import PATIENCE, Service, peft, step, stock_log_probs
+from tests.vlm.serving import KEY
 from vlm import nano
 from vlm.inputs import ImageRule, model_input
 from vlm.prompts import Prompt
@@ -43,6 +44,24 @@ def test_greedy_tokens_are_those_of_stock_generate(
         (sequence,) = future.result(PATIENCE).sequences
         assert sequence.tokens == greedy(stock, query, rule, 10)
         assert sequence.stop_reason == "length"
+
+
+def test_a_servers_sampler_has_a_handle_for_other_processes(
+    both: Service, sampler: Any, prompts: list[tinker.ModelInput]
+) -> None:
+    if both.kind == "local":
+        with both.refuses("a sampler of the local service has no handle"):
+            sampler.get_sampler_handle()
+        return
+    twin = tinker.SamplingClient.from_sampler_handle(sampler.get_sampler_handle(), api_key=KEY)
+    try:
+        assert twin.get_base_model() == nano.NAME
+        for query in prompts[:2]:
+            (one,), (other,) = (sample(each, query, seed=3) for each in (sampler, twin))
+            assert one.tokens == other.tokens
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    finally:
+        twin.holder.close()
 
 
 def test_log_probs_of_a_sample_and_its_likeliest_tokens_are_the_models(

@@ -17,27 +17,15 @@ from typing import Any
 
 import pytest
 
+from tests.vlm.recipes import MARKS, MINUTES, MODEL, RUNNER, prepared, recipe
 from tests.vlm.serving import Command, command
 
-RUNNER = Path(__file__).parents[3] / "shared/tools/cookbook_recipe"
-MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
-MINUTES = 60.0
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.network,
-    pytest.mark.skipif(not RUNNER.exists(), reason="the official recipe's runner is not beside this checkout"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's environment, model and data; KSHOT_RECIPE names a folder that keeps them for the next time."""
-    kept = os.environ.get("KSHOT_RECIPE")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("recipe")
-    if not (folder / MODEL / "config.json").exists():
-        recipe("prepare", folder)
-    return folder
+    return prepared(tmp_path_factory)
 
 
 @pytest.fixture
@@ -45,18 +33,6 @@ def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-def recipe(stage: str, work: Path, *arguments: str) -> str:
-    """What the runner prints, once it has ended well."""
-    done = subprocess.run(
-        [sys.executable, RUNNER, stage, "--work", work, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=20 * MINUTES,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def start(work: Path, port: int) -> Any:

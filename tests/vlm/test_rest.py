@@ -21,7 +21,7 @@ HOSTED = {  # what needs accounts, or a server that others reach
     *("assign_session_project", "copy_weights", "export_session_trace", "get_audit_log", "get_billing_usage"),
     *("get_current_checkpoint_storage_usage", "get_external_weights_urls", "get_sampler", "get_session"),
     *("list_sessions", "publish_checkpoint_from_tinker_path", "unpublish_checkpoint_from_tinker_path"),
-    *("get_telemetry", "get_server_capabilities", "search_sessions", "whoami", "get_checkpoint_archive_url"),
+    *("get_server_capabilities", "search_sessions", "whoami", "get_checkpoint_archive_url"),
     *("get_checkpoint_archive_url_from_tinker_path",),
 }
 

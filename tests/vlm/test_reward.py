@@ -21,6 +21,7 @@ from vlm.classifier import batches, fit, predict
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalTrainingClient
 from vlm.local.registry import LocalServiceClient
+from vlm.local.sampling import sampler as sampler_module
 from vlm.prompts import Prompt
 from vlm.reward import Answer, Policy, answer_datum, gains, reinforce, sample_groups, with_log_probs
 from vlm.service import tokenizer
@@ -117,6 +118,28 @@ def test_each_question_has_a_seed_of_its_own_drawn_from_the_runs(scripted: Calla
     assert len({seed for _, seed, *_ in first}) == 4
 
 
+def test_a_steps_questions_are_read_and_answered_together(
+    client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one prefill, and with the answers that each has alone."""
+    prefilled, prefill = list[int](), sampler_module.prefill
+
+    def counted(decoder: Any, requests: Any) -> Any:
+        prefilled.append(len(requests))
+        return prefill(decoder, requests)
+
+    monkeypatch.setattr(sampler_module, "prefill", counted)
+    sampler, policy = client.save_weights_and_get_sampling_client().result(), Policy(3, max_tokens=4)
+    questions, seeds = [prompt.question(each.image) for each in examples[:4]], [5, 6, 7, 8]
+    together = sample_groups(sampler, questions, prompt.stops, policy, seeds)
+    assert prefilled == [4]
+    for question, seed, group in zip(questions, seeds, together, strict=True):
+        (alone,) = sample_groups(sampler, [question], prompt.stops, policy, [seed])
+        assert [each.tokens for each in group] == [each.tokens for each in alone]
+        for one, other in zip(group, alone, strict=True):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
 def test_with_log_probs_the_penalty_of_dro_begins_at_zero(
     client: LocalTrainingClient, prompt: Prompt, examples: list[Pictured]
 ) -> None:
@@ -149,11 +172,15 @@ def test_digits_by_reward_on_every_service(both: Service, in_process: Any) -> No
 
 
 @pytest.mark.slow
-def test_reward_rises(service: LocalServiceClient) -> None:
-    rewards, (before, after) = by_reward(service, start=40, steps=60, size=8, group=8, tested=300)
-    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.1
+def test_reward_and_accuracy_rise_on_every_service(both: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    rewards, scores = by_reward(both.client, start=40, steps=60, size=8, group=8, tested=300)
     labels = [each.label for each in catalog.load("digits").test[:300]]
-    assert (after.argmax(1) == labels).mean() > (before.argmax(1) == labels).mean()
+    before, after = ((each.argmax(1) == labels).mean() for each in scores)
+    first, last = np.mean(rewards[:10]), np.mean(rewards[-10:])
+    with capsys.disabled():
+        print(f"\n{both.kind}: reward of ten steps {first:.3f} → {last:.3f}, accuracy {before:.3f} → {after:.3f}")
+    assert last > first + 0.1
+    assert after > before
 
 
 def by_reward(

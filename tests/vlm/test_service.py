@@ -97,6 +97,29 @@ def test_async_methods_do_what_their_twins_do(service: LocalServiceClient, mixed
     assert asyncio.run(awaited()) == (loss.result().metrics, step.result().metrics, sequences, log_probs)
 
 
+def test_a_name_for_a_snapshot_has_no_effect_and_a_warning(service: LocalServiceClient) -> None:
+    """The SDK's own words begin in another way and mean the same."""
+    run = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    with pytest.warns(DeprecationWarning, match="name of save_weights_and_get_sampling_client has no effect"):
+        sampler = run.save_weights_and_get_sampling_client("mine").result()
+    assert sampler.get_base_model() == nano.NAME
+    assert service.create_rest_client().list_checkpoints(run.model_id).result().checkpoints == []
+
+
+def test_handles_belong_to_services_that_others_reach(service: LocalServiceClient) -> None:
+    sampler = service.create_sampling_client(base_model=nano.NAME).result()
+    with pytest.raises(RequestError, match=r"no handle: .*save_weights_for_sampler.*create_sampling_client"):
+        sampler.get_sampler_handle()
+    with pytest.raises(RequestError, match=r"no sampler of a handle: .*kshot serve"):
+        LocalSamplingClient.from_sampler_handle("abc")
+
+
+def test_nothing_is_reported(service: LocalServiceClient) -> None:
+    run = service.create_lora_training_client(nano.NAME, rank=2, seed=0).result()
+    for each in (service, run, run.save_weights_and_get_sampling_client().result(), service.create_rest_client()):
+        assert each.get_telemetry() is None
+
+
 def written(response: types.SampleResponse) -> list[tuple[Any, Any]]:
     """Tokens and log-probabilities of samples: each has an id of its own besides."""
     return [(each.tokens, each.logprobs) for each in response.sequences]

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -37,6 +38,14 @@ from vlm.local.twins import with_async_twins
 WAYS_OUT = {
     "record_stability_info": f"the loss stable_reinforce, which reads it, is not built here: {SAMPLED_INSTEAD}",
 }
+ELSEWHERE = (
+    "its weights are in this process; write them with save_weights_for_sampler, and call create_sampling_client there, "
+    "or let kshot serve have them"
+)
+NAME = (
+    "the name of save_weights_and_get_sampling_client has no effect: nothing is written; for a checkpoint with a name, "
+    "call save_weights_for_sampler"
+)
 
 
 def refuse(**options: object) -> None:
@@ -66,6 +75,9 @@ class _Client:
     def get_tokenizer(self) -> Any:
         """The stock tokenizer of the base model."""
         return self._engine.model.tokenizer
+
+    def get_telemetry(self) -> None:
+        """Nothing is reported to anybody."""
 
     def _submit(
         self, inputs: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any, **kwargs: Any
@@ -161,6 +173,15 @@ class LocalSamplingClient(_Client):
     def get_base_model(self) -> str:
         """The name of the base model."""
         return self._engine.model.name
+
+    def get_sampler_handle(self) -> str:
+        """The SDK's word for this sampler in other processes, which have nothing of this one. Raises RequestError."""
+        raise RequestError(f"a sampler of the local service has no handle: {ELSEWHERE}")
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> "LocalSamplingClient":
+        """The sampler of a handle. Raises RequestError, as there is none here."""
+        raise RequestError(f"the local service makes no sampler of a handle: {ELSEWHERE}")
 
     @property
     def rule(self) -> ImageRule:
@@ -306,8 +327,11 @@ class LocalTrainingClient(_Client):
         record_stability_info: bool = False,
         kind: str = "snapshot",
     ) -> Future[LocalSamplingClient]:
-        """A future of a client on a snapshot of the weights as they are when the request's turn comes."""
-        refuse(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
+        """A future of a client on a snapshot of the weights as they are when the request's turn comes. name: has no
+        effect, as in the SDK, which warns of it too."""
+        if name is not None:
+            warnings.warn(NAME, DeprecationWarning, stacklevel=2)
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         refuse(kind=None if kind == "snapshot" else kind)
         engine, run = self._engine, self._run
         return self._submit((), lambda: LocalSamplingClient(engine, engine.snapshot(run.adapter), self._scheduler))

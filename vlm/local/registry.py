@@ -265,6 +265,9 @@ class LocalServiceClient:
         """A client of what is saved in the state folder."""
         return LocalRestClient(self._registry.state, self._registry.submit)
 
+    def get_telemetry(self) -> None:
+        """Nothing is reported to anybody."""
+
     def close(self) -> None:
         """Finish what was requested and stop the scheduler."""
         self._registry.scheduler.close()
