@@ -17,6 +17,7 @@ HEAD = "lm_head"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 EMBEDDINGS = "embed_tokens"
 SILU = ("silu", "swish")
+NO_DECODER = "model {} is of type {!r}, which is no decoder; give one that is"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ _MIXER = re.compile("att|mixer|mamba|ssm|conv|recurrent")  # in the name of what
 
 def stock_class(name: str, config: Mapping[str, Any]) -> str:
     """The class of transformers for a checkpoint whose type has no row. config: its config.json. Raises ModelError
-    where there is none: no code of a checkpoint is ever run."""
+    where there is none (no code of a checkpoint is ever run), and for an encoder."""
     from transformers.models.auto import modeling_auto as auto
 
     kind = config.get("model_type")
@@ -108,6 +109,9 @@ def stock_class(name: str, config: Mapping[str, Any]) -> str:
     tables = [auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     if "vision_config" in config:
         tables.insert(0, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    encodes = known in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # unless told otherwise, as BERT and XLM
+    if encodes and not (config.get("is_decoder") or config.get("causal")):
+        raise ModelError(NO_DECODER.format(name, kind))
     found = next((table[known] for table in tables if known in table), None)
     if found is None and "auto_map" in config:
         raise ModelError(f"model {name} is of type {kind!r} and needs its own code (auto_map), which is never run here")
@@ -119,15 +123,13 @@ def stock_class(name: str, config: Mapping[str, Any]) -> str:
 
 
 def stock_family(name: str, config: Any, found: str) -> Family:
-    """The family of a configuration and its class in transformers. Raises ModelError for a model that is no decoder,
+    """The family of a configuration and its class in transformers. Raises ModelError for one that encodes too,
     and for one with modules on which LoRA cannot sit."""
     import torch
     import transformers
-    from transformers.models.auto import modeling_auto as auto
 
-    encodes = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # unless told otherwise, as BERT
-    if config.is_encoder_decoder or (encodes and getattr(config, "is_decoder", True) is False):
-        raise ModelError(f"model {name} is of type {config.model_type!r}, which is no decoder; give one that is")
+    if config.is_encoder_decoder:
+        raise ModelError(NO_DECODER.format(name, config.model_type))
     with torch.device("meta"):
         empty = getattr(transformers, found)(config)
     try:
