@@ -184,6 +184,7 @@ KINDS = {
     "animal": ["horse", "dog", "cat", "lion", "tiger", "sheep", "goat", "mouse", "bear", "wolf"],
 }
 MOST = Template("Are most of these words fruit or animal? {text}", "{label}")
+SLOWER = types.AdamParams(learning_rate=2e-4, eps=1e-8)  # at the end, against the noise of single batches
 TAUGHT, ASKED = 120, 16
 
 
@@ -212,6 +213,7 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
     thoughts = {words: prompt.thought(thought) for words, _, thought in every}
     views = [(words, label) for words, label, _ in every]
     texts, labels = [words for words, _ in views[TAUGHT:]], [label for _, label in views[TAUGHT:]]
+    majority = max(np.mean(labels), 1 - np.mean(labels))
     batches = [[views[n % TAUGHT] for n in range(start, start + 8)] for start in range(0, 8 * 48, 8)]
     with served(tmp_path / "state", registry) as server, sdk(server.address) as service:
         run = service.create_lora_training_client(THINKER, rank=16, seed=0).result(PATIENCE)
@@ -225,8 +227,9 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
             return float(np.mean(chosen == labels)), float(np.mean(plain == labels)), firsts, chosen.tolist()
 
         before = accuracy(run.save_weights_and_get_sampling_client().result(PATIENCE))
-        for loss, _ in fit(run, batches, prompt, ADAM, thoughts=thoughts, train_on="all"):
-            print(f"loss {loss.metrics['loss:sum']:.2f}", flush=True)  # shown by -s
+        for some, adam in ((batches[:36], ADAM), (batches[36:], SLOWER)):
+            for loss, _ in fit(run, some, prompt, adam, thoughts=thoughts, train_on="all"):
+                print(f"loss {loss.metrics['loss:sum']:.2f}")  # shown where it fails
         path = run.save_weights_for_sampler("thinker").result(PATIENCE).path
         after = accuracy(service.create_sampling_client(model_path=path).result(PATIENCE))
         lengths = [thought.length for thought in after[2]]
@@ -236,9 +239,10 @@ def test_it_learns_to_think_before_a_label(folder: Path, tmp_path: Path, capsys:
             answers = [_converse(client, path, prompt, text) for text in texts[:4]]
             _goes_on(client, path, texts[0], answers[0])
     with capsys.disabled():
-        print(f"\naccuracy after a thought {before[0]:.2f} → {after[0]:.2f}, without {before[1]:.2f} → {after[1]:.2f}")
+        print(f"\n{len(labels)} texts, {majority:.2f} of the label that most have")
+        print(f"accuracy after a thought {before[0]:.2f} → {after[0]:.2f}, without {before[1]:.2f} → {after[1]:.2f}")
         print(f"{closed:.0%} of the thoughts closed, {np.mean(lengths):.1f} tokens; {texts[0]!r} → {said[0]!r}")
-    assert before[0] < after[0] >= 0.9
+    assert max(before[0], majority) < after[0] >= 0.9
     assert closed == 1
     assert max(lengths) < 16
     assert np.mean([a == thought for a, (_, _, thought) in zip(said, every[TAUGHT:], strict=True)]) >= 0.75
