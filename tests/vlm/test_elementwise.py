@@ -26,7 +26,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    return x * cos + torch.cat((-right, -left), -1) * sin
 
 
 def _inputs(size: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def _inputs(size: tuple[int, int, int, int], dtype: torch.dtype, device: str = "
         "x": torch.randn(count, heads, width, generator=rng),
         "weight": torch.rand(normed, width, generator=rng) + 0.5,
         "cos": angles.cos(),
-        "sin": angles.sin(),
+        "sin": angles.sin() * torch.ones(width).index_fill_(0, torch.arange(width // 2, width), -1),
         "gradient": torch.randn(count, heads, width, generator=rng),
     }
     return {name: tensor.to(device, dtype) for name, tensor in made.items()}

@@ -293,14 +293,15 @@ class _Separate(torch.autograd.Function):
         out, inner = _frozen(x, weight, bias, residual), x @ a.t()
         for part, narrow, b in zip(out.split([len(b) for b in bs], 1), inner.chunk(len(bs), 1), bs, strict=True):
             part.addmm_(narrow, b.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, inner, a, *bs)
+        ctx.save_for_backward(x, weight, inner, *pair)
         ctx.scale, ctx.gathered = scale, _gathered(pair)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, inner, a, *bs = ctx.saved_tensors
+        x, weight, inner, *pair = ctx.saved_tensors
+        a, *bs = pair
         back = torch.empty_like(inner)  # the gradient of x A^T
         parts = gradient.split([len(b) for b in bs], 1)
         for part, into, b in zip(parts, back.chunk(len(bs), 1), bs, strict=True):
@@ -309,46 +310,45 @@ class _Separate(torch.autograd.Function):
             back *= ctx.scale
         to_x = (gradient @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
         to_residual = gradient if ctx.needs_input_grad[3] else None
-        narrow = inner.chunk(len(bs), 1)
-        if ctx.gathered:
-            of_a, *of_bs = ctx.gathered
+        to_pair: Sequence[Tensor | None] = [None for _ in pair]
+        if ctx.needs_input_grad[5]:
+            of_a, *of_bs = ctx.gathered or (to_pair := [torch.zeros_like(each) for each in pair])
             of_a.addmm_(back.t(), x)
-            for of_b, part, each in zip(of_bs, parts, narrow, strict=True):
-                of_b.addmm_(part.t(), each, alpha=ctx.scale)
-        if ctx.gathered or not ctx.needs_input_grad[5]:
-            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
-        to_bs = ((part.t() @ each).mul_(ctx.scale) for part, each in zip(parts, narrow, strict=True))
-        return to_x, None, None, to_residual, None, back.t() @ x, *to_bs
+            for of_b, part, narrow in zip(of_bs, parts, inner.chunk(len(bs), 1), strict=True):
+                of_b.addmm_(part.t(), narrow, alpha=ctx.scale)
+        return to_x, None, None, to_residual, None, *to_pair
 
 
 def _gathered(leaves: Pair) -> Pair:
-    """On a GPU, where starting a kernel costs more than a small sum: what the leaves' gradients are added to."""
-    gradients = tuple(leaf.grad for leaf in leaves if leaf.is_cuda and leaf.grad is not None)
+    """What the leaves' gradients are added to: to make a tensor for autograd to add costs more than a small sum."""
+    gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
     return gradients if len(gradients) == len(leaves) else ()
 
 
 class _Merged(torch.autograd.Function):
-    """The same with W + scale · B A as the weight: its gradient is one product, from which those of A and B follow."""
+    """The same with W + scale · B A as the weight: the gradients of A and B alone need the narrow products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, scale: float, *pair: Tensor) -> Tensor:
         a, *bs = pair
-        merged = weight.clone()
-        for part, each, b in zip(merged.split([len(b) for b in bs]), a.chunk(len(bs)), bs, strict=True):
-            part.addmm_(b, each, alpha=scale)
-        ctx.save_for_backward(x, merged, a, *bs)
-        ctx.scale = scale
+        b = torch.block_diag(*bs) if len(bs) > 1 else bs[0]
+        merged = torch.addmm(weight, b, a, alpha=scale)
+        ctx.save_for_backward(x, merged, b, *pair)
+        ctx.scale, ctx.gathered = scale, _gathered(pair)
         return _frozen(x, merged, bias, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, merged, a, *bs = ctx.saved_tensors
+        x, merged, b, *pair = ctx.saved_tensors
+        a, *bs = pair
         to_x = gradient @ merged if ctx.needs_input_grad[0] else None
         to_residual = gradient if ctx.needs_input_grad[3] else None
-        if not ctx.needs_input_grad[5]:
-            return to_x, None, None, to_residual, None, None, *(None for _ in bs)
-        parts = (gradient.t() @ x).mul_(ctx.scale).split([len(b) for b in bs])
-        to_a = torch.cat([b.t() @ part for b, part in zip(bs, parts, strict=True)])
-        to_bs = (part @ each.t() for part, each in zip(parts, a.chunk(len(bs)), strict=True))
-        return to_x, None, None, to_residual, None, to_a, *to_bs
+        to_pair: Sequence[Tensor | None] = [None for _ in pair]
+        if ctx.needs_input_grad[5]:
+            of_a, *of_bs = ctx.gathered or (to_pair := [torch.zeros_like(each) for each in pair])
+            of_a.addmm_((gradient @ b).t(), x, alpha=ctx.scale)
+            to_b = (a @ x.t()) @ gradient  # (parts x rank, out): its blocks belong to the parts
+            for n, (of_b, columns) in enumerate(zip(of_bs, to_b.split([len(b) for b in bs], 1), strict=True)):
+                of_b.add_(columns.chunk(len(bs))[n].t(), alpha=ctx.scale)
+        return to_x, None, None, to_residual, None, *to_pair

@@ -29,7 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, ...], eps: float) -> Tensor:
     """RMS norm over each of the first heads, then rotation by position (Su et al. 2021); the other heads as they are.
 
-    x: (n, heads, dim). weight: (first heads, dim), frozen. rope: cosines and sines, (n, 1, dim), both halves alike.
+    x: (n, heads, dim). weight: (first heads, dim), frozen. rope: cosines and sines, (n, 1, dim), both halves alike
+    but for the sign of the sines: negative in the second.
     """
     return _Operation.apply("rotated_norm", eps, x, weight, *rope)
 
@@ -103,7 +104,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def norm_back(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    return _scaled_back(gradient * weight, x, inverse)
+    return _scaled_back(scaled := gradient * weight, x, inverse, scaled)
 
 
 def rotated_norm(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def rotated_norm(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 def rotated_norm_back(gradient: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor) -> Tensor:
     out, count = torch.empty_like(x), len(weight)
     rotated = _rotate(gradient[:, :count], cos, sin, -1, out[:, :count]).mul_(weight)
-    rotated.copy_(_scaled_back(rotated, x[:, :count], inverse))
+    _scaled_back(rotated, x[:, :count], inverse, rotated)
     out[:, count:] = gradient[:, count:]
     return out
 
@@ -142,11 +143,11 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of x from that of x · inverse."""
-    normal = x * inverse
-    along = (gradient * normal).mean(-1, keepdim=True)
-    return torch.addcmul(gradient.float(), normal, along, value=-1).mul_(inverse).to(x.dtype)
+def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """The gradient of x from that of x · inverse, into `out`."""
+    gradient, x = gradient.float(), x.float()
+    along = (gradient * x).mean(-1, keepdim=True).mul_(inverse.square())
+    return torch.mul(torch.addcmul(gradient, x, along, value=-1), inverse, out=out)
 
 
 def _rotated(x: Tensor, count: int, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -157,8 +158,5 @@ def _rotated(x: Tensor, count: int, cos: Tensor, sin: Tensor, direction: int) ->
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    torch.mul(x, cos, out=out)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
-    return out
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.mul(x, cos, out=out).addcmul_(swapped, sin, value=-direction)

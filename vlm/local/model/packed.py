@@ -58,10 +58,11 @@ class Text:
         x = self._embed.weight[inputs.ids]
         if inputs.image_positions is not None and inputs.embeds is not None:
             x = x.index_copy_(0, inputs.image_positions, inputs.embeds.to(x))
-        # cosines and sines, (positions, 1, dim)
+        # cosines and sines, (positions, 1, dim), as `norm_rope` takes them
         position_ids = inputs.position_ids[: self._axes]
         angles = position_ids[:, None] if self._axes > 1 else position_ids
-        rope = tuple(each[0][:, None] for each in self._rope(self._embed.weight, angles))
+        cos, sin = (each[0][:, None] for each in self._rope(self._embed.weight, angles))
+        rope: tuple[Tensor, ...] = cos, torch.cat([sin[..., : (half := sin.shape[-1] // 2)], -sin[..., half:]], -1)
         final = len(self.layers) - 1
         # the last layer's own features need all positions
         early = len(inputs.deepstack) <= final
