@@ -100,7 +100,7 @@ class Text:
         position_ids = inputs.position_ids[: self._axes]
         angles = position_ids[:, None] if self._axes > 1 else position_ids
         cos, sin = (each[0][:, None] for each in self._rope(self._embed.weight, angles))
-        rope = cos, torch.cat([sin[..., : (half := sin.shape[-1] // 2)], -sin[..., half:]], -1)
+        rope: tuple[Tensor, ...] = cos, torch.cat([sin[..., : (half := sin.shape[-1] // 2)], -sin[..., half:]], -1)
         final = len(self.layers) - 1
         # the last layer's own features need all positions
         early = len(inputs.deepstack) <= final
