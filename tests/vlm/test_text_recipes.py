@@ -74,7 +74,7 @@ def write_data(folder: Path) -> None:
     sets = {"HuggingFaceH4/no_robots": chats, "openai/gsm8k": problems, "Anthropic/hh-rlhf": preferences}
     for name, rows in sets.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for split, some in (("train", rows * 5), ("test", rows[:4])):
+        for split, some in (("train", rows * 5), ("test", rows[:8])):
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (folder / "openai/gsm8k/README.md").write_text(GSM8K)
 
@@ -96,15 +96,15 @@ def figures(log: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-SUPERVISED = ("batch_size=8", "learning_rate=1e-3", "max_steps=6")
+SUPERVISED = ("batch_size=8", "learning_rate=1e-3", "lora_rank=8", "max_steps=3")
 FALLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sl_loop": ("sl_loop", "train_mean_nll", SUPERVISED),
     "chat_sl": ("chat_sl.train", "train_mean_nll", SUPERVISED),
-    "dpo": ("preference.dpo.train", "dpo_loss", ("dataset=hhh", "batch_size=8", "learning_rate=3e-4", "max_steps=4")),
+    "dpo": ("preference.dpo.train", "dpo_loss", ("dataset=hhh", "batch_size=4", "learning_rate=1e-3", "max_steps=2")),
 }
 REWARDED: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "rl_loop": ("rl_loop", "reward/total", ("batch_size=4", "group_size=4", "max_tokens=24", SAMPLED)),
-    "math_rl": ("math_rl.train", "env/all/reward/total", ("groups_per_batch=8", "group_size=4", SAMPLED)),
+    "rl_loop": ("rl_loop", "reward/total", ("batch_size=2", "group_size=4", "max_tokens=24", SAMPLED)),
+    "math_rl": ("math_rl.train", "env/all/reward/total", ("groups_per_batch=4", "group_size=4", SAMPLED)),
 }
 
 
@@ -119,15 +119,18 @@ def test_its_loss_falls(name: str, work: Path, address: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", REWARDED)
-def test_it_trains_by_reward(name: str, work: Path, address: str, tmp_path: Path) -> None:
-    """A few steps, which are too few for the reward to rise."""
+def test_it_samples_and_is_rewarded(name: str, work: Path, address: str, tmp_path: Path) -> None:
+    """Two steps, which are too few for the reward to rise. SmolLM2 writes no \\boxed{} of itself, so those of rl_loop
+    find nothing to prefer; in math_rl a complete answer is worth more than one that is cut off."""
     module, metric, options = REWARDED[name]
-    done = run(work, address, module, tmp_path / "log", *options, "learning_rate=1e-4", "max_steps=3")
+    given = ("lora_rank=8", "learning_rate=1e-4", "max_steps=2")
+    done = run(work, address, module, tmp_path / "log", *options, *given)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = figures(tmp_path / "log", metric)
     print(f"{name}: {metric} {found[0]:.3f} → {found[-1]:.3f}")
-    assert len(found) == 3
-    assert any(norm > 0 for norm in figures(tmp_path / "log", "grad_norm:mean"))  # some answers were better
+    assert len(found) == 2
+    if name == "math_rl":
+        assert all(norm > 0 for norm in figures(tmp_path / "log", "grad_norm:mean"))
 
 
 def test_the_loss_without_a_public_definition_says_what_to_use(work: Path, address: str, tmp_path: Path) -> None:
