@@ -92,6 +92,7 @@ def opened(tab: Tab, report: Path, width: int, *, dark: bool = False) -> None:
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     tab.call("Emulation.setEmulatedMedia", features=[scheme])
     tab.open(report.as_uri(), until="#content")
+    tab.until("document.readyState == 'complete'")  # else what comes later may not be there yet
 
 
 def tabbed(tab: Tab, limit: int = 300) -> list[dict]:
