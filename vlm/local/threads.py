@@ -28,7 +28,7 @@ FILE = "threads.json"  # in the cache: model's shape and machine → number
 WITHIN = 1.05  # of the fastest
 ROUNDS = 5  # in each of which every number has its turn
 SECONDS = 2.0  # after which no other round begins: beside other programs it may take long
-ROWS, LEAST, MOST = 8, 64, 512  # examples of a step, and its tokens
+ROWS, LEAST, MOST = 8, 64, 256  # examples of a step, and its tokens: in small steps threads wait longest
 WORK = 2e10  # multiplications and additions of a step: some tenths of a second on one core
 OTHERS = 0.25  # cores that other programs may have used meanwhile, for a number to be kept
 
