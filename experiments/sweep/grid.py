@@ -346,7 +346,7 @@ def _check_settings(sweep: Sweep, service: str) -> None:
     if "loss" in used:
         _check_losses({settings.loss for settings in sweep.variants}, sweep, service)
     if "thinking" in used:
-        _check_thinking(sweep, service)
+        _check_thinking(sweep)
     calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
     if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
         choice = "calibration validated chooses on labelled images, and zero-shot has none"
@@ -361,7 +361,7 @@ def _check_losses(losses: set[str], sweep: Sweep, service: str) -> None:
         raise InputError(f"loss_power {min(powers)} is of the loss closed-set, and the sweep has text; give both")
 
 
-def _check_thinking(sweep: Sweep, service: str) -> None:
+def _check_thinking(sweep: Sweep) -> None:
     """Raise InputError for settings of thoughts that do not fit together, or not the model."""
     s = sweep.settings
     if not s.thinking:

@@ -2,7 +2,7 @@
 measured to take."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,22 @@ def test_a_training_step_takes_what_a_gpu_was_measured_to_take(size: str) -> Non
     assert found == pytest.approx(measured, rel=0.15)
 
 
+def kept_bytes(known: Iterable[torch.Tensor], compute: Callable[[], object]) -> int:
+    """What autograd saves meanwhile, in bytes, but for the storage of `known`."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, int] = {}
+    kept: list[torch.Tensor] = []  # else a place could be used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(size for place, size in saved.items() if place not in places)
+
+
 def test_a_pass_of_the_nano_model_keeps_what_is_said(make_image: Callable[..., bytes]) -> None:
     """What autograd saves, but for weights and adapter, in a pass of a hundred questions."""
     model, settings = vlm_size(nano.NAME), load("demo", {}, {}).settings
@@ -187,18 +203,8 @@ def test_a_pass_of_the_nano_model_keeps_what_is_said(make_image: Callable[..., b
     engine, run = client._engine, client._run
     prompt = prompt_of(client, Task(("star", "key"), [], [], 0, settings))
     data = [prompt.datum(make_image(n), n % 2) for n in range(100)]
-    known = {p.untyped_storage().data_ptr() for p in (*engine.model.stock.parameters(), *run.adapter.flats.values())}
-    saved: dict[int, int] = {}
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        engine.forward_backward(run, data, "cross_entropy", None)
-    found = sum(size for place, size in saved.items() if place not in known)
+    known = (*engine.model.stock.parameters(), *run.adapter.flats.values())
+    found = kept_bytes(known, lambda: engine.forward_backward(run, data, "cross_entropy", None))
     positions = sum(datum.model_input.length for datum in data)
     labelled = sum(int(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
     assert model.training_bytes(positions, labelled) == pytest.approx(found, rel=0.35)
@@ -212,20 +218,10 @@ def test_a_pass_of_a_qwen35_keeps_what_is_said(tmp_path: Path, dtype: torch.dtyp
     config = transformers.Qwen3_5Config(text_config=text, vision_config={**VISION35, "out_hidden_size": 96})
     config.save_pretrained(tmp_path)
     stock: Any = transformers.Qwen3_5ForConditionalGeneration._from_config(config, dtype=dtype)
-    known = {p.untyped_storage().data_ptr() for p in stock.parameters()}
-    saved: dict[int, int] = {}
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stock.model.language_model(inputs_embeds=torch.randn(1, 256, 96, dtype=dtype), use_cache=False)
+    embeds = torch.randn(1, 256, 96, dtype=dtype)
+    found = kept_bytes(stock.parameters(), lambda: stock.model.language_model(inputs_embeds=embeds, use_cache=False))
     model = vlm_size(str(tmp_path))
     assert model is not None
-    found = sum(size for place, size in saved.items() if place not in known)
     assert model.training_bytes(256, 0) == pytest.approx(found, rel=0.35)
 
 

@@ -3,14 +3,17 @@
 import copy
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
+import pytest
 import tinker
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from tinker import types
 
 from kshot.images import open_image
+from vlm import smollm2
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
 from vlm.local.model.attention import Causal
@@ -132,3 +135,12 @@ def plain_loss(plain: Any, data: list[tinker.Datum], rule: ImageRule) -> torch.T
         picked = log_probs.gather(1, targets[:, None])[:, 0]
         total = total - (picked * datum.loss_fn_inputs["weights"].to_torch()).sum()
     return total
+
+
+def needs_smollm2() -> None:
+    """Skip the test where the weights of SmolLM2, or what reads them, are not installed."""
+    for package in ("gguf", smollm2.PACKAGE):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")

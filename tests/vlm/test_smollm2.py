@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from kshot.errors import ModelError
 from kshot.files import TEMPORARY
 from tests.vlm import brute_force
+from tests.vlm.helpers import needs_smollm2
 from tests.vlm.openai_served import connected
 from tests.vlm.services import PATIENCE, step
 from tests.vlm.services import connected as sdk
@@ -59,11 +60,7 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    for package in ("gguf", smollm2.PACKAGE):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
+    needs_smollm2()
     return smollm2.folder()
 
 

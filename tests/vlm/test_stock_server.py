@@ -1,12 +1,12 @@
 """One server with a Qwen3.5, a DeepSeek-V3 and SmolLM2: the SDK trains them all side by side."""
 
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 from tinker import types
 
 from tests.vlm.checkpoints import seeing_model, text_model
+from tests.vlm.helpers import needs_smollm2
 from tests.vlm.services import PATIENCE, connected, step
 from tests.vlm.serving import served
 from vlm import smollm2
@@ -50,9 +50,5 @@ def test_two_are_trained_side_by_side(models: dict[str, str], tmp_path: Path, ch
 
 @pytest.mark.slow
 def test_with_smollm2_beside_them(models: dict[str, str], tmp_path: Path, chunks: list[types.ImageChunk]) -> None:
-    for package in ("gguf", smollm2.PACKAGE):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pytest.skip(f"needs {package}")
+    needs_smollm2()
     _train_all({**models, smollm2.NAME: smollm2.NAME}, tmp_path, chunks)

@@ -9,12 +9,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.vlm.helpers import needs_smollm2
 from tests.vlm.recipes import MARKS, MINUTES, prepared
 from tests.vlm.serving import command
 from vlm import smollm2
@@ -39,11 +39,7 @@ pytestmark = MARKS
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The environment, with what the recipes on mathematics need besides, SmolLM2's tokenizer, and the data."""
-    for package in ("gguf", smollm2.PACKAGE):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
+    needs_smollm2()
     folder = prepared(tmp_path_factory)
     python = folder / "venv/bin/python"
     install = [python, "-m", "uv", "pip", "install", "-q", "--python", python, PACKAGES]
