@@ -7,7 +7,6 @@
 All but the errors is imported at its first use, so that `import kshot` is light.
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from experiments.sweep import sweep as sweep
     from experiments.sweep.store import Results as Results
     from vlm.service import connect as connect
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait take no core
 
 _AT_FIRST_USE = {"connect": "vlm.service", "Results": "experiments.sweep.store", "sweep": "experiments.sweep"}
 

@@ -9,7 +9,7 @@ from PIL import Image
 from reported import NASTY, SWEEP, grid, store_predictions, written
 
 from experiments.report.comparisons import ImageSources
-from tests.vlm.browser import Browser, Tab, needs_chromium
+from tests.vlm.browser import Browser, Tab, needs_chromium, wait
 
 pytestmark = needs_chromium
 FOCUSED = """(() => {
@@ -145,10 +145,15 @@ def test_the_first_link_skips_the_contents_and_the_others_lead_to_their_chapter(
 def test_a_region_scrolls_by_arrow_keys(tab: Tab, report: Path) -> None:
     opened(tab, report, 360)
     wide = "[...document.querySelectorAll('.scroll')].find((it) => it.scrollWidth > it.clientWidth)"
-    tab.until(f"(window.box = {wide}) !== undefined")  # the page may be laid out at its new width a moment later
-    tab.js("box.focus()")
-    tab.press("ArrowRight")
-    tab.until("box.scrollLeft > 0")
+
+    def scrolls() -> bool:  # a page that is still being laid out loses the focus, and the key
+        if tab.js(f"{wide} === undefined"):
+            return False
+        tab.js(f"{wide}.focus()")
+        tab.press("ArrowRight")
+        return bool(tab.js(f"{wide}.scrollLeft > 0"))
+
+    wait(scrolls, "a region that scrolls by a key")
 
 
 def test_the_page_never_scrolls_sideways(tab: Tab, report: Path) -> None:

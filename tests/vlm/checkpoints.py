@@ -227,6 +227,8 @@ def _saved(model: Any, folder: Path) -> Path:
     for key, tensor in model.state_dict().items():
         if tensor.ndim > 1 or key.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.15, generator=generator)
+        elif key.endswith("A_log"):  # how fast a state decays: at random otherwise, and too fast to compare gradients
+            tensor.uniform_(0, 1, generator=generator)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(nano.folder() / file, folder / file)

@@ -100,12 +100,13 @@ def taken(client: LocalTrainingClient) -> dict[str, torch.Tensor]:
 
 
 def assert_gradients_equal(client: LocalTrainingClient, plain: Any) -> None:
-    """Those of a run and of the same adapter under PEFT, each tensor to 1e-5 of its norm."""
+    """Those of a run and of the same adapter under PEFT, each tensor to 3e-5 of its norm: float32 rounds as much
+    where a state recurs."""
     theirs = {name.replace(".default.", "."): p.grad for name, p in plain.named_parameters() if p.grad is not None}
     ours = gradients_of(client)
     assert len(ours) == len(theirs)
     for name, gradient in ours.items():
-        assert (gradient - theirs[name]).norm() <= 1e-5 * theirs[name].norm().clamp(min=1e-3), name
+        assert (gradient - theirs[name]).norm() <= 3e-5 * theirs[name].norm().clamp(min=1e-3), name
 
 
 def disturb(client: LocalTrainingClient, seed: int = 0) -> None:

@@ -1,9 +1,6 @@
 """How many threads a model computes with: by a clock that the test moves, and once for a model and a machine."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from vlm import nano
 from vlm.local import threads
 from vlm.local.clients import LocalSamplingClient
 from vlm.local.registry import EngineRegistry
-from vlm.local.threads import choose, fewest
+from vlm.local.threads import FreeCores, choose, fewest
 
 
 @pytest.fixture
@@ -139,11 +136,37 @@ def test_a_service_sets_it_where_it_computes(tmp_path: Path) -> None:
         registry.scheduler.close()
 
 
-def test_threads_wait_without_a_core_unless_the_user_says_otherwise() -> None:
-    code = "import kshot, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, policy in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
-        ended = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert ended.stdout.strip() == policy
+def test_no_more_threads_than_cores_that_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = busy = own = 0.0
+    monkeypatch.setattr(threads, "_busy", lambda: busy)
+    monkeypatch.setattr(threads.time, "process_time", lambda: own)
+    fit = FreeCores(3, clock=lambda: now, cores=4)
+
+    def after(seconds: float, mine: float, others: float) -> int:
+        nonlocal now, busy, own
+        now, busy, own = now + seconds, busy + (mine + others) * seconds, own + mine * seconds
+        fit()
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    assert after(1.0, mine=3.0, others=0.0) == 3
+    assert after(1.0, mine=2.5, others=1.4) == 3
+    assert after(1.0, mine=2.0, others=1.8) == 2
+    assert after(threads.WINDOW / 2, mine=1.0, others=3.0) == 2  # too short to count
+    assert after(threads.WINDOW / 2, mine=1.0, others=3.0) == 1
+    assert after(1.0, mine=0.5, others=9.0) == 1
+    assert after(1.0, mine=1.0, others=0.1) == 3
+
+
+def test_a_number_that_was_said_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, number in ({"threads": 2}, 2), ({}, 3):
+        registry = EngineRegistry(tmp_path, **said)
+        try:
+            with monkeypatch.context() as context:
+                context.setattr(torch, "get_num_threads", lambda: 4)
+                context.setattr("vlm.local.registry.choose", lambda *_: 3)
+                registry.submit(registry.engine, nano.NAME).result()
+            assert registry.chosen == {nano.NAME: number}
+            assert (registry.scheduler.before_step is None) == bool(said)
+        finally:
+            registry.scheduler.close()

@@ -31,7 +31,7 @@ from vlm.local.model.placement import devices as devices
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
 from vlm.local.rest import LocalRestClient
 from vlm.local.scheduler import Scheduler
-from vlm.local.threads import choose
+from vlm.local.threads import FreeCores, choose, is_fixed
 from vlm.local.twins import with_async_twins
 from vlm.local.vision import PIXEL_BYTES, Vision
 from vlm.models import MODELS
@@ -92,7 +92,9 @@ class EngineRegistry:
         if model.device.type == "cpu":
             self._most = self._most or torch.get_num_threads()
             self.chosen[model.name] = self.threads or choose(Engine(model), self._most)
-            torch.set_num_threads(max(self.chosen.values()))
+            torch.set_num_threads(most := max(self.chosen.values()))
+            if most > 1 and not (self.threads or is_fixed()):
+                self.scheduler.before_step = FreeCores(most)
 
     def load(self) -> None:
         """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""

@@ -227,9 +227,11 @@ class Scheduler:
 
     waiting_jobs, waiting_samples: requests that have not been started. active_sequences: that get a token in each
     step. tokens_sampled, busy_seconds: since the start. Other threads read them as they were a moment ago.
+    before_step: called on the thread, before a job and the tokens that go with it.
     """
 
     def __init__(self) -> None:
+        self.before_step: Callable[[], None] | None = None
         self.active_sequences, self.tokens_sampled = 0, 0
         self._busy = 0.0  # seconds of the steps that are over
         self._since: float | None = None  # when the present one began
@@ -341,6 +343,8 @@ class Scheduler:
                 return False
             job = self._jobs.popleft() if self._jobs else None
         self._since = self._resumed = start = time.perf_counter()
+        if self.before_step is not None:
+            self.before_step()
         if job is not None:
             job.run()
         self._give_way()

@@ -1,7 +1,9 @@
-"""How many threads a model computes with on a CPU: the fewest that are about as fast as any.
+"""How many threads a model computes with on a CPU: the fewest that are about as fast as any, as far as cores are free.
 
-A small model's threads wait for each other longer than they compute, and beside other programs far longer. So a small
-model's training step is measured with 1, 2, 4, ... threads; a large one's is not: all are faster there.
+A small model's threads wait for each other longer than they compute. So a small model's training step is measured with
+1, 2, 4, ... threads; a large one's is not: all are faster there. Threads that wait spin, which is fastest where each
+has a core; beside other programs they then wait for one that has none, and a step takes several times as long. So there
+are no more threads than cores that other programs leave.
 """
 
 import json
@@ -10,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +34,7 @@ SECONDS = 2.0  # after which no other round begins: beside other programs it may
 ROWS, LEAST, MOST = 8, 64, 256  # examples of a step, and its tokens: in small steps threads wait longest
 WORK = 2e10  # multiplications and additions of a step: some tenths of a second on one core
 OTHERS = 0.25  # cores that other programs may have used meanwhile, for a number to be kept
+WINDOW = 0.25  # seconds over which it is counted what cores others use
 
 
 def choose(engine: Engine, most: int) -> int:
@@ -40,7 +44,7 @@ def choose(engine: Engine, most: int) -> int:
     shapes = [(name, [*each.shape]) for name, each in engine.model.stock.named_parameters()]
     numbers = sum(math.prod(shape) for _, shape in shapes)
     tokens = min(MOST, int(WORK / 6 / numbers))  # 2 forward, 4 backward
-    if most == 1 or "OMP_NUM_THREADS" in os.environ or tokens < LEAST:
+    if most == 1 or is_fixed() or tokens < LEAST:
         return most
     machine = {"processor": processor(), "cores": os.cpu_count(), "most": most, "torch": str(torch.__version__)}
     key = facts_digest({"shapes": shapes, "dtype": str(engine.model.dtype), "tokens": tokens, **machine})
@@ -57,6 +61,11 @@ def choose(engine: Engine, most: int) -> int:
         if others < OTHERS * seconds:  # beside other programs it holds for now alone
             _write(path, {**_read(path), key: kept[key]})
     return kept[key]
+
+
+def is_fixed() -> bool:
+    """Whether the environment says how many."""
+    return "OMP_NUM_THREADS" in os.environ
 
 
 def fewest(step: Callable[[], object], most: int, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -78,6 +87,32 @@ def fewest(step: Callable[[], object], most: int, clock: Callable[[], float] = t
         torch.set_num_threads(before)
     shortest = {number: min(each[1:]) for number, each in times.items()}
     return next(number for number in numbers if shortest[number] <= WITHIN * min(shortest.values()))
+
+
+@dataclass
+class FreeCores:
+    """Lets torch have at most `most` threads, and no more than there are cores that other programs do not use. To be
+    called on the thread that computes, now and then; it counts anew after WINDOW seconds at the earliest."""
+
+    most: int
+    clock: Callable[[], float] = time.perf_counter
+    cores: int = os.cpu_count() or 1
+
+    def __post_init__(self) -> None:
+        self._last = self._now()
+
+    def __call__(self) -> None:
+        if self.clock() - self._last[0] < WINDOW:
+            return
+        (begun, busy, own), self._last = self._last, self._now()
+        others = (self._last[1] - busy - (self._last[2] - own)) / (self._last[0] - begun)
+        number = max(1, min(self.most, round(self.cores - others)))
+        if number != torch.get_num_threads():
+            torch.set_num_threads(number)
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds of the clock, of all cores that computed, and of those that this process did."""
+        return self.clock(), _busy(), time.process_time()
 
 
 def _step(engine: Engine, tokens: int) -> Callable[[], object]:
