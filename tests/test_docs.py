@@ -145,16 +145,8 @@ def test_the_commands_run(
     monkeypatch.chdir(tmp_path)
     pages = ("docs/methods.md", "docs/photographs.md", "docs/data.md")
     ours = [words[1:] for page, words in commands(ran=True) if words[0] == "kshot" and page in pages]
-    assert {"sweep", "report", "zero-shot", "train", "predict", "export", "push", "data"} <= {words[0] for words in ours}
-        "sweep",
-        "report",
-        "zero-shot",
-        "train",
-        "predict",
-        "export",
-        "push",
-        "data",
-    }
+    expected = {"sweep", "report", "zero-shot", "train", "predict", "export", "push", "data"}
+    assert expected <= {words[0] for words in ours}
     for words in ours:
         ended = kshot(*words, *SMALL.get(words[0], []))
         assert ended.status == 0, (words, ended.err)
