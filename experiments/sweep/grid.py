@@ -35,6 +35,7 @@ from kshot.errors import (
     TooFewImagesError,
     UnknownNameError,
     listed,
+    near_name,
 )
 from vlm import models, nano
 
@@ -310,7 +311,9 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     if device == "cpu":
         return ()
     if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise InputError(f"device {device!r} is not available here; use --device cpu, cuda or cuda:N")
+        near = near_name(device, ["cpu", "cuda"])
+        meant = f" (did you mean {near!r}?)" if near else ""
+        raise InputError(f"device {device!r} is not available here{meant}; use --device cpu, cuda or cuda:N")
     import torch
 
     number, visible, count = device.partition(":")[2], os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
