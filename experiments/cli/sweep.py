@@ -1,6 +1,6 @@
 """The commands that run sweeps and report them: `kshot sweep`, `demo`, `zero-shot` and `report`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -10,7 +10,8 @@ import typer
 from experiments.cli import options as opt
 from experiments.cli.adapters import check_push, offer
 from experiments.cli.helps import completion, methods, sweeps
-from experiments.terminal import err, out, plain_table, print_paths, progress_bar
+from experiments.cli.progress import Display
+from experiments.terminal import err, out, plain_table, print_paths
 from kshot.errors import InputError
 
 if TYPE_CHECKING:
@@ -262,7 +263,6 @@ class _Terminal:
 
     def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
         self._options, self._images, self._said = options, images, said
-        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
@@ -274,7 +274,7 @@ class _Terminal:
     @contextmanager
     def running(self, planned: "Plan", results: "Results", jobs: "Sequence[Job]") -> "Iterator[None]":
         """Raises InputError where memory or disk are too small for these jobs."""
-        from experiments.sweep.methods import METHODS
+        from experiments.sweep.preflight import fetch_weights
 
         if not jobs:
             some = "no cell has failed" if self._options.only_failed else f"all {len(planned.jobs)} cells are there"
@@ -282,27 +282,22 @@ class _Terminal:
             yield
             return
         check_room(planned, results, jobs, self._options)
+        if self._options.executor == "local":
+            fetch_weights(jobs)  # once, before the workers; the hub's own bars show it
         for line in planned.about_data():
             err.print(line)
         total = len(planned.jobs)
-        with self._progress:
-            cost = sum(METHODS[job.cell.method].cost for job in jobs)
-            count = f"{total - len(planned.missing(results))}/{total}"
-            self._task = self._progress.add_task("starting", total=cost, count=count)
+        self._display = Display(jobs, total - len(planned.missing(results)), total)
+        with self._display.shown():
             yield
 
-    def finished(self, job: "Job | EncodingJob", failure: "Failure | None", done: int, total: int) -> None:
-        from experiments.sweep.cells import Job
-        from experiments.sweep.methods import METHODS
+    def started(self, job: "Job | EncodingJob") -> None:
+        self._display.started(job)
 
-        name, cost, count = str(job), 0.0, f"{done}/{total}"
-        if isinstance(job, Job):
-            name, cost = f"{job.cell.method}, k={job.cell.shots}", METHODS[job.cell.method].cost
-        self._progress.update(self._task, advance=cost, description=name, count=count)
-        if failure:
-            err.print(f"failed: {job}: {failure.message}", style="yellow")
-        elif not err.is_terminal:
-            err.print(f"{count} {job}")
+    def finished(
+        self, job: "Job | EncodingJob", failure: "Failure | None", record: Mapping[str, Any] | None, done: int
+    ) -> None:
+        self._display.finished(job, failure, record, done)
 
     def complete(self, planned: "Plan", results: "Results", content: dict[str, Any]) -> None:
         paths = report_of(results, content, planned if self._images else None)
