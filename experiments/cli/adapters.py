@@ -96,12 +96,13 @@ def train(
     _check_room(job, data, output)
     err.print(f"training {job.cell}")
     try:
-        _show_steps(run(job, data, output, force=force))
+        _show_steps(run(job, data, output, force=force), job.settings.batch_size)
     except KeyboardInterrupt:
         fail("stopped; nothing was written", INTERRUPTED)
     for note in notes(job.settings, {*METHODS[method].settings}):
         out.print(note, style="yellow")
     print_paths([output])
+    err.print(f"next: kshot predict IMAGES --adapter {shlex.quote(str(output))}")
     if push_to_hub is not None:
         offer(output, push_to_hub, yes, public)
 
@@ -134,19 +135,24 @@ def _check_room(job: "Job", data: "Dataset", output: Path) -> None:
     check(needed)
 
 
-def _show_steps(steps: Iterable["Step"]) -> None:
+def _show_steps(steps: Iterable["Step"], batch: int) -> None:
     """A bar on a terminal; else a line for the first and the last step, and now and then between. Once two steps were
-    measured (the first loads what it needs), how long the others will take, where that is long."""
+    measured (the first loads what it needs), how long the others will take, where that is long. batch: images a
+    step."""
     from experiments.plan.estimate import duration
 
     with progress_bar("step {task.completed}/{task.total}", "{task.description}") as progress:
         task, printed, began = progress.add_task("reading the model", total=None), 0.0, 0.0
         for step in steps:
             if step.number == 1:
+                err.print(f"{step.steps:,} steps of {batch} images")
                 began = time.monotonic()
             elif step.number == MEASURED and (left := (time.monotonic() - began) * step.left / (MEASURED - 1)) > LONG:
                 err.print(f"about {duration(left)} for the other {step.left:,} steps, measured on the first")
-            text, due = f"loss {step.loss:.3f}", time.monotonic() - printed >= INTERVAL or step.number == step.steps
+            text, due = (
+                f"loss {step.loss:.3f} an image",
+                time.monotonic() - printed >= INTERVAL or step.number == step.steps,
+            )
             progress.update(task, completed=step.number, total=step.steps, description=text)
             if due and not err.is_terminal:
                 printed = time.monotonic()

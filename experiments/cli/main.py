@@ -9,6 +9,7 @@ import typer
 
 from experiments.cli import bench, data
 from experiments.cli.adapters import export, predict, push, train
+from experiments.cli.helps import Grouped, SettingsHelp, SweepHelp, wrong_usage
 from experiments.cli.serve import serve
 from experiments.cli.sweep import demo, report, sweep, zero_shot
 from experiments.terminal import fail, out
@@ -23,6 +24,8 @@ def _named(*functions: Callable[..., None]) -> Commands:
 
 COMMANDS = _named(demo, sweep, report, train, push, predict, export, zero_shot, serve)
 MEASURES = _named(bench.data, bench.train, bench.score, bench.text, bench.baseline, bench.serve, bench.sweep)
+HELPS: Mapping[Callable[..., None], type[Grouped]]
+HELPS = {sweep: SweepHelp, train: SettingsHelp, zero_shot: SettingsHelp}
 GROUPS = {
     "data": ("The data sets.", {"list": data.list_data, "get": data.get, "check": data.check}),
     "bench": ("How fast the parts are on this machine.", MEASURES),
@@ -48,14 +51,13 @@ def help_or_version(
 def _with_commands(app: typer.Typer, commands: Commands) -> typer.Typer:
     app.callback(invoke_without_command=True)(help_or_version)
     for name, function in commands.items():
-        app.command(name)(function)
+        app.command(name, cls=HELPS.get(function, Grouped))(function)
     return app
 
 
 app = typer.Typer(
     name="kshot",
     help="Few-shot image classification with a vision-language model that answers in text, against DINOv2 with a head.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -67,11 +69,11 @@ _with_commands(app, COMMANDS)
 def main() -> None:
     """Entry point of the console script: one line for every error, status 2 for bad input and 1 for a failure."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="kshot", standalone_mode=False)
     except KshotError as error:
         fail(str(error), error.exit_status)
     except UsageError as error:
-        fail(f"{error.format_message()} (see kshot --help)", InputError.exit_status)
+        fail(wrong_usage(error), InputError.exit_status)
     except UnicodeEncodeError as error:  # of what was to be written, a name from the file system
         fail(f"the name {str(error.object)[:200]} is not UTF-8; rename it", InputError.exit_status)
     except OSError as error:  # a disk that is full or gone

@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from experiments.cli.helps import completion, datasets, models
 from kshot.errors import InputError
 
 if TYPE_CHECKING:
     from data.dataset import Access
 
+RANGE = 1000  # numbers of a range such as 0-2, at most
 PROMPT = "recipe, or '{image}QUESTION => ANSWER {label}'"
 
 # The data
 DatasetName = Annotated[
     str, typer.Argument(help="A name of `kshot data list`, a folder, or hub:ID[@REVISION][#CONFIG].")
 ]
-Dataset = Annotated[str, typer.Option("--dataset", help="A name of kshot data list, a folder, or hub:ID.")]
-Datasets = Annotated[list[str], typer.Option("--dataset", help="See kshot data list; repeat.")]
+_SETS = completion(datasets)
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="A name of kshot data list, a folder, or hub:ID.", autocompletion=_SETS)
+]
+Datasets = Annotated[list[str], typer.Option("--dataset", help="See kshot data list; repeat.", autocompletion=_SETS)]
+AnyDatasets = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="A name of kshot data list, a folder, or hub:ID; repeat.", autocompletion=_SETS),
+]
 Source = Annotated[str, typer.Option("--source", help="hub, or archive: the original files in --root.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the original files.")]
 Protocol = Annotated[str, typer.Option("--protocol", help="recipe, official or coop.")]
@@ -38,7 +47,12 @@ Fewer = Annotated[bool, typer.Option("--allow-fewer", help="Take fewer where a c
 
 # The model and what computes
 Model = Annotated[
-    str | None, typer.Option("--model", help="Qwen3-VL: 2B, 4B, 8B, 30B-A3B, 235B-A22B, a folder or a hub id.")
+    str | None,
+    typer.Option(
+        "--model",
+        help="Qwen3-VL: 2B, 4B, 8B, 30B-A3B, 235B-A22B, a folder or a hub id.",
+        autocompletion=completion(models),
+    ),
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", help=f"{PROMPT}.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help=f"{PROMPT}; repeat to compare.")]
@@ -69,7 +83,7 @@ TrainOn = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat. hflip=0: mirror no image."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, listed below; repeat. hflip=0: mirror no image."),
 ]
 Service = Annotated[str, typer.Option("--service", help="local, tinker or an http address.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -117,13 +131,21 @@ def with_access(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def numbers(name: str, text: str | None) -> list[int] | None:
-    """The numbers of an option such as --shots 1,2,4. Raises InputError."""
+    """The numbers of an option such as --shots 1,2,4 or --seeds 0-2. Raises InputError."""
     if text is None:
         return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--{name} {text!r} is not a list of whole numbers; write it as 1,2,4") from error
+    found = list[int]()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < int(first) + RANGE:
+            found += range(int(first), int(last) + 1)
+        else:
+            try:
+                found.append(int(part))
+            except ValueError as error:
+                ways = "write it as 1,2,4 or as 0-2"
+                raise InputError(f"--{name} {text!r} is not a list of whole numbers; {ways}") from error
+    return found
 
 
 def settings_of(options: dict[str, Any], texts: list[str] | None, *also: str) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """The commands that run sweeps and report them: `kshot sweep`, `demo`, `zero-shot` and `report`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from experiments.cli import options as opt
 from experiments.cli.adapters import check_push, offer
-from experiments.terminal import err, out, plain_table, print_paths, progress_bar
+from experiments.cli.helps import completion, methods, sweeps
+from experiments.cli.progress import Display
+from experiments.terminal import err, out, plain_table, print_paths
+from kshot.errors import InputError
 
 if TYPE_CHECKING:
     from data.dataset import Access
@@ -31,12 +34,19 @@ def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoI
 @opt.with_access
 def sweep(
     preset: Annotated[
-        str | None, typer.Argument(help="A preset's name or a YAML file; without one, a sweep of your data sets.")
+        str | None,
+        typer.Argument(
+            help="A preset's name or a YAML file; without one, a sweep of your data sets.",
+            autocompletion=completion(sweeps),
+        ),
     ] = None,
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="See kshot data list; repeat.")] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help="Repeat for several.")] = None,
+    dataset: opt.AnyDatasets = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="One of those below; repeat for several.", autocompletion=completion(methods)),
+    ] = None,
     shots: Annotated[str | None, typer.Option("--shots", help="Labelled examples a class, as 1,2,4.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="As 0,1,2 or 0-2.")] = None,
     most_shots: Annotated[
         list[str] | None, typer.Option("--most-shots", metavar="DATASET=K", help="For one with fewer images; repeat.")
     ] = None,
@@ -84,10 +94,19 @@ def sweep(
     ] = 1,
     only_failed: Annotated[bool, typer.Option("--only-failed", help="Try only cells that failed.")] = False,
     only_plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and run nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --plan: from stored rates, in seconds, without a measurement.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="With --plan: for another machine: h100, h200, a100, l4 or 4090.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="How many of --gpu (1).")] = None,
     no_images: opt.NoImages = False,
     track: Annotated[str | None, typer.Option("--track", help="Follow it: wandb, trackio or tensorboard.")] = None,
 ) -> None:
     """Run a grid of data sets, methods, shots and seeds; the same command continues one that was stopped."""
+    planned_for = _planned_for(only_plan, quick, gpu, count)
+    device = device or ("cuda" if gpu else None)
     grid = {
         "shots": opt.numbers("shots", shots),
         "seeds": opt.numbers("seeds", seeds),
@@ -104,7 +123,7 @@ def sweep(
     content = _sweep_of(preset or "demo", fields, {**named, **chosen.settings})
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
-    run(content, output, images=not no_images, only_plan=only_plan, said=chosen.lines, **what, **how)
+    run(content, output, images=not no_images, planned_for=planned_for, said=chosen.lines, **what, **how)
 
 
 @opt.with_access
@@ -164,21 +183,46 @@ def run(
     output: Path | None,
     *,
     images: bool = True,
-    only_plan: bool = False,
+    planned_for: "PlannedFor | None" = None,
     said: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Run what the folder lacks of the sweep and write its reports; only_plan: only print what that would take.
+    """Run what the folder lacks of the sweep and write its reports; planned_for: only print what that would take.
     images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
     RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
-    if only_plan:
-        _print_plan(sweep, folder, chosen, said)
+    if planned_for:
+        _print_plan(sweep, folder, chosen, said, planned_for)
     else:
         run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
+
+
+class PlannedFor(NamedTuple):
+    """What --plan answers for. gpu: of the table of machines; None: this machine. count: how many. quick: without a
+    measurement."""
+
+    gpu: str | None = None
+    count: int = 1
+    quick: bool = False
+
+
+def _planned_for(only_plan: bool, quick: bool, gpu: str | None, count: int | None) -> PlannedFor | None:
+    """None where nothing is to be planned. Raises InputError for an option without the one it belongs to, and for a GPU
+    that is not in the table."""
+    if not only_plan and (given := [n for n, value in (("quick", quick), ("gpu", gpu)) if value]):
+        raise InputError(f"--{given[0]} is for --plan; give that too, or leave it out")
+    if count is not None and gpu is None:
+        raise InputError("--count is for --gpu NAME; give that too, or leave it out")
+    if not only_plan:
+        return None
+    if gpu is not None:
+        from experiments.plan.machines import gpu as known
+
+        known(gpu)
+    return PlannedFor(gpu, count or 1, quick)
 
 
 def _settings(options: dict[str, Any], texts: list[str] | None, fields: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +263,6 @@ class _Terminal:
 
     def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
         self._options, self._images, self._said = options, images, said
-        self._progress = progress_bar("cells", "{task.fields[count]}", "left", "{task.description}")
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
@@ -231,7 +274,7 @@ class _Terminal:
     @contextmanager
     def running(self, planned: "Plan", results: "Results", jobs: "Sequence[Job]") -> "Iterator[None]":
         """Raises InputError where memory or disk are too small for these jobs."""
-        from experiments.sweep.methods import METHODS
+        from experiments.sweep.preflight import fetch_weights
 
         if not jobs:
             some = "no cell has failed" if self._options.only_failed else f"all {len(planned.jobs)} cells are there"
@@ -239,34 +282,31 @@ class _Terminal:
             yield
             return
         check_room(planned, results, jobs, self._options)
+        if self._options.executor == "local":
+            fetch_weights(jobs)  # once, before the workers; the hub's own bars show it
         for line in planned.about_data():
             err.print(line)
         total = len(planned.jobs)
-        with self._progress:
-            cost = sum(METHODS[job.cell.method].cost for job in jobs)
-            count = f"{total - len(planned.missing(results))}/{total}"
-            self._task = self._progress.add_task("starting", total=cost, count=count)
+        self._display = Display(jobs, total - len(planned.missing(results)), total)
+        with self._display.shown():
             yield
 
-    def finished(self, job: "Job | EncodingJob", failure: "Failure | None", done: int, total: int) -> None:
-        from experiments.sweep.cells import Job
-        from experiments.sweep.methods import METHODS
+    def started(self, job: "Job | EncodingJob") -> None:
+        self._display.started(job)
 
-        name, cost, count = str(job), 0.0, f"{done}/{total}"
-        if isinstance(job, Job):
-            name, cost = f"{job.cell.method}, k={job.cell.shots}", METHODS[job.cell.method].cost
-        self._progress.update(self._task, advance=cost, description=name, count=count)
-        if failure:
-            err.print(f"failed: {job}: {failure.message}", style="yellow")
-        elif not err.is_terminal:
-            err.print(f"{count} {job}")
+    def finished(
+        self, job: "Job | EncodingJob", failure: "Failure | None", record: Mapping[str, Any] | None, done: int
+    ) -> None:
+        self._display.finished(job, failure, record, done)
 
     def complete(self, planned: "Plan", results: "Results", content: dict[str, Any]) -> None:
         paths = report_of(results, content, planned if self._images else None)
         print_paths([results.folder, *paths])
 
 
-def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Sequence[str]) -> None:
+def _print_plan(
+    sweep: "Sweep", folder: Path, options: "RunOptions", before: Sequence[str], planned_for: PlannedFor
+) -> None:
     """What the cells that are missing will take; where data must be fetched first, what all cells will."""
     from data import catalog
     from data.dataset import Access
@@ -288,7 +328,14 @@ def _print_plan(sweep: "Sweep", folder: Path, options: "RunOptions", before: Seq
             workload = of_sweep(sweep, **where)
             datasets = {source: info.dataset for source, info in workload.datasets.items()}
             _, said = adapt(sweep, access, datasets)
-        estimated = estimate(workload, folder, options)
+        if planned_for.gpu or planned_for.quick:
+            from experiments.plan.machines import gpu, this_machine
+            from experiments.plan.stored import stored_estimate
+
+            machine = gpu(planned_for.gpu) if planned_for.gpu else this_machine(options.device)
+            estimated = stored_estimate(workload, folder, options, machine, planned_for.count)
+        else:
+            estimated = estimate(workload, folder, options)
     for line in (*before, *said):
         err.print(line)
     print_estimate(estimated)

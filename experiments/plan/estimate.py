@@ -29,7 +29,8 @@ class Requirements:
 @dataclass(frozen=True)
 class Estimate:
     """time, lengths: None where the time, or the numbers of tokens, are not known: `no_time`, `no_tokens` say why.
-    no_service: why the service does not answer; "" where it does."""
+    no_service: why the service does not answer; "" where it does. machine: what the time was estimated for from stored
+    rates, "" where it was measured here; basis: where those come from."""
 
     requirements: Requirements
     encoding_schedule: EncodingSchedule
@@ -40,6 +41,8 @@ class Estimate:
     no_time: str = ""
     no_tokens: str = ""
     no_service: str = ""
+    machine: str = ""
+    basis: str = ""
 
 
 def requirements(workload: Workload, out: Path, options: RunOptions) -> Requirements:
@@ -217,6 +220,9 @@ def _time(estimate: Estimate) -> Iterator[Row]:
     yield "time", duration(time.total), f"{parts}; {_workers(estimate.requirements.workers)}"
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in time.methods.items())
     yield "", duration(sum(time.methods.values())), f"of one worker: {each}"
+    if estimate.machine:
+        yield "", "", f"an ESTIMATE for {estimate.machine}: nothing was measured; {estimate.basis}"
+        return
     yield "", "", f"measured here in {duration(measurement.seconds)}; less where image features are kept from before"
 
 

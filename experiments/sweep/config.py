@@ -266,7 +266,9 @@ def read(preset: str) -> dict[str, Any]:
     elif preset.endswith((".yaml", ".yml")):
         path = Path(preset)
     else:
-        raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"])
+        is_data = preset in catalog.DATASETS or Path(preset).is_dir()
+        hint = f"it is data; give --dataset {preset}" if is_data else ""
+        raise UnknownNameError("preset", preset, [*presets(), "FILE.yaml"], hint)
     try:
         content = parse_yaml(read_file(path, YAML_BYTES).decode())
     except OSError as error:

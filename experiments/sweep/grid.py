@@ -20,6 +20,7 @@ from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
 from experiments.sweep.config import LATER, MODELS, THINKING, RunOptions, Settings, Sweep, commits_of
 from experiments.sweep.methods import METHODS, check_left_out
+from experiments.sweep.preflight import check_key, check_weights
 from experiments.sweep.provenance import local_model, notes, recorded, relevant
 from experiments.sweep.run import few_shot, validation, work
 from experiments.sweep.store import Results
@@ -35,6 +36,7 @@ from kshot.errors import (
     TooFewImagesError,
     UnknownNameError,
     listed,
+    near_name,
 )
 from vlm import models, nano
 
@@ -58,8 +60,14 @@ class Observer(Protocol):
         """Around the run of these jobs: none, where the folder has all cells."""
         return nullcontext()
 
-    def finished(self, job: Job | EncodingJob, failure: Failure | None, done: int, total: int) -> None:
-        """After each job. done: cells of the sweep that are stored, of `total`."""
+    def started(self, job: Job | EncodingJob) -> None:
+        """When a job begins, as far as the executor says so."""
+        return
+
+    def finished(
+        self, job: Job | EncodingJob, failure: Failure | None, record: Mapping[str, Any] | None, done: int
+    ) -> None:
+        """After each job. record: of a cell that is stored now. done: cells of the sweep that are."""
         return
 
     def complete(self, planned: "Plan", results: Results, content: dict[str, Any]) -> None:
@@ -201,6 +209,7 @@ def plan(
     if here and service != "local":
         from vlm.service import check
 
+        check_key(service)
         check(service)
     gpus_of(device, here=here)  # which may raise
     _check_settings(sweep, service)
@@ -243,18 +252,19 @@ def _run_jobs(
     if gpus and workers and workers > len(gpus) and options.executor == "local":
         raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
     done, start = total - len(planned.missing(results)), getattr(executors, options.executor)
-    answers = start(work, jobs, workers, first=planned.encodings(jobs), threads=options.threads, gpus=gpus)
+    how = {"threads": options.threads, "gpus": gpus, "started": observer.started}
+    answers = start(work, jobs, workers, first=planned.encodings(jobs), **how)
     with closing(answers):
         for job, answer in answers:
-            failure = answer if isinstance(answer, Failure) else None
+            failure, record = answer if isinstance(answer, Failure) else None, None
             if isinstance(job, Job) and failure:
                 noted = {"error": failure.message, "exit_status": failure.exit_status, "trace": failure.trace}
                 results.fail({"key": job.cell.key, **job.cell.identity, **noted})
             elif isinstance(job, Job):
                 results.add(*answer)
-                done += 1
-                follower.cell(answer[0], done, total)
-            observer.finished(job, failure, done, total)
+                done, record = done + 1, answer[0]
+                follower.cell(record, done, total)
+            observer.finished(job, failure, record, done)
 
 
 def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
@@ -310,7 +320,9 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     if device == "cpu":
         return ()
     if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise InputError(f"device {device!r} is not available here; use --device cpu, cuda or cuda:N")
+        near = near_name(device, ["cpu", "cuda"])
+        meant = f" (did you mean {near!r}?)" if near else ""
+        raise InputError(f"device {device!r} is not available here{meant}; use --device cpu, cuda or cuda:N")
     import torch
 
     number, visible, count = device.partition(":")[2], os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
@@ -410,9 +422,11 @@ def _with_models(sweep: Sweep, kinds: Iterable[str], change: Callable[[str, str]
 
 
 def _checked_jobs(planned: Plan, results: Results, options: RunOptions) -> list[Job]:
-    """The jobs that are to be run. Raises ModelError for a model that none of them could load; on a cluster, whose
-    nodes have the models, for one of the hub at no known commit: its nodes could load several."""
+    """The jobs that are to be run. Raises ModelError for a model or backbone that none of them could load; on a
+    cluster, whose nodes have the models, for one of the hub at no known commit: its nodes could load several."""
     jobs, model = planned.missing(results, only_failed=options.only_failed), planned.sweep.settings.model
+    if options.executor == "local":
+        check_weights(jobs)
     local = any(job.service == "local" and METHODS[job.cell.method].uses_vlm for job in planned.jobs)
     if not jobs or not local or model == nano.NAME:  # which comes with kshot, and needs no seconds of importing
         return jobs

@@ -56,11 +56,12 @@ def local(
     first: Sequence[J] = (),
     threads: int = 1,
     gpus: Sequence[str] = (),
+    started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
     """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
     with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left. run and jobs must be
     picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what CUDA_VISIBLE_DEVICES calls the
-    GPUs that workers get, one each."""
+    GPUs that workers get, one each. started: called in this process with each job that begins."""
     room = len(gpus) or max(1, cores() // threads)
     count = min(workers or room, max(len(jobs), len(first)))
     if count == 0:
@@ -73,6 +74,8 @@ def local(
                     if pending and worker not in running:
                         running[worker] = pending.popleft()
                         worker.start(running[worker][0])
+                        if started:
+                            started(running[worker][0])
                 busy: dict[Any, Worker[J, R]] = {worker.channel: worker for worker in running}
                 for channel in wait([*busy]):
                     worker = busy[channel]
@@ -94,6 +97,7 @@ def ray(
     first: Sequence[J] = (),
     threads: int = 1,
     gpus: Sequence[str] = (),
+    started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
     """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for). A job takes `threads`
     CPUs, and a GPU where there are `gpus`. However it ends, no job of this run goes on. Raises InputError without Ray,
@@ -112,6 +116,8 @@ def ray(
                     while waiting and (workers is None or len(running) < workers):
                         job = waiting.popleft()
                         running[task.remote(run, job, threads)] = job
+                        if started and workers:  # without a number all are sent at once, and the cluster lets them wait
+                            started(job)
                     for done in library.wait([*running], num_returns=1)[0]:
                         yield running.pop(done), _ray_result(library, done)
         finally:

@@ -101,8 +101,10 @@ def test_an_empty_folder_is_filled_and_progress_goes_to_stderr(words: list[str],
     announced, *lines = ended.err.splitlines()
     assert announced.startswith("models: the vision-language model is the nano one")
     assert lines[0].startswith("training vlm-lora on folder:")
-    assert [line.split(" loss ")[0] for line in lines[1:]] == ["step 1/3", "step 3/3"]
-    assert all(float(line.split(" loss ")[1]) > 0 for line in lines[1:])
+    assert lines[1] == "3 steps of 4 images"
+    assert [line.split(" loss ")[0] for line in lines[2:-1]] == ["step 1/3", "step 3/3"]
+    assert all(float(line.split(" loss ")[1].removesuffix(" an image")) > 0 for line in lines[2:-1])
+    assert lines[-1] == f"next: kshot predict IMAGES --adapter {tmp_path}"
 
 
 def test_what_it_takes_is_said_and_nothing_trained(photos: Path, tmp_path: Path, kshot) -> None:
@@ -128,7 +130,7 @@ def test_how_long_the_steps_take_is_said_after_the_first(monkeypatch: pytest.Mon
             yield Step(number, 102, 1.0)
 
     monkeypatch.setattr(adapters, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    adapters._show_steps(steps())
+    adapters._show_steps(steps(), 8)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("about")]
     assert lines == ["about 66 min for the other 99 steps, measured on the first"]
 

@@ -1,0 +1,69 @@
+"""Plans for machines that are not here: their rates are the measured ones, and what does not fit is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.plan.estimate import Estimate, rows
+from experiments.plan.machines import CPU, GPUS, gpu, text_shape
+from experiments.plan.memory import vlm_size
+from experiments.plan.stored import stored_estimate
+from experiments.sweep.config import RunOptions, load
+from experiments.sweep.workload import model_config, of_sweep
+from kshot.errors import UnknownNameError
+
+BENCH = Path(__file__).parents[2] / "results" / "bench"
+
+
+def estimated(preset: str, name: str | None, number: int = 1, **settings: object) -> Estimate:
+    workload = of_sweep(load(preset, {}, settings), device="cuda" if name else "cpu")
+    options = RunOptions(device="cuda" if name else "cpu")
+    return stored_estimate(workload, Path("runs/none"), options, gpu(name) if name else CPU, number)
+
+
+@pytest.mark.parametrize("model", ["2B", "8B"])
+def test_a_step_on_an_h200_takes_what_was_measured(model: str) -> None:
+    """The positions of the measured step follow from the operations that it needs."""
+    measured = json.loads((BENCH / "train-h200-profile.json").read_text())["shapes"][model]
+    size, config = vlm_size(model), model_config(model)
+    assert size is not None
+    assert config is not None
+    shape = text_shape(size, config)
+    operations = measured["needed_at_peak_ms"] * measured["gemm_peak_tflops"] * 1e9
+    seconds = GPUS["h200"].training_pass(shape.weights, shape.layers, shape.width, operations / (4 * shape.weights))
+    assert 1e3 * seconds == pytest.approx(measured["step_ms"], rel=0.15)
+
+
+def test_the_demo_on_a_cpu_takes_about_what_was_measured() -> None:
+    measured = {row["name"]: row["median"] for row in json.loads((BENCH / "sweep.json").read_text())["rows"]}
+    estimate = estimated("demo", None)
+    assert estimate.time is not None
+    workers = estimate.requirements.workers
+    assert 0.5 < estimate.time.cells * workers / (2 * measured["the sweep's time, 2 workers"]) < 2
+
+
+def test_the_blog_on_gpus_that_are_not_here() -> None:
+    one, four = estimated("blog-small", "h200"), estimated("blog-small", "h100", 4)
+    assert one.time is not None
+    assert four.time is not None
+    assert 600 < one.time.total < 24 * 3600
+    assert 2.5 < one.time.cells / four.time.cells < 4.5
+    text = "\n".join(" ".join(row) for row in rows(one))
+    assert "an ESTIMATE for an H200 (141 GB): nothing was measured" in text
+    assert "image features" in text.split("memory of a worker")[1].splitlines()[0]
+    assert "4 x an H100 (80 GB)" in "\n".join(" ".join(row) for row in rows(four))
+
+
+@pytest.mark.parametrize(("model", "name"), [("8B", "4090"), ("8B", "l4"), ("235B-A22B", "h200")])
+def test_what_does_not_fit_has_no_time(model: str, name: str) -> None:
+    estimate = estimated("blog", name, model=model)
+    assert estimate.time is None
+    assert "it does not fit into the memory of" in estimate.no_time
+    assert not estimate.requirements.memory.fits
+
+
+def test_a_gpu_that_is_not_in_the_table() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown GPU 'a1000' \(did you mean 'a100'\?\); choose from: h100"):
+        gpu("a1000")
+    assert gpu("H100") is GPUS["h100"]
