@@ -54,7 +54,7 @@ class Server:
     """The page beside an overview: `overview` (None: no JSON) with `status`; wants `key` unless that is None."""
 
     def __init__(self) -> None:
-        self.app = fastapi.FastAPI()
+        self.app = fastapi.FastAPI(docs_url=None)
         self.app.include_router(page.routes())
         self.app.add_api_route("/api/v1/overview", self.answer)
         self.url = ""
@@ -134,7 +134,7 @@ def test_the_policy_holds_in_the_browser_and_the_console_tells(server, tab):
 def test_an_empty_server_says_how_to_connect(server, tab):
     tab.open(server.url)
     seen = tab.text("body")
-    for words in ("has no model", "No training run yet", "No checkpoint yet", 'vlm.connect("http://127.0.0.1:8000")'):
+    for words in ("has no model", "No training run yet", "No checkpoint yet", 'kshot.connect("http://127.0.0.1:8000")'):
         assert words in seen
     assert 'tinker.ServiceClient(base_url="http://127.0.0.1:8000", api_key="tml-local")' in seen
     assert 'OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="tml-local")' in seen
@@ -437,7 +437,7 @@ def test_a_key_is_asked_for_and_kept(server, tab):
     tab.until("document.querySelector('#version').textContent === 'version 0.1.0'")
     assert server.keys_seen[:4] == ["tml-local", "wrong", "wrong", server.key]
     assert not tab.js("document.querySelector('#ask').checkVisibility()")
-    assert 'api_key="YOUR-KEY"' in tab.text("#with-vlm")
+    assert 'api_key="YOUR-KEY"' in tab.text("#with-kshot")
     assert server.key not in tab.js("document.documentElement.outerHTML")
     assert tab.js("localStorage.length") == 0
     tab.call("Page.reload")  # the same tab again: no question

@@ -390,7 +390,7 @@ function connectText(address) {
   const key = JSON.stringify(typed() === null ? LOCAL_KEY : "YOUR-KEY");
   const given = typed() === null ? "" : `, api_key=${key}`;
   const url = JSON.stringify(address), openai = JSON.stringify(`${address.replace(/\/+$/, "")}/v1`);
-  say(byId("with-vlm"), `import vlm\nservice = vlm.connect(${url}${given})`);
+  say(byId("with-kshot"), `import kshot\nservice = kshot.connect(${url}${given})`);
   say(byId("with-tinker"), `import tinker\nservice = tinker.ServiceClient(base_url=${url}, api_key=${key})`);
   say(byId("with-openai"), `from openai import OpenAI\nclient = OpenAI(base_url=${openai}, api_key=${key})`);
 }
