@@ -142,6 +142,17 @@ def difference_tables(folder: Path, cells: Sequence[Record], dataset: str) -> It
         yield Table(caption, ("methods", *DIFFERENCE), tuple(main))
 
 
+def lead_over(folder: Path, cells: Sequence[Record], dataset: str, shots: int, series: str) -> dict[str, Difference]:
+    """{other series: the lead of `series` over it} at these shots: the paired bootstrap over test images of the mean
+    over common seeds; of series that have predictions in the folder, nothing where this one has none. Raises
+    ResultsError when their images differ."""
+    runs = _stored_runs(folder, cells, dataset, shots)
+    if series not in runs:
+        return {}
+    tests = {other: _paired(runs[series], runs[other]) for other in ordered(runs) if other != series}
+    return {other: test for other, test in tests.items() if test is not None}
+
+
 def _stored_runs(folder: Path, cells: Sequence[Record], dataset: str, shots: int) -> dict[str, Runs]:
     """{series: its runs} of the data set at these shots, as far as the folder has their predictions."""
     from pyarrow import parquet

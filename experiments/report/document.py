@@ -7,6 +7,8 @@ every value that a template shows, so none is forgotten.
 import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from hashlib import sha256
+from importlib.resources import files
 from typing import Any, NamedTuple, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -80,9 +82,10 @@ class Gallery(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What to type in a shell."""
+    """What to type in a shell; on the page with a button that copies it. title: above it, "" for none."""
 
     text: str
+    title: str = ""
 
 
 Block = Heading | Paragraph | Notes | Table | Picture | Gallery | Command
@@ -97,7 +100,8 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
-    """The report as one HTML page that stands alone: style and images inside, no script, nothing fetched."""
+    """The report as one HTML page that stands alone: style, images and a short script inside, nothing fetched. The
+    script copies commands and says where there is more to the side; the page does without it."""
     return _render("report.html.jinja", title, blocks, without_paths)
 
 
@@ -118,8 +122,31 @@ def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[
         keep_trailing_newline=True,
     )
     environment.tests |= {kind.__name__.lower(): kind.__instancecheck__ for kind in (Best, *get_args(Block))}
-    environment.filters |= {"base64": lambda data: b64encode(data).decode(), "fenced": _fenced}
+    environment.filters |= {"base64": lambda data: b64encode(data).decode(), "fenced": _fenced, "dark": darkened}
+    script = files("experiments.report").joinpath("templates/report.js").read_text("utf-8")
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "digest": Markup(digest)}  # noqa: S704 - it is ours
     return environment.get_template(template).render(title=title, blocks=blocks)
+
+
+_COLOUR = re.compile(rb"#([0-9a-f]{6})\b", re.IGNORECASE)
+PAPER, INK = 0x14, 0xE6  # of the page in the dark: greys are turned round between them
+DARK = 0.45  # mean of a colour's parts, of 1, below which it is moved towards white on dark ground
+
+
+def darkened(svg: bytes) -> bytes:
+    """A figure for dark ground: greys turned round, dark colours made lighter. What has no colour of its own is black
+    in SVG, so the whole gets one."""
+
+    def changed(found: re.Match[bytes]) -> bytes:
+        parts = [int(found[1][n : n + 2], 16) for n in (0, 2, 4)]
+        if max(parts) - min(parts) <= 2:
+            parts = [round(PAPER + (255 - part) / 255 * (INK - PAPER)) for part in parts]
+        elif (mean := sum(parts) / 765) < DARK:
+            parts = [round(part + (255 - part) * (DARK - mean) / (1 - mean)) for part in parts]
+        return b"#" + bytes(parts).hex().encode()
+
+    return _COLOUR.sub(changed, svg).replace(b"<svg ", f'<svg fill="#{INK:02x}{INK:02x}{INK:02x}" '.encode(), 1)
 
 
 def _markdown_text(text: str) -> str:

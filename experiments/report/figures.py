@@ -123,10 +123,13 @@ def draw_overview(tables: Mapping[str, Scores], title: str, n_classes: Mapping[s
 
 def _legend_of_intervals(table: Scores, seeds: int) -> str:
     """What points and bars are."""
-    over_images = any(score.over_images for row in table.values() for score in row.values())
-    if seeds > 1:
-        return f"mean and 95% interval over {seeds} seeds{' (single runs: over test images)' if over_images else ''}"
-    return f"one seed, {'95% interval over test images' if over_images else 'no interval'}"
+    shown = [score for row in table.values() for score in row.values()]
+    over_images = any(score.within for score in shown)
+    if seeds == 1:
+        return f"one seed, {'95% interval over test images' if over_images else 'no interval'}"
+    both = any(score.within and score.n > 1 for score in shown)
+    of = f"{seeds} seeds and the test images" if both else f"{seeds} seeds"
+    return f"mean and 95% interval over {of}{' (single runs: over test images)' if over_images and not both else ''}"
 
 
 def _shots_of(table: Scores) -> list[int]:

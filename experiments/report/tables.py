@@ -3,6 +3,8 @@
 Cell records and the content of sweep.json in, tables out.
 """
 
+import csv
+import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +56,10 @@ WORK = {"vision_forwards": "vision forwards", "train_tokens": "training tokens"}
 
 
 def percent(score: Score | None) -> str:
-    """`45.2 ± 3.1` over seeds, `4.6 [3.1, 6.6]` over test images, or `45.2` where there is no interval."""
-    if score is None or score.over_images is None:
+    """`45.2 [42.3, 48.1]` over test images (and seeds), `45.2 ± 3.1` over seeds, or `45.2` without an interval."""
+    if score is None or score.within is None:
         return _number(score, METRICS["accuracy"])
-    low, high = score.over_images
+    low, high = score.within
     return f"{100 * score.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -142,20 +144,34 @@ def metrics_table(cells: Sequence[Record], dataset: str) -> Table:
     largest = largest_shots(cells, dataset)
     last = [cell for cell in cells if cell["dataset"] == dataset and cell["shots"] in (0, largest)]
     every = {metric: {m: max(row.items())[1] for m, row in scores(last, dataset, metric).items()} for metric in METRICS}
-    columns = {metric: column for metric, column in every.items() if column}
+    columns = _distinct({metric: column for metric, column in every.items() if column})
     best = {metric: _best(column, METRICS[metric].more_is_better) for metric, column in columns.items()}
     rows = [
         (
             style(series).title,
-            *(_marked(_number(columns[m].get(series), METRICS[m]), series in best[m]) for m in columns),
+            *(_marked(_mean(columns[m].get(series), METRICS[m]), series in best[m]) for m in columns),
         )
         for series in ordered(cell["method"] for cell in last)
     ]
     caption = (
-        f"All metrics at {largest} labelled examples per class (zero-shot: at none); the best of a column is bold. "
-        f"{NONE}: no meaning or no value."
+        f"All metrics at {largest} labelled examples per class (zero-shot: at none), means over seeds; the best of a "
+        f"column is bold. {NONE}: no meaning or no value."
     )
     return Table(caption, ("method", *(METRICS[metric].header for metric in columns)), tuple(rows))
+
+
+def _distinct(columns: Mapping[str, Mapping[str, Score]]) -> dict[str, Mapping[str, Score]]:
+    """Without columns that say of each method what one before says of it."""
+    kept: dict[str, Mapping[str, Score]] = {}
+    for metric, column in columns.items():
+        means = {series: score.mean for series, score in column.items()}
+        if not any(means.items() <= {s: score.mean for s, score in other.items()}.items() for other in kept.values()):
+            kept[metric] = column
+    return kept
+
+
+def _mean(score: Score | None, metric: Metric) -> str:
+    return _number(score and score._replace(half_width=None), metric)
 
 
 def largest_shots(cells: Sequence[Record], dataset: str) -> int:
@@ -185,10 +201,13 @@ def _marked(text: str, best: bool) -> str:
 
 def _intervals(shown: Sequence[Score]) -> str:
     """What a number of the table is, for its caption; of each kind of interval only where one is shown."""
-    over_images = any(score.over_images for score in shown)
-    over_seeds = any(score.half_width is not None for score in shown) or not over_images
+    both = any(score.within and score.n > 1 for score in shown)
+    over_images = any(score.within and score.n == 1 for score in shown)
+    over_seeds = any(score.half_width is not None and not score.within for score in shown)
     texts = {
-        "mean ± half-width of the 95% Student-t interval over seeds": over_seeds,
+        "mean, and in brackets its 95% interval over seeds and test images (Student-t over seeds and the variance of "
+        "independent images together, on the logit scale)": both,
+        "mean ± half-width of the 95% Student-t interval over seeds": over_seeds or not (both or over_images),
         "where there is a single run, in brackets the 95% Wilson score interval over test images": over_images,
     }
     return "; ".join(text for text, shows in texts.items() if shows)
@@ -203,6 +222,24 @@ def _untuned(measured: Mapping[str, Mapping[int, Score]]) -> str:
         if 0 in curves[series].keys() - measured[series].keys() and (untuned := zero_shot_of(series))
     }
     return "".join(f" {title} at 0 is {untuned}: the model before it is tuned." for title, untuned in titles.items())
+
+
+def csv_of(cells: Sequence[Record]) -> str:
+    """A row a cell, for spreadsheets and other programs: what it is, every metric (shares as fractions), seconds, and a
+    column for each setting. Without absolute paths."""
+    plain = ("dataset", "protocol", "method", "shots", "seed", "test_images")
+    metrics, settings, times = (
+        sorted({key for cell in cells for key in cell.get(part, {})}) for part in ("metrics", "settings", "timings")
+    )
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*plain, *metrics, *times, *(f"setting.{key}" for key in settings)])
+    for cell in cells:
+        values = [cell.get(key) for key in plain]
+        for part, keys in (("metrics", metrics), ("timings", times), ("settings", settings)):
+            values += [cell.get(part, {}).get(key) for key in keys]
+        writer.writerow([name(str(v)) if isinstance(v, str) else v for v in values])
+    return file.getvalue()
 
 
 # Cost

@@ -15,19 +15,20 @@ RESAMPLES = 10_000
 
 
 class Score(NamedTuple):
-    """A metric over the seeds of one (method, shots): mean, 95% half-width (None without one), number of seeds.
-    over_images: the interval over the test images, where there is one value alone and it is a share of them."""
+    """A metric over the seeds of one (method, shots): mean, half-width of Student's 95% interval over seeds (None
+    without one), number of seeds. within: where it is a share of test images whose number is known, its 95% interval
+    inside [0, 1]: over seeds and images (see `over_both`), of one value alone over images."""
 
     mean: float
     half_width: float | None
     n: int
-    over_images: tuple[float, float] | None = None
+    within: tuple[float, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """(low, high) of the interval it has, whichever that is."""
-        if self.half_width is None:
-            return self.over_images
+        if self.within is not None or self.half_width is None:
+            return self.within
         return self.mean - self.half_width, self.mean + self.half_width
 
 
@@ -64,6 +65,28 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
     # The share is inside; rounding must not put it outside at 0 and 1.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def over_both(values: Sequence[float], images: int) -> tuple[float, float]:
+    """The 95% interval of the mean share of several seeds that holds other training sets and other test images: (low,
+    high) in [0, 1].
+
+    values: a share a seed, all of the same `images`. Variances of the two sources add up: of the seeds by Student's t,
+    which for three seeds is wide where a bootstrap of three would be too narrow; of the images at most that of
+    independent ones, p (1 - p) / n. The half-width is taken on the logit scale (delta method), so that it ends within
+    0 and 1. Where all are right or none, Wilson's. Raises ResultsError for fewer than two seeds or no images."""
+    mean, seeds = summary(values)
+    if seeds is None or images < 1:
+        raise ResultsError(f"{len(values)} seeds of {images} images have no interval over both")
+    spread = mean * (1 - mean)
+    if spread <= 0:
+        return wilson(min(1.0, max(0.0, mean)), images)
+    from scipy.special import expit, logit, ndtri
+
+    over_images = float(ndtri((1 + LEVEL) / 2)) * (spread / images) ** 0.5
+    half = (seeds**2 + over_images**2) ** 0.5 / spread
+    middle = float(logit(mean))
+    return float(expit(middle - half)), float(expit(middle + half))
 
 
 def bootstrap_difference(runs_a: Sequence[pa.Table], runs_b: Sequence[pa.Table], seed: int) -> Difference:

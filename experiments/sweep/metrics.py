@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from experiments.sweep.intervals import Score, summary, wilson
+from experiments.sweep.intervals import Score, over_both, summary, wilson
 from kshot.errors import ResultsError
 
 COLUMNS = ("key", "label", "prediction", "top5", "top5_log_probs", "label_log_prob", "answer", "answer_label")
@@ -182,4 +182,4 @@ def _score(values: Sequence[float], shots: int, images: int | None) -> Score:
     # Zero-shot cells draw no training images: equal values over seeds are one measurement, not a certainty of ± 0.
     if len(values) == 1 or (shots == 0 and len(set(values)) == 1):
         return Score(values[0], None, 1, None if images is None else wilson(values[0], images))
-    return Score(*summary(values), len(values))
+    return Score(*summary(values), len(values), None if images is None else over_both(values, images))

@@ -35,7 +35,7 @@ ACCURACY = {
 class Page(HTMLParser):
     """Tags in order with attributes; complains when they do not nest."""
 
-    EMPTY = frozenset({"meta", "img", "br"})
+    EMPTY = frozenset({"meta", "img", "br", "source"})
 
     def __init__(self, text: str) -> None:
         super().__init__()

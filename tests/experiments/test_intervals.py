@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from experiments.sweep.intervals import RESAMPLES, Difference, Score, bootstrap_difference, summary, wilson
+from experiments.sweep.intervals import RESAMPLES, Difference, Score, bootstrap_difference, over_both, summary, wilson
 from kshot.errors import ResultsError
 
 
@@ -57,6 +57,29 @@ def test_the_interval_of_a_score_is_the_one_it_has():
     assert Score(0.5, 0.1, 3).interval == pytest.approx((0.4, 0.6))
     assert Score(0.5, None, 1, (0.3, 0.7)).interval == (0.3, 0.7)
     assert Score(0.5, None, 1).interval is None
+
+
+def test_an_interval_over_seeds_and_images_holds_what_it_should() -> None:
+    """In simulated experiments: each seed has an accuracy of its own, each image is right or wrong with it."""
+    rng, truth, covered = np.random.default_rng(0), 0.8, 0
+    for _ in range(400):
+        images = rng.random(200)  # how hard each is; the same ones for all seeds
+        values = [float(np.mean(images < truth + rng.normal(0, 0.03))) for _ in range(3)]
+        low, high = over_both(values, 200)
+        assert 0 < low < mean(values) < high < 1
+        covered += low <= truth <= high
+    assert 0.93 <= covered / 400 <= 1.0
+
+
+def test_an_interval_over_both_stays_within_and_is_wilsons_at_the_ends() -> None:
+    low, high = over_both([0.98, 0.99, 1.0], 50)
+    assert 0 < low < 0.99 < high < 1
+    assert over_both([1.0, 1.0, 1.0], 50) == wilson(1.0, 50)
+    assert over_both([0.0, 0.0], 50) == wilson(0.0, 50)
+    wide = over_both([0.2, 0.8], 1000)
+    assert 0 < wide[0] < 0.05
+    with pytest.raises(ResultsError, match="no interval over both"):
+        over_both([0.5], 50)
 
 
 def paired(n: int, share: float, seed: int) -> pa.Table:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as reference
 
-from experiments.sweep.intervals import Score
+from experiments.sweep.intervals import Score, over_both
 from experiments.sweep.metrics import confusions, metrics, scores, seeds_of
 from kshot.errors import ResultsError
 
@@ -170,7 +170,7 @@ def test_a_single_run_has_an_interval_over_test_images():
         assert scores(cells, "x")["a"][0] == (0.3, None, 1, pytest.approx(interval))
     assert scores([cell | {"seed": 0}], "x", "mean_per_class")["a"][0] == (0.4, None, 1, None)  # no share of images
     drawn = scores([cell | {"shots": 1, "seed": seed} for seed in (0, 1)], "x")["a"][1]
-    assert drawn == (0.3, 0.0, 2, None)
+    assert drawn == (0.3, 0.0, 2, over_both([0.3, 0.3], 50))
 
 
 def test_seeds_of_counts_drawn_sets():

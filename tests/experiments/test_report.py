@@ -1,17 +1,22 @@
 """The report in Markdown: the right numbers, in words and in tables."""
 
+import csv
 import re
 
-from reported import SWEEP, Page, grid, written
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from reported import SWEEP, Page, cell, grid, store_predictions, written
 from scipy import stats
 
-from experiments.report.report import headline, write_report
+from experiments.report.report import write_report
+from experiments.report.summary import headline
 from experiments.report.tables import NONE
 
 
 def test_files(tmp_path):
     paths = write_report(tmp_path, SWEEP, grid(), {"icons": 120})
-    expected = ["figures/icons.png", "figures/icons.svg", "report.md", "report.html"]
+    expected = ["figures/icons.png", "figures/icons.svg", "report.md", "report.html", "results.csv"]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == expected
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(expected)
 
@@ -22,11 +27,11 @@ def test_several_data_sets_have_a_figure_together_and_first(tmp_path):
     paths = write_report(tmp_path, sweep, cells, {})
     names = [path.relative_to(tmp_path).as_posix() for path in paths]
     assert names[:4] == ["figures/together.png", "figures/together.svg", "figures/icons.png", "figures/icons.svg"]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     text = (tmp_path / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert pictures == [names[0], names[2], names[4]]
-    assert text.index(names[0]) < text.index("3 methods were compared")
+    assert text.index("3 methods were compared") < text.index("Run it again") < text.index(names[0])
     assert "on icons, together; numbers" in text
     one, _ = written(tmp_path / "one", SWEEP, grid())
     assert "together" not in one
@@ -44,25 +49,60 @@ def test_markdown_has_the_numbers(tmp_path):
     assert "| VLM + LoRA | 3.00 | 0.50 |" in text
     assert "| adam.betas | 0.9, 0.95 |" in text
     assert "> **Note.** The nano models have &lt;random&gt; weights." in text
-    assert "every planned cell has been run" in text
+    assert "Missing cells" not in text  # none is
     assert "```sh\nkshot sweep demo --root …/data --shots 1,4\n```" in text
 
 
-def test_headline_says_the_best_and_doubts_what_overlaps():
-    assert headline(grid(), "icons").replace("\N{NO-BREAK SPACE}", " ") == (
-        "3 methods were compared on icons with 1 to 4 labelled examples per class (3 seeds): at 1 per class, pixel kNN "
-        "is best with 33.0 ± 5.0 %, but the 95% interval overlaps with that of VLM + LoRA; at 4 per class, VLM + LoRA "
-        "is best with 82.0 ± 5.0 %, with a 95% interval above all others; with no example at all, VLM zero-shot "
-        "reaches 25.0 %."
+def said(folder, cells) -> str:
+    return headline(folder, cells, "icons").replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_first_paragraph_says_what_the_paired_tests_say(tmp_path):
+    """Intervals over seeds overlap at 1, where the test is sure nevertheless."""
+    opening = "3 methods were compared on icons with 1 to 4 labelled examples per class (3 seeds). "
+    ending = " With no example at all, VLM zero-shot reaches 25.0 %."
+    bare = "At 1 per class, pixel kNN is best with 33.0 %. At 4 per class, VLM + LoRA is best with 82.0 %."
+    assert said(tmp_path, grid()) == opening + bare + ending
+    store_predictions(tmp_path, grid())
+    text = said(tmp_path, grid())
+    assert "pixel kNN is best with 33.0 %, ahead of the other by 1.0 points or more (paired test, p ≤ 0.0" in text
+    assert (
+        "At 4 per class, VLM + LoRA is best with 82.0 %, ahead of the other by 40.0 points or more "
+        "(paired test, p < 0.001)." in text
+    )
+    assert "overlap" not in text
+
+
+def test_the_first_paragraph_does_not_choose_where_the_test_does_not(tmp_path):
+    """Two methods that are right on other images: half a point on 200 images is nothing."""
+    shares = {"vlm-lora": 0.5, "pixel-knn": 0.505}
+    cells = [cell(method, 4, 0, share) for method, share in shares.items()]
+    store_predictions(tmp_path, cells)
+    path = tmp_path / "predictions" / "pixel-knn-4-0.parquet"
+    table = parquet.read_table(path)
+    label = table["label"].to_numpy()
+    right = np.arange(200) >= 200 - 101
+    prediction = pa.array(np.where(right, label, (label + 1) % 10))
+    parquet.write_table(table.set_column(2, "prediction", prediction), path)
+    text = said(tmp_path, cells)
+    assert (
+        "At 4 per class, pixel kNN is best with 50.5 %; the paired test does not tell it from VLM + LoRA (p ≥ 0."
+        in text
     )
 
 
-def test_headline_of_one_seed_and_of_one_method():
+def test_the_first_paragraph_on_the_two_tuned_models(tmp_path):
+    cells = [cell(m, 4, s, share) for m, share in (("vlm-lora", 0.8), ("dinov2-lora", 0.6)) for s in (0, 1)]
+    store_predictions(tmp_path, cells)
+    text = said(tmp_path, cells)
+    assert "Of the two tuned models, VLM + LoRA is 20.0 points ahead of DINOv2 + LoRA at 4 (p < 0.001)." in text
+
+
+def test_the_first_paragraph_of_one_method_and_of_none_that_learns(tmp_path):
     one = [c for c in grid() if c["seed"] == 0 and c["shots"] == 4]
-    assert "(one seed, so without an interval over seeds)" in headline(one, "icons")
-    assert headline(one[:1], "icons").startswith("1 method was compared on icons with 4 labelled examples per class")
+    assert said(tmp_path, one[:1]).startswith("1 method was compared on icons with 4 labelled examples per class")
     zero = [c for c in grid() if c["shots"] == 0]
-    assert "with no labelled examples per class (1 seed): with no example at all, VLM" in headline(zero, "icons")
+    assert "with no labelled examples per class (1 seed). With no example at all, VLM" in said(tmp_path, zero)
 
 
 def test_missing_cells_are_listed_and_thin_means_marked(tmp_path):
@@ -104,15 +144,33 @@ def test_answers_in_text_at_every_shots(tmp_path):
     assert "Answers in text" not in none
 
 
-def test_a_single_run_has_its_interval_over_images(tmp_path):
+def test_intervals_hold_seeds_and_images_where_their_number_is_known(tmp_path):
     cells = [c | {"test_images": 120} for c in grid()]
     text, _ = written(tmp_path, SWEEP, cells)
     low, high = stats.binomtest(30, 120).proportion_ci(method="wilson")
     interval = f"25.0 \\[{100 * low:.1f}, {100 * high:.1f}\\]"
     assert f"| VLM zero-shot | {interval} |" in text
-    assert f"| VLM + LoRA | {interval} | 32.0 ± 5.0 | **82.0 ± 5.0** |" in text
+    tuned = re.search(rf"\| VLM \+ LoRA \| {re.escape(interval)} \| 32\.0 \\\[(\S+), (\S+)\\\] \|", text)
+    assert tuned
+    assert float(tuned[1]) < 32.0 - 5.0 < 32.0 + 5.0 < float(tuned[2])  # wider than over seeds alone
     assert text.count("95% Wilson score interval") == 2
-    assert "±" in text.partition("Wilson")[0]
-    assert headline(cells, "icons") == headline(grid(), "icons")
+    assert "95% interval over seeds and test images" in text
     plain, _ = written(tmp_path, SWEEP, grid())
     assert "Wilson" not in plain
+
+
+def test_a_column_that_repeats_another_is_left_out(tmp_path):
+    text, _ = written(tmp_path, SWEEP, grid())
+    (header,) = re.findall(r"\| method \| accuracy % \|.*", text)
+    assert "constrained" not in header  # the accuracy of the methods that answer in text
+    assert "mean per class" not in header  # as it is made here
+    assert "strict %" in header
+
+
+def test_the_table_of_all_cells(tmp_path):
+    written(tmp_path, SWEEP, [c | {"settings": {"model": "/home/ada/model"}} for c in grid()])
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(rows) == len(grid())
+    found = {(r["method"], int(r["shots"]), int(r["seed"])): float(r["accuracy"]) for r in rows}
+    assert found == {(c["method"], c["shots"], c["seed"]): c["metrics"]["accuracy"] for c in grid()}
+    assert {r["setting.model"] for r in rows} == {"…/model"}

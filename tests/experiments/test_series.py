@@ -217,7 +217,7 @@ def test_the_report_names_every_series(
     assert not Page(page).open
     assert f"{title} ({words[1]})" in page
     if compare is TWO:
-        assert f"at 1 per class, {title} ({WORDS[3]}) is best with 43.0" in text
+        assert f"At 1 per class, {title} ({WORDS[3]}) is best with 43.0" in text
         assert "| VLM + LoRA | 10.0 | 30.0 ± 0.0 | 60.0 ± 0.0 |" in text
     else:
         assert "| 1 | recipe |\n| 2 | {image}What is it? =&gt; It is a {label} |" in text

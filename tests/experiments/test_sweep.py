@@ -118,6 +118,7 @@ def test_odd_names_are_escaped(two_workers: Path) -> None:
     assert "my &lt;b&gt;photos|é" in page
     assert "my &lt;b&gt;photos\\|é" in text
     outside = "".join(text.split("```")[::2])
+    page = page.replace('<script type="module">', "", 1)  # the page's own
     assert not any("<script" in each or "<b>" in each for each in (page, outside))
 
 

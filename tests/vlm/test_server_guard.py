@@ -97,7 +97,7 @@ def test_no_endpoint_but_health_and_the_page_answers_without_a_right_key(server:
                     refused(response, 401)
         for path in (HEALTH, *page.FILES):
             assert client.get(path).status_code == 200
-        for path in ("/docs", "/redoc", "/api/v1/healthz/", "/page/../metrics", "/page/", "/%2e/metrics"):
+        for path in ("/docs/", "/redoc", "/api/v1/healthz/", "/page/../metrics", "/page/", "/%2e/metrics"):
             assert client.get(path).status_code == 401
 
 

@@ -1,6 +1,7 @@
-"""The server's page at `/`: three files as they are, without any library, build or foreign address.
+"""The server's page at `/` and the description of its API at `/docs`: files as they are, without any library, build or
+foreign address.
 
-It needs no API key and holds no data of the server: that it fetches, with a key, from GET api/v1/overview.
+They need no API key and hold no data of the server: that they fetch, with a key.
 """
 
 from functools import partial
@@ -15,6 +16,9 @@ FILES = {  # path: file, content type
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page/try.js": ("try.js", "text/javascript; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
+    "/page/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "

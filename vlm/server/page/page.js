@@ -8,7 +8,9 @@ const LOCAL_KEY = "tml-local"; // any key will do for a server without a key fil
 const STORED = "kshot-key";
 const HEIGHT = 160, LEFT = 54, RIGHT = 14, TOP = 10, BOTTOM = 24; // of a chart, px
 const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
-const STATES = ["live", "finished", "lost"];
+const STATES = ["active", "idle", "finished", "lost"];
+const ACTIVE = 60; // s after a run's last request in which it is called active
+const NAMES = ["name", "run_name", "wandb_name", "experiment_name", "experiment", "recipe", "log_path"]; // of metadata
 
 const byId = (id) => document.getElementById(id);
 
@@ -100,13 +102,25 @@ function expiry(expires, now) {
 const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 const cut = (text, length) => (text.length > length ? `${text.slice(0, length)}…` : text);
 
+// The key of the client's metadata by which a run is called.
+const nameKey = (run) => NAMES.find((key) => !["", null, undefined].includes(run.user_metadata?.[key]));
+
 function named(run) {
-  const name = run.user_metadata?.name;
-  return name === undefined || name === null || name === "" ? "Unnamed run" : cut(plain(name), 120);
+  const key = nameKey(run);
+  if (key === undefined) return `Run of ${clock(run.created)}`;
+  const name = plain(run.user_metadata[key]);
+  return cut(key === "log_path" ? name.replace(/\/+$/, "").split("/").pop() : name, 120);
+}
+
+// A live run is active or idle, by its last request.
+function activity(run, now) {
+  if (run.state !== "live") return [run.state, run.state];
+  const quiet = now - run.last_request;
+  return quiet <= ACTIVE ? ["active", "active"] : ["idle", `idle for ${span(quiet)}`];
 }
 
 function notes(run) {
-  const others = Object.entries(run.user_metadata ?? {}).filter(([name]) => name !== "name");
+  const others = Object.entries(run.user_metadata ?? {}).filter(([name]) => name !== nameKey(run));
   return cut(others.map(([name, value]) => `${name}: ${plain(value)}`).join(" · "), 400);
 }
 
@@ -286,15 +300,20 @@ function runCard() {
   const curve = chart(), facts = factList(list);
   const update = (run, now) => {
     say(title, named(run));
-    say(state, run.state);
-    set(state, { class: `state ${STATES.includes(run.state) ? run.state : ""}` });
+    const [kind, words] = activity(run, now);
+    say(state, words);
+    set(state, { class: `state ${STATES.includes(kind) ? kind : ""}` });
     say(id, run.id);
-    say(about, notes(run));
-    facts([
+    const none = run.losses.length ? "" : `no step yet · ${run.base_model} · created ${ago(run.created, now)}`;
+    say(about, [none, notes(run)].filter(Boolean).join(" · "));
+    const all = [
       ["Loss", run.losses.length ? short(run.losses.at(-1)[2]) : "–"], ["Steps", whole(run.steps)],
       ["Created", ago(run.created, now)], ["Last request", ago(run.last_request, now)],
       ["Rank", whole(run.rank)], ["Base model", run.base_model],
-    ]);
+    ];
+    const empty = !run.losses.length; // a run without a step is a line
+    for (const node of curve.nodes) node.toggleAttribute("hidden", empty);
+    facts(empty ? [] : all, now);
     curve.update(run);
   };
   const head = element("div", { class: "split" }, title, state);
@@ -332,7 +351,7 @@ const showRuns = shelf(byId("runs"), (run) => run.id, runCard);
 const showCheckpoints = shelf(byId("checkpoints"), (checkpoint) => checkpoint.path, checkpointRow);
 const NOTHING = {
   models: "This server has no model; start it with --model NAME=PATH.",
-  runs: "No training run yet. One begins when a client connects, as below, and creates a training client.",
+  runs: "No training run yet. One begins when a client connects, as above, and creates a training client.",
   checkpoints: "No checkpoint yet. A training client saves one with save_state or save_weights_for_sampler.",
 };
 
@@ -351,6 +370,7 @@ function show(answer) {
   showCheckpoints(newest("checkpoints", answer.checkpoints, (checkpoint) => checkpoint.path), now);
   for (const [kind, words] of Object.entries(NOTHING)) say(byId(`no-${kind}`), answer[kind].length ? "" : words);
   connectText(answer.address);
+  document.dispatchEvent(new CustomEvent("kshot-overview", { detail: answer }));
 }
 
 function memoryText({ limit, taken }) {
@@ -370,7 +390,7 @@ function connectText(address) {
   const key = JSON.stringify(typed() === null ? LOCAL_KEY : "YOUR-KEY");
   const given = typed() === null ? "" : `, api_key=${key}`;
   const url = JSON.stringify(address), openai = JSON.stringify(`${address.replace(/\/+$/, "")}/v1`);
-  say(byId("with-vlm"), `import vlm\nservice = vlm.connect(${url}${given})`);
+  say(byId("with-kshot"), `import kshot\nservice = kshot.connect(${url}${given})`);
   say(byId("with-tinker"), `import tinker\nservice = tinker.ServiceClient(base_url=${url}, api_key=${key})`);
   say(byId("with-openai"), `from openai import OpenAI\nclient = OpenAI(base_url=${openai}, api_key=${key})`);
 }
