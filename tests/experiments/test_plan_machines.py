@@ -1,7 +1,9 @@
 """Plans for machines that are not here: their rates are the measured ones, and what does not fit is said."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +69,12 @@ def test_a_gpu_that_is_not_in_the_table() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown GPU 'a1000' \(did you mean 'a100'\?\); choose from: h100"):
         gpu("a1000")
     assert gpu("H100") is GPUS["h100"]
+
+
+def test_the_command_plans_for_a_machine_that_is_not_here(kshot: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("sweep", "blog-small", "--plan", "--gpu", "h100", "--count", "2", "--out", tmp_path / "out")
+    ended = kshot(*words)
+    assert ended.status == 0, ended.err
+    assert "ESTIMATE for 2 x an H100 (80 GB)" in " ".join(ended.out.split())
+    assert "vlm-lora" in ended.out
+    assert not (tmp_path / "out").exists()
