@@ -205,8 +205,8 @@ def _intervals(shown: Sequence[Score]) -> str:
     over_images = any(score.within and score.n == 1 for score in shown)
     over_seeds = any(score.half_width is not None and not score.within for score in shown)
     texts = {
-        "mean, and in brackets its 95% interval over seeds and test images (Student's over seeds and Wilson's over images, "
-        "their distances added in squares)": both,
+        "mean, and in brackets its 95% interval over seeds and test images (Student's over seeds and Wilson's over "
+        "images, their distances added in squares)": both,
         "mean ± half-width of the 95% Student-t interval over seeds": over_seeds or not (both or over_images),
         "where there is a single run, in brackets the 95% Wilson score interval over test images": over_images,
     }
