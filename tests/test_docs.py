@@ -183,3 +183,10 @@ def test_the_citation_is_of_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_every_method_and_setting_is_in_the_manual() -> None:
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8") + (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"`{name}`" not in text] == []
+    options = {name: f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    assert [name for name, option in options.items() if f"`{name}`" not in text and option not in text] == []

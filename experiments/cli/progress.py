@@ -111,8 +111,11 @@ class Display:
         from experiments.plan.estimate import duration
 
         left = self._pace.left()
-        over = self._done + self._failed >= self._total
-        return "" if left is None or over else f"{before}about {duration(left)} left"
+        return "" if left is None or self._over else f"{before}about {duration(left)} left"
+
+    @property
+    def _over(self) -> bool:
+        return self._done + self._failed >= self._total
 
     def _picture(self) -> "RenderableType":
         from rich.console import Group
@@ -127,9 +130,9 @@ class Display:
             ProgressBar(total=max(1, self._total), completed=self._done, width=24),
             f"{self._done}/{self._total}",
             f"{elapsed // 3600}:{elapsed // 60 % 60:02}:{elapsed % 60:02}",
-            self._time() or "measuring the time left",
+            self._time() or ("" if self._over else "measuring the time left"),
         )
-        lines = [self._running()]
+        lines = [] if self._over else [self._running()]
         lines += [f"last: {self._last}"] if self._last else []
         lines += [f"failed: {self._failed}"] if self._failed else []
         return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))

@@ -399,7 +399,7 @@ def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
             under = _choices(series)
             title = method_of(series) + (f" #{numbers[under]}" if under else "")  # 80 columns are few
             table.add_row(title, *(_mean(accuracies.get(series, {}).get(k)) for k in shots))
-        out.print(f"{dataset}: accuracy in %, ± 95% over seeds", style="bold")
+        out.print(f"{dataset}: accuracy in %, ± half of the 95% interval over seeds and test images", style="bold")
         out.print(table, soft_wrap=False)
         out.print()
     for under, number in numbers.items():
@@ -427,5 +427,6 @@ def _choices(series: str) -> str:
 def _mean(score: "Score | None") -> str:
     if score is None:
         return ""
-    half = "" if score.half_width is None else f"±{100 * score.half_width:.1f}"
+    low, high = score.interval or (score.mean, score.mean)
+    half = f"±{50 * (high - low):.1f}" if score.n > 1 else ""
     return f"{100 * score.mean:.1f}{half}"

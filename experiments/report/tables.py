@@ -205,8 +205,8 @@ def _intervals(shown: Sequence[Score]) -> str:
     over_images = any(score.within and score.n == 1 for score in shown)
     over_seeds = any(score.half_width is not None and not score.within for score in shown)
     texts = {
-        "mean, and in brackets its 95% interval over seeds and test images (Student-t over seeds and the variance of "
-        "independent images together, on the logit scale)": both,
+        "mean, and in brackets its 95% interval over seeds and test images (Student's over seeds and Wilson's over "
+        "images, their distances added in squares)": both,
         "mean ± half-width of the 95% Student-t interval over seeds": over_seeds or not (both or over_images),
         "where there is a single run, in brackets the 95% Wilson score interval over test images": over_images,
     }
@@ -391,6 +391,8 @@ def _data_table(sweep: Record) -> Table:
     for dataset, protocol in sweep["protocols"].items():
         facts = [f"{key}: {value}" for key, value in _leaves(sweep.get("data", {}).get(dataset, {})) if value]
         rows.append((name(dataset), protocol, "; ".join(facts) or NONE))
+    if all(row[-1] == NONE for row in rows):
+        return Table("Data: the protocol.", ("data set", "protocol"), tuple(row[:-1] for row in rows), prose=True)
     caption = "Data: the protocol, and its files as they were found."
     return Table(caption, ("data set", "protocol", "files"), tuple(rows), prose=True)
 

@@ -176,6 +176,14 @@ def test_the_names_of_sweeps(kshot, photos: Path, monkeypatch: pytest.MonkeyPatc
     assert names == [*["my--b-photos-é"] * 4, "folder", "digits-icons", "demo"]
 
 
+def test_a_shell_completes_names(kshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_KSHOT_COMPLETE", "complete_bash")
+    for words, names in (("sweep --method dinov2-k", ["dinov2-knn"]), ("sweep blog", ["blog", "blog-small"])):
+        monkeypatch.setenv("COMP_WORDS", f"kshot {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        assert kshot().out.split() == names
+
+
 def test_without_a_command_the_help_is_shown(kshot) -> None:
     for words, named in ((), "sweep"), (("data",), "list"), (("--help",), "sweep"):
         ended = kshot(*words)

@@ -1,7 +1,9 @@
 """Plans for machines that are not here: their rates are the measured ones, and what does not fit is said."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,8 @@ from experiments.plan.machines import CPU, GPUS, gpu, text_shape
 from experiments.plan.memory import vlm_size
 from experiments.plan.stored import stored_estimate
 from experiments.sweep.config import RunOptions, load
-from experiments.sweep.workload import model_config, of_sweep
+from experiments.sweep.methods import METHODS
+from experiments.sweep.workload import CellSpec, DatasetInfo, Workload, model_config, of_sweep
 from kshot.errors import UnknownNameError
 
 BENCH = Path(__file__).parents[2] / "results" / "bench"
@@ -36,11 +39,19 @@ def test_a_step_on_an_h200_takes_what_was_measured(model: str) -> None:
 
 
 def test_the_demo_on_a_cpu_takes_about_what_was_measured() -> None:
+    """Its icons, of 64 x 64 pixels, are counted and not drawn."""
     measured = {row["name"]: row["median"] for row in json.loads((BENCH / "sweep.json").read_text())["rows"]}
-    estimate = estimated("demo", None)
+    sweep = load("demo", {}, {"max_side": 64}).on(20, 0.5)
+    cells = [
+        CellSpec("icons", name, shots, seed, settings)
+        for name in sweep.methods
+        for settings, shots, seed in sweep.points("icons", METHODS[name].settings, learns=METHODS[name].learns)
+    ]
+    workload = Workload(cells, {"icons": DatasetInfo(20, (), 1411, 570)})
+    estimate = stored_estimate(workload, Path("runs/none"), RunOptions(), CPU, 1)
     assert estimate.time is not None
     workers = estimate.requirements.workers
-    assert 0.5 < estimate.time.cells * workers / (2 * measured["the sweep's time, 2 workers"]) < 2
+    assert 0.4 < estimate.time.cells * workers / (2 * measured["the sweep's time, 2 workers"]) < 2
 
 
 def test_the_blog_on_gpus_that_are_not_here() -> None:
@@ -67,3 +78,12 @@ def test_a_gpu_that_is_not_in_the_table() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown GPU 'a1000' \(did you mean 'a100'\?\); choose from: h100"):
         gpu("a1000")
     assert gpu("H100") is GPUS["h100"]
+
+
+def test_the_command_plans_for_a_machine_that_is_not_here(kshot: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("sweep", "blog-small", "--plan", "--gpu", "h100", "--count", "2", "--out", tmp_path / "out")
+    ended = kshot(*words)
+    assert ended.status == 0, ended.err
+    assert "ESTIMATE for 2 x an H100 (80 GB)" in " ".join(ended.out.split())
+    assert "vlm-lora" in ended.out
+    assert not (tmp_path / "out").exists()
