@@ -24,7 +24,7 @@ from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement, quantised
 from vlm.local.model.families import FAMILIES, READ_AS, Family, family_of, row_of, stock_class, stock_family
-from vlm.local.model.lora import Layout
+from vlm.local.model.lora import Layout, LoraSpec
 from vlm.local.model.packed import Text, TextModel
 from vlm.local.model.placement import StoredTensor
 from vlm.local.model.quantised import Weights
@@ -220,38 +220,34 @@ def _quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-class Model:
-    """A checkpoint in memory.
+class Facts:
+    """What is known of a checkpoint, wherever its weights are.
 
-    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
-    path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
     takes_images: False for a text model. image_token, placeholders: the id at image positions, and all ids that no
-    text may hold; -1 and none for a text model.
+    text may hold; -1 and none for a text model. device, dtype: where its inputs go, and what it computes in.
     """
 
-    def __init__(
-        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
-    ) -> None:
-        self.name, path = name, path or name
+    layout: Callable[[LoraSpec], Layout]  # where everything is in an adapter of a spec
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(self, name: str, path: str, make: Callable[[], Any]) -> None:
+        """make: gives the stock model, of whose configuration and modules alone it is said."""
+        self.name = name
         self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
-        self.stock = load(path, device, dtype)
-        family = family_of(self.stock)
-        self.text: TextModel = Text(self.stock) if family.packed else StockText(self.stock, name)
+        self.stock = make()
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
-        self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
+        self.width: int = config.get_text_config().hidden_size
         self.context: int = getattr(config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
-        self.takes_images = family.vision
+        self.takes_images = family_of(self.stock).vision
         self.merge: int = config.vision_config.spatial_merge_size if self.takes_images else 1
         self.image_token: int = config.image_token_id if self.takes_images else -1
         ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.takes_images)
         self.placeholders: tuple[int, ...] = tuple(each for each in ids if each is not None)
         self.kind: str = config.model_type
-        embeddings = self.stock.get_input_embeddings().weight
-        self.device: torch.device = embeddings.device
-        self.dtype: torch.dtype = embeddings.dtype
         # around a part of PROFILED: its seconds are added to the profile, where one is open
         self.timed: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
@@ -261,6 +257,30 @@ class Model:
         if self._rule is None:
             raise RequestError(f"model {self.name} is a text model and takes no images; ask one that does")
         return self._rule
+
+    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
+        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
+            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
+
+
+class Model(Facts):
+    """A checkpoint in memory.
+
+    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
+    path: its folder or hub id, where its name is another.
+    """
+
+    def __init__(
+        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
+    ) -> None:
+        super().__init__(name, path or name, partial(load, path or name, device, dtype))
+        packed = family_of(self.stock).packed
+        self.text: TextModel = Text(self.stock) if packed else StockText(self.stock, name)
+        self.layout = cache(partial(Layout, self.stock))
+        embeddings = self.stock.get_input_embeddings().weight
+        self.device, self.dtype = embeddings.device, embeddings.dtype
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
@@ -277,11 +297,37 @@ class Model:
         finally:
             self.timed = before
 
-    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
-        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
-            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
+
+class Outline(Facts):
+    """A checkpoint whose weights are in other processes. device: of theirs. profiles: those that are open.
+
+    Raises as `Model`, but for what only the weights say.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype | None, path: str, profiles: list[dict[str, float]]
+    ) -> None:
+        super().__init__(name, path, partial(empty, path, device, dtype))
+        self.layout = cache(partial(Layout, self.stock, device=torch.device("cpu")))
+        self.device, self.dtype, self._profiles = device, next(self.stock.parameters()).dtype, profiles
+
+    @contextmanager
+    def profile(self) -> Iterator[dict[str, float]]:
+        """As `Model.profile`."""
+        seconds = dict.fromkeys(PROFILED, 0.0)
+        self._profiles.append(seconds)
+        try:
+            yield seconds
+        finally:
+            self._profiles[:] = [each for each in self._profiles if each is not seconds]
+
+
+def empty(name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The model as `load` gives it, on torch's meta device: of its weights there are the shapes alone."""
+    family, config = _read_config(name, Path(models.source(name)))
+    weights = Weights(name, Path(models.weights(name)))
+    dtype = _compute_dtype(name, dtype, _dtype(config, weights.tensors), [device])
+    return _from_pretrained(name, family, config, weights, dtype, {"": "meta"}).eval().requires_grad_(False)
 
 
 @contextmanager

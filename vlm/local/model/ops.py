@@ -18,6 +18,11 @@ from torch.nn import functional
 from kshot.hub import one_line
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, as logits are; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019), in float32 inside; weight is frozen.
 

@@ -17,7 +17,7 @@ from vlm.local.model.attention import Attention, Cache, gather
 from vlm.local.model.experts import Pair, sparse_mlp
 from vlm.local.model.families import family_of
 from vlm.local.model.lora import Factors, linear
-from vlm.local.model.ops import norm_rope, rms_norm, rope_only, swiglu
+from vlm.local.model.ops import norm_rope, rms_norm, rope_only, swiglu, wide
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class Text:
         pair, scale = (factors.pair("lm_head"), factors.scale) if factors else (None, 1.0)
         head, hidden = self._head, hidden.to(self._head.weight.device)
         if tokens is None:
-            return linear(hidden, head.weight, head.bias, pair, scale).float()
-        rows, hidden = tokens.to(hidden.device), hidden.float()
-        out = hidden @ head.weight[rows].float().t()
+            return wide(linear(hidden, head.weight, head.bias, pair, scale))
+        rows, hidden = tokens.to(hidden.device), wide(hidden)
+        out = hidden @ wide(head.weight[rows]).t()
         if head.bias is not None:
-            out = out + head.bias[rows].float()
+            out = out + wide(head.bias[rows])
         if pair is not None:
             a, b = pair
-            out = out + scale * (hidden @ a.float().t()) @ b.index_select(0, rows).float().t()
+            out = out + scale * (hidden @ wide(a).t()) @ wide(b.index_select(0, rows)).t()
         return out
 
 

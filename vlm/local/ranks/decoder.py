@@ -1,0 +1,125 @@
+"""Sampling over ranks: each sample is decoded on one of them, and its tokens are repeated here."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import finalize
+
+from tinker import types
+
+from kshot.errors import RequestError
+from vlm.local.engine import Snapshot
+from vlm.local.ranks.engine import BASE, RanksEngine
+from vlm.local.ranks.rank import Key, Token
+from vlm.local.sampling import sampler
+from vlm.local.sampling.decoder import TokenSequence
+from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
+
+
+class RemoteSequence(TokenSequence):
+    """A sample of a rank, as far as it is known here. error: of its grammar, which is followed there."""
+
+    error = ""
+
+    def take(self, token: Token) -> None:
+        """Note what it has got."""
+        self.tokens.append(token.token)
+        self.log_probs.append(token.log_prob)
+        if token.top is not None:
+            self.tops.append(token.top)
+        self.reason, self.error = self.reason or token.reason, token.error
+
+    def sampled(self) -> types.SampledSequence:
+        if self.error:
+            raise RequestError(f"the schema cannot be followed any further: {self.error}; give a simpler one")
+        return super().sampled()
+
+
+class RanksDecoder:
+    """In the place of `Decoder`; `rows` is of each rank."""
+
+    def __init__(self, engine: RanksEngine, snapshot: Any, rows: int) -> None:
+        self.engine, self.snapshot, self.rows = engine, snapshot, rows * engine.count
+        self._each, self._number = rows, next(engine.numbers)
+        finalize(self, engine.dropped.append, self._number)
+        self._running: list[dict[Key, RemoteSequence]] = [{} for _ in range(engine.count)]
+        self._ended: list[list[Key]] = [[] for _ in range(engine.count)]
+
+    @property
+    def active(self) -> int:
+        return sum(self._active(rank) for rank in range(self.engine.count))
+
+    @property
+    def free_rows(self) -> int:
+        return max(0, self.rows - self.active)
+
+    def _active(self, rank: int) -> int:
+        return sum(each.reason is None for each in self._running[rank].values())
+
+    def weights(self) -> int:
+        """The number of its snapshot in the ranks. Raises EngineLostError."""
+        if self.snapshot is None:
+            return BASE
+        self.snapshot.check()
+        number: int = self.snapshot.number
+        return number
+
+    def prefill(self, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
+        """As `vlm.local.sampling.sampler.prefill`: each prompt on the rank with the fewest samples."""
+        shares: list[dict[int, tuple[SamplingRequest, Any]]] = [{} for _ in range(self.engine.count)]
+        load = [self._active(rank) for rank in range(self.engine.count)]
+        made: list[tuple[int, int]] = []  # of each request: its rank, and its number there
+        for request in requests:
+            rank, number = load.index(min(load)), next(self.engine.numbers)
+            load[rank] += request.num_samples
+            grammar = None if request.grammar is None else request.grammar.source
+            shares[rank][number] = replace(request, grammar=None), grammar
+            made.append((rank, number))
+        weights = self.weights()
+        try:
+            answers = self.engine.command("prefill", self._number, weights, self._each, each=[(s,) for s in shares])
+        except BaseException:
+            for (rank, number), request in zip(made, requests, strict=True):  # other ranks may have begun
+                self._ended[rank] += [(number, n) for n in range(request.num_samples)]
+            raise
+        return [self._result(*each, *answers[each[0]][each[1]], of) for each, of in zip(made, requests, strict=True)]
+
+    def _result(
+        self, rank: int, number: int, tokens: Sequence[Token], fields: dict[str, Any], request: SamplingRequest
+    ) -> SamplingResult:
+        model, sequences = self.engine.model, list[TokenSequence]()
+        for n, token in enumerate(tokens):
+            sequence = RemoteSequence(model.tokenizer, request.params, n, request.topk_sample_logprobs)
+            sequence.take(token)
+            self._running[rank][number, n] = sequence
+            sequences.append(sequence)
+        return SamplingResult(sequences, fields, model.name, self.snapshot.name if self.snapshot else "")
+
+    def step(self) -> list[TokenSequence]:
+        """As `Decoder.step`."""
+        for running, ended in zip(self._running, self._ended, strict=True):
+            over = [key for key, each in running.items() if each.reason is not None]
+            ended += over
+            for key in over:
+                del running[key]
+        if not any(self._running):
+            return []
+        ended, self._ended = self._ended, [[] for _ in self._ended]
+        grown = list[TokenSequence]()
+        answers = self.engine.command("decode", self._number, each=[(each,) for each in ended])
+        for running, tokens in zip(self._running, answers, strict=True):
+            for key, token in tokens.items():
+                if key in running:
+                    running[key].take(token)
+                    grown.append(running[key])
+        return grown
+
+
+@sampler.decoder_of.register
+def _(engine: RanksEngine, snapshot: Snapshot, rows: int) -> Any:
+    return RanksDecoder(engine, snapshot, rows)
+
+
+@sampler.prefill.register
+def _(decoder: RanksDecoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
+    return decoder.prefill(requests)
