@@ -306,16 +306,23 @@ class Engine:
         if not len(pack.scored_positions):
             shape = pack.fields["target_tokens"].shape
             return torch.zeros(shape, device=self.model.device, requires_grad=torch.is_grad_enabled())
+        return self._scored(factors, pack, self._states(factors, pack, batch, between_layers))
+
+    def _states(self, factors: Factors, pack: "Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
+        """(scored, hidden) the last states at the scored positions."""
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
         if self.model.device.type != "cpu":  # whose gradients are computed on another thread
             between_layers = None
-        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
+        return self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
+
+    def _scored(self, factors: Factors, pack: "Pack", hidden: Tensor) -> Tensor:
+        """The log-probabilities that these states give."""
         targets = pack.fields["target_tokens"].to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)
         step = max(1, LOGITS // self.model.vocabulary)
-        if len(scored) <= step:
+        if len(hidden) <= step:
             return self._score(factors, hidden, targets)
         parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient
         return torch.cat([checkpoint(self._score, factors, *part, use_reentrant=False) for part in parts])

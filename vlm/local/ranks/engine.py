@@ -66,7 +66,7 @@ class Held:
 
     def check(self) -> None:
         """Raise EngineLostError where its ranks are gone."""
-        if self.generation != self.engine.generation:
+        if not self.engine.holds(self.generation):
             raise EngineLostError(f"{self.name} is gone: {self.engine.lost}; go on from what was saved")
 
 
@@ -101,7 +101,7 @@ class RemoteRun(Held):
         try:
             yield
         except BaseException:
-            if self._started and self.generation == self.engine.generation:
+            if self._started and self.engine.holds(self.generation):
                 self.clear_gradients()
             raise
 
@@ -219,6 +219,10 @@ class RanksEngine(Engine):
             raise
         self._ranks = ranks
         threading.Thread(target=self._watch, args=(ranks,), name="kshot-ranks", daemon=True).start()
+
+    def holds(self, generation: int) -> bool:
+        """Whether the ranks of that generation are still there."""
+        return generation == self.generation and self._ranks is not None and not self._ranks.lost
 
     def end(self) -> None:
         """Stop the ranks."""

@@ -27,6 +27,7 @@ from vlm.local import losses, scoring
 from vlm.local.engine import Batch, Engine, Pack, Snapshot
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision
 from vlm.local.ranks.group import Seat, answer, serve
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
@@ -108,13 +109,23 @@ class Worker:
         self._packs, self._batches = dict[int, Pack](), dict[int, Batch]()
 
     def _engine(self, options: ModelOptions) -> Engine:
-        model = Model(options.name, self.seat.device, options.dtype, options.path)
+        model: Model
+        kind, looking = Engine, Vision
+        if options.divided:
+            whole_tower = options.whole_tower or options.features is not None  # of whose weights a folder has a digest
+            arguments = options.name, self.seat.device, options.dtype, options.path
+            model = DividedModel(*arguments, whole_tower=whole_tower)
+            kind, looking = DividedEngine, Vision if whole_tower else DividedVision
+        else:
+            model = Model(options.name, self.seat.device, options.dtype, options.path)
         settings: dict[str, Any] = {"threads": options.decoders, "pixel_bytes": options.pixel_bytes}
-        vision = Vision(model, options.cache_bytes, options.features, **settings) if model.takes_images else None
-        return Engine(model, vision)
+        vision = looking(model, options.cache_bytes, options.features, **settings) if model.takes_images else None
+        return kind(model, vision)
 
     def settled(self) -> None:
         """After each command."""
+        if isinstance(self.engine.model, DividedModel):
+            self.engine.model.turns.drain()
 
     def perform(self, method: str, arguments: Sequence[Any], profiled: bool) -> tuple[Any, int, dict[str, float]]:
         """The result of a command, images that the tower has seen so far, and seconds by part of the model."""
