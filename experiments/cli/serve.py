@@ -43,7 +43,10 @@ def serve(
         list[str] | None, typer.Option("--allow-host", help="A further name that this server has; repeat.")
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images from http addresses.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda:N, auto, or a place of several.")] = "cpu",
+    shard: Annotated[
+        str, typer.Option("--shard", help="Over several: whole (weights on each), divided, or auto: by what fits.")
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.")] = None,
     train_vision: Annotated[bool, typer.Option("--train-vision", help="LoRA covers the vision tower too.")] = False,
     image_log_probs: Annotated[
@@ -82,7 +85,7 @@ def serve(
     budget = Memory(None if memory is None else size_of(memory))
     options = Options(host, port, keys, hosts, allow_urls, image_log_probs, keep=kept)
     registry = engine_registry(
-        model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads
+        model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads, shard=shard
     )
 
     def print_address(address: str) -> None:

@@ -63,6 +63,16 @@ class _Client:
         self._engine, self._scheduler = engine, scheduler
 
     @property
+    def lost(self) -> str:
+        """Why what this client stands for is gone; "" as long as it is there."""
+        return getattr(self._held, "lost", "")
+
+    @property
+    def _held(self) -> Any:
+        """What is in the engine's memory for this client."""
+        raise NotImplementedError
+
+    @property
     def tower_forwards(self) -> int:
         """Images that went through the vision tower of the base model in this process."""
         return self._engine.vision.forwards
@@ -94,6 +104,10 @@ class LocalSamplingClient(_Client):
     def __init__(self, engine: Engine, snapshot: Snapshot, scheduler: Scheduler) -> None:
         super().__init__(engine, scheduler)
         self._snapshot = snapshot
+
+    @property
+    def _held(self) -> Any:
+        return self._snapshot
 
     def sample(
         self,
@@ -230,6 +244,10 @@ class LocalTrainingClient(_Client):
         super().__init__(engine, scheduler)
         self.model_id, self._run, self._state, self._user_metadata = model_id, run, state, user_metadata
         run.call(f"run {model_id}")
+
+    @property
+    def _held(self) -> Any:
+        return self._run
 
     def forward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None

@@ -222,6 +222,9 @@ class Engine:
         with self.model.timed("optimizer"):
             return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
 
+    def end(self) -> None:
+        """Nothing: what is in this process goes with it."""
+
     def prefetch(self, inputs: Sequence[tinker.ModelInput]) -> None:
         """Begin to decode the images that a coming request will need. From any thread; raises nothing about images."""
         self.vision.prefetch(_images(inputs))

@@ -1,7 +1,7 @@
 """What one training run changes: its adapter, its accumulated gradients, and its optimizer.
 
-Weights, gradients and moments are flat float32 buffers (float64 for a model in that). A model of another dtype computes with a copy of the weights in
-its own, whose gradients are added to the float32 ones after each pass.
+Weights, gradients and moments are flat float32 buffers (float64 for a model in that). A model of another dtype computes
+with a copy of the weights in its own, whose gradients are added to the float32 ones after each pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping

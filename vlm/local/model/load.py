@@ -323,8 +323,10 @@ class Outline(Facts):
 
 
 class PartReader:
-    """Reads a checkpoint part by part into a stock model whose weights are on the meta device. stock, dtype, device: that
-    model, its type, and where it computes. Raises as `load`."""
+    """Reads a checkpoint part by part into a stock model whose weights are on the meta device.
+
+    stock, dtype, device: that model, its type, and where it computes. Raises as `load`.
+    """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         from accelerate import init_empty_weights

@@ -110,7 +110,8 @@ class Text:
             if layer.device != x.device:
                 x, attention = x.to(layer.device), attention.to(layer.device)
                 rope = tuple(each.to(layer.device) for each in rope)
-            x = self.through(layer, x, rope, attention, factors, attention.wanted if early and number == final else None)
+            wanted = attention.wanted if early and number == final else None
+            x = self.through(layer, x, rope, attention, factors, wanted)
             if number < len(inputs.deepstack) and inputs.image_positions is not None:
                 # a sum of whole rows is much faster than index_add, and in place: it keeps nothing for its gradient
                 positions = inputs.image_positions.to(x.device)

@@ -156,8 +156,7 @@ class StockText:
                 stack.callback(self._head.register_forward_hook(partial(_add, pair, scale)).remove)
             stack.enter_context(_calling(self._core, lambda *args, **kwargs: _Given(hidden[None])))
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits = wide(self._stock(input_ids=ids, use_cache=False).logits[0])
-        return logits
+            return wide(self._stock(input_ids=ids, use_cache=False).logits[0])
 
     def _causal(self, inputs: PackedInputs, attention: Causal) -> Tensor:
         rows, cache, parts = attention.rows, attention.cache, list[Tensor]()

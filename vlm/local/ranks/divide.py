@@ -1,9 +1,9 @@
-"""A model whose weights are divided among ranks, by FSDP2: each rank holds a part of every layer, and all of one alone.
+"""A model whose weights are divided among ranks, by FSDP2: each rank holds a part of all layers, and one of them whole.
 
-`fully_shard` divides decoder layers, tower blocks, embeddings and head; norms, routers of position and what else is small
-is whole everywhere. The files are read layer by layer, and each rank keeps its rows. A layer is gathered for its forward,
-and again for its backward, which computes it anew from its input; of a stock forward FSDP2's own hooks do that, without
-computing anything twice.
+`fully_shard` divides decoder layers, tower blocks, embeddings and head; what else there is is small, and whole on every
+rank. The files are read layer by layer, and each rank keeps its rows. A layer is gathered for its forward, and again
+for its backward, which computes it anew from its input. Of a stock forward FSDP2's own hooks gather the layers, and
+nothing is computed twice.
 
 Gathering needs all ranks at once. They have different work, so before each pass they agree on what comes next, and who
 has no such pass gathers the same layers and computes nothing (`Turns`).
@@ -148,8 +148,14 @@ class DividedModel(Model):
         name = next(name for name, module in self.stock.named_modules() if module is visual)
         for number, block in enumerate(visual.blocks):
             with reader.read(f"{name}.blocks.{number}."):
-                visual.blocks[number] = divided(_empty(block), mesh, lambda key, block=block: [block.get_parameter(key)])
+                visual.blocks[number] = divided(
+                    _empty(block), mesh, lambda key, block=block: [block.get_parameter(key)]
+                )
         self.tower = [*visual.blocks]
+
+
+def _parameter(module: nn.Module, name: str) -> list[Tensor]:
+    return [module.get_parameter(name)]
 
 
 def _gather(modules: Sequence[Any]) -> None:
@@ -202,7 +208,7 @@ def _stock(stock: Any, reader: PartReader, mesh: DeviceMesh, name: str) -> tuple
     held = stock.get_submodule(family.layers)
     for number, layer in enumerate(held):
         with reader.read(f"{family.layers}.{number}."):
-            held[number] = divided(_empty(layer), mesh, lambda key, layer=layer: [layer.get_parameter(key)])
+            held[number] = divided(_empty(layer), mesh, partial(_parameter, layer))
     embed, head = _ends(stock, reader, mesh, shared=False)
     reader.read_rest()
     stock.set_input_embeddings(embed)

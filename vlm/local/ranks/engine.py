@@ -1,8 +1,8 @@
 """An engine over ranks, as the process with the clients sees it: it has no weights, and shares requests out.
 
 A training request's data go to the ranks by length, each rank makes packs of its share, and one pass of every rank is
-a round. Runs and snapshots live in the ranks; here are their numbers. Where a rank is lost, the engine starts again with
-new ones, and what lived in the old ones says so.
+a round. Runs and snapshots live in the ranks; here are their numbers. Where a rank is lost, the engine starts again
+with new ones, and what lived in the old ones says so.
 """
 
 import logging
@@ -16,7 +16,6 @@ from multiprocessing.connection import wait
 from typing import Any, cast
 from weakref import finalize
 
-import numpy as np
 import tinker
 import torch
 from tinker import types
@@ -25,35 +24,36 @@ from torch import Tensor
 from kshot.checks import check_adam
 from kshot.errors import EngineLostError, RequestError
 from kshot.images import image_key
-from vlm.label_trie import Trie
-from vlm.local import scoring
 from vlm.local.engine import (
-    ROWS,
     Between,
     BetweenLayers,
     CustomLoss,
     Engine,
     Item,
     Pack,
-    Snapshot,
     check_total,
     custom_output,
-    length_of,
     output_of,
     packs_of,
     slopes_of,
 )
 from vlm.local.losses import loss
+from vlm.local.model import placement
 from vlm.local.model.load import Outline
 from vlm.local.model.lora import Adapter, Layout, LoraSpec
 from vlm.local.ranks import rank
 from vlm.local.ranks.group import LIMIT, Ranks
-from vlm.local.ranks.rank import ModelOptions
+from vlm.local.ranks.rank import DIVIDED, ModelOptions
 from vlm.local.training_run import MOMENTS, moments_of
 
 log = logging.getLogger("kshot")
 
 BASE = 0  # the number that stands for the base model alone, among snapshots
+
+
+def dealt(values: Sequence[Any], count: int) -> list[list[Any]]:
+    """Every rank's part, in turn."""
+    return [[*values[n::count]] for n in range(count)]
 
 
 class Held:
@@ -64,10 +64,15 @@ class Held:
         self.held_layout, self.name = layout, name
         finalize(self, engine.dropped.append, self.number)
 
+    @property
+    def lost(self) -> str:
+        """Why it is gone; "" as long as its ranks are there."""
+        return "" if self.engine.holds(self.generation) else self.engine.lost or "the engine was started again"
+
     def check(self) -> None:
         """Raise EngineLostError where its ranks are gone."""
-        if not self.engine.holds(self.generation):
-            raise EngineLostError(f"{self.name} is gone: {self.engine.lost}; go on from what was saved")
+        if why := self.lost:
+            raise EngineLostError(f"{self.name} is gone: {why}; go on from what was saved")
 
 
 class RemoteSnapshot(Held):
@@ -152,7 +157,7 @@ class RemoteRun(Held):
         return flats
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        flats = {device: flat for device in self.layout.sizes}
+        flats = dict.fromkeys(self.layout.sizes, flat)
         return {name: piece.of(flats).clone() for name, piece in self.layout.pieces.items()}
 
 
@@ -178,6 +183,15 @@ class RemoteVision:
         self._encoded |= {(self._engine.generation, image_key(chunk.data)) for chunk in chunks}
 
 
+def shard_of(model: Outline, devices: Sequence[str]) -> str:
+    """How the weights are held by ranks on these devices: `whole` where they fit each beside what else is needed."""
+    free = min(placement.free_bytes(torch.device(each)) for each in devices)
+    beside = placement.reserve(model.stock, model.layout(LoraSpec()).run_bytes(model.dtype), model.dtype)
+    on_cpu = sum(each == "cpu" for each in devices)
+    weights = sum(each.numel() * each.element_size() for each in model.stock.parameters())
+    return "whole" if weights + beside <= free // max(1, on_cpu) else DIVIDED
+
+
 class RanksEngine(Engine):
     """The engine of a model over ranks.
 
@@ -197,18 +211,24 @@ class RanksEngine(Engine):
     ) -> None:
         self.devices, self.count, self.generation, self.lost = tuple(devices), len(devices), 0, ""
         self.numbers, self.dropped = count(BASE + 1), deque[int]()
-        self.on_loss = on_loss
-        self._start_ranks = ranks or (lambda: Ranks.start(rank.run, devices, threads, options, limit=limit))
+        self.on_loss, self._lock = on_loss, threading.RLock()
         self._ranks: Ranks | None = None
         self._profiles = list[dict[str, float]]()
         self.vision: Any = RemoteVision(self)
         self.model: Any = Outline(options.name, torch.device(devices[0]), options.dtype, options.path, self._profiles)
+        if options.shard == "auto":
+            options = replace(options, shard=shard_of(self.model, devices))
+        self.shard = options.shard
+        self._start_ranks = ranks or (lambda: Ranks.start(rank.run, devices, threads, options, limit=limit))
         self.start_ranks()
 
     def start_ranks(self) -> None:
         """Start them, unless they are there. Raises what loading the model raises."""
-        if self._ranks is not None and not self._ranks.lost:
-            return
+        with self._lock:
+            if self._ranks is None or self._ranks.lost:
+                self._start()
+
+    def _start(self) -> None:
         ranks = self._start_ranks()
         self.generation += 1
         self.vision.forwards = 0
@@ -219,6 +239,12 @@ class RanksEngine(Engine):
             raise
         self._ranks = ranks
         threading.Thread(target=self._watch, args=(ranks,), name="kshot-ranks", daemon=True).start()
+
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the ranks' processes, as far as they were started here."""
+        members = self._ranks.members if self._ranks else []
+        return [each.process.pid for each in members if each.process is not None]
 
     def holds(self, generation: int) -> bool:
         """Whether the ranks of that generation are still there."""
@@ -232,8 +258,13 @@ class RanksEngine(Engine):
 
     def command(self, method: str, *arguments: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """What all ranks give. each: arguments of one rank alone, behind the common ones. Raises as `Ranks.call`."""
-        self.start_ranks()
-        ranks = cast(Ranks, self._ranks)
+        with self._lock:  # of schedulers: others may create runs while this one works
+            self.start_ranks()
+            return self._command(cast(Ranks, self._ranks), method, arguments, each)
+
+    def _command(
+        self, ranks: Ranks, method: str, arguments: Sequence[Any], each: Sequence[tuple[Any, ...]] | None
+    ) -> list[Any]:
         try:
             if method != "drop" and self.dropped:
                 self.command("drop", [self.dropped.popleft() for _ in range(len(self.dropped))])
@@ -253,6 +284,7 @@ class RanksEngine(Engine):
         if sentinels := ranks.sentinels:
             wait(sentinels)
             if self._ranks is ranks:
+                self.lost = self.lost or ranks.lost
                 self.on_loss()
 
     def start(self, spec: LoraSpec, seed: int) -> Any:
@@ -349,63 +381,3 @@ def shared(items: Sequence[Item], count: int) -> list[list[Item]]:
         shares[least].append(item)
         filled[least] += item.length
     return shares
-
-
-def dealt(values: Sequence[Any], count: int) -> list[list[Any]]:
-    """Every rank's part, in turn."""
-    return [[*values[n::count]] for n in range(count)]
-
-
-def _number(snapshot: Snapshot | RemoteSnapshot) -> int:
-    """Of weights in the ranks. Raises EngineLostError."""
-    if snapshot is None:
-        return BASE
-    held = cast(RemoteSnapshot, snapshot)
-    held.check()
-    return held.number
-
-
-def _by_length(engine: RanksEngine, prompts: Sequence[tinker.ModelInput]) -> Iterator[list[int]]:
-    """The numbers of prompts that are read in one command, those of about one length together."""
-    order = sorted(range(len(prompts)), key=lambda n: length_of(prompts[n]))
-    size = ROWS * engine.count
-    return (order[n : n + size] for n in range(0, len(order), size))
-
-
-def _rows(engine: RanksEngine, members: Sequence[int], method: str, *arguments: Any, of: Sequence[Any]) -> np.ndarray:
-    """A row for each of the members, that one of the ranks gives."""
-    shares = dealt(members, engine.count)
-    parts = engine.command(method, *arguments, each=[([of[n] for n in share],) for share in shares])
-    width = max(part.shape[1] for part in parts)
-    rows = np.empty((len(of), width), np.float32)
-    for share, part in zip(shares, parts, strict=True):
-        rows[share] = part
-    return rows[[*members]]
-
-
-@scoring.score_tree.register
-def _(
-    engine: RanksEngine,
-    snapshot: Any,
-    prompts: Sequence[tinker.ModelInput],
-    trie: Trie,
-    *,
-    between: Between = lambda last: None,
-) -> np.ndarray:
-    scores = np.empty((len(prompts), len(trie.edges)), np.float32)
-    for number, members in enumerate(_by_length(engine, prompts)):
-        if number:
-            between(False)
-        scores[members] = _rows(engine, members, "score", _number(snapshot), trie, of=prompts)
-    return scores
-
-
-@scoring.embed.register
-def _(
-    engine: RanksEngine, snapshot: Any, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool
-) -> np.ndarray:
-    width = engine.model.width * (tower + hidden)
-    features, wanted = np.empty((len(prompts), width), np.float32), {"tower": tower, "hidden": hidden}
-    for members in _by_length(engine, prompts):
-        features[members] = _rows(engine, members, "embed", _number(snapshot), wanted, of=prompts)
-    return features

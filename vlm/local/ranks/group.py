@@ -9,8 +9,8 @@ a moment.
 
 import logging
 import os
-import signal
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -88,7 +88,9 @@ class Ranks:
         for rank, device in enumerate(devices):
             ours, theirs = CONTEXT.Pipe()
             seat = Seat(rank, len(devices), device, threads, str(folder / "store"), limit)
-            process = CONTEXT.Process(target=run, args=(theirs, seat, *arguments), daemon=True, name=f"kshot-rank-{rank}")
+            process = CONTEXT.Process(
+                target=run, args=(theirs, seat, *arguments), daemon=True, name=f"kshot-rank-{rank}"
+            )
             process.start()
             theirs.close()
             members.append(Member(seat, ours, process))

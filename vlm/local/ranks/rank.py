@@ -36,18 +36,19 @@ from vlm.local.sampling.sampler import SamplingRequest
 from vlm.local.training_run import MOMENTS, TrainingRun
 from vlm.local.vision import Vision
 
+DIVIDED = "divided"
 Key = tuple[int, int]  # of a sample: its request's number, and its own in there
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What each rank loads: see `vlm.local.registry.EngineRegistry`. divided: whether every rank holds a part of the
-    weights alone. whole_tower: whether the vision tower stays whole all the same, as it is trained."""
+    """What each rank loads: see `vlm.local.registry.EngineRegistry`. shard: whether every rank holds the `whole`
+    weights, or they are `divided`. whole_tower: whether the vision tower stays whole all the same, as it is trained."""
 
     name: str
     path: str
     dtype: torch.dtype | None = None
-    divided: bool = False
+    shard: str = "whole"
     whole_tower: bool = False
     cache_bytes: int | None = None
     features: Path | None = None
@@ -111,7 +112,7 @@ class Worker:
     def _engine(self, options: ModelOptions) -> Engine:
         model: Model
         kind, looking = Engine, Vision
-        if options.divided:
+        if options.shard == DIVIDED:
             whole_tower = options.whole_tower or options.features is not None  # of whose weights a folder has a digest
             arguments = options.name, self.seat.device, options.dtype, options.path
             model = DividedModel(*arguments, whole_tower=whole_tower)

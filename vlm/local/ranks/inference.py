@@ -1,19 +1,82 @@
-"""Sampling over ranks: each sample is decoded on one of them, and its tokens are repeated here."""
+"""What is asked of an engine over ranks beside training: scores, features, samples.
 
-from collections.abc import Sequence
+Prompts are shared out by length. Each sample is decoded on one rank, and its tokens are repeated here.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import finalize
 
+import numpy as np
+import tinker
 from tinker import types
 
 from kshot.errors import RequestError
-from vlm.local.engine import Snapshot
-from vlm.local.ranks.engine import BASE, RanksEngine
+from vlm.label_trie import Trie
+from vlm.local import scoring
+from vlm.local.engine import ROWS, Between, Snapshot, length_of
+from vlm.local.ranks.engine import BASE, RanksEngine, dealt
 from vlm.local.ranks.rank import Key, Token
+from vlm.local.ranks.rank import ModelOptions as ModelOptions
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
+
+
+def _number(snapshot: Any) -> int:
+    """Of weights in the ranks. Raises EngineLostError."""
+    if snapshot is None:
+        return BASE
+    snapshot.check()
+    number: int = snapshot.number
+    return number
+
+
+def _by_length(engine: RanksEngine, prompts: Sequence[tinker.ModelInput]) -> Iterator[list[int]]:
+    """The numbers of prompts that are read in one command, those of about one length together."""
+    order = sorted(range(len(prompts)), key=lambda n: length_of(prompts[n]))
+    size = ROWS * engine.count
+    return (order[n : n + size] for n in range(0, len(order), size))
+
+
+def _rows(engine: RanksEngine, members: Sequence[int], method: str, *arguments: Any, of: Sequence[Any]) -> np.ndarray:
+    """A row for each of the members, that one of the ranks gives."""
+    shares = dealt(members, engine.count)
+    parts = engine.command(method, *arguments, each=[([of[n] for n in share],) for share in shares])
+    width = max(part.shape[1] for part in parts)
+    rows = np.empty((len(of), width), np.float32)
+    for share, part in zip(shares, parts, strict=True):
+        rows[share] = part
+    return rows[[*members]]
+
+
+@scoring.score_tree.register
+def _(
+    engine: RanksEngine,
+    snapshot: Any,
+    prompts: Sequence[tinker.ModelInput],
+    trie: Trie,
+    *,
+    between: Between = lambda last: None,
+) -> np.ndarray:
+    scores = np.empty((len(prompts), len(trie.edges)), np.float32)
+    for number, members in enumerate(_by_length(engine, prompts)):
+        if number:
+            between(False)
+        scores[members] = _rows(engine, members, "score", _number(snapshot), trie, of=prompts)
+    return scores
+
+
+@scoring.embed.register
+def _(
+    engine: RanksEngine, snapshot: Any, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool
+) -> np.ndarray:
+    width = engine.model.width * (tower + hidden)
+    features, wanted = np.empty((len(prompts), width), np.float32), {"tower": tower, "hidden": hidden}
+    for members in _by_length(engine, prompts):
+        features[members] = _rows(engine, members, "embed", _number(snapshot), wanted, of=prompts)
+    return features
 
 
 class RemoteSequence(TokenSequence):
@@ -56,14 +119,6 @@ class RanksDecoder:
     def _active(self, rank: int) -> int:
         return sum(each.reason is None for each in self._running[rank].values())
 
-    def weights(self) -> int:
-        """The number of its snapshot in the ranks. Raises EngineLostError."""
-        if self.snapshot is None:
-            return BASE
-        self.snapshot.check()
-        number: int = self.snapshot.number
-        return number
-
     def prefill(self, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
         """As `vlm.local.sampling.sampler.prefill`: each prompt on the rank with the fewest samples."""
         shares: list[dict[int, tuple[SamplingRequest, Any]]] = [{} for _ in range(self.engine.count)]
@@ -75,7 +130,7 @@ class RanksDecoder:
             grammar = None if request.grammar is None else request.grammar.source
             shares[rank][number] = replace(request, grammar=None), grammar
             made.append((rank, number))
-        weights = self.weights()
+        weights = _number(self.snapshot)
         try:
             answers = self.engine.command("prefill", self._number, weights, self._each, each=[(s,) for s in shares])
         except BaseException:
