@@ -13,6 +13,7 @@ from kshot.errors import EngineLostError, RequestError
 from tests.vlm import ranked
 from tests.vlm.ranked import ADAM, SPEC, Engines, check_answers, check_trained, errors, trained
 from vlm import nano
+from vlm.local.model.lora import Adapter
 
 pytestmark = pytest.mark.ranks
 
@@ -57,12 +58,9 @@ def test_a_killed_rank_is_named_and_the_engine_starts_again(both: Engines, mixed
     pid = engine.processes[1]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineLostError, match=r"rank 1 of 2 \(cpu\) died \(SIGKILL\)"):
-        for _ in range(100):
-            engine.forward_backward(run, mixed, "cross_entropy", None)
+        engine.forward_backward(run, mixed, "cross_entropy", None)
     with pytest.raises(EngineLostError, match=r"run a:train:0 is gone: rank 1 of 2 .* go on from what was saved"):
         engine.optim_step(run, ADAM)
-    from vlm.local.model.lora import Adapter
-
     other = engine.start(SPEC, 99)
     other.restore(Adapter.of(other.layout, kept[0]), kept[1])
     assert errors(kept[0], other.weights()) == 0
