@@ -16,8 +16,7 @@ from vlm.local import scoring as local_scoring
 from vlm.local.engine import Engine
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
-from vlm.local.ranks.engine import RanksEngine
-from vlm.local.ranks.rank import ModelOptions
+from vlm.local.ranks.inference import ModelOptions, RanksEngine
 from vlm.local.sampling.sampler import SamplingRequest, sample
 from vlm.local.vision import Vision
 
@@ -109,6 +108,6 @@ def check_answers(both: Engines, prompts: Sequence[tinker.ModelInput], data: Seq
     assert tokens == other[0]
     for ours, theirs in zip(values, other[1], strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(other[2][1:], of_prompt[1:], rtol=1e-4)
+    np.testing.assert_allclose(np.array(other[2], float), np.array(of_prompt, float), rtol=1e-4)
     np.testing.assert_allclose(other[3], scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(other[4], features, rtol=1e-4, atol=1e-5)

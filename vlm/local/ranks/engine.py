@@ -60,6 +60,7 @@ class Held:
     """Something that lives in the ranks, by its number there. name: for errors."""
 
     def __init__(self, engine: "RanksEngine", layout: Layout | None = None, name: str = "an adapter") -> None:
+        engine.start_ranks()
         self.engine, self.generation, self.number = engine, engine.generation, next(engine.numbers)
         self.held_layout, self.name = layout, name
         finalize(self, engine.dropped.append, self.number)
