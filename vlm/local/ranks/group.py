@@ -9,6 +9,7 @@ a moment.
 
 import logging
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -19,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -110,7 +110,7 @@ class Ranks:
             raise EngineLostError(self.lost)
         for member, command in zip(self.members, commands, strict=True):
             with suppress(OSError):  # it is dead, which shows in its answer
-                member.channel.send(command)
+                send(member.channel, command)
         return self.answers()
 
     def answers(self) -> list[Any]:
@@ -124,7 +124,7 @@ class Ranks:
             for channel in ready:
                 member = waiting.pop(channel)  # type: ignore[call-overload]
                 try:
-                    found[member.seat.rank] = answer = member.channel.recv()
+                    found[member.seat.rank] = answer = receive(member.channel)
                 except (EOFError, OSError):
                     self._lose(member, member.fate)
                 if answer[0] == FAILED:
@@ -171,15 +171,25 @@ def rebuilt(kind: type[KshotError], message: str) -> KshotError:
     return error
 
 
+def send(channel: Connection, value: Any) -> None:
+    """By value: what multiprocessing makes of tensors is memory that both ends change."""
+    channel.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
+def receive(channel: Connection) -> Any:
+    """What `send` sent. Raises EOFError and OSError where the other end is gone."""
+    return pickle.loads(channel.recv_bytes())  # noqa: S301 - of processes that were started here
+
+
 def serve(channel: Connection, perform: Callable[..., Any], settled: Callable[[], None]) -> None:
     """In a rank: answer commands until nobody sends any. settled: called after each, also one that was refused; before
     its answer is sent."""
     while True:
         try:
-            command = channel.recv()
+            command = receive(channel)
         except (EOFError, OSError):
             return
-        channel.send_bytes(ForkingPickler.dumps(answer(perform, settled, *command)))
+        send(channel, answer(perform, settled, *command))
 
 
 def answer(call: Callable[..., Any], settled: Callable[[], None], *arguments: Any) -> tuple[str, Any]:

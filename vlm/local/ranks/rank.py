@@ -28,7 +28,7 @@ from vlm.local.engine import Batch, Engine, Pack, Snapshot
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision
-from vlm.local.ranks.group import Seat, answer, serve
+from vlm.local.ranks.group import Seat, answer, send, serve
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
 from vlm.local.sampling.grammar import Grammar
@@ -83,7 +83,7 @@ def run(channel: Connection, seat: Seat, options: ModelOptions) -> None:
         torch.cuda.set_device(seat.device)
     workers = list[Worker]()
     begun = answer(lambda: workers.append(Worker(seat, options)), lambda: None)
-    channel.send(begun)
+    send(channel, begun)
     if workers:
         serve(channel, workers[0].perform, workers[0].settled)
 
