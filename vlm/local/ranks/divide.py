@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vlm.local.engine import Batch, BetweenLayers, Engine, Pack
 from vlm.local.model.families import family_of
@@ -74,16 +75,53 @@ class Turns:
 def opened(module: Any) -> Iterator[None]:
     """With the whole weights of a divided module."""
     module.unshard()
+    counted.add(module)
     try:
         yield
     finally:
         module.reshard()
+        counted.remove(module)
+
+
+class Held:
+    """Bytes of weights in this process: of all parts, and the most that there were at once with what was gathered or
+    being read."""
+
+    def __init__(self) -> None:
+        self.parts = self.peak = self._more = 0
+
+    def keep(self, module: nn.Module) -> None:
+        """Count what stays."""
+        self.parts += sum(_bytes(each) for each in module.parameters())
+        self.peak = max(self.peak, self.parts + self._more)
+
+    def add(self, module: nn.Module) -> None:
+        """Count what is there for a while."""
+        self._more += sum(_bytes(each) for each in module.parameters())
+        self.peak = max(self.peak, self.parts + self._more)
+
+    def read(self, size: int) -> None:
+        """Count what is in memory while each rank takes its rows."""
+        self.peak = max(self.peak, self.parts + self._more + size)
+
+    def remove(self, module: nn.Module) -> None:
+        """Call it after `reshard`: the whole sizes are those of DTensor."""
+        self._more -= sum(each.numel() * each.element_size() for each in module.parameters())
+
+
+def _bytes(parameter: Tensor) -> int:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return 0 if local.is_meta else local.numel() * local.element_size()
+
+
+counted = Held()
 
 
 def divided(empty: nn.Module, mesh: DeviceMesh, parts_of: Callable[[str], Sequence[Tensor]]) -> Any:
     """A module on the meta device with this rank's rows of its weights. parts_of: by a parameter's name the tensors
     that stand in it one after the other."""
     buffers = {name: buffer for name, buffer in empty.named_buffers() if not buffer.is_meta}
+    read = {id(part): part for name, _ in empty.named_parameters() for part in parts_of(name)}.values()
     module: Any = fully_shard(empty, mesh=mesh, reshard_after_forward=True)
     module.to_empty(device=mesh.device_type)
     with torch.no_grad():
@@ -94,6 +132,8 @@ def divided(empty: nn.Module, mesh: DeviceMesh, parts_of: Callable[[str], Sequen
             _copy_rows(local, parts, mesh.get_local_rank() * size)
         for name, buffer in buffers.items():
             module.get_buffer(name).copy_(buffer)
+    counted.keep(module)
+    counted.read(sum(map(_bytes, read)))
     return module
 
 

@@ -27,7 +27,7 @@ from vlm.local import losses, scoring
 from vlm.local.engine import Batch, Engine, Pack, Snapshot
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
-from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision
+from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision, counted
 from vlm.local.ranks.group import Seat, answer, send, serve
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
@@ -140,7 +140,8 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         """Of the model, once it is loaded."""
         model = self.engine.model
-        return {"dtype": model.dtype, "device": str(model.device), "threads": torch.get_num_threads()}
+        about = {"dtype": model.dtype, "device": str(model.device), "threads": torch.get_num_threads()}
+        return about | {"weights": counted.parts, "peak": counted.peak}
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget runs, snapshots and decoders."""
