@@ -75,7 +75,7 @@ def serve(
     from vlm.server.guard import Keys
     from vlm.server.limits.memory import Memory, readable, size_of
     from vlm.server.retention import seconds_of
-    from vlm.server.serve import engine_registry
+    from vlm.server.serve import engine_registry, follow
     from vlm.server.serve import serve as run
 
     if shared and api_key_file is None:
@@ -87,6 +87,9 @@ def serve(
     registry = engine_registry(
         model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads, shard=shard
     )
+
+    if follow(registry):
+        return
 
     def print_address(address: str) -> None:
         line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state}"

@@ -5,6 +5,7 @@ the order they were made, so a client may submit forward_backward and optim_step
 that say so must be called on the scheduler's thread.
 """
 
+import os
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
-from kshot.errors import ModelError, RequestError, UnknownNameError
+from kshot.errors import InputError, ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
 from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
@@ -119,9 +120,14 @@ class EngineRegistry:
         return self.engines[base_model]
 
     def _devices(self, base_model: str) -> list[str]:
+        """The device of each process of a model; with torchrun all models have its processes."""
+        if count := int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 0:
+            kind = "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
+            return [kind] * count
         return placement.ranks(self.places.get(base_model, self.device))
 
     def _over_ranks(self, name: str, path: str, devices: Sequence[str]) -> Engine:
+        from vlm.local.ranks import torchrun
         from vlm.local.ranks.inference import ModelOptions, RanksEngine
 
         options = ModelOptions(
@@ -137,7 +143,8 @@ class EngineRegistry:
         )
         on_cpu = sum(device == "cpu" for each in {*(self.model_paths or ()), name} for device in self._devices(each))
         threads = self.threads or max(1, torch.get_num_threads() // max(1, on_cpu))
-        engine = RanksEngine(options, devices, threads)
+        join = partial(torchrun.joined, device=self.device, threads=threads) if torchrun.world() else None
+        engine = RanksEngine(options, devices, threads, ranks=join)
         scheduler = self.own_schedulers[name] = Scheduler()
         engine.on_loss = partial(scheduler.submit_first, engine.start_ranks)
         self.chosen |= {name: threads} if "cpu" in devices else {}
@@ -216,6 +223,21 @@ class EngineRegistry:
 
     def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
         return sampler_of(self.engine(saved.base_model), saved, name, self.scheduler_of(saved.base_model))
+
+
+def follow(registry: EngineRegistry) -> bool:
+    """In a process that torchrun started, and that is not its first: be a rank of the first one's engine until that
+    ends. False elsewhere. Raises InputError for what torchrun's processes do not share."""
+    if "LOCAL_RANK" not in os.environ:
+        return False
+    from vlm.local.ranks import torchrun
+
+    if torchrun.world() and (registry.places or len(registry.model_paths or ()) > 1):
+        raise InputError("torchrun's processes serve one model together; give one --model, without a place")
+    if not torchrun.world() or torchrun.first():
+        return False
+    torchrun.follow(registry.device, registry.threads or 1)
+    return True
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -19,6 +19,7 @@ import uvicorn
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models, nano
 from vlm.local.registry import SHARDS, EngineRegistry, dtype_of, state_folder
+from vlm.local.registry import follow as follow
 from vlm.places import parted
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections

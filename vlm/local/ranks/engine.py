@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from multiprocessing.connection import wait
 from typing import Any, cast
@@ -197,7 +198,8 @@ class RanksEngine(Engine):
     """The engine of a model over ranks.
 
     generation: how often they were started. lost: why the last ones ended. numbers, dropped: of what lives in the
-    ranks, and of what nobody has any more. on_loss: called, on a thread of its own, when ranks are lost.
+    ranks, and of what nobody has any more. ranks: has them, where they are not started here. on_loss: called, on a
+    thread of its own, when ranks are lost.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class RanksEngine(Engine):
         threads: int,
         *,
         limit: float = LIMIT,
-        ranks: Callable[[], Ranks] | None = None,
+        ranks: Callable[[ModelOptions], Ranks] | None = None,
         on_loss: Callable[[], object] = lambda: None,
     ) -> None:
         self.devices, self.count, self.generation, self.lost = tuple(devices), len(devices), 0, ""
@@ -220,7 +222,8 @@ class RanksEngine(Engine):
         if options.shard == "auto":
             options = replace(options, shard=shard_of(self.model, devices))
         self.shard = options.shard
-        self._start_ranks = ranks or (lambda: Ranks.start(rank.run, devices, threads, options, limit=limit))
+        start = ranks or (lambda options: Ranks.start(rank.run, devices, threads, options, limit=limit))
+        self._start_ranks = partial(start, options)
         self.start_ranks()
 
     def start_ranks(self) -> None:
