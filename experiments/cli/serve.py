@@ -67,10 +67,22 @@ def serve(
             help="What clients may make the server hold, beside its models (default: a quarter of the machine's).",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="NxGB", help="Say what the model takes on N such GPUs (8x141GB), and end."),
+    ] = None,
+    plan_rank: Annotated[int, typer.Option("--plan-rank", min=1, help="Of the LoRA that --plan counts.")] = 32,
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
     from kshot.errors import InputError
+
+    if plan is not None:
+        from experiments.plan.ranks import print_plan
+
+        for name in model or []:
+            print_plan(name, plan, plan_rank)
+        return
     from vlm.server.app import Options
     from vlm.server.guard import Keys
     from vlm.server.limits.memory import Memory, readable, size_of
