@@ -35,6 +35,12 @@ def parted(name: str) -> tuple[str, str]:
     return found["model"], found["place"]
 
 
+def first_device(place: str) -> str:
+    """Where in a place a model computes that is in one process alone."""
+    head = place.partition(",")[0]
+    return {"all": "cuda"}.get(head, "cpu" if head.startswith("cpu") else head)
+
+
 def place_of(text: str) -> Place:
     """The place of a name. Raises InputError."""
     kind, _, numbers = text.partition(":")
