@@ -201,9 +201,9 @@ class Worker(Generic[J, R]):
         self._job: J | None = None  # what it works on
         self.channel, theirs = CONTEXT.Pipe()
         arguments = run, theirs, watched, threads, dict(environment)
-        self._process = CONTEXT.Process(
-            target=_work, args=arguments, daemon=False
-        )  # it may start others; see `exit_with`
+        starts_others = "," in environment.get("CUDA_VISIBLE_DEVICES", "")  # which no daemon may
+        # a daemon is ended, not waited for, at exit
+        self._process = CONTEXT.Process(target=_work, args=arguments, daemon=not starts_others)
         with interrupts_blocked(), theirs:
             self._process.start()
 
