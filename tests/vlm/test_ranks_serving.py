@@ -58,16 +58,16 @@ def test_a_killed_rank_ends_its_runs_and_what_was_saved_goes_on(
     try:
         with served(tmp_path, registry) as server:
             client = vlm.connect(server.address)
-            run = client.create_lora_training_client(nano.NAME, rank=4, seed=3)
+            run = client.create_lora_training_client(nano.NAME, rank=4, seed=3).result(PATIENCE)
             first = steps(run, mixed, 2)
             saved = run.save_state("kept").result(PATIENCE).path
             engine: Any = registry.engines[nano.NAME]
             os.kill(engine.processes[1], signal.SIGKILL)
             with pytest.raises(tinker.TinkerError, match=r"rank 1 of 2 \(cpu\) died \(SIGKILL\)"):
                 steps(run, mixed, 1)
-            other = client.create_training_client_from_state_with_optimizer(saved)
+            other = client.create_training_client_from_state_with_optimizer(saved).result(PATIENCE)
             assert [*first, *steps(other, mixed, 3)] == pytest.approx(expected, rel=1e-3)
-            sampler = client.create_sampling_client(base_model=nano.NAME)
+            sampler = client.create_sampling_client(base_model=nano.NAME).result(PATIENCE)
             params = types.SamplingParams(max_tokens=2, temperature=0.0)
             assert sampler.sample(mixed[2].model_input, 1, params).result(PATIENCE).sequences
     finally:
@@ -95,7 +95,7 @@ def busy(server: Server) -> dict[str, float]:
 @pytest.mark.slow
 def test_two_models_work_at_once(two: Server, mixed: list[tinker.Datum]) -> None:
     client = vlm.connect(two.address)
-    runs = [client.create_lora_training_client(name, rank=4, seed=3) for name in ("one", "other")]
+    runs = [client.create_lora_training_client(name, rank=4, seed=3).result(PATIENCE) for name in ("one", "other")]
     for run in runs:
         steps(run, mixed, 1)
     before, begun = busy(two), time.perf_counter()
@@ -132,7 +132,7 @@ def test_torchrun_starts_the_ranks(tmp_path: Path, mixed: list[tinker.Datum], se
                 address = found[1]
                 break
         assert address, said
-        run = vlm.connect(address).create_lora_training_client(nano.NAME, rank=4, seed=3)
+        run = vlm.connect(address).create_lora_training_client(nano.NAME, rank=4, seed=3).result(PATIENCE)
         assert steps(run, mixed, 2) == pytest.approx(expected, rel=1e-4)
     finally:
         process.send_signal(signal.SIGINT)
