@@ -145,12 +145,12 @@ def gated_back(gradient: Tensor, gate_up: Tensor, opened: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return wide(x).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     """The gradient of x from that of x · inverse, into `out`."""
-    gradient, x = gradient.float(), x.float()
+    gradient, x = wide(gradient), wide(x)
     along = (gradient * x).mean(-1, keepdim=True).mul_(inverse.square())
     return torch.mul(torch.addcmul(gradient, x, along, value=-1), inverse, out=out)
 

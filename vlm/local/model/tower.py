@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from vlm.local.model.ops import wide
+
 Linear = Callable[[str, nn.Module, Tensor], Tensor]
 Grid = tuple[int, int, int]  # patches: time, height, width
 Tables = tuple[Tensor, Tensor, Tensor]  # of a grid: position embeddings, cosines, signed sines
@@ -83,7 +85,7 @@ def _attention(name: str, attention: Any, x: Tensor, rotation: list[Tensor], lin
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """x: (images, patches, 2, heads, channels). In float32, as the stock tower does; the sines bring their signs."""
-    first, second = x.float().chunk(2, -1)
+    first, second = wide(x).chunk(2, -1)
     return (x * cosines + torch.cat((second, first), -1) * sines).to(x.dtype)
 
 
