@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.vlm import ranked
 from tests.vlm.ranked import ADAM, SPEC, Engines, check_answers, check_trained, errors, trained
 from vlm import nano
 from vlm.local.model.lora import Adapter
+from vlm.local.ranks.group import DONE, Ranks, Seat, send
 
 pytestmark = pytest.mark.ranks
 
@@ -22,6 +25,21 @@ pytestmark = pytest.mark.ranks
 def both() -> Iterator[Engines]:
     with ranked.engines(nano.NAME, 2, torch.float64, divided=True) as both:
         yield both
+
+
+def slow_second(channel: Connection, seat: Seat) -> None:
+    """A rank that answers, but for the second one."""
+    if seat.rank == 0:
+        send(channel, (DONE, None))
+    time.sleep(60)
+
+
+def test_a_rank_that_hangs_is_named() -> None:
+    ranks = Ranks.start(slow_second, ["cpu", "cpu"], 1, limit=0.5)
+    with pytest.raises(EngineLostError, match=r"rank 1 of 2 \(cpu\) gave no answer"):
+        ranks.answers()
+    with pytest.raises(EngineLostError, match="rank 1 of 2"):
+        ranks.call([("facts", (), False)] * 2)
 
 
 def test_divided_ranks_train_what_one_does(both: Engines, mixed: list[tinker.Datum]) -> None:

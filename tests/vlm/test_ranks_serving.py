@@ -20,6 +20,7 @@ import vlm
 from kshot.errors import InputError
 from tests.vlm.serving import HEADERS, KEY, Server, served
 from vlm import nano
+from vlm.local.ranks.group import LOOPBACK
 from vlm.local.registry import EngineRegistry, LocalServiceClient
 from vlm.places import parted, place_of
 
@@ -115,7 +116,7 @@ def test_torchrun_starts_the_ranks(tmp_path: Path, mixed: list[tinker.Datum], se
     expected = steps(service.create_lora_training_client(nano.NAME, rank=4, seed=3).result(), mixed, 2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "kshot", "serve", "--port", "0"]
-    environment = {**os.environ, "TINKER_API_KEY": KEY, "COLUMNS": "200"}
+    environment = {**os.environ, "TINKER_API_KEY": KEY, "COLUMNS": "200", "GLOO_SOCKET_IFNAME": LOOPBACK}
     process = subprocess.Popen(
         [*command, "--state", str(tmp_path)],
         stdout=subprocess.PIPE,

@@ -226,8 +226,8 @@ class Samplers:
         """A client on saved weights or a base model; raises as `check`, and ModelError where they cannot be loaded."""
         saved = self.check(model_path, base_model, owner)
         key = f"{saved.path} {saved.created}" if saved else f"base {base_model}"  # overwritten: loaded again
-        if (known := self._loaded.get(key)) and known.done() and not known.exception() and known.result().lost:
-            del self._loaded[key]  # with the engine's processes
+        if (known := self._loaded.get(key)) and _is_lost(known):
+            del self._loaded[key]
         if key not in self._loaded:
             self._loaded[key] = asyncio.ensure_future(self._load(saved, base_model))
             while len(self._loaded) > KEPT_LOADED:
@@ -293,6 +293,11 @@ class Samplers:
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
         return row
+
+
+def _is_lost(task: "asyncio.Task[LocalSamplingClient]") -> bool:
+    """Whether what was loaded went with the processes of its engine."""
+    return task.done() and not task.cancelled() and not task.exception() and bool(task.result().lost)
 
 
 def sampler_id(session: str, seq: int) -> str:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -23,7 +23,7 @@ from tinker import types
 from torch import Tensor
 
 from kshot.checks import check_adam
-from kshot.errors import EngineLostError, RequestError
+from kshot.errors import EngineLostError, KshotError, RequestError
 from kshot.images import image_key
 from vlm.local.engine import (
     Between,
@@ -288,8 +288,8 @@ class RanksEngine(Engine):
         if sentinels := ranks.sentinels:
             wait(sentinels)
             if self._ranks is ranks:
-                self.lost = self.lost or ranks.lost
-                self.on_loss()
+                with suppress(KshotError):  # the service is being closed, or the next request says what is wrong
+                    self.on_loss()
 
     def start(self, spec: LoraSpec, seed: int) -> Any:
         run = RemoteRun(self, self.model.layout(spec))
