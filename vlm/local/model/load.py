@@ -342,7 +342,7 @@ class PartReader:
             self.stock: Any = kind._from_config(config, dtype=self.dtype, attn_implementation=attention)
         self.stock.tie_weights()  # out of there, where every parameter becomes another one
         self.stock.eval().requires_grad_(False)
-        self._mapping = get_model_conversion_mapping(self.stock, None, None)
+        self._mapping: Any = get_model_conversion_mapping(self.stock, None, None)
         self._sources = self._sources_by_target()
 
     def _sources_by_target(self) -> dict[str, list[str]]:

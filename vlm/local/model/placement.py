@@ -185,7 +185,8 @@ def reserve(stock: Any, adapter_bytes: int, dtype: torch.dtype) -> int:
     as it is known before: what the layers keep of PACK positions for the gradient, and logits of LABELLED of them."""
     text = stock.config.get_text_config()
     active = getattr(text, "num_experts_per_tok", None) or 1
-    inner = max(active * (getattr(text, "moe_intermediate_size", None) or 0), text.intermediate_size)
+    wide = getattr(text, "intermediate_size", None) or 0
+    inner = max(active * (getattr(text, "moe_intermediate_size", None) or 0), wide)
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     kept = text.num_hidden_layers * (4 * text.hidden_size + 6 * heads + 3 * inner) * dtype.itemsize
     return adapter_bytes + PACK * kept + 3 * LABELLED * text.vocab_size * 4

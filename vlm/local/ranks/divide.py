@@ -255,8 +255,13 @@ def _stock(stock: Any, reader: PartReader, mesh: DeviceMesh, name: str) -> tuple
     stock.set_output_embeddings(head)
     for after in (head.set_reshard_after_forward, head.set_reshard_after_backward):
         after(False)
-    embed.register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else None)
+    embed.register_forward_hook(_with_gradient)
     return DividedStock(stock, name), (embed, head, [*held])
+
+
+def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    """A hook of the embeddings: all ranks go back through all layers."""
+    return output.requires_grad_() if torch.is_grad_enabled() else None
 
 
 class _Recomputed(torch.autograd.Function):

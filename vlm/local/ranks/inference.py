@@ -137,7 +137,11 @@ class RanksDecoder:
             for (rank, number), request in zip(made, requests, strict=True):  # other ranks may have begun
                 self._ended[rank] += [(number, n) for n in range(request.num_samples)]
             raise
-        return [self._result(*each, *answers[each[0]][each[1]], of) for each, of in zip(made, requests, strict=True)]
+        results = list[SamplingResult]()
+        for (rank, number), request in zip(made, requests, strict=True):
+            tokens, fields = answers[rank][number]
+            results.append(self._result(rank, number, tokens, fields, request))
+        return results
 
     def _result(
         self, rank: int, number: int, tokens: Sequence[Token], fields: dict[str, Any], request: SamplingRequest
@@ -159,9 +163,9 @@ class RanksDecoder:
                 del running[key]
         if not any(self._running):
             return []
-        ended, self._ended = self._ended, [[] for _ in self._ended]
+        told, self._ended = self._ended, [[] for _ in self._ended]
         grown = list[TokenSequence]()
-        answers = self.engine.command("decode", self._number, each=[(each,) for each in ended])
+        answers = self.engine.command("decode", self._number, each=[(each,) for each in told])
         for running, tokens in zip(self._running, answers, strict=True):
             for key, token in tokens.items():
                 if key in running:
@@ -175,6 +179,6 @@ def _(engine: RanksEngine, snapshot: Snapshot, rows: int) -> Any:
     return RanksDecoder(engine, snapshot, rows)
 
 
-@sampler.prefill.register
+@sampler.prefill.register  # type: ignore[misc]  # it stands for a decoder
 def _(decoder: RanksDecoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
     return decoder.prefill(requests)

@@ -147,7 +147,7 @@ class Worker:
         """Forget runs, snapshots and decoders."""
         for number in numbers:
             for held in (self._runs, self._snapshots, self._decoders, self._samples):
-                held.pop(number, None)  # type: ignore[attr-defined]
+                held.pop(number, None)
 
     def start(self, number: int, spec: LoraSpec, seed: int) -> None:
         self._runs[number] = self.engine.start(spec, seed)
