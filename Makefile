@@ -6,7 +6,7 @@ BASE := $(VENV)/.base
 CLIENTS := .venv-clients
 DOCS := .venv-docs
 
-.PHONY: demo test test-slow test-recipe test-clients check docs results pretrain venv clean
+.PHONY: demo test test-slow test-ranks test-recipe test-clients check docs results pretrain venv clean
 
 # What users need, and nothing that only the tests do (ray, trl, mypy, ...).
 demo: $(BASE)
@@ -18,6 +18,10 @@ test: $(STAMP)
 # What takes half a minute or more each: kills, loads, whole benches, a Ray cluster. An hour on two cores.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"
+
+# An engine over several processes, on a grid of models and places: half an hour on two cores.
+test-ranks: $(STAMP)
+	$(BIN)/python -m pytest -m "ranks and not gpu and not network"
 
 # Official recipes, unmodified, against kshot serve: they have an environment of their own; half an hour or more.
 test-recipe: $(STAMP)

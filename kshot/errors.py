@@ -105,6 +105,10 @@ class BusyError(KshotError):
     """A server has as much to do as it takes; later it may have room."""
 
 
+class EngineLostError(KshotError):
+    """The processes that a model ran in have ended: what was in their memory alone is gone."""
+
+
 class InputError(KshotError):
     """Something that was given (an argument, a file, a request) is wrong."""
 

@@ -6,6 +6,7 @@ loads anew, which is not timed. The adapter is on attention and MLP of the text 
 """
 
 import gc
+import os
 import re
 import resource
 import sys
@@ -39,6 +40,7 @@ FULL_GPU = Plan(classes=16, shots=4, batch=32, epochs=20, rounds=2)  # the refer
 QUICK = Plan(classes=4, shots=2, batch=4, epochs=10, rounds=2)
 WARM_STEPS = 2
 PAIRS = 30  # of steps and what of them is the model's, in every round: they differ by little
+THREADS = "OMP_NUM_THREADS"
 COMPARED, TOLERANCE = 20, 1e-4  # steps whose losses must agree, and how closely in float32 on a CPU
 PEAK_SIDE, PEAK_TIMES = {"cpu": 2048, "cuda": 8192}, 10  # of the square matrices whose product sets the peak
 PACKAGES = ("accelerate", "numpy", "peft", "pillow", "tinker", "torch", "transformers")
@@ -75,7 +77,12 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
         pool.shutdown()
         seconds, trained = in_turn(tasks, plan.rounds, warm_up=False)
         pairs = started[OURS](programs.step_pairs, case, PAIRS * plan.rounds)
-        return summary(case, seconds, trained, pairs)
+        made = summary(case, seconds, trained, pairs)
+    if device == "cpu" and not quick:
+        with tempfile.TemporaryDirectory() as folder:
+            rows, made["ratios"]["ranks_over_threads"] = ranks_against_threads(replace(case, state=Path(folder)))
+        made["rows"] += rows
+    return made
 
 
 def train(implementation: Implementation, case: Any) -> Timed[Outcome]:
@@ -86,6 +93,28 @@ def train(implementation: Implementation, case: Any) -> Timed[Outcome]:
         spent = process_time() - begun
     _free_memory()
     return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device), processor=spent))
+
+
+def ranks_against_threads(case: Case) -> tuple[Rows, float]:
+    """Rows of two ranks of one thread and of one process of two, in turn, once each has started; and their ratio. The
+    other programs have ended."""
+    case, before, rates = replace(case, start=""), torch.get_num_threads(), dict[str, list[float]]()
+    told = os.environ.get(THREADS)
+    views = sum(map(len, case.batches))
+    try:
+        for _ in range(FULL.rounds):
+            for name, device in (("2 ranks of 1 thread", "cpu:2"), ("1 rank of 2 threads", "cpu")):
+                torch.set_num_threads(2)  # shared by the ranks, one each
+                os.environ[THREADS] = "2"  # they are as told, not as many as are fastest
+                with programs.ours(replace(case, device=device)) as run:
+                    run()  # images go through the tower, and are kept
+                    rates.setdefault(name, []).append(views / timed(run, device="cpu").seconds)
+    finally:
+        torch.set_num_threads(before)
+        os.environ.pop(THREADS)
+        os.environ |= {} if told is None else {THREADS: told}
+    many, one = rates.values()
+    return [row(name, each, "examples/s") for name, each in rates.items()], median(many) / median(one)
 
 
 def _free_memory() -> None:

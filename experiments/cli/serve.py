@@ -43,7 +43,10 @@ def serve(
         list[str] | None, typer.Option("--allow-host", help="A further name that this server has; repeat.")
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images from http addresses.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda:N, auto, or a place of several.")] = "cpu",
+    shard: Annotated[
+        str, typer.Option("--shard", help="Over several: whole (weights on each), divided, or auto: by what fits.")
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.")] = None,
     train_vision: Annotated[bool, typer.Option("--train-vision", help="LoRA covers the vision tower too.")] = False,
     image_log_probs: Annotated[
@@ -64,15 +67,27 @@ def serve(
             help="What clients may make the server hold, beside its models (default: a quarter of the machine's).",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="NxGB", help="Say what the model takes on N such GPUs (8x141GB), and end."),
+    ] = None,
+    plan_rank: Annotated[int, typer.Option("--plan-rank", min=1, help="Of the LoRA that --plan counts.")] = 32,
     features: Annotated[Path | None, typer.Option("--features", help="Keep image features in this folder.")] = None,
 ) -> None:
     """Serve the Tinker API, an OpenAI-compatible one at /v1, and a page that shows what is going on."""
     from kshot.errors import InputError
+
+    if plan is not None:
+        from experiments.plan.ranks import print_plan
+
+        for name in model or []:
+            print_plan(name, plan, plan_rank)
+        return
     from vlm.server.app import Options
     from vlm.server.guard import Keys
     from vlm.server.limits.memory import Memory, readable, size_of
     from vlm.server.retention import seconds_of
-    from vlm.server.serve import engine_registry
+    from vlm.server.serve import engine_registry, follow
     from vlm.server.serve import serve as run
 
     if shared and api_key_file is None:
@@ -82,8 +97,11 @@ def serve(
     budget = Memory(None if memory is None else size_of(memory))
     options = Options(host, port, keys, hosts, allow_urls, image_log_probs, keep=kept)
     registry = engine_registry(
-        model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads
+        model or [], state, device, dtype, train_vision=train_vision, features=features, threads=threads, shard=shard
     )
+
+    if follow(registry):
+        return
 
     def print_address(address: str) -> None:
         line = f"kshot serves {', '.join(registry.model_paths or ())} at {address}  (state: {registry.state}"

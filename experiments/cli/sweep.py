@@ -82,6 +82,9 @@ def sweep(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
     ] = None,
+    gpus_per_worker: Annotated[
+        int, typer.Option("--gpus-per-worker", min=1, help="With --device cuda: one VLM over so many GPUs.")
+    ] = 1,
     executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
@@ -123,6 +126,7 @@ def sweep(
     content = _sweep_of(preset or "demo", fields, {**named, **chosen.settings})
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
+    how["gpus_per_worker"] = gpus_per_worker
     run(content, output, images=not no_images, planned_for=planned_for, said=chosen.lines, **what, **how)
 
 

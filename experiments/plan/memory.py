@@ -169,7 +169,7 @@ def _images_of_a_pass(cell: CellSpec, workload: Workload) -> tuple[int, float, f
 class VlmSize:
     """A Qwen3-VL or Qwen3.5. weights, adapter: numbers; of LoRA on attention, MLP and head, of rank 1. item: bytes of a
     weight. features: of its images. text: the configuration of its text model. unused: numbers that are in its files
-    alone, of the layers that predict more than one token ahead."""
+    alone, of the layers that predict more than one token ahead. layer: numbers of the largest decoder layer."""
 
     weights: int
     adapter: int
@@ -177,6 +177,7 @@ class VlmSize:
     features: ImageFeatures
     text: Any
     unused: int = 0
+    layer: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -264,7 +265,9 @@ def _counted(config_json: str, item: int, features: ImageFeatures) -> VlmSize:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     adapter = service.adapter_parameters(model, rank=1)
-    return VlmSize(parameters(model), adapter, item, features, config.text_config, _ahead(model, config.text_config))
+    text, ahead = config.text_config, _ahead(model, config.text_config)
+    layer = max(map(parameters, model.model.language_model.layers))
+    return VlmSize(parameters(model), adapter, item, features, text, ahead, layer)
 
 
 def _ahead(model: Any, text: Any) -> int:

@@ -204,8 +204,8 @@ def capped(shots: Iterable[int], most: int | None) -> tuple[int, ...]:
 class RunOptions:
     """How a sweep is run: none of it is part of a cell. service, device: what computes. access: how the data sets are
     had; None: in the usual way. executor: of `experiments.sweep.workers.EXECUTORS`. workers: processes; None: as many
-    as there is room for. threads: of each. only_failed: run only cells that failed before. track: a tool's name of
-    `experiments.sweep.tracking.TRACKERS`, or None."""
+    as there is room for. threads: of each. gpus_per_worker: that each gets, for one VLM over all of them. only_failed:
+    run only cells that failed before. track: a tool's name of `experiments.sweep.tracking.TRACKERS`, or None."""
 
     service: str = "local"
     device: str = "cpu"
@@ -213,6 +213,7 @@ class RunOptions:
     executor: str = "local"
     workers: int | None = None
     threads: int = 1
+    gpus_per_worker: int = 1
     only_failed: bool = False
     track: str | None = None
 

@@ -91,7 +91,13 @@ def run_sweep(
     follower = Tracker(options.track)
     with observer.planning():
         sweep = continued(sweep, results)
-        planned = plan(sweep, service=options.service, device=options.device, access=options.access)
+        planned = plan(
+            sweep,
+            service=options.service,
+            device=options.device,
+            access=options.access,
+            gpus_per_worker=options.gpus_per_worker,
+        )
         observer.planned(planned)
         _checked_jobs(planned, results, options)
     with results.writing():
@@ -192,9 +198,16 @@ class Plan:
 
 
 def plan(
-    sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None, here: bool = True
+    sweep: Sweep,
+    *,
+    service: str = "local",
+    device: str = "cpu",
+    access: Access | None = None,
+    here: bool = True,
+    gpus_per_worker: int = 1,
 ) -> Plan:
-    """Every cell of the grid. access: for the data sets that can be had in several ways. here: whether it is to run on
+    """Every cell of the grid. access: for the data sets that can be had in several ways. gpus_per_worker: on all of
+    which a VLM is. here: whether it is to run on
     this machine, where device and service must then be.
 
     Loads the data sets and raises for whatever can be known to be wrong before a start: UnknownNameError (data set,
@@ -225,7 +238,7 @@ def plan(
     _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
-        where = source, service, device.partition(":")[0], accesses[source]
+        where = source, service, _place(device, gpus_per_worker), accesses[source]
         jobs += (Job(cell, settings, *where) for cell, settings in _cells(sweep, source, dataset))
     return Plan(sweep, datasets, jobs, adapted)
 
@@ -248,9 +261,11 @@ def _run_jobs(
 ) -> None:
     """Run and store these jobs of the plan. One that fails stops no other; where images cannot be encoded, the cells
     that need them say so. Raises InputError where the executor cannot run here, or not with so many workers."""
-    gpus, workers, total = gpus_of(options.device), options.workers, len(planned.jobs)
+    gpus, workers, total = gpu_groups(options), options.workers, len(planned.jobs)
     if gpus and workers and workers > len(gpus) and options.executor == "local":
-        raise InputError(f"--workers {workers}, but GPUs: {len(gpus)}, and each worker takes one; leave --workers out")
+        each = options.gpus_per_worker
+        has = f"GPUs: {len(gpus) * each}, and each worker takes {each if each > 1 else 'one'}"
+        raise InputError(f"--workers {workers}, but {has}; leave --workers out")
     done, start = total - len(planned.missing(results)), getattr(executors, options.executor)
     how = {"threads": options.threads, "gpus": gpus, "started": observer.started}
     answers = start(work, jobs, workers, first=planned.encodings(jobs), **how)
@@ -317,7 +332,7 @@ def _few_tests(dataset: Dataset, limit: int | None) -> Iterator[str]:
 def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second. Raises
     InputError for GPUs that this machine does not have, unless they need not be here: then there are none."""
-    if device == "cpu":
+    if re.fullmatch(r"cpu(:[1-9]\d*)?", device):
         return ()
     if not re.fullmatch(r"cuda(:\d+)?", device):
         near = near_name(device, ["cpu", "cuda"])
@@ -334,6 +349,24 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     if not names:
         raise InputError(f"device {device!r} is not available here: torch sees no GPU; use --device cpu")
     raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
+
+
+def gpu_groups(options: RunOptions) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES says in each worker: the names of its GPUs. Raises as `gpus_of`, and InputError where
+    there are fewer than a worker is to get."""
+    gpus, each = gpus_of(options.device), options.gpus_per_worker
+    if options.device.startswith("cpu:"):
+        raise InputError(f"device {options.device!r}: a sweep has a worker on each core already; give --device cpu")
+    if each > max(1, len(gpus)):
+        raise InputError(f"--gpus-per-worker {each}, but GPUs: {len(gpus)}; give fewer, or --device cuda")
+    return tuple(",".join(gpus[n : n + each]) for n in range(0, len(gpus) - each + 1, each))
+
+
+def _place(device: str, gpus_per_worker: int) -> str:
+    """Where a worker computes, among the GPUs that it gets."""
+    if device.startswith("cpu"):
+        return device
+    return "all" if gpus_per_worker > 1 else device.partition(":")[0]
 
 
 def _check_settings(sweep: Sweep, service: str) -> None:

@@ -14,6 +14,7 @@ from data.dataset import Example, Images
 from experiments.sweep.config import DATA_SETTINGS, Settings
 from kshot.errors import TooFewImagesError
 from kshot.files import cache_folder
+from vlm.places import first_device
 
 if TYPE_CHECKING:
     from tinker import types
@@ -240,7 +241,7 @@ def lora_head_client(task: Task) -> "LoraHeadClient":
         rank=s.rank,
         readout=s.readout,
         size=s.image_size,
-        device=task.device,
+        device=first_device(task.device),
     )
 
 
@@ -415,7 +416,7 @@ def _fitted(task: Task, features: Callable[[Sequence[bytes]], np.ndarray], head:
 
 def _dinov2_features(task: Task) -> Callable[[Sequence[bytes]], np.ndarray]:
     s = task.settings
-    return _encoder(s.backbone, s.readout, s.image_size, task.device).features
+    return _encoder(s.backbone, s.readout, s.image_size, first_device(task.device)).features
 
 
 def check_left_out(classes: Sequence[str], train: Sequence[Example]) -> None:

@@ -61,7 +61,7 @@ def local(
     """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
     with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left. run and jobs must be
     picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what CUDA_VISIBLE_DEVICES calls the
-    GPUs that workers get, one each. started: called in this process with each job that begins."""
+    GPUs that workers get, one or several each. started: called in this process with each job that begins."""
     room = len(gpus) or max(1, cores() // threads)
     count = min(workers or room, max(len(jobs), len(first)))
     if count == 0:
@@ -100,14 +100,14 @@ def ray(
     started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
     """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for). A job takes `threads`
-    CPUs, and a GPU where there are `gpus`. However it ends, no job of this run goes on. Raises InputError without Ray,
-    KshotError where the cluster cannot be reached or has no place for a job."""
+    CPUs, and as many GPUs of one node as each of `gpus` names. However it ends, no job of this run goes on. Raises
+    InputError without Ray, KshotError where the cluster cannot be reached or has no place for a job."""
     if not jobs and not first:
         return
-    gpu = bool(gpus)
+    gpu = len(gpus[0].split(",")) if gpus else 0
     with _cluster() as library:
         _check_room(library, threads, gpu)
-        remote = library.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES, scheduling_strategy="SPREAD")
+        remote = library.remote(num_cpus=threads, num_gpus=gpu, max_retries=RETRIES, scheduling_strategy="SPREAD")
         task, running = remote(_ray_work), dict[Any, J]()
         try:
             for stage in (first, jobs):
@@ -167,11 +167,11 @@ def _cluster() -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_room(ray: Any, threads: int, gpu: bool) -> None:
+def _check_room(ray: Any, threads: int, gpus: int) -> None:
     """A job that fits nowhere would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= int(gpu) for node in nodes):
-        needed = f"{threads} CPUs{' and a GPU' if gpu else ''}"
+    if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpus for node in nodes):
+        needed = f"{threads} CPUs{(' and a GPU' if gpus == 1 else f' and {gpus} GPUs') if gpus else ''}"
         raise KshotError(
             f"no node of the Ray cluster has {needed} for a worker; give fewer --threads or another --device"
         )
@@ -207,7 +207,9 @@ class Worker(Generic[J, R]):
         self._job: J | None = None  # what it works on
         self.channel, theirs = CONTEXT.Pipe()
         arguments = run, theirs, watched, threads, dict(environment)
-        self._process = CONTEXT.Process(target=_work, args=arguments, daemon=True)  # ended, not waited for, at exit
+        starts_others = "," in environment.get("CUDA_VISIBLE_DEVICES", "")  # which no daemon may
+        # a daemon is ended, not waited for, at exit
+        self._process = CONTEXT.Process(target=_work, args=arguments, daemon=not starts_others)
         with interrupts_blocked(), theirs:
             self._process.start()
 
@@ -300,7 +302,7 @@ def one_thread_on_a_cpu(device: str) -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else threads)
+    torch.set_num_threads(1 if device.startswith("cpu") else threads)
     try:
         yield
     finally:

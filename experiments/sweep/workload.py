@@ -29,6 +29,7 @@ from kshot.errors import InputError, KshotError
 from kshot.images import open_header
 from kshot.untrusted import parse_json, read_file
 from vlm import models
+from vlm.places import first_device
 
 SAMPLE = 32  # images of a data set that are measured, at most
 PHOTOGRAPH = 480, 360  # pixels, width and height, of every image of a data set that is not here
@@ -112,7 +113,12 @@ def of_jobs(jobs: Sequence[Job], datasets: Mapping[str, Dataset]) -> Workload:
     cells = [CellSpec(job.source, job.cell.method, job.cell.shots, job.cell.seed, job.settings) for job in jobs]
     accesses = {job.source: job.access for job in jobs}
     infos = {source: _loaded(datasets[source], access) for source, access in accesses.items()}
-    return Workload(cells, infos, *((jobs[0].service, jobs[0].device) if jobs else ()))
+    return Workload(cells, infos, *((jobs[0].service, _kind(jobs[0].device)) if jobs else ()))
+
+
+def _kind(device: str) -> str:
+    """Of a place."""
+    return first_device(device).partition(":")[0]
 
 
 def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", access: Access | None = None) -> Workload:
@@ -128,7 +134,7 @@ def of_sweep(sweep: Sweep, *, service: str = "local", device: str = "cpu", acces
         for method in sorted(sweep.methods, key=lambda name: -METHODS[name].cost)
         for settings, shots, seed in here.points(source, METHODS[method].settings, learns=METHODS[method].learns)
     ]
-    return Workload(cells, infos, service, device.partition(":")[0])
+    return Workload(cells, infos, service, _kind(device))
 
 
 def adapt(sweep: Sweep, access: Access, datasets: Mapping[str, Dataset | None]) -> tuple[Sweep, list[str]]:

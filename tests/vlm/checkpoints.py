@@ -197,7 +197,7 @@ def text_model(folder: Path, name: str) -> Path:
 
     kind, own = (TEXTS | STOCKS | UNPACKED)[name]
     found = getattr(transformers, f"{kind}ForCausalLM")
-    return _saved(found(found.config_class(**SIZES | own)), folder)
+    return saved(found(found.config_class(**SIZES | own)), folder)
 
 
 def seeing_model(folder: Path, name: str) -> Path:
@@ -210,7 +210,7 @@ def seeing_model(folder: Path, name: str) -> Path:
     marks = ("image_start", "image_end") if name == "glm4v" else ("vision_start", "vision_end")
     ids = dict(zip((f"{mark}_token_id" for mark in (*marks, "image", "video")), (4079, 4080, 4082, 4083), strict=True))
     config = found.config_class(text_config={**SIZES, **text}, vision_config=TOWER | vision, **ids)
-    _saved(found(config), folder)
+    saved(found(config), folder)
     shutil.copyfile(nano.folder() / "preprocessor_config.json", folder / "preprocessor_config.json")
     if name == "glm4v":
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -222,7 +222,7 @@ def seeing_model(folder: Path, name: str) -> Path:
     return folder
 
 
-def _saved(model: Any, folder: Path) -> Path:
+def saved(model: Any, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if tensor.ndim > 1 or key.endswith("bias"):

@@ -92,9 +92,12 @@ def mixed(prompt: Prompt, examples: list[Pictured], rule: ImageRule) -> list[tin
     return [prompt.datum(examples[0].image, 0), datum(two, encode(" no\n")), text, prompt.datum(examples[2].image, 4)]
 
 
-@pytest.fixture(scope="module", params=["local", "http"])
+OVER_RANKS = pytest.param("ranks", marks=[pytest.mark.ranks, pytest.mark.slow])
+
+
+@pytest.fixture(scope="module", params=["local", "http", OVER_RANKS])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The engine in this process, and the SDK on a server."""
+    """The engine in this process, the SDK on a server, and the engine over two ranks that divide the weights."""
     with opened(request.param, tmp_path_factory.mktemp(request.param)) as service:
         yield service
 

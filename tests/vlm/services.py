@@ -28,7 +28,9 @@ from vlm import nano
 from vlm.inputs import ImageRule
 from vlm.local.registry import LocalServiceClient
 
-MISTAKES: dict[str, Any] = {"local": InputError, "http": (tinker.RequestFailedError, tinker.APIStatusError)}
+REFUSED = (tinker.RequestFailedError, tinker.APIStatusError)
+MISTAKES: dict[str, Any] = {"local": InputError, "ranks": InputError, "http": REFUSED}
+IN_PROCESS = {"local": {}, "ranks": {"device": "cpu:2", "shard": "divided"}}  # options of the service
 PATIENCE = 120.0  # seconds after which a request that never ends has failed
 
 
@@ -84,8 +86,8 @@ def saved_on(address: str) -> list[str]:
 @contextmanager
 def opened(kind: str, folder: Path) -> Iterator[Service]:
     """A service of this kind, which keeps its state in `folder`."""
-    if kind == "local":
-        client = LocalServiceClient(folder)
+    if kind in IN_PROCESS:
+        client = LocalServiceClient(folder, **IN_PROCESS[kind])
         yield Service(kind, client, folder)
         client.close()
         return

@@ -63,6 +63,16 @@ class _Client:
         self._engine, self._scheduler = engine, scheduler
 
     @property
+    def lost(self) -> str:
+        """Why what this client stands for is gone; "" as long as it is there."""
+        return getattr(self._held, "lost", "")
+
+    @property
+    def _held(self) -> Any:
+        """What is in the engine's memory for this client."""
+        raise NotImplementedError
+
+    @property
     def tower_forwards(self) -> int:
         """Images that went through the vision tower of the base model in this process."""
         return self._engine.vision.forwards
@@ -94,6 +104,10 @@ class LocalSamplingClient(_Client):
     def __init__(self, engine: Engine, snapshot: Snapshot, scheduler: Scheduler) -> None:
         super().__init__(engine, scheduler)
         self._snapshot = snapshot
+
+    @property
+    def _held(self) -> Any:
+        return self._snapshot
 
     def sample(
         self,
@@ -229,7 +243,11 @@ class LocalTrainingClient(_Client):
     ) -> None:
         super().__init__(engine, scheduler)
         self.model_id, self._run, self._state, self._user_metadata = model_id, run, state, user_metadata
-        run.adapter.name = run.factors.name = f"run {model_id}"
+        run.call(f"run {model_id}")
+
+    @property
+    def _held(self) -> Any:
+        return self._run
 
     def forward(
         self, data: list[tinker.Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
@@ -334,7 +352,7 @@ class LocalTrainingClient(_Client):
         refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         refuse(kind=None if kind == "snapshot" else kind)
         engine, run = self._engine, self._run
-        return self._submit((), lambda: LocalSamplingClient(engine, engine.snapshot(run.adapter), self._scheduler))
+        return self._submit((), lambda: LocalSamplingClient(engine, engine.snapshot_of(run), self._scheduler))
 
     def get_info(self) -> types.GetInfoResponse:
         """Base model, run id and LoRA rank."""
@@ -351,17 +369,17 @@ class LocalTrainingClient(_Client):
     @property
     def snapshot_bytes(self) -> int:
         """Bytes of memory for a snapshot of the weights, as `save_weights_and_get_sampling_client` makes one."""
-        return self._run.adapter.layout.snapshot_bytes(self._engine.model.dtype)
+        return self._run.layout.snapshot_bytes(self._engine.model.dtype)
 
     @property
     def spec(self) -> LoraSpec:
         """What the run's adapter covers."""
-        return self._run.adapter.layout.spec
+        return self._run.layout.spec
 
     def restore(self, saved: Checkpoint, path: str, *, optimizer: bool) -> None:
         """Take a loaded checkpoint; to be called on the scheduler's thread. Raises RequestError where it does not fit
         the run, ModelError where its tensors do not; the run is then as it was."""
-        model, layout = self._engine.model, self._run.adapter.layout
+        model, layout = self._engine.model, self._run.layout
         if (saved.base_model, saved.spec) != (model.name, layout.spec):
             raise RequestError(
                 f"checkpoint {path} is {saved.spec} of {saved.base_model!r}, this run is {layout.spec} of "
@@ -403,13 +421,13 @@ class LocalTrainingClient(_Client):
         overwrite: bool = False,
         encrypt_to: Sequence[Any] = (),
     ) -> Any:
-        adapter = self._run.adapter
+        layout = self._run.layout
         saved = Checkpoint(
             base_model=self._engine.model.name,
             spec=self.spec,
-            weights={name: tensor.detach().clone() for name, tensor in adapter.named().items()},
-            experts=adapter.layout.experts,
-            layout=adapter.layout,
+            weights=self._run.weights(),
+            experts=layout.experts,
+            layout=layout,
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,

@@ -135,6 +135,10 @@ class Engine:
         """The adapter's numbers as they are now."""
         return adapter.snapshot(self.model.dtype)
 
+    def snapshot_of(self, run: TrainingRun) -> Snapshot:
+        """A run's weights as they are now."""
+        return self.snapshot(run.adapter)
+
     def forward_backward(
         self,
         run: TrainingRun,
@@ -157,31 +161,25 @@ class Engine:
         chosen = loss(loss_fn, config)
         every = (forward_only or chosen.uses_sampled) and not chosen.closed
         items = self._items(data, chosen, every=every)
-        total, outputs, packs = 0.0, dict[int, tinker.TensorData](), _packs(items)
+        total, outputs, packs = 0.0, dict[int, tinker.TensorData](), packs_of(items)
         batches = dict[int, Batch]()
         with run.request():
             if not run.factors.spec.in_tower:  # a bad one stops them all; a trained tower's graphs would pile up
                 for number, pack in enumerate(packs):
-                    batches[number] = self._batch(pack, run.factors)
+                    batches[number] = self.batch(pack, run.factors)
                     between(False)  # the tower may have had much to do
             for number, pack in enumerate(packs):
+                value_of = partial(pack.loss, chosen)
                 with torch.set_grad_enabled(not forward_only):  # not while others have their turn
-                    batch = batches.pop(number, None) or self._batch(pack, run.factors)
-                    with self.model.timed("forward"):
-                        log_probs = self._log_probs(run.factors, pack, batch, between_layers)
-                        fields = {name: each.to(log_probs.device) for name, each in pack.fields.items()}
-                        value = chosen(log_probs, fields)
-                    if not forward_only:
-                        with self.model.timed("backward"):
-                            run.add(value.backward)
+                    batch = batches.pop(number, None) or self.batch(pack, run.factors)
+                    log_probs, value = self.computed(run, pack, batch, value_of, between_layers)
                 outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
                 total += float(value.detach())
                 if pack is not packs[-1]:
                     between(False)
-            if not math.isfinite(total):
-                raise RequestError(f"loss {loss_fn!r} is {total}: a ratio to the data's logprobs overflows; check them")
+            check_total(loss_fn, total)
             between(True)
-        return _output([outputs[item.number] for item in items], {"loss:sum": total})
+        return output_of([outputs[item.number] for item in items], {"loss:sum": total})
 
     def forward_backward_custom(
         self,
@@ -198,38 +196,34 @@ class Engine:
         One pack is one pass; the passes of several are run again for the gradient, so that their graphs are not in
         memory together. Raises RequestError where the loss has no finite gradient; what `loss_fn` raises goes through.
         """
-        plain = loss("cross_entropy", None)
-        only = [  # the loss itself alone reads other fields
-            replace(each, loss_fn_inputs={k: v for k, v in each.loss_fn_inputs.items() if k == "target_tokens"})
-            for each in data
-        ]
-        items = self._items(only, plain, every=True)
-        packs = _packs(items)
+        items = self._targets_alone(data)
+        packs = packs_of(items)
         once, outputs = len(packs) == 1, dict[int, tinker.TensorData]()
         for pack in packs:
             with torch.set_grad_enabled(once):
-                log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), between_layers)
+                log_probs = self._log_probs(run.factors, pack, self.batch(pack, run.factors), between_layers)
             outputs |= pack.log_probs_of(log_probs, self.model.name, run.factors.name)
             if not once:  # else a graph waits
                 between(False)
         log_probs_of = [outputs[item.number] for item in items]
-        value, metrics, slopes = _slopes(loss_fn, list(data), [each.to_torch() for each in log_probs_of])
+        value, metrics, slopes = slopes_of(loss_fn, list(data), [each.to_torch() for each in log_probs_of])
         with run.request():
             for pack in packs:
                 with torch.enable_grad():
                     if not once:
-                        log_probs = self._log_probs(run.factors, pack, self._batch(pack, run.factors), between_layers)
+                        log_probs = self._log_probs(run.factors, pack, self.batch(pack, run.factors), between_layers)
                     slope = torch.cat([slopes[item.number] for item in pack.items]).to(log_probs)
                     run.add(partial(log_probs.backward, slope))
                 between(pack is packs[-1])
-        pairs = zip(slopes, log_probs_of, strict=True)
-        surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in pairs)
-        return _output(log_probs_of, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
+        return custom_output(value, metrics, slopes, log_probs_of)
 
     def optim_step(self, run: TrainingRun, params: types.AdamParams) -> types.OptimStepResponse:
         """AdamW with these parameters on the gradients gathered since the last step; raises as `TrainingRun.step`."""
         with self.model.timed("optimizer"):
             return types.OptimStepResponse(metrics={"grad_norm:mean": run.step(params)})
+
+    def end(self) -> None:
+        """Nothing: what is in this process goes with it."""
 
     def prefetch(self, inputs: Sequence[tinker.ModelInput]) -> None:
         """Begin to decode the images that a coming request will need. From any thread; raises nothing about images."""
@@ -261,11 +255,19 @@ class Engine:
             packed += [torch.from_numpy(at).to(device), values[0], values[1:]]
         return Batch(Rows(lengths, device), PackedInputs(*packed), torch.tensor(after, device=device))
 
-    def _items(self, data: Sequence[tinker.Datum], chosen: Loss, *, every: bool) -> list["_Item"]:
+    def _targets_alone(self, data: Sequence[tinker.Datum]) -> list["Item"]:
+        """As a custom loss needs them: the loss itself alone reads other fields."""
+        only = [
+            replace(each, loss_fn_inputs={k: v for k, v in each.loss_fn_inputs.items() if k == "target_tokens"})
+            for each in data
+        ]
+        return self._items(only, loss("cross_entropy", None), every=True)
+
+    def _items(self, data: Sequence[tinker.Datum], chosen: Loss, *, every: bool) -> list["Item"]:
         if not data:
             raise RequestError("no data given; a forward pass needs at least one datum")
         losses.check_size(data)
-        items = [_Item.of(number, datum, chosen, every=every) for number, datum in enumerate(data)]
+        items = [Item.of(number, datum, chosen, every=every) for number, datum in enumerate(data)]
         for item in items:
             targets = item.fields["target_tokens"]
             self.model.check_tokens((targets if targets.ndim == 1 else targets.unique()).tolist(), "target")
@@ -273,7 +275,8 @@ class Engine:
                 self.model.check_tokens(item.candidates.tokens.tolist(), "candidate")
         return items
 
-    def _batch(self, pack: "_Pack", factors: Factors) -> Batch:
+    def batch(self, pack: "Pack", factors: Factors) -> Batch:
+        """The packed rows of a pack. Raises as `collate`, and RequestError where targets do not fit an input."""
         batch = self.collate([item.model_input for item in pack.items], factors)
         for item, length in zip(pack.items, batch.rows.lengths, strict=True):
             if item.length != length:
@@ -283,21 +286,46 @@ class Engine:
                 )
         return batch
 
-    def _log_probs(self, factors: Factors, pack: "_Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
+    def computed(
+        self,
+        run: TrainingRun,
+        pack: "Pack",
+        batch: Batch,
+        value_of: Callable[[Tensor], Tensor],
+        between_layers: BetweenLayers | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A pack's log-probabilities and the loss that `value_of` makes of them; where gradients are enabled, that of
+        the loss is added to the run's."""
+        with self.model.timed("forward"):
+            log_probs = self._log_probs(run.factors, pack, batch, between_layers)
+            value = value_of(log_probs)
+        if torch.is_grad_enabled():
+            with self.model.timed("backward"):
+                run.add(value.backward)
+        return log_probs, value
+
+    def _log_probs(self, factors: Factors, pack: "Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
         """(scored,) or (scored, K) float32 log-probabilities of the targets at the pack's scored positions."""
         if not len(pack.scored_positions):
             shape = pack.fields["target_tokens"].shape
             return torch.zeros(shape, device=self.model.device, requires_grad=torch.is_grad_enabled())
+        return self._scored(factors, pack, self._states(factors, pack, batch, between_layers))
+
+    def _states(self, factors: Factors, pack: "Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
+        """(scored, hidden) the last states at the scored positions."""
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
         if self.model.device.type != "cpu":  # whose gradients are computed on another thread
             between_layers = None
-        hidden = self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
+        return self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
+
+    def _scored(self, factors: Factors, pack: "Pack", hidden: Tensor) -> Tensor:
+        """The log-probabilities that these states give."""
         targets = pack.fields["target_tokens"].to(hidden.device)
         if (candidates := pack.candidates) is not None:
             return losses.log_probs(self.model.text, hidden, targets, candidates, factors)
         step = max(1, LOGITS // self.model.vocabulary)
-        if len(scored) <= step:
+        if len(hidden) <= step:
             return self._score(factors, hidden, targets)
         parts = zip(hidden.split(step), targets.split(step), strict=True)  # logits are made again for their gradient
         return torch.cat([checkpoint(self._score, factors, *part, use_reentrant=False) for part in parts])
@@ -311,7 +339,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A datum as the loss reads it. scored: (length,) bool, of which positions the log-probability is computed, among
     `candidates` if the loss is a closed one."""
 
@@ -322,7 +350,7 @@ class _Item:
     candidates: Candidates | None = None
 
     @classmethod
-    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, every: bool) -> "_Item":
+    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, every: bool) -> "Item":
         fields = fields_of(datum, chosen)
         targets, candidates = fields["target_tokens"], None
         scored = torch.ones(len(targets), dtype=torch.bool) if every else chosen.scored(fields)
@@ -341,10 +369,10 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class _Pack:
+class Pack:
     """Items that go through together: of the same fields, and of as many targets a position."""
 
-    items: Sequence[_Item]
+    items: Sequence[Item]
 
     @cached_property
     def scored_positions(self) -> Tensor:
@@ -369,6 +397,10 @@ class _Pack:
         rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
         return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
 
+    def loss(self, chosen: Loss, log_probs: Tensor) -> Tensor:
+        """The loss of its log-probabilities."""
+        return chosen(log_probs, {name: each.to(log_probs.device) for name, each in self.fields.items()})
+
     def log_probs_of(self, log_probs: Tensor, model: str, adapter: str) -> dict[int, tinker.TensorData]:
         """The number of each datum → (length,) or (length, K): the log-probabilities where they are scored, else 0.
         Raises NotFiniteError, with these names, where they are not finite."""
@@ -381,21 +413,35 @@ class _Pack:
         return {item.number: tinker.TensorData.from_numpy(part.numpy()) for item, part in parts}
 
 
-def _packs(items: Sequence[_Item]) -> list[_Pack]:
+def packs_of(items: Sequence[Item]) -> list[Pack]:
     """The items by length, in packs of at most PACK positions, each datum at least in one of its own."""
-    packs = list[_Pack]()
-    for _, same in groupby(sorted(items, key=_Item.form), _Item.form):
+    packs = list[Pack]()
+    for _, same in groupby(sorted(items, key=Item.form), Item.form):
         alike = list(same)
         by_length = groups([item.length for item in alike], len(alike), PACK)
-        packs += [_Pack([alike[n] for n in members]) for members in by_length]
+        packs += [Pack([alike[n] for n in members]) for members in by_length]
     return packs
 
 
-def _output(log_probs: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
+def check_total(loss_fn: str, total: float) -> None:
+    """Raise RequestError for a loss that is not finite."""
+    if not math.isfinite(total):
+        raise RequestError(f"loss {loss_fn!r} is {total}: a ratio to the data's logprobs overflows; check them")
+
+
+def output_of(log_probs: Sequence[tinker.TensorData], metrics: dict[str, float]) -> types.ForwardBackwardOutput:
     return types.ForwardBackwardOutput("ArrayRecord", [{"logprobs": each} for each in log_probs], metrics)
 
 
-def _slopes(
+def custom_output(
+    value: float, metrics: dict[str, float], slopes: Sequence[Tensor], log_probs: Sequence[tinker.TensorData]
+) -> types.ForwardBackwardOutput:
+    """Of a custom loss: its value and metrics, its gradients and what they are of."""
+    surrogate = sum(float((slope * each.to_torch()).sum()) for slope, each in zip(slopes, log_probs, strict=True))
+    return output_of(log_probs, {**metrics, "loss:sum": value, "surrogate_loss:sum": surrogate})
+
+
+def slopes_of(
     loss_fn: CustomLoss, data: list[tinker.Datum], log_probs: list[Tensor]
 ) -> tuple[float, dict[str, float], list[Tensor]]:
     """Value and metrics of a custom loss, and its gradient for each datum's log-probabilities."""

@@ -5,10 +5,12 @@ the order they were made, so a client may submit forward_backward and optim_step
 that say so must be called on the scheduler's thread.
 """
 
+import os
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
-from kshot.errors import ModelError, RequestError, UnknownNameError
+from kshot.errors import InputError, ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
 from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
@@ -25,9 +27,9 @@ from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse, sampler_of
 from vlm.local.engine import Engine
+from vlm.local.model import placement
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
-from vlm.local.model.placement import devices as devices
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
 from vlm.local.rest import LocalRestClient
 from vlm.local.scheduler import Scheduler
@@ -37,6 +39,7 @@ from vlm.local.vision import PIXEL_BYTES, Vision
 from vlm.models import MODELS
 
 SEEDS = 2**63
+SHARDS = ("auto", "whole", "divided")
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # None: the checkpoint's own
 
 
@@ -51,6 +54,10 @@ class EngineRegistry:
     `vlm.local.vision.Vision`). model_paths: name of a model → its folder or hub id; None: a name says itself where its
     model is. threads: that a model computes with on a CPU; None: chosen when it is loaded, at most torch's own number.
     chosen: the numbers, by model; the largest of them is set, for this thread and those that begin later.
+
+    places: name of a model → its own device. Where that means several processes, or several models have one, the model
+    runs in processes of its own, with a scheduler of its own (see `vlm.local.ranks`). shard: whether each of them holds
+    the `whole` weights or they are `divided`; `auto`: by what fits.
     """
 
     state: Path = field(default_factory=state_folder)
@@ -66,11 +73,31 @@ class EngineRegistry:
     chosen: dict[str, int] = field(default_factory=dict)
     scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    shard: str = SHARDS[0]
+    own_schedulers: dict[str, Scheduler] = field(default_factory=dict)
     _most: int | None = None  # threads of torch before the first was chosen
 
-    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """A future of a call on the scheduler's thread that depends on no run: see `Scheduler.submit_first`."""
-        return Future(self.scheduler.submit_first(call, *args, **kwargs))
+    def submit(self, call: Callable[..., Any], *args: Any, of: str | None = None, **kwargs: Any) -> Future[Any]:
+        """A future of a call on the scheduler's thread that depends on no run: see `Scheduler.submit_first`. of: the
+        model that it is about, if it is about one."""
+        return Future(self.scheduler_of(of).submit_first(call, *args, **kwargs))
+
+    def scheduler_of(self, base_model: str | None) -> Scheduler:
+        """The scheduler of a model's engine; of one that is not loaded, or in this process, everybody's."""
+        return self.own_schedulers.get(base_model or "", self.scheduler)
+
+    @property
+    def schedulers(self) -> dict[str, Scheduler]:
+        """All of them, by the model that has one of its own, else ""."""
+        return {"": self.scheduler, **self.own_schedulers}
+
+    def close(self, wait: bool = True) -> None:
+        """Finish what was submitted, stop the schedulers, and end all processes. wait: until that is done."""
+        for scheduler in self.schedulers.values():
+            scheduler.close(wait)
+        for engine in self.engines.values():
+            engine.end()
 
     def spec(self, rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoraSpec:
         """What a run covers here. Raises RequestError where that is nothing."""
@@ -81,12 +108,47 @@ class EngineRegistry:
         if base_model not in self.engines:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
-            model = Model(base_model, self.device, self.dtype, (self.model_paths or {}).get(base_model))
+            path, devices = (self.model_paths or {}).get(base_model, base_model), self._devices(base_model)
+            if len(devices) > 1 or len(self.places) > 1:
+                self.engines[base_model] = self._over_ranks(base_model, path, devices)
+                return self.engines[base_model]
+            model = Model(base_model, devices[0], self.dtype, path)
             self._set_threads(model)
             options: dict[str, Any] = {"threads": self.decoders, "pixel_bytes": self.pixel_bytes}
             vision = Vision(model, self.cache_bytes, self.features, **options) if model.takes_images else None
             self.engines[base_model] = Engine(model, vision)
         return self.engines[base_model]
+
+    def _devices(self, base_model: str) -> list[str]:
+        """The device of each process of a model; with torchrun all models have its processes."""
+        if count := int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 0:
+            kind = "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
+            return [kind] * count
+        return placement.ranks(self.places.get(base_model, self.device))
+
+    def _over_ranks(self, name: str, path: str, devices: Sequence[str]) -> Engine:
+        from vlm.local.ranks import torchrun
+        from vlm.local.ranks.inference import ModelOptions, RanksEngine
+
+        options = ModelOptions(
+            name,
+            path,
+            self.dtype,
+            self.shard,
+            whole_tower=self.train_vision,
+            cache_bytes=self.cache_bytes,
+            features=self.features,
+            decoders=self.decoders,
+            pixel_bytes=self.pixel_bytes // len(devices),
+        )
+        on_cpu = sum(device == "cpu" for each in {*(self.model_paths or ()), name} for device in self._devices(each))
+        threads = self.threads or max(1, torch.get_num_threads() // max(1, on_cpu))
+        join = partial(torchrun.joined, device=self.device, threads=threads) if torchrun.world() else None
+        engine = RanksEngine(options, devices, threads, ranks=join)
+        scheduler = self.own_schedulers[name] = Scheduler()
+        engine.on_loss = partial(scheduler.submit_first, engine.start_ranks)
+        self.chosen |= {name: threads} if "cpu" in devices else {}
+        return engine
 
     def _set_threads(self, model: Model) -> None:
         if model.device.type == "cpu":
@@ -95,6 +157,11 @@ class EngineRegistry:
             torch.set_num_threads(most := max(self.chosen.values()))
             if most > 1 and not (self.threads or is_fixed()):
                 self.scheduler.before_step = FreeCores(most)
+
+    def check_places(self) -> None:
+        """Raise InputError and ModelError for a place that is none, or is not here."""
+        for name in {*(self.model_paths or ()), ""}:
+            self._devices(name)
 
     def load(self) -> None:
         """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""
@@ -113,7 +180,7 @@ class EngineRegistry:
         """A new run called `model_id`; seed None: any."""
         engine = self.engine(base_model)
         run = engine.start(spec, secrets.randbits(31) if seed is None else seed)
-        return LocalTrainingClient(engine, run, model_id, self.state, self.scheduler, user_metadata)
+        return LocalTrainingClient(engine, run, model_id, self.state, self.scheduler_of(base_model), user_metadata)
 
     def resume(
         self,
@@ -135,7 +202,7 @@ class EngineRegistry:
     def sampler(self, model_path: str | None, base_model: str | None) -> LocalSamplingClient:
         """A client on saved weights or on a base model."""
         if base_model is not None:
-            return LocalSamplingClient(self.engine(base_model), None, self.scheduler)
+            return LocalSamplingClient(self.engine(base_model), None, self.scheduler_of(base_model))
         return self._adapted(checkpoint.load(self.state, model_path or ""), f"checkpoint {model_path}")
 
     def sampler_of_folder(self, folder: Path, base_model: str | None) -> LocalSamplingClient:
@@ -157,7 +224,22 @@ class EngineRegistry:
             raise ModelError(f"adapter {folder} does not belong to the model {name}: {error}") from error
 
     def _adapted(self, saved: Checkpoint, name: str) -> LocalSamplingClient:
-        return sampler_of(self.engine(saved.base_model), saved, name, self.scheduler)
+        return sampler_of(self.engine(saved.base_model), saved, name, self.scheduler_of(saved.base_model))
+
+
+def follow(registry: EngineRegistry) -> bool:
+    """In a process that torchrun started, and that is not its first: be a rank of the first one's engine until that
+    ends. False elsewhere. Raises InputError for what torchrun's processes do not share."""
+    if "LOCAL_RANK" not in os.environ:
+        return False
+    from vlm.local.ranks import torchrun
+
+    if torchrun.world() and (registry.places or len(registry.model_paths or ()) > 1):
+        raise InputError("torchrun's processes serve one model together; give one --model, without a place")
+    if not torchrun.world() or torchrun.first():
+        return False
+    torchrun.follow(registry.device, registry.threads or 1)
+    return True
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -209,7 +291,8 @@ class LocalServiceClient:
         check_optimizer(optimizer)
         check_seed(seed)
         spec = self._registry.spec(rank, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)
-        return self._registry.submit(self._registry.start, self._next_id(), base_model, spec, seed, user_metadata)
+        start = self._registry.start
+        return self._registry.submit(start, self._next_id(), base_model, spec, seed, user_metadata, of=base_model)
 
     def create_training_client_from_state(
         self,
@@ -246,7 +329,7 @@ class LocalServiceClient:
         refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise RequestError("create_sampling_client takes either model_path or base_model")
-        return self._registry.submit(self._registry.sampler, model_path, base_model)
+        return self._registry.submit(self._registry.sampler, model_path, base_model, of=base_model)
 
     def create_sampling_client_from_folder(
         self, folder: Path, base_model: str | None = None
@@ -272,7 +355,7 @@ class LocalServiceClient:
 
     def close(self) -> None:
         """Finish what was requested and stop the scheduler."""
-        self._registry.scheduler.close()
+        self._registry.close()
 
     def _resume(self, *args: Any, optimizer: bool) -> Future[LocalTrainingClient]:
         return self._registry.submit(self._registry.resume, self._next_id(), *args, optimizer=optimizer)

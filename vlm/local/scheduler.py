@@ -24,7 +24,7 @@ from tinker import types
 from kshot.errors import RequestError
 from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
 from vlm.local.sampling import sampler
-from vlm.local.sampling.decoder import Decoder, TokenSequence
+from vlm.local.sampling.decoder import TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
 
 GIVE_WAY_AFTER = 0.05  # seconds of a pass; then others may sample between its layers
@@ -92,7 +92,7 @@ class SnapshotBatch:
     """The requests of one snapshot: those that wait for a row of its decoder, and those that run."""
 
     def __init__(self, engine: Engine, snapshot: Snapshot) -> None:
-        self.decoder = Decoder(engine, snapshot, ROWS)
+        self.decoder = sampler.decoder_of(engine, snapshot, ROWS)
         self.waiting: deque[QueuedRequest] = deque()
         self._running: list[QueuedRequest] = []
 
@@ -159,7 +159,7 @@ class SnapshotBatch:
         except BaseException as error:
             for each in self._running:
                 each.fail(error)
-            self.decoder = Decoder(self.decoder.engine, self.decoder.snapshot, self.decoder.rows)
+            self.decoder = sampler.decoder_of(self.decoder.engine, self.decoder.snapshot, ROWS)
             return set()
 
     def _notify(self, grown: set[TokenSequence]) -> None:

@@ -10,6 +10,7 @@ no pass of the text model, and with a frozen tower they come from the cache of i
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import singledispatch
 from typing import cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from vlm.local.model.packed import PackedInputs
 MASK = 1 << 26  # numbers in the mask of one pass
 
 
+@singledispatch
 def score_tree(
     engine: Engine,
     snapshot: Snapshot,
@@ -87,6 +89,7 @@ def _with_nodes(batch: Batch, trie: Trie) -> PackedInputs:
     return replace(inputs, ids=torch.cat([inputs.ids, tokens]), position_ids=position_ids)
 
 
+@singledispatch
 @torch.no_grad()
 def embed(
     engine: Engine, snapshot: Snapshot, prompts: Sequence[tinker.ModelInput], *, tower: bool, hidden: bool
@@ -100,8 +103,7 @@ def embed(
                 f"prompt {number} holds {images} images; features of the vision tower are of exactly one, "
                 "those of other prompts are 'hidden'"
             )
-    width = engine.model.stock.config.get_text_config().hidden_size
-    features = np.empty((len(prompts), (tower + hidden) * width), np.float32)
+    features = np.empty((len(prompts), (tower + hidden) * engine.model.width), np.float32)
     for members in groups([length_of(prompt) for prompt in prompts], ROWS, POSITIONS):
         batch = engine.collate([prompts[n] for n in members], snapshot)
         parts = [_tower(batch)] if tower else []

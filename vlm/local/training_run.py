@@ -1,7 +1,7 @@
 """What one training run changes: its adapter, its accumulated gradients, and its optimizer.
 
-Weights, gradients and moments are flat float32 buffers. A model of another dtype computes with a copy of the weights in
-its own, whose gradients are added to the float32 ones after each pass.
+Weights, gradients and moments are flat float32 buffers (float64 for a model in that). A model of another dtype computes
+with a copy of the weights in its own, whose gradients are added to the float32 ones after each pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kshot.checks import check_adam
 from kshot.errors import ModelError, RequestError
-from vlm.local.model.lora import Adapter, Factors, misfits
+from vlm.local.model.lora import Adapter, Factors, Layout, misfits
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
 
@@ -33,7 +33,19 @@ class TrainingRun:
         self._gradients = [*gathered.values()]
         # where the model has another dtype: weights and their copy, the copy's gradients and what gathers them
         buffers = zip(adapter.flats.values(), copies.values(), gradients.values(), gathered.values(), strict=True)
-        self._other_dtype = [*buffers] if dtype != torch.float32 else []
+        self._other_dtype = [*buffers] if dtype != adapter.layout.dtype else []
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    def call(self, name: str) -> None:
+        """Give it a name, for errors."""
+        self.adapter.name = self.factors.name = name
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the adapter's tensors, by PEFT's names."""
+        return {name: tensor.detach().clone() for name, tensor in self.adapter.named().items()}
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -55,6 +67,12 @@ class TrainingRun:
         for _, _, part, whole in self._other_dtype:
             whole.add_(part)
             part.zero_()
+
+    def gather(self, add_up: Callable[[Tensor], object]) -> None:
+        """Have other processes' gradients of this run added to those gathered here: some of them have any."""
+        self._has_gradients = True
+        for gradient in self._gradients:
+            add_up(gradient)
 
     def clear_gradients(self) -> None:
         """Set the accumulated gradients to zero."""
@@ -96,19 +114,29 @@ class TrainingRun:
                 tensors[f"{name}.{moment}"] = piece.of(flats).clone()
         return tensors
 
+    def optimizer_flats(self) -> dict[str, Tensor]:
+        """Adam's moments and steps as they are; empty before its first step. Of a run on one device."""
+        (master,) = self._masters.values()
+        state = self._optimizer.state[master]
+        return {name: state[name] for name in (*MOMENTS, "step")} if state else {}
+
     def restore(self, adapter: Adapter, optimizer: Mapping[str, Tensor]) -> None:
         """Take the numbers of another adapter of this layout, and Adam's state as `optimizer_tensors` gives it.
 
         Raises ModelError, before anything is changed, where the state has other tensors.
         """
-        moments = _moments(adapter, optimizer)
+        self.restore_flats(adapter, moments_of(adapter.layout, optimizer), optimizer.get("step"))
+
+    def restore_flats(
+        self, adapter: Adapter, moments: Mapping[str, Mapping[torch.device, Tensor]], step: Tensor | None
+    ) -> None:
+        """The same with Adam's moments in flat buffers."""
         for device, master in self._masters.items():
             master.detach().copy_(adapter.flats[device])
             self._optimizer.state.pop(master, None)
-            if moments:
-                step = optimizer["step"].to(device).clone()
+            if moments and step is not None:
                 values = {moment: flats[device] for moment, flats in moments.items()}
-                self._optimizer.state[master] = {"step": step, **values}
+                self._optimizer.state[master] = {"step": step.to(device).clone(), **values}
         self.clear_gradients()
         self._refresh()
 
@@ -117,11 +145,10 @@ class TrainingRun:
             copy.copy_(weights)
 
 
-def _moments(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, dict[torch.device, Tensor]]:
-    """Adam's moments as flat buffers; empty for an empty state."""
+def moments_of(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, dict[torch.device, Tensor]]:
+    """Adam's moments as flat buffers; empty for an empty state. Raises ModelError for other tensors."""
     if not tensors:
         return {}
-    layout = adapter.layout
     shapes = {f"{name}.{m}": piece.shape for name, piece in layout.pieces.items() for m in MOMENTS} | {"step": ()}
     if wrong := misfits(tensors, shapes):
         raise ModelError(f"checkpoint does not fit the optimizer in {len(wrong)} tensors: first {wrong[0]!r}")

@@ -11,8 +11,9 @@ called on one image, whichever thread makes them.
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -196,6 +197,8 @@ class Vision:
     decode ahead (`prefetch`); by default `spare_threads`. Raises ModelError where the folder cannot be written.
     """
 
+    _opened: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # around what is computed with a block
+
     def __init__(
         self,
         model: Model,
@@ -309,7 +312,7 @@ class Vision:
         pixels = torch.cat([image.pixels for image in images]).to(self._model.device)
         with self._model.timed("tower"):
             if self._packed:
-                features = tower(self._visual, pixels, self._tables(grid), len(images), linear)
+                features = tower(self._visual, pixels, self._tables(grid), len(images), linear, self._opened)
             else:
                 features = stock_features(self._model.stock.base_model, pixels, grid, len(images))
         self.forwards += len(images)

@@ -18,6 +18,7 @@ from typing import Any
 from kshot.errors import (
     BusyError,
     DeniedError,
+    EngineLostError,
     InputError,
     KshotError,
     LostError,
@@ -68,7 +69,7 @@ def error_body(error: BaseException) -> dict[str, str]:
     """The Tinker protocol's form of an error: one line, and whose fault it is; of an unforeseen one no detail."""
     if isinstance(error, CancelledError):
         return {"error": "the request was cancelled", "category": "user"}
-    message = str(error) if isinstance(error, (InputError, BusyError)) else INTERNAL
+    message = str(error) if isinstance(error, (InputError, BusyError, EngineLostError)) else INTERNAL
     return {"error": message, "category": "user" if isinstance(error, InputError) else "server"}
 
 

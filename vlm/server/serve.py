@@ -18,7 +18,9 @@ import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models, nano
-from vlm.local.registry import EngineRegistry, devices, dtype_of, state_folder
+from vlm.local.registry import SHARDS, EngineRegistry, dtype_of, state_folder
+from vlm.local.registry import follow as follow
+from vlm.places import parted
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
 from vlm.server.guard import Keys, is_loopback
@@ -42,16 +44,20 @@ def engine_registry(
     train_vision: bool = False,
     features: Path | None = None,
     threads: int | None = None,
+    shard: str = SHARDS[0],
 ) -> EngineRegistry:
     """The engines of a server; `serve` loads them.
 
-    model_arguments: NAME or NAME=PATH of each model; none: the nano model. threads: of the models'
+    model_arguments: NAME or NAME=PATH of each model, with @PLACE behind it (see `vlm.places`) where it has one of its
+    own; none: the nano model. threads: of the models'
     arithmetic on a CPU, by default as many as are fastest (`vlm.local.threads`). The rest: see `vlm.connect`.
     Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
-    devices(device)  # now, not when the first request comes
-    folder, torch_dtype, paths = (state or state_folder()).resolve(), dtype_of(dtype), _model_paths(model_arguments)
-    return EngineRegistry(folder, device, torch_dtype, train_vision, features, model_paths=paths, threads=threads)
+    (paths, places), torch_dtype = _model_paths(model_arguments), dtype_of(dtype)
+    registry = EngineRegistry((state or state_folder()).resolve(), device, torch_dtype, train_vision, features)
+    registry.model_paths, registry.places, registry.threads, registry.shard = paths, places, threads, shard
+    registry.check_places()  # now, not when the first request comes
+    return registry
 
 
 def serve(
@@ -121,18 +127,20 @@ def _say_whose(store: Store, keys: Keys) -> None:
         )
 
 
-def _model_paths(arguments: list[str]) -> dict[str, str]:
-    """Model name → folder or hub id."""
-    paths: dict[str, str] = {}
+def _model_paths(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Model name → folder or hub id; and → place, where it has one."""
+    paths, places = dict[str, str](), dict[str, str]()
     for text in arguments or [nano.NAME]:
-        name, equals, path = text.partition("=")
+        model, place = parted(text)
+        name, equals, path = model.partition("=")
         if not name or (equals and not path):
             raise InputError(f"--model {text!r}: give a name, or NAME=PATH")
         if name in paths:
             raise InputError(f"--model {name!r} is given twice; leave one out")
         models.check(path or name)
         paths[name] = path or name
-    return paths
+        places |= {name: place} if place else {}
+    return paths, places
 
 
 class _Server(uvicorn.Server):

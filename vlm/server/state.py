@@ -40,7 +40,8 @@ UNSAVED = 16  # snapshots of a run that are in memory alone: the last that were 
 class ServerState:
     """One server's state. memory: from which all is taken that clients make it hold. keep: seconds for which what is
     over is kept, see `vlm.server.retention`. samplings: the futures of those in progress, by request id. steps,
-    examples: trained since the start, by owner. ended: whether the engine had finished when the server was closed."""
+    examples: trained since the start, by owner. ended: whether the engine had finished when the server was closed.
+    gone: runs whose engine ended, and why."""
 
     registry: EngineRegistry
     store: Store
@@ -52,6 +53,7 @@ class ServerState:
     ended: bool = False
     steps: Counter[str | None] = field(default_factory=Counter)
     examples: Counter[str | None] = field(default_factory=Counter)
+    gone: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.futures = Futures(self.store)
@@ -113,6 +115,11 @@ class ServerState:
     def live_run(self, run: str, owner: Owner) -> LiveRun | None:
         """A run of this owner, if it is in memory."""
         live = self.runs.get(run)
+        if live is not None and live.client is not None and (why := live.client.lost):
+            self.gone[run] = why
+            del self.runs[run]
+            live.end(self.lost_run(run, why))
+            live = None
         return live if live is not None and owner.reaches(live.owner) else None
 
     def missing_run(self, run: str, owner: Owner) -> MissingError:
@@ -120,7 +127,7 @@ class ServerState:
         it."""
         if self.store.get(Run, run, owner) is None:
             return MissingError(f"there is no run {run!r}; create one")
-        return self.lost_run(run, "this server was started again, or its session is over")
+        return self.lost_run(run, self.gone.get(run, "this server was started again, or its session is over"))
 
     def lost_run(self, run: str, why: str) -> MissingError:
         """The error of requests to a run that is not in memory any more."""
@@ -176,7 +183,7 @@ class ServerState:
         for task in self._tasks:
             task.cancel()
         # not a thread of a pool, for which the interpreter would wait
-        ending = threading.Thread(target=self.registry.scheduler.close, daemon=True)
+        ending = threading.Thread(target=self.registry.close, daemon=True)
         ending.start()
         deadline = time.monotonic() + GRACE
         while ending.is_alive() and time.monotonic() < deadline:
@@ -219,6 +226,8 @@ class Samplers:
         """A client on saved weights or a base model; raises as `check`, and ModelError where they cannot be loaded."""
         saved = self.check(model_path, base_model, owner)
         key = f"{saved.path} {saved.created}" if saved else f"base {base_model}"  # overwritten: loaded again
+        if (known := self._loaded.get(key)) and _is_lost(known):
+            del self._loaded[key]
         if key not in self._loaded:
             self._loaded[key] = asyncio.ensure_future(self._load(saved, base_model))
             while len(self._loaded) > KEPT_LOADED:
@@ -234,9 +243,10 @@ class Samplers:
 
     async def _load(self, saved: Checkpoint | None, base_model: str | None) -> LocalSamplingClient:
         if saved is None:
-            return await self.registry.submit(self.registry.sampler, None, base_model)
+            return await self.registry.submit(self.registry.sampler, None, base_model, of=base_model)
+        of = saved.base_model
         with self.room(saved.size_bytes) as taken:  # its files are no smaller than its weights
-            client: LocalSamplingClient = await self.registry.submit(self.registry.sampler, saved.path, None)
+            client: LocalSamplingClient = await self.registry.submit(self.registry.sampler, saved.path, None, of=of)
             taken.hand_over().release_with(client)
         return client
 
@@ -283,6 +293,11 @@ class Samplers:
         if row is None:
             raise MissingError(f"there is no sampling session {sampler_id!r}; create one")
         return row
+
+
+def _is_lost(task: "asyncio.Task[LocalSamplingClient]") -> bool:
+    """Whether what was loaded went with the processes of its engine."""
+    return task.done() and not task.cancelled() and not task.exception() and bool(task.result().lost)
 
 
 def sampler_id(session: str, seq: int) -> str:

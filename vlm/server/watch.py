@@ -28,7 +28,7 @@ def routes(
 ) -> APIRouter:
     """The router of what one server says of itself. requests: by owner, endpoint and status. address: where clients
     connect to. Counts are of what an owner reaches; how busy the engine is, and its tokens, is of all together."""
-    router, scheduler = APIRouter(), state.registry.scheduler
+    router = APIRouter()
     curves: dict[str, list[list[Any]]] = {}  # of runs that are over: they do not change
 
     @router.get("/api/v1/overview")
@@ -48,11 +48,11 @@ def routes(
             ],
             "memory": {"limit": state.memory.limit, "taken": state.memory.taken},
             "queue": {
-                "jobs": scheduler.waiting_jobs,
-                "samples": scheduler.waiting_samples,
-                "sequences": scheduler.active_sequences,
-                "tokens_sampled": scheduler.tokens_sampled,
-                "busy_share": scheduler.busy_seconds / max(1e-9, time.time() - state.started),
+                "jobs": _sum(state, "waiting_jobs"),
+                "samples": _sum(state, "waiting_samples"),
+                "sequences": _sum(state, "active_sequences"),
+                "tokens_sampled": _sum(state, "tokens_sampled"),
+                "busy_share": _sum(state, "busy_seconds") / max(1e-9, time.time() - state.started),
             },
         }
 
@@ -101,19 +101,18 @@ def _metrics(
     def own(counts: "Counter[str | None]") -> int:
         return sum(count for name, count in counts.items() if owner.reaches(name))
 
-    scheduler = state.registry.scheduler
     made = Counter[tuple[str, int]]()
     for (name, path, status), count in requests.items():
         made[path, status] += count if owner.reaches(name) else 0
     plain = {
-        "kshot_waiting_jobs": ("Training and other calls that wait for the engine.", scheduler.waiting_jobs),
-        "kshot_waiting_samples": ("Sampling requests that wait for the engine.", scheduler.waiting_samples),
-        "kshot_active_sequences": ("Sequences in progress.", scheduler.active_sequences),
+        "kshot_waiting_jobs": ("Training and other calls that wait for the engine.", _sum(state, "waiting_jobs")),
+        "kshot_waiting_samples": ("Sampling requests that wait for the engine.", _sum(state, "waiting_samples")),
+        "kshot_active_sequences": ("Sequences in progress.", _sum(state, "active_sequences")),
         "kshot_pending_requests": ("Requests without an answer yet.", len(state.futures.pending(owner))),
         "kshot_live_runs": ("Training runs in memory.", own(Counter(run.owner for run in state.runs.values()))),
         "kshot_loaded_models": ("Base models in memory.", len(state.registry.engines)),
-        "kshot_engine_busy_seconds_total": ("Time the engine has worked.", scheduler.busy_seconds),
-        "kshot_sampled_tokens_total": ("Tokens that were sampled.", scheduler.tokens_sampled),
+        "kshot_engine_busy_seconds_total": ("Time the engines have worked.", _sum(state, "busy_seconds")),
+        "kshot_sampled_tokens_total": ("Tokens that were sampled.", _sum(state, "tokens_sampled")),
         "kshot_examples_total": ("Examples that were trained on.", own(state.examples)),
         "kshot_optimizer_steps_total": ("Optimizer steps.", own(state.steps)),
         "kshot_connections": ("Open connections.", len(connections.open)),
@@ -133,10 +132,20 @@ def _metrics(
         f"kshot_threads{{model={json.dumps(name, ensure_ascii=False)}}} {count}"
         for name, count in state.registry.chosen.items()
     ]
+    lines += _head("kshot_model_busy_seconds_total", "Of models with processes of their own.")
+    lines += [
+        f"kshot_model_busy_seconds_total{{model={json.dumps(name, ensure_ascii=False)}}} {scheduler.busy_seconds}"
+        for name, scheduler in state.registry.own_schedulers.items()
+    ]
     lines += _head("kshot_connections_closed_total", "Connections that were refused or cut off.")
     for reason, count in sorted(connections.closed.items()):
         lines.append(f'kshot_connections_closed_total{{reason="{reason}"}} {count}')
     return "\n".join(lines) + "\n"
+
+
+def _sum(state: ServerState, name: str) -> Any:
+    """Over all schedulers."""
+    return sum(getattr(scheduler, name) for scheduler in [*state.registry.schedulers.values()])
 
 
 def _head(name: str, text: str) -> list[str]:

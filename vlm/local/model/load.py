@@ -24,10 +24,10 @@ from vlm import models
 from vlm.inputs import ImageRule
 from vlm.local.model import placement, quantised
 from vlm.local.model.families import FAMILIES, READ_AS, Family, family_of, row_of, stock_class, stock_family
-from vlm.local.model.lora import Layout
+from vlm.local.model.lora import Layout, LoraSpec
 from vlm.local.model.packed import Text, TextModel
 from vlm.local.model.placement import StoredTensor
-from vlm.local.model.quantised import Weights
+from vlm.local.model.quantised import Unread, Weights
 from vlm.local.model.stock import StockText
 from vlm.templates import QWEN
 
@@ -220,38 +220,34 @@ def _quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-class Model:
-    """A checkpoint in memory.
+class Facts:
+    """What is known of a checkpoint, wherever its weights are.
 
-    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
-    path: its folder or hub id, where its name is another.
     vocabulary, context: tokens it knows, positions it takes. merge: patches a token of an image has, each way.
     takes_images: False for a text model. image_token, placeholders: the id at image positions, and all ids that no
-    text may hold; -1 and none for a text model.
+    text may hold; -1 and none for a text model. device, dtype: where its inputs go, and what it computes in.
     """
 
-    def __init__(
-        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
-    ) -> None:
-        self.name, path = name, path or name
+    layout: Callable[[LoraSpec], Layout]  # where everything is in an adapter of a spec
+    device: torch.device
+    dtype: torch.dtype
+
+    def describe(self, name: str, path: str, make: Callable[[], Any]) -> None:
+        """make: gives the stock model, of whose configuration and modules alone all is said."""
+        self.name = name
         self.tokenizer, self._rule = load_tokenizer(path), load_rule(path)  # what is small fails before what is large
-        self.stock = load(path, device, dtype)
-        family = family_of(self.stock)
-        self.text: TextModel = Text(self.stock) if family.packed else StockText(self.stock, name)
+        self.stock = make()
         self.tokenizer_id = models.loadable(path)  # where others on this machine find it
-        self.layout = cache(partial(Layout, self.stock))  # where everything is in an adapter of a spec
         config = self.stock.config  # reading it is slow, and is done for every token
         self.vocabulary: int = config.get_text_config().vocab_size
+        self.width: int = config.get_text_config().hidden_size
         self.context: int = getattr(config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
-        self.takes_images = family.vision
+        self.takes_images = family_of(self.stock).vision
         self.merge: int = config.vision_config.spatial_merge_size if self.takes_images else 1
         self.image_token: int = config.image_token_id if self.takes_images else -1
         ids = (getattr(config, each, None) for each in ("image_token_id", "video_token_id") if self.takes_images)
         self.placeholders: tuple[int, ...] = tuple(each for each in ids if each is not None)
         self.kind: str = config.model_type
-        embeddings = self.stock.get_input_embeddings().weight
-        self.device: torch.device = embeddings.device
-        self.dtype: torch.dtype = embeddings.dtype
         # around a part of PROFILED: its seconds are added to the profile, where one is open
         self.timed: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
@@ -261,6 +257,30 @@ class Model:
         if self._rule is None:
             raise RequestError(f"model {self.name} is a text model and takes no images; ask one that does")
         return self._rule
+
+    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
+        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
+            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
+
+
+class Model(Facts):
+    """A checkpoint in memory.
+
+    device: where it is put ("auto": on all GPUs); afterwards, where inputs go. dtype: None is the checkpoint's.
+    path: its folder or hub id, where its name is another.
+    """
+
+    def __init__(
+        self, name: str, device: str = "cpu", dtype: torch.dtype | None = None, path: str | None = None
+    ) -> None:
+        self.describe(name, path or name, partial(load, path or name, device, dtype))
+        packed = family_of(self.stock).packed
+        self.text: TextModel = Text(self.stock) if packed else StockText(self.stock, name)
+        self.layout = cache(partial(Layout, self.stock))
+        embeddings = self.stock.get_input_embeddings().weight
+        self.device, self.dtype = embeddings.device, embeddings.dtype
 
     @contextmanager
     def profile(self) -> Iterator[dict[str, float]]:
@@ -277,11 +297,121 @@ class Model:
         finally:
             self.timed = before
 
-    def check_tokens(self, tokens: Sequence[int], what: str = "token") -> None:
-        """Raise RequestError for the first of `tokens` that the vocabulary does not have."""
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            wrong = next(token for token in tokens if not 0 <= token < self.vocabulary)
-            raise RequestError(f"{what} {wrong} is outside the vocabulary of {self.vocabulary}")
+
+class Outline(Facts):
+    """A checkpoint whose weights are in other processes. device: of theirs. profiles: those that are open.
+
+    Raises as `Model`, but for what only the weights say.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype | None, path: str, profiles: list[dict[str, float]]
+    ) -> None:
+        self.describe(name, path, partial(empty, path, device, dtype))
+        self.layout = cache(partial(Layout, self.stock, device=torch.device("cpu")))
+        self.device, self.dtype, self._profiles = device, next(self.stock.parameters()).dtype, profiles
+
+    @contextmanager
+    def profile(self) -> Iterator[dict[str, float]]:
+        """As `Model.profile`."""
+        seconds = dict.fromkeys(PROFILED, 0.0)
+        self._profiles.append(seconds)
+        try:
+            yield seconds
+        finally:
+            self._profiles[:] = [each for each in self._profiles if each is not seconds]
+
+
+class PartReader:
+    """Reads a checkpoint part by part into a stock model whose weights are on the meta device.
+
+    stock, dtype, device: that model, its type, and where it computes. Raises as `load`.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        from accelerate import init_empty_weights
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        family, config = _read_config(name, Path(models.source(name)))
+        self._name, self.device = name, device
+        self._weights = Weights(name, Path(models.weights(name)))
+        self.dtype = _compute_dtype(name, dtype, _dtype(config, self._weights.tensors), [device])
+        kind = getattr(transformers, family.stock)
+        attention = ATTENTION if kind._supports_sdpa else "eager"
+        with _load_errors(name), _quiet(), init_empty_weights(include_buffers=False):
+            self.stock: Any = kind._from_config(config, dtype=self.dtype, attn_implementation=attention)
+        self.stock.tie_weights()  # out of there, where every parameter becomes another one
+        self.stock.eval().requires_grad_(False)
+        self._mapping: Any = get_model_conversion_mapping(self.stock, None, None)
+        self._sources = self._sources_by_target()
+
+    def _sources_by_target(self) -> dict[str, list[str]]:
+        """The model's tensors, or the first that a group of the file's becomes, and the file's for each."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
+        own, found = self.stock.state_dict(), dict[str, list[str]]()
+        for key in self._weights.tensors:
+            target, _ = rename_source_key(key, renamings, converters, self.stock.base_model_prefix, own)
+            found.setdefault(key if target not in own and key in own else target, []).append(key)
+        return found
+
+    @contextmanager
+    def read(self, prefix: str) -> Iterator[None]:
+        """Have the tensors whose names begin so in memory."""
+        before = [  # of these very modules: others may take their places
+            (module, name, parameter)
+            for at, module in self.stock.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if f"{at}.{name}".startswith(prefix)
+        ]
+        self._load(prefix)
+        try:
+            yield
+        finally:
+            for module, name, parameter in before:
+                setattr(module, name, parameter)
+
+    def read_rest(self) -> None:
+        """Read all that is small and was not read, to stay on the device."""
+        left = [n for n, p in self.stock.named_parameters() if p.is_meta and not self._elsewhere(n)]
+        for name in left:
+            self._load(name)
+        for module in self.stock.modules():
+            own = module._parameters.items(), module._buffers.items()
+            for items, holder in zip(own, (module._parameters, module._buffers), strict=True):
+                for name, tensor in [*items]:
+                    if tensor is not None and not tensor.is_meta and type(tensor).__name__ != "DTensor":
+                        moved = tensor.detach().to(self.device)
+                        holder[name] = torch.nn.Parameter(moved, False) if holder is module._parameters else moved
+
+    def _elsewhere(self, name: str) -> bool:
+        """Whether a tensor belongs to what is divided."""
+        family = family_of(self.stock)
+        ends = (f"{family.layers}.", f"{family.embeddings}.", f"{family.head}.")
+        return name.startswith(ends)
+
+    def _load(self, prefix: str) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        keys = [key for target, keys in self._sources.items() if target.startswith(prefix) for key in keys]
+        state = {key: Unread(partial(self._weights.read, key, self.dtype)) for key in keys}
+        settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=self._mapping)
+        with _load_errors(self._name), _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.stock, state, settings)
+        missing = {key for key in info.missing_keys if key.startswith(prefix)}
+        found = {"missing_keys": missing, "mismatched_keys": info.mismatched_keys, "unexpected_keys": set()}
+        _check_whole(self._name, found)
+
+
+def empty(name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The model as `load` gives it, on torch's meta device: of its weights there are the shapes alone."""
+    family, config = _read_config(name, Path(models.source(name)))
+    weights = Weights(name, Path(models.weights(name)))
+    dtype = _compute_dtype(name, dtype, _dtype(config, weights.tensors), [device])
+    return _from_pretrained(name, family, config, weights, dtype, {"": "meta"}).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -115,13 +115,17 @@ Group = tuple[tuple[Piece, ...], ...]  # of layers that read one input: their As
 class Layout:
     """Where everything is that an adapter of a spec holds over a stock model.
 
-    together: whether layers that read the same input are one group; the stock forward computes each by itself. targets:
-    regular expressions of what each flag trains. Raises RequestError for a spec that covers nothing of the model, or
+    together: whether layers that read the same input are one group; the stock forward computes each by itself. device:
+    of all tensors, where that is not each layer's own. targets: regular expressions of what each flag trains. dtype: of
+    the buffers. Raises RequestError for a spec that covers nothing of the model, or
     its vision tower where only the stock forward has that.
     """
 
-    def __init__(self, stock: nn.Module, spec: LoraSpec, together: bool | None = None) -> None:
-        self.spec, self.family, self.sizes = spec, family_of(stock), dict[torch.device, int]()
+    def __init__(
+        self, stock: nn.Module, spec: LoraSpec, together: bool | None = None, device: torch.device | None = None
+    ) -> None:
+        self.spec, self.family, self.sizes, self._device = spec, family_of(stock), dict[torch.device, int](), device
+        self.dtype = torch.float64 if next(stock.parameters()).dtype == torch.float64 else torch.float32
         self.targets = TARGETS if self.family.packed else targets(stock, self.family)
         self._together = self.family.packed if together is None else together
         self.experts = any(name.endswith(EXPERTS) for name, _ in stock.named_modules())
@@ -164,8 +168,8 @@ class Layout:
         return sum(self.sizes.values()) * dtype.itemsize * (2 if self.experts else 1)
 
     def flats(self, tensors: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
-        """Float32 buffers that hold these tensors, by PEFT's names."""
-        flats = {device: torch.empty(size, device=device) for device, size in self.sizes.items()}
+        """Buffers that hold these tensors, by PEFT's names."""
+        flats = {device: torch.empty(size, dtype=self.dtype, device=device) for device, size in self.sizes.items()}
         for name, piece in self.pieces.items():
             piece.of(flats).copy_(tensors[name])
         return flats
@@ -192,6 +196,7 @@ class Layout:
         return (tuple(a), *((each,) for each in b))
 
     def _piece(self, name: str, shape: tuple[int, int], device: torch.device) -> Piece:
+        device = self._device or device
         start = self.sizes.get(device, 0)
         piece = Piece(f"base_model.model.{name}.weight", shape, device, start)
         self.sizes[device] = piece.end
@@ -216,7 +221,7 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 
 class Adapter:
-    """The numbers of one adapter: a flat float32 buffer a device. name: whose they are, for errors."""
+    """The numbers of one adapter: a flat buffer a device. name: whose they are, for errors."""
 
     def __init__(self, layout: Layout, flats: Mapping[torch.device, Tensor], name: str = "an adapter") -> None:
         self.layout, self.flats, self.name = layout, dict(flats), name
@@ -224,7 +229,8 @@ class Adapter:
     @classmethod
     def fresh(cls, layout: Layout, seed: int) -> "Adapter":
         """A random from `seed` (uniform to 1/sqrt(in), as PEFT's default), B zero: no change to the model."""
-        adapter = cls(layout, {device: torch.zeros(size, device=device) for device, size in layout.sizes.items()})
+        flats = {device: torch.zeros(size, dtype=layout.dtype, device=device) for device, size in layout.sizes.items()}
+        adapter = cls(layout, flats)
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in adapter.named().items():
             if name.endswith(".lora_A.weight"):

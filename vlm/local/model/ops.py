@@ -18,6 +18,11 @@ from torch.nn import functional
 from kshot.hub import one_line
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, as logits are; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019), in float32 inside; weight is frozen.
 
@@ -140,12 +145,12 @@ def gated_back(gradient: Tensor, gate_up: Tensor, opened: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return wide(x).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _scaled_back(gradient: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     """The gradient of x from that of x · inverse, into `out`."""
-    gradient, x = gradient.float(), x.float()
+    gradient, x = wide(gradient), wide(x)
     along = (gradient * x).mean(-1, keepdim=True).mul_(inverse.square())
     return torch.mul(torch.addcmul(gradient, x, along, value=-1), inverse, out=out)
 

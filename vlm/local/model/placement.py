@@ -10,14 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from kshot.errors import ModelError
+from kshot.errors import InputError, ModelError
 from kshot.untrusted import is_beside, parse_json, read_file
 from vlm.local.model.families import Family
 from vlm.models import GGUF
+from vlm.places import place_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -97,6 +99,7 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
 DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
 _V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"  # what a control group says where
 _V2 = "memory.max", "memory.current", "inactive_file"
+PACK, LABELLED = 4096, 512  # positions of the largest training pass, and those whose logits are computed, about
 STEPS = 100  # shares of the free memory that are tried, from the smallest
 
 
@@ -112,6 +115,21 @@ def sizes(
         if part <= layers and not (tied and name.startswith(family.head)):
             of[part] += tensor.elements * dtype.itemsize
     return of
+
+
+def ranks(place: str) -> list[str]:
+    """The device of each process that a place means; of `auto` itself, which is one process on all GPUs. Raises
+    InputError for what is no place, ModelError for a device that is not here."""
+    if place == "auto":
+        return [place]
+    found = place_of(place)
+    if found.kind == "ray":
+        raise InputError(f"place {place!r} is one of a Ray cluster; sweeps are run there: kshot sweep --executor ray")
+    every = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    names = (every or ["cuda"]) if found.kind == "all" else [*found.devices]
+    for name in {*names}:
+        devices(name)
+    return names
 
 
 def devices(device: str) -> list[torch.device]:
@@ -160,6 +178,18 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> float:
         return max(int((group / limit).read_text()) - used, 0)
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return math.inf
+
+
+def reserve(stock: Any, adapter_bytes: int, dtype: torch.dtype) -> int:
+    """Bytes that a device needs beside weights: an adapter in training with its optimizer, and the largest pass, as far
+    as it is known before: what the layers keep of PACK positions for the gradient, and logits of LABELLED of them."""
+    text = stock.config.get_text_config()
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    wide = getattr(text, "intermediate_size", None) or 0
+    inner = max(active * (getattr(text, "moe_intermediate_size", None) or 0), wide)
+    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    kept = text.num_hidden_layers * (4 * text.hidden_size + 6 * heads + 3 * inner) * dtype.itemsize
+    return adapter_bytes + PACK * kept + 3 * LABELLED * text.vocab_size * 4
 
 
 def device_map(

@@ -27,6 +27,7 @@ from vlm.local.model.attention import Attention, Causal, DecodeStep, Rows, Tree
 from vlm.local.model.experts import Pair, routed
 from vlm.local.model.families import EXPERTS, PROJECTIONS, STATIC_ROPE, family_of
 from vlm.local.model.lora import Factors
+from vlm.local.model.ops import wide
 from vlm.local.model.packed import PackedInputs, mrope_positions
 
 TURN = "original_max_position_embeddings"
@@ -155,8 +156,7 @@ class StockText:
                 stack.callback(self._head.register_forward_hook(partial(_add, pair, scale)).remove)
             stack.enter_context(_calling(self._core, lambda *args, **kwargs: _Given(hidden[None])))
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits: Tensor = self._stock(input_ids=ids, use_cache=False).logits[0].float()
-        return logits
+            return wide(self._stock(input_ids=ids, use_cache=False).logits[0])
 
     def _causal(self, inputs: PackedInputs, attention: Causal) -> Tensor:
         rows, cache, parts = attention.rows, attention.cache, list[Tensor]()
@@ -353,11 +353,11 @@ def _routed(
 
 def _some(head: Any, pair: Pair | None, scale: float, tokens: Tensor, hidden: Tensor) -> Tensor:
     """The head's outputs for these tokens alone, in float32: see `packed.Text.logits`."""
-    rows, x = tokens.to(hidden.device), hidden.float()
-    out = x @ head.weight[rows].float().t()
+    rows, x = tokens.to(hidden.device), wide(hidden)
+    out = x @ wide(head.weight[rows]).t()
     if head.bias is not None:
-        out = out + head.bias[rows].float()
-    return out if pair is None else out + scale * (x @ pair[0].float().t()) @ pair[1].float().index_select(0, rows).t()
+        out = out + wide(head.bias[rows])
+    return out if pair is None else out + scale * (x @ wide(pair[0]).t()) @ wide(pair[1]).index_select(0, rows).t()
 
 
 def _tokens(ids: Tensor, rows: Rows, group: Sequence[int]) -> Tensor:

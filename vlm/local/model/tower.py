@@ -6,6 +6,7 @@ makes its position tables anew every time, and runs attention image by image in 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from vlm.local.model.ops import wide
 
 Linear = Callable[[str, nn.Module, Tensor], Tensor]
 Grid = tuple[int, int, int]  # patches: time, height, width
@@ -26,7 +29,14 @@ def plain(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linear = plain) -> Tensor:
+def tower(
+    visual: Any,
+    pixels: Tensor,
+    tables: Tables,
+    count: int,
+    linear: Linear = plain,
+    opened: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
     """The features of `count` images of one grid: (count, 1 + deepstack layers, tokens, hidden), the embeds first.
 
     visual: the stock Qwen3VLVisionModel of a dense or a mixture-of-experts model.
@@ -34,15 +44,17 @@ def tower(visual: Any, pixels: Tensor, tables: Tables, count: int, linear: Linea
     tables: `grid_tables` of each image's patches (1, height, width).
     linear: computes layer(x) for each linear layer, which it gets with its name in the tower ("blocks.0.attn.qkv",
         "blocks.0.attn.proj", "blocks.0.mlp.linear_fc1", "merger.linear_fc1", "deepstack_merger_list.0.linear_fc2").
+    opened: around what is computed with a block's weights.
     """
     positions, *rotation = tables
     x = _patches(visual.patch_embed.proj, pixels).unflatten(0, (count, -1)) + positions
     merged: dict[int, Tensor] = {}
     for number, block in enumerate(visual.blocks):
         name = f"blocks.{number}"
-        x = x + _attention(f"{name}.attn", block.attn, _norm(block.norm1, x), rotation, linear)
-        inner = block.mlp.act_fn(linear(f"{name}.mlp.linear_fc1", block.mlp.linear_fc1, _norm(block.norm2, x)))
-        x = x + linear(f"{name}.mlp.linear_fc2", block.mlp.linear_fc2, inner)
+        with opened(block):
+            x = x + _attention(f"{name}.attn", block.attn, _norm(block.norm1, x), rotation, linear)
+            inner = block.mlp.act_fn(linear(f"{name}.mlp.linear_fc1", block.mlp.linear_fc1, _norm(block.norm2, x)))
+            x = x + linear(f"{name}.mlp.linear_fc2", block.mlp.linear_fc2, inner)
         if number in visual.deepstack_visual_indexes:
             level = visual.deepstack_visual_indexes.index(number)
             merged[level] = _merge(f"deepstack_merger_list.{level}", visual.deepstack_merger_list[level], x, linear)
@@ -73,7 +85,7 @@ def _attention(name: str, attention: Any, x: Tensor, rotation: list[Tensor], lin
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """x: (images, patches, 2, heads, channels). In float32, as the stock tower does; the sines bring their signs."""
-    first, second = x.float().chunk(2, -1)
+    first, second = wide(x).chunk(2, -1)
     return (x * cosines + torch.cat((second, first), -1) * sines).to(x.dtype)
 
 

@@ -21,6 +21,7 @@ class Grammar:
     """A compiled grammar, in llguidance's form of Lark, over the tokens of a tokenizer.
 
     vocabulary: how many logits the model gives. ends: the tokens that may end a sample where the grammar allows an end.
+    source: these and the text.
     Raises RequestError with the library's reason for a grammar that it refuses. It has limits of its own for the size
     of grammars and for the work of a step.
     """
@@ -28,7 +29,7 @@ class Grammar:
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int], text: str) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
-        self.vocabulary = vocabulary
+        self.vocabulary, self.source = vocabulary, (tuple(ends), text)
         limits = LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
         self._matcher = LLMatcher(_tokenizer(tokenizer, vocabulary, tuple(ends)), text, log_level=0, limits=limits)
         self._matcher.compute_bitmask()  # finds what has no answer at all

@@ -5,6 +5,7 @@ Prompts are packed, whatever their lengths; the samples of one prompt share its 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def sample(engine: Engine, snapshot: Snapshot, requests: Sequence[SamplingReques
         check(engine, request)
     done: dict[int, types.SampleResponse] = {}
     for members in groups([length_of(request.prompt) for request in requests], ROWS, POSITIONS):
-        decoder = Decoder(engine, snapshot, ROWS)
+        decoder = decoder_of(engine, snapshot, ROWS)
         results = prefill(decoder, [requests[n] for n in members])
         while decoder.active:
             decoder.step()
@@ -118,6 +119,13 @@ def check(engine: Engine, request: SamplingRequest) -> None:
         engine.model.check_tokens(targets, "target_prompt_logprobs id")
 
 
+@singledispatch
+def decoder_of(engine: Engine, snapshot: Snapshot, rows: int) -> Decoder:
+    """A decoder for samples of a snapshot, of the kind that the engine has."""
+    return Decoder(engine, snapshot, rows)
+
+
+@singledispatch
 @torch.no_grad()
 def prefill(decoder: Decoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
     """Read the prompts in one pass, and add their samples to the decoder, each with its first token.

@@ -120,7 +120,8 @@ class SamplingService:
 
 def check_room(state: ServerState) -> None:
     """Raise BusyError where too many sampling requests wait."""
-    if max(len(state.samplings), state.registry.scheduler.waiting_samples) >= WAITING:
+    waiting = sum(each.waiting_samples for each in state.registry.schedulers.values())
+    if max(len(state.samplings), waiting) >= WAITING:
         raise BusyError(f"{WAITING} sampling requests are waiting; send this one again later")
 
 

@@ -304,9 +304,9 @@ class TrainingService:
 
         async def begin() -> None:
             try:
-                size = await registry.submit(registry.run_bytes, *adapter)
+                size = await registry.submit(registry.run_bytes, *adapter, of=adapter[0])
                 with memory.take(ADAPTERS, size) as taken:
-                    client = await registry.submit(start, model_id, user_metadata=metadata)
+                    client = await registry.submit(start, model_id, user_metadata=metadata, of=adapter[0])
                     taken.hand_over().release_with(client)
                 base_model, lora = client.get_info().model_name, asdict(client.spec)
                 self.state.retention.add(Run(model_id, session, base_model, lora, metadata, owner=owner.name))

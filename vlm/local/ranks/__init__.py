@@ -1,0 +1,1 @@
+"""One engine over several processes, each on a device of its own."""
