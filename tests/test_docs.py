@@ -154,7 +154,8 @@ def test_the_commands_run(
 
 
 def test_the_server_starts(tmp_path: Path) -> None:
-    (arguments,) = {tuple(words[2:]) for page, words in commands() if words[:2] == ["kshot", "serve"]}
+    here = ("README.md", "docs/api.md")  # the others need GPUs or other models
+    (arguments,) = {tuple(words[2:]) for page, words in commands() if page in here and words[:2] == ["kshot", "serve"]}
     with serving(tmp_path, *arguments) as server:
         assert httpx.get(f"{server.address}/api/v1/healthz").json() == {"status": "ok"}
 
