@@ -188,9 +188,7 @@ class DividedModel(Model):
         name = next(name for name, module in self.stock.named_modules() if module is visual)
         for number, block in enumerate(visual.blocks):
             with reader.read(f"{name}.blocks.{number}."):
-                visual.blocks[number] = divided(
-                    _empty(block), mesh, lambda key, block=block: [block.get_parameter(key)]
-                )
+                visual.blocks[number] = divided(_empty(block), mesh, partial(_parameter, block))
         self.tower = [*visual.blocks]
 
 

@@ -179,6 +179,6 @@ def _(engine: RanksEngine, snapshot: Snapshot, rows: int) -> Any:
     return RanksDecoder(engine, snapshot, rows)
 
 
-@sampler.prefill.register  # type: ignore[misc]  # it stands for a decoder
-def _(decoder: RanksDecoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
+@sampler.prefill.register
+def _(decoder: RanksDecoder, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:  # type: ignore[misc]
     return decoder.prefill(requests)

@@ -4,8 +4,10 @@ What a run gathers stays on its rank until the optimizer's step; there the flat 
 all-reduce, and every rank makes the same step.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +39,7 @@ from vlm.local.training_run import MOMENTS, TrainingRun
 from vlm.local.vision import Vision
 
 DIVIDED = "divided"
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Key = tuple[int, int]  # of a sample: its request's number, and its own in there
 
 
@@ -93,6 +96,13 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _return_freed_memory() -> None:
+    """Have glibc give what is freed back to the system from 1 MB on: gathered layers come and go, and it would keep
+    the memory of as many as there are."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 class Worker:
     """The engine of a rank, and what it holds for clients by the numbers that they have given. Methods are commands."""
 
@@ -113,6 +123,7 @@ class Worker:
         model: Model
         kind, looking = Engine, Vision
         if options.shard == DIVIDED:
+            _return_freed_memory()
             whole_tower = options.whole_tower or options.features is not None  # of whose weights a folder has a digest
             arguments = options.name, self.seat.device, options.dtype, options.path
             model = DividedModel(*arguments, whole_tower=whole_tower)
