@@ -43,7 +43,7 @@ check: $(STAMP)
 
 # The pages of docs/ as a site in build/docs; mkdocs has an environment of its own, without torch.
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/docs
 	@echo "wrote build/docs/index.html"
 
 $(DOCS)/.installed: pyproject.toml

@@ -205,11 +205,11 @@ def run(
 
 
 class PlannedFor(NamedTuple):
-    """What --plan answers for. gpu: of the table of machines; None: this machine. count: how many. quick: without a
+    """What --plan answers for. gpu: of the table of machines; None: this machine. number: how many. quick: without a
     measurement."""
 
     gpu: str | None = None
-    count: int = 1
+    number: int = 1
     quick: bool = False
 
 
@@ -337,7 +337,7 @@ def _print_plan(
             from experiments.plan.stored import stored_estimate
 
             machine = gpu(planned_for.gpu) if planned_for.gpu else this_machine(options.device)
-            estimated = stored_estimate(workload, folder, options, machine, planned_for.count)
+            estimated = stored_estimate(workload, folder, options, machine, planned_for.number)
         else:
             estimated = estimate(workload, folder, options)
     for line in (*before, *said):

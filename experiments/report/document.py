@@ -122,7 +122,8 @@ def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[
         keep_trailing_newline=True,
     )
     environment.tests |= {kind.__name__.lower(): kind.__instancecheck__ for kind in (Best, *get_args(Block))}
-    environment.filters |= {"base64": lambda data: b64encode(data).decode(), "fenced": _fenced, "dark": darkened}
+    filters: dict[str, Callable[..., Any]] = {"fenced": _fenced, "dark": darkened}
+    environment.filters |= filters | {"base64": lambda data: b64encode(data).decode()}
     script = files("experiments.report").joinpath("templates/report.js").read_text("utf-8")
     digest = b64encode(sha256(script.encode()).digest()).decode()
     environment.globals |= {"script": Markup(script), "digest": Markup(digest)}  # noqa: S704 - it is ours

@@ -48,7 +48,7 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
             "sweep demo --dataset folder:{photos} --shots 1 --out {photos}",
             ["holds other things and no results", "--out"],
         ),
-        ("sweep --device tpu", ["device 'tpu' is not available here; use --device cpu"]),
+        ("sweep --device tpu", ["device 'tpu' is not available here (did you mean 'cpu'?); use --device cpu"]),
         ("sweep dmeo", ["unknown preset 'dmeo' (did you mean 'demo'?)", "FILE.yaml"]),
         ("sweep {here}/gone.yaml", ["gone.yaml cannot be read (No such file", "presets are: ", "demo"]),
         ("sweep --set limit_test=0", ["settings.limit_test = '0': ", "greater than 0"]),
@@ -131,7 +131,7 @@ def test_what_a_sweep_prints_fits_into_80_columns(photos: Path, tmp_path: Path, 
     assert [line.split()[0] for line in lines[1:5]] == ["method", "vlm-zero-shot", "dinov2-logreg", "pixel-knn"]
     assert "…" not in ended.out
     assert sum("learnt from drawings of icons alone" in line for line in lines) == 2
-    assert lines[-1] == f"wrote {tmp_path}/out/report.html"
+    assert lines[-2:] == [f"wrote {tmp_path}/out/report.html", f"wrote {tmp_path}/out/results.csv"]
     assert ended.err.splitlines()[-1].startswith("21/21 ")
     again = kshot("report", tmp_path / "out")
     assert again.status == 0
