@@ -83,7 +83,10 @@ def test_a_data_sets_own_hflip_is_in_no_key_but_recorded(photos: Path, usual: di
     assert {job.cell.key for job in plan(load("demo", {}, {})).jobs} == {json.loads(line)["key"] for line in lines}
 
 
-def test_a_key_does_not_depend_on_who_computes(photos: Path, usual: dict[str, str]) -> None:
+def test_a_key_does_not_depend_on_who_computes(
+    photos: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", "tml-none")
     elsewhere = keys(photos, {}, service="tinker")
     assert elsewhere == {method: usual[method] for method in elsewhere}
     assert usual.keys() - elsewhere.keys() == {"vlm-vision-linear", "vlm-tuned-linear"}

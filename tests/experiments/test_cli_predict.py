@@ -268,7 +268,7 @@ def test_a_checkpoint_without_class_names(adapter: Path, images: Path, kshot, re
         ("--adapter {adapter} --classes {here}/empty", ["empty holds no class name; write one a line"]),
         ("--adapter {adapter} --top 0", ["--top"]),
         ("--adapter {adapter} --max-side 0", ["--max-side"]),
-        ("--adapter {adapter} --device tpu", ["device 'tpu'"]),
+        ("--adapter {adapter} --device tpu", ["place 'tpu'"]),
         ("--model kshot/nano-qwen3-vl", ["a model has no class names of its own", "--classes FILE"]),
         ("--model nope --class a --class b", ["unknown model 'nope'"]),
         ("--adapter {adapter} - -", ["standard input (-) is given twice"]),
