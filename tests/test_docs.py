@@ -26,7 +26,6 @@ from tests.vlm.serving import served
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
-PENDING = {"gpus.md"}  # its links are not checked while the page is not there
 SMALL = {  # what is put behind a command
     "sweep": ["--limit-test", "20", "--set", "views_per_class=1", "--shots", "1", "--seeds", "0"],
     "train": ["--set", "views_per_class=1"],
@@ -96,7 +95,7 @@ def test_the_make_targets_exist() -> None:
 def test_links_and_pictures_are_there() -> None:
     for page in ALL:
         for target in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists() or Path(target).name in PENDING, (page, target)
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_links_to_headings_are_there() -> None:
