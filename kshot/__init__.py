@@ -14,6 +14,7 @@ from kshot.checks import check_packages
 from kshot.errors import BusyError as BusyError
 from kshot.errors import DatasetError as DatasetError
 from kshot.errors import DeniedError as DeniedError
+from kshot.errors import EngineLostError as EngineLostError
 from kshot.errors import ImageError as ImageError
 from kshot.errors import InputError as InputError
 from kshot.errors import KshotError as KshotError

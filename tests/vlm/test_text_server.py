@@ -71,7 +71,8 @@ def test_choices_have_the_stock_models_probabilities(client: openai.OpenAI, fold
     asked = model_input(tokenizer.encode("[user] hello\n[assistant]"))
     expected = brute_force.scores(stock, asked, written, NO_RULE, -1)["constrained"]
     body = {"structured_outputs": {"choice": names}}
-    chosen: Any = client.chat.completions.create(messages=HELLO, model=TEXT, extra_body=body).choices[0]
+    asked_for: dict[str, Any] = {"model": TEXT, "temperature": 0.0, "extra_body": body}
+    chosen: Any = client.chat.completions.create(messages=HELLO, **asked_for).choices[0]
     assert chosen.choice_log_probs == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-4)
     assert chosen.message.content == names[int(expected.argmax())]
 
