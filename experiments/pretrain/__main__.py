@@ -41,8 +41,17 @@ from data.preparation import prepare_all
 from experiments.pretrain import learning, students
 from experiments.pretrain.checkpoints import progress
 from experiments.pretrain.learning import Described, Plan, Report
-from experiments.pretrain.photographs import photographs
-from experiments.pretrain.subjects import VALIDATION, Subjects, subjects
+from experiments.pretrain.photographs import COUNT, PACKAGES, photographs
+from experiments.pretrain.subjects import (
+    FAMILIES,
+    SIMILAR,
+    VALIDATION,
+    Subjects,
+    held_out,
+    mirrored_too,
+    nearest,
+    subjects,
+)
 from experiments.sweep.config import Settings, read
 from experiments.sweep.methods import METHODS, Task
 from kshot.errors import InputError, UnknownNameError
@@ -52,6 +61,7 @@ from vlm.inputs import ImageRule
 from vlm.prompts import PREFILL, QUESTION, Prompt
 
 SHIP = "ship"
+NEAREST = "results/nearest-drawings.csv"  # of each drawing of the demo, the nearest that the pair learnt from
 LONGEST = 6  # tokens of a name, its end included, that the whole model learns to write
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 16)  # of the few-shot accuracies on the model cards
 FLOOR = "pixel-knn"
@@ -169,7 +179,8 @@ ALL = (*STAGES, SHIP)
 
 
 def ship(work: Path, root: Path) -> None:
-    """Put both models with their cards under root, and print what their packages must state as REVISION."""
+    """Put both models with their cards and the list NEAREST under root, and print what their packages must state as
+    REVISION."""
     drawings, vit, text = _subjects(work), root / "baselines/nano", root / "vlm/nano"
     for stage, folder, files in (("vit", vit, baselines_nano.HERE), ("answers", text, vlm_nano.HERE)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,10 +193,23 @@ def ship(work: Path, root: Path) -> None:
     for stage in STAGES:
         with safe_open(work / f"{stage}.safetensors", "pt") as file:
             records[stage] = StageRecord(**json.loads(file.metadata()["made"]))
+    write_file(root / NEAREST, nearest_drawings(drawings).encode())
     facts = {"drawings": len(drawings), "names": len(set(drawings.names)), "stages": records}
     facts["accuracies"] = accuracies(str(text), str(vit))
     write_file(vit / "README.md", card("dinov2", facts).encode())
     write_file(text / "README.md", card("qwen3_vl", facts).encode())
+
+
+def nearest_drawings(learnt: Subjects) -> str:
+    """A CSV: each drawing of the demo's classes, the nearest that was learnt from, as it is or mirrored, and the mean
+    absolute difference of their thumbnails."""
+    identities, small = held_out(find("icons").classes or ())
+    distances, rows = nearest(small, mirrored_too(learnt.small))
+    lines = ["drawing,nearest_learnt,mirrored,distance"]
+    for identity, distance, row in zip(identities, distances, rows, strict=True):
+        mirrored, source = divmod(int(row), len(learnt))
+        lines.append(f"{identity},{learnt.sources[source]},{mirrored},{distance:.4f}")
+    return "\n".join([*lines, ""])
 
 
 def card(model: str, facts: Mapping[str, Any]) -> str:
@@ -205,7 +229,14 @@ def card(model: str, facts: Mapping[str, Any]) -> str:
         methods=methods,
         shots=SHOTS,
         validation=VALIDATION,
-        icons_licence=find("icons").licence,
+        demo=find("icons").classes,
+        met=FAMILIES,
+        unmet=icons.FAMILIES,
+        similar=SIMILAR,
+        nearest=NEAREST,
+        packages=PACKAGES,
+        pictures=COUNT,
+        share=learning.PHOTOGRAPHS,
         question=QUESTION,
         prefill=PREFILL,
         logit_scale=students.LOGIT_SCALE,
