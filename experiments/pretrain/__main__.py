@@ -193,6 +193,7 @@ def ship(work: Path, root: Path) -> None:
     for stage in STAGES:
         with safe_open(work / f"{stage}.safetensors", "pt") as file:
             records[stage] = StageRecord(**json.loads(file.metadata()["made"]))
+    (root / NEAREST).parent.mkdir(exist_ok=True)
     write_file(root / NEAREST, nearest_drawings(drawings).encode())
     facts = {"drawings": len(drawings), "names": len(set(drawings.names)), "stages": records}
     facts["accuracies"] = accuracies(str(text), str(vit))

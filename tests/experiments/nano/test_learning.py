@@ -1,5 +1,5 @@
-"""How both students learn: loss, schedule, what is trained by what, the teacher that they copy; that they learn, and that
-an interruption changes nothing."""
+"""How both students learn: loss, schedule, what is trained by what, the teacher that they copy; that they learn, and
+that an interruption changes nothing."""
 
 import builtins
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adam() -> None:
     assert [each.param_groups[0]["lr"] for each in (muon, adam)] == [0.5 * learning.MUON, 0.5 * learning.ADAM]
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (16, 16)])
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
 def test_muon_is_torchs_but_for_bfloat16(shape: tuple[int, int]) -> None:
     """Three steps: a bfloat16 product of numbers below 1 is right to about 1%."""
     rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ class Linear(nn.Module):
         return self.blocks[0](small.flatten(1))
 
 
-def taught(seed: int, *, steps: int = 80, kept: Path | None = None, report: Callable = lambda _: None) -> Tensor:
+def taught(seed: int, *, steps: int = 40, kept: Path | None = None, report: Callable = lambda _: None) -> Tensor:
     """The weights of a student of noise."""
     rng = torch.Generator().manual_seed(3)
     masks = (torch.rand(24, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
@@ -187,22 +187,23 @@ def test_descriptions_are_unit_vectors_and_differ_from_their_mirrors_in_strokes_
     assert (one[:, : learning.STROKES] - mirror[:, : learning.STROKES]).abs().max() > 0.1
 
 
-def test_photographs_are_described_by_what_the_teacher_sees_in_them() -> None:
+def test_photographs_are_described_by_what_the_teacher_sees_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The directions of most variance of its features, here of the stock network called by hand."""
     pytest.importorskip("efficientnet_lite_pytorch", reason="the teacher's packages are not installed")
+    monkeypatch.setattr(learning, "MEANINGS", 12)
     rng = torch.Generator().manual_seed(1)
-    blocks = (torch.rand(140, 3, 6, 6, generator=rng) * 255).to(torch.uint8)
+    blocks = (torch.rand(13, 3, 6, 6, generator=rng) * 255).to(torch.uint8)  # 12 dimensions tell all about them
     pictures = torch.nn.functional.interpolate(blocks, size=96)
     described = learning.describe_photographs(pictures)
-    assert described.shape == (140, learning.MEANINGS)
-    torch.testing.assert_close(described.norm(dim=1), torch.ones(140))
+    assert described.shape == (13, 12)
+    torch.testing.assert_close(described.norm(dim=1), torch.ones(13))
     with torch.inference_mode():
         large = torch.nn.functional.interpolate(pictures.float(), size=(128, 128), mode="bilinear")
         features = learning._teacher().eval().extract_features((large - 127) / 128).mean((2, 3)).numpy()
     centred = features - features.mean(0)
     expected, made = centred @ centred.T, described.numpy() @ described.numpy().T
     lengths = np.sqrt(np.diag(expected))
-    np.testing.assert_allclose(made, expected / np.outer(lengths, lengths), atol=0.02)
+    np.testing.assert_allclose(made, expected / np.outer(lengths, lengths), atol=1e-3)
 
 
 def test_a_missing_teacher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

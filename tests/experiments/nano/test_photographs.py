@@ -16,7 +16,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """A red square that is cut out, in the first folder of OBJECTS; a blue scene in each of SCENES; and what is none."""
+    """A red square that is cut out, in a folder of OBJECTS; a blue scene in each of SCENES; and what is none."""
     thing = Image.new("RGBA", (40, 60), (0, 0, 0, 0))
     thing.paste((255, 0, 0, 255), (10, 20, 30, 40))
     for package in PACKAGES:
