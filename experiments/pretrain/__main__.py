@@ -125,9 +125,9 @@ def run(stage: str, work: Path, packages: Path, plan: Plan) -> None:
     if target.exists():
         print(f"{stage}: {target} is there")
         return
+    prepare(work, packages, plan.device)
     partial = work / f"{stage}.partial"
     start = time.time() - progress(partial)[1]
-    prepare(work, packages, plan.device)
     weights = STAGES[stage][0](work, plan, lambda text: print(f"{stage}: {text}", flush=True))
     threads = torch.get_num_threads()
     cpu = f"{threads} CPU core{'s' if threads > 1 else ''}"
