@@ -20,8 +20,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Change every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's has two signatures
+        """Change every parameter that has a gradient. closure: ignored."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (gradient := parameter.grad) is None:

@@ -61,7 +61,8 @@ def subjects() -> Subjects:
     small = thumbnails(images)
     keep = first_of_each(small) & (nearest(small, mirrored_too(held_out()[1]))[0] > SIMILAR)
     masks = thumbnails(compress(images, keep), SIDE).reshape(-1, SIDE, SIDE)
-    names, sources = (tuple(compress([row[column] for row in drawn], keep)) for column in (1, 0))
+    kept = list(compress(drawn, keep))
+    names, sources = tuple(name for _, name, _ in kept), tuple(source for source, _, _ in kept)
     return Subjects(masks, names, sources, small[keep])
 
 
