@@ -238,6 +238,8 @@ def card(model: str, facts: Mapping[str, Any]) -> str:
         packages=PACKAGES,
         pictures=COUNT,
         share=learning.PHOTOGRAPHS,
+        every=students.EVERY,
+        common=students.COMMON,
         question=QUESTION,
         prefill=PREFILL,
         logit_scale=students.LOGIT_SCALE,

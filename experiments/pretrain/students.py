@@ -45,6 +45,8 @@ from vlm.prompts import Prompt
 
 LATER_WEIGHT = 0.3  # weight of the tokens after a name's first
 TOWER_RATE = 0.2  # the tower's learning rate, of the others'
+EVERY = 0.6  # share of the steps in which every name is shown; then those are that many drawings have
+COMMON = 16  # drawings, mirror images counted: so many of one name tell what it means on a new one
 LOGIT_SCALE = 0.35  # what the logits are multiplied by when the model has learnt
 IGNORED = -100
 
@@ -177,9 +179,9 @@ def train_answers(
 ) -> None:
     """Train the stock model in place; its tower should have been trained.
 
-    Names that many drawings have are shown less often than they occur, and the first token of a name, which only the
-    picture can tell, weighs most: else the loss is reduced by knowing the language. The hidden state where the answer
-    begins must also give the drawing's description, as in `learning.distil`: else the model forgets all that no name
+    Names that many drawings have are shown less often than they occur, at the end they alone. The first token of a name,
+    which only the picture can tell, weighs most: else the loss is reduced by knowing the language. The hidden state
+    where the answer begins must also give the drawing's description, as in `learning.distil`: else the model forgets all that no name
     needs, and cannot learn new names from a few examples.
     names: of each drawing, among the prompt's classes.
     """
@@ -194,10 +196,11 @@ def train_answers(
     pictures = {side: Pictures(plan.seed + side, side, plan.device) for side in (SMALL, FULL)}
     generators = [generator, *(view.generator for view in pictures.values())]
     kept = Checkpoint(plan.checkpoint, [p for _, p in (*text_model, *seeing)], optimizers, generators)
-    weights, losses = sampling_weights(names), list[float]()
+    every, common, losses = sampling_weights(names), sampling_weights(names, COMMON), list[float]()
     drawings = drawings.to(plan.device)
     masks, described = drawings.pictures, drawings.described
     for progress in steps(plan, kept, lambda text: report(f"{text}, loss {mean(losses[-100:]):.3f}")):
+        weights = every if progress < EVERY else common
         side, chosen = side_at(progress), torch.multinomial(weights, plan.batch, True, generator=generator)
         others = torch.randint(len(masks), (QUEUE,), generator=generator)
         with precision(plan.device):
@@ -256,10 +259,11 @@ def _positions(model: Any, ids: Tensor, is_image: Tensor, grid: int) -> Tensor:
     return positions.expand(-1, len(ids), -1)
 
 
-def sampling_weights(names: Sequence[str]) -> Tensor:
-    """(N,) how often each drawing is shown: a name that n drawings have as often as the root of n."""
+def sampling_weights(names: Sequence[str], least: int = 1) -> Tensor:
+    """(N,) how often each drawing is shown: a name that n drawings have as often as the root of n, and not at all where
+    n is less than `least`."""
     count = Counter(names)
-    return torch.tensor([count[name] ** -0.5 for name in names])
+    return torch.tensor([count[name] ** -0.5 if count[name] >= least else 0.0 for name in names])
 
 
 def _blank_image() -> bytes:

@@ -41,6 +41,7 @@ def described(masks: torch.Tensor, device: str = "cpu") -> torch.Tensor:
 def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(main, "subjects", drawings)
     monkeypatch.setattr(main, "photographs", photographs)
+    monkeypatch.setattr(main.students, "COMMON", 1)
     monkeypatch.setattr(learning, "describe", described)
     monkeypatch.setattr(learning, "describe_photographs", described)
     monkeypatch.setattr(main, "accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))

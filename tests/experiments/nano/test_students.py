@@ -3,6 +3,7 @@ and how the whole nano Qwen3-VL is taught, against the stock model's own forward
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_interrupted_answers_go_on_as_if_they_had_not_been(
     prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "KEEP", 2)
+    monkeypatch.setattr(students, "COMMON", 1)
     rng = torch.Generator().manual_seed(0)
     masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     drawings = Described(masks, torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1))
@@ -164,9 +166,30 @@ def test_the_loss_weighs_the_first_token_most() -> None:
 def test_names_that_many_drawings_bear_are_shown_less_often_than_they_stand_there() -> None:
     shares = students.sampling_weights(["a", "a", "a", "a", "b"])
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]))
+    common = students.sampling_weights(["a", "a", "a", "a", "b"], least=4)
+    torch.testing.assert_close(common, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0]))
 
 
-def test_a_few_steps_make_the_names_likelier(prompt: Prompt) -> None:
+def test_rare_names_are_shown_to_a_share_of_the_steps(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten steps the first six show both names, the last four the one that more drawings have."""
+    monkeypatch.setattr(students, "COMMON", 4)
+    asked: list[set[int]] = []
+    stock = students.answer_states
+
+    def states(model: Any, tower: Tower, prompts: Any, shown: torch.Tensor, chosen: torch.Tensor) -> Any:
+        asked.append(set(chosen.tolist()))
+        return stock(model, tower, prompts, shown, chosen)
+
+    monkeypatch.setattr(students, "answer_states", states)
+    drawings = Described(torch.zeros(5, 64, 64, dtype=torch.uint8), torch.eye(5))
+    names = [NAMES[0]] * 4 + [NAMES[1]]
+    students.train_answers(fresh(), prompt, drawings, names, Plan(10, batch=8), lambda _: None)
+    assert 4 in set().union(*asked[:6])
+    assert 4 not in set().union(*asked[6:])
+
+
+def test_a_few_steps_make_the_names_likelier(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(students, "COMMON", 1)
     rng = torch.Generator().manual_seed(0)
     masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     described = torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1)
