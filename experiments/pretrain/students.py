@@ -179,10 +179,10 @@ def train_answers(
 ) -> None:
     """Train the stock model in place; its tower should have been trained.
 
-    Names that many drawings have are shown less often than they occur, at the end they alone. The first token of a name,
-    which only the picture can tell, weighs most: else the loss is reduced by knowing the language. The hidden state
-    where the answer begins must also give the drawing's description, as in `learning.distil`: else the model forgets all that no name
-    needs, and cannot learn new names from a few examples.
+    Names that many drawings have are shown less often than they occur, at the end they alone. The first token of a
+    name, which only the picture can tell, weighs most: else the loss is reduced by knowing the language. The hidden
+    state where the answer begins must also give the drawing's description, as in `learning.distil`: else the model
+    forgets all that no name needs, and cannot learn new names from a few examples.
     names: of each drawing, among the prompt's classes.
     """
     model.set_attn_implementation("eager")  # on a CPU the fused attention's backward pass takes several times longer
