@@ -242,7 +242,6 @@ def card(model: str, facts: Mapping[str, Any]) -> str:
         common=students.COMMON,
         question=QUESTION,
         prefill=PREFILL,
-        logit_scale=students.LOGIT_SCALE,
     )
 
 

@@ -13,7 +13,7 @@ NOTE = (
     f"{NAME} has 3 million weights and learnt from drawings of icons with their names and a few photographs. The names "
     "in the data set icons were among them, on drawings by other designers. It says nothing about Qwen3-VL."
 )
-REVISION = "a420ec0309b3"  # the first 12 digits of the SHA-256 of the weights
+REVISION = "a82b49ce6825"  # the first 12 digits of the SHA-256 of the weights
 HERE = Path(__file__).parent
 
 
