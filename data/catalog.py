@@ -19,15 +19,15 @@ DATASETS: dict[str, DatasetSpec] = {
     for spec in (
         DatasetSpec(
             name="icons",
-            title="Icons by many designers from 10 open icon fonts, drawn as interfaces show them (64x64)",
-            licence="OFL-1.1 (Font Awesome, Elusive Icons), Apache-2.0 (Material Design Icons, Remix Icon), "
-            "MIT (Phosphor), CC-BY-4.0 (Codicons); QtAwesome, the package that holds them: MIT",
+            title="Icons by many designers from 9 open icon fonts, drawn as interfaces show them (64x64)",
+            licence="OFL-1.1 (Font Awesome, Elusive Icons), Apache-2.0 (Remix Icon), MIT (Phosphor); "
+            "QtAwesome, the package that holds them: MIT",
             citation="The icon fonts in QtAwesome, Spyder Project Contributors",
             url="https://github.com/spyder-ide/qtawesome",
             loader="data.embedded.icons:load",
             classes=(
-                *("star", "camera", "cloud", "heart", "lock", "key", "clock", "bell", "phone", "book"),
-                *("car", "home", "train", "flag", "folder", "battery", "calendar", "cart", "music", "shield"),
+                *("star", "camera", "cloud", "heart", "lock", "hand", "clock", "bell", "phone", "book"),
+                *("car", "home", "map", "flag", "folder", "battery", "calendar", "wifi", "music", "shield"),
             ),
             train=1411,
             test=570,

@@ -8,7 +8,10 @@ not at 1e-5, which is for networks far deeper.
 from pathlib import Path
 
 NAME = "kshot/nano-dinov2"
-NOTE = f"{NAME} has 0.8 million weights and has learnt from drawings of icons alone: it says nothing about DINOv2."
-REVISION = "24b26d9e61d4"  # the first 12 digits of the SHA-256 of the weights
+NOTE = (
+    f"{NAME} has 0.8 million weights and learnt from drawings of icons without names and a few photographs; none is by "
+    "a designer of the data set icons. It says nothing about DINOv2."
+)
+REVISION = "00f06736422a"  # the first 12 digits of the SHA-256 of the weights
 HERE = Path(__file__).parent  # the folder with config.json and model.safetensors
 CONFIG = HERE / "config.json"

@@ -2,9 +2,10 @@
 
 The stages build on each other and leave a file each, so that the same command continues after an interruption:
 subjects (drawings and names), described (what the students learn to reproduce), vit (the nano DINOv2), tower (of the
-nano Qwen3-VL), answers (the whole of it). The stage `ship` measures both on held-out classes and writes the folders of
-`vlm.nano` and `baselines.nano`, with model cards. Every choice in the recipe was made on the words of
-`subjects.VALIDATION`; the demo's classes are in no stage.
+nano Qwen3-VL), answers (the whole of it). The stage `ship` measures both on validation words and writes the folders of
+`vlm.nano` and `baselines.nano`, with model cards, and the list NEAREST. Every choice in the recipe was made on the
+words of `subjects.VALIDATION`; the demo's designs are in no stage. Photographs are read from a folder of unpacked
+packages, see `photographs.PACKAGES`.
 
 The tokenizer is older than all of them, a part of Qwen3's (Apache-2.0):
 
@@ -23,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -37,8 +39,19 @@ from data.embedded import icons
 from data.fewshot import k_shot
 from data.preparation import prepare_all
 from experiments.pretrain import learning, students
-from experiments.pretrain.learning import Plan, Report
-from experiments.pretrain.subjects import VALIDATION, Subjects, subjects
+from experiments.pretrain.checkpoints import progress
+from experiments.pretrain.learning import Described, Plan, Report
+from experiments.pretrain.photographs import COUNT, PACKAGES, photographs
+from experiments.pretrain.subjects import (
+    FAMILIES,
+    SIMILAR,
+    VALIDATION,
+    Subjects,
+    held_out,
+    mirrored_too,
+    nearest,
+    subjects,
+)
 from experiments.sweep.config import Settings, read
 from experiments.sweep.methods import METHODS, Task
 from kshot.errors import InputError, UnknownNameError
@@ -48,6 +61,7 @@ from vlm.inputs import ImageRule
 from vlm.prompts import PREFILL, QUESTION, Prompt
 
 SHIP = "ship"
+NEAREST = "results/nearest-drawings.csv"  # of each drawing of the demo, the nearest that the pair learnt from
 LONGEST = 6  # tokens of a name, its end included, that the whole model learns to write
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 16)  # of the few-shot accuracies on the model cards
 FLOOR = "pixel-knn"
@@ -77,6 +91,7 @@ def main() -> None:
     task.add_argument("--work", type=Path, help="folder for the files of the stages")
     task.add_argument("--tokenizer", nargs=2, metavar=("JSON", "SIZE"), help="instead: print its first SIZE ids")
     parser.add_argument("--stages", default=",".join(ALL), help="those to run (default: all, in this order)")
+    parser.add_argument("--photographs", type=Path, help="folder of unpacked packages (default: WORK/photographs)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, help="of each stage (default: the recipe's)")
@@ -90,42 +105,49 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
+    packages = options.photographs or options.work / "photographs"
     logging.disable_progress_bar()
     for stage in options.stages.split(","):
         if stage == SHIP:
             ship(options.work, options.ship_to or Path(__file__).parents[2])
         elif stage in STAGES:
             steps = options.steps or STAGES[stage][1]
-            run(stage, options.work, Plan(steps, seed=options.seed, device=options.device))
+            plan = Plan(steps, seed=options.seed, device=options.device, checkpoint=options.work / f"{stage}.partial")
+            run(stage, options.work, packages, plan)
         else:
             raise UnknownNameError("stage", stage, ALL)
 
 
-def run(stage: str, work: Path, plan: Plan) -> None:
-    """Run one stage, unless its file is there. Raises InputError where the file of the stage before it is missing."""
+def run(stage: str, work: Path, packages: Path, plan: Plan) -> None:
+    """Run one stage, unless its file is there. packages: folder of the photographs' packages. Raises InputError where
+    they, or the file of the stage before it, are missing."""
     target = work / f"{stage}.safetensors"
     if target.exists():
         print(f"{stage}: {target} is there")
         return
-    start = time.time()
+    prepare(work, packages, plan.device)
+    partial = work / f"{stage}.partial"
+    start = time.time() - progress(partial)[1]
     weights = STAGES[stage][0](work, plan, lambda text: print(f"{stage}: {text}", flush=True))
     threads = torch.get_num_threads()
     cpu = f"{threads} CPU core{'s' if threads > 1 else ''}"
     machine = cpu if plan.device == "cpu" else torch.cuda.get_device_name(plan.device)
     record = StageRecord(plan.steps, plan.batch, round(time.time() - start), machine)
     write_file(target, save(weights, {"made": json.dumps(asdict(record))}))
+    partial.unlink(missing_ok=True)
     print(f"{stage}: {record}", flush=True)
 
 
 def train_vit(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     """The weights of the nano DINOv2."""
-    return _weights(students.train_dinov2(*_described(work, plan), plan, report))
+    return _weights(students.train_dinov2(_drawings(work), _photographs(work), plan, report))
 
 
 def train_tower(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     """The weights of the nano Qwen3-VL's vision tower."""
     visual = _untrained_model(plan.seed).model.visual
-    learning.distil(students.Tower(visual), visual.config.out_hidden_size, *_described(work, plan), plan, report)
+    width = visual.config.out_hidden_size
+    learning.distil(students.Tower(visual), width, _drawings(work), _photographs(work), plan, report)
     return _weights(visual)
 
 
@@ -134,7 +156,7 @@ def train_answers(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     tower = work / "tower.safetensors"
     if not tower.exists():
         raise InputError(f"{tower} is missing; run the stage tower first")
-    model, (masks, described) = _untrained_model(plan.seed), _described(work, plan)
+    model, drawings = _untrained_model(plan.seed), _drawings(work)
     model.model.visual.load_state_dict(load_file(tower))
     names = _subjects(work).names
     tokenizer, rule = AutoTokenizer.from_pretrained(vlm_nano.HERE), ImageRule.from_pretrained(str(vlm_nano.HERE))
@@ -142,21 +164,23 @@ def train_answers(work: Path, plan: Plan, report: Report) -> dict[str, Tensor]:
     short = {name for name, ids in zip(prompt.classes, prompt.choices, strict=True) if len(ids) <= LONGEST}
     names *= 2  # of the drawings and of their mirror images
     kept = [n for n, name in enumerate(names) if name in short]
-    students.train_answers(model, prompt, masks[kept], described[kept], [names[n] for n in kept], plan, report)
+    chosen = Described(drawings.pictures[kept], drawings.described[kept])
+    students.train_answers(model, prompt, chosen, [names[n] for n in kept], plan, report)
     return _weights(model)
 
 
 # Of each stage: what trains, and the steps of the recipe.
 STAGES: dict[str, tuple[Callable[[Path, Plan, Report], dict[str, Tensor]], int]] = {
-    "vit": (train_vit, 7000),
-    "tower": (train_tower, 5000),
-    "answers": (train_answers, 2000),
+    "vit": (train_vit, 3000),
+    "tower": (train_tower, 2500),
+    "answers": (train_answers, 1500),
 }
 ALL = (*STAGES, SHIP)
 
 
 def ship(work: Path, root: Path) -> None:
-    """Put both models with their cards under root, and print what their packages must state as REVISION."""
+    """Put both models with their cards and the list NEAREST under root, and print what their packages must state as
+    REVISION."""
     drawings, vit, text = _subjects(work), root / "baselines/nano", root / "vlm/nano"
     for stage, folder, files in (("vit", vit, baselines_nano.HERE), ("answers", text, vlm_nano.HERE)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,10 +193,24 @@ def ship(work: Path, root: Path) -> None:
     for stage in STAGES:
         with safe_open(work / f"{stage}.safetensors", "pt") as file:
             records[stage] = StageRecord(**json.loads(file.metadata()["made"]))
+    (root / NEAREST).parent.mkdir(exist_ok=True)
+    write_file(root / NEAREST, nearest_drawings(drawings).encode())
     facts = {"drawings": len(drawings), "names": len(set(drawings.names)), "stages": records}
     facts["accuracies"] = accuracies(str(text), str(vit))
     write_file(vit / "README.md", card("dinov2", facts).encode())
     write_file(text / "README.md", card("qwen3_vl", facts).encode())
+
+
+def nearest_drawings(learnt: Subjects) -> str:
+    """A CSV: each drawing of the demo's classes, the nearest that was learnt from, as it is or mirrored, and the mean
+    absolute difference of their thumbnails."""
+    identities, small = held_out(find("icons").classes or ())
+    distances, rows = nearest(small, mirrored_too(learnt.small))
+    lines = ["drawing,nearest_learnt,mirrored,distance"]
+    for identity, distance, row in zip(identities, distances, rows, strict=True):
+        mirrored, source = divmod(int(row), len(learnt))
+        lines.append(f"{identity},{learnt.sources[source]},{mirrored},{distance:.4f}")
+    return "\n".join([*lines, ""])
 
 
 def card(model: str, facts: Mapping[str, Any]) -> str:
@@ -192,10 +230,18 @@ def card(model: str, facts: Mapping[str, Any]) -> str:
         methods=methods,
         shots=SHOTS,
         validation=VALIDATION,
-        icons_licence=find("icons").licence,
+        demo=find("icons").classes,
+        met=FAMILIES,
+        unmet=icons.FAMILIES,
+        similar=SIMILAR,
+        nearest=NEAREST,
+        packages=PACKAGES,
+        pictures=COUNT,
+        share=learning.PHOTOGRAPHS,
+        every=students.EVERY,
+        common=students.COMMON,
         question=QUESTION,
         prefill=PREFILL,
-        logit_scale=students.LOGIT_SCALE,
     )
 
 
@@ -245,22 +291,38 @@ def _untrained_model(seed: int) -> Any:
         return Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(vlm_nano.HERE))
 
 
+def prepare(work: Path, packages: Path, device: str) -> None:
+    """Make what the stages learn from, as files: minutes, so a second process waits for the first."""
+    with FileLock(work / "prepare.lock"):
+        if not (names := work / "subjects.json").exists():
+            drawn = subjects()
+            arrays = {"masks": torch.from_numpy(drawn.masks), "small": torch.from_numpy(drawn.small)}
+            write_file(work / "subjects.safetensors", save(arrays))
+            write_file(names, json.dumps({"names": drawn.names, "sources": drawn.sources}).encode())
+        if not (target := work / "described.safetensors").exists():
+            masks = torch.from_numpy(_subjects(work).masks)
+            write_file(target, save({"described": learning.describe(masks, device)}))
+        if not (target := work / "photographs.safetensors").exists():
+            pictures = torch.from_numpy(photographs(packages)).contiguous()
+            described = learning.describe_photographs(pictures, device)
+            write_file(target, save({"pictures": pictures, "described": described}))
+
+
 def _subjects(work: Path) -> Subjects:
-    """The drawings and their names, kept as a file: finding them takes half a minute."""
-    masks, names = work / "subjects.safetensors", work / "subjects.json"
-    if not names.exists():
-        drawings = subjects()
-        write_file(masks, save({"masks": torch.from_numpy(drawings.masks)}))
-        write_file(names, json.dumps(drawings.names).encode())
-    return Subjects(load_file(masks)["masks"].numpy(), tuple(json.loads(names.read_bytes())))
+    arrays, facts = load_file(work / "subjects.safetensors"), json.loads((work / "subjects.json").read_bytes())
+    names, sources = tuple(facts["names"]), tuple(facts["sources"])
+    return Subjects(arrays["masks"].numpy(), names, sources, arrays["small"].numpy())
 
 
-def _described(work: Path, plan: Plan) -> tuple[Tensor, Tensor]:
+def _drawings(work: Path) -> Described:
     """The drawings and their mirror images, and the teacher's descriptions of them."""
-    masks, target = torch.from_numpy(_subjects(work).masks), work / "described.safetensors"
-    if not target.exists():
-        write_file(target, save({"described": learning.describe(masks, plan.device)}))
-    return torch.cat([masks, masks.flip(-1)]), load_file(target)["described"]
+    masks = torch.from_numpy(_subjects(work).masks)
+    described = load_file(work / "described.safetensors")["described"]
+    return Described(torch.cat([masks, masks.flip(-1)]), described)
+
+
+def _photographs(work: Path) -> Described:
+    return Described(**load_file(work / "photographs.safetensors"))
 
 
 def _weights(module: Any) -> dict[str, Tensor]:

@@ -21,13 +21,15 @@ class Pictures:
     """Draws masks as pictures; one random generator, on the device of the pictures."""
 
     def __init__(self, seed: int, side: int = 64, device: str = "cpu") -> None:
-        self._rng = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self._device, self.side = torch.device(device), side
         self.variety = 1.0  # 0: black on white, upright, in the middle; 1: everything
 
     @torch.no_grad()
     def __call__(self, masks: Tensor) -> Tensor:
-        """masks: (N, 64, 64) uint8, 255 = ink → (N, 3, 64, 64) float32 pictures, 0 to 1."""
+        """masks: (N, 64, 64) uint8, 255 = ink → (N, 3, side, side) float32 pictures, 0 to 1; or `photographs`."""
+        if masks.ndim == 4:
+            return self.photographs(masks)
         ink = self._stroke(masks.to(self._device).float().div(255)[:, None])
         button = self.chance(len(ink), BUTTON)
         glyph, plate = self.place(ink, button)
@@ -35,6 +37,25 @@ class Pictures:
         picture = self._ground(ground) * (1 - plate) + fill * plate
         picture = picture * (1 - glyph) + colour * glyph
         return self.degrade(picture).clamp(0, 1)
+
+    @torch.no_grad()
+    def photographs(self, pictures: Tensor) -> Tensor:
+        """pictures: (N, 3, any, any) uint8 → (N, 3, side, side) float32, 0 to 1: a part of each, of 0.6 to 1 of its
+        side, mirrored or not, its light, contrast and colours a little different, and degraded."""
+        n = len(pictures)
+        extent = 1 - self.variety * self._uniform(n, 0, 0.4)
+        centre = (1 - extent)[:, None] * self._uniform((n, 2), -1, 1)
+        mirror = torch.where(self._uniform(n, 0, 1) < 0.5, -1.0, 1.0)
+        matrix = torch.diag_embed(torch.stack([extent * mirror, extent], 1))
+        theta = torch.cat([matrix, centre[..., None]], 2)
+        grid = functional.affine_grid(theta, [n, 3, 2 * self.side, 2 * self.side], align_corners=False)
+        whole = pictures.to(self._device).float() / 255
+        seen = functional.avg_pool2d(functional.grid_sample(whole, grid, "bilinear", "reflection", False), 2)
+        light, contrast, strong = (torch.exp(self.variety * self._uniform((n, 1, 1, 1), -0.3, 0.3)) for _ in range(3))
+        grey = seen.mean(1, keepdim=True)
+        seen = grey + (seen - grey) * strong
+        middle = seen.mean((1, 2, 3), keepdim=True)
+        return self.degrade((middle + (seen - middle) * contrast) * light).clamp(0, 1)
 
     def _stroke(self, ink: Tensor) -> Tensor:
         """Some drawings with thinner or thicker strokes, or as an outline of themselves."""
@@ -60,7 +81,7 @@ class Pictures:
         shear_matrix = torch.stack([stretch, stretch * shear, 0 * shear, 1 / stretch], 1).view(n, 2, 2)
         grid = sampling_grid(shear_matrix @ rotation, centre, 2 * self.side)
         glyph = functional.grid_sample(ink, grid, align_corners=False)
-        corner = torch.randint(3, (n,), generator=self._rng, device=self._device)
+        corner = torch.randint(3, (n,), generator=self.generator, device=self._device)
         corner = torch.tensor([1.0, 0.5, 0.2], device=self._device)[corner] / share
         plate = torch.zeros_like(glyph)
         if (b := button).any():
@@ -96,7 +117,7 @@ class Pictures:
         n = len(picture)
         soft = functional.avg_pool2d(functional.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
         picture = torch.where(self.chance(n, BLURRED).view(n, 1, 1, 1), soft, picture)
-        noise = torch.randn(picture.shape, generator=self._rng, device=self._device)
+        noise = torch.randn(picture.shape, generator=self.generator, device=self._device)
         strength = self._uniform(n, 0, 0.08) * self.chance(n, NOISY)
         picture = picture + noise * strength.view(n, 1, 1, 1)
         return self.hide_patch(picture)
@@ -119,10 +140,10 @@ class Pictures:
         return light[:, None] - (strong * torch.minimum(light, 1 - light))[:, None] * wave
 
     def chance(self, n: int, share: float) -> Tensor:
-        return torch.rand(n, generator=self._rng, device=self._device) < share * self.variety
+        return torch.rand(n, generator=self.generator, device=self._device) < share * self.variety
 
     def _uniform(self, shape: int | tuple[int, ...], low: float, high: float) -> Tensor:
-        return torch.rand(shape, generator=self._rng, device=self._device) * (high - low) + low
+        return torch.rand(shape, generator=self.generator, device=self._device) * (high - low) + low
 
 
 def dilated(ink: Tensor) -> Tensor:

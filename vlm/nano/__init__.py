@@ -9,8 +9,11 @@ from pathlib import Path
 from kshot.errors import ModelError
 
 NAME = "kshot/nano-qwen3-vl"
-NOTE = f"{NAME} has 3 million weights and has learnt from drawings of icons alone: it says nothing about Qwen3-VL."
-REVISION = "a420ec0309b3"  # the first 12 digits of the SHA-256 of the weights
+NOTE = (
+    f"{NAME} has 3 million weights and learnt from drawings of icons with their names and a few photographs. The names "
+    "in the data set icons were among them, on drawings by other designers. It says nothing about Qwen3-VL."
+)
+REVISION = "a82b49ce6825"  # the first 12 digits of the SHA-256 of the weights
 HERE = Path(__file__).parent
 
 

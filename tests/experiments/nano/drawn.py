@@ -11,6 +11,7 @@ from data.embedded.icons import Icon, inked, read_icons, thumbnails
 from vlm import nano
 
 SOLID = "fontawesome6-solid-webfont"
+MATERIAL = "materialdesignicons6-webfont"
 NAMES = ("anchor", "bug", "leaf", "moon", "rocket", "tooth", "tree", "wrench")
 
 

@@ -1,4 +1,4 @@
-"""The command that makes the pair: a stage leaves its file, once, whole, in the stock layout; and the model cards."""
+"""The command that makes the pair: a stage leaves its file, once, whole, in the stock layout; and what it ships."""
 
 import json
 import re
@@ -25,18 +25,25 @@ from vlm import nano as qwen
 
 def drawings() -> Subjects:
     masks = (np.random.default_rng(0).random((6, 64, 64)) > 0.5).astype(np.uint8) * 255
-    return Subjects(masks, ("arrow", "arrow", "letter a", "wheel", "wheel", "ladder"))
+    small = masks[:, :24, :24].reshape(6, -1)
+    return Subjects(masks, ("arrow", "arrow", "letter a", "wheel", "wheel", "ladder"), tuple("abcdef"), small)
+
+
+def photographs(root: Path) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 3, 96, 96), dtype=np.uint8)
 
 
 def described(masks: torch.Tensor, device: str = "cpu") -> torch.Tensor:
-    return torch.nn.functional.normalize(
-        torch.randn(2 * len(masks), 8, generator=torch.Generator().manual_seed(0)), dim=1
-    )
+    count = len(masks) * (2 if masks.ndim == 3 else 1)  # a drawing is described with its mirror image
+    return torch.nn.functional.normalize(torch.randn(count, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 
 
 def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(main, "subjects", drawings)
+    monkeypatch.setattr(main, "photographs", photographs)
+    monkeypatch.setattr(main.students, "COMMON", 1)
     monkeypatch.setattr(learning, "describe", described)
+    monkeypatch.setattr(learning, "describe_photographs", described)
     monkeypatch.setattr(main, "accuracies", lambda *_: dict.fromkeys(METHODS, MappingProxyType(HALF)))
     monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, arguments), "--steps", "2", "--threads", "1"])
     main.main()
@@ -55,14 +62,17 @@ def test_one_command_makes_the_pair_and_goes_on_where_it_stopped(
     pretrain(monkeypatch, "--work", work, "--ship-to", root)
     assert (work / "vit.safetensors").stat().st_mtime_ns == first
     assert "vit.safetensors is there" in capsys.readouterr().out
-    files = {f"{name}.safetensors" for name in ("described", "subjects", *main.STAGES)}
-    assert {path.name for path in work.iterdir()} == {"subjects.json", *files}
+    files = {f"{name}.safetensors" for name in ("described", "photographs", "subjects", *main.STAGES)}
+    assert {path.name for path in work.iterdir()} == {"subjects.json", "prepare.lock", *files}
     vit = timm.create_model(f"local-dir:{root / 'baselines/nano'}", pretrained=True)
     assert all(torch.equal(vit.state_dict()[name], t) for name, t in load_file(work / "vit.safetensors").items())
     model, info = Qwen3VLForConditionalGeneration.from_pretrained(root / "vlm/nano", output_loading_info=True)
     assert not any(info.values()), info
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert "2 steps of 128 pictures" in (root / "vlm/nano/README.md").read_text()
+    rows = (root / main.NEAREST).read_text().splitlines()[1:]
+    assert len(rows) > 700
+    assert {row.split(",")[1] for row in rows} <= set("abcdef")
     assert json.loads((root / "baselines/nano/config.json").read_text())["model_args"]["patch_size"] == 8
 
 
@@ -112,7 +122,15 @@ FACTS = {
 def test_a_card_has_its_facts(name: str, expected: list[str]) -> None:
     read = ModelCard(card(name, FACTS))
     assert read.data.license == "apache-2.0"
-    for text in [*expected, "| pixel-knn | 6.1% | 6.2% | 6.3% |", "17,000 distinct", "must not be used"]:
+    for text in [
+        *(*expected, "| pixel-knn | 6.1% | 6.2% | 6.3% |", "17,000 distinct", "must not be used"),
+        *(
+            "Material Design Icons",
+            "No icon of Elusive Icons, Font Awesome, Phosphor, Remix Icon is among",
+            "star, camera",
+        ),
+        *("tuxpaint-stamps-default 2022.06.04-1 (GPL-2)", "25% of the pictures", "No picture is in the weights"),
+    ]:
         assert text in read.text
     assert f"| method | {' | '.join(f'k = {k}' for k in SHOTS)} |" in read.text
 

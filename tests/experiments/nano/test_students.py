@@ -1,6 +1,10 @@
 """The students' own ways to compute, against the stock modules: the tower on a batch, the ViT's start and attention;
 and how the whole nano Qwen3-VL is taught, against the stock model's own forward pass and its own words."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,8 @@ from PIL import Image
 from scipy.special import log_softmax
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from experiments.pretrain import students
-from experiments.pretrain.learning import FULL, Plan
+from experiments.pretrain import learning, students
+from experiments.pretrain.learning import FULL, Described, Plan
 from experiments.pretrain.students import Tower, create_dinov2, wave_positions
 from tests.experiments.nano.drawn import fresh
 from vlm import nano
@@ -112,14 +116,30 @@ def test_the_question_is_the_products_own(prompt: Prompt, make_image) -> None:
     assert int(students.questions(fresh(), prompt, NAMES, 48).is_image.sum()) == 9
 
 
-@torch.no_grad()
-def test_cooling_scales_every_logit_and_nothing_else() -> None:
-    model, ids = fresh(), torch.randint(0, 4000, (2, 9), generator=torch.Generator().manual_seed(0))
-    before, others = model(input_ids=ids).logits, {n: w.clone() for n, w in model.state_dict().items()}
-    students.scale_logits(model)
-    torch.testing.assert_close(model(input_ids=ids).logits, 0.35 * before)
-    changed = [n for n, w in model.state_dict().items() if not torch.equal(w, others[n])]
-    assert changed == ["model.language_model.norm.weight"]
+def test_interrupted_answers_go_on_as_if_they_had_not_been(
+    prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "KEEP", 2)
+    monkeypatch.setattr(students, "COMMON", 1)
+    rng = torch.Generator().manual_seed(0)
+    masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
+    drawings = Described(masks, torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1))
+
+    def answers(kept: Path | None, report: Callable[[str], None]) -> list[torch.Tensor]:
+        model = fresh()
+        students.train_answers(model, prompt, drawings, NAMES * 2, Plan(4, batch=4, checkpoint=kept), report)
+        return list(model.state_dict().values())
+
+    def stop(text: str) -> None:
+        if text.startswith("step 3 of"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        answers(tmp_path / "kept", stop)
+    reports: list[str] = []
+    again = answers(tmp_path / "kept", reports.append)
+    assert reports[0].startswith("step 3 of 4")
+    assert all(map(torch.equal, again, answers(None, lambda _: None)))
 
 
 def test_the_loss_weighs_the_first_token_most() -> None:
@@ -136,14 +156,35 @@ def test_the_loss_weighs_the_first_token_most() -> None:
 def test_names_that_many_drawings_bear_are_shown_less_often_than_they_stand_there() -> None:
     shares = students.sampling_weights(["a", "a", "a", "a", "b"])
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]))
+    common = students.sampling_weights(["a", "a", "a", "a", "b"], least=4)
+    torch.testing.assert_close(common, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0]))
 
 
-def test_a_few_steps_make_the_names_likelier(prompt: Prompt) -> None:
+def test_rare_names_are_shown_to_a_share_of_the_steps(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten steps the first six show both names, the last four the one that more drawings have."""
+    monkeypatch.setattr(students, "COMMON", 4)
+    asked: list[set[int]] = []
+    stock = students.answer_states
+
+    def states(model: Any, tower: Tower, prompts: Any, shown: torch.Tensor, chosen: torch.Tensor) -> Any:
+        asked.append(set(chosen.tolist()))
+        return stock(model, tower, prompts, shown, chosen)
+
+    monkeypatch.setattr(students, "answer_states", states)
+    drawings = Described(torch.zeros(5, 64, 64, dtype=torch.uint8), torch.eye(5))
+    names = [NAMES[0]] * 4 + [NAMES[1]]
+    students.train_answers(fresh(), prompt, drawings, names, Plan(10, batch=8), lambda _: None)
+    assert 4 in set().union(*asked[:6])
+    assert 4 not in set().union(*asked[6:])
+
+
+def test_a_few_steps_make_the_names_likelier(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(students, "COMMON", 1)
     rng = torch.Generator().manual_seed(0)
     masks = (torch.rand(6, 64, 64, generator=rng) > 0.5).to(torch.uint8) * 255
     described = torch.nn.functional.normalize(torch.randn(6, 5, generator=rng), dim=1)
     model, reports = fresh(), []
-    students.train_answers(model, prompt, masks, described, NAMES * 2, Plan(20, batch=4), reports.append)
+    students.train_answers(model, prompt, Described(masks, described), NAMES * 2, Plan(20, batch=4), reports.append)
     losses = [float(text.rsplit(" ", 1)[1]) for text in reports]
     assert losses[-1] < losses[0]
     assert not model.training

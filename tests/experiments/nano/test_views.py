@@ -73,6 +73,40 @@ def test_without_variety_a_picture_is_the_drawing_in_black_on_white() -> None:
     assert abs(coverage).max() < 1e-6
 
 
+@given(seed=SEEDS, variety=SHARES, side=st.sampled_from([48, 64]))
+@settings(deadline=None)
+def test_photographs_are_of_0_to_1(seed: int, variety: float, side: int) -> None:
+    rng = np.random.default_rng(seed)
+    seen = pictures(seed, side, variety)(torch.from_numpy(rng.integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)))
+    assert seen.shape == (3, 3, side, side)
+    assert 0 <= seen.min() <= seen.max() <= 1
+
+
+def test_without_variety_a_photograph_is_whole_or_its_mirror_image() -> None:
+    """Of 96 pixels at 48: each pixel the mean of four."""
+    whole = np.random.default_rng(0).integers(0, 256, (40, 3, 96, 96), dtype=np.uint8)
+    seen = pictures(0, 48, variety=0.0)(torch.from_numpy(whole)).numpy()
+    expected = whole.reshape(40, 3, 48, 2, 48, 2).mean((3, 5)) / 255
+    as_it_is = np.isclose(seen, expected, atol=1e-4).all((1, 2, 3))
+    mirrored = np.isclose(seen, expected[..., ::-1], atol=1e-4).all((1, 2, 3))
+    assert (as_it_is ^ mirrored).all()
+    assert 8 <= mirrored.sum() <= 32
+
+
+def test_a_photograph_shows_most_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ramps: the part that is seen is inside, and at least 0.6 of it each way."""
+    monkeypatch.setattr(Pictures, "degrade", lambda _, picture: picture)
+    line = np.linspace(80, 180, 96).round().astype(np.uint8)
+    ramps = np.stack(
+        [np.broadcast_to(line, (96, 96)), np.broadcast_to(line[:, None], (96, 96)), np.full((96, 96), 130)]
+    )
+    seen = pictures(0)(torch.from_numpy(np.stack([ramps] * 60).astype(np.uint8))).numpy()
+    across = abs(seen[:, 0, 32, -1] - seen[:, 0, 32, 0])
+    along = abs(seen[:, 1, -1, 32] - seen[:, 1, 0, 32])
+    np.testing.assert_allclose(across, along, rtol=0.15)  # one extent both ways, as far as clipping and rounding let
+    assert across.min() > 0.6 * 100 / 255 * np.exp(-0.9) * 0.95  # light, contrast and colour take at most that
+
+
 def test_half_the_variety_is_half_the_chance() -> None:
     drawn = pictures(0, variety=0.5)
     assert drawn.chance(20_000, 0.4).float().mean() == pytest.approx(0.2, abs=0.015)
