@@ -29,8 +29,8 @@ DATASETS: dict[str, DatasetSpec] = {
                 *("star", "camera", "cloud", "heart", "lock", "hand", "clock", "bell", "phone", "book"),
                 *("car", "home", "map", "flag", "folder", "battery", "calendar", "wifi", "music", "shield"),
             ),
-            train=1411,
-            test=570,
+            train=701,
+            test=337,
         ),
         DatasetSpec(
             name="digits",

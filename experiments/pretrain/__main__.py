@@ -62,6 +62,7 @@ from vlm.prompts import PREFILL, QUESTION, Prompt
 
 SHIP = "ship"
 NEAREST = "results/nearest-drawings.csv"  # of each drawing of the demo, the nearest that the pair learnt from
+LICENCES = {"Codicons": "CC-BY-4.0", "Material Design Icons": "Apache-2.0"}  # of the icons that are learnt from
 LONGEST = 6  # tokens of a name, its end included, that the whole model learns to write
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 16)  # of the few-shot accuracies on the model cards
 FLOOR = "pixel-knn"
@@ -231,7 +232,7 @@ def card(model: str, facts: Mapping[str, Any]) -> str:
         shots=SHOTS,
         validation=VALIDATION,
         demo=find("icons").classes,
-        met=FAMILIES,
+        met=[f"{family} ({LICENCES[family]})" for family in FAMILIES],
         unmet=icons.FAMILIES,
         similar=SIMILAR,
         nearest=NEAREST,

@@ -125,7 +125,8 @@ def test_a_card_has_its_facts(name: str, expected: list[str]) -> None:
     for text in [
         *(*expected, "| pixel-knn | 6.1% | 6.2% | 6.3% |", "17,000 distinct", "must not be used"),
         *(
-            "Material Design Icons",
+            "Material Design Icons (Apache-2.0)",
+            "Codicons (CC-BY-4.0)",
             "No icon of Elusive Icons, Font Awesome, Phosphor, Remix Icon is among",
             "star, camera",
         ),
