@@ -123,7 +123,7 @@ def sweep(
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
     chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
     fields["methods"] = method or list(chosen.methods)
-    content = _sweep_of(preset or "demo", fields, {**named, **chosen.settings})
+    content = _sweep_of(preset or "demo", fields, {**chosen.settings, **named})
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
     how["gpus_per_worker"] = gpus_per_worker

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from kshot.errors import InputError
+from kshot.images import FORMATS
 
 SIDE = 96  # pixels
 COUNT = 6000  # pictures that are made of them
@@ -60,8 +61,10 @@ def photographs(root: Path, count: int = COUNT, seed: int = 0) -> np.ndarray:
     Raises InputError where one is not there.
     """
     rng = np.random.default_rng(seed)
-    scenes = [_shrunk(Image.open(path).convert("RGB")) for package in SCENES for path in files(root, package)]
-    objects = [_shrunk(Image.open(path).convert("RGBA"), 3 * SIDE) for path in files(root, OBJECTS)]
+    scenes = [
+        _shrunk(Image.open(path, formats=FORMATS).convert("RGB")) for package in SCENES for path in files(root, package)
+    ]
+    objects = [_shrunk(Image.open(path, formats=FORMATS).convert("RGBA"), 3 * SIDE) for path in files(root, OBJECTS)]
     pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
     for picture in pictures:
         if rng.random() < WHOLE:

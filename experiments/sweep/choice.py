@@ -17,14 +17,15 @@ from vlm import models
 GPU_MODEL, GPU_BACKBONE, CPU_BACKBONE = "2B", "vit_base_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"
 TITLES = {GPU_MODEL: f"Qwen3-VL-{GPU_MODEL}", GPU_BACKBONE: "DINOv2-base", CPU_BACKBONE: "DINOv2-small"}
 TUNED = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
+NANO_SIDE = 64  # pixels
 FROZEN = ("dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean", "pixel-knn")
 WITH_VLM = ("vlm-zero-shot", "vlm-lora", *FROZEN)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """device: cpu or cuda. methods: of the sweep; none: the preset's. settings: the models. lines: what was chosen and
-    why, a sentence each."""
+    """device: cpu or cuda. methods: of the sweep; none: the preset's. settings: the models, and what they need where
+    nothing else is said. lines: what was chosen and why, a sentence each."""
 
     device: str
     methods: tuple[str, ...] = ()
@@ -53,7 +54,10 @@ def choose(
     if absent := [TITLES[name] for name, size in sizes.items() if size is None]:
         nothing_named = not methods and model is None and backbone is None
         kinds = {"model", "backbone"} if nothing_named else {*settings, *(["model"] if nano_vlm else [])}
-        return Choice(where, () if nothing_named else chosen, {}, (_nothing(absent, kinds), *lines))
+        if not nothing_named:
+            return Choice(where, chosen, {}, (_nothing(absent, kinds), *lines))
+        seen = f"images: at {NANO_SIDE} pixels, as the nano pair learnt (--set max_side=N for more, which takes longer)"
+        return Choice(where, (), {"max_side": NANO_SIDE}, (_nothing(absent, kinds), seen, *lines))
     if settings:
         size = sum(each or 0 for each in sizes.values())
         fetched = f"{size / 1e6:,.0f} MB to download" if size else "nothing to download"

@@ -88,8 +88,9 @@ def test_the_nano_vlm_of_a_cpu_is_announced(machine: Callable[..., None]) -> Non
 def test_where_nothing_can_be_had_the_nano_pair_is_announced(machine: Callable[..., None]) -> None:
     machine(size=None)
     found = choose(OWN)
-    assert (found.methods, found.settings) == ((), {})
+    assert (found.methods, found.settings) == ((), {"max_side": 64})  # at 480 pixels it would take an hour
     assert found.lines[0].startswith("models: the nano pair, since DINOv2-small cannot be had here")
+    assert found.lines[1].startswith("images: at 64 pixels, as the nano pair learnt")
     assert "says nothing about photographs" in found.lines[0]
     assert found.lines[0].endswith("or name folders with --backbone and --model")
 

@@ -88,7 +88,7 @@ def test_a_folder_grows_by_what_is_new(photos: Path, tmp_path: Path, kshot, ran:
     assert (content["shots"], content["seeds"]) == ([1, 4], [0, 2])
     assert content["methods"] == ["pixel-knn", "dinov2-logreg"]
     assert (content["service"], content["device"]) == ("local", "cpu")
-    assert "it says nothing about DINOv2" in (tmp_path / "out/report.md").read_text()
+    assert "It says nothing about DINOv2" in (tmp_path / "out/report.md").read_text()
 
 
 def test_another_folder_of_the_same_name_is_refused(photos: Path, copied: Path, tmp_path: Path, kshot, refused) -> None:

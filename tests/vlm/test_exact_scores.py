@@ -95,7 +95,7 @@ def test_scores_equal_each_labels_own_forward_pass(kind: str, side: Side, make_i
     image = make_image(3, 32, 32, format="JPEG")
     expected = scores(side.stock, prompt.question(image), prompt.choices, prompt.rule, side.image)
     for method, values in expected.items():
-        assert predict(sampler, [image], prompt, method)[0] == pytest.approx(values, abs=1e-4)
+        assert predict(sampler, [image], prompt, method)[0] == pytest.approx(values, abs=1e-4, rel=1e-5)
     assert np.exp(expected["constrained"]).sum() == pytest.approx(1.0)
 
 
@@ -103,7 +103,7 @@ def test_a_template_of_ones_own_scores_exactly_too(side: Side, make_image: Calla
     sampler, prompt = side.prompt(NAMES["prefixes"], "Here: {image} What is it? => It is a {label}, I think.")
     image = make_image(3, 32, 32, format="JPEG")
     expected = scores(side.stock, prompt.question(image), prompt.choices, prompt.rule, side.image)
-    assert predict(sampler, [image], prompt)[0] == pytest.approx(expected["constrained"], abs=1e-4)
+    assert predict(sampler, [image], prompt)[0] == pytest.approx(expected["constrained"], abs=1e-4, rel=1e-5)
 
 
 def test_greedy_decoding_takes_the_likeliest_token_at_every_step(side: Side, make_image: Callable[..., bytes]) -> None:
@@ -140,7 +140,7 @@ def test_scores_in_parts_equal_those_at_once(
     whole = score_choices(sampler, prompts, prompt.choices, method)
     monkeypatch.setattr("vlm.local.scoring.LOGITS", 3 * 4096)
     monkeypatch.setattr("vlm.local.scoring.MASK", 3000)
-    assert score_choices(sampler, prompts, prompt.choices, method) == pytest.approx(whole, abs=1e-4)
+    assert score_choices(sampler, prompts, prompt.choices, method) == pytest.approx(whole, abs=1e-4, rel=1e-5)
 
 
 def test_a_name_that_stands_twice_is_an_error(side: Side) -> None:
