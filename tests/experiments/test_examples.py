@@ -59,7 +59,7 @@ def test_reward_on_images(address: str) -> None:
 
 
 def test_preferences_on_images(address: str) -> None:
-    found = example("dpo_images").main(address, steps=10, tested=20)
+    found = example("dpo_images").main(address, steps=20, tested=60)
     assert found["losses"][0] == pytest.approx(np.log(2), abs=1e-5)  # policy and untuned model are the same
     assert found["losses"][-1] < found["losses"][0]
     assert found["after"] > found["before"]
