@@ -2,8 +2,8 @@
 #
 #   docker build --target cpu  --build-arg TORCH_INDEX=ADDRESS --tag kshot:cpu .
 #   docker build --target cuda --tag kshot:cuda .
-#   docker run --rm --volume "$PWD/runs:/work/runs" kshot:cpu demo
-#   docker run --rm --gpus all --volume "$PWD/runs:/work/runs" --volume kshot-cache:/cache kshot:cuda sweep blog-small --device cuda
+#   docker run --rm --volume "$PWD/runs:/home/kshot/runs" kshot:cpu demo
+#   docker run --rm --gpus all --volume "$PWD/runs:/home/kshot/runs" --volume kshot-cache:/cache kshot:cuda sweep blog-small --device cuda
 #   docker run --rm --publish 127.0.0.1:8000:8000 kshot:cpu serve --host 0.0.0.0 --api-key-file /keys --state /cache/state
 #
 # TORCH_INDEX: an index with PyTorch's builds for a CPU; without it the usual build is installed, which is larger.
@@ -24,9 +24,9 @@ ARG TORCH_INDEX=""
 RUN if [ -n "$TORCH_INDEX" ]; then \
         pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch torchvision; \
     fi && pip install --constraint constraints.txt .
-RUN useradd --create-home kshot && mkdir -p /cache /work && chown kshot /cache /work
+RUN useradd --create-home kshot && mkdir -p /cache && chown kshot /cache
 USER kshot
-WORKDIR /work
+WORKDIR /home/kshot
 ENTRYPOINT ["kshot"]
 CMD ["--help"]
 
@@ -34,8 +34,8 @@ CMD ["--help"]
 FROM base AS cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install --constraint constraints.txt .
-RUN useradd --create-home kshot && mkdir -p /cache /work && chown kshot /cache /work
+RUN useradd --create-home kshot && mkdir -p /cache && chown kshot /cache
 USER kshot
-WORKDIR /work
+WORKDIR /home/kshot
 ENTRYPOINT ["kshot"]
 CMD ["--help"]

@@ -1,7 +1,9 @@
 """For every test: a cache of its own, one thread, no progress bars, so that nothing depends on the machine."""
 
+import gc
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +52,17 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_sdk_client_stays() -> Iterator[None]:
+    """The SDK's clients send heartbeats until they are closed, also to a server that is gone. Their native threads
+    would go on in the tests of other files, where tracemalloc of Python 3.11 crashes by them (python/cpython#128679)."""
+    yield
+    if (sdk := sys.modules.get("tinker.lib.internal_client_holder")) is not None:
+        for each in gc.get_objects():
+            if type(each) is sdk.InternalClientHolder:
+                each.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

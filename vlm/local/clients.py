@@ -3,6 +3,7 @@
 import concurrent.futures
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -56,7 +57,7 @@ def refuse(**options: object) -> None:
             raise RequestError(f"{name}={value!r} is not supported by the local service; {way_out}")
 
 
-class _Client:
+class _Client(ABC):
     """What both kinds have of the engine."""
 
     def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
@@ -68,9 +69,9 @@ class _Client:
         return getattr(self._held, "lost", "")
 
     @property
+    @abstractmethod
     def _held(self) -> Any:
         """What is in the engine's memory for this client."""
-        raise NotImplementedError
 
     @property
     def tower_forwards(self) -> int:
@@ -88,6 +89,7 @@ class _Client:
 
     def get_telemetry(self) -> None:
         """Nothing is reported to anybody."""
+        return
 
     def _submit(
         self, inputs: Sequence[tinker.ModelInput], call: Callable[..., Any], *args: Any, **kwargs: Any
