@@ -57,7 +57,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _no_sdk_client_stays() -> Iterator[None]:
     """The SDK's clients send heartbeats until they are closed, also to a server that is gone. Their native threads
-    would go on in the tests of other files, where tracemalloc of Python 3.11 crashes by them (python/cpython#128679)."""
+    would go on in other files' tests, where tracemalloc of Python 3.11 crashes by them (python/cpython#128679)."""
     yield
     if (sdk := sys.modules.get("tinker.lib.internal_client_holder")) is not None:
         for each in gc.get_objects():

@@ -1,5 +1,6 @@
 """Send a trained model or a results folder to the Hugging Face hub, in one commit; or list what would be sent: weights
-and cards of a model; reports, records and figures of results. Predictions, images and all other files stay here."""
+and cards of a model; reports, records, their table and figures of results. Predictions, images and all else stay here.
+"""
 
 import re
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ def _results_files(folder: Path) -> list[str]:
     stems = sorted({TOGETHER, *map(file_stem, sweep["datasets"])})
     figures = [f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
     cells = sorted(f"cells/{path.name}" for path in (folder / "cells").glob("[!.]*.json"))
-    return [*reports, "sweep.json", *cells, *(name for name in (PACKED, *figures) if (folder / name).exists())]
+    return [*reports, "sweep.json", *cells, *(n for n in ("results.csv", PACKED, *figures) if (folder / n).exists())]
 
 
 def _send(upload: Upload) -> Upload:

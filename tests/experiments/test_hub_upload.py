@@ -110,7 +110,7 @@ def test_what_belongs_to_an_adapter_and_to_results_is_sent_each_in_one_commit(
     assert files(adapter) == before
     repo = there.repos["o/r"]
     assert (repo.kind, repo.private, len(repo.commits)) == ("dataset", False, 1)
-    names = ["report.html", "report.md", "sweep.json", "figures/icons.png", "figures/icons.svg"]
+    names = ["report.html", "report.md", "results.csv", "sweep.json", "figures/icons.png", "figures/icons.svg"]
     assert repo.files == plain(results, [*names, "cells.jsonl", "cells/a.json", "cells/b.json"])
 
 
