@@ -14,12 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models, nano
 from vlm.local.registry import SHARDS, EngineRegistry, dtype_of, state_folder
 from vlm.local.registry import follow as follow
+from vlm.local.threads import is_fixed
 from vlm.places import parted
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
@@ -49,8 +51,8 @@ def engine_registry(
     """The engines of a server; `serve` loads them.
 
     model_arguments: NAME or NAME=PATH of each model, with @PLACE behind it (see `vlm.places`) where it has one of its
-    own; none: the nano model. threads: of the models'
-    arithmetic on a CPU, by default as many as are fastest (`vlm.local.threads`). The rest: see `vlm.connect`.
+    own; none: the nano model. threads: of the models' arithmetic on a CPU, by default as many as are fastest
+    (`vlm.local.threads`), and one core at least is left that answers requests. The rest: see `vlm.connect`.
     Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
     """
     (paths, places), torch_dtype = _model_paths(model_arguments), dtype_of(dtype)
@@ -82,6 +84,8 @@ def serve(
     ahead = memory.limit // 8  # for good: images are decoded ahead while there is room in it, for each model
     _ = memory.take(IMAGES, ahead)
     registry.pixel_bytes, registry.decoders = ahead // max(1, len(registry.model_paths or ())), images.AT_ONCE
+    if not is_fixed():  # registry.threads, where they are told, are set with the model
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # a core is left that answers requests
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet
