@@ -16,9 +16,11 @@ from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_weights
 from vlm import nano
 from vlm.local.model import placement
-from vlm.local.model.families import HEAD, QWEN3_VL
-from vlm.local.model.load import load
+from vlm.local.model.families import HEAD, QWEN3_VL, family_of
+from vlm.local.model.load import Model, load
+from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import StoredTensor, stored_tensors
+from vlm.models import source
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"
@@ -282,6 +284,29 @@ def test_every_free_byte_may_be_used_but_no_more() -> None:
     assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3], QWEN3_VL)) == [0, 1, 1]
     with pytest.raises(ModelError):
         placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3], QWEN3_VL)
+
+
+def test_an_adapter_in_training_counts_where_layers_go(caplog: pytest.LogCaptureFixture) -> None:
+    size, training = [4, 3, 3, 3, 3], [0, 3, 3, 3, 1]
+    places = placement.device_map("m", BF16, size, False, GPUS, [12, 12, 8], QWEN3_VL, training)
+    assert layers_of(places) == [0, 1, 1]  # by weights alone all would be evenly on them
+    assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [12, 12, 8], QWEN3_VL)) == [0, 1, 1]
+    assert caplog.messages == []
+    assert layers_of(placement.device_map("m", BF16, size, False, GPUS, [7, 6, 3], QWEN3_VL, training)) == [0, 1, 1]
+    assert "an adapter in training and its largest pass (4096 positions) may not fit" in caplog.messages[0]
+    with pytest.raises(ModelError):
+        placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3], QWEN3_VL, training)
+
+
+def test_what_training_takes_is_the_adapter_and_the_pass(moe: tuple[Path, Any]) -> None:
+    """Against the layout of an adapter on the loaded model, dense and with experts."""
+    for path in (Path(source(nano.NAME)), moe[0]):
+        model = Model(str(path), dtype=BF16)
+        config = model.stock.config
+        tensors = placement.stored_tensors("m", path)
+        made = placement.training_sizes(tensors, config, BF16, family_of(model.stock), 8)
+        exact = placement.reserve(model.stock, model.layout(LoraSpec(8)).run_bytes(BF16), BF16)
+        assert exact <= sum(made) <= 1.02 * exact  # routers have none, and are counted
 
 
 def test_the_map_covers_every_weight_of_both_kinds(stock: Any, moe: tuple[Path, Any]) -> None:

@@ -90,7 +90,7 @@ def test_custom_and_closed_losses(case: tuple[str, Engines], data: list[tinker.D
         found.append((out.metrics, run.optimizer_tensors()))
     (metrics, state), (others, other_state) = found
     assert others == pytest.approx(metrics, rel=1e-5)
-    assert ranked.errors(state, other_state) < 2e-6 if case[1].tolerance < 1e-6 else 1e-4  # log-probs are float32
+    assert ranked.errors(state, other_state) < (2e-6 if case[1].tolerance < 1e-6 else 1e-4)  # log-probs are float32
 
 
 def test_ranks_answer_what_one_does(

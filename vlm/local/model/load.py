@@ -73,7 +73,8 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> An
     layers, tied = config.get_text_config().num_hidden_layers, bool(config.tie_word_embeddings)
     size = placement.sizes(weights.tensors, layers, tied, dtype, family)
     free = [placement.free_bytes(each) for each in devices]
-    device_map = placement.device_map(name, dtype, size, tied, devices, free, family)
+    training = placement.training_sizes(weights.tensors, config, dtype, family, LoraSpec().rank)
+    device_map = placement.device_map(name, dtype, size, tied, devices, free, family, training)
     return _from_pretrained(name, family, config, weights, dtype, device_map).eval().requires_grad_(False)
 
 

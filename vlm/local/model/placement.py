@@ -5,6 +5,7 @@ Weight files are read by their headers alone: a safetensors file is 8 bytes with
 nothing is offloaded to disk, or to the CPU beside a GPU.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from vlm.local.model.families import Family
 from vlm.models import GGUF
 from vlm.places import place_of
 
+log = logging.getLogger("kshot")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100 << 20  # bytes, as the format allows
@@ -110,10 +112,33 @@ def sizes(
     is; each decoder layer; final norm and head, unless that is tied to the embeddings."""
     of = [0] * (layers + 2)
     for name, tensor in tensors.items():
-        layer = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
-        part = int(layer[1]) + 1 if layer else (-1 if name.startswith((family.head, family.norm)) else 0)
+        part = _part(name, family)
         if part <= layers and not (tied and name.startswith(family.head)):
             of[part] += tensor.elements * dtype.itemsize
+    return of
+
+
+def _part(name: str, family: Family) -> int:
+    """Where a weight counts in `sizes`."""
+    layer = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
+    return int(layer[1]) + 1 if layer else (-1 if name.startswith((family.head, family.norm)) else 0)
+
+
+def training_sizes(
+    tensors: Mapping[str, StoredTensor], config: Any, dtype: torch.dtype, family: Family, rank: int
+) -> list[int]:
+    """Bytes that training needs beside the weights, by part as in `sizes`, as far as it is known before anything is
+    loaded: an adapter of this rank on every matrix of the layers and on the head, with its optimizer, and the largest
+    pass."""
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    kept, logits = _pass_bytes(text, dtype)
+    number = 4 * 4 + (0 if dtype == torch.float32 else 2 * dtype.itemsize)  # as Layout.run_bytes
+    of = [0, *[kept] * layers, logits + rank * (text.hidden_size + text.vocab_size) * number]
+    for name, tensor in tensors.items():
+        if 0 < (part := _part(name, family)) <= layers and len(tensor.shape) > 1:
+            *experts, rows, columns = tensor.shape
+            of[part] += math.prod(experts) * rank * (rows + columns) * number
     return of
 
 
@@ -182,14 +207,21 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> float:
 
 def reserve(stock: Any, adapter_bytes: int, dtype: torch.dtype) -> int:
     """Bytes that a device needs beside weights: an adapter in training with its optimizer, and the largest pass, as far
-    as it is known before: what the layers keep of PACK positions for the gradient, and logits of LABELLED of them."""
+    as it is known before."""
     text = stock.config.get_text_config()
+    kept, logits = _pass_bytes(text, dtype)
+    return adapter_bytes + text.num_hidden_layers * kept + logits
+
+
+def _pass_bytes(text: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """What a layer keeps of PACK positions for the gradient, and logits of LABELLED of them."""
     active = getattr(text, "num_experts_per_tok", None) or 1
     wide = getattr(text, "intermediate_size", None) or 0
     inner = max(active * (getattr(text, "moe_intermediate_size", None) or 0), wide)
-    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    kept = text.num_hidden_layers * (4 * text.hidden_size + 6 * heads + 3 * inner) * dtype.itemsize
-    return adapter_bytes + PACK * kept + 3 * LABELLED * text.vocab_size * 4
+    count = getattr(text, "num_attention_heads", None) or 1
+    heads = count * (getattr(text, "head_dim", None) or text.hidden_size // count)
+    kept = (4 * text.hidden_size + 6 * heads + 3 * inner) * dtype.itemsize
+    return PACK * kept, 3 * LABELLED * text.vocab_size * 4
 
 
 def device_map(
@@ -200,13 +232,18 @@ def device_map(
     targets: Sequence[torch.device],
     free: Sequence[int],
     family: Family,
+    training: Sequence[int] = (),
 ) -> dict[str, torch.device | int]:
     """Which device each module goes to; decoder layers in order, devices filled to about the same share of what is
-    free on them. size: see `sizes`. Raises ModelError where the weights do not fit, before any is read."""
-    shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
-    places = next((places for share in shares if (places := _fill(size, share))), None)
+    free on them. size: see `sizes`. training: what is needed beside, see `training_sizes`; where only the weights
+    fit, that is said in the log. Raises ModelError where they do not, before any is read."""
+    places = _evenly([*map(sum, zip(size, training, strict=True))], free) if training else None
+    has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
+    if places is None and (places := _evenly(size, free)) and training:
+        needed = f"{sum(training) / 1e9:.1f} GB beside its weights ({sum(size) / 1e9:.1f} GB)"
+        why = f"an adapter in training and its largest pass ({PACK} positions) may not fit"
+        log.warning("model %s: %s: by arithmetic they take %s, and free are %s", name, why, needed, has)
     if places is None:
-        has = ", ".join(f"{bytes / 1e9:.1f} GB on {place}" for place, bytes in zip(targets, free, strict=True))
         ways_out = ["a smaller model", *(["bfloat16"] if dtype.itemsize > 2 else [])]
         ways_out += ["`auto` to spread it over several GPUs"] if [t.type for t in targets] == ["cuda"] else []
         what = f"model {name} needs {sum(size) / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}"
@@ -217,6 +254,12 @@ def device_map(
     first, *layers, last = (targets[n].index for n in places)
     modules = dict.fromkeys(family.first, first) | {f"{family.layers}.{n}": device for n, device in enumerate(layers)}
     return {**modules, family.norm: last, family.head: first if tied else last}
+
+
+def _evenly(blocks: Sequence[int], free: Sequence[int]) -> list[int] | None:
+    """The device of each block, where all are filled to the smallest share of what is free that is enough."""
+    shares = ([bytes * step // STEPS for bytes in free] for step in range(1, STEPS + 1))
+    return next((places for share in shares if (places := _fill(blocks, share))), None)
 
 
 def _fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
