@@ -83,8 +83,7 @@ def reinforce(
             np.array([judge(*view, prompt.text(answer.tokens)) for answer in group])
             for view, group in zip(batch, groups, strict=True)
         ]
-        answers = [answer for group in groups for answer in group]
-        worth = [*zip(answers, np.concatenate([*map(gains, rewards)]).tolist(), strict=True)]
+        worth = [each for n, group in enumerate(groups) for each in _merged(group, gains(rewards[n]))]
         if data := _data(worth, policy.kl, base):
             done = client.forward_backward(data, policy.loss), client.optim_step(adam)
             for each in done:
@@ -133,15 +132,25 @@ def with_log_probs(client: Any, data: Sequence[tinker.Datum]) -> list[tinker.Dat
     return [replace(d, loss_fn_inputs={**d.loss_fn_inputs, "logprobs": out["logprobs"]}) for d, out in pairs]
 
 
-def _data(worth: Sequence[tuple[Answer, float]], kl: float, base: Any) -> list[tinker.Datum]:
-    """The data of all answers that teach something."""
+def _merged(answers: Sequence[Answer], gains: np.ndarray) -> list[tuple[Answer, float, int]]:
+    """Each different answer of a group with the sum of what it gained, and how often it came. Training on it once by
+    that sum is the same as on each of the equal ones: the losses are proportional to the advantage."""
+    first: dict[tuple[int, ...], Answer] = {}
+    for answer in answers:
+        first.setdefault(tuple(answer.tokens), answer)
+    of = {key: [n for n, answer in enumerate(answers) if tuple(answer.tokens) == key] for key in first}
+    return [(answer, float(gains[of[key]].sum()), len(of[key])) for key, answer in first.items()]
+
+
+def _data(worth: Sequence[tuple[Answer, float, int]], kl: float, base: Any) -> list[tinker.Datum]:
+    """The data of all answers that teach something. worth: see `_merged`."""
     if not kl:
-        return [answer_datum(answer, np.full(len(answer.tokens), gain)) for answer, gain in worth if gain]
-    futures = [base.compute_logprobs(answer.whole) for answer, _ in worth]
+        return [answer_datum(answer, np.full(len(answer.tokens), gain)) for answer, gain, _ in worth if gain]
+    futures = [base.compute_logprobs(answer.whole) for answer, *_ in worth]
     data = []
-    for (answer, gain), future in zip(worth, futures, strict=True):
+    for (answer, gain, count), future in zip(worth, futures, strict=True):
         distance = np.array(answer.log_probs) - np.array(future.result()[-len(answer.tokens) :], float)
-        data.append(answer_datum(answer, gain - kl * distance))
+        data.append(answer_datum(answer, gain - count * kl * distance))
     return data
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kshot.errors import ModelError
-from tests.vlm.checkpoints import copied, experts, sharded, with_config, with_weights
+from tests.vlm.checkpoints import copied, experts, random_model, sharded, with_config, with_weights
 from vlm import nano
 from vlm.local.model import placement
 from vlm.local.model.families import HEAD, QWEN3_VL, family_of
@@ -298,9 +298,9 @@ def test_an_adapter_in_training_counts_where_layers_go(caplog: pytest.LogCapture
         placement.device_map("m", BF16, size, False, GPUS, [6, 6, 3], QWEN3_VL, training)
 
 
-def test_what_training_takes_is_the_adapter_and_the_pass(moe: tuple[Path, Any]) -> None:
+def test_what_training_takes_is_the_adapter_and_the_pass(tmp_path: Path) -> None:
     """Against the layout of an adapter on the loaded model, dense and with experts."""
-    for path in (Path(source(nano.NAME)), moe[0]):
+    for path in (Path(source(nano.NAME)), random_model(tmp_path, "sparse", tied=True)):
         model = Model(str(path), dtype=BF16)
         config = model.stock.config
         tensors = placement.stored_tensors("m", path)

@@ -139,6 +139,22 @@ def test_value_and_gradient_are_the_published_ones(name: str, config: dict[str, 
     assert gradient == pytest.approx(slopes(name, log_probs, fields, config), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"), [case for case in CASES if case[0] in ("importance_sampling", "ppo", "cispo", "gspo")]
+)
+@given(problem=problems())
+@settings(deadline=None, max_examples=20)
+def test_losses_of_answers_are_proportional_to_the_advantage(
+    name: str, config: dict[str, float], problem: Problem
+) -> None:
+    """So that equal answers may be one datum with the sum of their advantages, as `vlm.reward` has it."""
+    chosen, (log_probs, fields) = loss(name, config), problem
+    value, gradient = evaluate(chosen, log_probs, fields)
+    more, steeper = evaluate(chosen, log_probs, {**fields, "advantages": 3 * fields["advantages"]})
+    assert more == pytest.approx(3 * value, rel=1e-9, abs=1e-12)
+    assert steeper == pytest.approx(3 * gradient, rel=1e-9, abs=1e-12)
+
+
 @each_case
 @given(problem=problems())
 @settings(deadline=None, max_examples=20)
