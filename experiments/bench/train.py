@@ -80,8 +80,9 @@ def measure(root: Path | None, quick: bool, device: str = "cpu", shape: str = NA
         made = summary(case, seconds, trained, pairs)
     if device == "cpu" and not quick:
         with tempfile.TemporaryDirectory() as folder:
-            rows, made["ratios"]["ranks_over_threads"] = ranks_against_threads(replace(case, state=Path(folder)))
+            rows, ratios = ranks_against_threads(replace(case, state=Path(folder)))
         made["rows"] += rows
+        made["ratios"] |= ratios
     return made
 
 
@@ -95,17 +96,18 @@ def train(implementation: Implementation, case: Any) -> Timed[Outcome]:
     return Timed(trained.seconds, replace(trained.value, peak=_peak_memory(case.device), processor=spent))
 
 
-def ranks_against_threads(case: Case) -> tuple[Rows, float]:
-    """Rows of two ranks of one thread and of one process of two, in turn, once each has started; and their ratio. The
-    other programs have ended."""
+def ranks_against_threads(case: Case) -> tuple[Rows, dict[str, float]]:
+    """Rows of two ranks of one thread and of one process of two and of one, in turn, once each has started; and how
+    much faster the ranks are than each. The other programs have ended."""
     case, before, rates = replace(case, start=""), torch.get_num_threads(), dict[str, list[float]]()
     told = os.environ.get(THREADS)
     views = sum(map(len, case.batches))
+    ways = ("2 ranks of 1 thread", "cpu:2", 2), ("1 rank of 2 threads", "cpu", 2), ("1 rank of 1 thread", "cpu", 1)
     try:
         for _ in range(FULL.rounds):
-            for name, device in (("2 ranks of 1 thread", "cpu:2"), ("1 rank of 2 threads", "cpu")):
-                torch.set_num_threads(2)  # shared by the ranks, one each
-                os.environ[THREADS] = "2"  # they are as told, not as many as are fastest
+            for name, device, threads in ways:
+                torch.set_num_threads(threads)  # shared by the ranks, one each
+                os.environ[THREADS] = str(threads)  # they are as told, not as many as are fastest
                 with programs.ours(replace(case, device=device)) as run:
                     run()  # images go through the tower, and are kept
                     rates.setdefault(name, []).append(views / timed(run, device="cpu").seconds)
@@ -113,8 +115,9 @@ def ranks_against_threads(case: Case) -> tuple[Rows, float]:
         torch.set_num_threads(before)
         os.environ.pop(THREADS)
         os.environ |= {} if told is None else {THREADS: told}
-    many, one = rates.values()
-    return [row(name, each, "examples/s") for name, each in rates.items()], median(many) / median(one)
+    many, two, one = map(median, rates.values())
+    ratios = {"ranks_over_threads": many / two, "ranks_over_one_thread": many / one}
+    return [row(name, each, "examples/s") for name, each in rates.items()], ratios
 
 
 def _free_memory() -> None:

@@ -7,6 +7,8 @@ Ranks are forked from a process that has torch imported and has used nothing of 
 a moment.
 """
 
+import copyreg
+import io
 import logging
 import os
 import pickle
@@ -21,8 +23,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import finalize
+
+import torch
 
 from kshot.errors import EngineLostError, KshotError
 
@@ -171,9 +175,25 @@ def rebuilt(kind: type[KshotError], message: str) -> KshotError:
     return error
 
 
+def _reduced(tensor: torch.Tensor) -> tuple[Any, ...]:
+    try:
+        return torch.from_numpy, (tensor.numpy(),)
+    except (TypeError, RuntimeError):  # numpy has no bfloat16, and nothing that is on a GPU or has a gradient
+        return cast(tuple[Any, ...], tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL))
+
+
+class _Pickler(pickle.Pickler):
+    """By value: what multiprocessing makes of tensors is memory that both ends change. As arrays, which takes a tenth
+    of the time that torch's own form takes: a request has several small ones a datum."""
+
+    dispatch_table = copyreg.dispatch_table | {torch.Tensor: _reduced}
+
+
 def send(channel: Connection, value: Any) -> None:
-    """By value: what multiprocessing makes of tensors is memory that both ends change."""
-    channel.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+    """Pickled, see `_Pickler`."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    channel.send_bytes(file.getbuffer())
 
 
 def receive(channel: Connection) -> Any:
