@@ -55,18 +55,19 @@ def local(
     *,
     first: Sequence[J] = (),
     threads: int = 1,
+    ranks: int = 1,
     gpus: Sequence[str] = (),
     started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
-    """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
-    with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left. run and jobs must be
-    picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what CUDA_VISIBLE_DEVICES calls the
-    GPUs that workers get, one or several each. started: called in this process with each job that begins."""
-    room = len(gpus) or max(1, cores() // threads)
-    count = min(workers or room, max(len(jobs), len(first)))
+    """(job, result or Failure) as they finish, with `workers` processes (default: as many as there is room for, see
+    `room`; at most one a job). However it ends, no worker is left. run and jobs must be picklable. first: jobs that
+    must be finished before any of `jobs` begins. threads: of each worker. ranks: processes that each may start for its
+    model. gpus: what CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one or several each. started: called in this
+    process with each job that begins."""
+    count = min(workers or room(threads, ranks, gpus), max(len(jobs), len(first)))
     if count == 0:
         return
-    with _worker_pool(run, count, threads, gpus) as (pool, replace):
+    with _worker_pool(run, count, threads, gpus, starts_others=ranks > 1) as (pool, replace):
         for stage in (first, jobs):
             pending, running = deque((job, 1) for job in stage), dict[Worker[J, R], tuple[J, int]]()
             while pending or running:
@@ -96,19 +97,22 @@ def ray(
     *,
     first: Sequence[J] = (),
     threads: int = 1,
+    ranks: int = 1,
     gpus: Sequence[str] = (),
     started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
     """As `local`, on a cluster: an actor for each worker (default: as many as its nodes have room for), with `threads`
-    CPUs and as many GPUs as each of `gpus` names, all of one node. An actor that waits for its room holds nothing up;
-    where one is lost, its job is tried again by another. However it ends, no job of this run goes on. Raises InputError
-    without Ray, KshotError where the cluster cannot be reached, has no node for a worker, or none that can run it."""
+    CPUs and as many GPUs as each of `gpus` names, or a CPU for each of `ranks`, all of one node. One that waits for its
+    room holds nothing up; where one is lost, its job is tried again by another. However it ends, no job of this run
+    goes on. Raises InputError without Ray, KshotError where the cluster cannot be reached, has no node for a worker, or
+    none that can run it."""
     if not jobs and not first:
         return
-    bundle = {"CPU": threads, **({"GPU": len(gpus[0].split(","))} if gpus else {})}
+    gpu = {"GPU": len(gpus[0].split(","))} if gpus else {}
+    bundle = {"CPU": threads if gpu else max(threads, ranks), **gpu}
     with _cluster() as library, closing(_Actors(library, bundle, run, threads)) as actors:
-        room = _room(library, bundle)
-        for _ in range(min(workers or room, max(len(jobs), len(first)))):
+        most = _room(library, bundle)
+        for _ in range(min(workers or most, max(len(jobs), len(first)))):
             actors.start()
         for stage in (first, jobs):
             pending = deque((job, 1) for job in stage)
@@ -240,6 +244,12 @@ def _room(ray: Any, bundle: Mapping[str, int]) -> int:
     return room
 
 
+def room(threads: int, ranks: int = 1, gpus: Sequence[str] = ()) -> int:
+    """How many workers this machine has room for: one for each entry of `gpus`, or with a core for each thread, or for
+    each rank of its model."""
+    return len(gpus) or max(1, cores() // max(threads, ranks))
+
+
 def cores() -> int:
     """The cores that this process may use; all, where the system does not say (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -262,15 +272,21 @@ def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
 
 class Worker(Generic[J, R]):
     """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch. It ends when the
-    other end of `watched` is closed. environment: set before any library is loaded."""
+    other end of `watched` is closed. environment: set before any library is loaded. starts_others: whether it has
+    processes of its own, which no daemon may."""
 
     def __init__(
-        self, run: Callable[[J], R], watched: Connection, threads: int, environment: Mapping[str, str]
+        self,
+        run: Callable[[J], R],
+        watched: Connection,
+        threads: int,
+        environment: Mapping[str, str],
+        *,
+        starts_others: bool,
     ) -> None:
         self._job: J | None = None  # what it works on
         self.channel, theirs = CONTEXT.Pipe()
         arguments = run, theirs, watched, threads, dict(environment)
-        starts_others = "," in environment.get("CUDA_VISIBLE_DEVICES", "")  # which no daemon may
         # a daemon is ended, not waited for, at exit
         self._process = CONTEXT.Process(target=_work, args=arguments, daemon=not starts_others)
         with interrupts_blocked(), theirs:
@@ -308,7 +324,7 @@ class Worker(Generic[J, R]):
 
 @contextmanager
 def _worker_pool(
-    run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]
+    run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str], *, starts_others: bool
 ) -> Iterator[tuple[list[Worker[J, R]], Callable[[Worker[J, R]], None]]]:
     """The workers, and what puts another in the place of one that died, on the same GPU."""
     os.environ.update(environment(threads))  # a library reads it on being loaded, which a child does on its first line
@@ -317,7 +333,7 @@ def _worker_pool(
 
     def start(number: int) -> Worker[J, R]:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        return Worker(run, watched, threads, gpu)
+        return Worker(run, watched, threads, gpu, starts_others=starts_others)
 
     def replace(dead: Worker[J, R]) -> None:
         number = workers.index(dead)
