@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def demo(
     output: opt.Out = None,
     workers: opt.Workers = None,
-    device: opt.SweepDevice = "cpu",
+    device: opt.Device = "cpu",
     no_images: opt.NoImages = False,
 ) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
@@ -85,7 +85,7 @@ def sweep(
     thoughts: opt.Thoughts = None,
     train_on: opt.TrainOn = None,
     service: opt.Service = "local",
-    device: Annotated[str | None, typer.Option("--device", help=opt.SWEEP_DEVICE)] = None,
+    device: Annotated[str | None, typer.Option("--device", help=opt.DEVICES)] = None,
     gpus_per_worker: Annotated[
         int, typer.Option("--gpus-per-worker", min=1, help="With --device cuda: one VLM over so many of them.")
     ] = 1,
@@ -143,7 +143,7 @@ def zero_shot(
     thinking: opt.Thinking = None,
     thoughts: opt.Thoughts = None,
     service: opt.Service = "local",
-    device: opt.SweepDevice = "cpu",
+    device: opt.Device = "cpu",
     limit_test: opt.LimitTest = None,
     access: "Access | None" = None,
     settings: opt.Set = None,
