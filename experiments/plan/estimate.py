@@ -54,7 +54,7 @@ def requirements(workload: Workload, out: Path, options: RunOptions, free: int |
     has enough of them for options.workers."""
     from vlm import service
 
-    gpus = () if free else gpu_groups(_here(options), here=False)
+    gpus = () if free is not None else gpu_groups(_here(options), here=False)
     most = executors.room(options.threads, options.ranks, gpus) if gpus or workload.device == "cpu" else 1
     workers = max(1, min(options.workers or most, max(len(workload.cells), encoding_jobs(workload))))
     if free is None and (device := tightest(options.device, workers * options.gpus_per_worker)):
