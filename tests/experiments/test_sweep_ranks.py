@@ -37,5 +37,5 @@ def test_a_cell_over_two_processes_is_that_of_one_but_for_one_image_at_most() ->
     assert none == []
     assert len(some) >= 3  # the two, and what they are forked from
     assert answers["dinov2-logreg", "cpu"][0] == answers["dinov2-logreg", "cpu:2"][0]
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in some if psutil.pid_exists(pid)], timeout=10)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in some if psutil.pid_exists(pid)], timeout=60)
     assert not alive
