@@ -184,9 +184,8 @@ def test_what_must_come_first_is_finished_and_the_jobs_of_a_node_that_is_removed
     assert 8 <= len(begun) <= 10  # what was on the node began again, unless its answer was out
 
 
-def removed_after(cluster: Any, cells: int, out: Path, left: list[int]) -> threading.Thread:
-    """Takes a second node away, without a warning, as soon as so many cells are stored."""
-    second = cluster.add_node(num_cpus=1)
+def removed_after(second: Any, cluster: Any, cells: int, out: Path, left: list[int]) -> threading.Thread:
+    """Takes a node away, without a warning, as soon as so many cells are stored."""
 
     def wait_and_remove() -> None:
         while len(stored := [*out.glob("cells/*.json")]) < cells:
@@ -199,23 +198,15 @@ def removed_after(cluster: Any, cells: int, out: Path, left: list[int]) -> threa
     return thread
 
 
-def nodes_left() -> int:
-    """Ray takes a while to say that one is gone."""
-    deadline = time.monotonic() + 300
-    while (alive := sum(node["Alive"] for node in ray.nodes())) > 1 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return alive
-
-
 @pytest.mark.slow
 def test_a_sweep_loses_a_node(grid: list[str], two_workers: Path, cluster: Any, tmp_path: Path, kshot: Any) -> None:
-    left: list[int] = []
-    thread = removed_after(cluster, 8, tmp_path / "out", left)
+    left, second = list[int](), cluster.add_node(num_cpus=1)
+    thread = removed_after(second, cluster, 8, tmp_path / "out", left)
     said = kshot(*grid, "--executor", "ray", "--out", tmp_path / "out")
     assert said.status == 0, said.err
     thread.join(120)
     assert 8 <= left[0] < 17
-    assert nodes_left() == 1
+    assert holds(lambda: second.node_id not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}, 300)
     assert said.err.count("/17 ") == 17 + said.err.count("encoding the images")  # each was handed on once
     assert numbers(tmp_path / "out") == numbers(two_workers)
 
