@@ -86,7 +86,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting, listed below; repeat. hflip=0: mirror no image."),
 ]
 Service = Annotated[str, typer.Option("--service", help="local, tinker or an http address.")]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DEVICES = "cpu (usual), cpu:N (a VLM over N processes), cuda (all GPUs, one a worker), cuda:N, or auto."
+Device = Annotated[str, typer.Option("--device", help=DEVICES)]
 
 # A run and its results
 Out = Annotated[Path | None, typer.Option("--out", help="Results folder (default: runs/NAME).")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
     from experiments.sweep.workers import Failure
 
 
-def demo(output: opt.Out = None, workers: opt.Workers = None, no_images: opt.NoImages = False) -> None:
+def demo(
+    output: opt.Out = None,
+    workers: opt.Workers = None,
+    device: opt.Device = "cpu",
+    no_images: opt.NoImages = False,
+) -> None:
     """Accuracy over shots on the embedded icons with the nano models: minutes on two cores."""
-    run(_sweep_of("demo", {}, {}), output, images=not no_images, workers=workers)
+    run(_sweep_of("demo", {}, {}), output, images=not no_images, workers=workers, device=device)
 
 
 @opt.with_access
@@ -79,13 +85,11 @@ def sweep(
     thoughts: opt.Thoughts = None,
     train_on: opt.TrainOn = None,
     service: opt.Service = "local",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu (usual), cuda (all GPUs, one a worker) or cuda:N.")
-    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help=opt.DEVICES)] = None,
     gpus_per_worker: Annotated[
-        int, typer.Option("--gpus-per-worker", min=1, help="With --device cuda: one VLM over so many GPUs.")
+        int, typer.Option("--gpus-per-worker", min=1, help="With --device cuda: one VLM over so many of them.")
     ] = 1,
-    executor: Annotated[str, typer.Option("--executor", help="local, or ray: a Ray cluster.")] = "local",
+    executor: Annotated[str, typer.Option("--executor", help="local, or ray: actors on a Ray cluster.")] = "local",
     limit_test: opt.LimitTest = None,
     allow_fewer: opt.Fewer = False,
     access: "Access | None" = None,
@@ -194,14 +198,37 @@ def run(
     """Run what the folder lacks of the sweep and write its reports; planned_for: only print what that would take.
     images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
     RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
+    from experiments.sweep.choice import AUTO
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
 
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
+    if chosen.device == AUTO:
+        chosen, why = _on_found_devices(sweep, chosen, planned_for)
+        said = (*said, why)
     if planned_for:
         _print_plan(sweep, folder, chosen, said, planned_for)
     else:
         run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
+
+
+def _on_found_devices(
+    sweep: "Sweep", options: "RunOptions", planned_for: "PlannedFor | None"
+) -> tuple["RunOptions", str]:
+    """The options with what `--device auto` means on this machine, or on the one that is planned for, and why."""
+    from experiments.plan.machines import USABLE, gpu
+    from experiments.plan.ranks import automatic, gpus_here
+
+    if options.executor == "ray":
+        raise InputError("--device auto looks at the GPUs of this machine; on a Ray cluster give cpu or cuda")
+    if options.gpus_per_worker > 1:
+        raise InputError("--device auto says how many GPUs a worker gets; leave --gpus-per-worker out, or give cuda")
+    if planned_for and planned_for.gpu:
+        count, memory = planned_for.number, gpu(planned_for.gpu).memory * USABLE
+    else:
+        count, memory = gpus_here()
+    device, each, why = automatic(sweep, options.service, count, memory)
+    return replace(options, device=device, gpus_per_worker=each), why
 
 
 class PlannedFor(NamedTuple):

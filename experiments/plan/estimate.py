@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.plan.counts import Counts, LengthTable, count, prompt_lengths
-from experiments.plan.memory import PASS, Memory, memory
+from experiments.plan.memory import PASS, Memory, memory, tightest
+from experiments.plan.ranks import RanksPlan, of_workload
+from experiments.plan.ranks import rows as rows_of_ranks
 from experiments.plan.storage import HUB, Disk, Download, disks, downloads
 from experiments.plan.time import Measurement, SweepTime, measure, sweep_time
 from experiments.sweep import workers as executors
 from experiments.sweep.config import RunOptions
-from experiments.sweep.grid import gpus_of
+from experiments.sweep.grid import gpu_groups, worker_place
 from experiments.sweep.workload import EncodingSchedule, Workload, encoding_jobs, encoding_schedule
 from experiments.terminal import out, plain_table
 from kshot.errors import InputError, RequestError
@@ -18,12 +20,14 @@ from kshot.errors import InputError, RequestError
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a sweep needs of a machine, as far as it is known without a measurement."""
+    """What a sweep needs of a machine, as far as it is known without a measurement. ranks: what the VLM takes in each
+    process of a worker, where it is over several and that is known."""
 
     workers: int
     downloads: Sequence[Download]
     memory: Memory
     disks: Sequence[Disk]
+    ranks: RanksPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,24 @@ class Estimate:
     basis: str = ""
 
 
-def requirements(workload: Workload, out: Path, options: RunOptions) -> Requirements:
-    """Without a measurement. out: the results folder."""
-    gpus, on_cpu = gpus_of(options.device, here=False), workload.device == "cpu"
-    most = len(gpus) or (max(1, executors.cores() // options.threads) if on_cpu else 1)
+def requirements(workload: Workload, out: Path, options: RunOptions, free: int | None = None) -> Requirements:
+    """Without a measurement. out: the results folder. free: bytes of each GPU of a machine that is not here, and that
+    has enough of them for options.workers."""
+    from vlm import service
+
+    gpus = () if free is not None else gpu_groups(_here(options), here=False)
+    most = executors.room(options.threads, options.ranks, gpus) if gpus or workload.device == "cpu" else 1
     workers = max(1, min(options.workers or most, max(len(workload.cells), encoding_jobs(workload))))
-    fetched = downloads(workload)
-    needed = memory(workload, workers, options.device)
-    return Requirements(workers, fetched, needed, disks(workload, out, fetched, workers))
+    if free is None and (device := tightest(options.device, workers * options.gpus_per_worker)):
+        free = service.free_bytes(device)
+    found, fetched = of_workload(workload, options.ranks, free), downloads(workload)
+    needed = memory(workload, workers, options.device, found)
+    return Requirements(workers, fetched, needed, disks(workload, out, fetched, workers), found)
+
+
+def _here(options: RunOptions) -> RunOptions:
+    """What is planned is what this machine would do, also where a cluster will run it."""
+    return replace(options, executor="local")
 
 
 def estimate(workload: Workload, out: Path, options: RunOptions) -> Estimate:
@@ -64,8 +78,9 @@ def estimate(workload: Workload, out: Path, options: RunOptions) -> Estimate:
     counts = count(workload, lengths)
     if no_time := _unmeasured(workload, needed) or no_tokens:
         return Estimate(needed, schedule, counts, lengths, None, None, no_time, no_tokens, no_service)
-    workers, gpus = needed.workers, gpus_of(options.device)
-    measured = measure(workload, workers, lengths, threads=options.threads, gpus=gpus)
+    workers, gpus = needed.workers, gpu_groups(_here(options))
+    placed = replace(workload, device=worker_place(options.device, options.gpus_per_worker))
+    measured = measure(placed, workers, lengths, threads=options.threads, ranks=options.ranks, gpus=gpus)
     needed = replace(needed, memory=replace(needed.memory, measured=measured.peak if workload.device == "cpu" else 0))
     return Estimate(needed, schedule, counts, lengths, measured, sweep_time(workload, measured, workers))
 
@@ -135,7 +150,7 @@ def print_estimate(estimate: Estimate) -> None:
 
 def rows(estimate: Estimate) -> list[Row]:
     needed, counts = estimate.requirements, _counts(estimate)
-    return [*counts, *_downloads(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
+    return [*counts, *_downloads(needed), *_ranks(needed), *_memory(needed.memory), *_disks(needed), *_time(estimate)]
 
 
 def _counts(estimate: Estimate) -> Iterator[Row]:
@@ -184,6 +199,12 @@ def _downloads(needed: Requirements) -> Iterator[Row]:
 def to_download(needed: Requirements) -> list[str]:
     """A line on each thing that must be fetched first, with its size."""
     return [f"to download: {name}, {amount}" for what, amount, name in _downloads(needed) if what == "download"]
+
+
+def _ranks(needed: Requirements) -> Iterator[Row]:
+    if found := needed.ranks:
+        yield "ranks", f"{found.count}", f"of the VLM of a worker, {'one on ' if not found.on_cpu else ''}{found.each}"
+        yield from rows_of_ranks(found)
 
 
 def _memory(memory: Memory) -> Iterator[Row]:

@@ -90,7 +90,7 @@ def gpu(name: str) -> Machine:
 
 def this_machine(device: str) -> Machine:
     """The one that a device of this machine is. Raises UnknownNameError for a GPU that is not in the table."""
-    if device == "cpu":
+    if device.startswith("cpu"):
         return CPU
     import torch
 

@@ -29,9 +29,12 @@ from experiments.sweep.workload import (
 )
 from kshot.errors import KshotError
 from kshot.untrusted import parse_json, read_file
+from vlm.places import first_device
 
 if TYPE_CHECKING:
     import torch
+
+    from experiments.plan.ranks import RanksPlan
 
 LIBRARIES = 1 << 30  # a process with torch, transformers, timm and scikit-learn, before it holds a model
 TEXT, ANSWER = 48, 16  # tokens around the image of a training example and of its answer, about
@@ -74,40 +77,47 @@ class Memory:
         return self.possible_workers >= self.workers
 
 
-def memory(workload: Workload, workers: int, device: str = "cpu") -> Memory:
+def memory(workload: Workload, workers: int, device: str = "cpu", ranks: "RanksPlan | None" = None) -> Memory:
     """The memory of `workers` processes on the CPU, or of one on each GPU: then of the GPU with the least free memory.
 
     device: as the user names it, cuda being every visible GPU. It need not be here: the image features that a GPU keeps
-    are then left out, since they take a share of what it has.
+    are then left out, since they take a share of what it has. ranks: what the VLM takes on each, where it is over
+    several processes: those of a worker on the CPU count together.
     """
     from vlm import service
 
-    on_cpu, tightest = workload.device == "cpu", _tightest(device, workers)
-    parts, unknown = {"libraries": LIBRARIES, "weights": 0}, list[str]()
+    on_cpu, nearest = workload.device == "cpu", tightest(device, workers * (ranks.count if ranks else 1))
+    copies = ranks.count if ranks and on_cpu else 1
+    parts, unknown = {"libraries": LIBRARIES * (1 + copies if copies > 1 else 1), "weights": 0}, list[str]()
     passes = [0]  # a cell has one at a time: the largest counts
-    for name, size in (*_vlm(workload, unknown, tightest), *_backbones(workload, unknown)):
+    of_vlm = ((name, copies * size) for name, size in _vlm(workload, unknown, nearest, ranks))
+    for name, size in (*of_vlm, *_backbones(workload, unknown)):
         if name == PASS:
             passes.append(size)
         else:
             parts[name] = parts.get(name, 0) + size
-    location = "the CPU's memory" if on_cpu else f"the memory of {tightest or device}"
+    location = "the CPU's memory" if on_cpu else f"the memory of {nearest or device}"
     parts[PASS] = max(passes)
-    free = service.free_bytes(tightest) if tightest else None
+    free = service.free_bytes(nearest) if nearest else None
     return Memory(parts, free, location, workers if on_cpu else 1, (*unknown,))
 
 
-def _tightest(device: str, workers: int) -> "torch.device | None":
-    """The device with the least free memory among those that these workers get; None where they are not here."""
+def tightest(device: str, count: int) -> "torch.device | None":
+    """The device with the least free memory among the first `count` of those that it names; None where they are not
+    here."""
     from vlm import service
 
-    if device != "cpu" and not gpus_of(device, here=False):
+    if not device.startswith("cpu") and not gpus_of(device, here=False):
         return None
-    named = service.devices(device)
-    every = service.devices("auto") if device == "cuda" else named  # one a worker, in this order
-    return min(every[:workers], key=service.free_bytes)
+    named = service.devices(first_device(device))
+    every = service.devices("auto") if device == "cuda" else named  # in this order
+    return min(every[:count], key=service.free_bytes)
 
 
-def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") -> Iterator[tuple[str, int]]:
+def _vlm(
+    workload: Workload, unknown: list[str], device: "torch.device | None", ranks: "RanksPlan | None"
+) -> Iterator[tuple[str, int]]:
+    """What the VLM takes in a process, by name."""
     from vlm import service
 
     for name in dict.fromkeys(cell.settings.model for cell in workload.local_vlm_cells):
@@ -116,14 +126,15 @@ def _vlm(workload: Workload, unknown: list[str], device: "torch.device | None") 
         if model is None:
             unknown.append(name)
             continue
-        yield "weights", model.weight_bytes
+        yield "weights", ranks.weights + ranks.layers if ranks else model.weight_bytes
         sides = {c.source: mean_size(workload.datasets[c.source], c.settings.max_side) for c in cells}
         tokens = {source: int(model.features.tokens(*side)) for source, side in sides.items()}
         longest, (training, scoring, prompts) = TEXT + max(tokens.values()), service.pass_limits()
         if trained := [cell.settings for cell in cells if cell.spec.trains]:
             yield "adapter and optimizer", model.adapter_bytes(trained[0].rank)
             positions = min(trained[0].batch_size * longest, max(training, longest))
-            yield PASS, model.training_bytes(positions, ANSWER * positions // longest)
+            kept = model.training_bytes(positions, ANSWER * positions // longest)
+            yield PASS, ranks.largest_pass if ranks and ranks.divided else kept
         yield PASS, model.scoring_bytes(min(scoring, prompts * longest), prompts)
         if device is None:
             continue

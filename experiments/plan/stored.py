@@ -31,6 +31,7 @@ from experiments.sweep.workload import (
     mean_size,
     model_config,
 )
+from kshot.errors import InputError
 
 START = 15.0  # seconds until a worker has imported its libraries
 READ = 2e9  # bytes a second at which weights come from the disk
@@ -41,7 +42,8 @@ ROWS = 64  # sequences that are decoded together
 
 
 def stored_estimate(workload: Workload, out: Path, options: RunOptions, machine: Machine, number: int) -> Estimate:
-    """The whole estimate for `number` such machines, a worker each. out: the results folder."""
+    """The whole estimate for `number` such machines, of which a worker gets options.gpus_per_worker. out: the results
+    folder. Raises InputError for fewer than that."""
     needed = _requirements(workload, out, options, machine, number)
     known, reason = prompt_lengths(workload)
     lengths = known or _assumed(workload)
@@ -60,12 +62,15 @@ def _requirements(workload: Workload, out: Path, options: RunOptions, machine: M
     """On a GPU that is not here, with the image features that it would keep."""
     if not machine.memory:
         return requirements(workload, out, options)
-    here = requirements(workload, out, replace(options, device="cuda:0", workers=number))
+    each, free = options.gpus_per_worker, int(machine.memory * USABLE)
+    if each > number:
+        raise InputError(f"--gpus-per-worker {each}, but --count {number}; give fewer, or a larger --count")
+    workers = number // each
+    here = requirements(workload, out, replace(options, device="cuda:0", workers=workers), free)
     features = min(sum(feature_bytes(workload).values()), machine.memory // FEATURE_SHARE)
     parts = {**here.memory.parts, "image features": features}
-    free = int(machine.memory * USABLE)
     there = replace(here.memory, parts=parts, free=free, location=f"the memory of {machine.title}", workers=1)
-    return replace(here, workers=number, memory=there)
+    return replace(here, workers=workers, memory=there)
 
 
 def _unknown(workload: Workload, needed: Requirements) -> str:
@@ -78,6 +83,8 @@ def _unknown(workload: Workload, needed: Requirements) -> str:
         return "not known with --thinking: how long the model thinks is not known before"
     if any(cell.method == "vlm-rl" for cell in workload.cells):
         return "not known for vlm-rl: how long its answers become is not known before"
+    if needed.ranks:
+        return "not known for a VLM over several processes: --plan measures it on a machine that has them"
     if needed.memory.unknown:
         return f"the size of {', '.join(needed.memory.unknown)} is not known"
     return "" if needed.memory.fits else f"it does not fit into {needed.memory.location}"

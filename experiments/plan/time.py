@@ -108,10 +108,12 @@ def measure(
     lengths: LengthTable | None = None,
     *,
     threads: int = 1,
+    ranks: int = 1,
     gpus: Sequence[str] = (),
 ) -> Measurement:
-    """Runs every method in as many workers at once as the sweep will have: two busy cores are slower than one. Raises
-    what loading a model raises, as InputError or KshotError."""
+    """Runs every method in as many workers at once as the sweep will have: two busy cores are slower than one. threads,
+    ranks, gpus: of each, see `experiments.sweep.workers.local`; the workload's device is the place where it computes.
+    Raises what loading a model raises, as InputError or KshotError."""
     infos = {source: replace(info, dataset=None) for source, info in workload.datasets.items()}  # a worker loads it
     job = replace(workload, datasets=infos)
     answers: dict[str, int] = {}
@@ -119,7 +121,8 @@ def measure(
         answers[source] = max(answers.get(source, 0), round(length.answer))
     sent, start = time.time(), time.perf_counter()
     with probe_folder() as folder:
-        done = executors.local(partial(probe, folder, answers), [job] * workers, workers, threads=threads, gpus=gpus)
+        how: dict[str, Any] = {"threads": threads, "ranks": ranks, "gpus": gpus}
+        done = executors.local(partial(probe, folder, answers), [job] * workers, workers, **how)
         results = [result for _, result in executors.results(done)]
     by_source = {source: _mean([each[source] for each in results]) for source in infos}
     began = mean(min(one.began for one in each.values()) for each in results)

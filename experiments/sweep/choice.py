@@ -19,13 +19,14 @@ TITLES = {GPU_MODEL: f"Qwen3-VL-{GPU_MODEL}", GPU_BACKBONE: "DINOv2-base", CPU_B
 TUNED = ("vlm-zero-shot", "vlm-lora", "dinov2-logreg", "dinov2-lora", "pixel-knn")
 NANO_SIDE = 64  # pixels
 FROZEN = ("dinov2-logreg", "dinov2-ridge", "dinov2-knn", "dinov2-mean", "pixel-knn")
+AUTO = "auto"  # the device that is found once the model is known
 WITH_VLM = ("vlm-zero-shot", "vlm-lora", *FROZEN)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """device: cpu or cuda. methods: of the sweep; none: the preset's. settings: the models, and what they need where
-    nothing else is said. lines: what was chosen and why, a sentence each."""
+    """device: as it was named, else cpu or cuda. methods: of the sweep; none: the preset's. settings: the models, and
+    what they need where nothing else is said. lines: what was chosen and why, a sentence each."""
 
     device: str
     methods: tuple[str, ...] = ()
@@ -41,14 +42,15 @@ def choose(
     full = [catalog.full_name(name) for name in datasets]
     if not full or not all(name.startswith(tuple(catalog.USERS)) for name in full):
         return Choice(device or "cpu")
+    where, device = device, "" if device == AUTO else device
     gpu = device.startswith("cuda") or (not device and _has_gpu())
-    where = device or ("cuda" if gpu else "cpu")
+    where = where or ("cuda" if gpu else "cpu")
     chosen = tuple(methods) or (TUNED if gpu else WITH_VLM if model else FROZEN)
     used = {setting for name in chosen if name in METHODS for setting in METHODS[name].settings}
     named = {"model": model, "backbone": backbone}
     best = {"model": GPU_MODEL, "backbone": GPU_BACKBONE} if gpu else {"backbone": CPU_BACKBONE}
     settings = {kind: name for kind, name in best.items() if kind in used and named[kind] is None}
-    lines = [] if device or not gpu else ["device: cuda, since there is a GPU and --device names none"]
+    lines = [] if where == AUTO or device or not gpu else ["device: cuda, since there is a GPU and --device names none"]
     nano_vlm = not gpu and model is None and "model" in used
     sizes = {name: _download(kind, name) for kind, name in settings.items()}
     if absent := [TITLES[name] for name, size in sizes.items() if size is None]:

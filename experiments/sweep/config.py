@@ -27,6 +27,7 @@ from kshot import hub
 from kshot.errors import InputError, UnknownNameError
 from kshot.untrusted import YAML_BYTES, parse_yaml, read_file
 from vlm.models import full_name
+from vlm.places import place_of
 
 if TYPE_CHECKING:
     from data.dataset import Access
@@ -205,7 +206,8 @@ class RunOptions:
     """How a sweep is run: none of it is part of a cell. service, device: what computes. access: how the data sets are
     had; None: in the usual way. executor: of `experiments.sweep.workers.EXECUTORS`. workers: processes; None: as many
     as there is room for. threads: of each. gpus_per_worker: that each gets, for one VLM over all of them. only_failed:
-    run only cells that failed before. track: a tool's name of `experiments.sweep.tracking.TRACKERS`, or None."""
+    run only cells that failed before. track: a tool's name of `experiments.sweep.tracking.TRACKERS`, or None. Its VLM
+    is over several processes ("ranks") with a device cpu:N, or several GPUs a worker."""
 
     service: str = "local"
     device: str = "cpu"
@@ -216,6 +218,11 @@ class RunOptions:
     gpus_per_worker: int = 1
     only_failed: bool = False
     track: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes over which the VLM of a worker is. Raises InputError for a device that is none."""
+        return place_of(self.device).count if self.device.startswith("cpu") else self.gpus_per_worker
 
 
 MODELS = ("model", "backbone")  # the settings that name one
@@ -331,7 +338,7 @@ def command(content: Mapping[str, Any]) -> str:
     if (service := content.get("service", "local")) != "local":
         options.append(("--service", "ADDRESS" if service == "remote" else service))
     if (device := content.get("device", "cpu")) != "cpu":
-        options.append(("--device", device))
+        options.append(("--device", "auto" if device == "all" else device))
     settings = content["settings"] | recorded
     changed = {k: v for k, v in settings.items() if k in base and v != base[k]}
     few = any(demo.settings.steps(len(names)) < demo.min_steps for names in content["classes"].values())

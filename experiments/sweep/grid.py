@@ -61,7 +61,7 @@ class Observer(Protocol):
         return nullcontext()
 
     def started(self, job: Job | EncodingJob) -> None:
-        """When a job begins, as far as the executor says so."""
+        """When a job begins, also one that is tried again."""
         return
 
     def finished(
@@ -97,6 +97,7 @@ def run_sweep(
             device=options.device,
             access=options.access,
             gpus_per_worker=options.gpus_per_worker,
+            on_cluster=options.executor == "ray",
         )
         observer.planned(planned)
         _checked_jobs(planned, results, options)
@@ -205,10 +206,11 @@ def plan(
     access: Access | None = None,
     here: bool = True,
     gpus_per_worker: int = 1,
+    on_cluster: bool = False,
 ) -> Plan:
     """Every cell of the grid. access: for the data sets that can be had in several ways. gpus_per_worker: on all of
-    which a VLM is. here: whether it is to run on
-    this machine, where device and service must then be.
+    which a VLM is. here: whether it is to run now, so that service and device must be there; on_cluster: whether on
+    machines of which the devices are not known here.
 
     Loads the data sets and raises for whatever can be known to be wrong before a start: UnknownNameError (data set,
     method, model), PromptError, ModelError, DatasetError, ImageError, TooFewImagesError, InputError (an image size that
@@ -224,7 +226,7 @@ def plan(
 
         check_key(service)
         check(service)
-    gpus_of(device, here=here)  # which may raise
+    gpus_of(device, here=here and not on_cluster)  # which may raise
     _check_settings(sweep, service)
     sweep = _pinned(sweep, service)
     access, split_seed = access or Access(), sweep.settings.split_seed
@@ -238,7 +240,7 @@ def plan(
     _check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
-        where = source, service, _place(device, gpus_per_worker), accesses[source]
+        where = source, service, worker_place(device, gpus_per_worker), accesses[source]
         jobs += (Job(cell, settings, *where) for cell, settings in _cells(sweep, source, dataset))
     return Plan(sweep, datasets, jobs, adapted)
 
@@ -267,7 +269,7 @@ def _run_jobs(
         has = f"GPUs: {len(gpus) * each}, and each worker takes {each if each > 1 else 'one'}"
         raise InputError(f"--workers {workers}, but {has}; leave --workers out")
     done, start = total - len(planned.missing(results)), getattr(executors, options.executor)
-    how = {"threads": options.threads, "gpus": gpus, "started": observer.started}
+    how = {"threads": options.threads, "ranks": options.ranks, "gpus": gpus, "started": observer.started}
     answers = start(work, jobs, workers, first=planned.encodings(jobs), **how)
     with closing(answers):
         for job, answer in answers:
@@ -337,7 +339,7 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     if not re.fullmatch(r"cuda(:\d+)?", device):
         near = near_name(device, ["cpu", "cuda"])
         meant = f" (did you mean {near!r}?)" if near else ""
-        raise InputError(f"device {device!r} is not available here{meant}; use --device cpu, cuda or cuda:N")
+        raise InputError(f"device {device!r} is not available here{meant}; use --device cpu, cpu:N, cuda or cuda:N")
     import torch
 
     number, visible, count = device.partition(":")[2], os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
@@ -351,19 +353,20 @@ def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     raise InputError(f"device {device!r} is not available here; give cuda, or cuda:0 to cuda:{len(names) - 1}")
 
 
-def gpu_groups(options: RunOptions) -> tuple[str, ...]:
-    """What CUDA_VISIBLE_DEVICES says in each worker: the names of its GPUs. Raises as `gpus_of`, and InputError where
-    there are fewer than a worker is to get."""
-    gpus, each = gpus_of(options.device), options.gpus_per_worker
-    if options.device.startswith("cpu:"):
-        raise InputError(f"device {options.device!r}: a sweep has a worker on each core already; give --device cpu")
-    if each > max(1, len(gpus)):
+def gpu_groups(options: RunOptions, *, here: bool = True) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES says in each worker: the names of its GPUs; on a Ray cluster, which chooses them, one
+    entry for all. Raises as `gpus_of`, and InputError where there are fewer than a worker is to get."""
+    on_cluster, each = options.executor == "ray", options.gpus_per_worker
+    gpus, on_cpu = gpus_of(options.device, here=here and not on_cluster), options.device.startswith("cpu")
+    if on_cluster and not on_cpu:
+        return (",".join(map(str, range(each))),)
+    if each > max(1, len(gpus)) and (gpus or here or on_cpu):
         raise InputError(f"--gpus-per-worker {each}, but GPUs: {len(gpus)}; give fewer, or --device cuda")
     return tuple(",".join(gpus[n : n + each]) for n in range(0, len(gpus) - each + 1, each))
 
 
-def _place(device: str, gpus_per_worker: int) -> str:
-    """Where a worker computes, among the GPUs that it gets."""
+def worker_place(device: str, gpus_per_worker: int) -> str:
+    """Where a worker computes, among the GPUs that it gets: a place of `vlm.places`."""
     if device.startswith("cpu"):
         return device
     return "all" if gpus_per_worker > 1 else device.partition(":")[0]

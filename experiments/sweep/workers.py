@@ -1,10 +1,9 @@
-"""Runs the jobs of a sweep: in worker processes side by side on this machine, or on a Ray cluster.
+"""Runs the jobs of a sweep: in worker processes side by side on this machine, or in actors on a Ray cluster.
 
 On a CPU every worker computes on one thread unless more are asked for: the numbers of a cell then do not depend on how
-many run beside it. A job that fails stops no other. A worker that dies has its job tried once more; one whose parent
-dies ends at once. Jobs on Ray go to the cluster that Ray finds (RAY_ADDRESS, or one started on this machine), or to a
-local one; kshot, its data and its models must be at the same paths on every node. Ray starts the job of a lost node
-elsewhere.
+many run beside it. A worker keeps what it has loaded from job to job. A job that fails stops no other. A worker that
+dies has its job tried again; one whose parent dies ends at once. Ray's cluster is the one that it finds (RAY_ADDRESS,
+or one started on this machine), or a local one; kshot, its data and its models must be at the same paths on every node.
 """
 
 import os
@@ -31,7 +30,8 @@ CONTEXT = get_context("spawn")
 EXECUTORS = ("local", "ray")  # functions of this module
 TRIES = 2  # of a job whose worker dies
 LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-RETRIES = 3  # of a job whose worker or node is lost
+RETRIES = 3  # of a job whose worker or node is lost, and of starting a worker
+PATIENCE = 10.0  # seconds without a worker, after which it is looked whether any node has room for one
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,19 @@ def local(
     *,
     first: Sequence[J] = (),
     threads: int = 1,
+    ranks: int = 1,
     gpus: Sequence[str] = (),
     started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
-    """(job, result or Failure) as they finish, with `workers` processes (default: as many as the cores have room for
-    with `threads` each, or one a GPU; at most one a job). However it ends, no worker is left. run and jobs must be
-    picklable. first: jobs that must be finished before any of `jobs` begins. gpus: what CUDA_VISIBLE_DEVICES calls the
-    GPUs that workers get, one or several each. started: called in this process with each job that begins."""
-    room = len(gpus) or max(1, cores() // threads)
-    count = min(workers or room, max(len(jobs), len(first)))
+    """(job, result or Failure) as they finish, with `workers` processes (default: as many as there is room for, see
+    `room`; at most one a job). However it ends, no worker is left. run and jobs must be picklable. first: jobs that
+    must be finished before any of `jobs` begins. threads: of each worker. ranks: processes that each may start for its
+    model. gpus: what CUDA_VISIBLE_DEVICES calls the GPUs that workers get, one or several each. started: called in this
+    process with each job that begins."""
+    count = min(workers or room(threads, ranks, gpus), max(len(jobs), len(first)))
     if count == 0:
         return
-    with _worker_pool(run, count, threads, gpus) as (pool, replace):
+    with _worker_pool(run, count, threads, gpus, starts_others=ranks > 1) as (pool, replace):
         for stage in (first, jobs):
             pending, running = deque((job, 1) for job in stage), dict[Worker[J, R], tuple[J, int]]()
             while pending or running:
@@ -96,48 +97,111 @@ def ray(
     *,
     first: Sequence[J] = (),
     threads: int = 1,
+    ranks: int = 1,
     gpus: Sequence[str] = (),
     started: Callable[[J], None] | None = None,
 ) -> Answers[J, R]:
-    """As `local`, on a cluster: `workers` jobs at a time (default: as many as it has room for). A job takes `threads`
-    CPUs, and as many GPUs of one node as each of `gpus` names. However it ends, no job of this run goes on. Raises
-    InputError without Ray, KshotError where the cluster cannot be reached or has no place for a job."""
+    """As `local`, on a cluster: an actor for each worker (default: as many as its nodes have room for), with `threads`
+    CPUs and as many GPUs as each of `gpus` names, or a CPU for each of `ranks`, all of one node. One that waits for its
+    room holds nothing up; where one is lost, its job is tried again by another. However it ends, no job of this run
+    goes on. Raises InputError without Ray, KshotError where the cluster cannot be reached, has no node for a worker, or
+    none that can run it."""
     if not jobs and not first:
         return
-    gpu = len(gpus[0].split(",")) if gpus else 0
-    with _cluster() as library:
-        _check_room(library, threads, gpu)
-        remote = library.remote(num_cpus=threads, num_gpus=gpu, max_retries=RETRIES, scheduling_strategy="SPREAD")
-        task, running = remote(_ray_work), dict[Any, J]()
-        try:
-            for stage in (first, jobs):
-                waiting = deque(stage)
-                while waiting or running:
-                    while waiting and (workers is None or len(running) < workers):
-                        job = waiting.popleft()
-                        running[task.remote(run, job, threads)] = job
-                        if started and workers:  # without a number all are sent at once, and the cluster lets them wait
-                            started(job)
-                    for done in library.wait([*running], num_returns=1)[0]:
-                        yield running.pop(done), _ray_result(library, done)
-        finally:
-            for reference in running:
-                library.cancel(reference, force=True)
+    gpu = {"GPU": len(gpus[0].split(","))} if gpus else {}
+    bundle = {"CPU": threads if gpu else max(threads, ranks), **gpu}
+    with _cluster() as library, closing(_Actors(library, bundle, run, threads)) as actors:
+        most = _room(library, bundle)
+        for _ in range(min(workers or most, max(len(jobs), len(first)))):
+            actors.start()
+        for stage in (first, jobs):
+            pending = deque((job, 1) for job in stage)
+            while pending or actors.running:
+                while pending and actors.idle:
+                    job, tries = pending.popleft()
+                    actors.send(job, tries)
+                    if started:
+                        started(job)
+                for job, tries, answer in actors.wait():
+                    if isinstance(answer, Failure) and answer.lost and tries <= RETRIES:
+                        pending.append((job, tries + 1))
+                    else:
+                        yield job, answer
 
 
-def _ray_work(run: Callable[[J], R], job: J, threads: int) -> R | Failure:
-    """In a worker of the cluster."""
-    prepare_process(threads)
-    return call(run, job)
+class _Caller(Generic[J, R]):
+    """In a process of the cluster: what `run` has loaded is there for the next job."""
+
+    def __init__(self, run: Callable[[J], R], threads: int) -> None:
+        prepare_process(threads)
+        self._run = run
+
+    def call(self, job: J) -> R | Failure:
+        return call(self._run, job)
+
+
+class _Actors(Generic[J, R]):
+    """The actors of a run, each with a placement group of its own, by which it is known here: all that it needs, on one
+    node. Ray restarts none of them: a new one may go elsewhere. idle: those without a job. running: jobs under way."""
+
+    def __init__(self, ray: Any, bundle: Mapping[str, int], run: Callable[[J], R], threads: int) -> None:
+        self._ray, self._bundle, self._arguments = ray, dict(bundle), (run, threads)
+        self._actors, self.idle, self.running = dict[Any, Any](), list[Any](), 0
+        self._awaited = dict[Any, tuple[Any, ...]]()  # Ray's reference → group, tries, and the job if it has one
+
+    def start(self, tries: int = 1) -> None:
+        """Ask for another one; it is idle once it has room and its libraries. tries: to start it, this one too."""
+        group = self._ray.util.placement_group([self._bundle])
+        self._actors[group] = None
+        where = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group)
+        needs = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
+        make = self._ray.remote(_Caller).options(**needs, max_restarts=0, scheduling_strategy=where)
+        self._actors[group] = actor = make.remote(*self._arguments)
+        self._awaited[actor.__ray_ready__.remote()] = group, tries
+
+    def send(self, job: J, tries: int) -> None:
+        """Give a job to one that is idle."""
+        group = self.idle.pop()  # the last one: others may have been lost meanwhile
+        self._awaited[self._actors[group].call.remote(job)] = group, tries, job
+        self.running += 1
+
+    def wait(self) -> Iterator[tuple[J, int, R | Failure]]:
+        """Wait until an actor is ready, or is done with a job: that, its tries, and its result."""
+        ready, _ = self._ray.wait([*self._awaited], timeout=None if self.running else PATIENCE)
+        if not ready:
+            _room(self._ray, self._bundle)  # the nodes that had it may be gone
+        for reference in ready:
+            answer, (group, tries, *sent) = _ray_result(self._ray, reference), self._awaited.pop(reference)
+            self.running -= len(sent)
+            if not isinstance(answer, Failure) or (sent and not answer.lost):
+                self.idle.append(group)
+            else:
+                self._end(group)
+                if sent or tries <= RETRIES:
+                    self.start(1 if sent else tries + 1)
+                elif not (self.idle or self._awaited):
+                    raise KshotError(answer.message)
+            yield from ((job, tries, answer) for job in sent)
+
+    def _end(self, group: Any) -> None:
+        if (actor := self._actors.pop(group)) is not None:
+            self._ray.kill(actor)
+        self._ray.util.remove_placement_group(group)
+
+    def close(self) -> None:
+        """End all of them, whatever they do."""
+        for group in [*self._actors]:
+            self._end(group)
 
 
 def _ray_result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError) as lost:
-        return Failure(f"lost in the Ray cluster, {RETRIES + 1} times: {_line(lost)}", lost=True)
-    except ray.exceptions.RayError as error:  # kshot is not there, say, or the data
-        return Failure(f"a node of the Ray cluster cannot run it: {_line(error)}", trace=str(error))
+    except ray.exceptions.RayError as error:
+        unfit = isinstance(error, (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError))
+        if unfit or getattr(error, "actor_init_failed", False):  # kshot is not there, say, or the data
+            return Failure(f"a node of the Ray cluster cannot run it: {_line(error)}", trace=str(error))
+        return Failure(f"lost in the Ray cluster, {RETRIES + 1} times: {_line(error)}", lost=True)
 
 
 def _line(error: Exception) -> str:
@@ -167,14 +231,23 @@ def _cluster() -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_room(ray: Any, threads: int, gpus: int) -> None:
-    """A job that fits nowhere would wait for ever."""
+def _room(ray: Any, bundle: Mapping[str, int]) -> int:
+    """How many workers its nodes have room for. Raises KshotError for none: one would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpus for node in nodes):
-        needed = f"{threads} CPUs{(' and a GPU' if gpus == 1 else f' and {gpus} GPUs') if gpus else ''}"
+    room = sum(min(int(node.get(kind, 0) // need) for kind, need in bundle.items()) for node in nodes)
+    if not room:
+        gpus = bundle.get("GPU", 0)
+        needed = f"{bundle['CPU']} CPUs{(' and a GPU' if gpus == 1 else f' and {gpus} GPUs') if gpus else ''}"
         raise KshotError(
             f"no node of the Ray cluster has {needed} for a worker; give fewer --threads or another --device"
         )
+    return room
+
+
+def room(threads: int, ranks: int = 1, gpus: Sequence[str] = ()) -> int:
+    """How many workers this machine has room for: one for each entry of `gpus`, or with a core for each thread, or for
+    each rank of its model."""
+    return len(gpus) or max(1, cores() // max(threads, ranks))
 
 
 def cores() -> int:
@@ -199,15 +272,21 @@ def results(answers: Answers[J, R]) -> Iterator[tuple[J, R]]:
 
 class Worker(Generic[J, R]):
     """A process that calls `run`, which is picklable as its jobs are, on `threads` threads of torch. It ends when the
-    other end of `watched` is closed. environment: set before any library is loaded."""
+    other end of `watched` is closed. environment: set before any library is loaded. starts_others: whether it has
+    processes of its own, which no daemon may."""
 
     def __init__(
-        self, run: Callable[[J], R], watched: Connection, threads: int, environment: Mapping[str, str]
+        self,
+        run: Callable[[J], R],
+        watched: Connection,
+        threads: int,
+        environment: Mapping[str, str],
+        *,
+        starts_others: bool,
     ) -> None:
         self._job: J | None = None  # what it works on
         self.channel, theirs = CONTEXT.Pipe()
         arguments = run, theirs, watched, threads, dict(environment)
-        starts_others = "," in environment.get("CUDA_VISIBLE_DEVICES", "")  # which no daemon may
         # a daemon is ended, not waited for, at exit
         self._process = CONTEXT.Process(target=_work, args=arguments, daemon=not starts_others)
         with interrupts_blocked(), theirs:
@@ -245,7 +324,7 @@ class Worker(Generic[J, R]):
 
 @contextmanager
 def _worker_pool(
-    run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str]
+    run: Callable[[J], R], count: int, threads: int, gpus: Sequence[str], *, starts_others: bool
 ) -> Iterator[tuple[list[Worker[J, R]], Callable[[Worker[J, R]], None]]]:
     """The workers, and what puts another in the place of one that died, on the same GPU."""
     os.environ.update(environment(threads))  # a library reads it on being loaded, which a child does on its first line
@@ -254,7 +333,7 @@ def _worker_pool(
 
     def start(number: int) -> Worker[J, R]:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        return Worker(run, watched, threads, gpu)
+        return Worker(run, watched, threads, gpu, starts_others=starts_others)
 
     def replace(dead: Worker[J, R]) -> None:
         number = workers.index(dead)

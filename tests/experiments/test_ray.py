@@ -1,15 +1,17 @@
-"""Jobs on Ray: a local cluster, two nodes of which one is removed half way, and errors; and a sweep there, of which the
-results are the local ones."""
+"""Jobs on Ray: actors that keep what they load, a local cluster of two nodes of which one is removed half way, errors,
+and what is left at the end; and a sweep there, of which the results are the local ones."""
 
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from stored import numbers
 
@@ -33,15 +35,35 @@ def work(job: tuple[str, int]) -> tuple[int, int]:
     return number, torch.get_num_threads()
 
 
+MODEL = list[str]()  # what a process has loaded
+
+
+def load_once(job: tuple[str, int]) -> tuple[int, int]:
+    """The process, and how often it has loaded its model. Without the file that a job names it dies, once."""
+    path, number = Path(job[0]), job[1]
+    if number < 0 and not path.exists():
+        path.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not MODEL:
+        MODEL.append("loaded")
+        with Path(f"{path}.{os.getpid()}").open("a") as log:
+            log.write("loaded\n")
+    return os.getpid(), len(Path(f"{path}.{os.getpid()}").read_text().splitlines())
+
+
+def gpus_seen(_: int) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def note(job: tuple[str, float, str]) -> str:
-    """Writes down when it begins and ends, and on which node."""
+    """Writes down when it begins and ends, on which node, and its process."""
     name, seconds, folder = job
     node = ray.get_runtime_context().get_node_id()
     with (Path(folder) / "log").open("a") as log:
-        log.write(f"{name} begins {node}\n")
+        log.write(f"{name} begins {node} {os.getpid()}\n")
         log.flush()
         time.sleep(seconds)
-        log.write(f"{name} ends {node}\n")
+        log.write(f"{name} ends {node} {os.getpid()}\n")
     return name
 
 
@@ -86,6 +108,65 @@ def test_a_job_that_always_kills_its_worker_is_given_up(cluster: Any, monkeypatc
 
 
 @pytest.mark.slow
+def test_an_actor_keeps_its_model_from_job_to_job_and_the_job_of_one_that_dies_is_done_again(
+    cluster: Any, tmp_path: Path
+) -> None:
+    began = list[int]()
+    jobs = [(str(tmp_path / "m"), number) for number in (1, 2, -3, 4)]
+    answers = dict(workers.ray(load_once, jobs, workers=1, started=lambda job: began.append(job[1])))
+    assert began == [1, 2, -3, 4, -3]
+    first, second, again, after = (answers[job] for job in jobs)
+    assert first == second == (first[0], 1)  # one process, which loaded once
+    assert again == after == (again[0], 1)
+    assert str(first[0]) == (tmp_path / "m").read_text()  # that died
+    assert again[0] != first[0]
+
+
+@pytest.mark.slow
+def test_an_actor_has_all_its_gpus_and_those_without_room_hold_nothing_up(cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1, num_gpus=2)
+    found = [answer for _, answer in workers.ray(gpus_seen, [1, 2, 3], workers=3, gpus=["0,1"])]
+    assert found == ["0,1"] * 3
+    cluster.remove_node(node)
+    with pytest.raises(KshotError, match="has 1 CPUs and 2 GPUs for a worker"):
+        list(workers.ray(gpus_seen, [1], gpus=["0,1"]))
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_run_that_is_stopped(cluster: Any, tmp_path: Path) -> None:
+    def groups() -> set[str]:
+        return {group["state"] for group in ray.util.placement_group_table().values()}
+
+    def stop_at_c(job: tuple[str, float, str]) -> None:
+        if job[0] == "c":
+            assert "CREATED" in groups()
+            raise KeyboardInterrupt
+
+    jobs = [(name, seconds, str(tmp_path)) for name, seconds in (("a", 0.0), ("b", 600.0), ("c", 600.0))]
+    with closing(workers.ray(note, jobs, started=stop_at_c)) as answers:
+        assert next(answers)[1] == "a"
+        with pytest.raises(KeyboardInterrupt):
+            next(answers)
+    assert holds(lambda: groups() == {"REMOVED"})
+    assert holds(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    pids = {int(line.split()[-1]) for line in (tmp_path / "log").read_text().splitlines()}
+    assert pids
+    assert holds(lambda: not any(map(lives, pids)))
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def holds(true: Callable[[], bool], seconds: float = 60) -> bool:
+    """Whether it comes true in time: Ray takes a moment."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return true()
+
+
+@pytest.mark.slow
 def test_what_must_come_first_is_finished_and_the_jobs_of_a_node_that_is_removed_run_elsewhere(
     cluster: Any, tmp_path: Path
 ) -> None:
@@ -97,15 +178,14 @@ def test_what_must_come_first_is_finished_and_the_jobs_of_a_node_that_is_removed
             cluster.remove_node(cluster.second, allow_graceful=False)
     assert sorted(map(str, found)) == sorted(name for name, _, _ in first + jobs)  # each once
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert {name for name, _, _ in lines[:4]} == {"a0", "a1"}
-    assert len({node for _, _, node in lines}) == 2
-    begun = [name for name, what, _ in lines if what == "begins"]
+    assert {line[0] for line in lines[:4]} == {"a0", "a1"}
+    assert len({line[2] for line in lines}) == 2
+    begun = [line[0] for line in lines if line[1] == "begins"]
     assert 8 <= len(begun) <= 10  # what was on the node began again, unless its answer was out
 
 
-def removed_after(cluster: Any, cells: int, out: Path, left: list[int]) -> threading.Thread:
-    """Takes a second node away, without a warning, as soon as so many cells are stored."""
-    second = cluster.add_node(num_cpus=1)
+def removed_after(second: Any, cluster: Any, cells: int, out: Path, left: list[int]) -> threading.Thread:
+    """Takes a node away, without a warning, as soon as so many cells are stored."""
 
     def wait_and_remove() -> None:
         while len(stored := [*out.glob("cells/*.json")]) < cells:
@@ -118,23 +198,15 @@ def removed_after(cluster: Any, cells: int, out: Path, left: list[int]) -> threa
     return thread
 
 
-def nodes_left() -> int:
-    """Ray takes a while to say that one is gone."""
-    deadline = time.monotonic() + 300
-    while (alive := sum(node["Alive"] for node in ray.nodes())) > 1 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return alive
-
-
 @pytest.mark.slow
 def test_a_sweep_loses_a_node(grid: list[str], two_workers: Path, cluster: Any, tmp_path: Path, kshot: Any) -> None:
-    left: list[int] = []
-    thread = removed_after(cluster, 8, tmp_path / "out", left)
+    left, second = list[int](), cluster.add_node(num_cpus=1)
+    thread = removed_after(second, cluster, 8, tmp_path / "out", left)
     said = kshot(*grid, "--executor", "ray", "--out", tmp_path / "out")
     assert said.status == 0, said.err
     thread.join(120)
     assert 8 <= left[0] < 17
-    assert nodes_left() == 1
+    assert holds(lambda: second.node_id not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}, 300)
     assert said.err.count("/17 ") == 17 + said.err.count("encoding the images")  # each was handed on once
     assert numbers(tmp_path / "out") == numbers(two_workers)
 
