@@ -1,7 +1,6 @@
 """The report's page in headless Chromium: by keyboard, on a phone, in the dark, with images and without script."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from PIL import Image
 from reported import NASTY, SWEEP, grid, store_predictions, written
 
 from experiments.report.comparisons import ImageSources
-from tests.vlm.browser import Browser, Tab, needs_chromium, wait
+from tests.vlm.browser import Tab, needs_chromium, wait
 
 pytestmark = needs_chromium
 FOCUSED = """(() => {
@@ -40,21 +39,6 @@ CONTRAST = """(() => {
       return (a + 0.05) / (b + 0.05);
     }));
 })()"""
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def tab(chromium: Browser) -> Iterator[Tab]:
-    """A tab that must end without an error in its console, what the content security policy blocks included."""
-    tab = Tab(chromium)
-    yield tab
-    tab.close()
 
 
 def image(_: str, key: str) -> bytes:
