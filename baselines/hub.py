@@ -46,30 +46,27 @@ def pinned(backbone: str) -> str:
 def check_weights(backbone: str) -> None:
     """Raise ModelError where the weights of a backbone are neither here nor on the hub, which is asked for no more
     than their names: offline and a misspelt name are told apart."""
-    hub_id = hub_id_of(backbone)
-    if hub_id is None:
-        return
-    name, _, revision = hub_id.partition("@")
-    if hub.is_cached(name, revision, FILES):
-        return
-    from huggingface_hub import HfApi
+    if missing := _missing(backbone):
+        from huggingface_hub import HfApi
 
-    with hub.translated(partial(_error, backbone, name, revision)):
-        hub.ask(HfApi().model_info, name, revision)
+        with hub.translated(partial(_error, backbone, *missing)):
+            hub.ask(HfApi().model_info, *missing)
 
 
 def fetch(backbone: str) -> None:
     """Fetch the weights of a backbone of the hub, once for all that load it. Raises ModelError."""
-    hub_id = hub_id_of(backbone)
-    if hub_id is None:
-        return
-    name, _, revision = hub_id.partition("@")
-    if hub.is_cached(name, revision, FILES):
-        return
-    from huggingface_hub import snapshot_download
+    if missing := _missing(backbone):
+        from huggingface_hub import snapshot_download
 
-    with hub.translated(partial(_error, backbone, name, revision)):
-        hub.with_retries(snapshot_download, name, revision=revision or None, allow_patterns=[*FILES])
+        (name, revision), files = missing, [*FILES]
+        with hub.translated(partial(_error, backbone, name, revision)):
+            hub.with_retries(snapshot_download, name, revision=revision or None, allow_patterns=files)
+
+
+def _missing(backbone: str) -> tuple[str, str] | None:
+    """Name and revision of a backbone of the hub whose weights are not in its cache."""
+    name, _, revision = (hub_id_of(backbone) or "").partition("@")
+    return (name, revision) if name and not hub.is_cached(name, revision, FILES) else None
 
 
 def _error(backbone: str, hub_id: str, revision: str, error: Exception) -> ModelError:

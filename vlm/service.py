@@ -18,7 +18,7 @@ from kshot.errors import RequestError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-    from vlm.local.export import Proof
+    from vlm.local.exchange.export import Proof
 
 NAMES = ("local", "tinker", "http://HOST:PORT")
 SCHEMES = {"http": 80, "https": 443}
@@ -168,8 +168,8 @@ def adapter_parameters(model: Any, rank: int) -> int:
 
 
 def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> "Proof":
-    """Write an adapter for other programs, as "merged", "peft" or "vllm"; see `vlm.local.export`."""
-    from vlm.local import export
+    """Write an adapter for other programs, as "merged", "peft" or "vllm"; see `vlm.local.exchange.export`."""
+    from vlm.local.exchange import export
 
     return export.export(adapter, target, form, base_model, device)
 
@@ -177,7 +177,8 @@ def export(adapter: Path, target: Path, form: str, base_model: str | None = None
 def pass_limits() -> tuple[int, int, int]:
     """What the local engine puts into one pass, at most: positions of training and of scoring, prompts of scoring.
     A longer sequence has a pass of its own."""
-    from vlm.local.engine import PACK, POSITIONS, ROWS
+    from vlm.local.engine import POSITIONS, ROWS
+    from vlm.local.model.placement import PACK
 
     return PACK, POSITIONS, ROWS
 

@@ -68,9 +68,8 @@ def train(
     from experiments.adapters.train import plan_training
     from experiments.adapters.train import train as run
     from experiments.sweep.choice import choose
-    from experiments.sweep.grid import dataset_notes
     from experiments.sweep.methods import METHODS
-    from experiments.sweep.provenance import notes
+    from experiments.sweep.provenance import dataset_notes, notes
 
     check_target(output, force=force)
     check_push(push_to_hub, yes, public)

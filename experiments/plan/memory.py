@@ -165,15 +165,14 @@ def _backbones(workload: Workload, unknown: list[str]) -> Iterator[tuple[str, in
 def _images_of_a_pass(cell: CellSpec, workload: Workload) -> tuple[int, float, float]:
     """How many images of a batch a backbone trains on at once, and their width and height: images of one size share
     a pass, so of images of several sizes the share of the commonest."""
-    from baselines.lora import CHUNK
+    from baselines.lora import TRAIN_CHUNK
 
     s, info = cell.settings, workload.datasets[cell.source]
-    together = min(CHUNK, s.batch_size)
     if s.image_size:
-        return together, s.image_size, s.image_size
+        return min(TRAIN_CHUNK, s.batch_size), s.image_size, s.image_size
     sizes = Counter(image_sizes(info))
     commonest = sizes.most_common(1)[0][1] / sizes.total()
-    return math.ceil(together * commonest), *mean_size(info, s.max_side)
+    return min(TRAIN_CHUNK, math.ceil(s.batch_size * commonest)), *mean_size(info, s.max_side)
 
 
 @dataclass(frozen=True)

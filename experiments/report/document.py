@@ -57,6 +57,15 @@ class Table(NamedTuple):
         """Whether long fields are broken into lines and set to the left, as words are."""
         return self.prose or len(self.header) == 2
 
+    @property
+    def words(self) -> tuple[bool, ...]:
+        """Of each column behind the first, whether its fields are words, which are set so in any table."""
+        columns = list(zip(*self.rows, strict=True))[1:] if self.rows else [()] * (len(self.header) - 1)
+        return tuple(self.wraps or any(map(_WORD.search, column)) for column in columns)
+
+
+_WORD = re.compile(r"[^\W\d_]{3}")  # three letters; a number's own may be "e" or "to"
+
 
 class Picture(NamedTuple):
     """A figure: the SVG's bytes (for the page that stands alone), the PNG's path from the report, a description."""
@@ -131,7 +140,7 @@ def _render(template: str, title: str, blocks: Sequence[Block], show: Callable[[
 
 
 _COLOUR = re.compile(rb"#([0-9a-f]{6})\b", re.IGNORECASE)
-PAPER, INK = 0x14, 0xE6  # of the page in the dark: greys are turned round between them
+PAPER, INK = (0x14, 0x17, 0x1B), (0xE6, 0xE9, 0xED)  # of the page in the dark: greys are turned round between them
 DARK = 0.45  # mean of a colour's parts, of 1, below which it is moved towards white on dark ground
 
 
@@ -142,12 +151,13 @@ def darkened(svg: bytes) -> bytes:
     def changed(found: re.Match[bytes]) -> bytes:
         parts = [int(found[1][n : n + 2], 16) for n in (0, 2, 4)]
         if max(parts) - min(parts) <= 2:
-            parts = [round(PAPER + (255 - part) / 255 * (INK - PAPER)) for part in parts]
+            ends = zip(parts, PAPER, INK, strict=True)
+            parts = [round(paper + (255 - part) / 255 * (ink - paper)) for part, paper, ink in ends]
         elif (mean := sum(parts) / 765) < DARK:
             parts = [round(part + (255 - part) * (DARK - mean) / (1 - mean)) for part in parts]
         return b"#" + bytes(parts).hex().encode()
 
-    return _COLOUR.sub(changed, svg).replace(b"<svg ", f'<svg fill="#{INK:02x}{INK:02x}{INK:02x}" '.encode(), 1)
+    return _COLOUR.sub(changed, svg).replace(b"<svg ", f'<svg fill="#{bytes(INK).hex()}" '.encode(), 1)
 
 
 def _markdown_text(text: str) -> str:

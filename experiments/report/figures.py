@@ -236,7 +236,7 @@ def _draw_x_axis(axes: Axes, shots: Sequence[int]) -> dict[int, float]:
     positions = {k: math.log2(k) if k else first - 1 for k in shots}
     axes.set_xticks([positions[k] for k in shots], [str(k) for k in shots])
     axes.set_xlim(min(positions.values()) - 0.35, max(positions.values()) + 0.35)
-    axes.set_xlabel("labelled examples per class (log scale)")
+    axes.set_xlabel(f"labelled examples per class{' (log scale)' if len(shots) > 1 else ''}")
     if 0 in positions and len(shots) > 1:
         x = positions[0] + GAP
         over: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}

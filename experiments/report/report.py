@@ -6,13 +6,14 @@ Records in, files out; the same records give the same bytes. It shows no absolut
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments.report import comparisons, tables
+from experiments.report import comparisons, runs, tables
 from experiments.report.comparisons import ImageSources
 from experiments.report.document import Block, Command, Heading, Notes, Paragraph, Picture, html, markdown
 from experiments.report.figures import write_dataset_figure, write_overview_figure
 from experiments.report.references import published_table
+from experiments.report.runs import CellId
 from experiments.report.summary import headline
-from experiments.report.tables import CellId, Record
+from experiments.report.tables import Record
 from experiments.sweep.provenance import name
 from experiments.sweep.series import by_series
 from kshot.files import write_file
@@ -43,7 +44,7 @@ def write_report(
     sweep, cells = by_series(sweep, cells)
     cells = sorted(cells, key=lambda cell: (cell["dataset"], cell["method"], cell["shots"], cell["seed"]))
     datasets = [dataset for dataset in sweep["datasets"] if any(cell["dataset"] == dataset for cell in cells)]
-    out, backbones = folder / "figures", tables.as_list(sweep.get("settings", {}).get("backbone", ()))
+    out, backbones = folder / "figures", runs.as_list(sweep.get("settings", {}).get("backbone", ()))
     together = write_overview_figure(cells, datasets, out, n_classes) if len(datasets) > 1 else []
     figures = {
         each: write_dataset_figure(cells, each, out, n_classes=n_classes.get(each), backbones=backbones)
@@ -55,14 +56,14 @@ def write_report(
         *([Notes(tuple(sweep["notes"]))] if sweep.get("notes") else []),
         *([Command(sweep["command"], "Run it again")] if sweep.get("command") else []),
         *_overview(together, datasets),
-        *([prompts] if (prompts := tables.prompts_table(sweep)) else []),
+        *([prompts] if (prompts := runs.prompts_table(sweep)) else []),
         *(block for dataset in datasets for block in _dataset(folder, sweep, cells, dataset, figures[dataset], images)),
         Heading(2, "How it was run"),
-        tables.facts_table(sweep, cells, n_images, n_classes),
-        *(_section("Cost", tables.timings_table(cells), tables.cost_table(cells)) if cells else []),
-        *_section("Where the numbers come from", *tables.provenance_tables(sweep, cells)),
+        runs.facts_table(sweep, cells, n_images, n_classes),
+        *(_section("Cost", runs.timings_table(cells), runs.cost_table(cells)) if cells else []),
+        *_section("Where the numbers come from", *runs.provenance_tables(sweep, cells)),
     ]
-    if missing := tables.missing_table(sweep, cells, failures or {}):
+    if missing := runs.missing_table(sweep, cells, failures or {}):
         blocks += [Heading(2, "Missing cells"), missing]
     documents = {"report.md": markdown(title, blocks), "report.html": html(title, blocks)}
     documents["results.csv"] = tables.csv_of(cells)

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from baselines import hub as hub_backbones
-from baselines import nano as nano_dinov2
 from data import catalog
 from data.check import refuse_broken
 from data.dataset import Access, Dataset
 from experiments.sweep import workers as executors
 from experiments.sweep.cells import Cell, EncodingJob, Job, service_kind
-from experiments.sweep.config import LATER, MODELS, THINKING, RunOptions, Settings, Sweep, commits_of
-from experiments.sweep.methods import METHODS, check_left_out
-from experiments.sweep.preflight import check_key, check_weights
-from experiments.sweep.provenance import local_model, notes, recorded, relevant
-from experiments.sweep.run import few_shot, validation, work
+from experiments.sweep.config import LATER, MODELS, RunOptions, Settings, Sweep, commits_of
+from experiments.sweep.methods import METHODS
+from experiments.sweep.preflight import (
+    check_apart,
+    check_key,
+    check_settings,
+    check_shots,
+    check_weights,
+    compared_settings,
+    recorded_along,
+    settings_read,
+)
+from experiments.sweep.provenance import dataset_notes, few_tests, local_model, notes, recorded, relevant
+from experiments.sweep.run import work
 from experiments.sweep.store import Results
 from experiments.sweep.tracking import Tracker
 from experiments.sweep.workers import EXECUTORS, Failure
@@ -32,15 +40,11 @@ from kshot.errors import (
     InputError,
     KshotError,
     ModelError,
-    PromptError,
-    TooFewImagesError,
     UnknownNameError,
-    listed,
     near_name,
 )
 from vlm import models, nano
 
-FEW = 50  # test images, below which a report says so
 # on which depends what images are shown
 IMAGE_SETTINGS = ("model", "max_side", "limit_test", "split_seed", "allow_fewer", "calibration")
 
@@ -135,19 +139,19 @@ class Plan:
             counts = f"{len(dataset.classes):,} classes, {train:,} train and {tested} test images"
             yield f"{dataset.name}: {counts}, protocol {dataset.protocol}"
             yield from dataset_notes(dataset)
-            yield from _few_tests(dataset, most)
+            yield from few_tests(dataset, most)
         yield from self.adapted
 
     def describe(self) -> dict[str, Any]:
         """The content of sweep.json."""
-        settings, compared = self._settings(), _compared(self.sweep)
+        settings, compared = self._settings(), compared_settings(self.sweep)
         caps = {self.datasets[source].name: most for source, most in self.sweep.most_shots.items()}
         usual = self.sweep.settings.views_per_class
         views = {j.cell.dataset: j.settings.views_per_class for j in self.jobs if j.settings.views_per_class != usual}
-        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, _used(self.sweep)))
+        of_settings = dict.fromkeys(line for s in self.sweep.variants for line in notes(s, settings_read(self.sweep)))
         sets = self.datasets.values()
         most = self.sweep.settings.limit_test
-        of_datasets = [line for each in sets for line in (*dataset_notes(each), *_few_tests(each, most))]
+        of_datasets = [line for each in sets for line in (*dataset_notes(each), *few_tests(each, most))]
         return {
             "name": self.sweep.name,
             "datasets": [dataset.name for dataset in self.datasets.values()],
@@ -170,7 +174,7 @@ class Plan:
         """What the settings were; of one that has several values, and of its revision, each in a list."""
         values = recorded(self.sweep.variants[0])
         for name in self.sweep.axes:
-            first, *others = each = _recorded_along(self.sweep, name)
+            first, *others = each = recorded_along(self.sweep, name)
             values |= {key: [one[key] for one in each] for key in values if any(o[key] != first[key] for o in others)}
         return values
 
@@ -227,7 +231,7 @@ def plan(
         check_key(service)
         check(service)
     gpus_of(device, here=here and not on_cluster)  # which may raise
-    _check_settings(sweep, service)
+    check_settings(sweep, service)
     sweep = _pinned(sweep, service)
     access, split_seed = access or Access(), sweep.settings.split_seed
     accesses = catalog.accesses(sweep.datasets, access, sweep.protocol)
@@ -235,9 +239,9 @@ def plan(
     for source, dataset in datasets.items():
         if not source.startswith(catalog.FOLDER):  # whose images are decoded whenever it is loaded
             refuse_broken(dataset)
-    _check_apart(datasets, [dataset.name for dataset in datasets.values()], kind=DatasetError)
+    check_apart(datasets, [dataset.name for dataset in datasets.values()], kind=DatasetError)
     sweep, adapted = adapt(sweep, access, datasets)
-    _check_shots(sweep, datasets)
+    check_shots(sweep, datasets)
     jobs: list[Job] = []
     for source, dataset in datasets.items():
         where = source, service, worker_place(device, gpus_per_worker), accesses[source]
@@ -294,43 +298,6 @@ def _check_failures(results: Results, jobs: Iterable[Job]) -> None:
         raise (InputError if wrong else KshotError)(message)
 
 
-def _check_shots(sweep: Sweep, datasets: Mapping[str, Dataset]) -> None:
-    """Draw the most shots that each data set is drawn at, where a method learns."""
-    methods, problems = [METHODS[name] for name in sweep.methods if METHODS[name].learns], list[str]()
-    for source, dataset in datasets.items() if methods else ():
-        most = max(sweep.shots_of(source))
-        try:
-            for seed in sweep.seeds:
-                chosen = few_shot(dataset, most, seed, sweep.settings)
-                if any(method.leaves_out for method in methods):
-                    check_left_out(dataset.classes, chosen)
-                validation(dataset, most, seed, sweep.settings)
-        except TooFewImagesError as error:
-            problems.append(f"{dataset.name}: {error}")
-    if problems:
-        raise TooFewImagesError(problems[0] if len(problems) == 1 else listed("too few images", problems))
-
-
-def dataset_notes(dataset: Dataset) -> Iterator[str]:
-    """What a report must say of a data set's files."""
-    if "-modified-" in dataset.protocol:
-        changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
-        yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
-    allowed = " (--allow-shared)" if dataset.facts.get("allow_shared") else ""
-    if shared := dataset.facts.get("shared"):
-        yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
-    if in_two := dataset.facts.get("in_two_classes"):
-        yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
-    yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
-
-
-def _few_tests(dataset: Dataset, limit: int | None) -> Iterator[str]:
-    """limit: most images that are tested; None: all."""
-    count = len(dataset.test) if limit is None else min(limit, len(dataset.test))
-    if count < FEW:
-        yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
-
-
 def gpus_of(device: str, *, here: bool = True) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs of a device: of cuda all that are visible, of cuda:1 the second. Raises
     InputError for GPUs that this machine does not have, unless they need not be here: then there are none."""
@@ -372,69 +339,6 @@ def worker_place(device: str, gpus_per_worker: int) -> str:
     return "all" if gpus_per_worker > 1 else device.partition(":")[0]
 
 
-def _check_settings(sweep: Sweep, service: str) -> None:
-    used = _used(sweep)
-    if "model" in used and service == "local":
-        models.check(sweep.settings.model)
-    if "backbone" in used:
-        usual = Settings(backbone=nano_dinov2.NAME)
-        encoders = dict.fromkeys((s.backbone, s.readout, s.image_size) for s in sweep.variants)
-        if [*encoders] != [(usual.backbone, usual.readout, usual.image_size)]:  # that needs no second of importing
-            from baselines.backbone import check
-
-            for encoder in encoders:
-                check(*encoder)
-    for name in _compared(sweep):
-        _check_apart(sweep.axes[name], [each[name] for each in _recorded_along(sweep, name)], f"{name} ")
-    if "prompt" in used:
-        from vlm.prompts import template
-
-        for text in sweep.axes["prompt"]:
-            template(text)
-    if "loss" in used:
-        _check_losses({settings.loss for settings in sweep.variants}, sweep, service)
-    if "thinking" in used:
-        _check_thinking(sweep)
-    calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
-    if calibrated and sweep.settings.calibration == "validated" and not any(method.learns for method in calibrated):
-        choice = "calibration validated chooses on labelled images, and zero-shot has none"
-        raise InputError(f"{choice}; give contextual, pmi or none")
-
-
-def _check_losses(losses: set[str], sweep: Sweep, service: str) -> None:
-    if "closed-set" in losses and service == "tinker":
-        raise InputError("the loss closed-set is none of the hosted service's; use --service local or --loss text")
-    powers = {settings.loss_power for settings in sweep.variants} - {0}
-    if powers and losses == {"text"}:
-        raise InputError(f"loss_power {min(powers)} is of the loss closed-set, and the sweep has text; give both")
-
-
-def _check_thinking(sweep: Sweep) -> None:
-    """Raise InputError for settings of thoughts that do not fit together, or not the model."""
-    s = sweep.settings
-    if not s.thinking:
-        others = (name for name in THINKING if getattr(s, name) != Settings.model_fields[name].default)
-        if lone := next(others, None):
-            raise InputError(f"{lone} = {getattr(s, lone)} is for models that think; give --thinking N too")
-        return
-    tuned = [name for name in sweep.methods if {"prompt", "learning_rate"} <= {*METHODS[name].settings}]
-    if silent := [name for name in tuned if "thinking" not in METHODS[name].settings]:
-        raise InputError(f"{', '.join(silent)} is tuned without thoughts; leave it or --thinking out")
-    if s.calibration != "none":
-        raise InputError(f"calibration {s.calibration} is of scores without a thought; leave it or --thinking out")
-    if s.train_on == "all" and any(each.loss == "closed-set" for each in sweep.variants):
-        raise InputError("the loss closed-set is on the answer alone; give --train-on answer or --loss text")
-    from vlm.service import tokenizer
-    from vlm.templates import chosen
-    from vlm.thinking import marks_of, needed
-
-    words = tokenizer(s.model)
-    try:
-        needed(marks_of(words, chosen(words, takes_images=True)))
-    except PromptError as error:
-        raise PromptError(f"--thinking {s.thinking} with model {s.model}: {error}") from error
-
-
 def _pinned(sweep: Sweep, service: str) -> Sweep:
     """The sweep with models of the hub at the commits that they have now: all its cells load these and state them, so a
     folder never holds cells of two. Where neither the hub nor its cache has a model, it stays as it is, and loading it
@@ -445,7 +349,7 @@ def _pinned(sweep: Sweep, service: str) -> Sweep:
             return models.pinned(name) if kind == "model" else hub_backbones.pinned(name)
         return name
 
-    kinds = [kind for kind in MODELS if kind in _used(sweep) and (kind != "model" or service == "local")]
+    kinds = [kind for kind in MODELS if kind in settings_read(sweep) and (kind != "model" or service == "local")]
     return _with_models(sweep, kinds, now)
 
 
@@ -478,17 +382,6 @@ def _checked_jobs(planned: Plan, results: Results, options: RunOptions) -> list[
     return jobs
 
 
-def _check_apart(
-    values: Iterable[Any], names: Iterable[Any], prefix: str = "", kind: type[InputError] = InputError
-) -> None:
-    """Results are told apart by what they call a value; two folders may share their name."""
-    first: dict[Any, Any] = {}
-    for value, name in zip(values, names, strict=True):
-        twin = first.setdefault(name, value)
-        if twin != value:
-            raise kind(f"{prefix}{twin} and {value} would both be called {name}; rename one or leave it out")
-
-
 def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, Settings]]:
     """Each cell with the settings it is run under, the long ones first. A data set's own hflip, and settings that came
     later, at their defaults, are recorded and left out of the key."""
@@ -501,18 +394,3 @@ def _cells(sweep: Sweep, source: str, dataset: Dataset) -> Iterator[tuple[Cell, 
             named = relevant(values(settings), method.settings)
             unkeyed = tuple(n for n in ("hflip", *LATER) if getattr(settings, n) == getattr(usual, n))
             yield Cell(dataset.name, dataset.protocol, name, shots, seed, named, unkeyed), settings
-
-
-def _compared(sweep: Sweep) -> list[str]:
-    """The settings, besides the prompt, that have several values."""
-    return [name for name, values in sweep.compare if len(values) > 1]
-
-
-def _recorded_along(sweep: Sweep, setting: str) -> list[dict[str, Any]]:
-    """The first settings as results state them, with each value of one setting in turn."""
-    first = sweep.variants[0]
-    return [recorded(first.model_copy(update={setting: value})) for value in sweep.axes[setting]]
-
-
-def _used(sweep: Sweep) -> set[str]:
-    return {name for method in sweep.methods for name in METHODS[method].settings}

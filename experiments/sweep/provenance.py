@@ -2,11 +2,13 @@
 report must show, and names and texts from outside without absolute paths."""
 
 import re
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from baselines import nano as nano_dinov2
+from data.dataset import Dataset
 from experiments.sweep.config import THINKING, Settings
 from kshot import hub
 from kshot.files import fingerprint
@@ -17,6 +19,7 @@ SHUFFLED = "A control: each test image was shown in another's place (shuffle_tes
 CLOSED = "LoRA learnt to choose among the class names alone (closed-set): free answers were not trained."
 LOCAL = "{} is a local file or folder of weights: rows named DINOv2 are named after the method, whatever it holds."
 VALIDATED = "The VLM's calibration was chosen on more labelled training images: as many as shots, at most 4 a class."
+FEW = 50  # test images, below which a report says so
 # the models that come with kshot, by the setting that names one: each has a NAME, a REVISION that changes with its
 # weights, and a NOTE that a report must show
 SHIPPED: dict[str, Any] = {"model": nano, "backbone": nano_dinov2}
@@ -58,6 +61,26 @@ def notes(settings: Settings, used: set[str]) -> list[str]:
         VALIDATED: "calibration" in used and settings.calibration == "validated",
     }
     return [*shipped, *(note for note, due in others.items() if due)]
+
+
+def dataset_notes(dataset: Dataset) -> Iterator[str]:
+    """What a report must say of a data set's files."""
+    if "-modified-" in dataset.protocol:
+        changed = ", ".join(dataset.facts["modified"]) or "what was unpacked"
+        yield f"{dataset.name}: {changed} is not the published file (--allow-modified)."
+    allowed = " (--allow-shared)" if dataset.facts.get("allow_shared") else ""
+    if shared := dataset.facts.get("shared"):
+        yield f"{dataset.name}: images that are in both train and test{allowed}: {shared}; shots may show them."
+    if in_two := dataset.facts.get("in_two_classes"):
+        yield f"{dataset.name}: images that are in two classes{allowed}: {in_two}; no answer is right for both."
+    yield from (f"{dataset.name}: {note}." for note in dataset.facts.get("notes", ()))
+
+
+def few_tests(dataset: Dataset, limit: int | None) -> Iterator[str]:
+    """limit: most images that are tested; None: all."""
+    count = len(dataset.test) if limit is None else min(limit, len(dataset.test))
+    if count < FEW:
+        yield f"{dataset.name}: {count} test images are few: one of them is {100 / count:.1f} points of accuracy."
 
 
 def local_model(kind: str, name: str) -> Path | None:

@@ -11,6 +11,7 @@ from filelock import FileLock
 from stored import CLASSES
 from trained import TINY, status_of, train
 
+from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from vlm.local.registry import LocalServiceClient
 
 PHOTOS = "my <b>photos|é"

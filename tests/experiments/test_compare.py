@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from baselines import nano
 from experiments.adapters.train import plan_training
-from experiments.report.tables import full_grid
+from experiments.report.runs import full_grid
 from experiments.sweep.cells import Job
 from experiments.sweep.config import COMPARED, OWN, Compare, Settings, command, load
 from experiments.sweep.grid import plan

@@ -12,7 +12,7 @@ import transformers
 
 from baselines import nano as nano_dinov2
 from baselines.backbone import load as load_backbone
-from baselines.lora import LoraHeadClient
+from baselines.lora import TRAIN_CHUNK, LoraHeadClient, datum
 from experiments.plan.memory import TEXT, VitSize, parameters, vit_size, vlm_size
 from experiments.sweep.config import load
 from experiments.sweep.methods import Task, prompt_of
@@ -223,6 +223,16 @@ def test_a_pass_of_a_qwen35_keeps_what_is_said(tmp_path: Path, dtype: torch.dtyp
     model = vlm_size(str(tmp_path))
     assert model is not None
     assert model.training_bytes(256, 0) == pytest.approx(found, rel=0.35)
+
+
+def test_a_pass_of_a_backbone_keeps_what_is_said(make_image: Callable[..., bytes]) -> None:
+    """What autograd saves, but for weights, in a pass that trains LoRA and a head."""
+    client, size = LoraHeadClient(nano_dinov2.NAME, 3, rank=4, seed=0), vit_size(nano_dinov2.NAME)
+    assert size is not None
+    data = [datum(make_image(n, 64, 64), n % 3) for n in range(TRAIN_CHUNK)]
+    known = (*client._adapted.parameters(), *client._linear.parameters())
+    found = kept_bytes(known, lambda: client.forward_backward(data, "cross_entropy"))
+    assert size.training_bytes(TRAIN_CHUNK * (8 * 8 + 1)) == pytest.approx(found, rel=0.2)
 
 
 def test_states_of_linear_attention_count_by_the_prompt() -> None:

@@ -74,6 +74,14 @@ def test_what_does_not_fit_has_no_time(model: str, name: str) -> None:
     assert not estimate.requirements.memory.fits
 
 
+@pytest.mark.parametrize("name", ["4090", "l4"])
+def test_the_smallest_model_is_trained_on_24_gb(name: str) -> None:
+    """Beside DINOv2-base, whose images are trained on in passes that are no larger than the language model's."""
+    memory = estimated("blog-small", name).requirements.memory
+    assert memory.fits
+    assert memory.per_worker > 15e9  # what the language model alone was measured to take
+
+
 def test_a_gpu_that_is_not_in_the_table() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown GPU 'a1000' \(did you mean 'a100'\?\); choose from: h100"):
         gpu("a1000")

@@ -5,7 +5,8 @@ import re
 import numpy as np
 from reported import SWEEP, Page, cell, grid, written
 
-from experiments.report.tables import NONE, cost_table
+from experiments.report.runs import cost_table
+from experiments.report.tables import NONE
 
 FINGERPRINT = "16173827d4a2d8dad71a8630fa04c24a"
 PROVEN = SWEEP | {

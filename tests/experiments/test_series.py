@@ -13,7 +13,8 @@ from reported import SWEEP, Page, cell, store_predictions, written
 
 from experiments.cli.sweep import print_summary
 from experiments.report.figures import series_shifts, write_dataset_figure
-from experiments.report.tables import NONE, full_grid
+from experiments.report.runs import full_grid
+from experiments.report.tables import NONE
 from experiments.sweep.methods import METHODS
 from experiments.sweep.series import (
     STYLES,

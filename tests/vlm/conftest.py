@@ -17,6 +17,7 @@ from tinker import types
 from tests.vlm import checkpoints, openai_served
 from tests.vlm.browser import browser, tab  # noqa: F401 - fixtures
 from tests.vlm.helpers import CLASSES, Pictured
+from tests.vlm.overviews import page_server, running_page  # noqa: F401 - fixtures
 from tests.vlm.raw import Raw, talking
 from tests.vlm.services import Service, opened
 from tests.vlm.serving import Server, listening, served

@@ -6,6 +6,7 @@ with served(folder) as server: vlm.connect(server.address)
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -98,3 +99,15 @@ def command(state: Path, *arguments: str, in_background: bool = False) -> Iterat
             yield Command(address[1], line, process)
         finally:
             process.kill()
+
+
+def dial(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=30)
+
+
+def reply(server: Server, request: bytes) -> bytes:
+    """What the server says to these bytes."""
+    with dial(server) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -9,7 +9,7 @@ import torch
 
 from kshot.errors import RequestError
 from tests.vlm.helpers import disturb, gradients_of, taken
-from vlm.local import engine as engine_module
+from vlm.local import packs
 from vlm.local.clients import LocalTrainingClient
 
 
@@ -29,7 +29,7 @@ def squared(data: list[tinker.Datum], log_probs: list[torch.Tensor]) -> tuple[to
 def test_a_custom_loss_equals_cross_entropy_with_its_slopes(
     client: LocalTrainingClient, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch, pack: int
 ) -> None:
-    monkeypatch.setattr(engine_module, "PACK", pack)
+    monkeypatch.setattr(packs, "PACK", pack)
     disturb(client)
     out = client.forward_backward_custom(mixed, squared).result()
     gradients = taken(client)

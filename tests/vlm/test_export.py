@@ -20,8 +20,8 @@ from tests.vlm.checkpoints import RandomModel
 from tests.vlm.helpers import disturb, stock_logits
 from vlm import nano
 from vlm.inputs import ImageRule
-from vlm.local import export as exporting
-from vlm.local.export import export
+from vlm.local.exchange import export as exporting
+from vlm.local.exchange.export import export
 from vlm.local.registry import LocalServiceClient
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, of tied heads and of what it calls in transformers

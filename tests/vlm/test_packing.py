@@ -14,10 +14,10 @@ from tests.vlm.helpers import IMAGE, Pictured, adapter_of, disturb, gradients_of
 from vlm import nano
 from vlm.classifier import predict
 from vlm.inputs import ImageRule, image_chunk, model_input
-from vlm.local import engine as engine_module
+from vlm.local import packs
 from vlm.local.clients import LocalTrainingClient
-from vlm.local.engine import groups
 from vlm.local.model.attention import Causal
+from vlm.local.packs import groups
 from vlm.local.registry import LocalServiceClient
 from vlm.prompts import Prompt
 
@@ -90,14 +90,14 @@ def test_the_head_at_positions_equals_the_full_head(
     assert torch.allclose(model.text.logits(some, factors), full[wanted], atol=1e-3)
 
 
-@pytest.mark.parametrize(("limit", "value"), [("PACK", 60), ("LOGITS", 5 * 4096)])
+@pytest.mark.parametrize(("limit", "value"), [("packs.PACK", 60), ("engine.LOGITS", 5 * 4096)])
 def test_several_packs_and_logits_in_parts_equal_those_at_once(
     client: LocalTrainingClient, mixed: list[tinker.Datum], limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disturb(client)
     one = client.forward_backward(mixed, "cross_entropy").result()
     gradients = taken(client)
-    monkeypatch.setattr(engine_module, limit, value)
+    monkeypatch.setattr(f"vlm.local.{limit}", value)
     several = client.forward_backward(mixed, "cross_entropy").result()
     assert several.metrics["loss:sum"] == pytest.approx(one.metrics["loss:sum"], rel=1e-5)
     for name, gradient in gradients_of(client).items():
@@ -110,7 +110,7 @@ def test_a_bad_datum_stops_all_packs(
     """And what was gathered before stays gathered."""
     client.forward_backward(mixed[:1], "cross_entropy").result()
     before = {name: gradient.clone() for name, gradient in gradients_of(client).items()}
-    monkeypatch.setattr(engine_module, "PACK", 60)
+    monkeypatch.setattr(packs, "PACK", 60)
     short = tinker.Datum(model_input=mixed[3].model_input, loss_fn_inputs=mixed[2].loss_fn_inputs)
     with pytest.raises(RequestError, match="datum 3"):
         client.forward_backward([*mixed[:3], short], "cross_entropy").result()
@@ -125,7 +125,7 @@ def test_a_pass_that_fails_drops_what_was_gathered(
     """Before it, and by the request's other passes. A step with a part of the gradients would be silent; without any it
     is an error, also in a pipeline, where the step was submitted behind the request."""
     client.forward_backward(mixed[:1], "cross_entropy").result()
-    monkeypatch.setattr(engine_module, "PACK", 60)
+    monkeypatch.setattr(packs, "PACK", 60)
     backward, calls = torch.Tensor.backward, []
 
     def full(*args: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kshot.errors import ModelError
 from tests.vlm.checkpoints import copied, experts, text_model, with_config, with_weights
 from vlm.inputs import datum, model_input
-from vlm.local.export import export
+from vlm.local.exchange.export import export
 from vlm.local.model import placement, quantised
 from vlm.local.model.families import family_of
 from vlm.local.model.load import Model, check, load

@@ -13,7 +13,7 @@ import torch
 from tests.vlm import checkpoints, ranked
 from tests.vlm.ranked import ADAM, SPEC, Engines, check_answers, check_trained, trained
 from vlm.inputs import datum, model_input
-from vlm.local import engine as engine_module
+from vlm.local import packs
 from vlm.local.ranks.inference import ModelOptions, RanksEngine
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -53,7 +53,7 @@ def data(case: tuple[str, Engines], mixed: list[tinker.Datum]) -> list[tinker.Da
 
 @pytest.fixture(autouse=True)
 def _short_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "PACK", 48)
+    monkeypatch.setattr(packs, "PACK", 48)
 
 
 def test_ranks_train_what_one_does(case: tuple[str, Engines], data: list[tinker.Datum]) -> None:

@@ -31,7 +31,7 @@ from tests.vlm.services import stock_log_probs
 from tests.vlm.test_text_models import Side, params
 from vlm.inputs import ImageRule, datum, image_chunk, model_input
 from vlm.local.engine import Engine
-from vlm.local.export import export
+from vlm.local.exchange.export import export
 from vlm.local.model.load import Model, check
 from vlm.local.model.lora import Layout
 from vlm.local.model.stock import StockText

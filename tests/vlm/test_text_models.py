@@ -35,7 +35,7 @@ from tests.vlm.test_losses import published
 from vlm import nano
 from vlm.inputs import datum, model_input
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient
-from vlm.local.export import export
+from vlm.local.exchange.export import export
 from vlm.local.model import placement
 from vlm.local.model.load import check, load, load_tokenizer
 from vlm.local.registry import LocalServiceClient

@@ -17,9 +17,10 @@ from tests.vlm.helpers import disturb, gradients_of, taken
 from tests.vlm.raw import PROMPT, Raw, accepted, sample_of, until
 from tests.vlm.serving import Server
 from vlm import nano
-from vlm.local import engine as engines
+from vlm.local import packs as packing
 from vlm.local import scheduler as schedulers
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, SamplingRequest
+from vlm.local.engine import Engine
 from vlm.local.registry import LocalServiceClient
 
 SOON = 60
@@ -30,7 +31,7 @@ FEW = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
 @pytest.fixture
 def long(mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch) -> list[tinker.Datum]:
     """Data of PACKS packs, with images."""
-    monkeypatch.setattr(engines, "PACK", 1)
+    monkeypatch.setattr(packing, "PACK", 1)
     return (mixed * PACKS)[:PACKS]
 
 
@@ -40,7 +41,7 @@ class Packs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.stop_before = 0, 0
         self.there, self.go_on = threading.Event(), threading.Event()
-        log_probs = engines.Engine._log_probs
+        log_probs = Engine._log_probs
 
         def counted(*args: Any) -> torch.Tensor:
             self.begun += 1
@@ -49,7 +50,7 @@ class Packs:
                 assert self.go_on.wait(SOON)
             return log_probs(*args)
 
-        monkeypatch.setattr(engines.Engine, "_log_probs", counted)
+        monkeypatch.setattr(Engine, "_log_probs", counted)
 
     def stopped(self, before: int, start: Callable[[], Any]) -> Any:
         """What `start` gives, once its pack of this number is about to begin."""

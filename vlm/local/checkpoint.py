@@ -20,7 +20,7 @@ from kshot.checks import KINDS, check_ttl, folder_of
 from kshot.errors import ModelError, RequestError, UnknownNameError
 from kshot.files import replace_folder, write_file
 from kshot.untrusted import check_regular, parse_json, read_file
-from vlm.local import age, foreign
+from vlm.local.exchange import age, foreign
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Layout, LoraSpec
 from vlm.models import full_name, known, loadable
@@ -73,8 +73,8 @@ def state_folder() -> Path:
 def save(
     state: Path, path: str, checkpoint: Checkpoint, *, overwrite: bool = False, encrypt_to: Sequence[Any] = ()
 ) -> None:
-    """Write a checkpoint. encrypt_to: see `vlm.local.age`; its record stays readable. Raises RequestError where one of
-    this name exists and `overwrite` is not set, and for weights that are not finite."""
+    """Write a checkpoint. encrypt_to: see `vlm.local.exchange.age`; its record stays readable. Raises RequestError
+    where one of this name exists and `overwrite` is not set, and for weights that are not finite."""
     target = folder_of(state, path)
     if target.exists() and not overwrite and not is_expired(target):
         or_so = " or overwrite=True" if f"/{KINDS[0]}/" in path else ""

@@ -20,9 +20,9 @@ from kshot.errors import RequestError
 from vlm.inputs import ImageRule
 from vlm.label_trie import Trie
 from vlm.local import checkpoint, scoring
-from vlm.local.age import recipients as recipients
 from vlm.local.checkpoint import Checkpoint
 from vlm.local.engine import CustomLoss, Engine, Snapshot
+from vlm.local.exchange.age import recipients as recipients
 from vlm.local.losses import SAMPLED_INSTEAD
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.sampling.decoder import ThoughtLimit as ThoughtLimit
@@ -327,7 +327,7 @@ class LocalTrainingClient(_Client):
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
     ) -> Future[types.SaveWeightsExternalResponse]:
         """Write the weights alone, for use elsewhere: the folder of the path is PEFT's, each of its files encrypted to
-        these recipients, if any are given (see `vlm.local.age`)."""
+        these recipients, if any are given (see `vlm.local.exchange.age`)."""
         check_ttl(ttl_seconds)
         path = path_of(self.model_id, "external_weights", name)
         to = recipients(age_encryption_recipients or ())

@@ -11,8 +11,7 @@ largest.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import accumulate, groupby
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from kshot.errors import NotFiniteError, RequestError
+from kshot.errors import RequestError
 from vlm.local import losses
-from vlm.local.losses import CANDIDATES, DATUM, Candidates, Fields, Loss, candidates_of, fields_of, loss
+from vlm.local.losses import Loss, loss
 from vlm.local.model.attention import Causal, Rows
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, Factors, LoraSpec, linear
 from vlm.local.model.packed import PackedInputs, mrope_positions
+from vlm.local.packs import Item, Pack, packs_of
 from vlm.local.training_run import TrainingRun
 from vlm.local.vision import ImageFeatures, NoVision, Vision
 
@@ -48,21 +48,6 @@ class Batch:
     def ends(self) -> Tensor:
         """(rows,) where each row's last position is in the pack."""
         return torch.tensor(self.rows.lengths, device=self.inputs.ids.device).cumsum(0) - 1
-
-
-def groups(lengths: Sequence[int], rows: int, positions: int) -> list[list[int]]:
-    """The numbers of the rows that go through together, by length: at most `rows`, at most `positions` when padded to
-    the longest and at most twice those there are, one row at least."""
-    made, total = list[list[int]](), 0
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        length, together = lengths[number], made[-1] if made else []
-        padded = (len(together) + 1) * length  # in this order the last one is the longest
-        if not together or len(together) == rows or padded > min(positions, 2 * (total + length)):
-            made.append(together := [])
-            total = 0
-        together.append(number)
-        total += length
-    return made
 
 
 def length_of(each: tinker.ModelInput) -> int:
@@ -112,7 +97,6 @@ BetweenLayers = Callable[[], None]
 """Called within a pass, between layers, on a CPU: others may use the engine meanwhile, without a gradient."""
 CustomLoss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 LOGITS = 1 << 27  # float32 numbers the head may hold at once: half a gigabyte
-PACK = 4096  # positions in one training pass, a datum at least
 ROWS = 64  # prompts or sequences in one pass without a gradient
 POSITIONS = 1 << 15  # of prompts, and of nodes behind them, in one pass without a gradient
 
@@ -255,7 +239,7 @@ class Engine:
             packed += [torch.from_numpy(at).to(device), values[0], values[1:]]
         return Batch(Rows(lengths, device), PackedInputs(*packed), torch.tensor(after, device=device))
 
-    def _targets_alone(self, data: Sequence[tinker.Datum]) -> list["Item"]:
+    def _targets_alone(self, data: Sequence[tinker.Datum]) -> list[Item]:
         """As a custom loss needs them: the loss itself alone reads other fields."""
         only = [
             replace(each, loss_fn_inputs={k: v for k, v in each.loss_fn_inputs.items() if k == "target_tokens"})
@@ -263,7 +247,7 @@ class Engine:
         ]
         return self._items(only, loss("cross_entropy", None), every=True)
 
-    def _items(self, data: Sequence[tinker.Datum], chosen: Loss, *, every: bool) -> list["Item"]:
+    def _items(self, data: Sequence[tinker.Datum], chosen: Loss, *, every: bool) -> list[Item]:
         if not data:
             raise RequestError("no data given; a forward pass needs at least one datum")
         losses.check_size(data)
@@ -275,7 +259,7 @@ class Engine:
                 self.model.check_tokens(item.candidates.tokens.tolist(), "candidate")
         return items
 
-    def batch(self, pack: "Pack", factors: Factors) -> Batch:
+    def batch(self, pack: Pack, factors: Factors) -> Batch:
         """The packed rows of a pack. Raises as `collate`, and RequestError where targets do not fit an input."""
         batch = self.collate([item.model_input for item in pack.items], factors)
         for item, length in zip(pack.items, batch.rows.lengths, strict=True):
@@ -289,7 +273,7 @@ class Engine:
     def computed(
         self,
         run: TrainingRun,
-        pack: "Pack",
+        pack: Pack,
         batch: Batch,
         value_of: Callable[[Tensor], Tensor],
         between_layers: BetweenLayers | None = None,
@@ -304,14 +288,14 @@ class Engine:
                 run.add(value.backward)
         return log_probs, value
 
-    def _log_probs(self, factors: Factors, pack: "Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
+    def _log_probs(self, factors: Factors, pack: Pack, batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
         """(scored,) or (scored, K) float32 log-probabilities of the targets at the pack's scored positions."""
         if not len(pack.scored_positions):
             shape = pack.fields["target_tokens"].shape
             return torch.zeros(shape, device=self.model.device, requires_grad=torch.is_grad_enabled())
         return self._scored(factors, pack, self._states(factors, pack, batch, between_layers))
 
-    def _states(self, factors: Factors, pack: "Pack", batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
+    def _states(self, factors: Factors, pack: Pack, batch: Batch, between_layers: BetweenLayers | None) -> Tensor:
         """(scored, hidden) the last states at the scored positions."""
         scored = pack.scored_positions.to(self.model.device)
         wanted = None if len(scored) == len(batch.inputs.ids) else scored
@@ -319,7 +303,7 @@ class Engine:
             between_layers = None
         return self.model.text.hidden(batch.inputs, Causal(batch.rows, wanted), factors, between_layers)
 
-    def _scored(self, factors: Factors, pack: "Pack", hidden: Tensor) -> Tensor:
+    def _scored(self, factors: Factors, pack: Pack, hidden: Tensor) -> Tensor:
         """The log-probabilities that these states give."""
         targets = pack.fields["target_tokens"].to(hidden.device)
         if (candidates := pack.candidates) is not None:
@@ -336,91 +320,6 @@ class Engine:
         if targets.ndim == 1:
             return -cross_entropy(logits, targets, reduction="none")
         return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A datum as the loss reads it. scored: (length,) bool, of which positions the log-probability is computed, among
-    `candidates` if the loss is a closed one."""
-
-    number: int
-    model_input: tinker.ModelInput
-    fields: Fields
-    scored: Tensor
-    candidates: Candidates | None = None
-
-    @classmethod
-    def of(cls, number: int, datum: tinker.Datum, chosen: Loss, *, every: bool) -> "Item":
-        fields = fields_of(datum, chosen)
-        targets, candidates = fields["target_tokens"], None
-        scored = torch.ones(len(targets), dtype=torch.bool) if every else chosen.scored(fields)
-        if chosen.closed:
-            positions = scored.nonzero()[:, 0].numpy()
-            candidates = candidates_of(datum.loss_fn_inputs[CANDIDATES], targets.numpy(), positions)
-        return cls(number, datum.model_input, fields, scored, candidates)
-
-    @property
-    def length(self) -> int:
-        return len(self.scored)
-
-    def form(self) -> tuple[list[str], list[int]]:
-        """What items of one pack have in common: the names of the fields, and K."""
-        return sorted(self.fields), list(self.fields["target_tokens"].shape[1:])
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Items that go through together: of the same fields, and of as many targets a position."""
-
-    items: Sequence[Item]
-
-    @cached_property
-    def scored_positions(self) -> Tensor:
-        """(scored,) the scored positions in the pack."""
-        return torch.cat([item.scored for item in self.items]).nonzero()[:, 0]
-
-    @cached_property
-    def fields(self) -> dict[str, Tensor]:
-        """(scored,) or (scored, K) each field at these positions; and of which datum of the pack each is."""
-        every = {name: torch.cat([item.fields[name] for item in self.items]) for name in self.items[0].fields}
-        scored = torch.tensor([int(item.scored.sum()) for item in self.items])
-        datum = torch.arange(len(scored)).repeat_interleave(scored)
-        return {**{name: values[self.scored_positions] for name, values in every.items()}, DATUM: datum}
-
-    @property
-    def candidates(self) -> Candidates | None:
-        """Of a closed loss: the candidates at the scored positions."""
-        parts = [item.candidates for item in self.items if item.candidates is not None]
-        if not parts:
-            return None
-        starts = [0, *accumulate(int(item.scored.sum()) for item in self.items[:-1])]
-        rows = [part.rows + start for part, start in zip(parts, starts, strict=True)]
-        return Candidates(np.concatenate(rows), np.concatenate([part.tokens for part in parts]))
-
-    def loss(self, chosen: Loss, log_probs: Tensor) -> Tensor:
-        """The loss of its log-probabilities."""
-        return chosen(log_probs, {name: each.to(log_probs.device) for name, each in self.fields.items()})
-
-    def log_probs_of(self, log_probs: Tensor, model: str, adapter: str) -> dict[int, tinker.TensorData]:
-        """The number of each datum → (length,) or (length, K): the log-probabilities where they are scored, else 0.
-        Raises NotFiniteError, with these names, where they are not finite."""
-        lengths, values = [item.length for item in self.items], log_probs.detach().float().cpu()
-        if not values.isfinite().all():
-            raise NotFiniteError(model, "log-probabilities", adapter)
-        full = torch.zeros(sum(lengths), *values.shape[1:])
-        full[self.scored_positions] = values
-        parts = zip(self.items, full.split(lengths), strict=True)
-        return {item.number: tinker.TensorData.from_numpy(part.numpy()) for item, part in parts}
-
-
-def packs_of(items: Sequence[Item]) -> list[Pack]:
-    """The items by length, in packs of at most PACK positions, each datum at least in one of its own."""
-    packs = list[Pack]()
-    for _, same in groupby(sorted(items, key=Item.form), Item.form):
-        alike = list(same)
-        by_length = groups([item.length for item in alike], len(alike), PACK)
-        packs += [Pack([alike[n] for n in members]) for members in by_length]
-    return packs
 
 
 def check_total(loss_fn: str, total: float) -> None:

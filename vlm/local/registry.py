@@ -21,12 +21,12 @@ from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as
 
 from kshot.errors import InputError, ModelError, RequestError, UnknownNameError
 from vlm.local import checkpoint
-from vlm.local.age import ENCRYPTED as ENCRYPTED
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse, sampler_of
 from vlm.local.engine import Engine
+from vlm.local.exchange.age import ENCRYPTED as ENCRYPTED
 from vlm.local.model import placement
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec

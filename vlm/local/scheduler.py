@@ -22,7 +22,8 @@ import torch
 from tinker import types
 
 from kshot.errors import RequestError
-from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, groups, length_of
+from vlm.local.engine import POSITIONS, ROWS, Engine, Snapshot, length_of
+from vlm.local.packs import groups
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import TokenSequence
 from vlm.local.sampling.sampler import SamplingRequest, SamplingResult

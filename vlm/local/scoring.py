@@ -22,9 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kshot.errors import NotFiniteError, RequestError
 from vlm.label_trie import Trie
-from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Between, Engine, Snapshot, groups, length_of
+from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Between, Engine, Snapshot, length_of
 from vlm.local.model.attention import Causal, Tree
 from vlm.local.model.packed import PackedInputs
+from vlm.local.packs import groups
 
 MASK = 1 << 26  # numbers in the mask of one pass
 

@@ -101,7 +101,8 @@ def _header(name: str, path: Path) -> dict[str, StoredTensor]:
 DEVICES = "cpu, cuda, cuda:N, mps or auto (all GPUs, or the CPU)"
 _V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"  # what a control group says where
 _V2 = "memory.max", "memory.current", "inactive_file"
-PACK, LABELLED = 4096, 512  # positions of the largest training pass, and those whose logits are computed, about
+PACK = 4096  # positions of the largest training pass, which has a datum at least
+LABELLED = 512  # of them, those whose logits are computed, about
 STEPS = 100  # shares of the free memory that are tried, from the smallest
 
 

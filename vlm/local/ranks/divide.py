@@ -23,13 +23,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from vlm.local.engine import Batch, BetweenLayers, Engine, Pack
+from vlm.local.engine import Batch, BetweenLayers, Engine
 from vlm.local.model.families import family_of
 from vlm.local.model.load import Model, PartReader
 from vlm.local.model.lora import Factors, Layout
 from vlm.local.model.packed import Layer, Text
 from vlm.local.model.stock import StockText
 from vlm.local.model.tower import ImageFeatures, Linear, plain
+from vlm.local.packs import Pack
 from vlm.local.training_run import TrainingRun
 from vlm.local.vision import Patches, Vision
 

@@ -30,18 +30,16 @@ from vlm.local.engine import (
     BetweenLayers,
     CustomLoss,
     Engine,
-    Item,
-    Pack,
     check_total,
     custom_output,
     output_of,
-    packs_of,
     slopes_of,
 )
 from vlm.local.losses import loss
 from vlm.local.model import placement
 from vlm.local.model.load import Outline
 from vlm.local.model.lora import Adapter, Layout, LoraSpec
+from vlm.local.packs import Item, Pack, packs_of
 from vlm.local.ranks import rank
 from vlm.local.ranks.group import LIMIT, Ranks
 from vlm.local.ranks.rank import DIVIDED, ModelOptions

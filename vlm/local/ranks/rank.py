@@ -26,9 +26,10 @@ from torch import Tensor
 
 from vlm.label_trie import Trie
 from vlm.local import losses, scoring
-from vlm.local.engine import Batch, Engine, Pack, Snapshot
+from vlm.local.engine import Batch, Engine, Snapshot
 from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
+from vlm.local.packs import Pack
 from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision, counted
 from vlm.local.ranks.group import Seat, answer, send, serve
 from vlm.local.sampling import sampler

@@ -16,8 +16,9 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from torch import Tensor
 
 from kshot.errors import NotFiniteError, RequestError
-from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, groups, length_of
+from vlm.local.engine import LOGITS, POSITIONS, ROWS, Batch, Engine, Snapshot, length_of
 from vlm.local.model.attention import Causal
+from vlm.local.packs import groups
 from vlm.local.sampling.decoder import Decoder, ThoughtLimit, TokenSequence, generator_of, sample_tokens
 from vlm.local.sampling.grammar import Grammar
 from vlm.local.sampling.stops import check_stops

@@ -30,7 +30,8 @@ from vlm.prompts import special_tokens
 from vlm.server.limits import images
 from vlm.server.limits.memory import Reservation
 from vlm.server.openai import tools
-from vlm.server.openai.requests import SYSTEM, ChatRequest, ImagePart, Message, TextPart
+from vlm.server.openai.messages import SYSTEM, ImagePart, Message, TextPart
+from vlm.server.openai.requests import ChatRequest
 from vlm.templates import END_OF_TURN, PROBE, image_marks
 from vlm.thinking import Marks, marks_of
 

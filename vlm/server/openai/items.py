@@ -13,7 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 
 from vlm.server.openai.completions import Completion
-from vlm.server.openai.requests import HARMLESS, ChatRequest, Message, Model, Neutral, StreamOptions
+from vlm.server.openai.messages import Message, Model, Neutral
+from vlm.server.openai.requests import HARMLESS, ChatRequest, StreamOptions
 from vlm.server.openai.responses import Fields
 
 NAMES = {  # chat's → ours

@@ -11,7 +11,8 @@ from decimal import Decimal
 from typing import Any
 
 from kshot.errors import PromptError, RequestError
-from vlm.server.openai.requests import ChatRequest, Tool
+from vlm.server.openai.messages import Tool
+from vlm.server.openai.requests import ChatRequest
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BEGIN, MIDDLE, END = f'{OPEN}\n{{"name": "', '", "arguments": ', f"}}\n{CLOSE}"
