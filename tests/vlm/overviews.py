@@ -30,7 +30,7 @@ def a_checkpoint(name: str, age: float, **changed: Any) -> dict[str, Any]:
 def an_overview(**changed: Any) -> dict[str, Any]:
     queue = {"jobs": 3, "samples": 5, "sequences": 20, "tokens_sampled": 123456, "busy_share": 0.4}
     overview: dict[str, Any] = {"version": "0.1.0", "started": NOW - 3700, "now": NOW, "queue": queue}
-    overview["memory"] = {"limit": 4 * 10**9, "taken": {"bodies": 0, "queues": 2_500_000, "answers": 999}}
+    overview["memory"] = {"limit": 4 << 30, "taken": {"bodies": 0, "queues": 5 << 19, "answers": 999}}
     overview |= {"address": "http://127.0.0.1:8000", "models": [], "runs": [], "checkpoints": []}
     return overview | changed
 

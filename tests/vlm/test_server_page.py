@@ -90,7 +90,8 @@ def test_an_empty_server_says_how_to_connect(server, tab):
 @needs_chromium
 def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
     models = [{"name": "kshot/nano-qwen3-vl", "context": 4096, "loaded": True, "threads": 2}]
-    old = a_checkpoint("old", 7200, kind="sampler_weights", size_bytes=999, expires=NOW + 3 * 86400)
+    path = "tinker://00000000-aaaa:train:0/sampler_weights/old"
+    old = a_checkpoint("old", 7200, kind="sampler_weights", path=path, size_bytes=999, expires=NOW + 3 * 86400)
     run = a_run(user_metadata={"name": "flowers", "seed": 3})
     checkpoints = [old, a_checkpoint("new", 120), a_checkpoint("gone", 90000, expires=NOW - 1)]
     server.overview = an_overview(models=models, runs=[run], checkpoints=checkpoints)
@@ -104,6 +105,7 @@ def test_models_runs_checkpoints_and_queue_are_shown(server, tab):
         assert words in card
     assert tab.texts("#runs dd") == ["0.7071", "3", "1 min ago", "7 s ago", "32", "kshot/nano-qwen3-vl"]
     assert [path.rpartition("/")[2] for path in tab.texts("#checkpoints code")] == ["new", "old", "gone"]
+    assert tab.texts("#try-model option") == ["kshot/nano-qwen3-vl", "old of 00000000-aaaa:train:0"]
     assert tab.texts("#checkpoints p") == [
         "weights · 1.2 MB · 2 min ago · does not expire",
         "sampler_weights · 999 B · 2 h ago · expires in 3 d",

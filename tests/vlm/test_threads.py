@@ -158,6 +158,22 @@ def test_no_more_threads_than_cores_that_others_leave(monkeypatch: pytest.Monkey
     assert after(1.0, mine=1.0, others=0.1) == 3
 
 
+def test_a_server_has_a_core_for_its_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.local.registry.choose", lambda _, most: most)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for told, number in ({}, 3), ({"OMP_NUM_THREADS": "4"}, 4):
+        registry = EngineRegistry(tmp_path, spare=1)
+        try:
+            with monkeypatch.context() as context:
+                context.delenv("OMP_NUM_THREADS", raising=False)
+                for name, value in told.items():
+                    context.setenv(name, value)
+                registry.submit(registry.engine, nano.NAME).result()
+            assert registry.chosen == {nano.NAME: number}
+        finally:
+            registry.scheduler.close()
+
+
 def test_a_number_that_was_said_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for said, number in ({"threads": 2}, 2), ({}, 3):
         registry = EngineRegistry(tmp_path, **said)

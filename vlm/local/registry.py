@@ -52,7 +52,8 @@ class EngineRegistry:
     folder that keeps image features between processes. cache_bytes: how much memory they may take in this one (None: a
     quarter, at most 16 GiB). pixel_bytes, decoders: of decoded images that wait, and threads that decode ahead (see
     `vlm.local.vision.Vision`). model_paths: name of a model → its folder or hub id; None: a name says itself where its
-    model is. threads: that a model computes with on a CPU; None: chosen when it is loaded, at most torch's own number.
+    model is. threads: that a model computes with on a CPU; None: chosen when it is loaded, at most torch's own number,
+    less `spare` ones unless the environment says how many.
     chosen: the numbers, by model; the largest of them is set, for this thread and those that begin later.
 
     places: name of a model → its own device. Where that means several processes, or several models have one, the model
@@ -70,6 +71,7 @@ class EngineRegistry:
     decoders: int | None = None
     model_paths: Mapping[str, str] | None = None
     threads: int | None = None
+    spare: int = 0
     chosen: dict[str, int] = field(default_factory=dict)
     scheduler: Scheduler = field(default_factory=Scheduler)
     engines: dict[str, Engine] = field(default_factory=dict)
@@ -142,7 +144,7 @@ class EngineRegistry:
             pixel_bytes=self.pixel_bytes // len(devices),
         )
         on_cpu = sum(device == "cpu" for each in {*(self.model_paths or ()), name} for device in self._devices(each))
-        threads = self.threads or max(1, torch.get_num_threads() // max(1, on_cpu))
+        threads = self.threads or max(1, self._at_most() // max(1, on_cpu))
         join = partial(torchrun.joined, device=self.device, threads=threads) if torchrun.world() else None
         engine = RanksEngine(options, devices, threads, ranks=join)
         scheduler = self.own_schedulers[name] = Scheduler()
@@ -152,11 +154,15 @@ class EngineRegistry:
 
     def _set_threads(self, model: Model) -> None:
         if model.device.type == "cpu":
-            self._most = self._most or torch.get_num_threads()
+            self._most = self._most or self._at_most()
             self.chosen[model.name] = self.threads or choose(Engine(model), self._most)
             torch.set_num_threads(most := max(self.chosen.values()))
             if most > 1 and not (self.threads or is_fixed()):
                 self.scheduler.before_step = FreeCores(most)
+
+    def _at_most(self) -> int:
+        """Threads of torch that models on a CPU may have together."""
+        return max(1, torch.get_num_threads() - (0 if is_fixed() else self.spare))
 
     def check_places(self) -> None:
         """Raise InputError and ModelError for a place that is none, or is not here."""

@@ -14,14 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from kshot.errors import INTERRUPTED, InputError, RequestError
 from vlm import models, nano
 from vlm.local.registry import SHARDS, EngineRegistry, dtype_of, state_folder
 from vlm.local.registry import follow as follow
-from vlm.local.threads import is_fixed
 from vlm.places import parted
 from vlm.server.app import Options, application
 from vlm.server.connections import BACKLOG, KEEP_ALIVE, Connections, most_connections
@@ -84,8 +82,7 @@ def serve(
     ahead = memory.limit // 8  # for good: images are decoded ahead while there is room in it, for each model
     _ = memory.take(IMAGES, ahead)
     registry.pixel_bytes, registry.decoders = ahead // max(1, len(registry.model_paths or ())), images.AT_ONCE
-    if not is_fixed():  # registry.threads, where they are told, are set with the model
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # a core is left that answers requests
+    registry.spare = 1  # a core that answers requests
     with listening:
         with loading or nullcontext():
             registry.load()  # the port is taken, and nobody is answered yet

@@ -88,9 +88,9 @@ function span(seconds, parts = 1) {
 
 const ago = (then, now) => `${span(now - then)} ago`;
 
-function bytes(count) {
-  const power = Math.min(4, Math.floor(Math.log10(Math.max(1, count)) / 3));
-  const scaled = count / 1000 ** power;
+function bytes(count, thousand = 1000) {
+  const power = Math.min(4, Math.floor(Math.log(Math.max(1, count)) / Math.log(thousand) + 1e-9));
+  const scaled = count / thousand ** power;
   return `${power && scaled < 100 ? scaled.toFixed(1) : Math.round(scaled)} ${["B", "kB", "MB", "GB", "TB"][power]}`;
 }
 
@@ -373,10 +373,10 @@ function show(answer) {
   document.dispatchEvent(new CustomEvent("kshot-overview", { detail: answer }));
 }
 
-function memoryText({ limit, taken }) {
+function memoryText({ limit, taken }) { // in powers of 1,024, as --memory takes them
   const kinds = Object.entries(taken).filter(([, size]) => size), total = kinds.reduce((sum, [, size]) => sum + size, 0);
-  const parts = kinds.map(([kind, size]) => `${kind} ${bytes(size)}`).join(", ");
-  return `${bytes(total)} of ${bytes(limit)}${parts ? ` (${parts})` : ""}`;
+  const parts = kinds.map(([kind, size]) => `${kind} ${bytes(size, 1024)}`).join(", ");
+  return `${bytes(total, 1024)} of ${bytes(limit, 1024)}${parts ? ` (${parts})` : ""}`;
 }
 
 function newest(kind, items, key) {

@@ -20,13 +20,19 @@ function element(tag, attributes, text) {
 
 let offered = "";
 
+// Saved weights by their own name first, since a select cuts what is long.
+function called(name) {
+  const [, run, weights] = name.match(/^tinker:\/\/(.+?)\/sampler_weights\/(.+)$/) ?? [];
+  return weights ? `${weights} of ${run}` : name;
+}
+
 document.addEventListener("kshot-overview", ({ detail: { models, checkpoints } }) => {
   const saved = checkpoints.filter(({ kind }) => kind === "sampler_weights").sort((a, b) => b.created - a.created);
   const names = [...models.map(({ name }) => name), ...saved.map(({ path }) => path)];
   if (names.join("\n") === offered) return; // what is chosen stays chosen
   offered = names.join("\n");
   const select = byId("try-model"), chosen = select.value;
-  select.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
+  select.replaceChildren(...names.map((name) => element("option", { value: name }, called(name))));
   if (names.includes(chosen)) select.value = chosen;
   byId("try").hidden = !names.length;
 });
