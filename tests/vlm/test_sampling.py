@@ -13,7 +13,7 @@ from tests.vlm.helpers import OtherService, Pictured, greedy, stock_inputs
 from vlm.classifier import generate
 from vlm.inputs import ImageRule
 from vlm.local.clients import LocalSamplingClient
-from vlm.local.sampling.decoder import _candidates, sample_token
+from vlm.local.sampling.decoder import TokenSequence, _append_next_tokens, _candidates, sample_token
 from vlm.prompts import Prompt
 
 
@@ -32,6 +32,20 @@ def test_top_k_top_p_and_temperature_choose_from_what_they_say() -> None:
     assert drawn(top_p=0.5) == {0: 1.0}
     flat = np.sqrt([0.5, 0.3, 0.15, 0.05])
     assert drawn(temperature=2.0) == pytest.approx(dict(enumerate(flat / flat.sum())), abs=0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_stands_for_an_image_is_never_written(sampler: LocalSamplingClient, temperature: float) -> None:
+    """Its log-probabilities are still the model's."""
+    model = sampler._engine.model
+    logits = torch.zeros(1, model.vocabulary)
+    logits[0, [*model.placeholders]] = 40.0
+    logits[0, 7] = 30.0
+    sequence = TokenSequence(model.tokenizer, types.SamplingParams(temperature=temperature, seed=0), 0, top=1)
+    _append_next_tokens([sequence], logits, model.placeholders)
+    assert sequence.tokens == [7]
+    assert sequence.log_probs == pytest.approx([float(logits.log_softmax(-1)[0, 7])], rel=1e-5)
+    assert sequence.tops[0][0][0] in model.placeholders
 
 
 def test_free_answers_are_greedy_and_end_with_the_turn(

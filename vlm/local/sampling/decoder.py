@@ -173,7 +173,7 @@ class Decoder:
         owners = [(row, sequence) for row, each in enumerate(sequences) for sequence in each]
         for start in range(0, len(owners), self.rows):
             rows, some = zip(*owners[start : start + self.rows], strict=True)
-            _append_next_tokens(some, logits[list(rows)])
+            _append_next_tokens(some, logits[list(rows)], self.engine.model.placeholders)
         lengths, after = cache.lengths.tolist(), positions.tolist()
         joining = [_Entry(sequence, cache, row, lengths[row], after[row]) for row, sequence in owners]
         self._end_full(joining)
@@ -195,7 +195,7 @@ class Decoder:
         for each in running:
             each.length, each.position = each.length + 1, each.position + 1
         sequences = [each.sequence for each in running]
-        _append_next_tokens(sequences, logits)
+        _append_next_tokens(sequences, logits, self.engine.model.placeholders)
         self._end_full(running)
         return sequences
 
@@ -245,10 +245,13 @@ class Decoder:
             each.cache, each.row = self._cache, row
 
 
-def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor) -> None:
+def _append_next_tokens(sequences: Sequence[TokenSequence], logits: Tensor, never: Sequence[int]) -> None:
     """Append its next token to every sequence, from (sequences, vocabulary) float32 logits; the likeliest ones before,
-    so that one that is not finite ends the sequence as well."""
+    so that one that is not finite ends the sequence as well. never: ids that stand for images, which no text has: an
+    answer with one could not be trained on."""
     allowed = _allowed(sequences, logits)
+    if never:
+        allowed = allowed.index_fill(1, torch.tensor(never, device=logits.device), float("-inf"))
     tokens = allowed.argmax(-1).tolist()
     drawn = [n for n, sequence in enumerate(sequences) if sequence.params.temperature]
     for n, row in zip(drawn, allowed[drawn].cpu() if drawn else (), strict=True):
