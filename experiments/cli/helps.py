@@ -18,7 +18,9 @@ GROUPS = {  # options by their parameter's name; those of no group stand under "
         *("readout", "image_size", "vlm_features", "prompt", "loss", "loss_power", "start", "calibration", "thinking"),
         *("thoughts", "train_on", "temperature", "max_side", "settings"),
     ),
-    "How it is run": ("service", "device", "executor", "workers", "threads", "only_failed", "track", "dtype"),
+    "How it is run": (
+        *("service", "device", "gpus_per_worker", "executor", "workers", "threads", "only_failed", "track", "dtype"),
+    ),
     "Plan": ("only_plan", "quick", "gpu", "count"),
     "Results": ("output", "no_images", "push_to_hub", "yes", "public", "force", "pack", "top", "as_json", "adapter"),
     "Who may ask": ("host", "port", "api_key_file", "shared", "allow_host", "allow_urls"),

@@ -203,7 +203,8 @@ def to_download(needed: Requirements) -> list[str]:
 
 def _ranks(needed: Requirements) -> Iterator[Row]:
     if found := needed.ranks:
-        yield "ranks", f"{found.count}", f"of the VLM of a worker, {'one on ' if not found.on_cpu else ''}{found.each}"
+        where = "processes of one thread" if found.on_cpu else "one a GPU"
+        yield "ranks", f"{found.count}", f"of each worker's VLM, {where}"
         yield from rows_of_ranks(found)
 
 

@@ -155,4 +155,4 @@ def rows(found: RanksPlan) -> Iterator[tuple[str, str, str]]:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
