@@ -452,7 +452,8 @@ def _choices(series: str) -> str:
     """What a series is run under of what is compared, a prompt with its words."""
     from experiments.sweep.series import PROMPT, choice_text, choices_of
 
-    return ", ".join(f"prompt {c.value}" if c.setting == PROMPT else choice_text(c) for c in choices_of(series))
+    told = [choice for choice in choices_of(series) if not choice.idle]
+    return ", ".join(f"prompt {c.value}" if c.setting == PROMPT else choice_text(c) for c in told)
 
 
 def _mean(score: "Score | None") -> str:

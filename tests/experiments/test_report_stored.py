@@ -1,6 +1,7 @@
 """What a report says of stored predictions: paired differences and confusions."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from pyarrow import parquet
 from reported import SWEEP, cell, grid, store_predictions, written
 from sklearn.metrics import confusion_matrix
 
+from experiments.cli.sweep import print_summary
 from experiments.report.tables import NONE
+from experiments.sweep.store import Results
 from kshot.errors import ResultsError
 
 
@@ -84,3 +87,15 @@ def test_confusions_refuse_a_class_without_a_name(tmp_path):
     store_predictions(tmp_path, grid())
     with pytest.raises(ResultsError, match="there are 3 class names"):
         written(tmp_path, SWEEP | {"classes": {"icons": ["a", "b", "c"]}}, grid())
+
+
+FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "results").glob("*/cells.jsonl"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_results_have_a_summary(folder, capsys):
+    """Also of a method that reads none of the settings that are compared."""
+    results = Results(folder)
+    print_summary(results.sweep(), results.cells())
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in results.sweep()["methods"])
