@@ -127,9 +127,11 @@ def test_an_actor_has_all_its_gpus_and_those_without_room_hold_nothing_up(cluste
     node = cluster.add_node(num_cpus=1, num_gpus=2)
     found = [answer for _, answer in workers.ray(gpus_seen, [1, 2, 3], workers=3, gpus=["0,1"])]
     assert found == ["0,1"] * 3
-    cluster.remove_node(node)
-    with pytest.raises(KshotError, match="has 1 CPUs and 2 GPUs for a worker"):
-        list(workers.ray(gpus_seen, [1], gpus=["0,1"]))
+    with closing(workers.ray(gpus_seen, [1, 2, 3], gpus=["0,1"])) as answers:
+        next(answers)
+        cluster.remove_node(node)
+        with pytest.raises(KshotError, match="has 1 CPUs and 2 GPUs for a worker"):  # and it does not wait for ever
+            list(answers)
 
 
 @pytest.mark.slow
