@@ -65,7 +65,7 @@ def test_confusions_have_names_and_counts(tmp_path):
     matrix = confusion_matrix(label, guess)
     worst = sorted((-matrix[a, b], a, b) for a in range(10) for b in range(10) if a != b)[:10]
     rows = [f"| kind {a} | kind {b} | {-n} | {100 * -n / 60:.1f} |" for n, a, b in worst]
-    assert "| class | taken for | images | % of the class |\n| --- | ---: | ---: | ---: |\n" + "\n".join(rows) in text
+    assert "| class | taken for | images | % of the class |\n| --- | --- | ---: | ---: |\n" + "\n".join(rows) in text
     knn = [c for c in grid() if c["method"] != "vlm-lora" or c["shots"] == 1]
     both, _ = written(tmp_path, sweep, knn)
     assert re.findall(r"(.*) at k = 4: the most frequent confusions", both) == ["pixel kNN"]

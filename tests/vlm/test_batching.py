@@ -117,9 +117,11 @@ def checked(stock: Any, request: SamplingRequest, response: types.SampleResponse
         inputs = stock_inputs(model_input(*request.prompt.chunks, sequence.tokens), rule)
         with torch.no_grad():
             rows = stock(**inputs).logits[0, request.prompt.length - 1 : -1].double().numpy()
-        tokens = rows.argmax(1).tolist()
+        allowed = rows.copy()  # what stands for an image is never written
+        allowed[:, [stock.config.image_token_id, stock.config.video_token_id]] = -np.inf
+        tokens = allowed.argmax(1).tolist()
         if p.temperature:
-            mass = np.exp((rows - rows.max(1, keepdims=True)) / p.temperature).cumsum(1)
+            mass = np.exp((allowed - allowed.max(1, keepdims=True)) / p.temperature).cumsum(1)
             drawn = [torch.rand((), generator=generator, dtype=torch.float64).item() for _ in rows]
             tokens = [int(np.searchsorted(row, draw * row[-1])) for row, draw in zip(mass, drawn, strict=True)]
         log_probs = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(rows, tokens, strict=True)]
