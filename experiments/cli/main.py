@@ -10,8 +10,9 @@ import typer
 from experiments.cli import bench, data
 from experiments.cli.adapters import export, predict, push, train
 from experiments.cli.helps import Grouped, SettingsHelp, SweepHelp, wrong_usage
+from experiments.cli.report import report
 from experiments.cli.serve import serve
-from experiments.cli.sweep import demo, report, sweep, zero_shot
+from experiments.cli.sweep import demo, sweep, zero_shot
 from experiments.terminal import fail, out
 from kshot.errors import INTERRUPTED, InputError, KshotError
 

@@ -9,7 +9,7 @@ from pyarrow import parquet
 from reported import SWEEP, cell, grid, store_predictions, written
 from sklearn.metrics import confusion_matrix
 
-from experiments.cli.sweep import print_summary
+from experiments.cli.report import print_summary
 from experiments.report.tables import NONE
 from experiments.sweep.store import Results
 from kshot.errors import ResultsError

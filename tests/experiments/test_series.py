@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reported import SWEEP, Page, cell, store_predictions, written
 
-from experiments.cli.sweep import print_summary
+from experiments.cli.report import print_summary
 from experiments.report.figures import series_shifts, write_dataset_figure
 from experiments.report.runs import full_grid
 from experiments.report.tables import NONE
