@@ -43,7 +43,9 @@ def check(name: str) -> None:
     if name in MODELS or _is_folder(name) or not (odd or Path(name).exists()):
         return
     others = "a folder with config.json", "a hub id such as Qwen/Qwen3-VL-2B-Instruct"
-    raise UnknownNameError("model", name, [*MODELS, *SHORT, *others])
+    missing = "there is no such folder" if name.startswith((".", "/", "~")) else ""
+    hint = "this folder has no config.json" if Path(name).is_dir() else missing
+    raise UnknownNameError("model", name, [*MODELS, *SHORT, *others], hint)
 
 
 def source(name: str) -> str:

@@ -35,7 +35,7 @@ def places(photos: Path, two_workers: Path, tmp_path: Path) -> Files:
         ("sweep --dataset folder:{broken}", ["broken: files that", "a|b/3.png: ", "replace or remove it"]),
         ("sweep --method vlm-loar", ["unknown method 'vlm-loar' (did you mean 'vlm-lora'?)", "pixel-knn"]),
         ("sweep --model nope", ["unknown model 'nope'", "kshot/nano-qwen3-vl", "a hub id such as"]),
-        ("sweep --model {here}", ["unknown model '{here}'", "a folder with config.json"]),
+        ("sweep --model {here}", ["unknown model '{here}' (this folder has no config.json)", "a folder with"]),
         ("sweep --service there", ["unknown service 'there'", "local, tinker, http://HOST:PORT"]),
         ("sweep --service http://127.0.0.1:9", ["no server answers at http://127.0.0.1:9", "start it first"]),
         ("sweep --backbone resnet_dino", ["unknown model", "'resnet_dino'"]),

@@ -26,6 +26,7 @@ MISTAKES = [  # what is typed, and what the line must say
     ("sweep --set learning_rate:1e-4", ["has no value; write it as KEY=VALUE"]),
     ("sweep --set learning_rate=fast", ["settings.learning_rate = 'fast'", "valid number"]),
     ("sweep --model 2b", ["unknown model '2b' (did you mean '2B'?)"]),
+    ("sweep --model ./qwen3", ["unknown model './qwen3' (there is no such folder)", "a folder with config.json"]),
     ("sweep --model qwen3-vl-2b", ["unknown model 'qwen3-vl-2b'", "2B", "a hub id such as"]),
     ("sweep --device gpu", ["device 'gpu' is not available here (did you mean 'cuda'?)"]),
     ("sweep --device cuda", ["device 'cuda' is not available here: torch sees no GPU; use --device cpu"]),
