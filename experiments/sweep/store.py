@@ -55,9 +55,12 @@ class Results:
     def frame(self) -> "pd.DataFrame":
         """A row a finished cell, in the order of `cells`. Columns: dataset, protocol, method (its name on the command
         line), shots, seed; `accuracy`, which reports show, and every other metric (see
-        `experiments.sweep.metrics.metrics`); and each setting. What a method does not have or read is missing (NaN)."""
+        `experiments.sweep.metrics.metrics`); and each setting. What a method does not have or read is missing (NaN).
+
+        Raises ResultsError where `folder` has no results."""
         import pandas as pd
 
+        self.sweep()  # a misspelt folder is no empty table
         cells, fields = self.cells(), IDENTITY[1:-1]
         rows = [{**{name: c[name] for name in fields}, **c["metrics"], **c["settings"]} for c in cells]
         metrics = dict.fromkeys(["accuracy", *(name for cell in cells for name in cell["metrics"])])

@@ -43,7 +43,6 @@ from vlm.local.model.placement import INDEX, SINGLE, StoredTensor
 from vlm.local.model.quantised import ENTRY, Weights
 from vlm.templates import image_marks
 
-FORMS = ("merged", "peft", "vllm")
 SHARD = 5 << 30  # bytes of a file of weights, at most, unless one tensor has more
 # How far the logits may be apart, of their size, both as root mean squares: in bfloat16 merged weights are rounded, and
 # a router may choose another expert somewhere. A layer that is missed is four times as far as that, or more.
@@ -80,7 +79,7 @@ class _Base(NamedTuple):
 
 
 def export(adapter: Path, target: Path, form: str, base_model: str | None = None, device: str = "cpu") -> Proof:
-    """Write the adapter in a folder, in one of FORMS, to a new or empty folder, and prove it.
+    """Write the adapter in a folder, in the form merged, peft or vllm, to a new or empty folder, and prove it.
 
     base_model: its model under another name than the recorded one, or to fetch it. Raises InputError and ModelError for
     what cannot be had or written so, and KshotError where the proof fails: then nothing is written.
