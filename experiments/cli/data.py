@@ -17,15 +17,15 @@ NAMES = 40  # classes that are named
 
 
 def list_data() -> None:
-    """The data sets that can be named, with their sizes, protocols and licences."""
+    """The data sets that can be named, with their sizes, sources, licences and protocols."""
     from rich.text import Text
 
     from data.catalog import DATASETS
 
-    table = plain_table(["name", "classes", "train", "test", "title, licence and protocols"])
+    table = plain_table(["name", "classes", "train", "test", "title, source, licence and protocols"])
     for spec in DATASETS.values():
         count = spec.protocols[0].classes if spec.protocols else len(spec.classes or ())
-        small = "\n".join(filter(None, [spec.licence, ", ".join(p.name for p in spec.protocols)]))
+        small = "\n".join(filter(None, [spec.citation, spec.licence, ", ".join(p.name for p in spec.protocols)]))
         text = Text.assemble(f"{spec.title}\n", (small, "dim"), "\n")
         table.add_row(spec.name, str(count), f"{spec.train:,}", f"{spec.test:,}", text)
     table.add_row("folder:PATH", "?", "?", "?", "Your own: PATH/<class>/* or PATH/{train,test}/<class>/*\n")
