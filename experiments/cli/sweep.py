@@ -338,6 +338,8 @@ def _print_plan(
             estimated = stored_estimate(workload, folder, options, machine, planned_for.number)
         else:
             estimated = estimate(workload, folder, options)
+    if options.executor == "ray" and not planned_for.gpu:
+        said.append("--executor ray: the cluster is not known here; the plan is of a machine like this one")
     for line in (*before, *said):
         err.print(line)
     print_estimate(estimated)

@@ -95,3 +95,8 @@ def test_the_command_plans_for_a_machine_that_is_not_here(kshot: Callable[..., A
     assert "ESTIMATE for 2 x an H100 (80 GB)" in " ".join(ended.out.split())
     assert "vlm-lora" in ended.out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_cluster_says_that_it_counts_this_machine(kshot: Callable[..., Any], tmp_path: Path) -> None:
+    plan = ("sweep", "demo", "--plan", "--quick", "--out", tmp_path / "out")
+    assert ["like this one" in kshot(*plan, *more).err for more in ((), ("--executor", "ray"))] == [False, True]
