@@ -4,7 +4,7 @@ Of the G answers to one question each is worth its reward less the group's mean,
 deviation (GRPO, Shao et al. 2024, arXiv:2402.03300).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,13 +13,15 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot.errors import RequestError
+from kshot.errors import RequestError, UnknownNameError
 from vlm.classifier import Subject, View, sample_together
 from vlm.inputs import datum, model_input
 from vlm.prompts import Prompt
 from vlm.service import TrainingClient
 
+LOSSES = ("importance_sampling", "ppo", "cispo", "gspo")  # of the API, by the advantage of each token
 SEEDS = 1 << 31  # of sampling
+ROUNDING = 1e-9  # of rewards, relative
 Judge = Callable[[Subject, int, str], float]
 """The reward of a text as the answer about a subject with a label."""
 
@@ -27,11 +29,12 @@ Judge = Callable[[Subject, int, str], float]
 @dataclass(frozen=True)
 class Answer:
     """A sampled answer. tokens: ids, the end of the turn included. log_probs: one a token, nats, of the policy that
-    wrote it."""
+    wrote it. finished: whether it ended by itself; False: it was cut off at `max_tokens`."""
 
     question: tinker.ModelInput
     tokens: list[int]
     log_probs: list[float]
+    finished: bool = True
 
     @property
     def whole(self) -> tinker.ModelInput:
@@ -43,9 +46,12 @@ class Answer:
 class Policy:
     """How answers are sampled and learnt from.
 
-    group_size: answers to a question, G. temperature: of sampling; log-probabilities are the model's at 1, as the API
-    gives them. max_tokens: of an answer. loss: of the API: importance_sampling, ppo, cispo or gspo. kl: reward that a
-    nat of distance from the base model costs, token by token.
+    group_size: answers to a question, G; at least 2. temperature: of sampling, above 0. Log-probabilities are the
+    model's at 1, as the API gives them, so at another temperature no loss corrects for what was sampled more often.
+    max_tokens: of an answer. loss: of LOSSES. loss_config: its thresholds; None: the usual ones. A batch is trained on
+    once, right after it is sampled, so the ratio to the sampler is 1 but for rounding. In bfloat16 that rounding is
+    more than gspo's usual thresholds allow: give wider ones. kl: what a nat of distance from the base model costs,
+    token by token, in units of the advantage. Raises RequestError for a value out of range.
     """
 
     group_size: int = 8
@@ -53,6 +59,17 @@ class Policy:
     max_tokens: int = 128
     loss: str = "importance_sampling"
     kl: float = 0.0
+    loss_config: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise RequestError(f"group_size {self.group_size} compares no answers; give 2 or more")
+        if not self.temperature > 0:
+            raise RequestError(f"temperature {self.temperature} samples the same answer each time; give one above 0")
+        if self.loss not in LOSSES:
+            raise UnknownNameError("loss of reward", self.loss, LOSSES)
+        if self.kl and self.temperature != 1:
+            raise RequestError(f"kl {self.kl} is measured at temperature 1, not at {self.temperature}; leave one out")
 
 
 def reinforce(
@@ -69,8 +86,8 @@ def reinforce(
     """One optimizer step a batch of (image or text, label) views; yields the mean reward of each batch's answers.
 
     client: of any service. seed: of all sampling. base: a sampling client of the untuned model, where policy.kl is not
-    0. judge: None: 1 for the right class name by the rule of `Prompt.parse`, else 0. A batch in which no answer is
-    better than another of its group makes no step. Raises RequestError for a kl without a base.
+    0. judge: None: 1 for the right class name by the rule of `Prompt.parse`, else 0. Without kl a batch in which no
+    answer is better than another of its group makes no step. Raises RequestError for a kl without a base.
     """
     if policy.kl and base is None:
         raise RequestError(f"kl {policy.kl} is a distance from the base model; give base, a sampling client of it")
@@ -85,7 +102,10 @@ def reinforce(
         ]
         worth = [each for n, group in enumerate(groups) for each in _merged(group, gains(rewards[n]))]
         if data := _data(worth, policy.kl, base):
-            done = client.forward_backward(data, policy.loss), client.optim_step(adam)
+            done = (
+                client.forward_backward(data, policy.loss, dict(policy.loss_config or {}) or None),
+                client.optim_step(adam),
+            )
             for each in done:
                 each.result()
         yield float(np.concatenate(rewards).mean())
@@ -93,9 +113,10 @@ def reinforce(
 
 def gains(rewards: np.ndarray) -> np.ndarray:
     """(answers,) the rewards of a group less their mean, in units of their standard deviation; 0 where all are the
-    same."""
-    deviation = rewards.std()
-    gains: np.ndarray = (rewards - rewards.mean()) / deviation if deviation else np.zeros(len(rewards))
+    same but for rounding."""
+    if np.ptp(rewards) <= ROUNDING * np.abs(rewards).max():
+        return np.zeros(len(rewards))
+    gains: np.ndarray = (rewards - rewards.mean()) / rewards.std()
     return gains
 
 
@@ -108,7 +129,10 @@ def sample_groups(
     params = [shared(stop=list(stops), seed=seed) for seed in seeds]
     responses = sample_together(sampler, questions, params, policy.group_size)
     return [
-        [Answer(question, list(each.tokens), list(each.logprobs or ())) for each in response.sequences]
+        [
+            Answer(question, list(each.tokens), list(each.logprobs or ()), each.stop_reason != "length")
+            for each in response.sequences
+        ]
         for question, response in zip(questions, responses, strict=True)
     ]
 

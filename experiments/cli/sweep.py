@@ -129,7 +129,9 @@ def sweep(
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads, "only_failed": only_failed}
     how["gpus_per_worker"] = gpus_per_worker
-    run(content, output, images=not no_images, planned_for=planned_for, said=chosen.lines, **what, **how)
+    given = [*named, *(["prompt"] if prompt else [])]
+    what |= {"said": chosen.lines, "named": given}
+    run(content, output, images=not no_images, planned_for=planned_for, **what, **how)
 
 
 @opt.with_access
@@ -152,9 +154,10 @@ def zero_shot(
     fields = {"datasets": dataset, "prompts": prompt, **grid}
     values: dict[str, Any] = {"model": model, "limit_test": limit_test, "calibration": calibration}
     values |= {"thinking": thinking, "thoughts": thoughts}
-    content = _sweep_of("demo", fields, _settings(values, settings, fields))
+    named = _settings(values, settings, fields)
+    content = _sweep_of("demo", fields, named)
     folder = output or Path("runs") / f"zero-shot-{content.name}"
-    run(content, folder, service=service, device=device, access=access)
+    run(content, folder, named=[*named], service=service, device=device, access=access)
 
 
 def run(
@@ -164,15 +167,19 @@ def run(
     images: bool = True,
     planned_for: "PlannedFor | None" = None,
     said: Sequence[str] = (),
+    named: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Run what the folder lacks of the sweep and write its reports; planned_for: only print what that would take.
-    images: whether report.html shows some of the data sets'. said: lines to print before it starts. options: of
-    RunOptions. Raises as `run_sweep` does: where cells failed, the reports are there and name them."""
+    images: whether report.html shows some of the data sets'. said: lines to print before it starts. named:
+    settings that were given; those that no method reads are said. options: of RunOptions. Raises as `run_sweep` does:
+    where cells failed, the reports are there and name them."""
     from experiments.sweep.choice import AUTO
     from experiments.sweep.config import RunOptions
     from experiments.sweep.grid import run_sweep
+    from experiments.sweep.preflight import unread
 
+    said = (*said, *unread(named, sweep.methods, sweep.variants))
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if chosen.device == AUTO:
         chosen, why = _on_found_devices(sweep, chosen, planned_for)

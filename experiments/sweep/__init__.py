@@ -37,8 +37,10 @@ def sweep(
     from experiments.sweep.choice import choose
     from experiments.sweep.config import load
     from experiments.sweep.grid import RunOptions, run_sweep
+    from experiments.sweep.preflight import unread
 
     settings = dict(settings or {})
+    given = [*settings]
     if preset is None and options.get("service", "local") == "local":
         named = settings.get("model"), settings.get("backbone")
         chosen = choose(datasets or (), methods or (), *named, options.get("device") or "")
@@ -48,4 +50,6 @@ def sweep(
     grid = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
     overrides = {name: tuple(values) for name, values in grid.items() if values is not None}
     content = load(preset or "demo", overrides, settings)
+    for line in unread(given, content.methods, content.variants):
+        log.warning(line)
     return run_sweep(content, folder or Path("runs") / content.name, RunOptions(**options))

@@ -85,7 +85,7 @@ class Settings(BaseModel):
     group_size: Annotated[int, Field(ge=2)] = 8  # answers that vlm-rl samples to a training image
     temperature: PositiveFloat = 1.0  # of this sampling
     policy_loss: Literal["importance_sampling", "ppo"] = "importance_sampling"  # of the API, of vlm-rl
-    kl: Annotated[float, Field(ge=0)] = 0.0  # reward that a nat away from the base model costs, a token
+    kl: Annotated[float, Field(ge=0)] = 0.0  # what a nat away from the base model costs of a token's advantage
     thinking: Annotated[int, Field(ge=0)] = 0  # tokens of a thought before the answer, at most; 0: no thought
     thoughts: PositiveInt = 1  # about a test image
     thinking_temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -98,7 +98,8 @@ class Settings(BaseModel):
 
     def start_steps(self, steps: int) -> int:
         """How many of so many steps `start` is; all at most."""
-        return min(steps, ceil(self.start * steps) if self.start < 1 else int(self.start))
+        share = ceil(round(self.start * steps, 9))  # 0.07 of 100 are 7, not 7.000000000000001
+        return min(steps, share if self.start < 1 else int(self.start))
 
 
 T = TypeVar("T")

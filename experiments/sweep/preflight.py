@@ -9,7 +9,7 @@ from baselines import hub as hub_backbones
 from baselines import nano as nano_dinov2
 from data.dataset import Dataset
 from experiments.sweep.cells import Job
-from experiments.sweep.config import THINKING, Settings, Sweep
+from experiments.sweep.config import THINKING, Settings, Sweep, idle
 from experiments.sweep.methods import METHODS, check_left_out
 from experiments.sweep.provenance import recorded
 from experiments.sweep.run import few_shot, validation
@@ -42,6 +42,8 @@ def check_settings(sweep: Sweep, service: str) -> None:
             template(text)
     if "loss" in used:
         _check_losses({settings.loss for settings in sweep.variants}, sweep, service)
+    if "kl" in used and sweep.settings.kl and sweep.settings.temperature != 1:
+        raise InputError(f"kl is measured at temperature 1, not at {sweep.settings.temperature}; leave one of them out")
     if "thinking" in used:
         _check_thinking(sweep)
     calibrated = [METHODS[name] for name in sweep.methods if "calibration" in METHODS[name].settings]
@@ -126,6 +128,15 @@ def recorded_along(sweep: Sweep, setting: str) -> list[dict[str, Any]]:
 def settings_read(sweep: Sweep) -> set[str]:
     """The settings that the numbers of its methods depend on."""
     return {name for method in sweep.methods for name in METHODS[method].settings}
+
+
+def unread(named: Iterable[str], methods: Sequence[str], variants: Sequence[Settings]) -> list[str]:
+    """A line on those of the settings `named` that change nothing for these methods, if there are any."""
+    read = {name: {*METHODS[name].settings} for name in methods if name in METHODS}
+    used = {s for each in variants for own in read.values() for s in own - idle(own, each.model_dump())}
+    if lone := sorted({*named} - used):
+        return [f"{', '.join(lone)}: of no effect, as nothing here reads it ({', '.join(methods)})"]
+    return []
 
 
 # Keys and weights

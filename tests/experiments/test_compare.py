@@ -183,6 +183,27 @@ def test_a_start_is_a_share_or_a_number_of_steps(start: float, steps: int) -> No
     assert Settings(start=start).start_steps(10) == steps
 
 
+def test_a_share_of_the_steps_does_not_grow_by_rounding() -> None:
+    assert [Settings(start=start).start_steps(steps) for start, steps in ((0.07, 100), (0.14, 50))] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "lone"),
+    [
+        (("--method", "pixel-knn", "--set", "rank=4", "--set", "kl=0.1"), "kl, rank: of no effect"),
+        (("--method", "pixel-knn", "--limit-test", "50"), ""),
+        ((*LORA, "--start", "0.1"), "start: of no effect"),
+        ((*LORA, "--start", "0.1", "--method", "vlm-rl"), ""),
+        ((*LORA, "--start", "0.1", "--loss", "closed-set"), ""),
+        (("--method", "pixel-knn", "--prompt", "recipe"), "prompt: of no effect"),
+    ],
+)
+def test_settings_that_nothing_reads_are_said(sweep: Any, options: tuple[str, ...], lone: str) -> None:
+    said = sweep(*options, "--plan", "--quick").err
+    assert ("of no effect" in said) == bool(lone)
+    assert lone in said
+
+
 def test_a_comparing_sweep_grows_in_shots_and_refuses_other_values(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
     assert sweep(*BOTH).status == 0
     assert sweep(*BOTH).err == "all 10 cells are there: nothing to compute\n"
@@ -241,6 +262,7 @@ def test_one_value_is_a_setting(sweep: Any, tmp_path: Path, name: str, value: st
         ((*LORA, "--loss-power", "0.5", "--loss-power", "0"), "loss_power 0.5 is of the loss closed-set"),
         ((*LORA, "--start", "1.5"), "settings.start = '1.5': Value error, it must be a share below 1, or a whole"),
         ((*LORA, "--start", "-1"), "settings.start = '-1': Input should be greater than or equal to 0"),
+        ((*LORA, "--method", "vlm-rl", "--set", "kl=0.1", "--set", "temperature=2"), "kl is measured at temperature 1"),
         (("--calibration", "validated", "--method", "vlm-zero-shot"), "zero-shot has none; give contextual, pmi"),
     ],
 )

@@ -184,6 +184,17 @@ def test_ratios_that_overflow_where_they_do_not_count_leave_the_loss_finite(name
     assert log_probs.grad.tolist() == pytest.approx([-2.0, 0.0, slope])
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("log_p", [-1.0, -10.0, -16.0, -25.0])
+def test_the_gradient_of_a_small_chance_is_not_lost_in_float32(power: float, log_p: float) -> None:
+    """d/d log p of (1 − p^q) / q is −p^q."""
+    at = torch.tensor([log_p], requires_grad=True)
+    value = loss("closed_set", {"power": power})(at, {"weights": torch.ones(1), "datum": torch.zeros(1, dtype=int)})
+    value.backward()
+    assert at.grad.item() == pytest.approx(-np.exp(power * log_p), rel=1e-5)
+    assert value.item() == pytest.approx((1 - np.exp(power * log_p)) / power, rel=1e-6)
+
+
 def test_scored_positions() -> None:
     fields = {"weights": torch.tensor([0.0, -1.0, 2.0]), "advantages": torch.tensor([0.5, 0.0, -1.0])}
     assert loss("cross_entropy", None).scored(fields).tolist() == [False, True, True]

@@ -13,7 +13,7 @@ from tinker import types
 
 from data import catalog
 from data.fewshot import k_shot
-from kshot.errors import RequestError
+from kshot.errors import InputError, RequestError
 from tests.vlm.helpers import Pictured
 from tests.vlm.services import PATIENCE, Service
 from vlm import nano
@@ -35,6 +35,25 @@ def test_gains_are_in_standard_deviations_of_the_group() -> None:
     assert gains(np.array([1.0, 1.0])).tolist() == gains(np.zeros(2)).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.2, 0.7, 0.9, -0.3])
+def test_equal_rewards_are_worth_nothing_however_they_round(reward: float) -> None:
+    assert all(not gains(np.full(size, reward)).any() for size in range(2, 17))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"group_size": 1}, "group_size 1 compares no answers"),
+        ({"temperature": 0.0}, "temperature 0.0 samples the same answer"),
+        ({"loss": "cross_entropy"}, "unknown loss of reward 'cross_entropy'; choose from: importance_sampling, ppo"),
+        ({"kl": 0.1, "temperature": 0.5}, "kl 0.1 is measured at temperature 1"),
+    ],
+)
+def test_a_policy_that_learns_nothing_or_wrongly_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Policy(**changes)
+
+
 def test_the_datum_of_an_answer() -> None:
     made = answer_datum(Answer(TEXT, [8, 9], [-0.5, -1.5]), [2.0, -1.0])
     fields = {name: tensor.to_numpy().tolist() for name, tensor in made.loss_fn_inputs.items()}
@@ -51,6 +70,7 @@ class Scripted:
 
     def __init__(self, tokens: list[list[int]]) -> None:
         self.tokens, self.asked, self.trained, self.steps = tokens, list[Any](), list[Any](), 0
+        self.configs = list[Any]()
 
     def save_weights_and_get_sampling_client(self) -> Any:
         return SimpleNamespace(result=lambda: self)
@@ -58,13 +78,15 @@ class Scripted:
     def sample(self, prompt: tinker.ModelInput, number: int, params: types.SamplingParams) -> Any:
         self.asked.append((number, params.seed, params.max_tokens, params.temperature, params.stop))
         tokens = self.tokens[(len(self.asked) - 1) % len(self.tokens)]
-        sequences = [SimpleNamespace(tokens=[token], logprobs=[-0.5]) for token in tokens]
+        said = {"logprobs": [-0.5], "stop_reason": "stop"}
+        sequences = [SimpleNamespace(tokens=[token], **said) for token in tokens]
         return SimpleNamespace(result=lambda: SimpleNamespace(sequences=sequences))
 
     def compute_logprobs(self, prompt: tinker.ModelInput) -> Any:
         return SimpleNamespace(result=lambda: [None, *[-2.0] * (prompt.length - 1)])
 
-    def forward_backward(self, data: list[tinker.Datum], loss: str) -> Any:
+    def forward_backward(self, data: list[tinker.Datum], loss: str, config: Any) -> Any:
+        self.configs.append(config)
         self.trained.append((loss, data))
         return SimpleNamespace(result=lambda: None)
 
@@ -96,6 +118,12 @@ def test_only_groups_that_differ_are_learnt_from(scripted: Callable[..., Any], p
     assert {(number, tokens, heat, *stop) for number, _, tokens, heat, stop in client.asked} == {
         (2, 9, 1.0, *prompt.stops)
     }
+
+
+def test_the_loss_has_the_thresholds_that_are_given(scripted: Callable[..., Any]) -> None:
+    wide = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
+    found = [scripted([[70, 71]], loss="gspo", loss_config=each)[0].configs for each in (None, wide)]
+    assert found == [[None], [wide]]
 
 
 def test_a_batch_without_a_better_answer_makes_no_step(scripted: Callable[..., Any]) -> None:
@@ -134,6 +162,7 @@ def test_a_steps_questions_are_read_and_answered_together(
     for question, seed, group in zip(questions, seeds, together, strict=True):
         (alone,) = sample_groups(sampler, [question], prompt.stops, policy, [seed])
         assert [each.tokens for each in group] == [each.tokens for each in alone]
+        assert [each.finished for each in group] == [each.tokens[-1] in prompt.stops for each in group]
         for one, other in zip(group, alone, strict=True):
             assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
 

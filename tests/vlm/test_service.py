@@ -151,7 +151,7 @@ def test_options_that_only_the_hosted_service_has_are_refused(service: LocalServ
 
 def test_a_closed_service_says_so(tmp_path: Path) -> None:
     service = LocalServiceClient(tmp_path)
-    service.close()
+    service.close("success").result()
     with pytest.raises(RequestError, match="connect again"):
         service.create_sampling_client(base_model=nano.NAME)
 

@@ -52,6 +52,7 @@ class Checkpoint:
     layout: Layout | None = None
     optimizer: Mapping[str, Tensor] | None = None
     user_metadata: Mapping[str, str] | None = None
+    run_metadata: Mapping[str, str] | None = None  # of the run that saved it
     place: str | None = None
     expires: float | None = None  # seconds of the clock, when it is to be deleted; None: never
     origin: foreign.Foreign | None = None  # where others wrote it
@@ -123,7 +124,9 @@ def set_ttl(folder: Path, seconds: int | None) -> None:
     record.pop("expires", None)
     if seconds is not None:
         record["expires"] = time.time() + seconds
+    saved = folder.stat()
     write_file(folder / RECORD, json.dumps(record, indent=2).encode())
+    os.utime(folder, ns=(saved.st_atime_ns, saved.st_mtime_ns))  # which says when it was saved
 
 
 def load_folder(folder: Path) -> Checkpoint:
@@ -222,6 +225,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "lora": asdict(checkpoint.spec),
         "experts": checkpoint.experts,
         "user_metadata": dict(checkpoint.user_metadata or {}),
+        "run_metadata": dict(checkpoint.run_metadata or {}),
     }
     if checkpoint.expires is not None:
         record["expires"] = checkpoint.expires

@@ -433,6 +433,7 @@ class LocalTrainingClient(_Client):
             place=self._engine.model.tokenizer_id,
             optimizer=self._run.optimizer_tensors() if optimizer else None,
             user_metadata=metadata or self._user_metadata,
+            run_metadata=self._user_metadata,
             expires=None if ttl is None else time.time() + ttl,
         )
         checkpoint.save(self._state, path, saved, overwrite=overwrite, encrypt_to=encrypt_to)

@@ -38,6 +38,7 @@ log = logging.getLogger("kshot")
 Fields = Mapping[str, Tensor]
 Bound = float | Tensor
 CANDIDATES, DATUM, RATIO_MASK = "candidates", "datum", "sequence_ratio_mask"
+LEAST_POWER = 1e-9  # of closed_set; below it nothing differs from its limit but rounding
 MOST_TARGETS = 1 << 24  # positions x K of one request: each has a log-probability in the answer
 
 
@@ -53,9 +54,11 @@ def closed_set(log_probs: Tensor, fields: Fields, *, power: float) -> Tensor:
     log p = Σ log_probs · weight over the datum's positions. Power 0 is the limit −log p, cross-entropy; power 1 is
     1 − p, the expected reward of answering, whose gradient is the policy gradient without sampling.
     """
-    if power == 0:
+    if power < LEAST_POWER:
         return cross_entropy(log_probs, fields)
-    return -torch.expm1(power * _sums(log_probs * fields["weights"], fields)).sum() / power
+    exponent = power * _sums(log_probs * fields["weights"], fields)
+    powered = exponent.exp()  # gives the gradient: that of expm1 is lost to rounding in float32 where p is small
+    return (-torch.expm1(exponent.detach()) - (powered - powered.detach())).sum() / power
 
 
 def importance_sampling(log_probs: Tensor, fields: Fields) -> Tensor:

@@ -9,12 +9,14 @@ import os
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import tinker
 import torch
 from tinker import types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
@@ -24,6 +26,9 @@ from vlm.local import checkpoint
 from vlm.local.checkpoint import OPTIMIZER as OPTIMIZER
 from vlm.local.checkpoint import RECORD as RECORD
 from vlm.local.checkpoint import Checkpoint, state_folder
+from vlm.local.checkpoint import expires_at as expires_at
+from vlm.local.checkpoint import is_expired as is_expired
+from vlm.local.checkpoint import set_ttl as set_ttl
 from vlm.local.clients import LocalSamplingClient, LocalTrainingClient, refuse, sampler_of
 from vlm.local.engine import Engine
 from vlm.local.exchange.age import ENCRYPTED as ENCRYPTED
@@ -31,12 +36,11 @@ from vlm.local.model import placement
 from vlm.local.model.load import Model
 from vlm.local.model.lora import LoraSpec
 from vlm.local.model.placement import group_free_bytes as group_free_bytes
-from vlm.local.rest import LocalRestClient
+from vlm.local.rest import LocalRestClient, capabilities
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import FreeCores, choose, is_fixed
-from vlm.local.twins import with_async_twins
+from vlm.local.twins import names_what_it_lacks, with_async_twins
 from vlm.local.vision import PIXEL_BYTES, Vision
-from vlm.models import MODELS
 
 SEEDS = 2**63
 SHARDS = ("auto", "whole", "divided")
@@ -266,6 +270,7 @@ def check_optimizer(optimizer: Any) -> None:
     refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
 
 
+@names_what_it_lacks(tinker.ServiceClient)
 @with_async_twins(
     awaited=(
         *("create_lora_training_client", "create_training_client_from_state", "create_sampling_client"),
@@ -349,8 +354,7 @@ class LocalServiceClient:
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """The models with names of their own; any folder or hub id of a known family works besides."""
-        models = [types.SupportedModel(model_name=name) for name in MODELS]
-        return types.GetServerCapabilitiesResponse(supported_models=models)
+        return capabilities()
 
     def create_rest_client(self) -> LocalRestClient:
         """A client of what is saved in the state folder."""
@@ -359,9 +363,18 @@ class LocalServiceClient:
     def get_telemetry(self) -> None:
         """Nothing is reported to anybody."""
 
-    def close(self) -> None:
-        """Finish what was requested and stop the scheduler."""
+    def close(self, status: str = "success", detail: str | None = None) -> Future[None]:
+        """Finish what was requested and stop the scheduler. status, detail: of the SDK; here nobody reads them."""
         self._registry.close()
+        done: ConcurrentFuture[None] = ConcurrentFuture()
+        done.set_result(None)
+        return Future(done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _resume(self, *args: Any, optimizer: bool) -> Future[LocalTrainingClient]:
         return self._registry.submit(self._registry.resume, self._next_id(), *args, optimizer=optimizer)

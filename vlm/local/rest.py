@@ -3,6 +3,7 @@
 What only a service with accounts has, sessions, projects, billing, publishing, is not there.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,18 +11,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tinker import types
+from tinker import RestClient, types
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 from tinker.types.checkpoint import Checkpoint, CheckpointType
 from tinker.types.cursor import Cursor
 
 from kshot.checks import KINDS, folder_of, path_in
-from kshot.errors import ModelError
+from kshot.errors import ModelError, RequestError
 from kshot.files import remove_stale, set_aside
 from kshot.untrusted import parse_json, read_file
 from vlm.local.checkpoint import RECORD, expires_at, is_expired, set_ttl
-from vlm.local.twins import with_async_twins
+from vlm.local.twins import names_what_it_lacks, with_async_twins
+from vlm.models import MODELS
 
+log = logging.getLogger(__name__)
 TYPES: dict[str, CheckpointType] = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))
 Submit = Callable[..., Future[Any]]
 
@@ -55,6 +58,7 @@ class _Saved:
         )
 
 
+@names_what_it_lacks(RestClient)
 @with_async_twins(
     awaited=(
         *("list_training_runs", "get_training_run", "get_training_run_by_tinker_path", "list_checkpoints"),
@@ -71,10 +75,16 @@ class LocalRestClient:
     def get_telemetry(self) -> None:
         """Nothing is reported to anybody."""
 
+    def get_server_capabilities(self) -> Future[types.GetServerCapabilitiesResponse]:
+        """The models with names of their own; any folder or hub id of a known family works besides."""
+        return self._submit(capabilities)
+
     def list_training_runs(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned", project_id: str | None = None
     ) -> Future[types.TrainingRunsResponse]:
         """The runs that saved a checkpoint, the newest first."""
+
+        _check_page(limit, offset)
 
         def runs() -> types.TrainingRunsResponse:
             every = sorted(self._runs(), key=lambda run: run.last_request_time, reverse=True)
@@ -100,6 +110,8 @@ class LocalRestClient:
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Future[types.CheckpointsListResponse]:
         """The checkpoints of all runs, the newest first."""
 
+        _check_page(limit, offset)
+
         def checkpoints() -> types.CheckpointsListResponse:
             every = self._listed()
             cursor = Cursor(offset=offset, limit=limit, total_count=len(every))
@@ -117,7 +129,7 @@ class LocalRestClient:
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> Future[None]:
         """Delete a checkpoint. Raises ModelError where there is none."""
-        return self._submit(lambda: _delete(self._one(tinker_path).folder))
+        return self._submit(self._delete, tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> Future[None]:
         """Let a checkpoint expire in so many seconds, or never. Raises RequestError for a time out of range."""
@@ -134,15 +146,21 @@ class LocalRestClient:
                         continue
                     if is_expired(folder):
                         _delete(folder)
-                    else:
-                        yield _Saved(path, folder, parse_json(read_file(folder / RECORD)))
+                    elif saved := _read(path, folder):
+                        yield saved
 
     def _one(self, path: str) -> _Saved:
         folder_of(self._state, path)  # which says what is no path
         found = next((saved for saved in self._saved() if saved.path == path), None)
         if found is None:
-            raise ModelError(f"checkpoint {path} does not exist in the state folder of this service")
+            raise _missing(path)
         return found
+
+    def _delete(self, path: str) -> None:
+        folder = folder_of(self._state, path)
+        if not folder.is_dir():  # a damaged one is deleted too
+            raise _missing(path)
+        _delete(folder)
 
     def _listed(self, run: str | None = None) -> list[Checkpoint]:
         rows = [saved.listed for saved in self._saved() if run in (None, saved.parts[0])]
@@ -170,8 +188,33 @@ class LocalRestClient:
                 last_request_time=rows[-1].time,
                 last_checkpoint=last.get("training"),
                 last_sampler_checkpoint=last.get("sampler"),
-                user_metadata=all_saved[0].record["user_metadata"],
+                user_metadata=all_saved[0].record.get("run_metadata", all_saved[0].record["user_metadata"]),
             )
+
+
+def _read(path: str, folder: Path) -> _Saved | None:
+    """None for a checkpoint that is damaged, which is logged."""
+    try:
+        saved = _Saved(path, folder, parse_json(read_file(folder / RECORD)))
+        _ = saved.listed, _weights_info(saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
+        return None
+    return saved
+
+
+def capabilities() -> types.GetServerCapabilitiesResponse:
+    """The models with names of their own."""
+    return types.GetServerCapabilitiesResponse(supported_models=[types.SupportedModel(model_name=n) for n in MODELS])
+
+
+def _check_page(limit: int, offset: int) -> None:
+    if limit < 1 or offset < 0:
+        raise RequestError(f"limit {limit} must be 1 or more, and offset {offset} 0 or more")
+
+
+def _missing(path: str) -> ModelError:
+    return ModelError(f"checkpoint {path} does not exist in the state folder of this service")
 
 
 def _weights_info(saved: _Saved) -> types.WeightsInfoResponse:

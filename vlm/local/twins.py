@@ -1,4 +1,5 @@
-"""The SDK's `*_async` methods: each is a method of the same name, for callers in an event loop."""
+"""What the local clients have of the SDK's by rule: its `*_async` methods, each a method of the same name for callers
+in an event loop, and an error with the way out for what only a server has."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,7 +7,30 @@ from typing import Any, TypeVar
 
 from tinker.lib.public_interfaces.api_future import AwaitableConcurrentFuture as Future
 
+from kshot.errors import RequestError
+
 T = TypeVar("T")
+
+
+class OnlyOfServersError(RequestError, AttributeError):
+    """A method of the SDK that the client in this process does not have; `hasattr` is False for it."""
+
+
+def names_what_it_lacks(sdk: type) -> Callable[[type[T]], type[T]]:
+    """A decorator of a class that stands for one of the SDK's: what that has and this has not is an error that says
+    so."""
+
+    def add(cls: type[T]) -> type[T]:
+        def missing(self: T, name: str) -> Any:
+            if name.startswith("_") or not hasattr(sdk, name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            way_out = "ask a server for it: kshot serve, and vlm.connect with its address"
+            raise OnlyOfServersError(f"{sdk.__name__}.{name} is not supported by the local service; {way_out}")
+
+        setattr(cls, "__getattr__", missing)  # noqa: B010 - a type checker would take it for every name
+        return cls
+
+    return add
 
 
 def with_async_twins(*submitted: str, awaited: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:

@@ -16,7 +16,8 @@ from threading import Thread
 from kshot.checks import KINDS, folder_of, path_in
 from kshot.errors import DeniedError, MissingError
 from kshot.files import remove_stale, set_aside
-from vlm.local.registry import OPTIMIZER, RECORD
+from kshot.untrusted import parse_json, read_file
+from vlm.local.registry import OPTIMIZER, RECORD, expires_at, is_expired, set_ttl
 from vlm.server.owners import Owner
 from vlm.server.store import Store
 from vlm.server.tables import Checkpoint, Run
@@ -57,13 +58,14 @@ class Checkpoints:
         rows = self.store.checkpoints(run, kind=KINDS[0])
         return next((row.path for row in rows if not _expired(row)), None)
 
-    def register(self, path: str, ttl: int | None, metadata: dict[str, str] | None, owner: str | None) -> None:
-        """Add a checkpoint that was saved; ttl: seconds after which it is deleted."""
-        now = time.time()
-        self._add(path, folder_of(self.root, path), now, None if ttl is None else now + ttl, metadata, owner)
+    def register(self, path: str, metadata: dict[str, str] | None, owner: str | None) -> None:
+        """Add a checkpoint that was saved."""
+        self._add(path, folder_of(self.root, path), time.time(), metadata, owner)
 
     def set_ttl(self, path: str, ttl: int | None) -> None:
-        """Delete a checkpoint in so many seconds, or never."""
+        """Delete a checkpoint in so many seconds, or never. Raises as `folder_of`, and RequestError for a time that is
+        out of range."""
+        set_ttl(folder_of(self.root, path), ttl)  # its record, which a service without a server reads
         self.store.update(Checkpoint, path, expires=None if ttl is None else time.time() + ttl)
 
     def remove_if_expired(self, path: str) -> None:
@@ -83,7 +85,11 @@ class Checkpoints:
         """Delete all that have expired."""
         for path in self.store.expired(now):
             with logged(f"checkpoint {path}, which has expired,"):
-                self.remove(path)
+                folder = folder_of(self.root, path)
+                if is_expired(folder) or not folder.is_dir():
+                    self.remove(path)
+                else:  # somebody else gave it more time
+                    self.store.update(Checkpoint, path, expires=expires_at(parse_json(read_file(folder / RECORD))))
 
     def reconcile(self) -> None:
         """Make the list agree with the disk: a server may have been killed between the two writes."""
@@ -96,7 +102,7 @@ class Checkpoints:
                 try:
                     run = self.store.get(Run, path.removeprefix("tinker://").partition("/")[0])
                     created = min(max(0.0, folder.stat().st_mtime), time.time())
-                    self._add(path, folder, created, None, None, run.owner if run else None)
+                    self._add(path, folder, created, None, run.owner if run else None)
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     log.warning("checkpoint %s is damaged (%s) and left out of the list", path, error)
 
@@ -114,7 +120,6 @@ class Checkpoints:
         path: str,
         folder: Path,
         created: float,
-        expires: float | None,
         metadata: dict[str, str] | None,
         owner: str | None,
     ) -> None:
@@ -129,7 +134,7 @@ class Checkpoints:
                 created=created,
                 size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
                 user_metadata=metadata if metadata is not None else record["user_metadata"],
-                expires=expires,
+                expires=expires_at(record),
                 public=False,
                 base_model=record["base_model"],
                 lora=record["lora"],

@@ -107,10 +107,11 @@ class SaveWeights(RunOperation):
         return self.save(client)
 
     def save(self, client: LocalTrainingClient) -> Any:
-        return client.save_state(self.name, overwrite=self.request.overwrite, user_metadata=self.metadata)
+        ttl, overwrite = self.request.ttl_seconds, self.request.overwrite
+        return client.save_state(self.name, ttl, overwrite=overwrite, user_metadata=self.metadata)
 
     def reply(self, _: Any) -> Answer:
-        self.state.checkpoints.register(self.path, self.request.ttl_seconds, self.metadata, self.owner.name)
+        self.state.checkpoints.register(self.path, self.metadata, self.owner.name)
         return json_answer({"path": self.path, "type": self.type})
 
 
@@ -124,7 +125,7 @@ class SaveWeightsForSampler(SaveWeights):
         super().check()
 
     def save(self, client: LocalTrainingClient) -> Any:
-        return client.save_weights_for_sampler(self.name, user_metadata=self.metadata)
+        return client.save_weights_for_sampler(self.name, self.request.ttl_seconds, user_metadata=self.metadata)
 
 
 class SaveWeightsExternal(SaveWeights):
@@ -141,7 +142,8 @@ class SaveWeightsExternal(SaveWeights):
         recipients(self.request.age_encryption_recipients or ())
 
     def save(self, client: LocalTrainingClient) -> Any:
-        return client.save_weights_external(self.name, None, self.request.age_encryption_recipients)
+        to = self.request.age_encryption_recipients
+        return client.save_weights_external(self.name, self.request.ttl_seconds, to)
 
 
 class SnapshotForSampler(RunOperation):
