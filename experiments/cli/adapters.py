@@ -69,7 +69,6 @@ def train(
     from experiments.adapters.train import train as run
     from experiments.sweep.choice import choose
     from experiments.sweep.methods import METHODS
-    from experiments.sweep.preflight import unread
     from experiments.sweep.provenance import dataset_notes, notes
 
     check_target(output, force=force)
@@ -84,12 +83,11 @@ def train(
     }
     options |= {"thinking": thinking, "train_on": train_on}
     values = opt.settings_of(options, settings)
-    named = [*values]
     chosen = choose([dataset], [method], values.get("model"), values.get("backbone"), device or "")
     values |= chosen.settings
     with err.status("reading the data"):
         job, data = plan_training(dataset, shots, seed, values, method, device=chosen.device, access=access)
-    for line in (*chosen.lines, *unread(named, [method], [job.settings]), *dataset_notes(data)):
+    for line in (*chosen.lines, *dataset_notes(data)):
         err.print(line)
     if only_plan:
         _print_plan(job, data, output)
