@@ -205,7 +205,7 @@ def _ranks(needed: Requirements) -> Iterator[Row]:
     if found := needed.ranks:
         where = "processes of one thread" if found.on_cpu else "one a GPU"
         yield "ranks", f"{found.count}", f"of each worker's VLM, {where}"
-        yield from rows_of_ranks(found)
+        yield from rows_of_ranks(found, alone=False)  # the rows of memory count the rest, and say whether all fits
 
 
 def _memory(memory: Memory) -> Iterator[Row]:

@@ -137,8 +137,8 @@ def print_plan(model: str, text: str, rank: int) -> None:
     out.print(table, soft_wrap=False)
 
 
-def rows(found: RanksPlan) -> Iterator[tuple[str, str, str]]:
-    """What, how much, of what."""
+def rows(found: RanksPlan, *, alone: bool = True) -> Iterator[tuple[str, str, str]]:
+    """What, how much, of what. alone: whether nothing else is on the GPUs, so that this says whether it fits."""
     each, preposition = found.each, "in" if found.on_cpu else "on"
     how = f"divided: {each} holds a part of every layer" if found.divided else f"whole {preposition} {each}"
     yield "weights", _gb(found.weights), how
@@ -148,7 +148,7 @@ def rows(found: RanksPlan) -> Iterator[tuple[str, str, str]]:
     yield "adapter", _gb(found.adapter), f"{kept}; {preposition} {each}"
     yield "a pass", _gb(found.largest_pass), "what the largest training pass keeps"
     verdict = "fits" if found.fits else "does not fit"
-    yield each, _gb(found.needed), f"of {_gb(found.memory)}: {verdict}"
+    yield each, _gb(found.needed), f"of {_gb(found.memory)}: {verdict}" if alone else "of these alone"
     if found.divided:
         link = f"at {_link(found.on_cpu) / 1e9:.0f} GB/s to {each}"
         yield "gathering", f"{found.seconds:.1f} s", f"in a training pass, {link}"

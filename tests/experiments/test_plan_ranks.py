@@ -78,7 +78,7 @@ def test_the_plan_of_a_sweep_on_gpus_that_are_not_here(kshot: Any, tmp_path: Pat
     said = table("--count", "8", "--gpus-per-worker", "4")
     assert "ranks 4 of each worker's VLM, one a GPU" in said
     assert "weights 15.5 GB divided: each GPU holds a part of every layer" in said
-    assert "gathering 0.2 s in a training pass, at 450 GB/s to each GPU" in said
+    assert "of these alone gathering 0.2 s in a training pass, at 450 GB/s to each GPU" in said
     assert "time unknown not known for a VLM over several processes" in said
     automatic = table("--count", "2", "--device", "auto")
     assert "device: cuda, all 2 GPUs for one worker: Qwen/Qwen3-VL-30B-A3B-Instruct takes" in automatic
