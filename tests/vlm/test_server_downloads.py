@@ -4,6 +4,7 @@ The adapter that arrives is read by stock PEFT; addresses that were not signed l
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -118,7 +119,11 @@ def test_the_cookbooks_download_is_encrypted_for_it(server: Server, rest: Any, r
     assert {*answer.urls} == {f"{name}.age" for name in PEFT_FILES}
     arrived = {name.removesuffix(".age"): pyrage.decrypt(fetched(url), [identity]) for name, url in answer.urls.items()}
     plain = folder_of(server.state.registry.state, run.save_weights_external("plain").result(PATIENCE).path)
-    assert arrived == files_of(plain)
+    expected = files_of(plain)
+    record = json.loads(arrived.pop("kshot.json"))
+    assert record.pop("expires") > time.time()
+    assert record == json.loads(expected.pop("kshot.json"))
+    assert arrived == expected
     assert not (folder_of(server.state.registry.state, path) / "adapter_model.safetensors").exists()
     with pytest.warns(FutureWarning), pytest.raises(tinker.RequestFailedError, match="is encrypted"):
         run.load_state(path).result(PATIENCE)

@@ -108,13 +108,14 @@ def expires_at(record: Mapping[str, Any]) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def is_expired(folder: Path) -> bool:
-    """Whether the time of a checkpoint's folder is over; one without a readable record has none."""
+def is_expired(folder: Path, now: float | None = None) -> bool:
+    """Whether the time of a checkpoint's folder is over; one without a readable record has none. now: seconds of the
+    clock; None: as it is."""
     try:
         ends = expires_at(parse_json(read_file(folder / RECORD)))
     except (OSError, ValueError, AttributeError):
         return False
-    return ends is not None and ends <= time.time()
+    return ends is not None and ends <= (time.time() if now is None else now)
 
 
 def set_ttl(folder: Path, seconds: int | None) -> None:

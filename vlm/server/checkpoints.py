@@ -86,7 +86,7 @@ class Checkpoints:
         for path in self.store.expired(now):
             with logged(f"checkpoint {path}, which has expired,"):
                 folder = folder_of(self.root, path)
-                if is_expired(folder) or not folder.is_dir():
+                if is_expired(folder, now) or not folder.is_dir():
                     self.remove(path)
                 else:  # somebody else gave it more time
                     self.store.update(Checkpoint, path, expires=expires_at(parse_json(read_file(folder / RECORD))))
