@@ -24,6 +24,7 @@ from experiments.sweep.cells import Job
 from experiments.sweep.config import COMPARED, OWN, Compare, Settings, command, load
 from experiments.sweep.grid import plan
 from experiments.sweep.methods import METHODS, Outcome, Task
+from experiments.sweep.preflight import unread
 from experiments.sweep.series import by_series, style
 from experiments.sweep.store import Results
 from kshot.errors import InputError
@@ -188,20 +189,26 @@ def test_a_share_of_the_steps_does_not_grow_by_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "lone"),
+    ("methods", "named", "values", "lone"),
     [
-        (("--method", "pixel-knn", "--set", "rank=4", "--set", "kl=0.1"), "kl, rank: of no effect"),
-        (("--method", "pixel-knn", "--limit-test", "50"), ""),
-        ((*LORA, "--start", "0.1"), "start: of no effect"),
-        ((*LORA, "--start", "0.1", "--method", "vlm-rl"), ""),
-        ((*LORA, "--start", "0.1", "--loss", "closed-set"), ""),
-        (("--method", "pixel-knn", "--prompt", "recipe"), "prompt: of no effect"),
+        (["pixel-knn"], ["rank", "limit_test", "kl"], {}, "kl, rank: of no effect"),
+        (["pixel-knn", "vlm-lora"], ["rank", "limit_test", "prompt"], {}, ""),
+        (["vlm-lora"], ["start"], {"start": 0.1}, "start: of no effect"),
+        (["vlm-lora", "vlm-rl"], ["start"], {"start": 0.1}, ""),
+        (["vlm-lora"], ["start"], {"start": 0.1, "loss": "closed-set"}, ""),
     ],
 )
-def test_settings_that_nothing_reads_are_said(sweep: Any, options: tuple[str, ...], lone: str) -> None:
-    said = sweep(*options, "--plan", "--quick").err
-    assert ("of no effect" in said) == bool(lone)
-    assert lone in said
+def test_settings_that_nothing_reads_are_named(
+    methods: list[str], named: list[str], values: dict[str, Any], lone: str
+) -> None:
+    (said,) = unread(named, methods, [Settings(**values)]) or [""]
+    assert said.startswith(lone)
+    assert bool(said) == bool(lone)
+
+
+def test_settings_that_nothing_reads_are_said_first(sweep: Any) -> None:
+    said = sweep("--method", "pixel-knn", "--prompt", "recipe", "--set", "rank=4", "--plan", "--quick").err
+    assert " ".join(said.split()).startswith("prompt, rank: of no effect, as nothing here reads it (dinov2-logreg, ")
 
 
 def test_a_comparing_sweep_grows_in_shots_and_refuses_other_values(sweep: Any, tmp_path: Path, ran: list[Job]) -> None:
