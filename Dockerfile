@@ -2,10 +2,13 @@
 #
 #   docker build --target cpu  --build-arg TORCH_INDEX=ADDRESS --tag kshot:cpu .
 #   docker build --target cuda --tag kshot:cuda .
+#   mkdir --parents --mode 777 runs
 #   docker run --rm --volume "$PWD/runs:/home/kshot/runs" kshot:cpu demo
 #   docker run --rm --gpus all --volume "$PWD/runs:/home/kshot/runs" --volume kshot-cache:/cache kshot:cuda sweep blog-small --device cuda
-#   docker run --rm --publish 127.0.0.1:8000:8000 kshot:cpu serve --host 0.0.0.0 --api-key-file /keys --state /cache/state
+#   docker run --rm --publish 127.0.0.1:8000:8000 --volume "$PWD/keys:/keys:ro" --volume kshot-cache:/cache \
+#       kshot:cpu serve --host 0.0.0.0 --api-key-file /keys --state /cache/state
 #
+# runs: for results, which the container's own user writes. keys: a file with the keys that the server accepts, a line each.
 # TORCH_INDEX: an index with PyTorch's builds for a CPU; without it the usual build is installed, which is larger.
 
 FROM python:3.12-slim AS base

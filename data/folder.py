@@ -179,6 +179,8 @@ class _Folder:
         tops = [entry for entry in entries if entry.name.lower() in names and entry.is_dir()]
         found = {top.name: top for top in tops if any(entry.is_dir() for entry in self.entries(top))}
         if not (given := given_sides(found)):
+            if found and len(tops) == sum(entry.is_dir() for entry in entries):  # no class is called so
+                self._one_side(next(iter(found.values())), [top for top in tops if top.name not in found])
             return {}, []
         sides = {"train": found[given[0]], "test": found[given[1]]}
         unused = [top for top in found.values() if top.name.lower() in SIDES["validation"]]
@@ -188,6 +190,14 @@ class _Folder:
             if entry not in (*sides.values(), *unused):
                 self._misplaced(entry, BESIDE)
         return sides, unused
+
+    def _one_side(self, side: Path, flat: Sequence[Path]) -> None:
+        """Raise DatasetError for a folder with one side of classes. flat: other sides, which have none."""
+        one = f"{self.home} has class folders in {side.name} alone"
+        other = flat[0].name if flat else "train" if side.name.lower() in SIDES["test"] else "test"
+        why = f", and nothing says what the images in {other} show" if flat else ""
+        way_out = f"put them into {other}/<class>" if flat else f"put some of each class into {other}/<class>"
+        raise DatasetError(f"{one}{why}; {way_out}, or give {side}, of which one image in five is for testing")
 
     def _of_class(self, side: str, folder: Path) -> Iterator[_File]:
         fine, misplaced = 0, False

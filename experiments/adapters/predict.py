@@ -273,12 +273,16 @@ def _head(
     device: str,
     unused: Mapping[str, Any],
 ) -> Classifier:
-    """The classifier of a head on DINOv2. names: other words for its classes."""
+    """The classifier of a head on DINOv2. names: other words for its classes, in their order. Raises InputError,
+    among others, for its own in another order."""
     for option, value in unused.items():
         if value is not None:
             raise InputError(f"{option} is for vision-language models; {folder} is a head on DINOv2: leave it out")
     if len(names) != len(card.classes):
         raise InputError(f"{folder} tells {len(card.classes)} classes apart, and {len(names)} names are given")
+    if any(name in card.classes and name != own for name, own in zip(names, card.classes, strict=True)):
+        order = ", ".join(card.classes)
+        raise InputError(f"names stand for the classes of {folder} in their order: {order}; give them in that one")
     from baselines.classifier import load
 
     if model is None:

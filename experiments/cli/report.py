@@ -93,7 +93,7 @@ def print_summary(content: dict[str, Any], cells: list[dict[str, Any]]) -> None:
             under = _choices(series)
             title = method_of(series) + (f" #{numbers[under]}" if under else "")  # 80 columns are few
             table.add_row(title, *(_mean(accuracies.get(series, {}).get(k)) for k in shots))
-        out.print(f"{dataset}: accuracy in %, ± half of the 95% interval over seeds and test images", style="bold")
+        out.print(f"{dataset}: accuracy in %, and its 95% interval over seeds and test images", style="bold")
         out.print(table, soft_wrap=False)
         out.print()
     for under, number in numbers.items():
@@ -123,5 +123,5 @@ def _mean(score: "Score | None") -> str:
     if score is None:
         return ""
     low, high = score.interval or (score.mean, score.mean)
-    half = f"±{50 * (high - low):.1f}" if score.n > 1 else ""
-    return f"{100 * score.mean:.1f}{half}"
+    ends = f"\n{100 * low:.0f}-{100 * high:.0f}" if score.n > 1 else ""
+    return f"{100 * score.mean:.1f}{ends}"

@@ -123,7 +123,9 @@ def sweep(
     compared = {"backbone": backbone, "readout": readout, "image_size": image_size, "vlm_features": vlm_features}
     compared |= {"loss": loss, "loss_power": loss_power, "start": start}
     named = _settings({**values, "calibration": calibration, **compared}, settings, fields)
-    chosen = _choice(preset if service == "local" else "demo", dataset, method, named, device)
+    if gpu and device and device.startswith("cpu"):
+        raise InputError(f"--device {device}, but --gpu {gpu} is for a GPU; leave one out")
+    chosen = _choice(preset, dataset, method, named, device, service, elsewhere=gpu is not None)
     fields["methods"] = method or list(chosen.methods)
     content = _sweep_of(preset or "demo", fields, {**chosen.settings, **named})
     what: dict[str, Any] = {"service": service, "device": chosen.device, "access": access, "track": track}
@@ -258,13 +260,18 @@ def _choice(
     methods: list[str] | None,
     settings: dict[str, Any],
     device: str | None,
+    service: str,
+    *,
+    elsewhere: bool,
 ) -> "Choice":
-    """The models of a sweep without a preset, as far as the settings do not name them."""
+    """The models of a sweep without a preset, as far as the settings do not name them; the VLM of another service is
+    not looked for here."""
     from experiments.sweep.choice import Choice, choose
 
     if preset is not None:
         return Choice(device or "cpu")
-    return choose(datasets or [], methods or [], settings.get("model"), settings.get("backbone"), device or "")
+    model, backbone = settings.get("model") or (None if service == "local" else service), settings.get("backbone")
+    return choose(datasets or [], methods or [], model, backbone, device or "", elsewhere=elsewhere)
 
 
 class _Terminal:
@@ -320,7 +327,7 @@ def _print_plan(
     from data import catalog
     from data.dataset import Access
     from experiments.plan.estimate import estimate, print_estimate
-    from experiments.sweep.grid import continued, plan
+    from experiments.sweep.grid import continued, gpus_of, plan
     from experiments.sweep.store import Results
     from experiments.sweep.workload import adapt, is_here, of_jobs, of_sweep
 
@@ -342,7 +349,8 @@ def _print_plan(
             from experiments.plan.stored import stored_estimate
 
             machine = gpu(planned_for.gpu) if planned_for.gpu else this_machine(options.device)
-            estimated = stored_estimate(workload, folder, options, machine, planned_for.number)
+            number = planned_for.number if planned_for.gpu else max(1, len(gpus_of(options.device)))
+            estimated = stored_estimate(workload, folder, options, machine, number)
         else:
             estimated = estimate(workload, folder, options)
     if options.executor == "ray" and not planned_for.gpu:

@@ -6,7 +6,8 @@ are those of training steps measured on an H200 (results/bench/train-h200-profil
 shares is an assumption, so every time of these is an estimate.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.plan.memory import VitSize, VlmSize
@@ -27,11 +28,13 @@ CPU_BANDWIDTH = 10e9
 @dataclass(frozen=True)
 class Machine:
     """A GPU as its data sheet has it, or a CPU's core. peak: operations a second of dense matrix products in bfloat16
-    (CPU: float32). bandwidth: bytes a second. memory: bytes; 0 where this machine's own counts. share: of the peak that
-    matrix products reach. gpu: whether elementwise operations and the host are counted apart."""
+    (CPU: float32). peak32: in float32. bandwidth: bytes a second. memory: bytes; 0 where this machine's own counts.
+    share: of the peak that matrix products reach. gpu: whether elementwise operations and the host are counted apart.
+    """
 
     title: str
     peak: float
+    peak32: float
     bandwidth: float
     memory: int
     share: float = MATRIX_SHARE
@@ -48,6 +51,11 @@ class Machine:
     @property
     def rate(self) -> float:
         return self.peak * self.share
+
+    @property
+    def in_float32(self) -> "Machine":
+        """The same, for models that compute in float32: numbers have twice the bytes on a GPU."""
+        return replace(self, peak=self.peak32, bandwidth=self.bandwidth / (2 if self.gpu else 1))
 
     def training_pass(self, weights: float, layers: int, width: int, positions: float) -> float:
         """Seconds of a forward and a backward pass over so many positions. weights: that each goes through."""
@@ -70,13 +78,14 @@ class Machine:
 
 # NVIDIA's data sheets: H100 SXM, H200 SXM, A100 80GB SXM, L4, GeForce RTX 4090; without sparsity.
 GPUS = {
-    "h100": Machine("an H100 (80 GB)", 989e12, 3.35e12, 80 * 10**9),
-    "h200": Machine("an H200 (141 GB)", 989e12, 4.8e12, 141 * 10**9),
-    "a100": Machine("an A100 (80 GB)", 312e12, 2.04e12, 80 * 10**9),
-    "l4": Machine("an L4 (24 GB)", 121e12, 0.3e12, 24 * 10**9),
-    "4090": Machine("an RTX 4090 (24 GB)", 165e12, 1.01e12, 24 * 10**9),
+    "h100": Machine("an H100 (80 GB)", 989e12, 67e12, 3.35e12, 80 * 10**9),
+    "h200": Machine("an H200 (141 GB)", 989e12, 67e12, 4.8e12, 141 * 10**9),
+    "a100": Machine("an A100 (80 GB)", 312e12, 19.5e12, 2.04e12, 80 * 10**9),
+    "l4": Machine("an L4 (24 GB)", 121e12, 30.3e12, 0.3e12, 24 * 10**9),
+    "4090": Machine("an RTX 4090 (24 GB)", 165e12, 82.6e12, 1.01e12, 24 * 10**9),
 }
-CPU = Machine("this CPU, a worker a core", CPU_CORE, CPU_BANDWIDTH, 0, CPU_SHARE, gpu=False)
+CPU = Machine("this CPU, a worker a core", CPU_CORE, CPU_CORE, CPU_BANDWIDTH, 0, CPU_SHARE, gpu=False)
+OTHERS = {"laptop", "pcie", "nvl"}  # in a name: slower ones than those of the data sheets above
 USABLE = 0.94  # of a GPU's memory, beside what its driver and libraries take
 FEATURE_SHARE = 16  # a GPU's memory over what the engine keeps of image features there
 
@@ -96,11 +105,13 @@ def this_machine(device: str) -> Machine:
 
     if not torch.cuda.is_available():
         raise UnknownNameError("GPU", device, GPUS, "torch sees none here; give --gpu")
-    title = torch.cuda.get_device_name(0)
-    found = [machine for name, machine in GPUS.items() if name.upper() in title.upper().replace(" ", "")]
+    number = int(device.partition(":")[2] or 0)
+    title, memory = torch.cuda.get_device_name(number), torch.cuda.get_device_properties(number).total_memory
+    words = set(re.split(r"[\W_]+", title.lower()))
+    found = [machine for name, machine in GPUS.items() if name in words and not words & OTHERS]
     if not found:
         raise UnknownNameError("GPU", title, GPUS, "leave --quick out: --plan measures it")
-    return found[0]
+    return replace(found[0], title=title, memory=memory)  # there is an A100 of 40 GB too
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,10 @@ def tower_pass(machine: Machine, config: dict[str, Any], tokens: float, together
 
 
 def vit_training(machine: Machine, size: VitSize, tokens: float, images: int) -> float:
-    """Seconds of a step of so many images."""
-    return machine.training_pass(size.weights, size.depth, size.width, tokens * images)
+    """Seconds of a step of so many images. DINOv2 computes in float32."""
+    return machine.in_float32.training_pass(size.weights, size.depth, size.width, tokens * images)
 
 
 def vit_forward(machine: Machine, size: VitSize, tokens: float, together: int) -> float:
     """Seconds of an image, of several that share a pass."""
-    return machine.forward_pass(size.weights, size.depth, size.width, tokens * together) / together
+    return machine.in_float32.forward_pass(size.weights, size.depth, size.width, tokens * together) / together

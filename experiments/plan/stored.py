@@ -65,12 +65,14 @@ def _requirements(workload: Workload, out: Path, options: RunOptions, machine: M
     each, free = options.gpus_per_worker, int(machine.memory * USABLE)
     if each > number:
         raise InputError(f"--gpus-per-worker {each}, but --count {number}; give fewer, or a larger --count")
-    workers = number // each
+    if (options.workers or 0) > number // each:
+        raise InputError(f"--workers {options.workers}, but --count {number} has room for {number // each}; give fewer")
+    workers = options.workers or number // each
     here = requirements(workload, out, replace(options, device="cuda:0", workers=workers), free)
     features = min(sum(feature_bytes(workload).values()), machine.memory // FEATURE_SHARE)
     parts = {**here.memory.parts, "image features": features}
     there = replace(here.memory, parts=parts, free=free, location=f"the memory of {machine.title}", workers=1)
-    return replace(here, workers=workers, memory=there)
+    return replace(here, memory=there)
 
 
 def _unknown(workload: Workload, needed: Requirements) -> str:

@@ -61,23 +61,32 @@ def _best_sentence(
     best = f"At {shots} per class, {names} {'is' if len(leaders) == 1 else 'are'} best with {share}"
     if len(leaders) > 1:
         return best
-    return f"{best}{_certainty(lead_over(folder, cells, dataset, shots, leaders[0]))}"
+    tests = lead_over(folder, cells, dataset, shots, leaders[0])
+    apart = [method for method in column if method not in {*tests, *leaders}] if tests else []
+    return f"{best}{_certainty(tests)}" if not apart else f"{best}, on other seeds than {_titles(apart)}"
 
 
 def _certainty(tests: Mapping[str, Difference]) -> str:
-    """tests: the leader's lead over others, as far as there are predictions."""
+    """tests: the leader's lead over others, as far as there are predictions; over the seeds that both have, which may
+    be fewer than those of the means."""
     if not tests:
         return ""
+    if behind := [series for series, test in tests.items() if test.p < SURE and test.difference <= 0]:
+        return f", but on the seeds that both have {_titles(behind)} {'is' if len(behind) == 1 else 'are'} ahead"
     open_ = [series for series, test in tests.items() if test.p >= SURE]
     if not open_:
         least = min(tests.values(), key=lambda test: test.difference)
         highest = max(test.p for test in tests.values())
         by = f"by {100 * least.difference:.1f} points or more"
         return f", ahead of {'the other' if len(tests) == 1 else 'all others'} {by} (paired test, {_p(highest)})"
-    names = [style(series).title for series in open_]
-    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
     lowest = min(tests[series].p for series in open_)
-    return f"; the paired test does not tell it from {_and(names[:NAMED] + more)} (p ≥ {lowest:.2f})"
+    return f"; the paired test does not tell it from {_titles(open_)} (p ≥ {lowest:.2f})"
+
+
+def _titles(series: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    names = [style(each).title for each in series]
+    return _and(names[:NAMED] + ([f"{len(names) - NAMED} more"] if len(names) > NAMED else []))
 
 
 def _pair_sentences(

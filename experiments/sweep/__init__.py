@@ -41,8 +41,9 @@ def sweep(
 
     settings = dict(settings or {})
     given = [*settings]
-    if preset is None and options.get("service", "local") == "local":
-        named = settings.get("model"), settings.get("backbone")
+    if preset is None:
+        service = options.get("service", "local")
+        named = settings.get("model") or (None if service == "local" else service), settings.get("backbone")
         chosen = choose(datasets or (), methods or (), *named, options.get("device") or "")
         methods, settings, options["device"] = chosen.methods or methods, settings | chosen.settings, chosen.device
         for line in chosen.lines:

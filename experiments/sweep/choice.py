@@ -35,10 +35,17 @@ class Choice:
 
 
 def choose(
-    datasets: Sequence[str], methods: Sequence[str] = (), model: Any = None, backbone: Any = None, device: str = ""
+    datasets: Sequence[str],
+    methods: Sequence[str] = (),
+    model: Any = None,
+    backbone: Any = None,
+    device: str = "",
+    *,
+    elsewhere: bool = False,
 ) -> Choice:
     """For data sets that are all the user's own (folder:, hub:); for others nothing is chosen but the device. methods,
-    model, backbone, device: what is named already. Asks the hub for the size of what must be fetched."""
+    model, backbone, device: what is named already. elsewhere: whether it is planned for another machine, where all can
+    be had. Asks the hub for the size of what must be fetched."""
     full = [catalog.full_name(name) for name in datasets]
     if not full or not all(name.startswith(tuple(catalog.USERS)) for name in full):
         return Choice(device or "cpu")
@@ -53,7 +60,7 @@ def choose(
     lines = [] if where == AUTO or device or not gpu else ["device: cuda, since there is a GPU and --device names none"]
     nano_vlm = not gpu and model is None and "model" in used
     sizes = {name: _download(kind, name) for kind, name in settings.items()}
-    if absent := [TITLES[name] for name, size in sizes.items() if size is None]:
+    if not elsewhere and (absent := [TITLES[name] for name, size in sizes.items() if size is None]):
         nothing_named = not methods and model is None and backbone is None
         kinds = {"model", "backbone"} if nothing_named else {*settings, *(["model"] if nano_vlm else [])}
         if not nothing_named:

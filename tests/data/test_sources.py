@@ -194,6 +194,22 @@ SPOILT_SPLIT: dict[str, tuple[Callable[[Path], object], str]] = {  # the same of
         r"a class in one of train and test only; .*: 'eel' \(train\)",
     ),
     "a folder beside": (lambda root: fill(root, "more", start=500), "images beside the sides of the split; .*: more"),
+    "no test": (
+        lambda root: shutil.rmtree(root / "test"),
+        "class folders in train alone; put some of each class into test/<class>, or give .*/train, of which",
+    ),
+    "no train": (
+        lambda root: shutil.rmtree(root / "train"),
+        "in test alone; put some of each class into train/<class>",
+    ),
+    "a test side without classes": (
+        lambda root: (
+            shutil.rmtree(root / "test"),
+            (root / "test").mkdir(),
+            (root / "test/0.png").write_bytes(picture(500)),
+        ),
+        "in train alone, and nothing says what the images in test show; put them into test/<class>, or give .*/train",
+    ),
 }
 
 

@@ -93,6 +93,9 @@ def test_where_nothing_can_be_had_the_nano_pair_is_announced(machine: Callable[.
     assert found.lines[1].startswith("images: at 64 pixels, as the nano pair learnt")
     assert "says nothing about photographs" in found.lines[0]
     assert found.lines[0].endswith("or name folders with --backbone and --model")
+    elsewhere = choose(OWN, device="cuda", elsewhere=True)  # a plan for another machine, made on a laptop
+    assert elsewhere.settings == {"model": "2B", "backbone": "vit_base_patch14_dinov2.lvd142m"}
+    assert elsewhere.methods == TUNED
 
 
 @pytest.mark.parametrize(

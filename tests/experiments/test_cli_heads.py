@@ -98,6 +98,9 @@ def test_what_does_not_fit_is_one_line(
     for option in ("--thinking", "--thoughts", "--temperature", "--seed"):
         refused(*asked, option, "2", parts=[f"{option} is for vision-language models"])
     refused(*asked, "--class", "a", "--class", "b", parts=["tells 3 classes apart, and 2 names are given"])
+    own = json.loads((head / "classifier.json").read_text())["classes"]
+    swapped = [word for name in (own[1], own[0], own[2]) for word in ("--class", name)]
+    refused(*asked, *swapped, parts=["in their order: " + ", ".join(own)])
     refused("export", head, "--merged", tmp_path / "merged", parts=["is a head on DINOv2"])
     new = tmp_path / "new"
     for options, words in (

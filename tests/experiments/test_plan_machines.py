@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from experiments.plan.estimate import Estimate, rows
-from experiments.plan.machines import CPU, GPUS, gpu, text_shape
-from experiments.plan.memory import vlm_size
+from experiments.plan.machines import CPU, GPUS, TRAINING_PRODUCTS, gpu, text_shape, this_machine, vit_training
+from experiments.plan.memory import vit_size, vlm_size
 from experiments.plan.stored import stored_estimate
 from experiments.sweep.config import RunOptions, load
 from experiments.sweep.methods import METHODS
 from experiments.sweep.workload import CellSpec, DatasetInfo, Workload, model_config, of_sweep
-from kshot.errors import UnknownNameError
+from kshot.errors import InputError, UnknownNameError
 
 BENCH = Path(__file__).parents[2] / "results" / "bench"
 
@@ -86,6 +87,54 @@ def test_a_gpu_that_is_not_in_the_table() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown GPU 'a1000' \(did you mean 'a100'\?\); choose from: h100"):
         gpu("a1000")
     assert gpu("H100") is GPUS["h100"]
+
+
+@pytest.mark.parametrize(
+    ("title", "memory", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85e9, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "a100"),
+        ("NVIDIA GeForce RTX 4090", 25e9, "4090"),
+        ("NVIDIA L40S", 48e9, ""),
+        ("NVIDIA GH200 480GB", 96e9, ""),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16e9, ""),
+        ("NVIDIA H100 PCIe", 80e9, ""),
+    ],
+)
+def test_a_gpu_here_is_that_of_its_whole_name(
+    title: str, memory: float, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the memory that it has."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda number: title)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: SimpleNamespace(total_memory=memory))
+    if not found:
+        with pytest.raises(UnknownNameError, match="leave --quick out"):
+            this_machine("cuda")
+        return
+    machine = this_machine("cuda:0")
+    assert (machine.peak, machine.memory) == (GPUS[found].peak, memory)
+
+
+def test_dinov2_is_planned_in_float32() -> None:
+    """A step of large matrix products is no faster than the data sheet's float32 allows."""
+    size = vit_size("vit_large_patch14_dinov2.lvd142m")
+    assert size is not None
+    for machine in GPUS.values():
+        needed = TRAINING_PRODUCTS * size.weights * 257 * 16
+        assert vit_training(machine, size, 257, 16) > needed / machine.peak32
+
+
+def test_workers_are_those_that_are_asked_for() -> None:
+    def workers(asked: int | None) -> int:
+        sweep = load("blog-small", {"datasets": ("pets",), "methods": ("vlm-lora",)}, {})
+        options = RunOptions(device="cuda", workers=asked)
+        estimate = stored_estimate(of_sweep(sweep, device="cuda"), Path("runs/none"), options, gpu("h100"), 8)
+        return estimate.requirements.workers
+
+    assert (workers(2), workers(None)) == (2, 8)
+    with pytest.raises(InputError, match="--workers 9, but --count 8 has room for 8"):
+        workers(9)
 
 
 def test_the_command_plans_for_a_machine_that_is_not_here(kshot: Callable[..., Any], tmp_path: Path) -> None:

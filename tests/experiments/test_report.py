@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from pyarrow import parquet
 from reported import SWEEP, Page, cell, grid, store_predictions, written
 from scipy import stats
@@ -89,6 +90,24 @@ def test_the_first_paragraph_does_not_choose_where_the_test_does_not(tmp_path):
         "At 4 per class, pixel kNN is best with 50.5 %; the paired test does not tell it from VLM + LoRA (p ≥ 0."
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "ending"),
+    [
+        ({"vlm-lora": (0.5, 0.9, 0.9), "pixel-knn": (0.65,)}, ", but on the seeds that both have pixel kNN is ahead."),
+        (
+            {"vlm-lora": (None, 0.9, 0.9), "dinov2-lora": (None, 0.5), "pixel-knn": (0.85,)},
+            ", on other seeds than pixel kNN.",
+        ),
+    ],
+)
+def test_the_first_paragraph_knows_that_methods_lack_seeds(tmp_path, seeds, ending):
+    """The mean of the leader is of seeds that the other does not have."""
+    found = ((method, seed, share) for method, shares in seeds.items() for seed, share in enumerate(shares) if share)
+    cells = [cell(method, 4, seed, share) for method, seed, share in found]
+    store_predictions(tmp_path, cells)
+    assert re.search(rf"At 4 per class, VLM \+ LoRA is best with \d\d.\d %{ending}", said(tmp_path, cells))
 
 
 def test_the_first_paragraph_on_the_two_tuned_models(tmp_path):

@@ -58,7 +58,7 @@ async function answerTo(file) {
   const headers = { "Content-Type": "application/json", "X-API-Key": sessionStorage.getItem(STORED) ?? LOCAL_KEY };
   const request = { method: "POST", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(PATIENCE) };
   const response = await fetch("v1/chat/completions", request);
-  const answer = await response.json();
+  const answer = await response.json().catch(() => ({})); // a proxy's own page is none
   if (!response.ok) throw new Error(answer.error?.message ?? `the server answers with status ${response.status}`);
   return answer.choices[0];
 }
@@ -87,7 +87,7 @@ byId("try").addEventListener("submit", async (event) => {
     const said = element("p", {}, message.content || "(an empty answer)");
     answer.replaceChildren(said, ...(logProbs ? [bars(logProbs)] : []));
   } catch (error) {
-    const why = error.name === "TimeoutError" ? "it takes too long" : error.message;
+    const why = error.name === "TimeoutError" ? "it takes more than two minutes" : error.message;
     answer.replaceChildren(element("p", { class: "note" }, `No answer: ${why}`));
   } finally {
     button.disabled = false;
