@@ -40,6 +40,7 @@ from vlm.local.training_run import MOMENTS, TrainingRun
 from vlm.local.vision import Vision
 
 DIVIDED = "divided"
+BASE = 0  # the number that stands for the base model alone, among snapshots
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Key = tuple[int, int]  # of a sample: its request's number, and its own in there
 
@@ -243,11 +244,15 @@ class Worker:
 
     # Scores, features, samples
 
+    def _weights(self, snapshot: int) -> Snapshot:
+        """A number that is not here is an error: the base model's answers would look like the adapter's."""
+        return None if snapshot == BASE else self._snapshots[snapshot]
+
     def score(self, snapshot: int, trie: Trie, prompts: Sequence[tinker.ModelInput]) -> np.ndarray:
-        return scoring.score_tree(self.engine, self._snapshots.get(snapshot), prompts, trie)
+        return scoring.score_tree(self.engine, self._weights(snapshot), prompts, trie)
 
     def embed(self, snapshot: int, wanted: Mapping[str, bool], prompts: Sequence[tinker.ModelInput]) -> np.ndarray:
-        return scoring.embed(self.engine, self._snapshots.get(snapshot), prompts, **wanted)
+        return scoring.embed(self.engine, self._weights(snapshot), prompts, **wanted)
 
     def encode(self, chunks: Sequence[types.ImageChunk]) -> None:
         """Put the features of images into the caches."""
@@ -258,8 +263,9 @@ class Worker:
     ) -> dict[int, tuple[list[Token], dict[str, Any]]]:
         """Read prompts, by the number of their requests, each with its grammar's ends and text: the first token of each
         sample, and the fields about the prompt."""
-        weights = self._snapshots.get(snapshot)
-        decoder = self._decoders.setdefault(number, sampler.decoder_of(self.engine, weights, rows))
+        if number not in self._decoders:
+            self._decoders[number] = sampler.decoder_of(self.engine, self._weights(snapshot), rows)
+        decoder = self._decoders[number]
         samples = self._samples.setdefault(number, {})
         if not requests:
             return {}
