@@ -1,19 +1,23 @@
-"""What was under way when a rank died, and what comes after, once the engine has started again."""
+"""What was under way when a rank died or failed, and what comes after."""
 
+import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
+import psutil
 import pytest
 import tinker
 import torch
 from tinker import types
 
-from kshot.errors import EngineLostError
+from kshot.errors import EngineLostError, KshotError, RequestError
 from tests.vlm.ranked import ADAM, SPEC
 from vlm import label_trie, nano
 from vlm.local import scoring
+from vlm.local.ranks import engine as engine_module
 from vlm.local.ranks.inference import ModelOptions, RanksEngine
 from vlm.local.sampling import sampler
 from vlm.local.sampling.sampler import SamplingRequest
@@ -99,6 +103,46 @@ def test_scores_of_lost_weights_are_none_of_the_base_model(
     with pytest.raises(EngineLostError, match="go on from what was saved"):
         scoring.score_tree(engine, snapshot, prompts, TRIE)
     monkeypatch.setattr(snapshot, "check", lambda: None)  # whoever forgets to ask gets an error from the rank
-    with pytest.raises(EngineLostError, match="KeyError"):
+    with pytest.raises(KshotError, match=f"KeyError: {snapshot.number}"):
         scoring.score_tree(engine, snapshot, prompts, TRIE)
     assert engine.generation == generation
+
+
+def test_a_rank_that_dies_while_nothing_is_asked_is_replaced(engine: RanksEngine) -> None:
+    noticed, generation = threading.Event(), engine.generation
+    engine.on_loss = noticed.set
+    os.kill(engine.processes[0], signal.SIGKILL)
+    assert noticed.wait(30)
+    assert engine.lost == "rank 0 of 2 (cpu) died (SIGKILL), and the engine ended with it"
+    engine.start(SPEC, 3)  # is no request that finds out
+    assert engine.generation == generation + 1
+
+
+def test_what_fails_on_a_rank_with_whole_weights_fails_alone(
+    engine: RanksEngine, mixed: list[tinker.Datum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> tuple[torch.Tensor, dict[str, float], list[str]]:
+        return torch.zeros(()), {}, ["no slope"] * len(mixed)
+
+    run, other, generation = engine.start(SPEC, 3), engine.start(SPEC, 4), engine.generation
+    engine.forward_backward(other, mixed, "cross_entropy", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "slopes_of", broken)
+        with pytest.raises(KshotError, match=r"rank 0 of 2 \(cpu\) failed in 'backward': TypeError: "):
+            engine.forward_backward_custom(run, mixed, lambda *_: (torch.zeros(()), {}))
+    with pytest.raises(RequestError, match="without gradients"):
+        engine.optim_step(run, ADAM)
+    engine.optim_step(other, ADAM)
+    engine.forward_backward(run, mixed, "cross_entropy", None)
+    engine.optim_step(run, ADAM)
+    assert engine.generation == generation
+
+
+def test_ranks_end_with_an_engine_that_nobody_has() -> None:
+    engine = RanksEngine(ModelOptions(nano.NAME, nano.NAME, torch.float32, decoders=0), ["cpu"] * 2, 1, limit=60)
+    processes = [psutil.Process(pid) for pid in engine.processes]
+    assert len(processes) == 2
+    del engine
+    gc.collect()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive

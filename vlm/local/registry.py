@@ -152,7 +152,8 @@ class EngineRegistry:
         join = partial(torchrun.joined, device=self.device, threads=threads) if torchrun.world() else None
         engine = RanksEngine(options, devices, threads, ranks=join)
         scheduler = self.own_schedulers[name] = Scheduler()
-        engine.on_loss = partial(scheduler.submit_first, engine.start_ranks)
+        again = partial(scheduler.submit_first, engine.start_ranks)
+        engine.on_loss = (lambda: torchrun.end_on_loss(engine.lost)) if torchrun.world() else again
         self.chosen |= {name: threads} if "cpu" in devices else {}
         return engine
 

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from multiprocessing.connection import wait
 from typing import Any, cast
-from weakref import finalize
+from weakref import finalize, ref
 
 import tinker
 import torch
@@ -222,6 +222,7 @@ class RanksEngine(Engine):
         if options.shard == "auto":
             options = replace(options, shard=shard_of(self.model, devices))
         self.shard = options.shard
+        self._whole_tower = options.tower_is_whole
         start = ranks or (lambda options: Ranks.start(rank.run, devices, threads, options, limit=limit))
         self._start_ranks = partial(start, options)
         self.start_ranks()
@@ -242,7 +243,8 @@ class RanksEngine(Engine):
             ranks.end()
             raise
         self._ranks = ranks
-        threading.Thread(target=self._watch, args=(ranks,), name="kshot-ranks", daemon=True).start()
+        if processes := [each.process for each in ranks.members if each.process is not None]:
+            threading.Thread(target=_watch, args=(ref(self), processes), name="kshot-ranks", daemon=True).start()
 
     @property
     def processes(self) -> list[int]:
@@ -296,16 +298,25 @@ class RanksEngine(Engine):
                 profile[part] += seconds
         return [value for value, _, _ in answers]
 
-    def _watch(self, ranks: Ranks) -> None:
-        """Until a rank dies."""
-        if sentinels := ranks.sentinels:
-            wait(sentinels)
-            if self._ranks is ranks:
-                with suppress(KshotError):  # the service is being closed, or the next request says what is wrong
-                    self.on_loss()
+    def note_dead(self, processes: Sequence[Any]) -> None:
+        """A rank has died, of those with these processes; whatever was asked of them meanwhile is answered first."""
+        with self._lock:
+            ranks = self._ranks
+            if ranks is None or ranks.members[0].process not in processes:
+                return
+            ranks.note_dead()
+            self.lost = ranks.lost
+        with suppress(KshotError):  # the service is being closed, or the next request says what is wrong
+            self.on_loss()
 
     def start(self, spec: LoraSpec, seed: int) -> Any:
-        run = RemoteRun(self, self.model.layout(spec))
+        layout = self.model.layout(spec)
+        if spec.in_tower and not self._whole_tower:
+            raise RequestError(
+                f"a LoRA on the vision tower cannot be trained here: the tower of {self.model.name} is divided over "
+                f"{self.count} processes; serve it with --train-vision"
+            )
+        run = RemoteRun(self, layout)
         run.command("start", spec, seed)
         return run
 
@@ -388,6 +399,13 @@ class RanksEngine(Engine):
         for number, packs in enumerate(rounds):  # a bad datum stops them all, before any pass
             run.command("prepare", number, number == 0, each=[(pack,) for pack in packs])
             between(False)
+
+
+def _watch(engine: "ref[RanksEngine]", processes: Sequence[Any]) -> None:
+    """Until a rank dies. The engine is not held: one that nobody has any more ends, and its ranks with it."""
+    wait([each.sentinel for each in processes])
+    if (held := engine()) is not None:
+        held.note_dead(processes)
 
 
 def shared(items: Sequence[Item], count: int) -> list[list[Item]]:
