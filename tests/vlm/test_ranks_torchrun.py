@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from datetime import timedelta
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kshot.errors import EngineLostError, KshotError
 from tests.vlm.serving import KEY
 from vlm import nano
 from vlm.local.ranks import torchrun
-from vlm.local.ranks.group import LOOPBACK, Seat
+from vlm.local.ranks.group import LOOPBACK, Member, Ranks, Seat, serve
 from vlm.local.ranks.rank import torchrun_store
 
 pytestmark = pytest.mark.ranks
@@ -64,6 +65,15 @@ def test_a_first_process_that_is_gone_is_named(two: Any) -> None:
     torchrun_store().set(torchrun.KEY, f"{closed_port()} {'00' * 16}")
     with pytest.raises(KshotError, match=r"the first process of torchrun does not answer at 127.0.0.1 .*refused"):
         torchrun.follow("cpu", 1)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_one_that_follows_knows_whether_it_was_told_to_end(told: bool) -> None:
+    ours, theirs = Pipe()
+    ranks = Ranks([Member(Seat(1, 2, "cpu", 1), ours)])
+    ranks.end("" if told else "rank 0 died")
+    assert serve(theirs, print, lambda: None) is told
+    theirs.close()
 
 
 class Torchrun:

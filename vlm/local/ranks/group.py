@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -91,7 +91,7 @@ class Ranks:
 
     @classmethod
     def start(
-        cls, run: Callable[..., None], devices: Sequence[str], threads: int, *arguments: Any, limit: float = LIMIT
+        cls, run: Callable[..., object], devices: Sequence[str], threads: int, *arguments: Any, limit: float = LIMIT
     ) -> "Ranks":
         """A process a device, which calls run(channel, seat, *arguments)."""
         folder = Path(tempfile.mkdtemp(prefix="kshot-ranks-"))
@@ -156,9 +156,14 @@ class Ranks:
                 raise rebuilt(*value)
         return [value for _, value in outcomes]
 
-    def end(self, why: str = "the engine was closed") -> None:
-        """Stop all of them."""
-        self.lost = self.lost or why
+    def end(self, why: str = "") -> None:
+        """Stop all of them. why: where they are lost; without it, those that were not started here are told to end."""
+        if not (self.lost or why):
+            for member in self.members:
+                if member.process is None:
+                    with suppress(OSError):
+                        send(member.channel, None)
+        self.lost = self.lost or why or "the engine was closed"
         self._finalizer()
 
     def note_dead(self) -> None:
@@ -190,7 +195,7 @@ def _end_with(member: Member, fate: str) -> str:
     return f"{member} {fate}, and the engine ended with it"
 
 
-def started(run: Callable[..., None], seat: Seat, *arguments: Any) -> Member:
+def started(run: Callable[..., object], seat: Seat, *arguments: Any) -> Member:
     """A process of this one that calls run(channel, seat, *arguments)."""
     CONTEXT.set_forkserver_preload([run.__module__])
     ours, theirs = CONTEXT.Pipe()
@@ -266,14 +271,16 @@ def receive(channel: Connection) -> Any:
     return pickle.loads(channel.recv_bytes())  # noqa: S301 - of processes that were started here
 
 
-def serve(channel: Connection, perform: Callable[..., Any], settled: Callable[[], None]) -> None:
-    """In a rank: answer commands until nobody sends any. settled: called after each, also one that was refused; before
-    its answer is sent."""
+def serve(channel: Connection, perform: Callable[..., Any], settled: Callable[[], None]) -> bool:
+    """In a rank: answer commands until nobody sends any; says whether that was told. settled: called after each, also
+    one that was refused; before its answer is sent."""
     while True:
         try:
             command = receive(channel)
         except (EOFError, OSError):
-            return
+            return False
+        if command is None:
+            return True
         send(channel, answer(perform, settled, *command))
 
 

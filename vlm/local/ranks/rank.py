@@ -93,8 +93,8 @@ class Token:
         return cls(sequence.tokens[-1], sequence.log_probs[-1], top, sequence.reason, error)
 
 
-def run(channel: Connection, seat: Seat, options: ModelOptions) -> None:
-    """The whole life of a rank; it ends with the process that started it."""
+def run(channel: Connection, seat: Seat, options: ModelOptions) -> bool:
+    """The whole life of a rank; it ends with the process that started it. Says whether it was told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: the parent ends them
     if (parent := parent_process()) is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel, seat.store), daemon=True).start()
@@ -104,8 +104,7 @@ def run(channel: Connection, seat: Seat, options: ModelOptions) -> None:
     workers = list[Worker]()
     begun = answer(lambda: workers.append(Worker(seat, options)), lambda: None)
     send(channel, begun)
-    if workers:
-        serve(channel, workers[0].perform, workers[0].settled)
+    return bool(workers) and serve(channel, workers[0].perform, workers[0].settled)
 
 
 def _end_with(sentinel: int, store: str) -> None:

@@ -54,12 +54,15 @@ def end_on_loss(why: str) -> None:
 
 
 def follow(device: str, threads: int) -> None:
-    """Be a rank until the first process ends. Raises KshotError where that is not there."""
+    """Be a rank until the first process ends. Raises KshotError where that is not there, and where it ends without a
+    word: torchrun on another node takes processes without an error for those that are done, and starts none again."""
     channel = _found()
     number, count = int(os.environ["RANK"]), world()
     seat = Seat(number, count, device_here(device), threads)
     send(channel, seat)
-    rank.run(channel, seat, receive(channel))
+    if not rank.run(channel, seat, receive(channel)):
+        time.sleep(1.5 * GRACE)  # or torchrun would end the first one before that has said why
+        raise EngineLostError(f"rank {number} of {count} has ended without being told to; {WAY_OUT}")
 
 
 def _found() -> Connection:
