@@ -79,9 +79,11 @@ def serve(
 
     if plan is not None:
         from experiments.plan.ranks import print_plan
+        from vlm.server.serve import model_paths
 
-        for name in model or []:
-            print_plan(name, plan, plan_rank)
+        paths, _ = model_paths(model or [])
+        for path in paths.values():
+            print_plan(path, plan, plan_rank)
         return
     from vlm.server.app import Options
     from vlm.server.guard import Keys

@@ -54,6 +54,8 @@ def places(tmp_path: Path) -> dict[str, Path]:
         ("--allow-host=", ["--allow-host ''"]),
         ("--device tpu", ["'tpu'", "cpu"]),
         ("--dtype float8", ["unknown dtype 'float8'", "bfloat16"]),
+        ("--device cpu:2 --shard dividd", ["unknown shard 'dividd'", "did you mean 'divided'", "whole"]),
+        ("--shard divided", ["shard 'divided'", f"model '{nano.NAME}' has one process alone, on cpu", "cpu:2"]),
         ("--state {here}/good", ["cannot write to {here}/good", "--state"]),
         ("--state /proc/x", ["cannot write to /proc/x", "--state"]),
         ("--keep 30", ["--keep '30'", "12h, 30d"]),
@@ -119,3 +121,21 @@ def test_with_keys_it_may_be_reached_by_others_until_it_is_stopped(tmp_path: Pat
     assert last.count("\n") == 1, last
     with closing(Store(tmp_path / "state")):  # it has let go of the folder
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model x=30B-A3B", "30B-A3B, by arithmetic: weights 31.1 GB divided"),
+        ("--model 30B-A3B@cuda:0,1", "30B-A3B, by arithmetic: weights 31.1 GB divided"),
+        ("", f"{nano.NAME}, by arithmetic: weights"),
+    ],
+)
+def test_a_plan_is_of_what_would_be_served(kshot, words: str, said: str) -> None:
+    ended = kshot("serve", *words.split(), "--plan", "2x80GB")
+    assert ended.status == 0, ended.err
+    assert said in " ".join(ended.out.split())
+
+
+def test_a_plan_of_a_model_that_is_none(refused) -> None:
+    refused("serve", "--model", "x=nope", "--plan", "2x80GB", parts=["unknown model 'nope'"])

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from kshot.errors import EngineLostError, RequestError
 from tests.vlm import ranked
 from tests.vlm.ranked import ADAM, SPEC, Engines, check_answers, check_trained, errors, trained
 from vlm import nano
-from vlm.local.model.lora import Adapter
-from vlm.local.ranks.group import DONE, Ranks, Seat, send
+from vlm.local.model.lora import Adapter, LoraSpec
 
 pytestmark = pytest.mark.ranks
 
@@ -25,21 +22,6 @@ pytestmark = pytest.mark.ranks
 def both() -> Iterator[Engines]:
     with ranked.engines(nano.NAME, 2, torch.float64, divided=True) as both:
         yield both
-
-
-def slow_second(channel: Connection, seat: Seat) -> None:
-    """A rank that answers, but for the second one."""
-    if seat.rank == 0:
-        send(channel, (DONE, None))
-    time.sleep(60)
-
-
-def test_a_rank_that_hangs_is_named() -> None:
-    ranks = Ranks.start(slow_second, ["cpu", "cpu"], 1, limit=0.5)
-    with pytest.raises(EngineLostError, match=r"rank 1 of 2 \(cpu\) gave no answer"):
-        ranks.answers()
-    with pytest.raises(EngineLostError, match="rank 1 of 2"):
-        ranks.call([("facts", (), False)] * 2)
 
 
 def test_divided_ranks_train_what_one_does(both: Engines, mixed: list[tinker.Datum]) -> None:
@@ -65,6 +47,14 @@ def test_a_bad_datum_changes_nothing(both: Engines, mixed: list[tinker.Datum]) -
     assert errors(other.weights(), run.weights()) < both.tolerance
     with pytest.raises(RequestError, match="without gradients"):
         engine.optim_step(run, ADAM)
+
+
+def test_a_tower_that_is_divided_is_not_trained(both: Engines, mixed: list[tinker.Datum]) -> None:
+    generation = both.many.generation
+    with pytest.raises(RequestError, match="serve it with --train-vision"):
+        both.many.start(LoraSpec(4, train_vision=True), 3)
+    both.many.forward_backward(both.many.start(SPEC, 3), mixed, "cross_entropy", None)
+    assert both.many.generation == generation
 
 
 def test_a_killed_rank_is_named_and_the_engine_starts_again(both: Engines, mixed: list[tinker.Datum]) -> None:

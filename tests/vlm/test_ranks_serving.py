@@ -10,17 +10,21 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tinker
+import torch
 from tinker import types
 
 import vlm
-from kshot.errors import InputError
+from kshot.errors import InputError, UnknownNameError
 from tests.vlm.serving import HEADERS, KEY, Server, served
 from vlm import nano
+from vlm.local.model.load import Outline
 from vlm.local.ranks.group import LOOPBACK
+from vlm.local.ranks.rank import ModelOptions
 from vlm.local.registry import EngineRegistry, LocalServiceClient
 from vlm.places import parted, place_of
 
@@ -38,6 +42,33 @@ def test_places_stand_behind_names() -> None:
     for wrong in ("a@cuda:", "a@cpu:0", "a@cuda:1,1", "a@all:2"):
         with pytest.raises(InputError, match="place"):
             parted(wrong)
+
+
+def test_processes_of_a_model_share_what_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is in each of them."""
+    made = list[ModelOptions]()
+
+    def engine(options: ModelOptions, devices: list[str], threads: int, **_: object) -> Any:
+        made.append(options)
+        return SimpleNamespace(
+            model=Outline(nano.NAME, torch.device("cpu"), None, nano.NAME, []), start_ranks=None, end=lambda: None
+        )
+
+    monkeypatch.setattr("vlm.local.ranks.inference.RanksEngine", engine)
+    monkeypatch.setattr("vlm.local.registry.memory_limit", lambda: 3000)
+    lora = {"rank": 4}
+    alone = EngineRegistry(tmp_path).run_bytes(nano.NAME, lora)
+    for cache_bytes, each in ((None, 1000), (3000, 3000)):
+        registry = EngineRegistry(tmp_path, device="cpu:3", cache_bytes=cache_bytes)
+        assert registry.run_bytes(nano.NAME, lora) == 3 * alone
+        assert made.pop().cache_bytes == each
+
+
+def test_a_shard_of_the_local_service_is_checked(tmp_path: Path) -> None:
+    for shard, kind in (("dividd", UnknownNameError), ("divided", InputError)):
+        client = LocalServiceClient(tmp_path, shard=shard)
+        with pytest.raises(kind, match="shard"):
+            client.create_sampling_client(base_model=nano.NAME).result()
 
 
 def steps(run: Any, data: list[tinker.Datum], count: int) -> list[float]:

@@ -40,7 +40,7 @@ from vlm.local.rest import LocalRestClient, capabilities
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import FreeCores, choose, is_fixed
 from vlm.local.twins import names_what_it_lacks, with_async_twins
-from vlm.local.vision import PIXEL_BYTES, Vision
+from vlm.local.vision import PIXEL_BYTES, Vision, memory_limit
 
 SEEDS = 2**63
 SHARDS = ("auto", "whole", "divided")
@@ -53,11 +53,11 @@ class EngineRegistry:
 
     state: where checkpoints are. device, dtype: where and in what models compute ("auto": spread over all GPUs; None:
     the checkpoint's). train_vision: whether LoRA covers the vision tower too, beside what each run says. features: a
-    folder that keeps image features between processes. cache_bytes: how much memory they may take in this one (None: a
-    quarter, at most 16 GiB). pixel_bytes, decoders: of decoded images that wait, and threads that decode ahead (see
-    `vlm.local.vision.Vision`). model_paths: name of a model → its folder or hub id; None: a name says itself where its
-    model is. threads: that a model computes with on a CPU; None: chosen when it is loaded, at most torch's own number,
-    less `spare` ones unless the environment says how many.
+    folder that keeps image features between processes. cache_bytes: how much memory they may take in each process of a
+    model (None: in all of them together a quarter, at most 16 GiB). pixel_bytes, decoders: of decoded images that wait,
+    and threads that decode ahead (see `vlm.local.vision.Vision`). model_paths: name of a model → its folder or hub id;
+    None: a name says itself where its model is. threads: that a model computes with on a CPU; None: chosen when it is
+    loaded, at most torch's own number, less `spare` ones unless the environment says how many.
     chosen: the numbers, by model; the largest of them is set, for this thread and those that begin later.
 
     places: name of a model → its own device. Where that means several processes, or several models have one, the model
@@ -115,6 +115,7 @@ class EngineRegistry:
             if self.model_paths is not None and base_model not in self.model_paths:
                 raise UnknownNameError("model", base_model, self.model_paths)
             path, devices = (self.model_paths or {}).get(base_model, base_model), self._devices(base_model)
+            self._check_shard(base_model, devices)
             if len(devices) > 1 or len(self.places) > 1:
                 self.engines[base_model] = self._over_ranks(base_model, path, devices)
                 return self.engines[base_model]
@@ -142,7 +143,7 @@ class EngineRegistry:
             self.dtype,
             self.shard,
             whole_tower=self.train_vision,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=memory_limit() // len(devices) if self.cache_bytes is None else self.cache_bytes,
             features=self.features,
             decoders=self.decoders,
             pixel_bytes=self.pixel_bytes // len(devices),
@@ -152,7 +153,8 @@ class EngineRegistry:
         join = partial(torchrun.joined, device=self.device, threads=threads) if torchrun.world() else None
         engine = RanksEngine(options, devices, threads, ranks=join)
         scheduler = self.own_schedulers[name] = Scheduler()
-        engine.on_loss = partial(scheduler.submit_first, engine.start_ranks)
+        again = partial(scheduler.submit_first, engine.start_ranks)
+        engine.on_loss = (lambda: torchrun.end_on_loss(engine.lost)) if torchrun.world() else again
         self.chosen |= {name: threads} if "cpu" in devices else {}
         return engine
 
@@ -169,9 +171,17 @@ class EngineRegistry:
         return max(1, torch.get_num_threads() - (0 if is_fixed() else self.spare))
 
     def check_places(self) -> None:
-        """Raise InputError and ModelError for a place that is none, or is not here."""
-        for name in {*(self.model_paths or ()), ""}:
-            self._devices(name)
+        """Raise InputError and ModelError for a place that is none, or is not here, and for a shard that it has not."""
+        self._devices("")
+        for name in self.model_paths or ():
+            self._check_shard(name, self._devices(name))
+
+    def _check_shard(self, name: str, devices: Sequence[str]) -> None:
+        if self.shard not in SHARDS:
+            raise UnknownNameError("shard", self.shard, SHARDS)
+        if self.shard == "divided" and len(devices) == 1:
+            what = f"shard 'divided', but model {name!r} has one process alone, on {devices[0]}"
+            raise InputError(f"{what}; give it several, as in {name}@cpu:2 or {name}@cuda:0,1, or leave --shard out")
 
     def load(self) -> None:
         """Load the models of `model_paths` now; to be called before any other thread uses them. Raises as `engine`."""
@@ -179,10 +189,10 @@ class EngineRegistry:
             self.engine(name)
 
     def run_bytes(self, base_model: str, lora: Mapping[str, Any]) -> int:
-        """Bytes of memory that a run needs, from the shapes of its adapter. lora: the fields of its LoraSpec. Raises
-        as `engine` and LoraSpec do."""
-        model = self.engine(base_model).model
-        return model.layout(LoraSpec(**lora)).run_bytes(model.dtype)
+        """Bytes of memory that a run needs, from the shapes of its adapter, which each process has. lora: the fields of
+        its LoraSpec. Raises as `engine` and LoraSpec do."""
+        model, on_cpu = self.engine(base_model).model, self._devices(base_model).count("cpu")
+        return model.layout(LoraSpec(**lora)).run_bytes(model.dtype) * max(1, on_cpu)
 
     def start(
         self, model_id: str, base_model: str, spec: LoraSpec, seed: int | None, user_metadata: dict[str, str] | None

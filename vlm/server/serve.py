@@ -51,9 +51,10 @@ def engine_registry(
     model_arguments: NAME or NAME=PATH of each model, with @PLACE behind it (see `vlm.places`) where it has one of its
     own; none: the nano model. threads: of the models' arithmetic on a CPU, by default as many as are fastest
     (`vlm.local.threads`), and one core at least is left that answers requests. The rest: see `vlm.connect`.
-    Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype.
+    Raises InputError for an argument that is neither, ModelError for an absent device, UnknownNameError for a dtype or
+    a shard.
     """
-    (paths, places), torch_dtype = _model_paths(model_arguments), dtype_of(dtype)
+    (paths, places), torch_dtype = model_paths(model_arguments), dtype_of(dtype)
     registry = EngineRegistry((state or state_folder()).resolve(), device, torch_dtype, train_vision, features)
     registry.model_paths, registry.places, registry.threads, registry.shard = paths, places, threads, shard
     registry.check_places()  # now, not when the first request comes
@@ -128,8 +129,8 @@ def _say_whose(store: Store, keys: Keys) -> None:
         )
 
 
-def _model_paths(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Model name → folder or hub id; and → place, where it has one."""
+def model_paths(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Model name → folder or hub id; and → place, where it has one. None given: of the nano model."""
     paths, places = dict[str, str](), dict[str, str]()
     for text in arguments or [nano.NAME]:
         model, place = parted(text)

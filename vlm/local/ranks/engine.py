@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from multiprocessing.connection import wait
 from typing import Any, cast
-from weakref import finalize
+from weakref import finalize, ref
 
 import tinker
 import torch
@@ -42,12 +42,10 @@ from vlm.local.model.lora import Adapter, Layout, LoraSpec
 from vlm.local.packs import Item, Pack, packs_of
 from vlm.local.ranks import rank
 from vlm.local.ranks.group import LIMIT, Ranks
-from vlm.local.ranks.rank import DIVIDED, ModelOptions
+from vlm.local.ranks.rank import BASE, DIVIDED, ModelOptions
 from vlm.local.training_run import MOMENTS, moments_of
 
 log = logging.getLogger("kshot")
-
-BASE = 0  # the number that stands for the base model alone, among snapshots
 
 
 def dealt(values: Sequence[Any], count: int) -> list[list[Any]]:
@@ -67,12 +65,16 @@ class Held:
     @property
     def lost(self) -> str:
         """Why it is gone; "" as long as its ranks are there."""
-        return "" if self.engine.holds(self.generation) else self.engine.lost or "the engine was started again"
+        return self.engine.why_lost(self.generation)
 
     def check(self) -> None:
         """Raise EngineLostError where its ranks are gone."""
         if why := self.lost:
             raise EngineLostError(f"{self.name} is gone: {why}; go on from what was saved")
+
+    def command(self, method: str, *arguments: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        """A command about it. Raises as `RanksEngine.command` and `check`."""
+        return self.engine.command(method, self.number, *arguments, each=each, check=self.check)
 
 
 class RemoteSnapshot(Held):
@@ -96,7 +98,7 @@ class RemoteRun(Held):
 
     def call(self, name: str) -> None:
         self.name = name
-        self.engine.command("call", self.number, name)
+        self.command("call", name)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -116,7 +118,7 @@ class RemoteRun(Held):
 
     def clear_gradients(self) -> None:
         self._has_gradients = False
-        self.engine.command("clear", self.number)
+        self.command("clear")
 
     def step(self, params: types.AdamParams) -> float:
         """As `TrainingRun.step`."""
@@ -125,7 +127,7 @@ class RemoteRun(Held):
             raise RequestError("optim_step without gradients; call forward_backward first")
         check_adam(params)
         self._has_gradients = False
-        norm: float = self.engine.command("optim_step", self.number, params)[0]
+        norm: float = self.command("optim_step", params)[0]
         return norm
 
     def weights(self) -> dict[str, Tensor]:
@@ -149,11 +151,11 @@ class RemoteRun(Held):
         moments = moments_of(adapter.layout, optimizer)
         flats = [*adapter.flats.values(), *(flat for each in moments.values() for flat in each.values())]
         self._has_gradients = False
-        self.engine.command("restore", self.number, [*flats, optimizer["step"]] if moments else flats)
+        self.command("restore", [*flats, optimizer["step"]] if moments else flats)
 
     def _fetch(self, *, optimizer: bool) -> list[Tensor]:
         self.check()
-        flats: list[Tensor] = self.engine.command("fetch", self.number, optimizer)[0]
+        flats: list[Tensor] = self.command("fetch", optimizer)[0]
         return flats
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -220,6 +222,7 @@ class RanksEngine(Engine):
         if options.shard == "auto":
             options = replace(options, shard=shard_of(self.model, devices))
         self.shard = options.shard
+        self._whole_tower = options.tower_is_whole
         start = ranks or (lambda options: Ranks.start(rank.run, devices, threads, options, limit=limit))
         self._start_ranks = partial(start, options)
         self.start_ranks()
@@ -240,7 +243,8 @@ class RanksEngine(Engine):
             ranks.end()
             raise
         self._ranks = ranks
-        threading.Thread(target=self._watch, args=(ranks,), name="kshot-ranks", daemon=True).start()
+        if processes := [each.process for each in ranks.members if each.process is not None]:
+            threading.Thread(target=_watch, args=(ref(self), processes), name="kshot-ranks", daemon=True).start()
 
     @property
     def processes(self) -> list[int]:
@@ -252,15 +256,28 @@ class RanksEngine(Engine):
         """Whether the ranks of that generation are still there."""
         return generation == self.generation and self._ranks is not None and not self._ranks.lost
 
+    def why_lost(self, generation: int) -> str:
+        """Why they are not; "" where they are."""
+        return "" if self.holds(generation) else self.lost or "the engine was started again"
+
     def end(self) -> None:
         """Stop the ranks."""
         self.on_loss = lambda: None
         if self._ranks is not None:
             self._ranks.end()
 
-    def command(self, method: str, *arguments: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """What all ranks give. each: arguments of one rank alone, behind the common ones. Raises as `Ranks.call`."""
+    def command(
+        self,
+        method: str,
+        *arguments: Any,
+        each: Sequence[tuple[Any, ...]] | None = None,
+        check: Callable[[], object] | None = None,
+    ) -> list[Any]:
+        """What all ranks give. each: arguments of one rank alone, behind the common ones. check: raises where what the
+        command is about has gone with its ranks; without it, new ranks do as well. Raises as `Ranks.call`."""
         with self._lock:  # of schedulers: others may create runs while this one works
+            if check is not None:
+                check()
             self.start_ranks()
             return self._command(cast(Ranks, self._ranks), method, arguments, each)
 
@@ -281,29 +298,38 @@ class RanksEngine(Engine):
                 profile[part] += seconds
         return [value for value, _, _ in answers]
 
-    def _watch(self, ranks: Ranks) -> None:
-        """Until a rank dies."""
-        if sentinels := ranks.sentinels:
-            wait(sentinels)
-            if self._ranks is ranks:
-                with suppress(KshotError):  # the service is being closed, or the next request says what is wrong
-                    self.on_loss()
+    def note_dead(self, processes: Sequence[Any]) -> None:
+        """A rank has died, of those with these processes; whatever was asked of them meanwhile is answered first."""
+        with self._lock:
+            ranks = self._ranks
+            if ranks is None or ranks.members[0].process not in processes:
+                return
+            ranks.note_dead()
+            self.lost = ranks.lost
+        with suppress(KshotError):  # the service is being closed, or the next request says what is wrong
+            self.on_loss()
 
     def start(self, spec: LoraSpec, seed: int) -> Any:
-        run = RemoteRun(self, self.model.layout(spec))
-        self.command("start", run.number, spec, seed)
+        layout = self.model.layout(spec)
+        if spec.in_tower and not self._whole_tower:
+            raise RequestError(
+                f"a LoRA on the vision tower cannot be trained here: the tower of {self.model.name} is divided over "
+                f"{self.count} processes; serve it with --train-vision"
+            )
+        run = RemoteRun(self, layout)
+        run.command("start", spec, seed)
         return run
 
     def snapshot(self, adapter: Adapter) -> Any:
         made = RemoteSnapshot(self, adapter.layout, adapter.name)
         (flat,) = adapter.flats.values()
-        self.command("snapshot", made.number, adapter.layout.spec, flat, adapter.name)
+        made.command("snapshot", adapter.layout.spec, flat, adapter.name)
         return made
 
     def snapshot_of(self, run: Any) -> Any:
         run.check()
         made = RemoteSnapshot(self, run.layout, run.name)
-        self.command("snapshot_of", made.number, run.number)
+        self.command("snapshot_of", made.number, run.number, check=run.check)
         return made
 
     def forward_backward(
@@ -328,7 +354,7 @@ class RanksEngine(Engine):
                 method = "forward" if forward_only else "backward"
                 if not forward_only:
                     run.started()
-                for log_probs, value in self.command(method, run.number, number, (loss_fn, config), True):
+                for log_probs, value in run.command(method, number, (loss_fn, config), True):
                     outputs |= log_probs
                     total += value
                 if number < len(rounds) - 1:
@@ -351,7 +377,7 @@ class RanksEngine(Engine):
         with run.request():
             self._prepare(run, rounds, between)
             for number, _ in enumerate(rounds):
-                for log_probs, _ in self.command("forward", run.number, number, None, False):
+                for log_probs, _ in run.command("forward", number, None, False):
                     outputs |= log_probs
                 between(False)
             log_probs_of = [outputs[item.number] for item in items]
@@ -359,7 +385,7 @@ class RanksEngine(Engine):
             for number, packs in enumerate(rounds):
                 run.started()
                 own = [{item.number: slopes[item.number] for item in pack.items} if pack else {} for pack in packs]
-                self.command("backward", run.number, number, each=[(each, True) for each in own])
+                run.command("backward", number, each=[(each, True) for each in own])
                 between(number == len(rounds) - 1)
         return custom_output(value, metrics, slopes, log_probs_of)
 
@@ -371,8 +397,15 @@ class RanksEngine(Engine):
 
     def _prepare(self, run: RemoteRun, rounds: Sequence[Sequence[Pack | None]], between: Between) -> None:
         for number, packs in enumerate(rounds):  # a bad datum stops them all, before any pass
-            self.command("prepare", run.number, number, number == 0, each=[(pack,) for pack in packs])
+            run.command("prepare", number, number == 0, each=[(pack,) for pack in packs])
             between(False)
+
+
+def _watch(engine: "ref[RanksEngine]", processes: Sequence[Any]) -> None:
+    """Until a rank dies. The engine is not held: one that nobody has any more ends, and its ranks with it."""
+    wait([each.sentinel for each in processes])
+    if (held := engine()) is not None:
+        held.note_dead(processes)
 
 
 def shared(items: Sequence[Item], count: int) -> list[list[Item]]:

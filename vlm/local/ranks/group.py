@@ -1,7 +1,8 @@
 """The processes of an engine ("ranks"): how they start, get their commands, and end.
 
 The process with the clients is none of them: it sends each rank a command and waits for all answers, so ranks never
-wait for a client. A rank that dies, fails or gives no answer in time ends all of them, and the error names it.
+wait for a client. A rank that dies, fails, or in time takes no command or gives no answer, ends all of them, and the
+error names it.
 
 Ranks are forked from a process that has torch imported and has used nothing of it, so that starting them again takes
 a moment.
@@ -14,15 +15,19 @@ import os
 import pickle
 import shutil
 import signal
+import socket
+import struct
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 from weakref import finalize
 
@@ -32,17 +37,19 @@ from kshot.errors import EngineLostError, KshotError
 
 log = logging.getLogger("kshot")
 
-LIMIT = 600.0  # seconds that a rank may be behind the others
+LIMIT = 600.0  # seconds that a rank may be behind the others, and that it may take to receive a command
 NOTICE = 2.0  # seconds in which it shows which rank died, where another one has lost its connection
 CONTEXT = get_context("forkserver")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-DONE, REFUSED, FAILED = "done", "refused", "failed"  # of an answer: its value, a KshotError, anything else
+DONE, REFUSED, FAILED = "done", "refused", "failed"  # of an answer: its value, a KshotError, anything else in a line
+TIMED_OUT = "timed out", "timeout"  # what gloo and NCCL say where another rank does not come
+_starting = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Seat:
-    """What a rank is told of itself. store: a file by which ranks find each other, or "" for torch's environment
-    variables. limit: seconds after which waiting for the others is an error."""
+    """What a rank is told of itself. store: a file by which ranks find each other, or "" for the store of
+    torchrun. limit: seconds after which waiting for the others is an error."""
 
     rank: int
     count: int
@@ -77,28 +84,32 @@ class Ranks:
     """The processes of one engine, in order. lost: why they are gone, or ""."""
 
     def __init__(self, members: Sequence[Member], limit: float = LIMIT, folder: Path | None = None) -> None:
-        self.members, self.limit, self.lost = [*members], limit, ""
-        self._finalizer = finalize(self, _end, self.members, folder)
+        self.members, self.limit, self.lost = list[Member](), limit, ""
+        self._finalizer, self._sent = finalize(self, _end, self.members, folder), 0.0
+        for member in members:
+            self.add(member)
 
     @classmethod
     def start(
-        cls, run: Callable[..., None], devices: Sequence[str], threads: int, *arguments: Any, limit: float = LIMIT
+        cls, run: Callable[..., object], devices: Sequence[str], threads: int, *arguments: Any, limit: float = LIMIT
     ) -> "Ranks":
         """A process a device, which calls run(channel, seat, *arguments)."""
-        CONTEXT.set_forkserver_preload([run.__module__])
         folder = Path(tempfile.mkdtemp(prefix="kshot-ranks-"))
+        ranks = cls([], limit, folder)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        members = []
-        for rank, device in enumerate(devices):
-            ours, theirs = CONTEXT.Pipe()
-            seat = Seat(rank, len(devices), device, threads, str(folder / "store"), limit)
-            process = CONTEXT.Process(
-                target=run, args=(theirs, seat, *arguments), daemon=True, name=f"kshot-rank-{rank}"
-            )
-            process.start()
-            theirs.close()
-            members.append(Member(seat, ours, process))
-        return cls(members, limit, folder)
+        try:
+            for rank, device in enumerate(devices):
+                seat = Seat(rank, len(devices), device, threads, str(folder / "store"), limit)
+                ranks.add(started(run, seat, *arguments))
+        except BaseException:
+            ranks.end()
+            raise
+        return ranks
+
+    def add(self, member: Member) -> None:
+        """The next one."""
+        _limit_sending(member.channel, self.limit)
+        self.members.append(member)
 
     @property
     def sentinels(self) -> list[int]:
@@ -112,9 +123,14 @@ class Ranks:
         """
         if self.lost:
             raise EngineLostError(self.lost)
+        self._sent = time.monotonic()
         for member, command in zip(self.members, commands, strict=True):
-            with suppress(OSError):  # it is dead, which shows in its answer
+            try:
                 send(member.channel, command)
+            except BlockingIOError:
+                self._lose(member, f"took no command for {self.limit:.0f} seconds")
+            except OSError:
+                pass  # it is dead, which shows in its answer
         return self.answers()
 
     def answers(self) -> list[Any]:
@@ -132,7 +148,7 @@ class Ranks:
                 except (EOFError, OSError):
                     self._lose(member, member.fate)
                 if answer[0] == FAILED:
-                    self._lose(*self._culprit(member, answer[1]))
+                    self._lose(*self._culprit(member, answer[1], [*waiting.values()]))
                 first = first or time.monotonic()
         outcomes = [found[rank] for rank in range(len(self.members))]
         for kind, value in outcomes:
@@ -140,20 +156,74 @@ class Ranks:
                 raise rebuilt(*value)
         return [value for _, value in outcomes]
 
-    def end(self, why: str = "the engine was closed") -> None:
-        """Stop all of them."""
-        self.lost = self.lost or why
+    def end(self, why: str = "") -> None:
+        """Stop all of them. why: where they are lost; without it, those that were not started here are told to end."""
+        if not (self.lost or why):
+            for member in self.members:
+                if member.process is None:
+                    with suppress(OSError):
+                        send(member.channel, None)
+        self.lost = self.lost or why or "the engine was closed"
         self._finalizer()
 
-    def _culprit(self, member: Member, error: str) -> tuple[Member, str]:
-        """Which rank is to blame where this one failed: others fail when a rank dies in the middle of a pass."""
+    def note_dead(self) -> None:
+        """Where a process has ended, all are lost. Not while there is a call."""
+        if not self.lost and (dead := self._dead()):
+            self.end(_end_with(dead[0], dead[0].fate))
+
+    def _dead(self) -> list[Member]:
+        return [each for each in self.members if each.process is not None and not each.process.is_alive()]
+
+    def _culprit(self, member: Member, error: str, silent: Sequence[Member]) -> tuple[Member, str]:
+        """Which rank is to blame where this one failed: others fail when a rank dies in the middle of a pass, or when
+        one of those that have not answered does not come to where they meet."""
         wait(self.sentinels, NOTICE)
-        dead = [each for each in self.members if each.process is not None and not each.process.is_alive()]
-        return (dead[0], dead[0].fate) if dead else (member, f"failed ({error.splitlines()[-1]})")
+        if dead := self._dead():
+            return dead[0], dead[0].fate
+        if silent and time.monotonic() - self._sent > self.limit and any(each in error.lower() for each in TIMED_OUT):
+            ready = wait([each.channel for each in silent], 0)
+            if hung := [each for each in silent if each.channel not in ready]:
+                return hung[0], f"did not meet the others in {self.limit:.0f} seconds"
+        return member, f"failed ({error})"
 
     def _lose(self, member: Member, fate: str) -> None:
-        self.end(f"{member} {fate}, and the engine ended with it")
+        self.end(_end_with(member, fate))
         raise EngineLostError(self.lost)
+
+
+def _end_with(member: Member, fate: str) -> str:
+    return f"{member} {fate}, and the engine ended with it"
+
+
+def started(run: Callable[..., object], seat: Seat, *arguments: Any) -> Member:
+    """A process of this one that calls run(channel, seat, *arguments)."""
+    CONTEXT.set_forkserver_preload([run.__module__])
+    ours, theirs = CONTEXT.Pipe()
+    name = f"kshot-rank-{seat.rank}"
+    process = CONTEXT.Process(target=run, args=(theirs, seat, *arguments), daemon=True, name=name)
+    with theirs, _without_main():
+        process.start()
+    return Member(seat, ours, process)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are started have nothing of this one's main module. multiprocessing would run it in each, and a
+    script without `if __name__ == "__main__"` would start its own ranks there; ranks need nothing of it."""
+    with _starting:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def _limit_sending(channel: Connection, limit: float) -> None:
+    """Have `send` raise BlockingIOError where nothing is taken for so many seconds."""
+    with socket.socket(fileno=os.dup(channel.fileno())) as end:
+        value = struct.pack("ll", int(limit), int(limit % 1 * 1e6))  # a timeval
+        end.setblocking(True)  # or it would take the default timeout of sockets, if there is one
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 def _end(members: Sequence[Member], folder: Path | None) -> None:
@@ -201,21 +271,21 @@ def receive(channel: Connection) -> Any:
     return pickle.loads(channel.recv_bytes())  # noqa: S301 - of processes that were started here
 
 
-def serve(channel: Connection, perform: Callable[..., Any], settled: Callable[[], None]) -> None:
-    """In a rank: answer commands until nobody sends any. settled: called after each, also one that was refused; before
-    its answer is sent."""
+def serve(channel: Connection, perform: Callable[..., Any], settled: Callable[[], None]) -> bool:
+    """In a rank: answer commands until nobody sends any; says whether that was told. settled: called after each, also
+    one that was refused; before its answer is sent."""
     while True:
         try:
             command = receive(channel)
         except (EOFError, OSError):
-            return
+            return False
+        if command is None:
+            return True
         send(channel, answer(perform, settled, *command))
 
 
 def answer(call: Callable[..., Any], settled: Callable[[], None], *arguments: Any) -> tuple[str, Any]:
     """What a call gives, or how it failed."""
-    from traceback import format_exc
-
     try:
         try:
             result = DONE, call(*arguments)
@@ -223,6 +293,11 @@ def answer(call: Callable[..., Any], settled: Callable[[], None], *arguments: An
             result = REFUSED, (type(error), str(error))
         settled()
         return result
-    except BaseException:
+    except BaseException as error:
         log.exception("a rank failed")
-        return FAILED, format_exc()
+        return FAILED, in_a_line(error)
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error's class, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -5,6 +5,7 @@ Prompts are shared out by length. Each sample is decoded on one rank, and its to
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import finalize
 
@@ -12,7 +13,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from kshot.errors import RequestError
+from kshot.errors import EngineLostError, RequestError
 from vlm.label_trie import Trie
 from vlm.local import scoring
 from vlm.local.engine import ROWS, Between, Snapshot, length_of
@@ -25,12 +26,14 @@ from vlm.local.sampling.sampler import SamplingRequest, SamplingResult
 
 
 def _number(snapshot: Any) -> int:
-    """Of weights in the ranks. Raises EngineLostError."""
-    if snapshot is None:
-        return BASE
-    snapshot.check()
-    number: int = snapshot.number
-    return number
+    """Of weights in the ranks."""
+    return BASE if snapshot is None else int(snapshot.number)
+
+
+def _check(snapshot: Any) -> None:
+    """Raise EngineLostError where the weights are gone; any ranks have the base model's."""
+    if snapshot is not None:
+        snapshot.check()
 
 
 def _by_length(engine: RanksEngine, prompts: Sequence[tinker.ModelInput]) -> Iterator[list[int]]:
@@ -40,10 +43,13 @@ def _by_length(engine: RanksEngine, prompts: Sequence[tinker.ModelInput]) -> Ite
     return (order[n : n + size] for n in range(0, len(order), size))
 
 
-def _rows(engine: RanksEngine, members: Sequence[int], method: str, *arguments: Any, of: Sequence[Any]) -> np.ndarray:
+def _rows(
+    engine: RanksEngine, snapshot: Any, members: Sequence[int], method: str, wanted: Any, of: Sequence[Any]
+) -> np.ndarray:
     """A row for each of the members, that one of the ranks gives."""
     shares = dealt(members, engine.count)
-    parts = engine.command(method, *arguments, each=[([of[n] for n in share],) for share in shares])
+    each = [([of[n] for n in share],) for share in shares]
+    parts = engine.command(method, _number(snapshot), wanted, each=each, check=partial(_check, snapshot))
     width = max(part.shape[1] for part in parts)
     rows = np.empty((len(of), width), np.float32)
     for share, part in zip(shares, parts, strict=True):
@@ -64,7 +70,7 @@ def _(
     for number, members in enumerate(_by_length(engine, prompts)):
         if number:
             between(False)
-        scores[members] = _rows(engine, members, "score", _number(snapshot), trie, of=prompts)
+        scores[members] = _rows(engine, snapshot, members, "score", trie, prompts)
     return scores
 
 
@@ -75,7 +81,7 @@ def _(
     width = engine.model.width * (tower + hidden)
     features, wanted = np.empty((len(prompts), width), np.float32), {"tower": tower, "hidden": hidden}
     for members in _by_length(engine, prompts):
-        features[members] = _rows(engine, members, "embed", _number(snapshot), wanted, of=prompts)
+        features[members] = _rows(engine, snapshot, members, "embed", wanted, prompts)
     return features
 
 
@@ -99,11 +105,13 @@ class RemoteSequence(TokenSequence):
 
 
 class RanksDecoder:
-    """In the place of `Decoder`; `rows` is of each rank."""
+    """In the place of `Decoder`; `rows` is of each rank. Where the ranks are lost, what runs is gone with them; after
+    that it begins anew with those that are there then."""
 
     def __init__(self, engine: RanksEngine, snapshot: Any, rows: int) -> None:
         self.engine, self.snapshot, self.rows = engine, snapshot, rows * engine.count
         self._each, self._number = rows, next(engine.numbers)
+        self._generation = 0  # of the ranks that have what runs
         finalize(self, engine.dropped.append, self._number)
         self._running: list[dict[Key, RemoteSequence]] = [{} for _ in range(engine.count)]
         self._ended: list[list[Key]] = [[] for _ in range(engine.count)]
@@ -121,6 +129,7 @@ class RanksDecoder:
 
     def prefill(self, requests: Sequence[SamplingRequest]) -> list[SamplingResult]:
         """As `vlm.local.sampling.sampler.prefill`: each prompt on the rank with the fewest samples."""
+        self._begin()
         shares: list[dict[int, tuple[SamplingRequest, Any]]] = [{} for _ in range(self.engine.count)]
         load = [self._active(rank) for rank in range(self.engine.count)]
         made: list[tuple[int, int]] = []  # of each request: its rank, and its number there
@@ -132,7 +141,7 @@ class RanksDecoder:
             made.append((rank, number))
         weights = _number(self.snapshot)
         try:
-            answers = self.engine.command("prefill", self._number, weights, self._each, each=[(s,) for s in shares])
+            answers = self._command("prefill", weights, self._each, each=[(s,) for s in shares])
         except BaseException:
             for (rank, number), request in zip(made, requests, strict=True):  # other ranks may have begun
                 self._ended[rank] += [(number, n) for n in range(request.num_samples)]
@@ -142,6 +151,21 @@ class RanksDecoder:
             tokens, fields = answers[rank][number]
             results.append(self._result(rank, number, tokens, fields, request))
         return results
+
+    def _begin(self) -> None:
+        """With the ranks that are there, unless others have what runs."""
+        if not self.active:
+            self.engine.start_ranks()
+            self._generation = self.engine.generation
+
+    def _command(self, method: str, *arguments: Any, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self.engine.command(method, self._number, *arguments, each=each, check=self._check)
+
+    def _check(self) -> None:
+        """Raise EngineLostError where the ranks with the weights or with what runs are gone."""
+        _check(self.snapshot)
+        if why := self.engine.why_lost(self._generation):
+            raise EngineLostError(f"what was sampled is gone: {why}; ask again")
 
     def _result(
         self, rank: int, number: int, tokens: Sequence[Token], fields: dict[str, Any], request: SamplingRequest
@@ -165,7 +189,7 @@ class RanksDecoder:
             return []
         told, self._ended = self._ended, [[] for _ in self._ended]
         grown = list[TokenSequence]()
-        answers = self.engine.command("decode", self._number, each=[(each,) for each in told])
+        answers = self._command("decode", each=[(each,) for each in told])
         for running, tokens in zip(self._running, answers, strict=True):
             for key, token in tokens.items():
                 if key in running:

@@ -5,7 +5,9 @@ all-reduce, and every rank makes the same step.
 """
 
 import ctypes
+import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from tinker import types
 from torch import Tensor
 
+from kshot.errors import KshotError
 from vlm.label_trie import Trie
 from vlm.local import losses, scoring
 from vlm.local.engine import Batch, Engine, Snapshot
@@ -31,7 +34,7 @@ from vlm.local.model.load import Model
 from vlm.local.model.lora import Adapter, LoraSpec
 from vlm.local.packs import Pack
 from vlm.local.ranks.divide import DividedEngine, DividedModel, DividedVision, counted
-from vlm.local.ranks.group import Seat, answer, send, serve
+from vlm.local.ranks.group import Seat, answer, in_a_line, send, serve
 from vlm.local.sampling import sampler
 from vlm.local.sampling.decoder import Decoder, TokenSequence
 from vlm.local.sampling.grammar import Grammar
@@ -39,8 +42,16 @@ from vlm.local.sampling.sampler import SamplingRequest
 from vlm.local.training_run import MOMENTS, TrainingRun
 from vlm.local.vision import Vision
 
+log = logging.getLogger("kshot")
+
 DIVIDED = "divided"
+BASE = 0  # the number that stands for the base model alone, among snapshots
+WAIT = timedelta(minutes=10)  # for all of torchrun's processes to come
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Commands in which ranks with whole weights do not wait for each other, and that may fail on one of them alone: what
+# they make is new, and whoever asked for gradients drops them.
+ALONE = {"start", "snapshot", "snapshot_of", "prepare", "forward", "backward", "fetch"}
+ALONE |= {"score", "embed", "encode", "prefill", "decode"}
 Key = tuple[int, int]  # of a sample: its request's number, and its own in there
 
 
@@ -58,6 +69,11 @@ class ModelOptions:
     features: Path | None = None
     decoders: int | None = None
     pixel_bytes: int = 1 << 30
+
+    @property
+    def tower_is_whole(self) -> bool:
+        """A folder of features has a digest of the tower's weights, so it needs them whole."""
+        return self.shard != DIVIDED or self.whole_tower or self.features is not None
 
 
 @dataclass(frozen=True)
@@ -77,24 +93,33 @@ class Token:
         return cls(sequence.tokens[-1], sequence.log_probs[-1], top, sequence.reason, error)
 
 
-def run(channel: Connection, seat: Seat, options: ModelOptions) -> None:
-    """The whole life of a rank; it ends with the process that started it."""
+def run(channel: Connection, seat: Seat, options: ModelOptions) -> bool:
+    """The whole life of a rank; it ends with the process that started it. Says whether it was told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: the parent ends them
     if (parent := parent_process()) is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent.sentinel, seat.store), daemon=True).start()
     torch.set_num_threads(seat.threads)
     if torch.device(seat.device).type == "cuda":
         torch.cuda.set_device(seat.device)
     workers = list[Worker]()
     begun = answer(lambda: workers.append(Worker(seat, options)), lambda: None)
     send(channel, begun)
-    if workers:
-        serve(channel, workers[0].perform, workers[0].settled)
+    return bool(workers) and serve(channel, workers[0].perform, workers[0].settled)
 
 
-def _end_with(sentinel: int) -> None:
+def _end_with(sentinel: int, store: str) -> None:
+    """End with the parent; what that has not removed goes too."""
     wait([sentinel])
+    if store:
+        shutil.rmtree(Path(store).parent, ignore_errors=True)
     os._exit(1)
+
+
+def torchrun_store() -> Any:
+    """What the processes of torchrun know of each other. It stays when torchrun starts them again, with what the last
+    ones have said: each attempt has keys of its own."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT)
+    return dist.PrefixStore(f"kshot/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _return_freed_memory() -> None:
@@ -111,10 +136,9 @@ class Worker:
         self.seat = seat
         if seat.count > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.device(seat.device).type == "cuda" else "gloo"
-            where: dict[str, Any] = {}
-            if seat.store:
-                where = {"store": dist.FileStore(seat.store, seat.count), "rank": seat.rank, "world_size": seat.count}
-            dist.init_process_group(backend, timeout=timedelta(seconds=seat.limit), **where)
+            store = dist.FileStore(seat.store, seat.count) if seat.store else torchrun_store()
+            limit = timedelta(seconds=seat.limit)
+            dist.init_process_group(backend, timeout=limit, store=store, rank=seat.rank, world_size=seat.count)
         self.engine = self._engine(options)
         self._runs, self._snapshots = dict[int, TrainingRun](), dict[int, Snapshot]()
         self._decoders, self._samples = dict[int, Decoder](), dict[int, dict[Key, TokenSequence]]()
@@ -125,10 +149,9 @@ class Worker:
         kind, looking = Engine, Vision
         if options.shard == DIVIDED:
             _return_freed_memory()
-            whole_tower = options.whole_tower or options.features is not None  # of whose weights a folder has a digest
             arguments = options.name, self.seat.device, options.dtype, options.path
-            model = DividedModel(*arguments, whole_tower=whole_tower)
-            kind, looking = DividedEngine, Vision if whole_tower else DividedVision
+            model = DividedModel(*arguments, whole_tower=options.tower_is_whole)
+            kind, looking = DividedEngine, Vision if options.tower_is_whole else DividedVision
         else:
             model = Model(options.name, self.seat.device, options.dtype, options.path)
         settings: dict[str, Any] = {"threads": options.decoders, "pixel_bytes": options.pixel_bytes}
@@ -143,9 +166,23 @@ class Worker:
     def perform(self, method: str, arguments: Sequence[Any], profiled: bool) -> tuple[Any, int, dict[str, float]]:
         """The result of a command, images that the tower has seen so far, and seconds by part of the model."""
         if not profiled:
-            return getattr(self, method)(*arguments), self.engine.vision.forwards, {}
+            return self._perform(method, arguments), self.engine.vision.forwards, {}
         with self.engine.model.profile() as seconds:
-            return getattr(self, method)(*arguments), self.engine.vision.forwards, seconds
+            return self._perform(method, arguments), self.engine.vision.forwards, seconds
+
+    def _perform(self, method: str, arguments: Sequence[Any]) -> Any:
+        """Raises KshotError also for what else fails where other requests may go on: out of memory, mostly."""
+        try:
+            return getattr(self, method)(*arguments)
+        except (KshotError, torch.AcceleratorError):  # after the latter the device gives nothing but errors
+            raise
+        except Exception as error:
+            if method not in ALONE or isinstance(self.engine.model, DividedModel):
+                raise
+            log.exception("a request failed")
+            where = f"rank {self.seat.rank} of {self.seat.count} ({self.seat.device})"
+            way_out = "where memory is short, send less at once"
+            raise KshotError(f"{where} failed in {method!r}: {in_a_line(error)}; {way_out}") from error
 
     # What is held
 
@@ -243,11 +280,15 @@ class Worker:
 
     # Scores, features, samples
 
+    def _weights(self, snapshot: int) -> Snapshot:
+        """A number that is not here is an error: the base model's answers would look like the adapter's."""
+        return None if snapshot == BASE else self._snapshots[snapshot]
+
     def score(self, snapshot: int, trie: Trie, prompts: Sequence[tinker.ModelInput]) -> np.ndarray:
-        return scoring.score_tree(self.engine, self._snapshots.get(snapshot), prompts, trie)
+        return scoring.score_tree(self.engine, self._weights(snapshot), prompts, trie)
 
     def embed(self, snapshot: int, wanted: Mapping[str, bool], prompts: Sequence[tinker.ModelInput]) -> np.ndarray:
-        return scoring.embed(self.engine, self._snapshots.get(snapshot), prompts, **wanted)
+        return scoring.embed(self.engine, self._weights(snapshot), prompts, **wanted)
 
     def encode(self, chunks: Sequence[types.ImageChunk]) -> None:
         """Put the features of images into the caches."""
@@ -258,8 +299,9 @@ class Worker:
     ) -> dict[int, tuple[list[Token], dict[str, Any]]]:
         """Read prompts, by the number of their requests, each with its grammar's ends and text: the first token of each
         sample, and the fields about the prompt."""
-        weights = self._snapshots.get(snapshot)
-        decoder = self._decoders.setdefault(number, sampler.decoder_of(self.engine, weights, rows))
+        if number not in self._decoders:
+            self._decoders[number] = sampler.decoder_of(self.engine, self._weights(snapshot), rows)
+        decoder = self._decoders[number]
         samples = self._samples.setdefault(number, {})
         if not requests:
             return {}
