@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -86,11 +87,19 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """One whose path leaves room for the name of a socket, which has 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="k") as folder:
+        yield folder
+
+
 @pytest.mark.slow
-def test_a_script_without_a_guard_has_ranks_and_leaves_nothing_when_it_is_killed(tmp_path: Path) -> None:
-    script, own = tmp_path / "script.py", tmp_path / "own"
+def test_a_script_without_a_guard_has_ranks_and_leaves_nothing_when_it_is_killed(
+    tmp_path: Path, short_folder: str
+) -> None:
+    script, own = tmp_path / "script.py", Path(short_folder)
     script.write_text(SCRIPT)
-    own.mkdir()
     environment = {**os.environ, "TMPDIR": str(own), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300, check=False
