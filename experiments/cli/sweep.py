@@ -181,15 +181,15 @@ def run(
     from experiments.sweep.grid import run_sweep
     from experiments.sweep.preflight import unread
 
-    said = (*said, *unread(named, sweep.methods, sweep.variants))
+    lone = unread(named, sweep.methods, sweep.variants)
     folder, chosen = output or Path("runs") / sweep.name, RunOptions(**options)
     if chosen.device == AUTO:
         chosen, why = _on_found_devices(sweep, chosen, planned_for)
         said = (*said, why)
     if planned_for:
-        _print_plan(sweep, folder, chosen, said, planned_for)
+        _print_plan(sweep, folder, chosen, (*said, *lone), planned_for)
     else:
-        run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said))
+        run_sweep(sweep, folder, chosen, _Terminal(chosen, images, said, lone))
 
 
 def _on_found_devices(
@@ -277,8 +277,9 @@ def _choice(
 class _Terminal:
     """Shows on the terminal how a sweep goes, and reports it at its end."""
 
-    def __init__(self, options: "RunOptions", images: bool, said: Sequence[str]) -> None:
-        self._options, self._images, self._said = options, images, said
+    def __init__(self, options: "RunOptions", images: bool, said: Sequence[str], later: Sequence[str]) -> None:
+        """said, later: lines to print, before the data are read and once there is something to compute."""
+        self._options, self._images, self._said, self._later = options, images, said, later
 
     def planning(self) -> AbstractContextManager[Any]:
         return err.status("reading the data")
@@ -300,7 +301,7 @@ class _Terminal:
         check_room(planned, results, jobs, self._options)
         if self._options.executor == "local":
             fetch_weights(jobs)  # once, before the workers; the hub's own bars show it
-        for line in planned.about_data():
+        for line in (*planned.about_data(), *self._later):
             err.print(line)
         total = len(planned.jobs)
         self._display = Display(jobs, total - len(planned.missing(results)), total)

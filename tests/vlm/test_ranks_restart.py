@@ -68,6 +68,7 @@ def test_samples_of_lost_ranks_end_and_the_new_ones_stay(
         assert anew.step()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_has_ended_goes_on_with_new_ranks(engine: RanksEngine, prompts: list[tinker.ModelInput]) -> None:
     decoder = sampler.decoder_of(engine, None, 4)
     sampler.prefill(decoder, [asked(prompts[0], 1)])
@@ -77,6 +78,7 @@ def test_a_decoder_that_has_ended_goes_on_with_new_ranks(engine: RanksEngine, pr
         assert decoder.step()
 
 
+@pytest.mark.slow
 def test_a_request_in_the_middle_of_its_passes_leaves_new_ranks_alone(
     engine: RanksEngine, mixed: list[tinker.Datum]
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_request_in_the_middle_of_its_passes_leaves_new_ranks_alone(
     engine.optim_step(other, ADAM)
 
 
+@pytest.mark.slow
 def test_scores_of_lost_weights_are_none_of_the_base_model(
     engine: RanksEngine, prompts: list[tinker.ModelInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +141,7 @@ def test_what_fails_on_a_rank_with_whole_weights_fails_alone(
     assert engine.generation == generation
 
 
+@pytest.mark.slow
 def test_ranks_end_with_an_engine_that_nobody_has() -> None:
     engine = RanksEngine(ModelOptions(nano.NAME, nano.NAME, torch.float32, decoders=0), ["cpu"] * 2, 1, limit=60)
     processes = [psutil.Process(pid) for pid in engine.processes]
