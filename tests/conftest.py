@@ -63,6 +63,7 @@ def _no_sdk_client_stays() -> Iterator[None]:
         for each in gc.get_objects():
             if type(each) is sdk.InternalClientHolder:
                 each.close()
+        sdk.sessionless_holder_cache._holders.clear()  # or a later server at the same port would be asked by these
 
 
 @pytest.fixture(scope="session", autouse=True)

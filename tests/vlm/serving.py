@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from tinker.lib.internal_client_holder import sessionless_holder_cache
 
 from vlm import nano
 from vlm.local.registry import EngineRegistry
@@ -49,16 +48,7 @@ def served(folder: Path, registry: EngineRegistry | None = None, port: int = 0, 
     connections = Connections()
     app = application(state, Options(**options), connections)
     with listening(app, connections, lifespan="on", port=port) as address:
-        forget(address)
         yield Server(address, state, app, connections)
-
-
-def forget(address: str) -> None:
-    """Have the SDK open new connections: it keeps those of a server that had this address for the life of the process,
-    though a client may have closed them."""
-    kept = sessionless_holder_cache._holders
-    for key in [key for key in kept if key[0] == address]:
-        del kept[key]
 
 
 @contextmanager
