@@ -264,14 +264,13 @@ def _choice(
     *,
     elsewhere: bool,
 ) -> "Choice":
-    """The models of a sweep without a preset, as far as the settings do not name them; the VLM of another service is
-    not looked for here."""
+    """The models of a sweep without a preset, as far as the settings do not name them."""
     from experiments.sweep.choice import Choice, choose
 
     if preset is not None:
         return Choice(device or "cpu")
-    model, backbone = settings.get("model") or (None if service == "local" else service), settings.get("backbone")
-    return choose(datasets or [], methods or [], model, backbone, device or "", elsewhere=elsewhere)
+    named = settings.get("model"), settings.get("backbone")
+    return choose(datasets or [], methods or [], *named, device or "", service=service, elsewhere=elsewhere)
 
 
 class _Terminal:

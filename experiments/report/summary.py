@@ -63,7 +63,7 @@ def _best_sentence(
         return best
     tests = lead_over(folder, cells, dataset, shots, leaders[0])
     apart = [method for method in column if method not in {*tests, *leaders}] if tests else []
-    return f"{best}{_certainty(tests)}" if not apart else f"{best}, on other seeds than {_titles(apart)}"
+    return f"{best}{_certainty(tests)}" if not apart else f"{best}; there is no paired test with {_titles(apart)}"
 
 
 def _certainty(tests: Mapping[str, Difference]) -> str:

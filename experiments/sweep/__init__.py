@@ -42,9 +42,8 @@ def sweep(
     settings = dict(settings or {})
     given = [*settings]
     if preset is None:
-        service = options.get("service", "local")
-        named = settings.get("model") or (None if service == "local" else service), settings.get("backbone")
-        chosen = choose(datasets or (), methods or (), *named, options.get("device") or "")
+        named, service = (settings.get("model"), settings.get("backbone")), options.get("service", "local")
+        chosen = choose(datasets or (), methods or (), *named, options.get("device") or "", service=service)
         methods, settings, options["device"] = chosen.methods or methods, settings | chosen.settings, chosen.device
         for line in chosen.lines:
             log.warning(line)

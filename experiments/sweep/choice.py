@@ -41,11 +41,14 @@ def choose(
     backbone: Any = None,
     device: str = "",
     *,
+    service: str = "local",
     elsewhere: bool = False,
 ) -> Choice:
     """For data sets that are all the user's own (folder:, hub:); for others nothing is chosen but the device. methods,
-    model, backbone, device: what is named already. elsewhere: whether it is planned for another machine, where all can
-    be had. Asks the hub for the size of what must be fetched."""
+    model, backbone, device: what is named already. service: where the VLM computes; that of another service is not
+    looked for here. elsewhere: whether it is planned for another machine, where all can be had. Asks the hub for the
+    size of what must be fetched."""
+    model = model or (None if service == "local" else service)
     full = [catalog.full_name(name) for name in datasets]
     if not full or not all(name.startswith(tuple(catalog.USERS)) for name in full):
         return Choice(device or "cpu")

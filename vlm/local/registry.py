@@ -39,7 +39,7 @@ from vlm.local.model.placement import group_free_bytes as group_free_bytes
 from vlm.local.rest import LocalRestClient, capabilities
 from vlm.local.scheduler import Scheduler
 from vlm.local.threads import FreeCores, choose, is_fixed
-from vlm.local.twins import names_what_it_lacks, with_async_twins
+from vlm.local.twins import with_async_twins, with_refusals
 from vlm.local.vision import PIXEL_BYTES, Vision, memory_limit
 
 SEEDS = 2**63
@@ -280,7 +280,7 @@ def check_optimizer(optimizer: Any) -> None:
     refuse(optimizer=None if isinstance(optimizer, types.AdamOptimizerConfig) else optimizer)
 
 
-@names_what_it_lacks(tinker.ServiceClient)
+@with_refusals(tinker.ServiceClient)
 @with_async_twins(
     awaited=(
         *("create_lora_training_client", "create_training_client_from_state", "create_sampling_client"),

@@ -21,7 +21,7 @@ from kshot.errors import ModelError, RequestError
 from kshot.files import remove_stale, set_aside
 from kshot.untrusted import parse_json, read_file
 from vlm.local.checkpoint import RECORD, expires_at, is_expired, set_ttl
-from vlm.local.twins import names_what_it_lacks, with_async_twins
+from vlm.local.twins import with_async_twins, with_refusals
 from vlm.models import MODELS
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Saved:
         )
 
 
-@names_what_it_lacks(RestClient)
+@with_refusals(RestClient)
 @with_async_twins(
     awaited=(
         *("list_training_runs", "get_training_run", "get_training_run_by_tinker_path", "list_checkpoints"),

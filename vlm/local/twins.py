@@ -12,11 +12,11 @@ from kshot.errors import RequestError
 T = TypeVar("T")
 
 
-class OnlyOfServersError(RequestError, AttributeError):
+class ServerOnlyError(RequestError, AttributeError):
     """A method of the SDK that the client in this process does not have; `hasattr` is False for it."""
 
 
-def names_what_it_lacks(sdk: type) -> Callable[[type[T]], type[T]]:
+def with_refusals(sdk: type) -> Callable[[type[T]], type[T]]:
     """A decorator of a class that stands for one of the SDK's: what that has and this has not is an error that says
     so."""
 
@@ -25,7 +25,7 @@ def names_what_it_lacks(sdk: type) -> Callable[[type[T]], type[T]]:
             if name.startswith("_") or not hasattr(sdk, name):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             way_out = "ask a server for it: kshot serve, and vlm.connect with its address"
-            raise OnlyOfServersError(f"{sdk.__name__}.{name} is not supported by the local service; {way_out}")
+            raise ServerOnlyError(f"{sdk.__name__}.{name} is not supported by the local service; {way_out}")
 
         setattr(cls, "__getattr__", missing)  # noqa: B010 - a type checker would take it for every name
         return cls
